@@ -1,0 +1,145 @@
+"""The exceptions of this library.
+
+::
+
+    Exception
+    ├── PolicyError                     everything of ours that is an error
+    │   ├── ConfigurationError          (also dramatiq's MiddlewareError) a declaration is wrong
+    │   ├── QueueTimeoutExceeded        a message waited longer than its queue_timeout
+    │   ├── HandoffFailed               the broker would not take a retry, dead letter or next stage
+    │   ├── Crashed                     the worker died in this job too often
+    │   ├── MalformedMessage            a body or option that can't be read
+    │   └── NoResult                    a duplicate's pipeline needs a result that nobody stored
+    └── Verdict                         raised by a job, says what is to become of it
+        ├── Discard
+        └── Snooze
+    BaseException
+    └── dramatiq's TimeLimitExceeded
+        └── TimeoutExceeded             the job ran longer than its timeout
+
+The stand-ins (``QueueTimeoutExceeded``, ``HandoffFailed``, ``Crashed``) are what ``after_discard`` receives and what a
+dead letter names when no error of the job's own explains its end.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
+
+__all__ = [
+    "ConfigurationError",
+    "Crashed",
+    "Discard",
+    "HandoffFailed",
+    "MalformedMessage",
+    "NoResult",
+    "PolicyError",
+    "QueueTimeoutExceeded",
+    "Snooze",
+    "TimeoutExceeded",
+    "Verdict",
+]
+
+
+class PolicyError(Exception):
+    """Base class of the errors that this library raises or puts in place of a job's own."""
+
+
+class ConfigurationError(PolicyError, MiddlewareError):
+    """A declaration is wrong: an actor's option, a middleware's argument, or their combination.
+
+    Raised where the mistake is made, at declaration or at the latest when a worker boots. It is a
+    ``MiddlewareError``, since those are the only errors that Dramatiq lets out of a hook.
+    """
+
+    @classmethod
+    def of_option(cls, where: str, option: str, expected: str, got: Any, do: str = "") -> ConfigurationError:
+        """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do."""
+        message = f"{where}: {option}: expected {expected}, got {got!r}"
+        return cls(f"{message}. {do}" if do else f"{message}.")
+
+
+class QueueTimeoutExceeded(PolicyError):
+    """A message waited in its queue for longer than ``queue_timeout`` before its first run."""
+
+
+class HandoffFailed(PolicyError):
+    """The broker did not accept a retry, a deferral, a dead letter, a next stage or a group's callback."""
+
+
+class Crashed(PolicyError):
+    """The worker died in this job ``max_crashes`` times; the message is quarantined."""
+
+
+class MalformedMessage(PolicyError):
+    """A message whose body, shape or composition can't be read."""
+
+
+class NoResult(PolicyError):
+    """A skipped duplicate's next stage needs its twin's result, and nobody stored it."""
+
+
+class Verdict(Exception):
+    """Base class of what a job raises to say itself what becomes of its message."""
+
+
+class Discard(Verdict):
+    """Raise it in a job to drop the message for good: ``raise Discard("already refunded")``."""
+
+
+class Snooze(Verdict):
+    """Raise it in a job to put the message back for a while without using up an attempt.
+
+    Parameters:
+      delay: How long, in milliseconds, or a ``timedelta``.
+      reason: Why, for the logs.
+    """
+
+    def __init__(self, delay: int | timedelta, reason: str = "") -> None:
+        super().__init__(delay, reason)
+        self.delay = delay
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason or f"snoozed for {self.delay}"
+
+
+class TimeoutExceeded(TimeLimitExceeded):
+    """Raised in a job that ran for longer than its ``timeout``.
+
+    Like Dramatiq's own interrupts it is no ``Exception``, so that ``except Exception`` in a job does not swallow it.
+
+    Attributes:
+      limit_ms: The timeout that was exceeded, in milliseconds.
+      elapsed_ms: How long the job had run, in milliseconds.
+      actor: The actor's name.
+      message_id: The message's id.
+    """
+
+    limit_ms: float | None = None
+    elapsed_ms: float | None = None
+    actor: str | None = None
+    message_id: str | None = None
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        if not args:
+            self._describe()
+
+    def _describe(self) -> None:
+        # An interrupt is set by class, without arguments; the interrupted thread knows which job it runs.
+        from .delivery import running_delivery
+
+        delivery = running_delivery()
+        if delivery is not None:
+            self.limit_ms = delivery.timeout_ms
+            self.elapsed_ms = delivery.elapsed_ms()
+            self.actor = delivery.message.actor_name
+            self.message_id = delivery.message.message_id
+
+    def __str__(self) -> str:
+        if self.args or self.limit_ms is None or self.elapsed_ms is None:
+            return super().__str__()
+        return f"{self.actor} ran for {self.elapsed_ms:.0f} ms; its timeout is {self.limit_ms:.0f} ms"
