@@ -1,0 +1,187 @@
+"""One message on its way from the consumer to its ack, and the job that sees it.
+
+A `Delivery` is made by the wrapping consumer for each message that it takes from a work queue. Hooks and the wrapper of
+``actor.fn`` only fill it in; `settlement` acts on it. It belongs to one thread at a time (consumer, then worker), so
+nothing in it is locked.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+from .outcomes import Outcome
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import MessageProxy
+
+    from .options import ActorPolicy
+
+__all__ = ["CurrentJob", "Delivery", "Send", "Settlement", "current_job", "running_delivery"]
+
+#: The delivery that this thread (greenlet, task) works on.
+current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
+
+
+class Send:
+    """A message that must be accepted by the broker before its cause is acked."""
+
+    __slots__ = ("delay", "message")
+
+    def __init__(self, message: Message[Any], delay: int | None = None) -> None:
+        self.message = message
+        self.delay = delay
+
+
+class Settlement:
+    """What was decided: how the delivery ends, and what becomes of its message."""
+
+    __slots__ = ("dead_letter", "delay_ms", "exception", "outcome", "reason", "rule", "then")
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        reason: str | None = None,
+        *,
+        exception: BaseException | None = None,
+        rule: str | None = None,
+        delay_ms: int | None = None,
+        dead_letter: bool = False,
+    ) -> None:
+        self.outcome = outcome
+        self.reason = reason
+        self.exception = exception
+        self.rule = rule
+        self.delay_ms = delay_ms
+        self.dead_letter = dead_letter
+
+
+#: Every success is the same decision.
+SUCCEEDED = Settlement(Outcome.SUCCEEDED)
+
+#: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
+TAKEN, READY, RUNNING, RAN = range(4)
+
+
+class Delivery:
+    """One message taken from a work queue.
+
+    Attributes:
+      consumer: The wrapping consumer that delivered it; no other may ack it.
+      message: Dramatiq's proxy of the message.
+      policy: The actor's resolved options; None until the before-hooks ran.
+      stage: TAKEN, READY, RUNNING or RAN.
+      started, ended: Monotonic seconds at which the actor was called and was over; None before.
+      timeout_ms: The execution timeout in force, None for none.
+      settlement: What was decided, None until then.
+      sends: What must be handed on before the ack, in order; emptied as the broker accepts.
+      settled: Everything but the ack is done and must not be done again.
+    """
+
+    __slots__ = (
+        "consumer",
+        "ended",
+        "message",
+        "policy",
+        "sends",
+        "settled",
+        "settlement",
+        "stage",
+        "started",
+        "timeout_ms",
+    )
+
+    def __init__(self, consumer: Any, message: MessageProxy) -> None:
+        self.consumer = consumer
+        self.message = message
+        self.policy: ActorPolicy | None = None
+        self.stage = TAKEN
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.timeout_ms: float | None = None
+        self.settlement: Settlement | None = None
+        self.sends: list[Send] | None = None
+        self.settled = False
+
+    def send(self, message: Message[Any], delay: int | None = None) -> None:
+        """Have ``message`` handed to the broker before this delivery is acked."""
+        if self.sends is None:
+            self.sends = []
+        self.sends.append(Send(message, delay))
+
+    def elapsed_ms(self) -> float:
+        """How long the actor has run, or ran, in milliseconds."""
+        if self.started is None:
+            return 0.0
+        return ((monotonic() if self.ended is None else self.ended) - self.started) * 1_000
+
+    def waited_ms(self) -> float | None:
+        """From ready to started, in milliseconds; None where no clock says when it became ready."""
+        ready = self.message.options.get(READY_AT)
+        if ready is None or self.started is None:
+            return None
+        return max(0.0, (time() - (monotonic() - self.started)) * 1_000 - ready)
+
+
+#: The message option that says when it became, or becomes, ready: ms since the epoch.
+READY_AT = "ready_at"
+
+
+class CurrentJob:
+    """What a job may know of itself. See :func:`current_job`."""
+
+    __slots__ = ("_delivery",)
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    @property
+    def message_id(self) -> str:
+        """The message's id, the same in every attempt."""
+        return self._delivery.message.message_id
+
+    @property
+    def actor(self) -> str:
+        """The actor's name."""
+        return self._delivery.message.actor_name
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue."""
+        return self._delivery.message.queue_name
+
+    @property
+    def attempt(self) -> int:
+        """Which run of the message this is, 1 for the first."""
+        from .history import attempt_of
+
+        return attempt_of(self._delivery.message.options)
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key that is the same in every attempt of this job: hand it to the payment service.
+
+        Without a key of the actor's or the message's own it is the message id.
+        """
+        return self._delivery.message.message_id
+
+    def remaining_ms(self) -> float | None:
+        """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""
+        delivery = self._delivery
+        if delivery.timeout_ms is None:
+            return None
+        return max(0.0, delivery.timeout_ms - delivery.elapsed_ms())
+
+
+def running_delivery() -> Delivery | None:
+    """The delivery whose job is running in this thread, greenlet or task; None outside a job."""
+    delivery = current.get()
+    return delivery if delivery is not None and delivery.stage == RUNNING else None
+
+
+def current_job() -> CurrentJob | None:
+    """The job that is running here (sync, async or under gevent); None outside one."""
+    delivery = running_delivery()
+    return None if delivery is None else CurrentJob(delivery)
