@@ -1,0 +1,153 @@
+"""What is compared: the same job on brokers that differ in their middleware only."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import dramatiq
+
+__all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload", "choose"]
+
+#: Shares of jobs that fail once and are tried again, and that fail for good.
+FAILURES: dict[str, tuple[float, float]] = {"none": (0.0, 0.0), "mixed": (0.10, 0.05)}
+
+#: Runs that a failing job may have, and the wait between two of them, equal for all who retry.
+ATTEMPTS = 6
+WAIT_MS = 1
+
+
+class Transient(Exception):
+    """Raised by the first attempt."""
+
+
+class Permanent(Exception):
+    """Raised by every attempt; no one is to retry it."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, how its broker is built, and how its actor says what to do with the two errors.
+
+    Attributes:
+      broker: Is given the broker's class or factory, which takes ``middleware``.
+      options: The actor's options.
+      retries: Whether it can retry at all; if not it is left out where jobs fail.
+    """
+
+    broker: Callable[[Callable[..., dramatiq.Broker]], dramatiq.Broker]
+    options: Callable[[], dict[str, Any]]
+    retries: bool = True
+
+
+def _bare(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    return make(middleware=[])
+
+
+def _stock(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    return make()
+
+
+def _stock_options() -> dict[str, Any]:
+    return {"max_retries": ATTEMPTS - 1, "min_backoff": WAIT_MS, "max_backoff": WAIT_MS, "throws": Permanent}
+
+
+def _bundle(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    from dramatiq_policies import install
+
+    return install(make(), idempotency=False)
+
+
+def _bundle_options() -> dict[str, Any]:
+    from dramatiq_policies import RetryPolicy, constant
+
+    return {
+        "retry_on": {Transient: RetryPolicy(attempts=ATTEMPTS, wait=constant(WAIT_MS))},
+        "discard_on": Permanent,
+    }
+
+
+VARIANTS: dict[str, Variant] = {
+    "bare": Variant(_bare, dict, retries=False),  # no middleware at all
+    "stock": Variant(_stock, _stock_options),  # Dramatiq's default middleware
+    "control": Variant(_stock, _stock_options),  # stock once more: how far from 1 is noise
+    "bundle": Variant(_bundle, _bundle_options),  # ErrorClassifier, Timeout and DiscardLogger
+}
+
+
+def choose(
+    parser: argparse.ArgumentParser, asked: list[str] | None, leave_out: tuple[str, ...] = ("control",)
+) -> list[str]:
+    """The variants that were asked for, or all but ``leave_out``; the bundle only if the library can be imported."""
+    try:
+        from dramatiq_policies import RetryPolicy, constant, install  # noqa: F401
+    except ImportError as error:
+        if "bundle" in (asked or ()):
+            parser.error(f"there is no bundle to measure: {error}")
+        print(f"measuring without the bundle: {error}", file=sys.stderr)
+        leave_out += ("bundle",)
+    return asked or [variant for variant in VARIANTS if variant not in leave_out]
+
+
+class Workload:
+    """``jobs`` jobs that do nothing, or fail as ``failures`` says, always the same ones.
+
+    Parameters:
+      jobs: How many.
+      failures: A name in FAILURES.
+      on_first: Called once, when the first job starts.
+      on_last: Called once, when the last job has ended for good, on the thread that ran it.
+    """
+
+    def __init__(
+        self,
+        jobs: int,
+        failures: str,
+        *,
+        on_first: Callable[[], object] = lambda: None,
+        on_last: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.jobs = jobs
+        self.transient, self.permanent = FAILURES[failures]
+        self.on_first = on_first
+        self.on_last = on_last
+        self._failed_once: set[int] = set()
+        # next() of a count is atomic, and cheaper than a lock.
+        self._started = itertools.count(1)
+        self._ended = itertools.count(1)
+        self.runs = 0
+
+    def declare(self, variant: Variant, broker: dramatiq.Broker, queue_name: str) -> Callable[[int], object]:
+        """Declare the job as an actor; returns what enqueues the job of a number."""
+        declare = dramatiq.actor(broker=broker, actor_name="job", queue_name=queue_name, **variant.options())
+        return declare(self.run).send
+
+    def run(self, number: int) -> None:
+        """The job."""
+        started = next(self._started)
+        if started == 1:
+            self.on_first()
+        if self.transient or self.permanent:
+            draw = (number * 2_654_435_761 % 2**32) / 2**32
+            if draw < self.transient and number not in self._failed_once:
+                self._failed_once.add(number)
+                raise Transient
+            self._end()
+            if self.transient <= draw < self.transient + self.permanent:
+                raise Permanent
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        if next(self._ended) == self.jobs:
+            self.runs = next(self._started) - 1
+            self.on_last()
+
+    @property
+    def expected_runs(self) -> int:
+        """How many runs it takes if each transient failure is retried once, and no other."""
+        return self.jobs + len(self._failed_once)
