@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make demo` and `make test`. See CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+WITH_SERVICES := $(BIN)/python scripts/with_services.py
+
+.PHONY: demo test unit lint bench dramatiq-suite clean
+
+demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
+	$(DEMO_VENV)/bin/python examples/quickstart.py
+
+test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k name" narrows it down
+	$(WITH_SERVICES) $(BIN)/python -m pytest $(ARGS)
+
+unit: $(VENV)/installed  ## what needs no server, in seconds
+	$(BIN)/python -m pytest -m "not integration" $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed  ## a first look; benchmarks/README.md has the long form
+	$(BIN)/python -m benchmarks.pipeline_cpu
+	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain --short
+
+dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
+	$(WITH_SERVICES) --private $(BIN)/python scripts/dramatiq_suite.py "$(CHECKOUT)" $(ARGS)
+
+clean:
+	rm -rf .venv .venv.lock .venv-demo .venv-demo.lock build dist htmlcov .coverage .hypothesis \
+		.mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) scripts/make_venv.py $(VENV) ".[dev]"
+
+$(DEMO_VENV)/installed: pyproject.toml
+	$(PYTHON) scripts/make_venv.py $(DEMO_VENV) "."

@@ -1,0 +1,89 @@
+"""Real servers for the tests in this folder, at REDIS_URL and RABBITMQ_URL, shared with whoever else uses them.
+
+Every test works under names of its own and deletes those, and nothing else. Without a server a test fails.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pika
+import pytest
+import redis
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+            for server in ("redis", "rabbitmq"):
+                if f"{server}_url" in getattr(item, "fixturenames", ()):
+                    item.add_marker(server)
+
+
+def url_from_environment(name: str) -> str:
+    url = os.environ.get(name)
+    if not url:
+        pytest.fail(f"{name} is not set: run this through `make test`, or set it to a server for tests.", pytrace=False)
+    return url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> str:
+    return url_from_environment("REDIS_URL")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url() -> str:
+    return url_from_environment("RABBITMQ_URL")
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def redis_namespace(redis_client: redis.Redis) -> Iterator[str]:
+    """A namespace nobody else uses; its keys, `<namespace>:*`, are deleted after the test."""
+    namespace = f"dp-test-{uuid.uuid4().hex}"
+    yield namespace
+    keys = list(redis_client.scan_iter(match=f"{namespace}:*", count=1_000))
+    if keys:
+        redis_client.delete(*keys)
+
+
+@pytest.fixture
+def unique_queue() -> Iterator[str]:
+    """A queue name nobody else uses; on RabbitMQ it is deleted after the test, with its .DQ and .XQ."""
+    queue = f"dp-test-{uuid.uuid4().hex}"
+    yield queue
+    url = os.environ.get("RABBITMQ_URL")
+    if url:
+        with pika.BlockingConnection(pika.URLParameters(url)) as connection, connection.channel() as channel:
+            for name in (queue, f"{queue}.DQ", f"{queue}.XQ"):
+                channel.queue_delete(name)
+
+
+@pytest.fixture
+def redis_broker(redis_url: str, redis_namespace: str) -> Iterator[RedisBroker]:
+    """Dramatiq's own broker as its users make it, without the bundle."""
+    broker = RedisBroker(url=redis_url, namespace=redis_namespace)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def rabbitmq_broker(rabbitmq_url: str, unique_queue: str) -> Iterator[RabbitmqBroker]:
+    """Dramatiq's own broker as its users make it, without the bundle. Only `unique_queue` is cleaned up after it."""
+    broker = RabbitmqBroker(url=rabbitmq_url)
+    yield broker
+    broker.close()
