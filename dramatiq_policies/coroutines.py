@@ -1,0 +1,162 @@
+"""Running an async actor so that it can be interrupted: `call`, as in `interrupts`, for coroutine functions.
+
+Dramatiq turns an async actor into a function that runs the coroutine on its event loop thread and waits for it, looking
+up every 100 ms for an interrupt that was raised in the waiting thread. Here nothing is raised in that thread: the timer
+asks the loop to cancel the task, at once, and the thread sleeps until the coroutine has ended.
+
+Whether it has ended is known on the loop and decided there, so no interrupt can come too late: a coroutine that has
+ended is not cancelled. What it does with the cancellation is its own affair, as it is in a thread: what it raises is its
+error, what it returns is its result, and its clean-up may take as long as it takes. The worker waits for it without a
+bound (Dramatiq gives it one second and then leaves it running, beside its own retry); past the timeout and its grace
+it is reported as stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from math import inf
+from threading import Lock, current_thread
+from traceback import StackSummary
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
+from dramatiq.middleware import Shutdown
+
+from .errors import TimeoutExceeded
+from .interrupts import Tokens, Watch, arm, slot_of_this_thread, thread_stack
+
+__all__ = ["call", "is_async"]
+
+R = TypeVar("R")
+
+
+async def _nothing() -> None: ...
+
+
+#: The code of every function that Dramatiq makes of a coroutine function.
+_wrapper_code = getattr(async_to_sync(_nothing), "__code__", None)
+
+
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is what Dramatiq made of a coroutine function."""
+    return getattr(fn, "__code__", None) is _wrapper_code and hasattr(fn, "__wrapped__")
+
+
+def call(
+    fn: Callable[..., R],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    deadline: float | None = None,
+    on_shutdown: bool = False,
+    exception: type[BaseException] = TimeoutExceeded,
+    watch: Watch | None = None,
+    job: Any = None,
+) -> R:
+    """As `interrupts.call`, for an ``fn`` that `is_async`."""
+    if deadline is None and not on_shutdown:
+        return fn(*args, **kwargs)
+    thread = get_event_loop_thread()
+    slot = slot_of_this_thread()
+    if thread is None or not thread.loop.is_running() or slot.tokens is not None or current_thread() is thread:
+        # Where it can't run, Dramatiq says why.
+        return fn(*args, **kwargs)
+    run = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
+    tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
+    try:
+        arm(slot, tokens, inf if deadline is None else deadline, exception, watch, job, run)
+        # The loop runs it in a copy of this thread's context.
+        thread.loop.call_soon_threadsafe(run.start)
+        return cast("R", run.wait())
+    finally:
+        slot.disarm(tokens)
+
+
+class _Run:
+    """One call of a coroutine function. What begins with an underscore happens on the loop's thread."""
+
+    __slots__ = ("coroutine", "ended", "error", "interrupted_by", "over", "result", "started", "task", "thread")
+
+    def __init__(self, thread: EventLoopThread, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.thread = thread
+        self.coroutine = coroutine
+        self.task: asyncio.Task[None] | None = None
+        self.started = self.over = False
+        self.interrupted_by: type[BaseException] | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.ended = Lock()
+        self.ended.acquire()
+
+    def start(self) -> None:
+        """Called on the loop."""
+        self.task = self.thread.loop.create_task(self._main())
+
+    async def _main(self) -> None:
+        self.started = True
+        try:
+            if self.interrupted_by is not None:
+                self.coroutine.close()
+                raise asyncio.CancelledError
+            self.result = await self.coroutine
+        except GeneratorExit:
+            self.error = RuntimeError("Event loop is not running.")
+            raise
+        # Not even SystemExit goes on from here: it would end the loop under all other jobs.
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.over = True
+            self.ended.release()
+
+    def _cancel(self, exception: type[BaseException]) -> None:
+        if self.over:
+            return
+        self.interrupted_by = exception
+        # A task that is cancelled before its first step never takes it, and nobody would be told.
+        if self.started and self.task is not None:
+            self.task.cancel(exception.__name__)
+
+    def interrupt(self, exception: type[BaseException]) -> None:
+        """Called by the timer, or by a shutdown."""
+        try:
+            self.thread.loop.call_soon_threadsafe(self._cancel, exception)
+        except RuntimeError:
+            pass  # The loop was closed.
+
+    def wait(self) -> Any:
+        """The result, or the error raised, once the coroutine has ended."""
+        self.ended.acquire()
+        error, self.error = self.error, None
+        if error is None:
+            return self.result
+        try:
+            if not isinstance(error, asyncio.CancelledError):
+                raise error
+            if self.interrupted_by is not None:
+                raise self.interrupted_by from error
+            # The job's own doing; this is what Dramatiq raises for it.
+            raise concurrent.futures.CancelledError from error
+        finally:
+            del error
+
+    def stack(self) -> str:
+        frames: list[FrameType] = []
+        awaiting: Any = self.coroutine
+        while awaiting is not None:
+            frame = getattr(awaiting, "cr_frame", None) or getattr(awaiting, "gi_frame", None)
+            if frame is not None:
+                frames.append(frame)
+            awaiting = getattr(awaiting, "cr_await", None) or getattr(awaiting, "gi_yieldfrom", None)
+        loop_thread = self.thread.ident or 0
+        running = sys._current_frames().get(loop_thread)
+        while running is not None:
+            if running in frames:
+                # It does not wait: it blocks the loop, and all other async jobs.
+                return thread_stack(loop_thread)
+            running = running.f_back
+        return "".join(StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())

@@ -1,0 +1,457 @@
+"""Interrupting a job, and nothing but a job.
+
+`call` runs an actor's function on a worker thread, and while it runs, and only then, a deadline or the worker's shutdown
+may raise an exception in it. `coroutines` does the same for async actors and `greenlets` under gevent; what they share
+(slots, the timer, `shutdown`) is here.
+
+Why no interrupt ever leaves `call`
+-----------------------------------
+
+**Who may interrupt.** Each call makes a dict of tokens, one for each interrupt it allows: one for its deadline, one for a
+shutdown if the job wants to know. To interrupt, the timer (or `shutdown`) takes the token out of the dict and then calls
+``PyThreadState_SetAsyncExc``, both while it holds the slot's lock. When the job has ended, the worker thread takes out
+what is left. ``dict.pop`` is one step: under the GIL because it is C code that calls back into nothing (classes hash and
+compare by identity), on a free-threaded build because it holds the dict's own lock. So every token has exactly one
+taker, and a token that the worker has got can never be used. No dict is used for two calls: whoever interrupts holds
+the slot's lock from looking which call goes on to the interrupt, and the next call on that thread needs the same lock
+to begin.
+
+**What may be pending.** If the worker has got all tokens back, nothing was set and nothing can be set any more. That is
+the usual case, and all it costs. If it has not, somebody took one. The worker then waits until the slot's lock is free:
+whoever took a token before the dict was empty took the lock before that, so everything that will ever be set has been
+set by then. It then calls ``PyThreadState_SetAsyncExc(thread, NULL)``, which takes back an exception that is set and
+not yet raised. A thread state has room for one, and clearing it is one step against its delivery: under the GIL because
+it is the thread itself that does both, on a free-threaded build because both exchange the field atomically.
+
+**What may be raised meanwhile.** Until then an interrupt can still be raised between any two instructions of `call`
+itself. Each one that is raised has used up a token; there are at most two. The way out is therefore written three
+times, each in a handler of the one before it: two interrupts can cut short two of them, and the one that is not cut
+short leaves nothing behind that could be raised. Doing it again is harmless. The worker thread takes no lock on its way
+out, so an interrupt there can't leave one locked; and on its way in it holds the slot's lock only until the call is
+visible, while interrupting takes that same lock.
+
+**What is the outcome.** A result that was returned or an error that was raised before the interrupt arrived stays what
+it was: the job has ended, and the interrupt is dropped. A job is timed out only if the exception was raised in it, and
+so has exactly one outcome.
+
+**The right thread.** A thread identifier may be given to another thread when its owner has ended. Whoever has taken a
+token holds the slot's lock until the exception is set, and the thread does not leave `call` before that lock
+is free: the thread that is interrupted is alive and in that very call.
+
+The timer
+---------
+
+One daemon thread per process looks at one slot per worker thread; there is no queue of deadlines, in which jobs that end
+early would leave stale entries for as long as their timeouts. It sleeps until the earliest deadline. A worker that arms
+a deadline writes its slot (under the slot's lock) and then reads when the timer will wake; the timer first says that
+everybody is to wake it, then reads the slots (under the same locks), and then says when it will wake. So for each slot,
+either the timer sees the new deadline, or the worker sees that it must wake the timer. An arm that is no earlier costs
+no wake-up, and an idle process sleeps without end.
+
+It starts at the first deadline, hence after the fork, and a forked child begins anew. In the child nobody will
+interrupt a job that was running in the parent when it forked.
+
+A call inside a call on one thread (a job that runs another one by hand) belongs to the outer one and its deadline.
+A job that begins after `shutdown` is not interrupted, as with Dramatiq's own ``ShutdownNotifications``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from threading import Lock, get_ident
+from time import monotonic, sleep
+from traceback import format_stack
+from typing import Any, Final, Protocol, TypeVar
+
+from dramatiq.middleware import Shutdown
+from dramatiq.threading import Interrupt, is_gevent_active
+
+from .errors import TimeoutExceeded
+
+__all__ = ["Caller", "Watch", "call", "caller", "reset", "shutdown", "supported"]
+
+R = TypeVar("R")
+
+logger = logging.getLogger("dramatiq_policies.interrupts")
+
+_gevent_is_active: Callable[[], bool] = is_gevent_active
+
+#: Sets an exception in a thread, by its identifier and the exception's class; `_NOTHING` takes it back.
+_set_exception: Callable[[int, Any], int] | None
+try:
+    _set_exception = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
+        ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
+    )
+except AttributeError:  # PyPy, and whoever drops it
+    _set_exception = None
+_NOTHING: Final = ctypes.py_object()
+
+
+class Watch(Protocol):
+    """Who is told of a job that goes on after its interrupt.
+
+    Attributes:
+      grace: How long after the deadline, in seconds.
+    """
+
+    grace: float
+
+    def stuck(self, job: Any, stack: str) -> object:
+        """Called once for the run, on a thread of its own, with what `call` was given as ``job`` and its stack."""
+
+
+class Caller(Protocol):
+    """`call`, and what stands in for it."""
+
+    def __call__(
+        self,
+        fn: Callable[..., R],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        deadline: float | None = None,
+        on_shutdown: bool = False,
+        exception: type[BaseException] = TimeoutExceeded,
+        watch: Watch | None = None,
+        job: Any = None,
+    ) -> R: ...
+
+
+class Target(Protocol):
+    """A job that is not interrupted by raising in its worker thread."""
+
+    def interrupt(self, exception: type[BaseException]) -> None:
+        """See to it that ``exception`` ends the job. Must not wait for anything."""
+
+    def stack(self) -> str:
+        """Where the job is."""
+
+
+#: The interrupts of one call that nobody has used yet, by their classes. Taken by ``pop(…, None)``.
+Tokens = dict[type[BaseException], bool]
+
+
+class Slot:
+    """What runs on one worker thread.
+
+    Its thread writes it when a job begins, under the lock, and the timer while it goes on, under the lock. When the job
+    ends, only ``tokens`` and ``job`` are unset, without the lock.
+
+    Attributes:
+      tokens: Those of the call that goes on, and its identity; None between jobs.
+      due: When the timer must look at it again, by the monotonic clock.
+      exception: What is raised at the deadline; None when it was.
+    """
+
+    __slots__ = ("due", "exception", "job", "lock", "target", "thread_id", "tokens", "watch")
+
+    def __init__(self, thread_id: int) -> None:
+        self.thread_id = thread_id
+        self.lock = Lock()
+        self.tokens: Tokens | None = None
+        self.due = inf
+        self.exception: type[BaseException] | None = None
+        self.watch: Watch | None = None
+        self.job: Any = None
+        self.target: Target | None = None
+
+    def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
+        """Raise it in the job whose tokens these are, unless that has ended or has had it. The lock is held."""
+        if tokens.pop(exception, None) is None:
+            return
+        if self.target is not None:
+            self.target.interrupt(exception)
+        elif _set_exception is not None:
+            _set_exception(self.thread_id, exception)
+
+    def attend(self) -> float:
+        """Do what is due, and say when the next thing is. Only the timer calls it."""
+        with self.lock:
+            tokens = self.tokens
+            if tokens is None:
+                return inf
+            if self.due > monotonic():
+                return self.due
+            watch = self.watch
+            if self.exception is not None:
+                self.interrupt(tokens, self.exception)
+                self.exception = None
+                self.due = inf if watch is None else self.due + watch.grace
+                return self.due
+            self.due = inf
+            job = self.job
+        if watch is not None:
+            report_apart(lambda: self.report(tokens, watch, job))
+        return inf
+
+    def report(self, tokens: Tokens, watch: Watch, job: Any) -> None:
+        """Say that a job is stuck, unless it has ended."""
+        target = self.target
+        stack = thread_stack(self.thread_id) if target is None else target.stack()
+        if self.tokens is tokens:
+            watch.stuck(job, stack)
+
+    def disarm(self, tokens: Tokens) -> None:
+        """Let the job be interrupted no more, and leave nothing pending.
+
+        May be cut short by an interrupt, and done again.
+        """
+        self.tokens = self.job = None
+        tokens.clear()
+        if self.target is None and _set_exception is not None:
+            while self.lock.locked():
+                sleep(0.0001)
+            _set_exception(self.thread_id, _NOTHING)
+
+
+class Timer:
+    """The thread that attends to runs when they are due."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        #: When the thread will look at the slots; who has an earlier deadline must `wake` it.
+        self.wakes_at = inf
+        self._starting = Lock()
+        self._stopped = False
+        # Held but for the moment between a wake-up and its notice.
+        self._bell = Lock()
+        self._bell.acquire()
+
+    def start(self) -> bool:
+        """Start the thread unless it runs; whether it does."""
+        with self._starting:
+            if self.thread is None:
+                thread = threading.Thread(target=self._run, name="dramatiq_policies-timer", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # No more threads, or the process is ending.
+                    logger.exception("No timeout is in force: the timer could not be started.")
+                else:
+                    self.thread = thread
+            return self.thread is not None
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.wake()
+
+    def wake(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:
+            pass  # Somebody else has just done so.
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self.wakes_at = inf
+            try:
+                earliest = min([slot.attend() for slot in _slots.copy().values()], default=inf)
+            except Exception:
+                logger.exception("The timer of the timeouts failed; it goes on in a second.")
+                earliest = monotonic() + 1
+            self.wakes_at = earliest
+            if earliest == inf:
+                self._bell.acquire()
+            else:
+                self._bell.acquire(timeout=min(max(0.0, earliest - monotonic()), threading.TIMEOUT_MAX))
+
+
+_slots: dict[int, Slot] = {}
+_timer = Timer()
+_said_unsupported = False
+
+
+def call(
+    fn: Callable[..., R],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    deadline: float | None = None,
+    on_shutdown: bool = False,
+    exception: type[BaseException] = TimeoutExceeded,
+    watch: Watch | None = None,
+    job: Any = None,
+) -> R:
+    """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it when it must end.
+
+    Parameters:
+      deadline: By ``time.monotonic()``, when ``exception`` is raised in it; None for never.
+      on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in it.
+      exception: A class that can be made without arguments.
+      watch: Who is told if it goes on after the deadline; None for nobody.
+      job: What the watch is told that it is.
+
+    Returns what ``fn`` returns and raises what it raises, an interrupt included. No interrupt is raised after that, and
+    one that comes when ``fn`` has already ended is dropped.
+    """
+    if deadline is None:
+        if not on_shutdown:
+            return fn(*args, **kwargs)
+        deadline = inf
+    slot = _slots.get(get_ident()) or slot_of_this_thread()
+    if slot.tokens is not None:
+        return fn(*args, **kwargs)
+    tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
+    returned = False
+    error: BaseException | None = None
+    try:
+        try:
+            try:
+                with slot.lock:
+                    slot.tokens = tokens
+                    slot.due = deadline
+                    slot.exception = exception
+                    slot.watch = watch
+                    slot.job = job
+                    slot.target = None
+                if deadline < _timer.wakes_at:
+                    _timer.wake()
+                result = fn(*args, **kwargs)
+                returned = True
+            except BaseException as raised:
+                error = raised
+            slot.tokens = slot.job = None
+            if tokens.pop(exception, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
+                slot.disarm(tokens)
+        except BaseException as late:  # The first interrupt, one line late: see the module's docstring.
+            if not returned and error is None:
+                error = late
+            slot.disarm(tokens)
+    except BaseException as later:  # The second one.
+        if not returned and error is None:
+            error = later
+        slot.disarm(tokens)
+    if error is None:
+        return result
+    try:
+        traceback = error.__traceback__
+        # Raising it anew adds the line of this frame again.
+        raise cause_of(error.with_traceback(None if traceback is None else traceback.tb_next))
+    finally:
+        # They refer to this frame.
+        del error, traceback
+
+
+def caller(fn: Callable[..., Any]) -> Caller:
+    """The `call` for an actor's function: this module's, or the one for async actors, or for gevent."""
+    from . import coroutines
+
+    if coroutines.is_async(fn):
+        return coroutines.call
+    if _gevent_is_active():
+        from . import greenlets
+
+        return greenlets.call
+    return call
+
+
+def shutdown() -> None:
+    """Raise Dramatiq's ``Shutdown`` in every job that runs now and asked for it."""
+    if _gevent_is_active():
+        from . import greenlets
+
+        greenlets.shutdown()
+    for slot in _slots.copy().values():
+        with slot.lock:
+            if slot.tokens is not None:
+                slot.interrupt(slot.tokens, Shutdown)
+
+
+def reset() -> None:
+    """End the timer's thread; the next job starts another. For tests, and only while no job runs."""
+    global _slots, _timer, _said_unsupported
+    _timer.stop()
+    _timer = Timer()
+    _slots = {}
+    _said_unsupported = False
+
+
+def supported() -> bool:
+    """Whether threads can be interrupted here; says so once in a process where they can't."""
+    global _said_unsupported
+    if _set_exception is None and not _said_unsupported:
+        _said_unsupported = True
+        logger.warning(
+            "Timeouts and shutdowns can't interrupt jobs on this platform (%s): only async actors are cancelled, other "
+            "jobs that run past their timeout are reported.",
+            sys.implementation.name,
+        )
+    return _set_exception is not None
+
+
+def slot_of_this_thread() -> Slot:
+    thread_id = get_ident()
+    slot = _slots.get(thread_id)
+    if slot is None:
+        supported()
+        slot = Slot(thread_id)
+        if _timer.start():
+            # A thread that has ended leaves its slot to the next one with its identifier.
+            _slots[thread_id] = slot
+    return slot
+
+
+def arm(
+    slot: Slot,
+    tokens: Tokens,
+    due: float,
+    exception: type[BaseException],
+    watch: Watch | None,
+    job: Any,
+    target: Target,
+) -> None:
+    """Let a job that is not interrupted in this thread be interrupted. `call` does the same in line."""
+    with slot.lock:
+        slot.tokens = tokens
+        slot.due = due
+        slot.exception = exception
+        slot.watch = watch
+        slot.job = job
+        slot.target = target
+    if due < _timer.wakes_at:
+        _timer.wake()
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The interrupt behind an error, where Dramatiq put another error in its place; else the error."""
+    # A coroutine that a sync job waits for, and that takes over a second to end after an interrupt.
+    if type(error) is RuntimeError and isinstance(error.__cause__, Interrupt):
+        return error.__cause__
+    return error
+
+
+def thread_stack(thread_id: int) -> str:
+    frame = sys._current_frames().get(thread_id)
+    return "" if frame is None else "".join(format_stack(frame))
+
+
+def report_apart(report: Callable[[], object]) -> None:
+    # What is told (logs, the network, code of the user's) must not hold up the other jobs' deadlines.
+    def guarded() -> None:
+        try:
+            report()
+        except Exception:
+            logger.exception("A stuck job could not be reported.")
+
+    try:
+        threading.Thread(target=guarded, name="dramatiq_policies-stuck", daemon=True).start()
+    except RuntimeError:
+        guarded()
+
+
+def _after_fork_in_child() -> None:
+    global _slots, _timer
+    for slot in _slots.values():
+        # A thread that is not here may have held it, and the job that forked looks at it once it ends.
+        slot.lock = Lock()
+    _slots = {}
+    _timer = Timer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

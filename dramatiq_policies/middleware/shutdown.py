@@ -1,0 +1,39 @@
+"""Telling jobs that their worker shuts down."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dramatiq.middleware import Middleware
+from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
+
+from .. import interrupts
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker
+
+__all__ = ["ShutdownNotifications"]
+
+
+class ShutdownNotifications(_ShutdownNotifications):
+    """Dramatiq's ``ShutdownNotifications``, except that it interrupts jobs and nothing else.
+
+    Its message is put back at once and uses up no attempt. A job that begins after the notification is not interrupted,
+    as with Dramatiq's own; the notification goes to the jobs of every worker in this process.
+
+    Parameters:
+      notify_shutdown: Whether jobs are interrupted, where neither message nor actor says so. Not by default.
+    """
+
+    # Whether the job is interrupted is for the wrapper of the actor's function to ask (`should_notify`).
+    before_process_message = Middleware.before_process_message
+    after_process_message = Middleware.after_process_message
+    after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
+
+    def after_process_boot(self, broker: Broker) -> None:
+        interrupts.supported()
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self.logger.debug("Sending shutdown notification to worker threads...")
+        interrupts.shutdown()
