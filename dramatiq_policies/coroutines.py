@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from math import inf
 from threading import Lock, current_thread
-from traceback import StackSummary
+from traceback import StackSummary, format_stack, walk_stack
 from types import FrameType
 from typing import Any, TypeVar, cast
 
@@ -27,7 +26,7 @@ from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thre
 from dramatiq.middleware import Shutdown
 
 from .errors import TimeoutExceeded
-from .interrupts import Tokens, Watch, arm, slot_of_this_thread, thread_stack
+from .interrupts import Tokens, Watch, arm, frame_of, slot_of_this_thread
 
 __all__ = ["call", "is_async"]
 
@@ -68,7 +67,8 @@ def call(
     run = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
     tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
     try:
-        arm(slot, tokens, inf if deadline is None else deadline, exception, watch, job, run)
+        due = inf if deadline is None else deadline
+        arm(slot, tokens, run, due=due, exception=exception, watch=watch, job=job)
         # The loop runs it in a copy of this thread's context.
         thread.loop.call_soon_threadsafe(run.start)
         return cast("R", run.wait())
@@ -152,11 +152,8 @@ class _Run:
             if frame is not None:
                 frames.append(frame)
             awaiting = getattr(awaiting, "cr_await", None) or getattr(awaiting, "gi_yieldfrom", None)
-        loop_thread = self.thread.ident or 0
-        running = sys._current_frames().get(loop_thread)
-        while running is not None:
-            if running in frames:
-                # It does not wait: it blocks the loop, and all other async jobs.
-                return thread_stack(loop_thread)
-            running = running.f_back
+        top = frame_of(self.thread.ident or 0)
+        if any(frame in frames for frame, _ in walk_stack(top)):
+            # It does not wait: it blocks the loop, and all other async jobs.
+            return "".join(format_stack(top))
         return "".join(StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())

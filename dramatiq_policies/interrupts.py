@@ -63,10 +63,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import inf
 from threading import Lock, get_ident
 from time import monotonic, sleep
 from traceback import format_stack
+from types import FrameType
 from typing import Any, Final, Protocol, TypeVar
 
 from dramatiq.middleware import Shutdown
@@ -193,7 +195,7 @@ class Slot:
     def report(self, tokens: Tokens, watch: Watch, job: Any) -> None:
         """Say that a job is stuck, unless it has ended."""
         target = self.target
-        stack = thread_stack(self.thread_id) if target is None else target.stack()
+        stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()
         if self.tokens is tokens:
             watch.stuck(job, stack)
 
@@ -263,7 +265,6 @@ class Timer:
 
 _slots: dict[int, Slot] = {}
 _timer = Timer()
-_said_unsupported = False
 
 
 def call(
@@ -364,24 +365,25 @@ def shutdown() -> None:
 
 def reset() -> None:
     """End the timer's thread; the next job starts another. For tests, and only while no job runs."""
-    global _slots, _timer, _said_unsupported
     _timer.stop()
-    _timer = Timer()
-    _slots = {}
-    _said_unsupported = False
+    _begin_anew()
+    _say_unsupported.cache_clear()
 
 
 def supported() -> bool:
     """Whether threads can be interrupted here; says so once in a process where they can't."""
-    global _said_unsupported
-    if _set_exception is None and not _said_unsupported:
-        _said_unsupported = True
-        logger.warning(
-            "Timeouts and shutdowns can't interrupt jobs on this platform (%s): only async actors are cancelled, other "
-            "jobs that run past their timeout are reported.",
-            sys.implementation.name,
-        )
+    if _set_exception is None:
+        _say_unsupported()
     return _set_exception is not None
+
+
+@cache
+def _say_unsupported() -> None:
+    logger.warning(
+        "Timeouts and shutdowns can't interrupt jobs on this platform (%s): only async actors are cancelled, other jobs "
+        "that run past their timeout are reported.",
+        sys.implementation.name,
+    )
 
 
 def slot_of_this_thread() -> Slot:
@@ -399,11 +401,12 @@ def slot_of_this_thread() -> Slot:
 def arm(
     slot: Slot,
     tokens: Tokens,
+    target: Target,
+    *,
     due: float,
     exception: type[BaseException],
     watch: Watch | None,
     job: Any,
-    target: Target,
 ) -> None:
     """Let a job that is not interrupted in this thread be interrupted. `call` does the same in line."""
     with slot.lock:
@@ -425,9 +428,9 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
-def thread_stack(thread_id: int) -> str:
-    frame = sys._current_frames().get(thread_id)
-    return "" if frame is None else "".join(format_stack(frame))
+def frame_of(thread_id: int) -> FrameType | None:
+    """What a thread executes; None if it has ended."""
+    return sys._current_frames().get(thread_id)  # noqa: SLF001 - documented in spite of its name
 
 
 def report_apart(report: Callable[[], object]) -> None:
@@ -444,13 +447,17 @@ def report_apart(report: Callable[[], object]) -> None:
         guarded()
 
 
+def _begin_anew() -> None:
+    global _slots, _timer  # noqa: PLW0603 - an object around them would cost every job two look-ups more
+    _slots = {}
+    _timer = Timer()
+
+
 def _after_fork_in_child() -> None:
-    global _slots, _timer
     for slot in _slots.values():
         # A thread that is not here may have held it, and the job that forked looks at it once it ends.
         slot.lock = Lock()
-    _slots = {}
-    _timer = Timer()
+    _begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,7 +19,8 @@ from ..errors import ConfigurationError
 from ..history import POLICIES
 
 if TYPE_CHECKING:
-    from dramatiq.broker import Broker
+    from dramatiq import Message
+    from dramatiq.broker import Broker, MessageProxy
 
     from ..delivery import Delivery
 
@@ -245,24 +246,28 @@ def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor:
 _warned: set[tuple[str, str]] = set()
 
 
-def expired_after(options: Mapping[str, Any], timestamp: Any, queue_timeout_ms: float | None, now: int) -> float | None:
+def expired_after(message: Message[Any] | MessageProxy, queue_timeout_ms: float | None, now_ms: float) -> float | None:
     """How long a message has waited for its first run, in milliseconds, if that is longer than it may; else None.
 
     Parameters:
-      options: The message's. ``ready_at`` says since when it is ready; a message without it was enqueued by stock
-        Dramatiq, and is ready since ``timestamp``.
-      timestamp: When the message was made, ms since the epoch.
+      message: Its option ``ready_at`` says since when it is ready, in ms since the epoch. A message without it was
+        enqueued by stock Dramatiq, and is ready since it was made.
       queue_timeout_ms: As `Timeout.resolve` says.
-      now: The time, ms since the epoch.
+      now_ms: The time, in ms since the epoch.
 
     A message that was run before, or put back, never expires, nor does one whose clock is ahead of ours or unreadable.
     """
-    if queue_timeout_ms is None or options.get("retries") or options.get(POLICIES):
+    if queue_timeout_ms is None:
         return None
-    ready = options.get(READY_AT, timestamp)
+    options = message.options
+    if options.get("retries") or options.get(POLICIES):
+        return None
+    ready = options.get(READY_AT)
+    if ready is None:
+        ready = message.message_timestamp
     if type(ready) not in (int, float):
         return None
-    waited: float = now - ready
+    waited: float = now_ms - ready
     # Ready before 1971 is no time but a default, or seconds for milliseconds.
     return waited if waited > queue_timeout_ms and ready > 365 * 24 * 3_600_000 else None
 
