@@ -1,0 +1,391 @@
+"""Run a command with a real Redis and a real RabbitMQ, wherever they come from.
+
+python3 scripts/with_services.py [--private] COMMAND...
+
+Each of the two is, in this order:
+1. the one that REDIS_URL or RABBITMQ_URL names;
+2. the one that answers on the standard local port (RabbitMQ: to guest);
+3. a private one on a free port, from an installed binary;
+4. the same, after installing it with apt, when run as root;
+5. one that `docker compose` starts on a free port.
+The command gets REDIS_URL and RABBITMQ_URL, and its exit code is the script's. What was started is stopped again,
+whatever happens but SIGKILL. Any number of these may run at the same time. `--private` skips 1 and 2, for commands
+that empty their servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCALHOST = "127.0.0.1"
+STARTUP = 90  # seconds that a server may take until it answers
+PATIENCE = 10  # seconds that a process may take to end
+APT_LOCK = Path(tempfile.gettempdir()) / "dramatiq-policies-apt.lock"
+
+
+class Unavailable(Exception):
+    """There is no way to get a server here; says why in one sentence."""
+
+
+class Interrupted(BaseException):
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+# ---------------------------------------------------------------------- does a server answer?
+
+
+def redis_answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=2) as connection:
+        connection.sendall(b"PING\r\n")
+        return connection.recv(64).startswith(b"+PONG")
+    return False
+
+
+def rabbitmq_answers(port: int) -> bool:
+    """Whether guest may log in: AMQP 0-9-1 up to the server's connection.tune."""
+    with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=5) as connection:
+        connection.sendall(b"AMQP\x00\x00\x09\x01")
+        if _amqp_method(connection) != (10, 10):  # connection.start
+            return False
+        login = b"\x00guest\x00guest"
+        start_ok = struct.pack(">HHI", 10, 11, 0) + b"\x05PLAIN" + struct.pack(">I", len(login)) + login + b"\x05en_US"
+        connection.sendall(struct.pack(">BHI", 1, 0, len(start_ok)) + start_ok + b"\xce")
+        return _amqp_method(connection) == (10, 30)  # connection.tune
+    return False
+
+
+def _amqp_method(connection: socket.socket) -> tuple[int, int] | None:
+    header = _read(connection, 7)
+    if header[:3] != b"\x01\x00\x00":  # a method, on channel 0
+        return None
+    payload = _read(connection, struct.unpack(">I", header[3:])[0] + 1)
+    return struct.unpack_from(">HH", payload)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = connection.recv(size - len(data))
+        if not chunk:
+            raise ConnectionError("closed")
+        data += chunk
+    return data
+
+
+# ---------------------------------------------------------------------- private servers
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOCALHOST, 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def private_redis(binary: str) -> Iterator[int]:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dp-redis-") as folder:
+        options = ["--bind", LOCALHOST, "--port", str(port), "--save", "", "--appendonly", "no", "--dir", folder]
+        with _server([binary, *options], os.environ, Path(folder), lambda: redis_answers(port)):
+            yield port
+
+
+@contextlib.contextmanager
+def private_rabbitmq(binary: str) -> Iterator[int]:
+    port, distribution_port, epmd_port = free_port(), free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="dp-rabbitmq-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.default = {LOCALHOST}:{port}\ndisk_free_limit.absolute = 1MB\n"
+        )
+        (folder / "enabled_plugins").write_text("[].\n")
+        (folder / "env.conf").touch()
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))},
+            "HOME": name,  # the Erlang cookie
+            "ERL_EPMD_PORT": str(epmd_port),  # a name server of its own, so that it can be stopped
+            "ERL_EPMD_ADDRESS": LOCALHOST,
+            "ERL_EPMD_RELAXED_COMMAND_CHECK": "1",
+            "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@localhost",
+            "RABBITMQ_DIST_PORT": str(distribution_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_CONFIG_FILE": f"{folder / 'rabbitmq.conf'}",
+            "RABBITMQ_CONF_ENV_FILE": f"{folder / 'env.conf'}",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder / 'enabled_plugins'}",
+            "RABBITMQ_MNESIA_BASE": f"{folder / 'data'}",
+            "RABBITMQ_LOG_BASE": f"{folder / 'log'}",
+            "RABBITMQ_PID_FILE": f"{folder / 'pid'}",
+        }
+        try:
+            with _server([binary], environment, folder, lambda: rabbitmq_answers(port)):
+                yield port
+        finally:
+            with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, epmd_port), timeout=2) as epmd:
+                epmd.sendall(b"\x00\x01k")  # kill
+                epmd.recv(2)
+
+
+@contextlib.contextmanager
+def _server(
+    command: list[str], environment: Mapping[str, str], folder: Path, answers: Callable[[], bool]
+) -> Iterator[None]:
+    output = folder / "output"
+    with output.open("wb") as log:
+        # A session of its own: the terminal's Ctrl-C is for the command, and all its processes can be stopped at once.
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        give_up = time.monotonic() + STARTUP
+        while not answers():
+            if server.poll() is not None or time.monotonic() > give_up:
+                said = " ".join(output.read_text(errors="replace").split())[-500:]
+                raise Unavailable(f"{command[0]} did not start: {said}")
+            time.sleep(0.1)
+        yield
+    finally:
+        # Its data goes with it, so there is nothing to be polite about.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+# ---------------------------------------------------------------------- the two services
+
+
+class Service(NamedTuple):
+    name: str
+    variable: str  # the environment variable with its URL
+    url: str  # {port} stands for its port
+    port: int  # the standard one
+    answers: Callable[[int], bool]
+    binaries: tuple[str, ...]
+    package: str  # in Debian
+    private: Callable[[str], contextlib.AbstractContextManager[int]]
+    container_port: str  # the variable that docker-compose.yml takes its port from
+
+    def binary(self) -> str | None:
+        return next(filter(None, map(shutil.which, self.binaries)), None)
+
+    def at(self, port: int) -> str:
+        return self.url.format(port=port)
+
+
+REDIS = Service(
+    name="redis",
+    variable="REDIS_URL",
+    url="redis://127.0.0.1:{port}/0",
+    port=6379,
+    answers=redis_answers,
+    binaries=("redis-server", "valkey-server"),
+    package="redis-server",
+    private=private_redis,
+    container_port="REDIS_PORT",
+)
+RABBITMQ = Service(
+    name="rabbitmq",
+    variable="RABBITMQ_URL",
+    url="amqp://guest:guest@127.0.0.1:{port}",
+    port=5672,
+    answers=rabbitmq_answers,
+    # The one on the PATH of Debian and Red Hat is a wrapper that insists on a user and a folder of its own.
+    binaries=("/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server", "/usr/sbin/rabbitmq-server"),
+    package="rabbitmq-server",
+    private=private_rabbitmq,
+    container_port="RABBITMQ_PORT",
+)
+
+
+@contextlib.contextmanager
+def service(wanted: Service, *, private: bool = False) -> Iterator[str]:
+    """The URL of a server that works while this lasts."""
+    with contextlib.ExitStack() as stack:
+        if not private and os.environ.get(wanted.variable):
+            url, source = os.environ[wanted.variable], f"from {wanted.variable}"
+        elif not private and wanted.answers(wanted.port):
+            url, source = wanted.at(wanted.port), "already running"
+        elif wanted.binary() or install(wanted):
+            url, source = wanted.at(stack.enter_context(started(wanted))), "started for this run"
+        elif docker_answers():
+            url, source = wanted.at(stack.enter_context(container(wanted))), "started in Docker for this run"
+        else:
+            raise Unavailable(
+                f"There is no {wanted.name} to test with: install {wanted.package}, or Docker with Compose, "
+                f"or set {wanted.variable} to a running one."
+            )
+        say(f"{wanted.name}: {url.rpartition('@')[2].rpartition('//')[2]} ({source})")
+        yield url
+
+
+@contextlib.contextmanager
+def started(wanted: Service) -> Iterator[int]:
+    """A private server; tried again on other ports, for someone may have been faster with the free ones."""
+    binary = wanted.binary()
+    if binary is None:
+        raise Unavailable(f"{wanted.package} was installed, but none of {', '.join(wanted.binaries)} is there.")
+    with contextlib.ExitStack() as stack:
+        for attempts_left in (2, 1, 0):
+            try:
+                port = stack.enter_context(wanted.private(binary))
+                break
+            except Unavailable:
+                if not attempts_left:
+                    raise
+        yield port
+
+
+def install(wanted: Service) -> bool:
+    """Install the server's Debian package without starting its service. False where that can't be done."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return False
+    with APT_LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if wanted.binary():
+            return True  # another run was faster
+        say(f"{wanted.name}: installing {wanted.package} with apt-get")
+        apt = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=600"]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        with services_not_started():
+            for arguments in (["update"], ["install", "--no-install-recommends", wanted.package]):
+                done = subprocess.run(
+                    [*apt, *arguments],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode and arguments != ["update"]:  # one of its sources may be down
+                    say(done.stdout[-2_000:])
+                    return False
+        return True
+
+
+@contextlib.contextmanager
+def services_not_started() -> Iterator[None]:
+    """While this lasts, Debian packages don't start what they install."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    if policy.exists():
+        yield  # the machine has its own say
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink(missing_ok=True)
+
+
+def docker_answers() -> bool:
+    if not shutil.which("docker"):
+        return False
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return all(
+            subprocess.run(["docker", *arguments], capture_output=True, timeout=30, check=False).returncode == 0
+            for arguments in (["info"], ["compose", "version"])
+        )
+    return False
+
+
+@contextlib.contextmanager
+def container(wanted: Service) -> Iterator[int]:
+    """The service of docker-compose.yml, in a Compose project of its own, which is removed with its volumes."""
+    port = free_port()
+    environment = {**os.environ, wanted.container_port: str(port), "RABBITMQ_MANAGEMENT_PORT": str(free_port())}
+    project = f"dp-{wanted.name}-{uuid.uuid4().hex[:12]}"
+    compose = ["docker", "compose", "--project-name", project, "--file", str(ROOT / "docker-compose.yml")]
+    try:
+        up = subprocess.run([*compose, "up", "--detach", "--wait", wanted.name], env=environment, check=False)
+        if up.returncode:
+            raise Unavailable(f"docker compose could not start {wanted.name}; what it said is above.")
+        yield port
+    finally:
+        subprocess.run([*compose, "down", "--volumes"], env=environment, check=False)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def run(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run it to its end and return its exit code, as a shell would put it; when interrupted, so is the command."""
+    try:
+        child = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        raise Unavailable(f"{command[0]} can't be run: {error.strerror}.") from None
+    try:
+        code = child.wait()
+    except Interrupted as interrupted:
+        if interrupted.signum != signal.SIGINT:  # a terminal sends that one to the command as well
+            child.terminate()
+        raise
+    finally:
+        _end(child)
+    return code if code >= 0 else 128 - code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for stop in (None, child.terminate, child.kill):
+        if stop is not None:
+            stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(PATIENCE)
+            return
+
+
+def interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
+    # The first one counts: what follows is for the cleaning up to be done in peace.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda *_: None)
+    raise Interrupted(signum)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--private", action="store_true", help="start servers of its own, whatever is running")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    if not options.command:
+        parser.error("which command?")
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+    try:
+        with service(REDIS, private=options.private) as redis, service(RABBITMQ, private=options.private) as rabbitmq:
+            return run(options.command, {**os.environ, "REDIS_URL": redis, "RABBITMQ_URL": rabbitmq})
+    except Unavailable as error:
+        say(f"with_services: {error}")
+        return 69  # EX_UNAVAILABLE
+    except Interrupted as interrupted:
+        return 128 + interrupted.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

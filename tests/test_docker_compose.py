@@ -1,0 +1,56 @@
+"""docker-compose.yml, read as far as that goes without Docker, and by Compose itself where that is installed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+COMPOSE_FILE = Path(__file__).parent.parent / "docker-compose.yml"
+
+if not COMPOSE_FILE.exists():
+    pytest.skip("not in a checkout", allow_module_level=True)
+
+
+@pytest.fixture
+def compose() -> dict[str, Any]:
+    return yaml.safe_load(COMPOSE_FILE.read_text())
+
+
+def test_both_brokers_say_when_they_are_healthy_and_the_worker_waits_for_it(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert services.keys() == {"redis", "rabbitmq", "worker"}
+    for broker in ("redis", "rabbitmq"):
+        assert services[broker]["healthcheck"]["test"][0] == "CMD"
+        assert services["worker"]["depends_on"][broker] == {"condition": "service_healthy"}
+
+
+def test_what_the_brokers_keep_is_in_named_volumes(compose: dict[str, Any]) -> None:
+    named = set(compose["volumes"])
+    for broker in ("redis", "rabbitmq"):
+        assert {volume.partition(":")[0] for volume in compose["services"][broker]["volumes"]} <= named
+
+
+def test_no_port_is_open_to_other_machines(compose: dict[str, Any]) -> None:
+    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_worker_runs_the_example_and_reloads_it(compose: dict[str, Any]) -> None:
+    worker = compose["services"]["worker"]
+    assert "dramatiq --watch examples examples.orders.app" in worker["command"][-1]
+    assert "BROKER_URL" in worker["environment"]
+
+
+def test_compose_finds_nothing_wrong() -> None:
+    command = ["docker", "compose", "--file", COMPOSE_FILE]
+    try:
+        subprocess.run([*command, "version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("Docker Compose is not installed")
+    config = subprocess.run([*command, "config", "--quiet"], check=False, capture_output=True, text=True)
+    assert (config.returncode, config.stderr) == (0, "")
