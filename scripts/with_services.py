@@ -30,13 +30,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCALHOST = "127.0.0.1"
 STARTUP = 90  # seconds that a server may take until it answers
 PATIENCE = 10  # seconds that a process may take to end
+POLICY = Path("/usr/sbin/policy-rc.d")  # asked by Debian packages before they start what they install
 APT_LOCK = Path(tempfile.gettempdir()) / "dramatiq-policies-apt.lock"
 
 
@@ -44,9 +44,19 @@ class Unavailable(Exception):
     """There is no way to get a server here; says why in one sentence."""
 
 
-class Interrupted(BaseException):
+class Interrupted(Exception):
+    """SIGINT, SIGTERM or SIGHUP came."""
+
     def __init__(self, signum: int) -> None:
         self.signum = signum
+
+
+signals: list[int] = []  # that came. They are only noted, so that nothing is started and then forgotten
+
+
+def raise_if_interrupted() -> None:
+    if signals:
+        raise Interrupted(signals[0])
 
 
 # ---------------------------------------------------------------------- does a server answer?
@@ -162,6 +172,7 @@ def _server(
     try:
         give_up = time.monotonic() + STARTUP
         while not answers():
+            raise_if_interrupted()
             if server.poll() is not None or time.monotonic() > give_up:
                 said = " ".join(output.read_text(errors="replace").split())[-500:]
                 raise Unavailable(f"{command[0]} did not start: {said}")
@@ -224,6 +235,7 @@ RABBITMQ = Service(
 def service(wanted: Service, *, private: bool = False) -> Iterator[str]:
     """The URL of a server that works while this lasts."""
     with contextlib.ExitStack() as stack:
+        raise_if_interrupted()
         if not private and os.environ.get(wanted.variable):
             url, source = os.environ[wanted.variable], f"from {wanted.variable}"
         elif not private and wanted.answers(wanted.port):
@@ -289,16 +301,15 @@ def install(wanted: Service) -> bool:
 @contextlib.contextmanager
 def services_not_started() -> Iterator[None]:
     """While this lasts, Debian packages don't start what they install."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
+    if POLICY.exists():
         yield  # the machine has its own say
         return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
+    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.chmod(0o755)
     try:
         yield
     finally:
-        policy.unlink(missing_ok=True)
+        POLICY.unlink(missing_ok=True)
 
 
 def docker_answers() -> bool:
@@ -338,14 +349,17 @@ def run(command: list[str], environment: Mapping[str, str]) -> int:
     except OSError as error:
         raise Unavailable(f"{command[0]} can't be run: {error.strerror}.") from None
     try:
-        code = child.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(0.1)
+                return code if code >= 0 else 128 - code
+            raise_if_interrupted()
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:  # a terminal sends that one to the command as well
             child.terminate()
         raise
     finally:
         _end(child)
-    return code if code >= 0 else 128 - code
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -355,13 +369,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE)
             return
-
-
-def interrupt(signum: int, _frame: FrameType | None) -> NoReturn:
-    # The first one counts: what follows is for the cleaning up to be done in peace.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, lambda *_: None)
-    raise Interrupted(signum)
 
 
 def say(text: str) -> None:
@@ -376,7 +383,7 @@ def main(arguments: list[str]) -> int:
     if not options.command:
         parser.error("which command?")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
+        signal.signal(signum, lambda signum, _frame: signals.append(signum))
     try:
         with service(REDIS, private=options.private) as redis, service(RABBITMQ, private=options.private) as rabbitmq:
             return run(options.command, {**os.environ, "REDIS_URL": redis, "RABBITMQ_URL": rabbitmq})
