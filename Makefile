@@ -27,6 +27,7 @@ bench: $(VENV)/installed  ## a first look; benchmarks/README.md has the long for
 	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain --short
 
 dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check prometheus-client
 	$(WITH_SERVICES) --private $(BIN)/python scripts/dramatiq_suite.py "$(CHECKOUT)" $(ARGS)
 
 clean:

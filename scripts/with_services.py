@@ -10,7 +10,7 @@ Each of the two is, in this order:
 5. one that `docker compose` starts on a free port.
 The command gets REDIS_URL and RABBITMQ_URL, and its exit code is the script's. What was started is stopped again,
 whatever happens but SIGKILL. Any number of these may run at the same time. `--private` skips 1 and 2, for commands
-that empty their servers.
+that empty their servers, and tells them so by DP_PRIVATE_SERVICES=1.
 """
 
 from __future__ import annotations
@@ -386,7 +386,10 @@ def main(arguments: list[str]) -> int:
         signal.signal(signum, lambda signum, _frame: signals.append(signum))
     try:
         with service(REDIS, private=options.private) as redis, service(RABBITMQ, private=options.private) as rabbitmq:
-            return run(options.command, {**os.environ, "REDIS_URL": redis, "RABBITMQ_URL": rabbitmq})
+            environment = {**os.environ, "REDIS_URL": redis, "RABBITMQ_URL": rabbitmq}
+            if options.private:
+                environment["DP_PRIVATE_SERVICES"] = "1"
+            return run(options.command, environment)
     except Unavailable as error:
         say(f"with_services: {error}")
         return 69  # EX_UNAVAILABLE
