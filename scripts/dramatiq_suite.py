@@ -17,9 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ET
 from importlib.metadata import version
 from pathlib import Path
-from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +57,7 @@ def main() -> int:
 def summary(report: Path) -> str:
     if not report.exists():
         return "nothing was run"
-    suite = ElementTree.parse(report).getroot()[0]
+    suite = ET.parse(report).getroot()[0]
     tests, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
     passed = tests - failures - errors - skipped
     return f"{passed} passed, {failures} failed, {errors} errors, {skipped} skipped"

@@ -16,9 +16,6 @@ import redis
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "with_services.py"
 
-if not SCRIPT.exists():
-    pytest.skip("not in a checkout", allow_module_level=True)
-
 
 @pytest.mark.timeout(300)
 def test_two_private_runs_at_once_get_servers_of_their_own_which_are_gone_after_an_interrupt(tmp_path: Path) -> None:
