@@ -134,7 +134,8 @@ def private_rabbitmq(binary: str) -> Iterator[int]:
             "ERL_EPMD_PORT": str(epmd_port),  # a name server of its own, so that it can be stopped
             "ERL_EPMD_ADDRESS": LOCALHOST,
             "ERL_EPMD_RELAXED_COMMAND_CHECK": "1",
-            "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@localhost",
+            "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@{LOCALHOST}",
+            "RABBITMQ_USE_LONGNAME": "true",  # an address is one
             "RABBITMQ_DIST_PORT": str(distribution_port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             "RABBITMQ_CONFIG_FILE": f"{folder / 'rabbitmq.conf'}",
