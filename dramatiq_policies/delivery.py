@@ -7,6 +7,7 @@ nothing in it is locked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from .outcomes import Outcome
 
 if TYPE_CHECKING:
     from dramatiq import Message
-    from dramatiq.broker import MessageProxy
+    from dramatiq.broker import Broker, MessageProxy
 
     from .options import ActorPolicy
 
-__all__ = ["CurrentJob", "Delivery", "Send", "Settlement", "current_job", "running_delivery"]
+__all__ = ["CurrentJob", "Delivery", "Recorder", "Send", "Settlement", "current_job", "running_delivery"]
 
 #: The delivery that this thread (greenlet, task) works on.
 current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
@@ -28,17 +29,40 @@ current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", 
 class Send:
     """A message that must be accepted by the broker before its cause is acked."""
 
-    __slots__ = ("delay", "message")
+    __slots__ = ("delay", "encoded", "message")
 
     def __init__(self, message: Message[Any], delay: int | None = None) -> None:
         self.message = message
         self.delay = delay
+        #: What the broker is sent, made once: a repeated hand-off sends the very same.
+        self.encoded: Any = None
+
+
+class Recorder:
+    """Stands in for the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.sends: list[Send] = []
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        self.sends.append(Send(message, delay))
+        return message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broker, name)
 
 
 class Settlement:
-    """What was decided: how the delivery ends, and what becomes of its message."""
+    """What was decided: how the delivery ends, and what becomes of its message.
 
-    __slots__ = ("dead_letter", "delay_ms", "exception", "outcome", "reason", "rule", "then")
+    Attributes:
+      outcome, reason, exception, rule, delay_ms, attempt: As in the record that is published.
+      dead_letter: The message goes to the dead-letter queue.
+      exhausted: A rule's retries were used up: ``on_retry_exhausted`` is told.
+    """
+
+    __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "exhausted", "outcome", "reason", "rule")
 
     def __init__(
         self,
@@ -49,6 +73,8 @@ class Settlement:
         rule: str | None = None,
         delay_ms: int | None = None,
         dead_letter: bool = False,
+        attempt: int | None = None,
+        exhausted: bool = False,
     ) -> None:
         self.outcome = outcome
         self.reason = reason
@@ -56,6 +82,8 @@ class Settlement:
         self.rule = rule
         self.delay_ms = delay_ms
         self.dead_letter = dead_letter
+        self.attempt = attempt
+        self.exhausted = exhausted
 
 
 #: Every success is the same decision.
@@ -76,20 +104,25 @@ class Delivery:
       started, ended: Monotonic seconds at which the actor was called and was over; None before.
       timeout_ms: The execution timeout in force, None for none.
       settlement: What was decided, None until then.
-      sends: What must be handed on before the ack, in order; emptied as the broker accepts.
+      steps: What must be handed on before the ack, in order: messages, and calls that yield some. Emptied as the
+        broker accepts.
       settled: Everything but the ack is done and must not be done again.
+      acked: The hand-off took the message off its queue in the same step.
+      abandoned: The message is neither acked nor nacked: it comes back.
     """
 
     __slots__ = (
+        "abandoned",
+        "acked",
         "consumer",
         "ended",
         "message",
         "policy",
-        "sends",
         "settled",
         "settlement",
         "stage",
         "started",
+        "steps",
         "timeout_ms",
     )
 
@@ -102,14 +135,16 @@ class Delivery:
         self.ended: float | None = None
         self.timeout_ms: float | None = None
         self.settlement: Settlement | None = None
-        self.sends: list[Send] | None = None
+        self.steps: list[Send | Callable[[], list[Send]]] | None = None
         self.settled = False
+        self.acked = False
+        self.abandoned = False
 
-    def send(self, message: Message[Any], delay: int | None = None) -> None:
-        """Have ``message`` handed to the broker before this delivery is acked."""
-        if self.sends is None:
-            self.sends = []
-        self.sends.append(Send(message, delay))
+    def hand_on(self, step: Send | Callable[[], list[Send]]) -> None:
+        """Have a message, or those that a call yields, accepted by the broker before this delivery is acked."""
+        if self.steps is None:
+            self.steps = []
+        self.steps.append(step)
 
     def elapsed_ms(self) -> float:
         """How long the actor has run, or ran, in milliseconds."""

@@ -45,8 +45,9 @@ One daemon thread per process looks at one slot per worker thread; there is no q
 early would leave stale entries for as long as their timeouts. It sleeps until the earliest deadline. A worker that arms
 a deadline writes its slot (under the slot's lock) and then reads when the timer will wake; the timer first says that
 everybody is to wake it, then reads the slots (under the same locks), and then says when it will wake. So for each slot,
-either the timer sees the new deadline, or the worker sees that it must wake the timer. An arm that is no earlier costs
-no wake-up, and an idle process sleeps without end.
+either the timer sees the new deadline, or the worker sees that it must wake the timer. A deadline that is no
+earlier costs no wake-up. One whose job has ended is slept for all the same, so that the next job's is no earlier; after
+it an idle process sleeps without end.
 
 It starts at the first deadline, hence after the fork, and a forked child begins anew. In the child nobody will
 interrupt a job that was running in the parent when it forked.
@@ -175,11 +176,12 @@ class Slot:
     def attend(self) -> float:
         """Do what is due, and say when the next thing is. Only the timer calls it."""
         with self.lock:
+            if self.due > monotonic():
+                # If that job has ended, too: the next one would wake the timer, only to end before it has looked.
+                return self.due
             tokens = self.tokens
             if tokens is None:
                 return inf
-            if self.due > monotonic():
-                return self.due
             watch = self.watch
             if self.exception is not None:
                 self.interrupt(tokens, self.exception)

@@ -17,6 +17,7 @@ from .. import interrupts
 from ..delivery import READY_AT
 from ..errors import ConfigurationError
 from ..history import POLICIES
+from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -61,7 +62,7 @@ class StuckJob:
 OnStuck = Literal["log", "exit"] | Callable[[StuckJob], object]
 
 
-class Timeout(TimeLimit):
+class Timeout(PolicyMiddleware, TimeLimit):
     """Interrupts jobs that run for too long, and expires messages that have waited for too long.
 
     Takes the place of Dramatiq's ``TimeLimit``. A job is interrupted by `TimeoutExceeded`, within milliseconds of its
@@ -101,6 +102,7 @@ class Timeout(TimeLimit):
         interval: int | None = None,
     ) -> None:
         # TimeLimit's own constructor would make a thread that looks at the clock once a second.
+        self._given = default is not None or time_limit is not None
         if default is None:
             self.default = _argument("time_limit", time_limit, None, DEFAULT_MS)
         else:
@@ -131,7 +133,13 @@ class Timeout(TimeLimit):
     after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
 
     def after_process_boot(self, broker: Broker) -> None:
+        super().after_process_boot(broker)
         interrupts.supported()
+
+    def take_over(self, stock: TimeLimit) -> None:
+        """Keep the limit of the TimeLimit that was on the broker, where none was given."""
+        if not self._given:
+            self.default = self.time_limit = float(stock.time_limit)
 
     def resolve(self, options: Mapping[str, Any]) -> tuple[float | None, float | None]:
         """The timeout and the queue timeout of an actor in milliseconds, None for none, from its valid options."""

@@ -1,0 +1,64 @@
+"""Production rules for Dramatiq's background jobs, declared where the job is declared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .backoff import constant, exponential, polynomial, retry_after
+from .bundle import install
+from .delivery import CurrentJob, current_job
+from .errors import (
+    ConfigurationError,
+    Crashed,
+    Discard,
+    HandoffFailed,
+    MalformedMessage,
+    NoResult,
+    PolicyError,
+    QueueTimeoutExceeded,
+    Snooze,
+    TimeoutExceeded,
+    Verdict,
+)
+from .middleware.discard_logger import DiscardLogger
+from .middleware.error_classifier import ErrorClassifier
+from .middleware.timeout import StuckJob, Timeout
+from .options import ActorOptions
+from .outcomes import Outcome, OutcomeEvent
+from .rules import RetryPolicy, when
+
+if TYPE_CHECKING:
+    from ._typed_actor import actor
+else:
+    from dramatiq import actor
+
+__all__ = [
+    "ActorOptions",
+    "ConfigurationError",
+    "Crashed",
+    "CurrentJob",
+    "Discard",
+    "DiscardLogger",
+    "ErrorClassifier",
+    "HandoffFailed",
+    "MalformedMessage",
+    "NoResult",
+    "Outcome",
+    "OutcomeEvent",
+    "PolicyError",
+    "QueueTimeoutExceeded",
+    "RetryPolicy",
+    "Snooze",
+    "StuckJob",
+    "Timeout",
+    "TimeoutExceeded",
+    "Verdict",
+    "actor",
+    "constant",
+    "current_job",
+    "exponential",
+    "install",
+    "polynomial",
+    "retry_after",
+    "when",
+]

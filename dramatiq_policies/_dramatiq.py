@@ -1,0 +1,78 @@
+"""Every private name of Dramatiq that this library touches, in one place.
+
+Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, it breaks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from dramatiq import Message
+from dramatiq.broker import Broker, Consumer, MessageProxy
+from dramatiq.brokers import stub as _stub
+from dramatiq.middleware import Middleware
+
+#: The logger on which a worker thread reports failed and skipped messages, and the lines in question.
+WORKER_LOGGER = "dramatiq.worker.WorkerThread"
+FAILED_LINE = "Failed to process message %s with unhandled exception."
+EXPECTED_LINE = "Failed to process message %s with expected exception %s."
+SKIPPED_LINE = "Message %s was skipped."
+
+StubMessage: type[MessageProxy] = _stub._StubMessageProxy
+
+
+def message_of(proxy: MessageProxy) -> Message[Any]:
+    """The message behind a proxy."""
+    return proxy._message
+
+
+def replace_message(proxy: MessageProxy, message: Message[Any]) -> None:
+    proxy._message = message
+
+
+def exception_of(proxy: MessageProxy) -> BaseException | None:
+    """What the worker stuffed into the proxy."""
+    return proxy._exception
+
+
+def is_stub_consumer(consumer: Consumer) -> bool:
+    return type(consumer) is _stub._StubConsumer
+
+
+def release_stub_slot(consumer: Any) -> None:
+    """What a stub consumer does at every ack: the queue counts one less, and a prefetch slot is free."""
+    consumer.queue.task_done()
+    consumer.prefetch_semaphore.release()
+
+
+def is_redis_consumer(consumer: Consumer) -> bool:
+    try:
+        from dramatiq.brokers.redis import _RedisConsumer
+    except ImportError:
+        return False
+    return type(consumer) is _RedisConsumer
+
+
+def is_rabbitmq_consumer(consumer: Consumer) -> bool:
+    try:
+        from dramatiq.brokers.rabbitmq import _RabbitmqConsumer
+    except ImportError:
+        return False
+    return type(consumer) is _RabbitmqConsumer
+
+
+def rabbitmq_deliveries(consumer: Any) -> Iterator[tuple[Any, Any, bytes | None]]:
+    return cast("Iterator[tuple[Any, Any, bytes | None]]", consumer.iterator)
+
+
+def rabbitmq_message(consumer: Any, method: Any, message: Message[Any]) -> MessageProxy:
+    from dramatiq.brokers.rabbitmq import _RabbitmqMessage
+
+    consumer.known_tags.add(method.delivery_tag)
+    return _RabbitmqMessage(method.redelivered, method.delivery_tag, message)
+
+
+def add_options(broker: Broker, middleware: Middleware) -> None:
+    """Let actors use the options of a middleware that was put into the list without ``add_middleware``."""
+    broker.actor_options |= middleware.actor_options

@@ -1,0 +1,30 @@
+"""What each broker's storage asks for: one consumer each, and the plain one for brokers that we don't know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .. import _dramatiq
+from ..consumer import PolicyConsumer
+
+if TYPE_CHECKING:
+    from ..wiring import Wiring
+
+__all__ = ["wrap_consumer"]
+
+
+def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer:
+    """The wrapping consumer for what ``broker.consume`` returned."""
+    if _dramatiq.is_stub_consumer(inner):
+        from .stub import StubConsumer
+
+        return StubConsumer(wiring, inner, queue_name)
+    if _dramatiq.is_redis_consumer(inner):
+        from .redis import RedisConsumer
+
+        return RedisConsumer(wiring, inner, queue_name)
+    if _dramatiq.is_rabbitmq_consumer(inner):
+        from .rabbitmq import RabbitmqConsumer
+
+        return RabbitmqConsumer(wiring, inner, queue_name)
+    return PolicyConsumer(wiring, inner, queue_name)

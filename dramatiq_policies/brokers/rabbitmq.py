@@ -1,0 +1,152 @@
+"""The consumer on RabbitMQ.
+
+Hand-offs go over a channel of ours, mandatory and confirmed, on the calling thread's own connection. A dead letter is
+published to the dead-letter queue and the message acked after that was confirmed: a crash in between leaves two, never
+none. Once this consumer's channel is closed the server has put its messages back, so nothing is handed on for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pika
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import dq_name, q_name, xq_name
+from dramatiq.errors import ConnectionClosed
+
+from .. import _dramatiq
+from ..consumer import DelayQueue, PolicyConsumer
+from ..delivery import Delivery, Send
+from ..errors import MalformedMessage
+from ..history import now_ms
+from ..wiring import Wiring
+
+__all__ = ["RabbitmqConsumer"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+
+_REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
+_LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
+
+
+class RabbitmqConsumer(PolicyConsumer):
+    """Consumes, acks and dead-letters on RabbitMQ."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
+        self.closed = False
+
+    def take(self) -> MessageProxy | None:
+        try:
+            method, _properties, body = next(self.deliveries)
+        except _LOST as error:
+            if getattr(error, "reply_code", None) == 404:
+                # The queue has disappeared: have it declared again.
+                self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+            self.closed = True
+            raise ConnectionClosed(error) from None
+        if body is None:
+            return None
+        try:
+            message: Message[Any] = Message.decode(body)
+            self.adopt(message)
+        except Exception as error:
+            self._dead_letter_raw(method, body, error)
+            return None
+        return _dramatiq.rabbitmq_message(self.inner, method, message)
+
+    def _dead_letter_raw(self, method: Any, body: bytes, error: Exception) -> None:
+        try:
+            self._publish(xq_name(self.source), body, None)
+        except Exception as lost:
+            raise ConnectionClosed(lost) from None
+        self.inner.channel.basic_ack(method.delivery_tag)
+        self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
+        if self.gone():
+            raise ConnectionClosed("the consumer that delivered this message is closed")
+        steps = delivery.steps
+        while steps:
+            step = steps[0]
+            assert isinstance(step, Send)
+            self._enqueue(step)
+            steps.pop(0)
+        if dead is not None:
+            self._publish(xq_name(self.source), dead.encode(), dead.options.get("broker_priority"))
+
+    def _enqueue(self, step: Send) -> None:
+        """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
+        if step.encoded is None:
+            message, delay = step.message, step.delay
+            if delay is not None:
+                message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
+            self.broker.emit_before("enqueue", message, delay)
+            step.message, step.encoded = message, message.encode()
+        self._publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
+        self.broker.emit_after("enqueue", step.message, step.delay)
+
+    def _publish(self, queue: str, body: bytes, priority: int | None) -> None:
+        broker: Any = self.broker
+        broker.declare_queue(q_name(queue), ensure=True)
+        try:
+            self._channel().basic_publish(
+                exchange="",
+                routing_key=queue,
+                body=body,
+                properties=pika.BasicProperties(delivery_mode=2, priority=priority),
+                mandatory=True,
+            )
+        except pika.exceptions.UnroutableError:
+            broker.queues_pending.add(q_name(queue))
+            raise
+        except pika.exceptions.NackError:
+            raise
+        except Exception:
+            # The next try opens a new connection.
+            del broker.connection
+            raise
+
+    def _channel(self) -> Any:
+        """This thread's confirmed channel, on the connection that the broker keeps for this thread."""
+        broker: Any = self.broker
+        connection = broker.connection
+        channel = getattr(broker.state, "dramatiq_policies_channel", None)
+        if channel is None or channel.connection is not connection or not channel.is_open:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            broker.state.dramatiq_policies_channel = channel
+        return channel
+
+    def finish(self, message: MessageProxy) -> None:
+        if self.gone():
+            logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
+            return
+        super().finish(message)
+
+    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
+        self._enqueue(Send(moved))
+        self.inner.ack(message)
+
+    def delay_queue(self) -> DelayQueue:
+        # The server gives the delayed messages of a closed consumer out again.
+        return DelayQueue()
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        """The server does it when the consumer closes."""
+
+    def gone(self) -> bool:
+        return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
+
+    def lost_connection(self, error: Exception) -> bool:
+        if isinstance(error, _REFUSED):
+            return False
+        return isinstance(error, _LOST) or super().lost_connection(error)
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True

@@ -1,0 +1,222 @@
+"""The consumer on Redis.
+
+Hand-off and ack are one script, so no crash or lost reply falls between them. The consumer knows every redis id that
+this process holds; what the server says this process holds beyond that was lost with a reply, and is put back when the
+connection comes back. Any error of Redis is a lost connection, but for those that no waiting cures.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections import deque
+from importlib import resources
+from typing import Any
+from uuid import uuid4
+
+import redis
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import compute_backoff, dq_name
+from dramatiq.errors import ConnectionClosed
+
+from .. import _dramatiq
+from ..consumer import PolicyConsumer
+from ..delivery import Delivery, Send
+from ..errors import MalformedMessage
+from ..history import now_ms
+from ..wiring import Wiring
+
+__all__ = ["RedisConsumer"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+alerts = logging.getLogger("dramatiq_policies.alerts")
+
+_SETTLE = resources.files(__package__).joinpath("settle.lua").read_text()
+#: What Redis answers when no waiting will help.
+_PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
+
+
+class RedisConsumer(PolicyConsumer):
+    """Fetches, acks and dead-letters on Redis."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.client = inner.broker.client
+        self.script = self.client.register_script(_SETTLE)
+        self.prefetch = inner.prefetch
+        self.timeout_ms = inner.timeout
+        self.cache: deque[bytes | None] = deque()
+        self.held = wiring.in_flight.setdefault(queue_name, set())
+        self.misses = 0
+        self.room = threading.Event()
+        self._guarded(self._put_back_the_lost)
+
+    def take(self) -> MessageProxy | None:
+        while True:
+            if not self.cache and not self._fetch():
+                return None
+            data = self.cache.popleft()
+            if data is None:
+                # An id twice in the list, whose message was acked at its first turn.
+                continue
+            try:
+                message: Message[Any] = Message.decode(data)
+                self.adopt(message)
+                redis_id = message.options["redis_message_id"]
+                if type(redis_id) is not str:
+                    raise MalformedMessage("redis_message_id is no string")
+            except Exception as error:
+                self._guarded(self._dead_letter_raw, data, error)
+                continue
+            if redis_id in self.held:
+                # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
+                continue
+            self.held.add(redis_id)
+            return MessageProxy(message)
+
+    def _fetch(self) -> bool:
+        """Fill the cache; False if there was nothing to be had for a while."""
+        room = self.prefetch - len(self.held)
+        if room > 0:
+            self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
+            if self.cache:
+                self.misses = 0
+                return True
+        if self.is_delay_queue or room > 0:
+            self.misses, pause = compute_backoff(self.misses, max_backoff=self.timeout_ms)
+            self.idle(pause / 1_000)
+            return False
+        # All that may be prefetched is in hand: go on as soon as half of it is done.
+        self.room.clear()
+        if len(self.held) >= self.prefetch:
+            self.room.wait(self.timeout_ms / 1_000)
+        return False
+
+    def finish(self, message: MessageProxy) -> None:
+        self._guarded(self.broker.do_ack, self.source, message.options["redis_message_id"])  # type: ignore[attr-defined]
+        self._release(message)
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
+        sends: list[str | bytes] = []
+        for step in delivery.steps or ():
+            assert isinstance(step, Send)
+            if step.encoded is None:
+                step.encoded = self._encode(step)
+            sends.extend(step.encoded)
+        body = b"" if dead is None else dead.encode()
+        redis_id = message.options["redis_message_id"]
+        self._settle(redis_id, "" if dead is None else self.queue_name, body, sends)
+        delivery.acked = True
+        steps, delivery.steps = delivery.steps, None
+        for step in steps or ():
+            assert isinstance(step, Send)
+            self.broker.emit_after("enqueue", step.message, step.delay)
+        self._release(message)
+
+    def _encode(self, step: Send) -> tuple[str, str, bytes]:
+        """What ``RedisBroker.enqueue`` would send, its hooks run."""
+        message, delay = step.message, step.delay
+        redis_id = str(uuid4())
+        queue = message.queue_name
+        options: dict[str, Any] = {"redis_message_id": redis_id}
+        if delay is not None:
+            queue = dq_name(queue)
+            options["eta"] = now_ms() + delay
+        self.broker.declare_queue(message.queue_name)
+        step.message = message = message.copy(queue_name=queue, options=options)
+        self.broker.emit_before("enqueue", message, delay)
+        return queue, redis_id, message.encode()
+
+    def _settle(self, redis_id: str, dead_queue: str, dead: bytes, sends: list[str | bytes]) -> None:
+        broker: Any = self.broker
+        self._guarded(
+            self.script,
+            keys=[broker.namespace],
+            args=[now_ms(), broker.broker_id, self.source, redis_id, dead_queue, dead, *sends],
+        )
+
+    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
+        redis_id = message.options["redis_message_id"]
+        self._settle(redis_id, "", b"", list(self._encode(Send(moved))))
+        self.held.discard(redis_id)
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        ids = [message.options["redis_message_id"] for message in messages]
+        if ids:
+            self._guarded(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
+            self.held.difference_update(ids)
+
+    def abandon(self, message: MessageProxy) -> None:
+        # In the unacked set of this process still: found there when it next connects, or when it is gone.
+        self._release(message)
+
+    def lost_connection(self, error: Exception) -> bool:
+        return isinstance(error, redis.RedisError) or super().lost_connection(error)
+
+    def _release(self, message: MessageProxy) -> None:
+        held = self.held
+        held.discard(message.options["redis_message_id"])
+        if len(held) <= self.prefetch >> 1:
+            self.room.set()
+
+    def _dead_letter_raw(self, data: bytes, error: Exception) -> None:
+        """Move a body that can't be read to the dead letters. Its id stands in it, or must be looked for."""
+        broker: Any = self.broker
+        for redis_id in self._unacked():
+            if redis_id not in self.held:
+                body = self.client.hget(f"{broker.namespace}:{self.source}.msgs", redis_id)
+                if body == data or (isinstance(body, str) and body.encode() == data) or body is data:
+                    self._settle(redis_id, self.queue_name, data, [])
+        self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
+
+    def _unacked(self) -> list[str]:
+        broker: Any = self.broker
+        ids = self.client.smembers(f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}")
+        return [redis_id.decode() if isinstance(redis_id, bytes) else redis_id for redis_id in ids]
+
+    def _put_back_the_lost(self) -> None:
+        """Requeue what the server gave this process and this process never got."""
+        lost = [redis_id for redis_id in self._unacked() if redis_id not in self.held]
+        if lost:
+            logger.warning("%d messages of queue %r were lost with a reply and are put back.", len(lost), self.source)
+            self.broker.do_requeue(self.source, *lost)  # type: ignore[attr-defined]
+
+    def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call Redis; any of its errors is a lost connection, but a permanent one also ends this process."""
+        try:
+            return call(*args, **kwargs)
+        except redis.RedisError as error:
+            text = str(error)
+            if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
+                self._permanent(error)
+            raise ConnectionClosed(error) from None
+        except OSError as error:
+            raise ConnectionClosed(error) from None
+
+    def _permanent(self, error: Exception) -> None:
+        wiring = self.wiring
+        if wiring.fatal is None:
+            wiring.fatal = f"{type(error).__name__}: {error}"
+            alerts.critical(
+                "Redis refuses this worker for good (%s). %s",
+                wiring.fatal,
+                "The process ends." if wiring.in_command else "Stop the worker and mend what it says.",
+            )
+            if wiring.in_command:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self) -> None:
+        if self.wiring.stopping.is_set() and self.cache:
+            self._put_back_cached()
+        super().close()
+
+    def _put_back_cached(self) -> None:
+        """What was prefetched and never handed out is in the unacked set and in nobody's hands."""
+        try:
+            self._put_back_the_lost()
+        except (redis.RedisError, OSError) as error:
+            logger.warning("%d prefetched messages could not be put back: %s", len(self.cache), error)
+        self.cache.clear()

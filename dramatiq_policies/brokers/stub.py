@@ -1,0 +1,69 @@
+"""The consumer on a StubBroker."""
+
+from __future__ import annotations
+
+from queue import Empty
+from typing import Any
+
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+
+from .. import _dramatiq
+from ..consumer import PolicyConsumer
+from ..errors import MalformedMessage
+
+__all__ = ["StubConsumer"]
+
+
+class StubConsumer(PolicyConsumer):
+    """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
+
+    def take(self) -> MessageProxy | None:
+        inner = self.inner
+        if not inner.prefetch_semaphore.acquire(timeout=inner.timeout / 1_000):
+            return None
+        try:
+            data: bytes = inner.queue.get(timeout=inner.timeout / 1_000)
+        except Empty:
+            inner.prefetch_semaphore.release()
+            return None
+        try:
+            message: Message[Any] = Message.decode(data)
+            self.adopt(message)
+        except Exception as error:
+            raw: Message[Any] = Message(self.queue_name, "?", (), {}, {"raw": data.decode(errors="replace")})
+            letter = _dramatiq.StubMessage(raw)
+            letter.stuff_exception(MalformedMessage(f"the body can't be read: {error}"))
+            self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
+            self.report_malformed(error)
+            _dramatiq.release_stub_slot(inner)
+            return None
+        return _dramatiq.StubMessage(message)
+
+    def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
+        letter = _dramatiq.StubMessage(dead)
+        letter.failed = True
+        error = _dramatiq.exception_of(message)
+        if error is not None:
+            letter.stuff_exception(error)
+        self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
+
+    def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | None) -> None:
+        super().hand_off(message, delivery, dead)
+        # Not before the outcome is published: whoever joins the queue expects to see it.
+        delivery.acked = False
+
+    def finish(self, message: MessageProxy) -> None:
+        _dramatiq.release_stub_slot(self.inner)
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        for message in messages:
+            self.inner.queue.put(message.encode())
+            _dramatiq.release_stub_slot(self.inner)
+
+    def abandon(self, message: MessageProxy) -> None:
+        self.put_back([message])
+
+    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
+        self.broker.enqueue(moved)
+        self.finish(message)

@@ -1,0 +1,221 @@
+"""Putting the bundle on a broker: `install`, and the one rule of its order."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any, Literal, TypeVar
+
+from dramatiq.broker import Broker, Consumer
+from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.middleware import Middleware, Retries, ShutdownNotifications as StockShutdownNotifications, TimeLimit
+from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.worker import ConsumerThread
+
+from . import _dramatiq
+from .brokers import wrap_consumer
+from .errors import ConfigurationError
+from .middleware.base import PolicyMiddleware
+from .middleware.composition import GroupCallbacks, Pipelines
+from .middleware.discard_logger import DiscardLogger
+from .middleware.error_classifier import ErrorClassifier
+from .middleware.shutdown import ShutdownNotifications
+from .middleware.timeout import Timeout, validate
+from .options import ActorPolicy
+from .running import wrap_actor
+from .wiring import Wiring, wiring_of
+
+__all__ = ["arrange", "install"]
+
+B = TypeVar("B", bound=Broker)
+
+#: Those that only listen stand behind the ErrorClassifier, in this order.
+_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger,)
+
+
+def install(
+    broker: B,
+    *,
+    error_classifier: ErrorClassifier | None = None,
+    timeout: Timeout | None = None,
+    discard_logger: DiscardLogger | Literal[False] | None = None,
+) -> B:
+    """Put the bundle on a broker, and return the broker.
+
+    Parameters:
+      broker: Any broker; before its actors are declared, for their options are unknown before.
+      error_classifier: None means one with its defaults, which keeps the settings of the stock ``Retries``.
+      timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
+      discard_logger: None means one with its defaults, False none.
+
+    Raises:
+      ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
+    """
+    given = [
+        _checked("error_classifier", error_classifier, ErrorClassifier),
+        _checked("timeout", timeout, Timeout),
+        None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
+    ]
+    for middleware in broker.middleware:
+        if isinstance(middleware, PolicyMiddleware):
+            raise ConfigurationError(
+                f"install(): the broker has a {type(middleware).__name__} already. "
+                "Install the bundle once, or add each of its middleware yourself."
+            )
+    broker.middleware = [*broker.middleware, *(middleware for middleware in given if middleware is not None)]
+    arrange(broker)
+    return broker
+
+
+def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddleware:
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ConfigurationError.of_option("install()", name, f"a {kind.__name__} or None", value)
+    return value
+
+
+_lock = threading.RLock()
+
+
+def arrange(broker: Broker) -> Wiring:
+    """Bring the broker's middleware into order, and wire up what is new since the last time.
+
+    ErrorClassifier and Timeout stand where ``Retries`` and ``TimeLimit`` stood; those that only listen, behind the
+    ErrorClassifier. Hooks are iterating over the list while this is called: it is replaced, never changed.
+    """
+    wiring = wiring_of(broker)
+    if wiring.arranged is broker.middleware and wiring.arranged_length == len(broker.middleware):
+        if wiring.arranged_actors != len(broker.actors):
+            _resolve_actors(wiring)
+        return wiring
+    with _lock:
+        ours: dict[type[Middleware], Middleware] = {}
+        for middleware in broker.middleware:
+            if isinstance(middleware, PolicyMiddleware):
+                kind = _kind(middleware)
+                if kind in ours:
+                    raise ConfigurationError(
+                        f"The broker has two {kind.__name__} middleware. Add each once, or call install() once."
+                    )
+                ours[kind] = middleware
+        if ErrorClassifier not in ours:
+            # The others stand on its seams; with no rules it does what the stock Retries did.
+            ours[ErrorClassifier] = ErrorClassifier()
+        broker.middleware = _ordered(broker.middleware, ours)
+        for middleware in broker.middleware:
+            _dramatiq.add_options(broker, middleware)
+            if isinstance(middleware, PolicyMiddleware) and middleware not in wiring.attached:
+                _attach(wiring, middleware)
+            elif isinstance(middleware, ShutdownNotifications):
+                wiring.shutdown_notifications = middleware
+        if not wiring.attached_to_consume:
+            wiring.attached_to_consume = True
+            _wrap_consume(wiring)
+        wiring.arranged = broker.middleware
+        wiring.arranged_length = len(broker.middleware)
+        _resolve_actors(wiring)
+    return wiring
+
+
+def _kind(middleware: PolicyMiddleware) -> type[PolicyMiddleware]:
+    for kind in (ErrorClassifier, Timeout, *_LISTENERS):
+        if isinstance(middleware, kind):
+            return kind
+    return type(middleware)
+
+
+def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
+    if getattr(middleware, "_attached_to", wiring) is not wiring:
+        raise ConfigurationError(
+            f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
+        )
+    middleware._attached_to = wiring  # type: ignore[attr-defined]
+    wiring.attached.append(middleware)
+    if isinstance(middleware, Timeout):
+        wiring.timeout = middleware
+    middleware.attach(wiring)
+
+
+def _ordered(stock: list[Middleware], ours: dict[type[Middleware], Middleware]) -> list[Middleware]:
+    classifier, timeout = ours[ErrorClassifier], ours.get(Timeout)
+    assert isinstance(classifier, ErrorClassifier)
+    has_retries = any(type(middleware) is Retries for middleware in stock)
+    has_time_limit = any(type(middleware) is TimeLimit for middleware in stock)
+    listeners = [ours[kind] for kind in _LISTENERS if kind in ours]
+    listeners += [m for kind, m in ours.items() if kind not in (ErrorClassifier, Timeout, *_LISTENERS)]
+    ordered: list[Middleware] = []
+    for middleware in stock:
+        if type(middleware) is Retries:
+            classifier.take_over(middleware)
+            ordered += [classifier, *listeners]
+        elif type(middleware) is TimeLimit and isinstance(timeout, Timeout):
+            timeout.take_over(middleware)
+            ordered.append(timeout)
+        elif middleware is classifier:
+            if not has_retries:
+                ordered += [classifier, *listeners]
+        elif middleware is timeout:
+            if not has_time_limit:
+                ordered.append(timeout)
+        elif isinstance(middleware, PolicyMiddleware):
+            continue
+        elif type(middleware) is StockPipelines:
+            ordered.append(Pipelines())
+        elif type(middleware) is StockGroupCallbacks:
+            replacement = GroupCallbacks.__new__(GroupCallbacks)
+            vars(replacement).update(vars(middleware))
+            ordered.append(replacement)
+        elif type(middleware) is StockShutdownNotifications:
+            ordered.append(ShutdownNotifications(middleware.notify_shutdown))
+        else:
+            ordered.append(middleware)
+    if classifier not in ordered:
+        ordered += [classifier, *listeners]
+    return ordered
+
+
+def _resolve_actors(wiring: Wiring) -> None:
+    """Check and resolve the options of actors that are new, and wrap their functions."""
+    broker = wiring.broker
+    for actor in list(broker.actors.values()):
+        resolve_actor(wiring, actor)
+    wiring.arranged_actors = len(broker.actors)
+
+
+def resolve_actor(wiring: Wiring, actor: Any) -> None:
+    """Check one actor's options, keep them resolved, and wrap its function.
+
+    Raises:
+      ConfigurationError: If an option makes no sense.
+    """
+    known = wiring.policies.get(actor.actor_name)
+    if known is not None and known.options is actor.options and known.timeout is wiring.timeout:
+        return
+    classifier = next(m for m in wiring.attached if isinstance(m, ErrorClassifier))
+    policy = ActorPolicy(actor, classifier.rules)
+    if wiring.timeout is not None:
+        validate(f"actor {actor.actor_name!r}", actor.options)
+        policy.timeout_ms, policy.queue_timeout_ms = wiring.timeout.resolve(actor.options)
+    policy.timeout = wiring.timeout
+    wiring.policies[actor.actor_name] = policy
+    wrap_actor(wiring, actor)
+
+
+def _wrap_consume(wiring: Wiring) -> None:
+    """Have the broker hand out consumers of ours, each around one of its own."""
+    stock = wiring.broker.consume
+
+    @functools.wraps(stock)
+    def consume(queue_name: str, *args: Any, **kwargs: Any) -> Consumer:
+        consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name)
+        thread = threading.current_thread()
+        if isinstance(thread, ConsumerThread):
+            thread.delay_queue = consumer.delayed
+        return consumer
+
+    wiring.broker.consume = consume  # type: ignore[method-assign]
+
+
+PolicyMiddleware.arrange = staticmethod(arrange)
+PolicyMiddleware.resolve_actor = staticmethod(resolve_actor)

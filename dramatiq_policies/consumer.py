@@ -1,0 +1,274 @@
+"""The consumer that wraps Dramatiq's own: it owns ack, nack, requeue, delayed messages and bodies that can't be read.
+
+A worker calls it where it would call the stock one. What it adds: each message gets a `Delivery`; nothing is acked
+before `settlement.settle` has handed on what follows from it; a message goes back to the consumer that delivered it;
+delayed messages are moved here, publish first and then ack, and no error of a broker ends a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from queue import Empty, PriorityQueue
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message
+from dramatiq.broker import Consumer, MessageProxy
+from dramatiq.common import q_name
+from dramatiq.errors import ActorNotFound, BrokerConnectionError, ConnectionClosed
+
+from . import _dramatiq
+from .delivery import SUCCEEDED, Delivery, Send, Settlement
+from .errors import MalformedMessage
+from .history import now_ms
+from .outcomes import Outcome, OutcomeEvent
+from .settlement import settle
+from .shape import check_composition, check_shape, clean_options, is_number
+
+if TYPE_CHECKING:
+    from .wiring import Wiring
+
+__all__ = ["DelayQueue", "PolicyConsumer"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+
+#: How long a due message whose move failed waits for the next try, in milliseconds.
+_MOVE_AGAIN = 5_000
+
+
+class DelayQueue(PriorityQueue[Any]):
+    """Dramatiq's queue of delayed messages in hand, except that only we take messages out of it.
+
+    Dramatiq's consumer thread puts messages in and a worker's ``join`` waits on it, as ever; but it would move the due
+    ones without knowing whether the broker took them, and drop them all when a connection is lost.
+    """
+
+    def get_nowait(self) -> Any:
+        raise Empty
+
+    def due(self, now: int) -> Any | None:
+        """The next message whose time has come, or None."""
+        with self.mutex:
+            if not self.queue or self.queue[0].priority > now:
+                return None
+        return self.take()
+
+    def take(self) -> Any | None:
+        try:
+            return self.get(block=False)
+        except Empty:
+            return None
+
+
+class PolicyConsumer(Consumer):
+    """Wraps a consumer of any broker; the subclasses know more of theirs.
+
+    Parameters:
+      wiring: The bundle's state on the broker.
+      inner: The stock consumer.
+      queue_name: The queue that it reads, which may be a delay queue.
+    """
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        self.wiring = wiring
+        self.broker = wiring.broker
+        self.inner = inner
+        self.source = queue_name
+        self.queue_name = q_name(queue_name)
+        self.is_delay_queue = self.source != self.queue_name
+        self.delayed = self.delay_queue()
+
+    # What a worker calls.
+
+    def __next__(self) -> MessageProxy | None:
+        self._move_due()
+        message = self.take()
+        if message is None:
+            return None
+        if self.is_delay_queue:
+            # A delayed message without a time is due; it must not run from here, where its queue has another name.
+            if not is_number(message.options.get("eta")):
+                message.options["eta"] = 0
+            return message
+        message.delivery = delivery = Delivery(self, message)  # type: ignore[attr-defined]
+        options = message.options
+        clean_options(_dramatiq.message_of(message))
+        if "pipe_target" in options or "group_completion_callbacks" in options:
+            try:
+                check_composition(options)
+            except MalformedMessage as error:
+                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
+                message.fail()
+                self.nack(message)
+                return None
+        return message
+
+    def ack(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is None:
+            self.finish(message)
+            return
+        owner = delivery.consumer
+        if (
+            delivery.settlement is SUCCEEDED and delivery.steps is None and not self.wiring.successes_observed
+        ) or settle(self.wiring, owner, message, delivery):
+            owner.finish(message)
+
+    def nack(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is None:
+            self.inner.nack(message)
+            return
+        decided = delivery.settlement
+        if decided is None or not decided.dead_letter:
+            # Failed by somebody else: Dramatiq for an unknown actor, or a middleware of the user's.
+            error = _dramatiq.exception_of(message)
+            if isinstance(error, ActorNotFound):
+                decided = Settlement(Outcome.DEAD, "unknown_actor", exception=error, dead_letter=True)
+            else:
+                decided = Settlement(Outcome.SKIPPED, exception=error, dead_letter=True)
+            if not delivery.settled:
+                delivery.settlement = decided
+        self.ack(message)
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        held = list(messages)
+        try:
+            self.put_back(held)
+        except Exception as error:
+            # While closing, an error would end the thread; the messages come back as after a crash.
+            logger.warning("%d messages could not be put back on queue %r: %s", len(held), self.source, error)
+
+    def close(self) -> None:
+        if self.wiring.stopping.is_set():
+            items = []
+            while (item := self.delayed.take()) is not None:
+                items.append(item.message)
+                self.delayed.task_done()
+            self.requeue(items)
+        try:
+            self.inner.close()
+        except BrokerConnectionError:
+            pass
+        except Exception as error:
+            logger.warning("The consumer of queue %r did not close cleanly: %s", self.source, error)
+
+    # What settlement calls.
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
+        """Have the broker accept each step, dropping it from the list, and then the dead letter.
+
+        May be called again after any error, and goes on where it stopped.
+        """
+        steps = delivery.steps
+        while steps:
+            step = steps[0]
+            assert isinstance(step, Send)
+            self.broker.enqueue(step.message, delay=step.delay)
+            steps.pop(0)
+        if dead is not None:
+            self.dead_letter(message, dead)
+            delivery.acked = True
+
+    def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
+        """Move the message to the dead-letter queue; here unannotated, for how it is stored is not known."""
+        self.inner.nack(message)
+
+    def finish(self, message: MessageProxy) -> None:
+        """Ack it."""
+        try:
+            self.inner.ack(message)
+        except Exception as error:
+            if not self.lost_connection(error):
+                raise
+            if self.wiring.stopping.is_set():
+                logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
+                return
+            raise ConnectionClosed(error) from None
+
+    def lost_connection(self, error: Exception) -> bool:
+        """Whether the error says that the broker can't be reached for now."""
+        return isinstance(error, (BrokerConnectionError, OSError))
+
+    def gone(self) -> bool:
+        """Whether the broker has taken back what this consumer delivered."""
+        return False
+
+    def abandon(self, message: MessageProxy) -> None:
+        """The message is left to come back."""
+
+    # What a broker's own consumer does otherwise.
+
+    def take(self) -> MessageProxy | None:
+        """The next readable message, or None."""
+        try:
+            message: MessageProxy | None = next(self.inner)
+        except StopIteration:
+            raise
+        except Exception as error:
+            if self.lost_connection(error) and not isinstance(error, BrokerConnectionError):
+                raise ConnectionClosed(error) from None
+            raise
+        if message is None:
+            return None
+        try:
+            self.adopt(_dramatiq.message_of(message))
+        except MalformedMessage as error:
+            self.inner.nack(message)
+            self.report_malformed(error)
+            return None
+        return message
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        """Put messages that nobody has run back on the queue."""
+        self.inner.requeue(messages)
+
+    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
+        """Enqueue a due message where it is to run, then take it off the delay queue."""
+        self.broker.enqueue(moved)
+        self.inner.ack(message)
+
+    def delay_queue(self) -> DelayQueue:
+        """The delayed messages in hand. They outlive this consumer: no broker was told to give them to another."""
+        return self.wiring.delayed.setdefault(self.source, DelayQueue())
+
+    # Shared by them.
+
+    def adopt(self, message: Message[Any]) -> None:
+        """Check a message's shape; it belongs to the queue that it was read from, whatever it says."""
+        check_shape(message)
+        if message.queue_name != self.source:
+            object.__setattr__(message, "queue_name", self.source)
+
+    def report_malformed(self, error: BaseException) -> None:
+        """Publish the outcome of a body that could not be read and is on the dead-letter queue, raw."""
+        event = OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=error)
+        self.wiring.publish(event, None)
+
+    def _move_due(self) -> None:
+        now = now_ms()
+        while (item := self.delayed.due(now)) is not None:
+            message = item.message
+            moved = message.copy(queue_name=self.queue_name)
+            eta = moved.options.pop("eta", None)
+            if "ready_at" not in moved.options and is_number(eta) and eta > 0:
+                moved.options["ready_at"] = int(eta)
+            self.wiring.moving.on = True
+            try:
+                self.move(message, moved)
+            except Exception as error:
+                self.delayed.put(item if self.lost_connection(error) else _later(item))
+                if self.lost_connection(error):
+                    raise ConnectionClosed(error) from None
+                logger.exception("A due message could not be moved out of %r; it is tried again.", self.source)
+            finally:
+                self.wiring.moving.on = False
+                self.delayed.task_done()
+
+    def idle(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def _later(item: Any) -> Any:
+    return type(item)(now_ms() + _MOVE_AGAIN, item.message)

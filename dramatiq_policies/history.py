@@ -1,0 +1,128 @@
+"""What a message carries about its own past: counters for the rules, the last failures, and why it is dead.
+
+In transit it is the message option ``policies``; a dead letter says why in the option ``failure``. Both may come from
+another version of this library, or from anybody: reading never raises, and takes what it can't read as absent.
+"""
+
+from __future__ import annotations
+
+import traceback
+from time import time
+from typing import TYPE_CHECKING, Any
+
+from .outcomes import class_path, text_of
+
+if TYPE_CHECKING:
+    from .delivery import Settlement
+
+__all__ = ["FAILURE", "POLICIES", "History", "attempt_of", "now_ms"]
+
+#: The message option that carries our counters.
+POLICIES = "policies"
+#: The message option of a dead letter that says why it is one.
+FAILURE = "failure"
+
+_KEPT = 10
+_TRACEBACK_LIMIT = 10_000
+
+
+def now_ms() -> int:
+    """The time in milliseconds since the epoch."""
+    return int(time() * 1_000)
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
+def attempt_of(options: dict[str, Any]) -> int:
+    """Which run of its message comes next, 1 for the first: stock's retries and those of our rules together."""
+    carried = options.get(POLICIES)
+    ours = _count(carried.get("total")) if isinstance(carried, dict) else 0
+    return 1 + _count(options.get("retries")) + ours
+
+
+class History:
+    """The counters and failures that one message carries.
+
+    Attributes:
+      attempt: Which run this was, 1 for the first.
+      runs: For each rule's stable id how many runs it ended, and when the first one did (ms since the epoch).
+      total: How many runs our rules ended.
+      failures: The last ten failed runs.
+      snoozed_since: When the job snoozed for the first time, ms since the epoch.
+    """
+
+    __slots__ = ("attempt", "failures", "runs", "snoozed_since", "total")
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.attempt = attempt_of(options)
+        carried = options.get(POLICIES)
+        if not isinstance(carried, dict):
+            carried = {}
+        runs = carried.get("runs")
+        self.runs: dict[str, tuple[int, int]] = {}
+        if isinstance(runs, dict):
+            for rule, entry in runs.items():
+                if isinstance(entry, list) and len(entry) == 2 and _count(entry[0]) and _count(entry[1]):
+                    self.runs[rule] = (entry[0], entry[1])
+        self.total = _count(carried.get("total"))
+        failures = carried.get("history")
+        self.failures = [f for f in failures if isinstance(f, dict)][-_KEPT:] if isinstance(failures, list) else []
+        self.snoozed_since = _count(carried.get("snoozed_since")) or None
+
+    def count(self, rule: str, now: int) -> tuple[int, int]:
+        """Count one more run that ``rule`` ended; its number, and when the first one was."""
+        number, first = self.runs.get(rule, (0, now))
+        self.runs[rule] = (number + 1, first)
+        self.total += 1
+        return number + 1, first
+
+    def failed(self, error: BaseException, now: int, delay_ms: int | None) -> None:
+        """Remember a failed run."""
+        self.failures = [
+            *self.failures[1 - _KEPT :],
+            {
+                "attempt": self.attempt,
+                "exception": class_path(type(error)),
+                "message": text_of(error),
+                "failed_at": now,
+                "delay_ms": delay_ms,
+            },
+        ]
+
+    def option(self) -> dict[str, Any]:
+        """The value of the message option."""
+        carried: dict[str, Any] = {"runs": {rule: list(entry) for rule, entry in self.runs.items()}}
+        carried["total"] = self.total
+        carried["history"] = self.failures
+        if self.snoozed_since is not None:
+            carried["snoozed_since"] = self.snoozed_since
+        return carried
+
+
+def failure_of(settlement: Settlement, options: dict[str, Any]) -> dict[str, Any]:
+    """The option ``failure`` of a dead letter."""
+    history = History(options)
+    error = settlement.exception
+    return {
+        "outcome": settlement.outcome.value,
+        "reason": settlement.reason,
+        "exception": None if error is None else class_path(type(error)),
+        "message": None if error is None else text_of(error),
+        "traceback": None if error is None else _traceback_of(error),
+        "attempts": settlement.attempt or history.attempt,
+        "history": history.failures,
+        "failed_at": now_ms(),
+    }
+
+
+def _traceback_of(error: BaseException) -> str | None:
+    if error.__traceback__ is None:
+        return None
+    try:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=30))
+    except Exception:
+        return None
+    # The end of a traceback says most.
+    return text if len(text) <= _TRACEBACK_LIMIT else "…" + text[1 - _TRACEBACK_LIMIT :]

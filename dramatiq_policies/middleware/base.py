@@ -1,0 +1,46 @@
+"""What the middleware of the bundle have in common: they find their place at the first hook that knows the broker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dramatiq.broker import Broker
+from dramatiq.middleware import Middleware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dramatiq import Actor, Worker
+
+    from ..wiring import Wiring
+
+__all__ = ["PolicyMiddleware"]
+
+
+class PolicyMiddleware(Middleware):
+    """A middleware of the bundle.
+
+    ``add_middleware`` tells it nothing of a broker that has no actors yet, so it takes its place when the first actor
+    is declared, when a process or worker boots, or when a message is enqueued, whatever comes first.
+    """
+
+    #: Brings the broker's middleware into the bundle's order; set by ``dramatiq_policies.bundle``.
+    arrange: ClassVar[Callable[[Broker], Wiring]]
+
+    def attach(self, wiring: Wiring) -> None:
+        """Called once, when the middleware is in its place."""
+
+    #: Checks and resolves one actor's options; set by ``dramatiq_policies.bundle``.
+    resolve_actor: ClassVar[Callable[[Wiring, Any], None]]
+
+    def before_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
+        self.resolve_actor(self.arrange(broker), actor)
+
+    def after_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
+        self.arrange(broker)
+
+    def after_process_boot(self, broker: Broker) -> None:
+        self.arrange(broker).in_command = True
+
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        self.arrange(broker)

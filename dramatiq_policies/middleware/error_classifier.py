@@ -1,0 +1,402 @@
+"""Decides what becomes of a message: retry, discard, alert, or the dead letters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.errors import RateLimitExceeded, Retry
+from dramatiq.middleware import Retries, Shutdown
+
+from ..backoff import safe_wait
+from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
+from ..durations import WEEK_MS, to_ms
+from ..errors import ConfigurationError, Discard, HandoffFailed, Snooze, Verdict
+from ..history import POLICIES, History, now_ms
+from ..interrupts import cause_of
+from ..options import ACTOR_OPTIONS, expect_callable
+from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, text_of
+from ..rules import RetryPolicy, Rule, Verb, parse_rules
+from ..shape import timedeltas_to_ms
+from .base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import Broker, MessageProxy
+
+    from ..wiring import Wiring
+
+__all__ = ["ErrorClassifier"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+alerts = logging.getLogger("dramatiq_policies.alerts")
+#: What the stock Retries logs of a single message is said by our own records.
+_stock_lines = logging.getLogger("dramatiq_policies.stock")
+_stock_lines.setLevel(logging.ERROR)
+
+_DEFAULTS = {"max_retries": 20, "min_backoff": None, "max_backoff": None, "retry_when": None}
+_UNCLASSIFIED = "unclassified"
+
+
+class ErrorClassifier(PolicyMiddleware, Retries):
+    """Retries, discards and alerts by rules that name exceptions; takes the place of Dramatiq's ``Retries``.
+
+    Parameters:
+      retry_on, discard_on, alert_on: Rules for every actor of the broker, in the forms that an actor takes, also as
+        dotted strings (resolved at first use). An actor with ``broker_rules=False`` has only its own.
+      unclassified: A `RetryPolicy` for errors that no rule names. None, the default, leaves them to the stock options.
+      max_attempts: How many runs our rules may end in all, whatever alternates. The actor's highest attempts count if
+        they are more. Default 25.
+      alert_interval: How long an alert of the same actor and exception fires only once, in milliseconds or as a
+        ``timedelta``; 0 for always. Default 5 minutes.
+      max_snooze: How long a job may snooze in all, from the first time on. Default 7 days.
+      dead_letter_discards: Whether discarded messages are kept on the dead-letter queue. Default False.
+      after_discard: ``callable(message, exception)``, called once when a message has ended badly for good.
+      on_outcome: Called with each `OutcomeEvent`, or several such callables. What they raise is logged.
+      max_retries, min_backoff, max_backoff, retry_when: As in Dramatiq's ``Retries``. Left out, those of a ``Retries``
+        that was on the broker are kept.
+
+    Raises:
+      ConfigurationError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        retry_on: Any = None,
+        discard_on: Any = None,
+        alert_on: Any = None,
+        unclassified: RetryPolicy | None = None,
+        max_attempts: int = 25,
+        alert_interval: int | timedelta = 300_000,
+        max_snooze: int | timedelta = WEEK_MS,
+        dead_letter_discards: bool = False,
+        after_discard: Callable[[Any, BaseException], object] | None = None,
+        on_outcome: Subscriber | tuple[Subscriber, ...] | list[Subscriber] | None = None,
+        **stock: Any,
+    ) -> None:
+        where = "ErrorClassifier"
+        unknown = stock.keys() - _DEFAULTS.keys()
+        if unknown:
+            raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+        Retries.__init__(self, **{**_DEFAULTS, **stock})
+        self._given = stock
+        self.logger = _stock_lines
+        self.rules = parse_rules(where, "broker", retry_on=retry_on, discard_on=discard_on, alert_on=alert_on)
+        if unclassified is not None and not isinstance(unclassified, RetryPolicy):
+            raise ConfigurationError.of_option(where, "unclassified", "a RetryPolicy or None", unclassified)
+        self.unclassified = unclassified
+        if type(max_attempts) is not int or max_attempts < 1:
+            raise ConfigurationError.of_option(where, "max_attempts", "an int of at least 1", max_attempts)
+        self.max_attempts = max_attempts
+        self.alert_interval = _duration(where, "alert_interval", alert_interval)
+        self.max_snooze = _duration(where, "max_snooze", max_snooze)
+        self.dead_letter_discards = dead_letter_discards
+        if after_discard is not None:
+            expect_callable(where, "after_discard", after_discard)
+        self.after_discard = after_discard
+        subscribers = () if on_outcome is None else on_outcome if isinstance(on_outcome, (tuple, list)) else (on_outcome,)
+        for subscriber in subscribers:
+            expect_callable(where, "on_outcome", subscriber)
+        self.subscribers = tuple(subscribers)
+        self.wiring: Wiring | None = None
+        self._alerted: dict[tuple[str, type[BaseException] | None], float] = {}
+
+    @property
+    def actor_options(self) -> set[str]:
+        return super().actor_options | ACTOR_OPTIONS
+
+    def take_over(self, stock: Retries) -> None:
+        """Keep the settings of the Retries that was on the broker, where none were given."""
+        for name in _DEFAULTS.keys() - self._given.keys():
+            setattr(self, name, getattr(stock, name))
+
+    def attach(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+        wiring.observe(self._report, self, successes=False)
+        for subscriber in self.subscribers:
+            wiring.subscribe(subscriber)
+        if self.after_discard is not None:
+            wiring.after_discard = (self.after_discard,)
+
+    # Hooks. The one before and the one after a run are on every message's way: they do no more than they must.
+
+    def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        wiring = self.wiring
+        if wiring is None:
+            wiring = self.arrange(broker)
+        if getattr(wiring.moving, "on", False):
+            # Out of the delay queue: it became ready when its time came, not now.
+            return
+        options = message.options
+        options["ready_at"] = now_ms() + int(delay or 0)
+        timedeltas_to_ms(options)
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is not None and self.wiring is not None:
+            delivery.policy = self.wiring.policies.get(message.actor_name)
+            delivery.stage = READY
+            current.set(delivery)
+
+    def after_process_message(
+        self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        current.set(None)
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is None or self.wiring is None:
+            Retries.after_process_message(self, broker, message, result=result, exception=exception)
+        elif exception is None:
+            delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=True) if message.failed else SUCCEEDED
+        else:
+            try:
+                delivery.settlement = self._decide(broker, delivery, message, cause_of(exception))
+            except Exception as error:
+                logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
+                stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {error}")
+                delivery.settlement = Settlement(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
+            if delivery.settlement.dead_letter:
+                message.fail()
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        current.set(None)
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is not None and delivery.settlement is None:
+            delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=message.failed)
+
+    def before_worker_boot(self, broker: Broker, worker: Any) -> None:
+        super().before_worker_boot(broker, worker)
+        for rule in self.rules:
+            rule.resolve()
+        if self.wiring is not None:
+            self.wiring.stopping.clear()
+
+    def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
+        if self.wiring is not None:
+            self.wiring.stopping.set()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
+        if self.wiring is not None and self.wiring.fatal is not None and self.wiring.in_command:
+            # What dramatiq exits with when its broker can't be reached.
+            raise SystemExit(3)
+
+    # Decisions.
+
+    def _decide(self, broker: Broker, delivery: Delivery, message: MessageProxy, error: BaseException) -> Settlement:
+        history = History(message.options)
+        if isinstance(error, Shutdown):
+            return self._interrupted(delivery, message, history, error)
+        if isinstance(error, Verdict):
+            return self._obey(delivery, message, history, error)
+        policy = delivery.policy
+        rule = None if policy is None else policy.rules.match(error)
+        if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
+            rule = None
+        elif rule is None and self.unclassified is not None and not self._is_stock(delivery, message, error):
+            return self._retry(delivery, message, history, error, self.unclassified, _UNCLASSIFIED)
+        if rule is None:
+            return self._by_stock_options(broker, delivery, message, history, error)
+        if rule.policy is not None:
+            return self._retry(delivery, message, history, error, rule.policy, rule.id)
+        history.failed(error, now_ms(), None)
+        message.options[POLICIES] = history.option()
+        if rule.verb is Verb.DISCARD:
+            return self._discarded(delivery, history, error, rule)
+        return Settlement(
+            Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True
+        )
+
+    def _is_stock(self, delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
+        if isinstance(error, (RateLimitExceeded, Retry)):
+            return True
+        throws = delivery.policy is not None and delivery.policy.options.get("throws")
+        return bool(throws) and isinstance(error, throws)
+
+    def _interrupted(
+        self, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
+    ) -> Settlement:
+        declared = {} if delivery.policy is None else delivery.policy.options
+        if message.options.get("max_retries", declared.get("max_retries", self.max_retries)) == 0:
+            return Settlement(
+                Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True
+            )
+        delivery.hand_on(Send(_again(message, history)))
+        return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
+
+    def _obey(self, delivery: Delivery, message: MessageProxy, history: History, verdict: Verdict) -> Settlement:
+        now = now_ms()
+        if not isinstance(verdict, Snooze):
+            history.failed(verdict, now, None)
+            message.options[POLICIES] = history.option()
+            return self._discarded(delivery, history, verdict, None)
+        if history.snoozed_since is None:
+            history.snoozed_since = now
+        left = history.snoozed_since + self.max_snooze - now
+        if left <= 0:
+            return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
+        delay = min(to_ms(verdict.delay), left, WEEK_MS)
+        delivery.hand_on(Send(_again(message, history), delay or None))
+        return Settlement(
+            Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay
+        )
+
+    def _discarded(
+        self,
+        delivery: Delivery,
+        history: History,
+        error: BaseException,
+        rule: Rule | None,
+        reason: str | None = None,
+        rule_id: str | None = None,
+        exhausted: bool = False,
+    ) -> Settlement:
+        keep = self.dead_letter_discards
+        if delivery.policy is not None and delivery.policy.dead_letter_discards is not None:
+            keep = delivery.policy.dead_letter_discards
+        return Settlement(
+            Outcome.DISCARDED,
+            reason,
+            exception=error,
+            rule=rule.id if rule is not None else rule_id,
+            attempt=history.attempt,
+            dead_letter=keep,
+            exhausted=exhausted,
+        )
+
+    def _retry(
+        self,
+        delivery: Delivery,
+        message: MessageProxy,
+        history: History,
+        error: BaseException,
+        policy: RetryPolicy,
+        rule_id: str,
+    ) -> Settlement:
+        now = now_ms()
+        number, first = history.count(rule_id, now)
+        highest = max(self.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts)
+        exhausted = number >= policy.attempts or history.total >= highest
+        delay = 0
+        if not exhausted:
+            if isinstance(error, Retry) and error.delay is not None:
+                delay = safe_wait(lambda attempt, exception: error.delay or 0, number, error)
+            else:
+                delay = safe_wait(policy.wait, number, error)  # type: ignore[arg-type]
+            exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
+        history.failed(error, now, None if exhausted else delay)
+        if not exhausted:
+            delivery.hand_on(Send(_again(message, history), delay or None))
+            return Settlement(
+                Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay
+            )
+        message.options[POLICIES] = history.option()
+        if policy.then == "discard":
+            return self._discarded(
+                delivery, history, error, None, reason="exhausted", rule_id=rule_id, exhausted=True
+            )
+        return Settlement(
+            Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
+            "exhausted",
+            exception=error,
+            rule=rule_id,
+            attempt=history.attempt,
+            dead_letter=True,
+            exhausted=True,
+        )
+
+    def _by_stock_options(
+        self, broker: Broker, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
+    ) -> Settlement:
+        """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
+        recorder = Recorder(broker)
+        retries = message.options.get("retries", 0)
+        try:
+            Retries.after_process_message(self, recorder, message, exception=error)  # type: ignore[arg-type]
+        except Exception:
+            if not message.failed:
+                raise
+            logger.exception("on_retry_exhausted could not be told of message %s.", message.message_id)
+        now = now_ms()
+        if not message.failed:
+            send = recorder.sends[0]
+            delay = max(0, int(send.delay or 0))
+            history.failed(error, now, delay)
+            delivery.hand_on(Send(_again(message, history), delay or None))
+            return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
+        history.failed(error, now, None)
+        message.options[POLICIES] = history.option()
+        declared = {} if delivery.policy is None else delivery.policy.options
+        throws = declared.get("throws")
+        if throws and isinstance(error, throws):
+            reason = "thrown"
+        else:
+            reason = "exhausted" if retries else _UNCLASSIFIED
+        return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+
+    # Records.
+
+    def _report(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
+        """The one line of a retried or put back message, and of an alert."""
+        if event.outcome is Outcome.RETRIED:
+            error = event.exception
+            logger.warning(
+                "retried: message %s of actor %s, attempt %s, again in %s ms: %s: %s",
+                event.message_id,
+                event.actor,
+                event.attempt,
+                event.delay_ms,
+                type(error).__name__,
+                "" if error is None else text_of(error),
+                extra=event.extra(),
+            )
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("The stack of message %s:", event.message_id, exc_info=error, extra=event.extra())
+        elif event.outcome is Outcome.ALERTED:
+            self._alert(event)
+        elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.SKIPPED):
+            logger.info(
+                "%s: message %s of actor %s%s",
+                event.outcome.value,
+                event.message_id,
+                event.actor,
+                "" if event.reason is None else f" ({event.reason})",
+                extra=event.extra(),
+            )
+
+    def _alert(self, event: OutcomeEvent) -> None:
+        error = event.exception
+        key = (event.actor or "", None if error is None else type(error))
+        now = monotonic()
+        last = self._alerted.get(key)
+        repeated = last is not None and (now - last) * 1_000 < self.alert_interval
+        if not repeated:
+            self._alerted[key] = now
+        (logger if repeated else alerts).log(
+            logging.WARNING if repeated else logging.CRITICAL,
+            "alerted%s: message %s of actor %s, attempt %s: %s: %s",
+            " again" if repeated else "",
+            event.message_id,
+            event.actor,
+            event.attempt,
+            None if error is None else class_path(type(error)),
+            "" if error is None else text_of(error),
+            extra=event.extra(),
+            exc_info=None if repeated else error,
+        )
+
+
+def _again(message: MessageProxy, history: History) -> Message[Any]:
+    """The message for its next run: what it carries of its past, and no time at which it is due."""
+    again: Message[Any] = message.copy(options={POLICIES: history.option()})
+    again.options.pop("eta", None)
+    return again
+
+
+def _duration(where: str, option: str, value: Any) -> int:
+    try:
+        return to_ms(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of_option(where, option, "milliseconds of at least 0, or a timedelta", value) from None

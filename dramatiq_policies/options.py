@@ -1,0 +1,159 @@
+"""What an actor declares, checked once at its declaration and resolved once for all its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .errors import ConfigurationError
+from .rules import Rule, RuleSet, is_coroutine_callable, parse_rules
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+__all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy"]
+
+#: The actor options of the ErrorClassifier, beside those of the stock Retries.
+ACTOR_OPTIONS = frozenset(
+    {
+        "after_discard",
+        "alert_on",
+        "broker_rules",
+        "dead_letter_discards",
+        "discard_on",
+        "retry_on",
+        "tags",
+    }
+)
+
+
+class ActorOptions(TypedDict, total=False):
+    """Every option that an actor may declare with the bundle, for sets that actors share::
+
+    MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
+
+    @actor(**MAIL)
+    def send_mail(...): ...
+    """
+
+    # Dramatiq's own.
+    queue_name: str
+    actor_name: str
+    priority: int
+    max_retries: int | None
+    min_backoff: int
+    max_backoff: int
+    retry_when: Callable[[int, BaseException], bool]
+    throws: type[BaseException] | Iterable[type[BaseException]]
+    on_retry_exhausted: str
+    on_failure: str
+    on_success: str
+    time_limit: float
+    max_age: int
+    notify_shutdown: bool
+    pipe_ignore: bool
+    pipe_target: Any
+    store_results: bool
+    result_ttl: int
+    # The bundle's.
+    retry_on: Any
+    discard_on: Any
+    alert_on: Any
+    broker_rules: bool
+    after_discard: Callable[[Any, BaseException], object]
+    dead_letter_discards: bool
+    tags: Mapping[str, str]
+    timeout: int | float | timedelta | None
+    queue_timeout: int | timedelta | None
+
+
+class ActorPolicy:
+    """One actor's options, resolved.
+
+    Attributes:
+      actor_name: The actor.
+      rules: Which rule applies to an exception.
+      max_attempts: The highest number of attempts that any of its rules allows; 0 if none retries.
+      tags: Its constant tags.
+      after_discard: Its own hook.
+      dead_letter_discards: Whether its discarded messages are kept; None leaves it to the broker.
+      timeout: The middleware that resolved them.
+      timeout_ms, queue_timeout_ms: Its timeouts, None for none.
+    """
+
+    __slots__ = (
+        "actor_name",
+        "after_discard",
+        "dead_letter_discards",
+        "max_attempts",
+        "options",
+        "queue_timeout_ms",
+        "rules",
+        "tags",
+        "timeout",
+        "timeout_ms",
+    )
+
+    def __init__(self, actor: Actor[..., Any], broker_rules: tuple[Rule, ...]) -> None:
+        where = f"actor {actor.actor_name!r}"
+        options = actor.options
+        self.actor_name = actor.actor_name
+        self.options = options
+        own = parse_rules(
+            where,
+            "actor",
+            retry_on=options.get("retry_on"),
+            discard_on=options.get("discard_on"),
+            alert_on=options.get("alert_on"),
+        )
+        use_broker_rules = options.get("broker_rules", True)
+        _expect_bool(where, "broker_rules", use_broker_rules)
+        self.rules = RuleSet(own, broker_rules if use_broker_rules else ())
+        self.max_attempts = self.rules.max_attempts or 0
+        self.tags = _tags(where, options.get("tags"))
+        self.after_discard = options.get("after_discard")
+        if self.after_discard is not None:
+            expect_callable(where, "after_discard", self.after_discard)
+        self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
+        if self.dead_letter_discards is not None:
+            _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)
+        throws = options.get("throws")
+        if throws is not None:
+            options["throws"] = exception_classes(where, "throws", throws)
+        self.timeout: object = None
+        self.timeout_ms: float | None = None
+        self.queue_timeout_ms: float | None = None
+
+
+def expect_callable(where: str, option: str, value: Any) -> None:
+    """Refuse what can't be called, and coroutine functions, whose result would be dropped unawaited."""
+    if not callable(value):
+        raise ConfigurationError.of_option(where, option, "a callable", value)
+    if is_coroutine_callable(value):
+        raise ConfigurationError.of_option(
+            where, option, "a plain function", value, "A coroutine function would never be awaited here"
+        )
+
+
+def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseException], ...]:
+    """A class or an iterable of classes as the tuple that ``isinstance`` takes."""
+    classes = (value,) if isinstance(value, type) else value
+    if isinstance(classes, (list, set, frozenset)):
+        classes = tuple(classes)
+    if not isinstance(classes, tuple) or not all(isinstance(c, type) and issubclass(c, BaseException) for c in classes):
+        raise ConfigurationError.of_option(where, option, "an exception class or a tuple of them", value)
+    return classes
+
+
+def _expect_bool(where: str, option: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError.of_option(where, option, "True or False", value)
+
+
+def _tags(where: str, value: Any) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise ConfigurationError.of_option(where, "tags", "a mapping of strings to strings", value)
+    return dict(value)

@@ -1,0 +1,352 @@
+"""Which rule applies to an exception: pure, and knows nothing of messages or brokers."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
+from importlib import import_module
+from typing import Any, Literal
+
+from .backoff import Wait, constant, exponential
+from .durations import to_ms
+from .errors import ConfigurationError
+
+__all__ = ["RetryPolicy", "Rule", "RuleSet", "Verb", "When", "is_coroutine_callable", "parse_rules", "when"]
+
+logger = logging.getLogger("dramatiq_policies.rules")
+
+Then = Literal["dead", "discard", "alert"]
+Owner = Literal["actor", "broker"]
+_GROUP: type[BaseException] | None = getattr(builtins, "BaseExceptionGroup", None)
+if _GROUP is None:
+    try:
+        _GROUP = import_module("exceptiongroup").BaseExceptionGroup
+    except ImportError:
+        pass
+
+
+class Verb(str, Enum):
+    """What a rule does with its errors."""
+
+    RETRY = "retry"
+    DISCARD = "discard"
+    ALERT = "alert"
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often and how long to retry.
+
+    Parameters:
+      attempts: How many runs in all, the first included. Default 5.
+      wait: Until the next attempt: a wait of `backoff`, any ``callable(attempt, exception) -> ms``, or a constant
+        duration. Default ``exponential()``.
+      max_elapsed: From the rule's first failure on, how long new attempts may start, in milliseconds or as a
+        ``timedelta``. Default None, without end.
+      then: What becomes of the message when its retries are used up: ``"dead"`` (default), ``"discard"``, ``"alert"``.
+
+    Raises:
+      ConfigurationError: If an argument is out of its range.
+    """
+
+    attempts: int = 5
+    wait: Wait | int | timedelta = field(default_factory=exponential)
+    max_elapsed: int | timedelta | None = None
+    then: Then = "dead"
+
+    def __post_init__(self) -> None:
+        where = "RetryPolicy"
+        if type(self.attempts) is not int or self.attempts < 1:
+            raise ConfigurationError.of_option(where, "attempts", "an int of at least 1", self.attempts)
+        if isinstance(self.wait, (int, float, timedelta)):
+            object.__setattr__(self, "wait", constant(self.wait))
+        if not callable(self.wait) or is_coroutine_callable(self.wait):
+            raise ConfigurationError.of_option(
+                where, "wait", "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", self.wait
+            )
+        if self.max_elapsed is not None:
+            try:
+                object.__setattr__(self, "max_elapsed", to_ms(self.max_elapsed))
+            except (TypeError, ValueError):
+                raise ConfigurationError.of_option(
+                    where, "max_elapsed", "milliseconds, a timedelta or None", self.max_elapsed
+                ) from None
+        if self.then not in ("dead", "discard", "alert"):
+            raise ConfigurationError.of_option(where, "then", "'dead', 'discard' or 'alert'", self.then)
+
+
+@dataclass(frozen=True)
+class When:
+    """A class, or several, narrowed by a predicate. See `when`."""
+
+    exceptions: Any
+    predicate: Callable[[Any], object]
+
+
+def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
+    """Narrow a class: ``when(HTTPError, lambda e: e.response.status_code == 429)`` stands wherever a class does.
+
+    Parameters:
+      exceptions: An exception class or a tuple of them.
+      predicate: Called with the error. One that raises does not match, and is logged.
+
+    Raises:
+      ConfigurationError: If the predicate can't be called, or is a coroutine function (which is always truthy).
+    """
+    if not callable(predicate) or is_coroutine_callable(predicate):
+        raise ConfigurationError.of_option("when()", "predicate", "a plain callable(exception) -> bool", predicate)
+    return When(exceptions, predicate)
+
+
+@dataclass(eq=False, slots=True)
+class Rule:
+    """One declared class, and what becomes of its errors.
+
+    Attributes:
+      verb: What is done.
+      target: The exception class, or its dotted path until it is first used.
+      predicate: What narrows it, None for the bare class.
+      policy: How a retry rule retries.
+      id: Stable over restarts and edits of other rules: the name of its counter.
+      owner: Who declared it.
+      where: For error messages.
+    """
+
+    verb: Verb
+    target: type[BaseException] | str
+    predicate: Callable[[Any], object] | None
+    policy: RetryPolicy | None
+    id: str
+    owner: Owner
+    where: str
+
+    def resolve(self) -> type[BaseException]:
+        """The exception class.
+
+        Raises:
+          ConfigurationError: If a dotted path leads to none.
+        """
+        if isinstance(self.target, str):
+            self.target = _import(self.where, f"{self.verb.value}_on", self.target)
+        return self.target
+
+    def admits(self, error: BaseException) -> bool:
+        """Whether its predicate, if it has one, holds."""
+        if self.predicate is None:
+            return True
+        try:
+            return bool(self.predicate(error))
+        except Exception:
+            logger.exception("The predicate of %s (%s) failed and does not match.", self.id, self.where)
+            return False
+
+
+def parse_rules(
+    where: str, owner: Owner, *, retry_on: Any = None, discard_on: Any = None, alert_on: Any = None
+) -> tuple[Rule, ...]:
+    """The rules that an actor, or a broker, declares.
+
+    Raises:
+      ConfigurationError: If one is wrong, or the same bare class stands under two verbs or twice.
+    """
+    rules: list[Rule] = []
+    for verb, declared in ((Verb.RETRY, retry_on), (Verb.DISCARD, discard_on), (Verb.ALERT, alert_on)):
+        option = f"{verb.value}_on"
+        for targets, policy in _entries(where, option, verb, declared):
+            conditions = list(_flatten(where, option, targets, owner))
+            shared = policy is not None and isinstance(declared, Mapping) and len(conditions) > 1
+            group = "|".join(_id(target, predicate) for target, predicate in conditions) if shared else None
+            for target, predicate in conditions:
+                rules.append(Rule(verb, target, predicate, policy, group or _id(target, predicate), owner, where))
+    _refuse_twice(where, rules)
+    _tell_apart(rules)
+    return tuple(rules)
+
+
+def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tuple[Any, RetryPolicy | None]]:
+    if declared is None:
+        return
+    if isinstance(declared, Mapping):
+        if verb is not Verb.RETRY:
+            raise ConfigurationError.of_option(
+                where, option, "an exception class or a tuple of them", declared, "Only retry_on takes a mapping"
+            )
+        for targets, policy in declared.items():
+            if type(policy) is int:
+                if policy < 1:
+                    raise ConfigurationError.of_option(where, option, "at least 1 attempt", policy)
+                policy = RetryPolicy(attempts=policy)
+            if not isinstance(policy, RetryPolicy):
+                raise ConfigurationError.of_option(
+                    where, option, "a RetryPolicy or a number of attempts for each class", policy
+                )
+            yield targets, policy
+    else:
+        yield declared, RetryPolicy() if verb is Verb.RETRY else None
+
+
+def _flatten(
+    where: str, option: str, declared: Any, owner: Owner
+) -> Iterator[tuple[type[BaseException] | str, Callable[[Any], object] | None]]:
+    if isinstance(declared, (tuple, list, set, frozenset)):
+        for one in declared:
+            yield from _flatten(where, option, one, owner)
+    elif isinstance(declared, When):
+        for target, inner in _flatten(where, option, declared.exceptions, owner):
+            if inner is not None:
+                raise ConfigurationError.of_option(where, option, "one when() around a class", declared)
+            yield target, declared.predicate
+    elif isinstance(declared, type) and issubclass(declared, BaseException):
+        yield declared, None
+    elif isinstance(declared, str) and owner == "broker":
+        yield declared, None
+    else:
+        raise ConfigurationError.of_option(
+            where,
+            option,
+            "an exception class, when(class, predicate), or a tuple or list of them",
+            declared,
+            "Name the class itself, not an instance or its name",
+        )
+
+
+def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None) -> str:
+    name = target.replace(":", ".") if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+    if predicate is None:
+        return name
+    while isinstance(predicate, functools.partial):
+        predicate = predicate.func
+    return f"{name}?{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
+
+
+def _refuse_twice(where: str, rules: list[Rule]) -> None:
+    seen: dict[type[BaseException] | str, Rule] = {}
+    for rule in rules:
+        if rule.predicate is None:
+            other = seen.setdefault(rule.target, rule)
+            if other is not rule:
+                raise ConfigurationError.of_option(
+                    where,
+                    f"{rule.verb.value}_on",
+                    "each class once",
+                    rule.target,
+                    f"It stands under {other.verb.value}_on already",
+                )
+
+
+def _tell_apart(rules: list[Rule]) -> None:
+    """Two lambdas on one class have the same name: number them. Rules that share a policy share their id."""
+    policies: dict[str, list[RetryPolicy | None]] = {}
+    for rule in rules:
+        if rule.predicate is None:
+            continue
+        known = policies.setdefault(rule.id, [])
+        shared = "|" in rule.id
+        if shared and any(policy is rule.policy for policy in known):
+            number = next(index for index, policy in enumerate(known) if policy is rule.policy)
+        else:
+            number = len(known)
+            known.append(rule.policy)
+        if number:
+            rule.id = f"{rule.id}#{number + 1}"
+
+
+class RuleSet:
+    """The rules that hold for one actor: its own and the broker's.
+
+    For an exception the match nearest in its MRO wins, wherever it was declared; for one class the actor's before the
+    broker's, and within each a ``when`` before the bare class. The order is worked out once per exception type.
+    """
+
+    def __init__(self, actor_rules: tuple[Rule, ...] = (), broker_rules: tuple[Rule, ...] = ()) -> None:
+        self.rules = (*actor_rules, *broker_rules)
+        self._plans: dict[type[BaseException], tuple[Rule, ...]] = {}
+
+    @property
+    def max_attempts(self) -> int | None:
+        """The highest number of attempts that a rule allows; None if none retries."""
+        return max((rule.policy.attempts for rule in self.rules if rule.policy is not None), default=None)
+
+    def match(self, error: BaseException) -> Rule | None:
+        """The rule that decides on this error, or None."""
+        if not self.rules:
+            return None
+        found = self.match_leaf(error)
+        return None if found is None else found[0]
+
+    def match_leaf(self, error: BaseException) -> tuple[Rule, BaseException] | None:
+        """The rule, and the error that it names: in an exception group one of its leaves.
+
+        Alert if any leaf alerts, else discard if any leaf discards, else retry by the leaf that allows the fewest
+        attempts. A rule for the group itself counts where no leaf is named.
+        """
+        if _GROUP is not None and isinstance(error, _GROUP):
+            found = [(rule, leaf) for leaf in _leaves(error) if (rule := self._match_one(leaf)) is not None]
+            if found:
+                return min(found, key=_severity)
+        rule = self._match_one(error)
+        return None if rule is None else (rule, error)
+
+    def _match_one(self, error: BaseException) -> Rule | None:
+        plan = self._plans.get(type(error))
+        if plan is None:
+            plan = self._plans[type(error)] = self._plan(type(error))
+        for rule in plan:
+            if rule.admits(error):
+                return rule
+        return None
+
+    def _plan(self, cls: type[BaseException]) -> tuple[Rule, ...]:
+        place = {base: index for index, base in enumerate(cls.__mro__)}
+        ranked = []
+        for index, rule in enumerate(self.rules):
+            try:
+                distance = place.get(rule.resolve())
+            except ConfigurationError as error:
+                logger.critical("A rule is left out: %s", error)
+                continue
+            if distance is not None:
+                ranked.append((distance, rule.owner == "broker", rule.predicate is None, index, rule))
+        return tuple(entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1]))
+
+
+def _leaves(group: Any) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if _GROUP is not None and isinstance(error, _GROUP):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _severity(found: tuple[Rule, BaseException]) -> tuple[int, int]:
+    rule = found[0]
+    verbs = (Verb.ALERT, Verb.DISCARD, Verb.RETRY)
+    return verbs.index(rule.verb), 0 if rule.policy is None else rule.policy.attempts
+
+
+def is_coroutine_callable(fn: Any) -> bool:
+    """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
+
+
+def _import(where: str, option: str, path: str) -> type[BaseException]:
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        found: Any = import_module(module or "builtins")
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError.of_option(
+            where, option, "the dotted path of an exception class", path, f"It can't be imported ({error})"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, BaseException)):
+        raise ConfigurationError.of_option(where, option, "the dotted path of an exception class", path)
+    return found

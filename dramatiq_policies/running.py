@@ -1,0 +1,91 @@
+"""The wrapper of ``actor.fn``: what must hold exactly while the job runs.
+
+It is inert unless a worker runs the actor's message: a direct call, or one actor calling another, goes straight through.
+It runs after every before-hook and is over before any after-hook, so that no order of middleware matters.
+"""
+
+from __future__ import annotations
+
+import functools
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.middleware import SkipMessage
+
+from . import interrupts
+from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
+from .errors import QueueTimeoutExceeded
+from .history import now_ms
+from .middleware.timeout import CLOSE, expired_after, limit_for, warn_if_close
+from .outcomes import Outcome
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+    from .interrupts import Caller
+    from .middleware.timeout import Timeout
+    from .wiring import Wiring
+
+__all__ = ["wrap_actor"]
+
+_MARK = "dramatiq_policies_wrapped"
+
+
+def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
+    """Replace ``actor.fn``, once."""
+    fn: Any = actor.fn
+    if getattr(fn, _MARK, False):
+        return
+    name = actor.actor_name
+    call = interrupts.caller(fn)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        delivery = current.get()
+        if delivery is None or delivery.stage != READY or delivery.message.actor_name != name:
+            return fn(*args, **kwargs)
+        return _run(wiring, delivery, call, fn, args, kwargs)
+
+    setattr(run, _MARK, True)
+    actor.fn = run
+
+
+def _run(
+    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    policy = delivery.policy
+    timeout: Timeout | None = wiring.timeout
+    limit = None
+    if timeout is not None and policy is not None:
+        if policy.queue_timeout_ms is not None:
+            _expire(delivery, policy.queue_timeout_ms)
+        limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
+    delivery.timeout_ms = limit
+    delivery.stage = RUNNING
+    delivery.started = started = monotonic()
+    try:
+        return call(
+            fn,
+            args,
+            kwargs,
+            deadline=None if limit is None else started + limit / 1_000,
+            on_shutdown=wiring.interrupted_by_shutdown(delivery),
+            watch=timeout,
+            job=delivery,
+        )
+    finally:
+        delivery.ended = ended = monotonic()
+        delivery.stage = RAN
+        if limit is not None and (ended - started) * 1_000 > limit * CLOSE:
+            warn_if_close(delivery)
+
+
+def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
+    """Skip a message that waited too long before its first run."""
+    waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
+    if waited is None:
+        return
+    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
+    delivery.settlement = Settlement(Outcome.EXPIRED, exception=error, dead_letter=True)
+    delivery.message.fail()
+    raise SkipMessage(str(error))

@@ -1,0 +1,232 @@
+"""All that comes before an ack, in this order: hand-off, results, ``after_discard``, the published outcome.
+
+Called by the wrapping consumer for each message that a worker is done with. Between any two lines the process may die:
+the message is not acked yet, so it comes back. The hand-off is the only step that can keep the ack from coming; the
+later ones are best effort and logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .delivery import Delivery, Send, Settlement
+from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
+from .history import FAILURE, POLICIES, attempt_of, failure_of
+from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import MessageProxy
+
+    from .consumer import PolicyConsumer
+    from .wiring import Wiring
+
+__all__ = ["settle"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+alerts = logging.getLogger("dramatiq_policies.alerts")
+
+#: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
+_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
+#: For how many seconds an error that is no lost connection is tried again.
+_PATIENCE = 5.0
+
+
+def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
+    """Do all that must come before the ack, once.
+
+    Returns:
+      Whether the message is to be acked now: not if the hand-off has taken it off its queue already, and not if the
+      hand-off was given up, for then the message must come back.
+    """
+    if not delivery.settled:
+        decided = delivery.settlement
+        if decided is None:
+            decided = undecided()
+        delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
+        delivery.settled = True
+        _conclude(wiring, message, delivery, decided)
+    return not (delivery.acked or delivery.abandoned)
+
+
+def undecided() -> Settlement:
+    """For a message on which no hook of ours came to a decision: never a success."""
+    error = HandoffFailed("the message was processed, but the bundle came to no decision on it")
+    return Settlement(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
+
+
+def _hand_off(
+    wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, decided: Settlement
+) -> Settlement:
+    """Have the broker accept all that follows from the decision; what was really decided in the end."""
+    tries = 0
+    first_error: float | None = None
+    dead: Message[Any] | None = None
+    if decided.outcome is not Outcome.SUCCEEDED and consumer.gone():
+        # It has been given back to its queue: whatever follows from this run would happen twice.
+        return _give_up(consumer, message, delivery, ConnectionError("the consumer's connection is closed"))
+    while True:
+        try:
+            if decided.dead_letter and dead is None:
+                dead = message.copy(
+                    queue_name=consumer.queue_name,
+                    options={FAILURE: failure_of(decided, message.options)},
+                )
+                dead.options.pop(POLICIES, None)
+            if delivery.steps or dead is not None:
+                _resolve(delivery)
+                consumer.hand_off(message, delivery, dead)
+            return decided
+        except Exception as error:
+            lost = consumer.lost_connection(error)
+            now = monotonic()
+            if consumer.gone():
+                # The broker has given this message back to its queue already.
+                return _give_up(consumer, message, delivery, error)
+            if not lost:
+                first_error = now if first_error is None else first_error
+                if now - first_error >= _PATIENCE:
+                    if decided.reason == "handoff_failed":
+                        return _give_up(consumer, message, delivery, error)
+                    alerts.critical(
+                        "The broker would not take what follows message %s of actor %r for %d seconds; "
+                        "it goes to the dead-letter queue.",
+                        message.message_id,
+                        message.actor_name,
+                        _PATIENCE,
+                        exc_info=error,
+                    )
+                    delivery.steps = None
+                    stand_in = HandoffFailed(f"{type(error).__name__}: {error}")
+                    stand_in.__cause__ = error
+                    decided = Settlement(
+                        Outcome.DEAD,
+                        "handoff_failed",
+                        exception=stand_in,
+                        rule=decided.rule,
+                        attempt=decided.attempt,
+                        dead_letter=True,
+                    )
+                    message.fail()
+                    dead, first_error, tries = None, None, 0
+                    continue
+            if tries == 0:
+                logger.warning(
+                    "The broker did not take what follows message %s of actor %r (%s: %s); trying again.",
+                    message.message_id,
+                    message.actor_name,
+                    type(error).__name__,
+                    error,
+                )
+            pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
+            tries += 1
+            if wiring.stopping.wait(pause) and tries > 1:
+                return _give_up(consumer, message, delivery, error)
+
+
+def _resolve(delivery: Delivery) -> None:
+    """Turn the calls among the steps into the messages that they yield."""
+    steps = delivery.steps
+    if steps is None:
+        return
+    for index, step in enumerate(steps):
+        if not isinstance(step, Send):
+            # Replaced at once: a group's barrier must not be counted again when a later step fails.
+            steps[index : index + 1] = step()
+            return _resolve(delivery)
+
+
+def _give_up(consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, error: Exception) -> Settlement:
+    delivery.abandoned = True
+    delivery.steps = None
+    consumer.abandon(message)
+    return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
+
+
+def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
+    """The best-effort steps, after the hand-off."""
+    outcome = decided.outcome
+    if outcome is Outcome.SUCCEEDED and not wiring.successes_observed:
+        return
+    policy = delivery.policy or wiring.policies.get(message.actor_name)
+    if outcome in BAD_ENDINGS:
+        error = _stand_in(decided)
+        _settle_results(wiring, message, outcome, error)
+        _after_discard(wiring, message, delivery, error)
+        if decided.exhausted:
+            _tell_exhausted(wiring, message, delivery, decided)
+    event = OutcomeEvent(
+        outcome=outcome,
+        reason=decided.reason,
+        actor=message.actor_name,
+        queue=delivery.consumer.queue_name,
+        message_id=message.message_id,
+        attempt=attempt_of(message.options) if decided.attempt is None else decided.attempt,
+        wait_ms=delivery.waited_ms(),
+        duration_ms=None if delivery.started is None else delivery.elapsed_ms(),
+        delay_ms=decided.delay_ms,
+        exception=decided.exception,
+        rule=decided.rule,
+        tags=None if policy is None else policy.tags,
+    )
+    wiring.publish(event, message)
+
+
+def _stand_in(decided: Settlement) -> BaseException:
+    if decided.exception is not None:
+        return decided.exception
+    if decided.outcome is Outcome.EXPIRED:
+        return QueueTimeoutExceeded("the message waited longer than its queue_timeout")
+    if decided.reason == "crashed":
+        return Crashed("the worker died in this job too often")
+    return HandoffFailed(f"ended as {decided.outcome.value}")
+
+
+def _settle_results(wiring: Wiring, message: MessageProxy, outcome: Outcome, error: BaseException) -> None:
+    """Store a failure that names the outcome, so that whoever waits for the result need not wait on.
+
+    Dramatiq stores one for a nacked message only, and without the outcome; on the local copy ``store_results`` is
+    switched off so that it does not overwrite ours.
+    """
+    from dramatiq.results import Results
+
+    for middleware in wiring.broker.middleware:
+        if not isinstance(middleware, Results):
+            continue
+        actor = wiring.broker.actors.get(message.actor_name)
+        declared = {} if actor is None else actor.options
+        options = message.options
+        if options.get("store_results", declared.get("store_results", middleware.store_results)):
+            ttl = options.get("result_ttl", declared.get("result_ttl", middleware.result_ttl))
+            named = type(type(error).__name__, (Exception,), {})
+            try:
+                middleware.backend.store_exception(message, named(f"{outcome.value}: {error}"), ttl)
+            except Exception:
+                logger.exception("The result of message %s could not be stored.", message.message_id)
+                continue
+            options["store_results"] = False
+
+
+def _after_discard(wiring: Wiring, message: MessageProxy, delivery: Delivery, error: BaseException) -> None:
+    policy = delivery.policy or wiring.policies.get(message.actor_name)
+    own = () if policy is None or policy.after_discard is None else (policy.after_discard,)
+    for hook in (*own, *wiring.after_discard):
+        try:
+            hook(message, error)
+        except Exception:
+            logger.exception("after_discard %r failed for message %s.", hook, message.message_id)
+
+
+def _tell_exhausted(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
+    """Send the ``on_retry_exhausted`` message, as stock does when its own retries are used up."""
+    actor = wiring.broker.actors.get(message.actor_name)
+    target = message.options.get("on_retry_exhausted") or (actor and actor.options.get("on_retry_exhausted"))
+    if not target:
+        return
+    try:
+        attempts = decided.attempt or 1
+        wiring.broker.get_actor(target).send(message.asdict(), {"retries": attempts - 1, "max_retries": attempts - 1})
+    except Exception:
+        logger.exception("on_retry_exhausted %r could not be told of message %s.", target, message.message_id)

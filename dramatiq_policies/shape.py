@@ -1,0 +1,124 @@
+"""Messages come from anywhere: what can't be read is said to be so, and what can't be used is left out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from dramatiq import Message
+
+from .errors import MalformedMessage
+
+__all__ = ["check_composition", "check_shape", "clean_options"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+
+_REQUIRED = {"queue_name": str, "actor_name": str, "args": (list, tuple), "kwargs": dict, "options": dict}
+_ALLOWED = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}
+
+
+def check_shape(message: Message[Any]) -> None:
+    """See that every field has its type.
+
+    Raises:
+      MalformedMessage: If one has not.
+    """
+    if not (
+        type(message.options) is dict
+        and type(message.message_id) is str
+        and type(message.actor_name) is str
+        and type(message.queue_name) is str
+        and type(message.kwargs) is dict
+        and is_number(message.message_timestamp)
+    ):
+        raise MalformedMessage("a field of the message has the wrong type")
+
+
+def check_composition(options: dict[str, Any]) -> None:
+    """See that what must be handed on after the job can be.
+
+    Raises:
+      MalformedMessage: If ``pipe_target`` or a group's callbacks are no messages.
+    """
+    target = options.get("pipe_target")
+    if target is not None:
+        _check_nested(target, "pipe_target")
+    callbacks = options.get("group_completion_callbacks")
+    if callbacks is not None:
+        if not isinstance(callbacks, list) or not isinstance(options.get("group_completion_uuid"), str):
+            raise MalformedMessage("group_completion_callbacks: expected a list of messages and the group's uuid")
+        for callback in callbacks:
+            _check_nested(callback, "group_completion_callbacks")
+
+
+def _check_nested(data: Any, option: str) -> None:
+    # Pipelines nest one stage in another: a loop, since a hostile one may be deeper than the stack.
+    while data is not None:
+        if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
+            raise MalformedMessage(f"{option}: expected a message, got {data!r:.200}")
+        for name, value in data.items():
+            if not isinstance(value, _ALLOWED[name]):
+                raise MalformedMessage(f"{option}: {name} has the wrong type: {value!r:.200}")
+        data = data["options"].get("pipe_target")
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a finite number, and no bool."""
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_wait(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 10**15
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or type(value) is str
+
+
+#: The options of Dramatiq's own middleware that a message may carry, and what each accepts.
+_ACCEPTS: dict[str, Callable[[Any], bool]] = {
+    "throws": lambda value: False,
+    "retries": _is_count,
+    "max_retries": lambda value: value is None or (type(value) is int and value < 2**53),
+    "min_backoff": _is_wait,
+    "max_backoff": _is_wait,
+    "max_age": lambda value: value is None or _is_wait(value),
+    "result_ttl": lambda value: _is_wait(value) and value > 0,
+    "broker_priority": lambda value: value is None or (type(value) is int and 0 <= value <= 255),
+    "on_failure": _is_name,
+    "on_success": _is_name,
+    "on_retry_exhausted": _is_name,
+    "ready_at": _is_wait,
+}
+_CHECKED = frozenset(_ACCEPTS)
+_warned: set[tuple[str, str]] = set()
+
+
+def clean_options(message: Message[Any]) -> None:
+    """Leave out each option whose value can't be used, with one warning for each actor and option."""
+    options = message.options
+    for name in _CHECKED.intersection(options):
+        if not _ACCEPTS[name](options[name]):
+            value = options.pop(name)
+            if (message.actor_name, name) not in _warned and len(_warned) < 1_000:
+                _warned.add((message.actor_name, name))
+                logger.warning(
+                    "A message for actor %r carries the option %s=%.100r, which can't be used and is ignored.",
+                    message.actor_name,
+                    name,
+                    value,
+                )
+
+
+def timedeltas_to_ms(options: dict[str, Any]) -> None:
+    """Turn each ``timedelta`` in a message's options into milliseconds, since a message is JSON."""
+    for name, value in options.items():
+        if isinstance(value, timedelta):
+            options[name] = round(value.total_seconds() * 1_000)

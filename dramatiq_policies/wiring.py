@@ -1,0 +1,112 @@
+"""What the parts of the bundle on one broker share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .outcomes import Outcome, OutcomeEvent, Subscriber, logger
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker, MessageProxy
+    from dramatiq.middleware import Middleware
+
+    from .consumer import DelayQueue
+    from .delivery import Delivery
+    from .middleware.shutdown import ShutdownNotifications
+    from .middleware.timeout import Timeout
+    from .options import ActorPolicy
+
+__all__ = ["Observer", "Wiring", "wiring_of"]
+
+#: An observer of ours gets the message too (None if it could not be read).
+Observer = Callable[[OutcomeEvent, "MessageProxy | None"], object]
+
+
+class Wiring:
+    """The state of the bundle on one broker, in one process.
+
+    Attributes:
+      policies: The resolved options of each actor, by name.
+      stopping: Set from the moment that the worker begins to shut down.
+      delayed: The delayed messages in hand, by queue.
+      in_flight: Redis: the ids taken and not yet acked, by queue.
+      moving: Per thread, whether a due message is being moved out of the delay queue.
+      fatal: Why this process must not go on, None while it may.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.policies: dict[str, ActorPolicy] = {}
+        self.stopping = threading.Event()
+        self.delayed: dict[str, DelayQueue] = {}
+        self.in_flight: dict[str, set[str]] = {}
+        self.moving = threading.local()
+        self.fatal: str | None = None
+        self.in_command = False
+        #: The middleware that says how long jobs may run, None without one.
+        self.timeout: Timeout | None = None
+        #: Dramatiq's ShutdownNotifications, in our version.
+        self.shutdown_notifications: ShutdownNotifications | None = None
+        # What `bundle.arrange` has seen.
+        self.arranged: list[Middleware] | None = None
+        self.arranged_length = 0
+        self.arranged_actors = 0
+        self.attached: list[Middleware] = []
+        self.attached_to_consume = False
+        self.after_discard: tuple[Callable[[Any, BaseException], object], ...] = ()
+        self._observers: tuple[Observer, ...] = ()
+        self._bad_observers: tuple[Observer, ...] = ()
+        #: Whether a success needs a record at all.
+        self.successes_observed = False
+        #: Whether the bundle writes the log records of failed jobs, in place of the worker.
+        self.logs_failures = False
+
+    def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
+        """Whether a worker's shutdown interrupts this delivery's job."""
+        notifications = self.shutdown_notifications
+        if notifications is None or delivery.policy is None:
+            return False
+        notify = delivery.message.options.get("notify_shutdown")
+        if notify is None:
+            notify = delivery.policy.options.get("notify_shutdown")
+        return bool(notifications.notify_shutdown if notify is None else notify)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Hand every record to a callable of the user's."""
+        self.observe(lambda event, message: subscriber(event), subscriber)
+
+    def observe(self, observer: Observer, name: object = None, *, successes: bool = True) -> None:
+        """Hand every record, or all but the successes, to an observer; what it raises is logged and changes nothing."""
+
+        def guarded(event: OutcomeEvent, message: MessageProxy | None) -> None:
+            try:
+                observer(event, message)
+            except Exception:
+                logger.exception("The outcome subscriber %r failed; the message is not affected.", name or observer)
+
+        if successes:
+            self._observers = (*self._observers, guarded)
+            self.successes_observed = True
+        self._bad_observers = (*self._bad_observers, guarded)
+
+    def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
+        """Hand the record to those who asked for its kind."""
+        for observer in self._observers if event.outcome is Outcome.SUCCEEDED else self._bad_observers:
+            observer(event, message)
+
+
+_ATTRIBUTE = "dramatiq_policies_wiring"
+_lock = threading.Lock()
+
+
+def wiring_of(broker: Broker) -> Wiring:
+    """The bundle's state on this broker, made at the first call."""
+    wiring: Wiring | None = vars(broker).get(_ATTRIBUTE)
+    if wiring is None:
+        with _lock:
+            wiring = vars(broker).get(_ATTRIBUTE)
+            if wiring is None:
+                wiring = vars(broker)[_ATTRIBUTE] = Wiring(broker)
+    return wiring
