@@ -91,18 +91,9 @@ class OutcomeEvent:
 Subscriber = Callable[[OutcomeEvent], object]
 
 
-def publish(subscribers: tuple[Subscriber, ...], event: OutcomeEvent) -> None:
-    """Hand the record to every subscriber; one that raises is logged and keeps nobody else from it."""
-    for subscriber in subscribers:
-        try:
-            subscriber(event)
-        except Exception:
-            logger.exception("The outcome subscriber %r failed; the message is not affected.", subscriber)
-
-
 def class_path(cls: type[Any]) -> str:
-    """The dotted path of a class, ``builtins.ValueError`` without its module."""
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    """The dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def text_of(error: BaseException, limit: int = 1_000) -> str:

@@ -1,0 +1,103 @@
+"""Imports point one way, and nothing optional is needed to import the package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import dramatiq_policies
+
+PACKAGE = Path(dramatiq_policies.__file__).parent
+#: From the ground up; a module may import those of its own line and below.
+LAYERS = [
+    {"errors", "_dramatiq"},
+    {"durations"},
+    {"backoff"},
+    {"rules"},
+    {"outcomes"},
+    {"history", "delivery", "shape", "options"},
+    {"wiring"},
+    {"settlement"},
+    {"consumer"},
+    {"brokers"},
+    {"interrupts", "coroutines", "greenlets", "logs"},
+    {"middleware", "running"},
+    {"bundle", "_typed_actor"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that are imported when this one is: not for type checking, not inside functions."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.level < depth:
+                found.add(layer_of(path))
+            elif node.module:
+                found.add(node.module.split(".")[0])
+            else:
+                found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_each_module_imports_only_from_its_own_layer_or_below():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path != PACKAGE / "__init__.py"
+        for name in imports_of(path)
+        if LEVEL[name] > LEVEL[layer_of(path)]
+    ]
+    assert wrong == []
+
+
+def test_rules_and_backoff_know_nothing_of_dramatiq():
+    for name in ("rules", "backoff", "durations"):
+        assert "dramatiq" not in {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {
+            (node.module or "").split(".")[0]
+            for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+
+
+def test_importing_the_package_needs_nothing_but_dramatiq():
+    code = (
+        "import sys\n"
+        "for name in ('redis', 'pika', 'statsd', 'sentry_sdk', 'gevent'): sys.modules[name] = None\n"
+        "import dramatiq_policies\n"
+        "from dramatiq.brokers.stub import StubBroker\n"
+        "dramatiq_policies.install(StubBroker())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_public_names_exist():
+    assert len(set(dramatiq_policies.__all__)) == len(dramatiq_policies.__all__)
+    for name in dramatiq_policies.__all__:
+        assert hasattr(dramatiq_policies, name)
+
+
+def test_private_names_of_dramatiq_stand_in_one_module():
+    offenders = [
+        f"{path.name}: {alias.name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "_dramatiq.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dramatiq") and not node.level
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert offenders == []
