@@ -45,7 +45,7 @@ def with_bundle(init: Any) -> Any:
 
         init(self, *args, middleware=middleware, **kwargs)
         if middleware is None:
-            install(self, idempotency=False)
+            install(self)
 
     return init_and_install
 
