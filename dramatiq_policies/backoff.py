@@ -7,6 +7,8 @@ AWS Architecture Blog). All are bounded by the seven days that Dramatiq can dela
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
 import random as _random
@@ -19,7 +21,7 @@ from typing import Any
 from .durations import WEEK_MS, Duration, to_ms
 from .errors import ConfigurationError
 
-__all__ = ["Wait", "constant", "exponential", "polynomial", "retry_after", "safe_wait"]
+__all__ = ["Wait", "constant", "exponential", "is_coroutine_callable", "polynomial", "retry_after", "safe_wait"]
 
 logger = logging.getLogger("dramatiq_policies.backoff")
 
@@ -60,7 +62,7 @@ class _Exponential(_Jittered):
     factor: float = field(kw_only=True)
 
     def base(self, attempt: int) -> float:
-        return self.initial * float(self.factor) ** (attempt - 1)
+        return self.initial * float(self.factor) ** (attempt - 1) if self.initial else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class _Polynomial(_Jittered):
     offset: int = field(kw_only=True)
 
     def base(self, attempt: int) -> float:
-        return self.offset + self.scale * float(attempt) ** self.power
+        return self.offset + (self.scale * float(attempt) ** self.power if self.scale else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ class _RetryAfter:
 
 
 def retry_after(
-    fallback: Wait | None = None,
+    fallback: Wait | Duration | None = None,
     maximum: Duration = 3_600_000,
     *,
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
@@ -189,17 +191,23 @@ def retry_after(
     looked for in ``exc.response.headers`` and ``exc.headers``. A time that has passed is no wait at all.
 
     Parameters:
-      fallback: The wait where nothing readable is said. Default ``exponential()``.
+      fallback: The wait where nothing readable is said, or a constant one. Default ``exponential()``.
       maximum: The longest wait that is granted, in milliseconds. Default an hour.
       now: The clock.
 
     Raises:
       ConfigurationError: If an argument is out of its range.
     """
-    chosen = exponential() if fallback is None else fallback
-    if not callable(chosen):
-        raise ConfigurationError.of_option("retry_after()", "fallback", "a wait", chosen)
-    return _RetryAfter(chosen, _duration("retry_after()", "maximum", maximum), now)
+    where = "retry_after()"
+    if fallback is None:
+        fallback = exponential()
+    elif isinstance(fallback, (int, float, timedelta)):
+        fallback = _Constant(_duration(where, "fallback", fallback))
+    if not callable(fallback) or is_coroutine_callable(fallback):
+        raise ConfigurationError.of_option(
+            where, "fallback", "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", fallback
+        )
+    return _RetryAfter(fallback, _duration(where, "maximum", maximum), now)
 
 
 def _asked_of(exception: BaseException) -> Iterable[Any]:
@@ -242,7 +250,7 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
     if isinstance(value, (int, float)):
         if isinstance(value, float) and math.isinf(value):
             return None
-        return float(min(value, 10**9))
+        return float(max(0, min(value, 10**9)))
     return None
 
 
@@ -256,6 +264,13 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     except Exception:
         logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
+
+
+def is_coroutine_callable(fn: Any) -> bool:
+    """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
 
 
 def _duration(where: str, name: str, value: Any) -> int:

@@ -25,6 +25,7 @@ def to_ms(value: Any) -> int:
         value = value.total_seconds() * 1_000
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected milliseconds or a timedelta, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    # An int of a thousand digits is no float.
+    if value < 0 or not (isinstance(value, int) or math.isfinite(value)):
         raise ValueError(f"expected a duration of at least 0 ms, got {value!r}")
     return round(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from enum import Enum
 from importlib import import_module
 from typing import Any, Literal
 
-from .backoff import Wait, constant, exponential
+from .backoff import Wait, constant, exponential, is_coroutine_callable
 from .durations import to_ms
 from .errors import ConfigurationError
 
@@ -161,7 +160,8 @@ def parse_rules(
         for targets, policy in _entries(where, option, verb, declared):
             conditions = list(_flatten(where, option, targets, owner))
             shared = policy is not None and isinstance(declared, Mapping) and len(conditions) > 1
-            group = "|".join(_id(target, predicate) for target, predicate in conditions) if shared else None
+            # Sorted, since a frozenset has no order that two processes agree on.
+            group = "|".join(sorted(_id(target, predicate) for target, predicate in conditions)) if shared else None
             for target, predicate in conditions:
                 rules.append(Rule(verb, target, predicate, policy, group or _id(target, predicate), owner, where))
     _refuse_twice(where, rules)
@@ -330,20 +330,13 @@ def _severity(found: tuple[Rule, BaseException]) -> tuple[int, int]:
     return verbs.index(rule.verb), 0 if rule.policy is None else rule.policy.attempts
 
 
-def is_coroutine_callable(fn: Any) -> bool:
-    """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
-
-
 def _import(where: str, option: str, path: str) -> type[BaseException]:
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
         found: Any = import_module(module or "builtins")
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
         raise ConfigurationError.of_option(
             where, option, "the dotted path of an exception class", path, f"It can't be imported ({error})"
         ) from None
