@@ -16,6 +16,8 @@ import redis
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 
+from .places import Place, RabbitmqPlace, RedisPlace
+
 HERE = Path(__file__).parent
 
 
@@ -23,8 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.integration)
+            callspec = getattr(item, "callspec", None)
             for server in ("redis", "rabbitmq"):
-                if f"{server}_url" in getattr(item, "fixturenames", ()):
+                on_it = callspec is not None and callspec.params.get("place") == server
+                if on_it or f"{server}_url" in getattr(item, "fixturenames", ()):
                     item.add_marker(server)
 
 
@@ -87,3 +91,33 @@ def rabbitmq_broker(rabbitmq_url: str, unique_queue: str) -> Iterator[RabbitmqBr
     broker = RabbitmqBroker(url=rabbitmq_url)
     yield broker
     broker.close()
+
+
+@pytest.fixture
+def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dramatiq waits for 3 s after a lost connection; a test need not."""
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.1)
+    monkeypatch.setattr("dramatiq.worker.POST_PROCESS_MESSAGE_RETRY_DELAY_SECS", 0.1)
+
+
+@pytest.fixture
+def redis_place(
+    redis_url: str, unique_queue: str, redis_namespace: str, redis_client: redis.Redis
+) -> Iterator[RedisPlace]:
+    place = RedisPlace(redis_url, unique_queue, redis_namespace, redis_client)
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def rabbitmq_place(rabbitmq_url: str, unique_queue: str) -> Iterator[RabbitmqPlace]:
+    place = RabbitmqPlace(rabbitmq_url, unique_queue)
+    yield place
+    place.close()
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """One queue on each server in turn."""
+    found: Place = request.getfixturevalue(f"{request.param}_place")
+    return found
