@@ -94,7 +94,7 @@ def exponential(
     *,
     random: Random | None = None,
 ) -> _Exponential:
-    """``initial`` × ``factor`` ^ (attempt - 1).
+    """``initial`` * ``factor`` ^ (attempt - 1).
 
     Parameters:
       initial: The wait after the first failure, in milliseconds. Default 15 seconds, Dramatiq's own.
@@ -125,7 +125,7 @@ def polynomial(
     *,
     random: Random | None = None,
 ) -> _Polynomial:
-    """``offset`` + ``scale`` × attempt ^ ``power``: Active Job's ``polynomially_longer`` with its defaults.
+    """``offset`` + ``scale`` * attempt ^ ``power``: Active Job's ``polynomially_longer`` with its defaults.
 
     Parameters:
       power: The exponent. Default 4.
@@ -246,7 +246,8 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         return value.total_seconds()
     if isinstance(value, datetime):
         when = value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)
-        return _quietly(lambda: (when - now()).total_seconds())  # type: ignore[no-any-return]
+        left: timedelta | None = _quietly(lambda: when - now())
+        return None if left is None else left.total_seconds()
     if isinstance(value, (int, float)):
         if isinstance(value, float) and math.isinf(value):
             return None
@@ -270,7 +271,9 @@ def is_coroutine_callable(fn: Any) -> bool:
     """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(type(fn), "__call__", None)  # noqa: B004 - not whether it can be called
+    )
 
 
 def _duration(where: str, name: str, value: Any) -> int:

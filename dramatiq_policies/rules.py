@@ -177,11 +177,10 @@ def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tup
             raise ConfigurationError.of_option(
                 where, option, "an exception class or a tuple of them", declared, "Only retry_on takes a mapping"
             )
-        for targets, policy in declared.items():
-            if type(policy) is int:
-                if policy < 1:
-                    raise ConfigurationError.of_option(where, option, "at least 1 attempt", policy)
-                policy = RetryPolicy(attempts=policy)
+        for targets, given in declared.items():
+            if type(given) is int and given < 1:
+                raise ConfigurationError.of_option(where, option, "at least 1 attempt", given)
+            policy = RetryPolicy(attempts=given) if type(given) is int else given
             if not isinstance(policy, RetryPolicy):
                 raise ConfigurationError.of_option(
                     where, option, "a RetryPolicy or a number of attempts for each class", policy
@@ -202,9 +201,9 @@ def _flatten(
             if inner is not None:
                 raise ConfigurationError.of_option(where, option, "one when() around a class", declared)
             yield target, declared.predicate
-    elif isinstance(declared, type) and issubclass(declared, BaseException):
-        yield declared, None
-    elif isinstance(declared, str) and owner == "broker":
+    elif (isinstance(declared, type) and issubclass(declared, BaseException)) or (
+        isinstance(declared, str) and owner == "broker"
+    ):
         yield declared, None
     else:
         raise ConfigurationError.of_option(

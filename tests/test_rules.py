@@ -168,7 +168,7 @@ async def admits_later(error):
     ],
 )
 def test_a_bad_policy_or_predicate_is_a_configuration_error(build):
-    with pytest.raises(ConfigurationError, match="expected .*, got "):
+    with pytest.raises(ConfigurationError, match=r"expected .*, got "):
         build()
 
 
