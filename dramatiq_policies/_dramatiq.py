@@ -27,10 +27,6 @@ def message_of(proxy: MessageProxy) -> Message[Any]:
     return proxy._message
 
 
-def replace_message(proxy: MessageProxy, message: Message[Any]) -> None:
-    proxy._message = message
-
-
 def exception_of(proxy: MessageProxy) -> BaseException | None:
     """What the worker stuffed into the proxy."""
     return proxy._exception

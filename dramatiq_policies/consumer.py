@@ -91,9 +91,10 @@ class PolicyConsumer(Consumer):
             if not is_number(message.options.get("eta")):
                 message.options["eta"] = 0
             return message
-        message.delivery = delivery = Delivery(self, message)  # type: ignore[attr-defined]
-        options = message.options
-        clean_options(_dramatiq.message_of(message))
+        plain = _dramatiq.message_of(message)
+        message.delivery = delivery = Delivery(self, plain)  # type: ignore[attr-defined]
+        options = plain.options
+        clean_options(plain)
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
                 check_composition(options)

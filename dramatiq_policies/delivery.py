@@ -16,7 +16,7 @@ from .outcomes import Outcome
 
 if TYPE_CHECKING:
     from dramatiq import Message
-    from dramatiq.broker import Broker, MessageProxy
+    from dramatiq.broker import Broker
 
     from .options import ActorPolicy
 
@@ -98,7 +98,8 @@ class Delivery:
 
     Attributes:
       consumer: The wrapping consumer that delivered it; no other may ack it.
-      message: Dramatiq's proxy of the message.
+      message: The message; not Dramatiq's proxy of it, which refers to the delivery: a cycle for each message would keep
+        the garbage collector busy.
       policy: The actor's resolved options; None until the before-hooks ran.
       stage: TAKEN, READY, RUNNING or RAN.
       started, ended: Monotonic seconds at which the actor was called and was over; None before.
@@ -126,7 +127,7 @@ class Delivery:
         "timeout_ms",
     )
 
-    def __init__(self, consumer: Any, message: MessageProxy) -> None:
+    def __init__(self, consumer: Any, message: Message[Any]) -> None:
         self.consumer = consumer
         self.message = message
         self.policy: ActorPolicy | None = None

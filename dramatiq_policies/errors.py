@@ -28,6 +28,8 @@ from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
+from .durations import to_ms
+
 __all__ = [
     "ConfigurationError",
     "Crashed",
@@ -95,15 +97,18 @@ class Snooze(Verdict):
     Parameters:
       delay: How long, in milliseconds, or a ``timedelta``.
       reason: Why, for the logs.
+
+    Raises:
+      TypeError, ValueError: If the delay is no duration.
     """
 
     def __init__(self, delay: int | timedelta, reason: str = "") -> None:
         super().__init__(delay, reason)
-        self.delay = delay
+        self.delay = to_ms(delay)
         self.reason = reason
 
     def __str__(self) -> str:
-        return self.reason or f"snoozed for {self.delay}"
+        return self.reason or f"snoozed for {self.delay} ms"
 
 
 class TimeoutExceeded(TimeLimitExceeded):

@@ -87,5 +87,4 @@ def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
         return
     error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
     delivery.settlement = Settlement(Outcome.EXPIRED, exception=error, dead_letter=True)
-    delivery.message.fail()
     raise SkipMessage(str(error))

@@ -48,6 +48,8 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
         delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
         delivery.settled = True
         _conclude(wiring, message, delivery, decided)
+        # The error's traceback leads to the message: no cycle is left behind.
+        delivery.settlement = None
     return not (delivery.acked or delivery.abandoned)
 
 

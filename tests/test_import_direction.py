@@ -12,8 +12,8 @@ import dramatiq_policies
 PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
-    {"errors", "_dramatiq"},
-    {"durations"},
+    {"_dramatiq", "durations"},
+    {"errors"},
     {"backoff"},
     {"rules"},
     {"outcomes"},

@@ -96,7 +96,13 @@ class RedisConsumer(PolicyConsumer):
         return False
 
     def finish(self, message: MessageProxy) -> None:
-        self._guarded(self.broker.do_ack, self.source, message.options["redis_message_id"])  # type: ignore[attr-defined]
+        redis_id = message.options["redis_message_id"]
+        try:
+            self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+        except ConnectionClosed as error:
+            if not self.wiring.stopping.is_set():
+                raise
+            logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
         self._release(message)
 
     def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
@@ -181,7 +187,8 @@ class RedisConsumer(PolicyConsumer):
         """Requeue what the server gave this process and this process never got."""
         lost = [redis_id for redis_id in self._unacked() if redis_id not in self.held]
         if lost:
-            logger.warning("%d messages of queue %r were lost with a reply and are put back.", len(lost), self.source)
+            log = logger.info if self.wiring.stopping.is_set() else logger.warning
+            log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
             self.broker.do_requeue(self.source, *lost)  # type: ignore[attr-defined]
 
     def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,14 +216,11 @@ class RedisConsumer(PolicyConsumer):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
-        if self.wiring.stopping.is_set() and self.cache:
-            self._put_back_cached()
         super().close()
-
-    def _put_back_cached(self) -> None:
-        """What was prefetched and never handed out is in the unacked set and in nobody's hands."""
-        try:
-            self._put_back_the_lost()
-        except (redis.RedisError, OSError) as error:
-            logger.warning("%d prefetched messages could not be put back: %s", len(self.cache), error)
-        self.cache.clear()
+        if self.wiring.stopping.is_set():
+            self.cache.clear()
+            try:
+                # What was prefetched and never handed out, and what was given up.
+                self._put_back_the_lost()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("Messages of queue %r come back later than now: %s", self.source, error)

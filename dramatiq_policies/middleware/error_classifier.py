@@ -164,8 +164,15 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         current.set(None)
         delivery: Delivery | None = getattr(message, "delivery", None)
-        if delivery is not None and delivery.settlement is None:
+        if delivery is None:
+            return
+        decided = delivery.settlement
+        if decided is None:
             delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=message.failed)
+        elif decided.dead_letter and decided.exception is not None:
+            # Skipped by the wrapper of the actor's function.
+            message.fail()
+            message.stuff_exception(decided.exception)
 
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
@@ -237,7 +244,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         left = history.snoozed_since + self.max_snooze - now
         if left <= 0:
             return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
-        delay = min(to_ms(verdict.delay), left, WEEK_MS)
+        delay = min(verdict.delay, left, WEEK_MS)
         delivery.hand_on(Send(_again(message, history), delay or None))
         return Settlement(
             Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay
