@@ -19,9 +19,11 @@ to begin.
 **What may be pending.** If the worker has got all tokens back, nothing was set and nothing can be set any more. That is
 the usual case, and all it costs. If it has not, somebody took one. The worker then waits until the slot's lock is free:
 whoever took a token before the dict was empty took the lock before that, so everything that will ever be set has been
-set by then. It then calls ``PyThreadState_SetAsyncExc(thread, NULL)``, which takes back an exception that is set and
-not yet raised. A thread state has room for one, and clearing it is one step against its delivery: under the GIL because
-it is the thread itself that does both, on a free-threaded build because both exchange the field atomically.
+set by then. It then sets an exception of its own, `_Drained`, and runs on until that has been raised. A thread state
+has room for one exception, so this takes the place of what is set and not yet raised; and that is one step against its
+delivery, under the GIL because it is the thread itself that does both, on a free-threaded build because both exchange
+the field atomically. (Setting NULL would empty the field, too, but CPython before 3.13 then leaves up the flag that says
+"look into it": all threads run slower until the next such exception, and on 3.11 one that is traced never goes on.)
 
 **What may be raised meanwhile.** Until then an interrupt can still be raised between any two instructions of `call`
 itself. Each one that is raised has used up a token; there are at most two. The way out is therefore written three
@@ -70,7 +72,7 @@ from threading import Lock, get_ident
 from time import monotonic, sleep
 from traceback import format_stack
 from types import FrameType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dramatiq.middleware import Shutdown
 from dramatiq.threading import Interrupt, is_gevent_active
@@ -85,7 +87,7 @@ logger = logging.getLogger("dramatiq_policies.interrupts")
 
 _gevent_is_active: Callable[[], bool] = is_gevent_active
 
-#: Sets an exception in a thread, by its identifier and the exception's class; `_NOTHING` takes it back.
+#: Sets an exception in a thread, by its identifier and the exception's class.
 _set_exception: Callable[[int, Any], int] | None
 try:
     _set_exception = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
@@ -93,7 +95,10 @@ try:
     )
 except AttributeError:  # PyPy, and whoever drops it
     _set_exception = None
-_NOTHING: Final = ctypes.py_object()
+
+
+class _Drained(BaseException):
+    """Set and raised in place of an interrupt that came too late."""
 
 
 class Watch(Protocol):
@@ -211,7 +216,13 @@ class Slot:
         if self.target is None and _set_exception is not None:
             while self.lock.locked():
                 sleep(0.0001)
-            _set_exception(self.thread_id, _NOTHING)
+            while True:
+                try:
+                    _set_exception(self.thread_id, _Drained)
+                    for _ in range(100):
+                        pass
+                except _Drained:
+                    return
 
 
 class Timer:
