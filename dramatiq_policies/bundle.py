@@ -39,6 +39,7 @@ def install(
     error_classifier: ErrorClassifier | None = None,
     timeout: Timeout | None = None,
     discard_logger: DiscardLogger | Literal[False] | None = None,
+    idempotency: Literal[False] | None = None,
 ) -> B:
     """Put the bundle on a broker, and return the broker.
 
@@ -47,10 +48,13 @@ def install(
       error_classifier: None means one with its defaults, which keeps the settings of the stock ``Retries``.
       timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
       discard_logger: None means one with its defaults, False none.
+      idempotency: There is none yet: None and False both mean so.
 
     Raises:
       ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
     """
+    if idempotency not in (None, False):
+        raise ConfigurationError.of_option("install()", "idempotency", "None or False", idempotency, "There is none yet")
     given = [
         _checked("error_classifier", error_classifier, ErrorClassifier),
         _checked("timeout", timeout, Timeout),
