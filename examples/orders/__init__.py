@@ -1,0 +1,1 @@
+"""A shop's background jobs: an order confirmation by e-mail, an import in batches, a nightly report."""

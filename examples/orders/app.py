@@ -1,0 +1,149 @@
+"""The jobs. Run them with ``dramatiq examples.orders.app``, and send some with ``python -m examples.orders.produce``.
+
+Environment:
+  BROKER_URL: ``redis://…``, ``amqp://…`` or ``stub://``. Default ``redis://localhost:6379/0``.
+  MAIL_API_KEY: The gateway's key. Empty, as if somebody had forgotten it: the jobs alert.
+  ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; less for a demo that ends soon.
+  ORDERS_TIMEOUT_MS: How long the confirmation may take, in milliseconds. Default 30000.
+"""
+
+from __future__ import annotations
+
+import os
+
+import dramatiq
+from dramatiq.broker import Broker
+
+from dramatiq_policies import (
+    ActorOptions,
+    RetryPolicy,
+    TimeoutExceeded,
+    constant,
+    current_job,
+    exponential,
+    install,
+    retry_after,
+)
+
+from . import shop
+from .gateway import EmailTimeout, InvalidEmail, MailGateway, MissingCredentials, RateLimited
+from .shop import BadRow, OrderNotFound
+
+WAIT_MS = int(os.environ.get("ORDERS_WAIT_MS", "2000"))
+TIMEOUT_MS = int(os.environ.get("ORDERS_TIMEOUT_MS", "30000"))
+BATCH = 100
+#: A day's wait for the gateway helps nobody; the job's own timeout may leave less.
+GATEWAY_TIMEOUT_MS = 5_000
+
+
+def make_broker(url: str) -> Broker:
+    """The broker that the URL asks for. What a broker needs is imported only if it is the one."""
+    scheme = url.partition(":")[0]
+    if scheme in ("redis", "rediss"):
+        from dramatiq.brokers.redis import RedisBroker
+
+        return RedisBroker(url=url)
+    if scheme in ("amqp", "amqps"):
+        from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+        return RabbitmqBroker(url=url)
+    if scheme == "stub":
+        from dramatiq.brokers.stub import StubBroker
+
+        return StubBroker()
+    raise ValueError(f"BROKER_URL: expected redis://, amqp:// or stub://, got {url!r}.")
+
+
+broker = make_broker(os.environ.get("BROKER_URL", "redis://localhost:6379/0"))
+install(broker)
+dramatiq.set_broker(broker)
+
+gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
+
+
+@dramatiq.actor(
+    queue_name="orders_mail",
+    retry_on={
+        EmailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=WAIT_MS, maximum=60_000)),
+        RateLimited: RetryPolicy(attempts=3, wait=retry_after(fallback=exponential(initial=WAIT_MS))),
+        # Sent before its transaction committed? Then it is there in a moment, or never.
+        OrderNotFound: RetryPolicy(attempts=3, wait=constant(WAIT_MS), then="discard"),
+        # The mail may be out. The gateway knows the key, so asking again sends it no second time.
+        TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(WAIT_MS)),
+    },
+    discard_on=InvalidEmail,
+    alert_on=MissingCredentials,
+    timeout=TIMEOUT_MS,
+    queue_timeout=3_600_000,
+    tags={"team": "checkout", "criticality": "high"},
+)
+def send_confirmation(order_id: int, email: str, total: str) -> None:
+    """Tell the customer that the order has arrived."""
+    shop.find_order(order_id)
+    job = current_job()
+    # Called directly, as from a shell, there is no job, and the order is what makes the mail unique.
+    key = f"order-confirmation:{order_id}" if job is None else job.idempotency_key
+    left = None if job is None else job.remaining_ms()
+    gateway.send(
+        email,
+        f"Order {order_id}: {total}",
+        idempotency_key=key,
+        timeout_ms=GATEWAY_TIMEOUT_MS if left is None else min(GATEWAY_TIMEOUT_MS, left),
+    )
+
+
+@dramatiq.actor(queue_name="orders_import", timeout=60_000, tags={"team": "logistics"})
+def import_orders(first: int, last: int) -> None:
+    """Cut an import into batches, each a job with retries of its own.
+
+    It may be run again and send its batches again; they write what is there already.
+    """
+    for start in range(first, last + 1, BATCH):
+        import_batch.send(start, min(start + BATCH - 1, last))
+
+
+@dramatiq.actor(
+    queue_name="orders_import",
+    retry_on={(ConnectionError, TimeoutExceeded): RetryPolicy(attempts=5, wait=exponential(initial=WAIT_MS))},
+    discard_on=BadRow,
+    dead_letter_discards=True,
+    timeout=60_000,
+    tags={"team": "logistics"},
+)
+def import_batch(first: int, last: int) -> None:
+    """Write the orders of one batch. A row that can't be one drops the batch, onto the dead letters for a look."""
+    for order_id in range(first, last + 1):
+        shop.upsert(order_id, 1_000 + order_id)
+
+
+REPORT: ActorOptions = {"queue_name": "orders_reports", "timeout": 120_000, "tags": {"team": "finance"}}
+
+
+@dramatiq.actor(**REPORT)
+def collect_figures(day: str) -> dict[str, object]:
+    """The first stage of the nightly report."""
+    return {"day": day, "orders": len(shop.imported), "cents": sum(shop.imported.values())}
+
+
+@dramatiq.actor(**REPORT)
+def render_report(figures: dict[str, object]) -> str:
+    """The second stage: what it gets is what the first one returned."""
+    return f"{figures['day']}: {figures['orders']} orders, {figures['cents']} cents"
+
+
+@dramatiq.actor(retry_on={EmailTimeout: 5}, alert_on=MissingCredentials, **REPORT)
+def mail_report(to: str, report: str) -> None:
+    """The last stage."""
+    job = current_job()
+    gateway.send(
+        to,
+        report,
+        idempotency_key=report if job is None else job.idempotency_key,
+        timeout_ms=GATEWAY_TIMEOUT_MS,
+    )
+
+
+def nightly_report(day: str, to: str = "finance@example.com") -> dramatiq.pipeline:
+    """The report of a day: three jobs, each of which is sent when the one before has succeeded."""
+    stages = [collect_figures.message(day), render_report.message(), mail_report.message(to)]
+    return dramatiq.pipeline(stages, broker=broker)
