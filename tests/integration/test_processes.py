@@ -1,0 +1,287 @@
+"""The ``dramatiq`` command as it is run in production: its processes, their signals and their deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import dramatiq_policies
+
+from .places import Place, RabbitmqPlace, RedisPlace, until
+
+APP = """
+import os, pathlib, time
+import dramatiq
+from dramatiq.brokers.{kind} import {broker_class}
+{imports}
+
+class Transient(Exception):
+    pass
+
+broker = {broker_class}(url=os.environ["APP_URL"]{arguments})
+if {bundle}:
+    from dramatiq_policies import RetryPolicy, constant, install
+    install(broker)
+    retrying = dict(retry_on={{Transient: RetryPolicy(attempts=4, wait=constant(300))}})
+else:
+    retrying = dict(max_retries=3, min_backoff=200, max_backoff=300)
+dramatiq.set_broker(broker)
+journal = pathlib.Path(os.environ["APP_JOURNAL"])
+
+def note(*words):
+    with journal.open("a") as stream:
+        stream.write(" ".join(map(str, words)) + "\\n")
+
+@dramatiq.actor(queue_name="{queue}")
+def job(number):
+    note("done", number)
+
+@dramatiq.actor(queue_name="{queue}", **retrying)
+def flaky(number, fails):
+    note("tried", number)
+    if len([line for line in journal.read_text().splitlines() if line == f"tried {{number}}"]) <= fails:
+        raise Transient(number)
+    note("done", number)
+
+@dramatiq.actor(queue_name="{queue}", max_retries=0)
+def hopeless(number):
+    raise Transient(number)
+
+@dramatiq.actor(queue_name="{queue}", notify_shutdown=True)
+def long(number):
+    note("began", number, os.getpid())
+    if len([line for line in journal.read_text().splitlines() if line.startswith(f"began {{number}} ")]) == 1:
+        for _ in range(3000):
+            time.sleep(0.01)
+    note("done", number)
+"""
+
+
+class Application:
+    """An app module of its own in a folder of its own, run by the command or used from here."""
+
+    def __init__(self, place: Place, folder: Path, *, bundle: bool = True, name: str = "jobs_app") -> None:
+        self.place = place
+        self.folder = folder
+        self.name = name
+        self.journal = folder / "journal"
+        self.journal.touch()
+        self.module = folder / f"{name}.py"
+        self.module.write_text(
+            APP.format(
+                kind=place.kind,
+                broker_class=type(place.broker()).__name__,
+                imports="",
+                arguments=f", namespace={place.namespace!r}" if isinstance(place, RedisPlace) else "",
+                bundle=bundle,
+                queue=place.queue,
+            )
+        )
+        self.environment = {
+            **os.environ,
+            "APP_URL": place.url,
+            "APP_JOURNAL": str(self.journal),
+            "PYTHONPATH": os.pathsep.join([str(folder), str(Path(dramatiq_policies.__file__).parents[1])]),
+        }
+        self.environment.pop("COVERAGE_PROCESS_START", None)
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.log = folder / f"{name}.log"
+
+    def call(self, *lines: str) -> None:
+        """Run lines in a process that imports the app."""
+        code = "\n".join([f"from {self.name} import *", *lines])
+        subprocess.run([sys.executable, "-c", code], env=self.environment, check=True, timeout=30)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dramatiq", self.name, "--processes", "1", "--threads", "2", *arguments],
+                env=self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.running.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes], code: int = 0) -> None:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == code, self.log.read_text()
+
+    def lines(self) -> Counter[str]:
+        return Counter(self.journal.read_text().splitlines())
+
+    def wait_for(self, *lines: str) -> None:
+        until(lambda: self.lines().keys() >= set(lines), 20, lambda: (self.lines(), self.log.read_text()))
+
+    def pid(self, number: int) -> int:
+        """The process in which ``long(number)`` began last."""
+        found = [line.split()[2] for line in self.journal.read_text().splitlines() if line.startswith(f"began {number} ")]
+        return int(found[-1])
+
+    def close(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture
+def make(place: Place, tmp_path: Path):
+    made = []
+
+    def application(**options) -> Application:
+        made.append(Application(place, tmp_path, **options))
+        return made[-1]
+
+    yield application
+    for one in made:
+        one.close()
+
+
+def test_jobs_run_under_the_command_and_it_stops_cleanly(place: Place, make) -> None:
+    application = make()
+    application.call(
+        "for n in range(20): job.send(n)",
+        "for n in range(100, 110): flaky.send(n, 1)",
+        "job.send_with_options(args=(50,), delay=300)",
+        "hopeless.send(0)",
+    )
+    process = application.start()
+    expected = [f"done {n}" for n in (*range(20), *range(100, 110), 50)]
+    application.wait_for(*expected)
+    application.stop(process)
+
+    assert [application.lines()[line] for line in expected] == [1] * len(expected)
+    (letter,) = place.dead()
+    assert letter.actor_name == "hopeless"
+    assert letter.options["failure"]["reason"] == "unclassified"
+    assert place.left() == []
+    assert "Traceback" not in application.log.read_text().replace("Traceback (most recent call last):\n  File", "", 1)
+
+
+def test_a_shutdown_puts_the_job_under_way_back(place: Place, make) -> None:
+    application = make()
+    application.call("long.send(1)", "long.send(2)", "for n in range(10): job.send(n)")
+    process = application.start()
+    until(lambda: sum(line.startswith("began") for line in application.lines()) == 2)
+    application.stop(process)
+    assert not any(line.startswith("done") for line in application.lines())
+    left = place.left() if isinstance(place, RedisPlace) else None
+    if left is not None:
+        assert len(left) == 12
+        assert place.unacked() == 0
+
+    process = application.start()
+    expected = [f"done {n}" for n in (1, 2, *range(10))]
+    application.wait_for(*expected)
+    application.stop(process)
+    assert application.lines()["done 1"] == application.lines()["done 2"] == 2  # job(1) and long(1)
+    assert place.left() == []
+    assert place.dead() == []
+
+
+def test_a_killed_worker_s_job_is_delivered_again(place: Place, make) -> None:
+    application = make()
+    application.call("long.send(100)", "for n in range(10): job.send(n)")
+    process = application.start()
+    until(lambda: any(line.startswith("began") for line in application.lines()))
+    application.wait_for(*[f"done {n}" for n in range(10)])
+    os.kill(application.pid(100), signal.SIGKILL)
+    assert process.wait(20) != 0
+    assert application.lines()["done 100"] == 0
+
+    if isinstance(place, RedisPlace):
+        # It comes back when the process has been silent for heartbeat_timeout, a minute; nobody waits for that here.
+        (left,) = place.left()
+        assert left.args == (100,)
+        assert place.unacked() == 1
+        broker = place.broker()
+        broker.heartbeat_timeout, broker.maintenance_chance = 1, 1_000_000
+        time.sleep(0.01)
+        until(lambda: broker.do_requeue(place.queue) or place.client.llen(place.key(place.queue)))
+    process = application.start()
+    application.wait_for("done 100")
+    application.stop(process)
+    assert application.lines()["done 100"] == 1
+    assert place.left() == []
+    assert place.dead() == []
+
+
+@pytest.mark.parametrize("to_bundle", [True, False], ids=["stock to bundle", "bundle to stock"])
+def test_queues_are_taken_over_with_retries_under_way(place: Place, make, to_bundle: bool) -> None:
+    before = make(bundle=not to_bundle, name="before")
+    after = make(bundle=to_bundle, name="after")
+    before.call(
+        "for n in range(10): job.send(n)",
+        "for n in range(100, 110): flaky.send(n, 2)",
+        "for n in range(200, 205): job.send_with_options(args=(n,), delay=3_000)",
+        "hopeless.send(0)",
+    )
+    process = before.start()
+    before.wait_for(*[f"tried {n}" for n in range(100, 110)])
+    before.stop(process)
+    before.call("job.send(300)", "hopeless.send(1)")
+
+    process = after.start()
+    expected = [f"done {n}" for n in (*range(10), *range(100, 110), *range(200, 205), 300)]
+    after.wait_for(*expected)
+    until(lambda: len(place.dead()) == 2)
+    after.stop(process)
+    lines = after.lines()
+    assert [lines[line] for line in expected] == [1] * len(expected)
+    assert [lines[f"tried {n}"] for n in range(100, 110)] == [3] * 10
+    assert sorted(letter.args for letter in place.dead()) == [(0,), (1,)]
+    assert place.left() == []
+
+
+def test_a_password_that_redis_refuses_ends_the_process(redis_place: RedisPlace, tmp_path: Path) -> None:
+    application = Application(redis_place, tmp_path)
+    scheme, _, rest = redis_place.url.partition("://")
+    application.environment["APP_URL"] = f"{scheme}://nobody:wrong@{rest.rpartition('@')[2]}"
+    try:
+        process = application.start()
+        assert process.wait(20) == 3, application.log.read_text()
+    finally:
+        application.close()
+    refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]
+    assert len(refused) == 1, application.log.read_text()
+
+
+def test_a_key_of_the_wrong_type_ends_the_process(redis_place: RedisPlace, tmp_path: Path) -> None:
+    application = Application(redis_place, tmp_path)
+    redis_place.client.set(redis_place.key(redis_place.queue), "somebody's string")
+    try:
+        process = application.start()
+        assert process.wait(20) == 3, application.log.read_text()
+    finally:
+        application.close()
+    refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]
+    assert len(refused) == 1, application.log.read_text()
+
+
+def test_a_killed_worker_loses_no_message_whatever_it_did(rabbitmq_place: RabbitmqPlace, tmp_path: Path) -> None:
+    application = Application(rabbitmq_place, tmp_path)
+    try:
+        application.call("for n in range(200): flaky.send(n, 1)")
+        for count in (20, 80):
+            process = application.start()
+            until(
+                lambda count=count: sum(line.startswith("tried") for line in application.lines().elements()) > count, 20
+            )
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process = application.start()
+        application.wait_for(*[f"done {n}" for n in range(200)])
+        application.stop(process)
+    finally:
+        application.close()
+    assert rabbitmq_place.dead() == []
