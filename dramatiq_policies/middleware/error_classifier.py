@@ -94,6 +94,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         self.max_attempts = max_attempts
         self.alert_interval = _duration(where, "alert_interval", alert_interval)
         self.max_snooze = _duration(where, "max_snooze", max_snooze)
+        if not isinstance(dead_letter_discards, bool):
+            raise ConfigurationError.of_option(where, "dead_letter_discards", "True or False", dead_letter_discards)
         self.dead_letter_discards = dead_letter_discards
         if after_discard is not None:
             expect_callable(where, "after_discard", after_discard)
