@@ -1,5 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. See CONTRIBUTING.md.
 
+PATH ?= /usr/local/bin:/usr/bin:/bin
+export PATH
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo

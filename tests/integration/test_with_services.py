@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "with_services.py"
 
 @pytest.mark.timeout(300)
 def test_two_private_runs_at_once_get_servers_of_their_own_which_are_gone_after_an_interrupt(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--private", "sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL"; sleep 600']
+    command = [sys.executable, SCRIPT, "--private", "sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL"; exec sleep 600']
     with ExitStack() as stack:
         runs = []
         for _ in range(2):
