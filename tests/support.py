@@ -1,0 +1,102 @@
+"""A StubBroker with the bundle on it, a real worker, and each outcome as it is published."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from contextlib import contextmanager
+
+import dramatiq
+from dramatiq import Worker
+from dramatiq.brokers.stub import StubBroker
+
+from dramatiq_policies import ErrorClassifier, install
+
+PATIENCE = 20.0
+
+
+class Collector:
+    """Takes outcomes from any thread, and waits for as many as a test expects."""
+
+    def __init__(self):
+        self.events = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event):
+        with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    def wait_for(self, condition, what="the condition"):
+        with self._changed:
+            if not self._changed.wait_for(lambda: condition(self.events), PATIENCE):
+                raise AssertionError(f"{what} did not come true; so far: {self.events}")
+
+
+class Stage:
+    """Everything that a scenario needs.
+
+    Parameters:
+      middleware: What stands on the broker beside the default middleware, before the bundle.
+      bundle: More arguments of `install`.
+      rules: The arguments of the ErrorClassifier.
+    """
+
+    def __init__(self, *, middleware=(), bundle=None, broker=None, **rules):
+        self.collected = Collector()
+        self.broker = StubBroker() if broker is None else broker
+        for one in middleware:
+            self.broker.add_middleware(one)
+        self.classifier = ErrorClassifier(on_outcome=self.collected, **rules)
+        install(self.broker, error_classifier=self.classifier, **(bundle or {}))
+        self.broker.emit_after("process_boot")
+        self.actor = functools.partial(dramatiq.actor, broker=self.broker)
+        self.worker = None
+
+    @contextmanager
+    def working(self, threads=1):
+        """A worker while it lasts; at its end every thread of it must still be alive.
+
+        With one thread the outcomes come in order: they are published after the hand-off.
+        """
+        worker = self.worker = Worker(self.broker, worker_timeout=50, worker_threads=threads)
+        worker.start()
+        try:
+            yield worker
+            assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
+        finally:
+            worker.stop()
+
+    def run(self, threads=1):
+        """Work until nothing is queued, delayed or running."""
+        with self.working(threads):
+            self.drain()
+        return self
+
+    def drain(self):
+        deadline = time.monotonic() + PATIENCE
+        while any(queue.unfinished_tasks for queue in self.broker.queues.values()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the queues did not become empty; so far: {self.events}")
+            for queue in list(self.broker.queues):
+                if queue in self.broker.get_declared_queues() and not queue.endswith(".DQ"):
+                    self.broker.join(queue, timeout=int(PATIENCE * 1_000), fail_fast=False)
+
+    @property
+    def events(self):
+        return self.collected.events
+
+    def outcomes(self, actor=None):
+        return [event.outcome.value for event in self.events if actor is None or event.actor == actor]
+
+    def reasons(self):
+        return [event.reason for event in self.events]
+
+    @property
+    def dead(self):
+        """The dead letters' messages, as they would be read off the queue."""
+        return [letter for letters in self.broker.dead_letters_by_queue.values() for letter in letters]
+
+    def failures(self):
+        return [letter.options["failure"] for letter in self.dead]
