@@ -106,11 +106,11 @@ def test_a_job_that_ends_in_time_returns_its_result():
 
 def test_without_limits_it_is_the_plain_call_and_no_thread_starts():
     before = threading.active_count()
-    assert interrupts.call(lambda: threading.active_count(), (), {}) == before
+    assert interrupts.call(threading.active_count, (), {}) == before
 
 
 def test_a_job_that_runs_too_long_is_interrupted(delivery):
-    with pytest.raises(TimeoutExceeded, match="mail ran for .* its timeout is 50 ms") as caught:
+    with pytest.raises(TimeoutExceeded, match=r"mail ran for .* its timeout is 50 ms") as caught:
         interrupts.call(spin_for_ever, (), {}, deadline=in_ms(50))
     error = caught.value
     assert isinstance(error, TimeLimitExceeded)
@@ -519,7 +519,7 @@ def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
 def test_the_same_with_async_jobs(quick_switches, shutdowns, event_loop):
     async def job(until, result, seen):
         try:
-            while monotonic() < until:
+            while monotonic() < until:  # noqa: ASYNC110 - it ends near a moment, whatever else happens
                 await asyncio.sleep(0)
         except BaseException as error:
             seen.append(error)
@@ -619,15 +619,22 @@ def sabotage(moments, *, raised, error=None):
 def test_an_interrupt_between_any_two_instructions_after_the_job_s_end_is_dropped(raised, fails):
     error = KeyError("mine") if fails else None
     own = error or "result"
-    _, _, instructions = sabotage((), raised=raised, error=error)
+    # Each twice: from 3.12 on, a tracer's wish to see instructions may take effect the next time only.
+    instructions = max(sabotage((), raised=raised, error=error)[2] for _ in range(2))
     assert instructions > 20
-    ends = [sabotage((moment,), raised=raised, error=error)[:2] for moment in range(instructions)]
+    interrupted = []
+    for moment in range(instructions):
+        for _ in range(2):
+            end, used, _ = sabotage((moment,), raised=raised, error=error)
+            if used:
+                interrupted.append(end)
+                break
+            assert end == own
     # Before the job's end has been stored, it is as if the job's last instruction had been interrupted.
-    first = next(moment for moment, (end, _) in enumerate(ends) if end == own)
-    assert first < 10
-    assert all(isinstance(end, TimeoutExceeded) for end, _ in ends[:first])
-    assert all(end == own for end, _ in ends[first:])
-    assert any(used for _, used in ends[first:])
+    stored = interrupted.index(own)
+    assert stored < 10
+    assert all(isinstance(end, TimeoutExceeded) for end in interrupted[:stored])
+    assert all(end == own for end in interrupted[stored:])
 
 
 class Instrument(ast.NodeTransformer):
@@ -636,7 +643,7 @@ class Instrument(ast.NodeTransformer):
     def __init__(self):
         self.inside = False
 
-    def visit_FunctionDef(self, node):  # noqa: N802
+    def visit_FunctionDef(self, node):
         self.inside = node.name in ("call", "disarm")
         self.generic_visit(node)
         self.inside = False
@@ -915,7 +922,7 @@ def test_a_stuck_coroutine_is_reported_with_its_own_stack(event_loop):
             await cleans_up()
 
     async def cleans_up():
-        while not watching.told.is_set():
+        while not watching.told.is_set():  # noqa: ASYNC110 - that comes from another thread
             await asyncio.sleep(0.01)
 
     call_async(waits_on, deadline=in_ms(10), watch=watching, job="job")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dramatiq.middleware import Middleware, TimeLimit
 
 from .. import interrupts
+from ..backoff import is_coroutine_callable
 from ..delivery import READY_AT
+from ..durations import WEEK_MS
 from ..errors import ConfigurationError
 from ..history import POLICIES
 from .base import PolicyMiddleware
@@ -31,7 +33,6 @@ logger = logging.getLogger("dramatiq_policies.outcomes")
 alerts = logging.getLogger("dramatiq_policies.alerts")
 
 DEFAULT_MS: Final = 600_000
-WEEK_MS: Final = 7 * 24 * 3_600_000
 #: The share of its timeout that a job may use before it is warned of.
 CLOSE: Final = 0.8
 #: What a worker process exits with when ``on_stuck="exit"`` ends it; ``EX_SOFTWARE`` of sysexits.
@@ -73,7 +74,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         by default.
       queue_default: How long a message may wait for its first run, from the moment it is ready. None for no limit.
       grace: How long after its timeout a job is reported as stuck, in milliseconds or as a ``timedelta``.
-      on_stuck: What to do with a stuck job beside the CRITICAL record, which is always written. ``"log"``: nothing.
+      on_stuck: What to do with a stuck job beside the CRITICAL record, which is always written, once. ``"log"``: nothing.
         ``"exit"``: end the worker process at once with code 70, without ending its other jobs; the broker redelivers
         the messages of all of them, and the ``dramatiq`` command then stops and exits with that code, for its
         supervisor to start it again. A callable: call it with a `StuckJob`.
@@ -113,8 +114,10 @@ class Timeout(PolicyMiddleware, TimeLimit):
         grace_ms = _milliseconds(grace)
         if grace_ms is None or not 0 <= grace_ms < math.inf:
             raise ConfigurationError.of_option("Timeout", "grace", "milliseconds, 0 or more, or a timedelta", grace)
-        if on_stuck not in ("log", "exit") and not callable(on_stuck):
-            raise ConfigurationError.of_option("Timeout", "on_stuck", "'log', 'exit' or a callable", on_stuck)
+        if on_stuck not in ("log", "exit") and (not callable(on_stuck) or is_coroutine_callable(on_stuck)):
+            raise ConfigurationError.of_option(
+                "Timeout", "on_stuck", "'log', 'exit' or a callable that is no coroutine function", on_stuck
+            )
         self.time_limit = self.default
         self.interval = interval
         self.on_stuck = on_stuck
@@ -310,12 +313,13 @@ def _milliseconds(value: Any) -> float | None:
     """A duration as a finite or infinite number of milliseconds; None if it is none."""
     if isinstance(value, timedelta):
         return value / timedelta(milliseconds=1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
-        return float(value)
+        value = float(value)
     except OverflowError:
         return None
+    return None if math.isnan(value) else value
 
 
 def _within(value: Any, most: int | None) -> float | None:
