@@ -22,6 +22,29 @@ SKIPPED_LINE = "Message %s was skipped."
 StubMessage: type[MessageProxy] = _stub._StubMessageProxy
 
 
+class StubDeadLetter(_stub._StubMessageProxy):
+    """A dead letter of a StubBroker: says why it is one, and yet equals the message that it was."""
+
+    def __init__(self, message: Message[Any], origin: MessageProxy) -> None:
+        self._origin = origin
+        super().__init__(message)
+        self.failed = True
+
+    # The worker clears the error of the message that it processed, not of a copy.
+    @property
+    def _exception(self) -> BaseException | None:
+        return self._origin._exception
+
+    @_exception.setter
+    def _exception(self, exception: BaseException | None) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) or self._origin == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def message_of(proxy: MessageProxy) -> Message[Any]:
     """The message behind a proxy."""
     return proxy._message

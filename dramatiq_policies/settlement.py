@@ -32,6 +32,8 @@ alerts = logging.getLogger("dramatiq_policies.alerts")
 _PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 #: For how many seconds an error that is no lost connection is tried again.
 _PATIENCE = 5.0
+#: Why a message is dead where no rule of ours had a say: the result's text is Dramatiq's own then.
+_STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
 def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
@@ -155,7 +157,7 @@ def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided
     policy = delivery.policy or wiring.policies.get(message.actor_name)
     if outcome in BAD_ENDINGS:
         error = _stand_in(decided)
-        _settle_results(wiring, message, outcome, error)
+        _settle_results(wiring, message, decided, error)
         _after_discard(wiring, message, delivery, error)
         if decided.exhausted:
             _tell_exhausted(wiring, message, delivery, decided)
@@ -186,7 +188,7 @@ def _stand_in(decided: Settlement) -> BaseException:
     return HandoffFailed(f"ended as {decided.outcome.value}")
 
 
-def _settle_results(wiring: Wiring, message: MessageProxy, outcome: Outcome, error: BaseException) -> None:
+def _settle_results(wiring: Wiring, message: MessageProxy, decided: Settlement, error: BaseException) -> None:
     """Store a failure that names the outcome, so that whoever waits for the result need not wait on.
 
     Dramatiq stores one for a nacked message only, and without the outcome; on the local copy ``store_results`` is
@@ -203,8 +205,9 @@ def _settle_results(wiring: Wiring, message: MessageProxy, outcome: Outcome, err
         if options.get("store_results", declared.get("store_results", middleware.store_results)):
             ttl = options.get("result_ttl", declared.get("result_ttl", middleware.result_ttl))
             named = type(type(error).__name__, (Exception,), {})
+            text = str(error) if decided.reason in _STOCK_REASONS else f"{decided.outcome.value}: {error}"
             try:
-                middleware.backend.store_exception(message, named(f"{outcome.value}: {error}"), ttl)
+                middleware.backend.store_exception(message, named(text), ttl)
             except Exception:
                 logger.exception("The result of message %s could not be stored.", message.message_id)
                 continue

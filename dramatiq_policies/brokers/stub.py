@@ -41,12 +41,8 @@ class StubConsumer(PolicyConsumer):
         return _dramatiq.StubMessage(message)
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
-        letter = _dramatiq.StubMessage(dead)
-        letter.failed = True
-        error = _dramatiq.exception_of(message)
-        if error is not None:
-            letter.stuff_exception(error)
-        self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
+        letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
+        letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
     def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | None) -> None:
         super().hand_off(message, delivery, dead)
