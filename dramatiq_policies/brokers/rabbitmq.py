@@ -92,19 +92,19 @@ class RabbitmqConsumer(PolicyConsumer):
 
     def _publish(self, queue: str, body: bytes, priority: int | None) -> None:
         broker: Any = self.broker
-        broker.declare_queue(q_name(queue), ensure=True)
+        properties = pika.BasicProperties(delivery_mode=2, priority=priority)
         try:
-            self._channel().basic_publish(
-                exchange="",
-                routing_key=queue,
-                body=body,
-                properties=pika.BasicProperties(delivery_mode=2, priority=priority),
-                mandatory=True,
-            )
-        except pika.exceptions.UnroutableError:
-            broker.queues_pending.add(q_name(queue))
-            raise
-        except pika.exceptions.NackError:
+            for again in (True, False):
+                broker.declare_queue(q_name(queue), ensure=True)
+                try:
+                    self._channel().basic_publish("", queue, body, properties, mandatory=True)
+                    return
+                except pika.exceptions.UnroutableError:
+                    # The queue has disappeared: have it declared again.
+                    broker.queues_pending.add(q_name(queue))
+                    if not again:
+                        raise
+        except _REFUSED:
             raise
         except Exception:
             # The next try opens a new connection.

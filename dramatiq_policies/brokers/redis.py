@@ -13,6 +13,7 @@ import signal
 import threading
 from collections import deque
 from importlib import resources
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -37,6 +38,9 @@ alerts = logging.getLogger("dramatiq_policies.alerts")
 _SETTLE = resources.files(__package__).joinpath("settle.lua").read_text()
 #: What Redis answers when no waiting will help.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
+#: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
+#: accord gets other messages, and raises nothing.
+_LOOK_EVERY = 5.0
 
 
 class RedisConsumer(PolicyConsumer):
@@ -52,6 +56,7 @@ class RedisConsumer(PolicyConsumer):
         self.held = wiring.in_flight.setdefault(queue_name, set())
         self.misses = 0
         self.room = threading.Event()
+        self.looked = monotonic()
         self._guarded(self._put_back_the_lost)
 
     def take(self) -> MessageProxy | None:
@@ -79,6 +84,9 @@ class RedisConsumer(PolicyConsumer):
 
     def _fetch(self) -> bool:
         """Fill the cache; False if there was nothing to be had for a while."""
+        if monotonic() - self.looked > _LOOK_EVERY:
+            self._guarded(self._put_back_the_lost)
+            self.looked = monotonic()
         room = self.prefetch - len(self.held)
         if room > 0:
             self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
