@@ -96,6 +96,10 @@ class Place:
     def _make(self, url: str) -> Any:
         raise NotImplementedError
 
+    def ready(self) -> int:
+        """How many messages wait in the work queue."""
+        raise NotImplementedError
+
     def left(self, queue: str | None = None) -> list[Message[Any]]:
         """What lies in the work queue and its delay queue, once no worker runs."""
         raise NotImplementedError
@@ -125,6 +129,9 @@ class RedisPlace(Place):
 
     def key(self, name: str) -> str:
         return f"{self.namespace}:{name}"
+
+    def ready(self) -> int:
+        return self.client.llen(self.key(self.queue))
 
     def left(self, queue: str | None = None) -> list[Message[Any]]:
         found = []
@@ -182,6 +189,9 @@ class RabbitmqPlace(Place):
             if method is None:
                 return bodies
             bodies.append(body)
+
+    def ready(self) -> int:
+        return self.channel.queue_declare(self.queue, passive=True).method.message_count
 
     def left(self, queue: str | None = None) -> list[Message[Any]]:
         queue = queue or self.queue
