@@ -221,5 +221,5 @@ def _wrap_consume(wiring: Wiring) -> None:
     wiring.broker.consume = consume  # type: ignore[method-assign]
 
 
-PolicyMiddleware.arrange = staticmethod(arrange)
-PolicyMiddleware.resolve_actor = staticmethod(resolve_actor)
+PolicyMiddleware.arrange = staticmethod(arrange)  # type: ignore[method-assign]
+PolicyMiddleware.resolve_actor = staticmethod(resolve_actor)  # type: ignore[method-assign]

@@ -155,7 +155,7 @@ class Delivery:
 
     def waited_ms(self) -> float | None:
         """From ready to started, in milliseconds; None where no clock says when it became ready."""
-        ready = self.message.options.get(READY_AT)
+        ready: float | None = self.message.options.get(READY_AT)
         if ready is None or self.started is None:
             return None
         return max(0.0, (time() - (monotonic() - self.started)) * 1_000 - ready)

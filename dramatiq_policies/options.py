@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .errors import ConfigurationError
-from .rules import Rule, RuleSet, is_coroutine_callable, parse_rules
+from .rules import RetryPolicy, Rule, RuleSet, When, is_coroutine_callable, parse_rules
 
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-__all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy"]
+__all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 
 #: The actor options of the ErrorClassifier, beside those of the stock Retries.
 ACTOR_OPTIONS = frozenset(
@@ -26,6 +27,12 @@ ACTOR_OPTIONS = frozenset(
         "tags",
     }
 )
+
+
+#: What ``discard_on`` and ``alert_on`` take.
+Exceptions = type[BaseException] | When | Sequence[type[BaseException] | When] | AbstractSet[type[BaseException] | When]
+#: What ``retry_on`` takes. The keys are not spelt out: a mapping's are invariant, and declared ones are checked anyway.
+RetryOn = Exceptions | Mapping[Any, RetryPolicy | int]
 
 
 class ActorOptions(TypedDict, total=False):
@@ -57,15 +64,15 @@ class ActorOptions(TypedDict, total=False):
     store_results: bool
     result_ttl: int
     # The bundle's.
-    retry_on: Any
-    discard_on: Any
-    alert_on: Any
+    retry_on: RetryOn
+    discard_on: Exceptions
+    alert_on: Exceptions
     broker_rules: bool
     after_discard: Callable[[Any, BaseException], object]
     dead_letter_discards: bool
     tags: Mapping[str, str]
-    timeout: int | float | timedelta | None
-    queue_timeout: int | timedelta | None
+    timeout: float | timedelta | None
+    queue_timeout: float | timedelta | None
 
 
 class ActorPolicy:

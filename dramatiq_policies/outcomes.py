@@ -30,7 +30,7 @@ class Outcome(str, Enum):
     def __str__(self) -> str:
         return self.value
 
-    __format__ = str.__format__
+    __format__ = str.__format__  # type: ignore[assignment]
 
 
 #: The outcomes after which a message has ended badly for good.

@@ -17,7 +17,7 @@ __all__ = ["check_composition", "check_shape", "clean_options"]
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
 _REQUIRED = {"queue_name": str, "actor_name": str, "args": (list, tuple), "kwargs": dict, "options": dict}
-_ALLOWED = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}
+_ALLOWED: dict[str, Any] = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}
 
 
 def check_shape(message: Message[Any]) -> None:

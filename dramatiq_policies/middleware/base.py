@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dramatiq import Actor, Worker
 
     from ..wiring import Wiring
@@ -24,14 +22,18 @@ class PolicyMiddleware(Middleware):
     is declared, when a process or worker boots, or when a message is enqueued, whatever comes first.
     """
 
-    #: Brings the broker's middleware into the bundle's order; set by ``dramatiq_policies.bundle``.
-    arrange: ClassVar[Callable[[Broker], Wiring]]
+    @staticmethod
+    def arrange(broker: Broker) -> Wiring:
+        """Bring the broker's middleware into the bundle's order; replaced by ``dramatiq_policies.bundle``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def resolve_actor(wiring: Wiring, actor: Any) -> None:
+        """Check and resolve one actor's options; replaced by ``dramatiq_policies.bundle``."""
+        raise NotImplementedError
 
     def attach(self, wiring: Wiring) -> None:
         """Called once, when the middleware is in its place."""
-
-    #: Checks and resolves one actor's options; set by ``dramatiq_policies.bundle``.
-    resolve_actor: ClassVar[Callable[[Wiring, Any], None]]
 
     def before_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
         self.resolve_actor(self.arrange(broker), actor)

@@ -109,7 +109,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     @property
     def actor_options(self) -> set[str]:
-        return super().actor_options | ACTOR_OPTIONS
+        return {*super().actor_options, *ACTOR_OPTIONS}
 
     def take_over(self, stock: Retries) -> None:
         """Keep the settings of the Retries that was on the broker, where none were given."""
@@ -221,7 +221,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def _is_stock(self, delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
         if isinstance(error, (RateLimitExceeded, Retry)):
             return True
-        throws = delivery.policy is not None and delivery.policy.options.get("throws")
+        throws: Any = None if delivery.policy is None else delivery.policy.options.get("throws")
         return bool(throws) and isinstance(error, throws)
 
     def _interrupted(
@@ -323,7 +323,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         recorder = Recorder(broker)
         retries = message.options.get("retries", 0)
         try:
-            Retries.after_process_message(self, recorder, message, exception=error)  # type: ignore[arg-type]
+            Retries.after_process_message(self, recorder, message, exception=error)
         except Exception:
             if not message.failed:
                 raise
