@@ -704,8 +704,6 @@ def test_an_error_whose_text_is_broken_changes_nothing():
     [
         (CardDeclined("no"), {"discard_on": CardDeclined}, "discarded"),
         (CardDeclined("no"), {"alert_on": CardDeclined}, "alerted"),
-        (CardDeclined("no"), {"max_retries": 0}, "dead"),
-        (CardDeclined("no"), {"throws": CardDeclined}, "dead"),
         (CardDeclined("no"), {"retry_on": {CardDeclined: RetryPolicy(attempts=2, wait=0)}}, "dead"),
     ],
 )
@@ -718,6 +716,17 @@ def test_whoever_waits_for_a_result_is_told_how_it_ended(error, options, outcome
         message.get_result(backend=backend)
     assert raised.value.orig_exc_type == "CardDeclined"
     assert raised.value.orig_exc_msg.startswith(outcome)
+
+
+@pytest.mark.parametrize("options", [{"max_retries": 0}, {"throws": CardDeclined}])
+def test_where_no_rule_decided_a_failed_result_says_what_dramatiq_says(options):
+    backend = StubBackend()
+    stage = Stage(middleware=[Results(backend=backend)])
+    message = always(stage, CardDeclined("no"), store_results=True, **options).send()
+    stage.run()
+    with pytest.raises(ResultFailure) as raised:
+        message.get_result(backend=backend)
+    assert (raised.value.orig_exc_type, raised.value.orig_exc_msg) == ("CardDeclined", "no")
 
 
 def test_whoever_waits_for_the_result_of_an_expired_message_is_told():
