@@ -2,7 +2,8 @@
 
 A wait is any ``callable(attempt, exception) -> ms``; attempt is 1 at the rule's first failure. Those here add jitter
 upward only, as a share of the wait, so that a wait is never shorter than it says (see "Exponential Backoff And Jitter",
-AWS Architecture Blog). All are bounded by the seven days that Dramatiq can delay a message for.
+AWS Architecture Blog). All are bounded by the seven days that Dramatiq can delay a message for. They are immutable
+values, which compare, print and pickle as what was declared; ``bounds(attempt)`` says what they may come to.
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ import logging
 import math
 import random as _random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from .durations import WEEK_MS, Duration, to_ms
 from .errors import ConfigurationError
 
-__all__ = ["Wait", "constant", "exponential", "is_coroutine_callable", "polynomial", "retry_after", "safe_wait"]
+__all__ = [
+    "Wait",
+    "accepts",
+    "as_wait",
+    "bounds_of",
+    "constant",
+    "exponential",
+    "is_coroutine_callable",
+    "polynomial",
+    "retry_after",
+    "safe_wait",
+]
 
 logger = logging.getLogger("dramatiq_policies.backoff")
 
@@ -30,24 +42,36 @@ Wait = Callable[[int, BaseException], "int | float | timedelta"]
 Random = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class _Jittered:
+class _Declared:
+    """Prints as it was declared, for `explain` and for logs."""
+
+    __slots__ = ()
+    declared_as: ClassVar[str]
+
+    def __repr__(self) -> str:
+        shown = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr)  # type: ignore[arg-type]
+        return f"{self.declared_as}({', '.join(shown)})"
+
+
+class _Growing(_Declared):
     """A wait that grows with the attempt, bounded by ``maximum`` before jitter."""
 
+    __slots__ = ()
     maximum: int
     jitter: float
-    random: Random | None = field(default=None, compare=False, repr=False, kw_only=True)
+    random: Random | None
 
     def base(self, attempt: int) -> float:
         raise NotImplementedError
 
     def bounds(self, attempt: int) -> tuple[int, int]:
         """The shortest and the longest wait at this attempt, in milliseconds."""
+        most = min(self.maximum, WEEK_MS)
         try:
-            base = min(self.base(max(1, attempt)), self.maximum)
+            base = min(self.base(max(1, attempt)), most)
         except OverflowError:
-            base = self.maximum
-        return min(round(base), WEEK_MS), min(round(base * (1 + self.jitter)), WEEK_MS)
+            base = most
+        return round(base), min(round(base * (1 + self.jitter)), WEEK_MS)
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
         shortest, longest = self.bounds(attempt)
@@ -56,34 +80,48 @@ class _Jittered:
         return shortest + round((longest - shortest) * (self.random or _random.random)())
 
 
-@dataclass(frozen=True, slots=True)
-class _Exponential(_Jittered):
-    initial: int = field(kw_only=True)
-    factor: float = field(kw_only=True)
+@dataclass(frozen=True, slots=True, repr=False)
+class _Exponential(_Growing):
+    declared_as: ClassVar[str] = "exponential"
+
+    initial: int
+    maximum: int
+    factor: float
+    jitter: float
+    random: Random | None = field(compare=False, repr=False)
 
     def base(self, attempt: int) -> float:
         return self.initial * float(self.factor) ** (attempt - 1) if self.initial else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Polynomial(_Jittered):
-    power: float = field(kw_only=True)
-    scale: int = field(kw_only=True)
-    offset: int = field(kw_only=True)
+@dataclass(frozen=True, slots=True, repr=False)
+class _Polynomial(_Growing):
+    declared_as: ClassVar[str] = "polynomial"
+
+    power: float
+    scale: int
+    offset: int
+    maximum: int
+    jitter: float
+    random: Random | None = field(compare=False, repr=False)
 
     def base(self, attempt: int) -> float:
         return self.offset + (self.scale * float(attempt) ** self.power if self.scale else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Constant:
+@dataclass(frozen=True, slots=True, repr=False)
+class _Constant(_Declared):
+    declared_as: ClassVar[str] = "constant"
+
     ms: int
 
     def bounds(self, attempt: int) -> tuple[int, int]:
-        return self.ms, self.ms
+        """The wait, twice."""
+        wait = min(self.ms, WEEK_MS)
+        return wait, wait
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
-        return self.ms
+        return min(self.ms, WEEK_MS)
 
 
 def exponential(
@@ -108,11 +146,11 @@ def exponential(
     """
     where = "exponential()"
     return _Exponential(
-        _duration(where, "maximum", maximum),
-        _share(where, jitter),
-        random=random,
         initial=_duration(where, "initial", initial),
+        maximum=_duration(where, "maximum", maximum),
         factor=_number(where, "factor", factor, 1),
+        jitter=_share(where, jitter),
+        random=random,
     )
 
 
@@ -140,12 +178,12 @@ def polynomial(
     """
     where = "polynomial()"
     return _Polynomial(
-        _duration(where, "maximum", maximum),
-        _share(where, jitter),
-        random=random,
         power=_number(where, "power", power, 0),
         scale=_duration(where, "scale", scale),
         offset=_duration(where, "offset", offset),
+        maximum=_duration(where, "maximum", maximum),
+        jitter=_share(where, jitter),
+        random=random,
     )
 
 
@@ -158,11 +196,21 @@ def constant(ms: Duration) -> _Constant:
     return _Constant(_duration("constant()", "ms", ms))
 
 
-@dataclass(frozen=True, slots=True)
-class _RetryAfter:
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _RetryAfter(_Declared):
+    declared_as: ClassVar[str] = "retry_after"
+
     fallback: Wait
     maximum: int
     now: Callable[[], datetime] = field(compare=False, repr=False)
+
+    def bounds(self, attempt: int) -> tuple[int, int]:
+        """The shortest and the longest wait at this attempt: the other side may ask for none at all."""
+        return 0, max(min(self.maximum, WEEK_MS), bounds_of(self.fallback, attempt)[1])
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
         for value in _asked_of(exception):
@@ -176,14 +224,14 @@ class _RetryAfter:
         if seconds is None or math.isnan(seconds):
             return None
         # Rounded up: a server that says two seconds means no less.
-        return min(self.maximum, math.ceil(max(0.0, min(seconds, 1e9)) * 1_000))
+        return min(self.maximum, WEEK_MS, math.ceil(max(0.0, min(seconds, 1e9)) * 1_000))
 
 
 def retry_after(
     fallback: Wait | Duration | None = None,
     maximum: Duration = 3_600_000,
     *,
-    now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+    now: Callable[[], datetime] = _now,
 ) -> _RetryAfter:
     """As long as the other side asked for, in ``exc.retry_after`` or a Retry-After header (RFC 9110, 10.2.3).
 
@@ -199,15 +247,29 @@ def retry_after(
       ConfigurationError: If an argument is out of its range.
     """
     where = "retry_after()"
-    if fallback is None:
-        fallback = exponential()
-    elif isinstance(fallback, (int, float, timedelta)):
-        fallback = _Constant(_duration(where, "fallback", fallback))
-    if not callable(fallback) or is_coroutine_callable(fallback):
+    chosen = exponential() if fallback is None else as_wait(where, "fallback", fallback)
+    return _RetryAfter(chosen, _duration(where, "maximum", maximum), now)
+
+
+def as_wait(where: str, option: str, value: Any) -> Wait:
+    """What was declared as a wait, a bare duration as a constant one.
+
+    Raises:
+      ConfigurationError: If it is neither a duration nor a plain callable that takes two arguments.
+    """
+    if isinstance(value, (int, float, timedelta)):
+        return _Constant(_duration(where, option, value))
+    if not callable(value) or is_coroutine_callable(value) or not accepts(value, 2):
         raise ConfigurationError.of_option(
-            where, "fallback", "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", fallback
+            where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value
         )
-    return _RetryAfter(fallback, _duration(where, "maximum", maximum), now)
+    wait: Wait = value
+    return wait
+
+
+def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
+    """The shortest and the longest wait at this attempt, in milliseconds; a callable of the user's may say anything."""
+    return wait.bounds(attempt) if isinstance(wait, (_Growing, _Constant, _RetryAfter)) else (0, WEEK_MS)
 
 
 def _asked_of(exception: BaseException) -> Iterable[Any]:
@@ -237,7 +299,8 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         value = value.decode("latin-1")
     if isinstance(value, str):
         try:
-            value = float(value)
+            # More digits than a float holds are a long time, and no infinity.
+            value = float(value) if "inf" in value.lower() else min(float(value), 1e9)
         except ValueError:
             value = _quietly(lambda text=value: parsedate_to_datetime(text.strip()))  # type: ignore[misc]
     if isinstance(value, bool) or value is None:
@@ -274,6 +337,20 @@ def is_coroutine_callable(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(type(fn), "__call__", None)  # noqa: B004 - not whether it can be called
     )
+
+
+def accepts(fn: Callable[..., Any], count: int) -> bool:
+    """Whether it can be called with so many positional arguments; True where a callable does not say."""
+    try:
+        # A decorator may take other arguments than what it wraps.
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _duration(where: str, name: str, value: Any) -> int:

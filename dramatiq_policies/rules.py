@@ -1,18 +1,25 @@
-"""Which rule applies to an exception: pure, and knows nothing of messages or brokers."""
+"""Which rule applies to an exception: pure, and knows nothing of messages or brokers.
+
+For one class the actor's rules come before the broker's, and within each a ``when`` before the bare class. Of several
+``when`` those under ``retry_on`` are tried first, then ``discard_on``, then ``alert_on``, each in the order declared.
+"""
 
 from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from .backoff import Wait, constant, exponential, is_coroutine_callable
+from .backoff import Wait, accepts, as_wait, exponential, is_coroutine_callable
 from .durations import to_ms
 from .errors import ConfigurationError
 
@@ -22,12 +29,6 @@ logger = logging.getLogger("dramatiq_policies.rules")
 
 Then = Literal["dead", "discard", "alert"]
 Owner = Literal["actor", "broker"]
-_GROUP: type[BaseException] | None = getattr(builtins, "BaseExceptionGroup", None)
-if _GROUP is None:
-    try:
-        _GROUP = import_module("exceptiongroup").BaseExceptionGroup
-    except ImportError:
-        pass
 
 
 class Verb(str, Enum):
@@ -63,12 +64,7 @@ class RetryPolicy:
         where = "RetryPolicy"
         if type(self.attempts) is not int or self.attempts < 1:
             raise ConfigurationError.of_option(where, "attempts", "an int of at least 1", self.attempts)
-        if isinstance(self.wait, (int, float, timedelta)):
-            object.__setattr__(self, "wait", constant(self.wait))
-        if not callable(self.wait) or is_coroutine_callable(self.wait):
-            raise ConfigurationError.of_option(
-                where, "wait", "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", self.wait
-            )
+        object.__setattr__(self, "wait", as_wait(where, "wait", self.wait))
         if self.max_elapsed is not None:
             try:
                 object.__setattr__(self, "max_elapsed", to_ms(self.max_elapsed))
@@ -80,7 +76,8 @@ class RetryPolicy:
             raise ConfigurationError.of_option(where, "then", "'dead', 'discard' or 'alert'", self.then)
 
 
-@dataclass(frozen=True)
+# Compared by identity: it may be a mapping's key, and a predicate need not be hashable.
+@dataclass(frozen=True, eq=False)
 class When:
     """A class, or several, narrowed by a predicate. See `when`."""
 
@@ -96,10 +93,12 @@ def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
       predicate: Called with the error. One that raises does not match, and is logged.
 
     Raises:
-      ConfigurationError: If the predicate can't be called, or is a coroutine function (which is always truthy).
+      ConfigurationError: If the predicate can't be called with one argument, or is a coroutine function (whose result
+        is always truthy).
     """
-    if not callable(predicate) or is_coroutine_callable(predicate):
-        raise ConfigurationError.of_option("when()", "predicate", "a plain callable(exception) -> bool", predicate)
+    given: Any = predicate
+    if not callable(given) or is_coroutine_callable(given) or not accepts(given, 1):
+        raise ConfigurationError.of_option("when()", "predicate", "a plain callable(exception) -> bool", given)
     return When(exceptions, predicate)
 
 
@@ -112,7 +111,8 @@ class Rule:
       target: The exception class, or its dotted path until it is first used.
       predicate: What narrows it, None for the bare class.
       policy: How a retry rule retries.
-      id: Stable over restarts and edits of other rules: the name of its counter.
+      id: Stable over restarts and edits of other rules: the name of its counter. What was declared to share one counter
+        shares it.
       owner: Who declared it.
       where: For error messages.
     """
@@ -140,7 +140,11 @@ class Rule:
         if self.predicate is None:
             return True
         try:
-            return bool(self.predicate(error))
+            held = self.predicate(error)
+            if inspect.iscoroutine(held):
+                held.close()
+                raise TypeError("the predicate returned a coroutine, which is always truthy")
+            return bool(held)
         except Exception:
             logger.exception("The predicate of %s (%s) failed and does not match.", self.id, self.where)
             return False
@@ -155,17 +159,22 @@ def parse_rules(
       ConfigurationError: If one is wrong, or the same bare class stands under two verbs or twice.
     """
     rules: list[Rule] = []
+    used: Counter[str] = Counter()
     for verb, declared in ((Verb.RETRY, retry_on), (Verb.DISCARD, discard_on), (Verb.ALERT, alert_on)):
         option = f"{verb.value}_on"
         for targets, policy in _entries(where, option, verb, declared):
             conditions = list(_flatten(where, option, targets, owner))
-            shared = policy is not None and isinstance(declared, Mapping) and len(conditions) > 1
-            # Sorted, since a frozenset has no order that two processes agree on.
-            group = "|".join(sorted(_id(target, predicate) for target, predicate in conditions)) if shared else None
-            for target, predicate in conditions:
-                rules.append(Rule(verb, target, predicate, policy, group or _id(target, predicate), owner, where))
-    _refuse_twice(where, rules)
-    _tell_apart(rules)
+            together = isinstance(declared, Mapping)
+            for counted in [conditions] if together else [[condition] for condition in conditions]:
+                # Sorted, since a frozenset has no order that two processes agree on.
+                name = "|".join(sorted(_id(target, predicate, owner) for target, predicate in counted))
+                used[name] += 1
+                # Two lambdas on one class have the same name.
+                unique = name if used[name] == 1 else f"{name}#{used[name]}"
+                rules.extend(
+                    Rule(verb, target, predicate, policy, unique, owner, where) for target, predicate in counted
+                )
+    _refuse_twice(rules)
     return tuple(rules)
 
 
@@ -211,49 +220,48 @@ def _flatten(
             option,
             "an exception class, when(class, predicate), or a tuple or list of them",
             declared,
-            "Name the class itself, not an instance or its name",
+            _advice(declared),
         )
 
 
-def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None) -> str:
+def _advice(got: Any) -> str:
+    if isinstance(got, BaseException):
+        return f"Name the class {type(got).__name__}, not an instance of it"
+    if isinstance(got, str):
+        return "Import the class; only a broker's rules may be dotted paths"
+    if isinstance(got, Mapping):
+        return "A mapping stands alone: retry_on={SomeError: RetryPolicy()}"
+    if callable(got) and not isinstance(got, type):
+        return "To narrow a class by a function write when(SomeError, function)"
+    return "Did you mean a class that derives from Exception?"
+
+
+def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None, owner: Owner) -> str:
     name = target.replace(":", ".") if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
     if predicate is None:
         return name
     while isinstance(predicate, functools.partial):
         predicate = predicate.func
-    return f"{name}?{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
+    # An actor's lambda and the broker's on one class are two rules, and both are tried.
+    mark = "?" if owner == "actor" else "??"
+    return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
 
 
-def _refuse_twice(where: str, rules: list[Rule]) -> None:
+def _refuse_twice(rules: Iterable[Rule]) -> None:
     seen: dict[type[BaseException] | str, Rule] = {}
     for rule in rules:
         if rule.predicate is None:
-            other = seen.setdefault(rule.target, rule)
+            # Two spellings of one path are one class.
+            key = rule.target.replace(":", ".") if isinstance(rule.target, str) else rule.target
+            other = seen.setdefault(key, rule)
             if other is not rule:
                 raise ConfigurationError.of_option(
-                    where,
+                    rule.where,
                     f"{rule.verb.value}_on",
                     "each class once",
                     rule.target,
-                    f"It stands under {other.verb.value}_on already",
+                    f"It stands under {other.verb.value}_on already; keep one, or narrow one by when()",
                 )
-
-
-def _tell_apart(rules: list[Rule]) -> None:
-    """Two lambdas on one class have the same name: number them. Rules that share a policy share their id."""
-    policies: dict[str, list[RetryPolicy | None]] = {}
-    for rule in rules:
-        if rule.predicate is None:
-            continue
-        known = policies.setdefault(rule.id, [])
-        shared = "|" in rule.id
-        if shared and any(policy is rule.policy for policy in known):
-            number = next(index for index, policy in enumerate(known) if policy is rule.policy)
-        else:
-            number = len(known)
-            known.append(rule.policy)
-        if number:
-            rule.id = f"{rule.id}#{number + 1}"
 
 
 class RuleSet:
@@ -265,12 +273,38 @@ class RuleSet:
 
     def __init__(self, actor_rules: tuple[Rule, ...] = (), broker_rules: tuple[Rule, ...] = ()) -> None:
         self.rules = (*actor_rules, *broker_rules)
-        self._plans: dict[type[BaseException], tuple[Rule, ...]] = {}
+        self._plans: dict[type[BaseException], tuple[bool, tuple[Rule, ...]]] = {}
 
     @property
     def max_attempts(self) -> int | None:
         """The highest number of attempts that a rule allows; None if none retries."""
         return max((rule.policy.attempts for rule in self.rules if rule.policy is not None), default=None)
+
+    def resolve(self) -> None:
+        """Import what was declared as a dotted path, and see that it is not a class that stands there already.
+
+        Raises:
+          ConfigurationError: If a path leads nowhere, or one owner names the same bare class twice.
+        """
+        for rule in self.rules:
+            rule.resolve()
+        for owner in get_args(Owner):
+            _refuse_twice(rule for rule in self.rules if rule.owner == owner)
+
+    def unreachable(self) -> tuple[Rule, ...]:
+        """The rules that never decide, because another one on the same class always comes before.
+
+        Raises:
+          ConfigurationError: If a dotted path leads nowhere.
+        """
+        reached = set()
+        for target in {rule.resolve() for rule in self.rules}:
+            predicates: list[Any] = []
+            for rule in self._plan(target)[1]:
+                if rule.target is target and not any(rule.predicate is known for known in predicates):
+                    reached.add(rule)
+                    predicates.append(rule.predicate)
+        return tuple(rule for rule in self.rules if rule not in reached)
 
     def match(self, error: BaseException) -> Rule | None:
         """The rule that decides on this error, or None."""
@@ -285,23 +319,25 @@ class RuleSet:
         Alert if any leaf alerts, else discard if any leaf discards, else retry by the leaf that allows the fewest
         attempts. A rule for the group itself counts where no leaf is named.
         """
-        if _GROUP is not None and isinstance(error, _GROUP):
-            found = [(rule, leaf) for leaf in _leaves(error) if (rule := self._match_one(leaf)) is not None]
+        is_group, plan = self._plan(type(error))
+        if is_group:
+            found = [(rule, leaf) for leaf in self._leaves(error) if (rule := _first(self._plan(type(leaf))[1], leaf))]
             if found:
                 return min(found, key=_severity)
-        rule = self._match_one(error)
+        rule = _first(plan, error)
         return None if rule is None else (rule, error)
 
-    def _match_one(self, error: BaseException) -> Rule | None:
-        plan = self._plans.get(type(error))
+    def _plan(self, cls: type[BaseException]) -> tuple[bool, tuple[Rule, ...]]:
+        """Whether the class is one of exception groups, and the rules for it in the order in which they are tried."""
+        plan = self._plans.get(cls)
         if plan is None:
-            plan = self._plans[type(error)] = self._plan(type(error))
-        for rule in plan:
-            if rule.admits(error):
-                return rule
-        return None
+            if len(self._plans) >= _REMEMBERED:
+                # Somebody makes classes as he goes; they must not pile up here.
+                self._plans.clear()
+            plan = self._plans[cls] = (issubclass(cls, _group_classes()), self._ordered(cls))
+        return plan
 
-    def _plan(self, cls: type[BaseException]) -> tuple[Rule, ...]:
+    def _ordered(self, cls: type[BaseException]) -> tuple[Rule, ...]:
         place = {base: index for index, base in enumerate(cls.__mro__)}
         ranked = []
         for index, rule in enumerate(self.rules):
@@ -312,15 +348,37 @@ class RuleSet:
                 continue
             if distance is not None:
                 ranked.append((distance, rule.owner == "broker", rule.predicate is None, index, rule))
-        return tuple(entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1]))
+        ordered = [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])]
+        # Nothing is tried behind a bare class.
+        bare = next((index for index, rule in enumerate(ordered) if rule.predicate is None), len(ordered))
+        return tuple(ordered[: bare + 1])
+
+    def _leaves(self, group: BaseException) -> Iterator[BaseException]:
+        # Not by recursion: groups may be nested deeper than the stack.
+        pending: list[Any] = [group]
+        while pending:
+            error = pending.pop()
+            if self._plan(type(error))[0]:
+                pending.extend(reversed(error.exceptions))
+            else:
+                yield error
 
 
-def _leaves(group: Any) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if _GROUP is not None and isinstance(error, _GROUP):
-            yield from _leaves(error)
-        else:
-            yield error
+#: For how many classes a RuleSet remembers its plan.
+_REMEMBERED = 1_000
+
+
+def _group_classes() -> tuple[type[BaseException], ...]:
+    """Python's own group class, from 3.11 on, and the backport's if somebody has imported it."""
+    modules = (builtins, sys.modules.get("exceptiongroup"))
+    return tuple(cls for module in modules if (cls := getattr(module, "BaseExceptionGroup", None)) is not None)
+
+
+def _first(plan: tuple[Rule, ...], error: BaseException) -> Rule | None:
+    for rule in plan:
+        if rule.admits(error):
+            return rule
+    return None
 
 
 def _severity(found: tuple[Rule, BaseException]) -> tuple[int, int]:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import pickle
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_policies import ConfigurationError, constant, exponential, polynomial, retry_after
-from dramatiq_policies.backoff import is_coroutine_callable, safe_wait
+from dramatiq_policies.backoff import bounds_of, is_coroutine_callable, safe_wait
 from dramatiq_policies.durations import WEEK_MS
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -90,6 +93,68 @@ def test_a_polynomial_wait_never_shrinks_with_the_attempt(attempt, power, scale)
     assert wait(attempt, ERROR) <= wait(attempt + 1, ERROR) <= WEEK_MS
 
 
+def test_nothing_is_too_large_to_be_bounded_by_a_week():
+    for wait in (
+        exponential(maximum=10**400),
+        exponential(initial=10**400),
+        polynomial(scale=10**400, maximum=10**400),
+        constant(10**400),
+        retry_after(fallback=1, maximum=10**400),
+    ):
+        assert 0 <= wait(10**6, asking(10**400)) <= WEEK_MS
+        assert bounds_of(wait, 10**6)[1] == WEEK_MS
+
+
+def test_what_is_drawn_lies_within_the_bounds():
+    for chance in (0.0, 0.5, 0.999):
+        wait = exponential(initial=1_000, maximum=4_000, random=lambda: chance)  # noqa: B023
+        assert [wait.bounds(attempt) for attempt in (1, 2, 3, 4)] == [
+            (1_000, 1_150),
+            (2_000, 2_300),
+            (4_000, 4_600),
+            (4_000, 4_600),
+        ]
+        assert all(
+            low <= drawn <= high for drawn, (low, high) in zip(waits(wait), map(wait.bounds, range(1, 7)), strict=True)
+        )
+
+
+def test_the_bounds_of_any_wait_are_known_as_far_as_they_can_be():
+    assert bounds_of(constant(5), 3) == (5, 5)
+    assert bounds_of(retry_after(fallback=5, maximum=60_000), 1) == (0, 60_000)
+    assert bounds_of(retry_after(fallback=90_000, maximum=60_000), 1) == (0, 90_000)
+    assert bounds_of(lambda attempt, exception: 5, 1) == (0, WEEK_MS)
+
+
+def test_a_wait_prints_as_it_is_declared():
+    declared = "retry_after(fallback=exponential(initial=2000, maximum=60000, factor=3, jitter=0.2), maximum=5000)"
+    assert repr(eval(declared)) == declared
+    assert repr(constant(timedelta(seconds=2))) == "constant(ms=2000)"
+    assert repr(polynomial()) == "polynomial(power=4, scale=1000, offset=2000, maximum=604800000, jitter=0.15)"
+
+
+def test_waits_are_values_that_can_be_pickled():
+    for wait in (exponential(initial=1_000), polynomial(power=3), constant(5), retry_after(fallback=constant(5))):
+        assert pickle.loads(pickle.dumps(wait)) == wait
+    assert exponential() != exponential(jitter=0)
+    assert exponential() != polynomial()
+
+
+def test_processes_forked_from_one_draw_differently():
+    code = (
+        "import os\n"
+        "from dramatiq_policies import exponential\n"
+        "wait = exponential(initial=10**8, jitter=1)\n"
+        "for _ in range(2):\n"
+        "    if os.fork() == 0:\n"
+        "        os.write(1, b'%d\\n' % wait(1, ValueError()))\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+    )
+    drawn = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.split()
+    assert len(drawn) == len(set(drawn)) == 2
+
+
 @pytest.mark.parametrize(
     ("build", "option"),
     [
@@ -108,6 +173,7 @@ def test_a_polynomial_wait_never_shrinks_with_the_attempt(attempt, power, scale)
         (lambda: retry_after(fallback="soon"), "fallback"),
         (lambda: retry_after(fallback=-1), "fallback"),
         (lambda: retry_after(fallback=coroutine_wait), "fallback"),
+        (lambda: retry_after(fallback=lambda attempt: 5), "fallback"),
     ],
 )
 def test_an_argument_out_of_range_is_a_configuration_error_that_names_it(build, option):
@@ -162,6 +228,7 @@ def test_a_time_that_has_passed_is_no_wait_at_all():
 
 def test_no_more_than_the_maximum_is_granted():
     assert retry_after()(1, asking(86_400)) == 3_600_000
+    assert retry_after()(1, asking("9" * 400)) == 3_600_000
     assert retry_after(maximum=timedelta(minutes=1))(1, asking(86_400)) == 60_000
 
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import builtins
 import functools
-import sys
+import pickle
+from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,11 @@ from hypothesis import strategies as st
 from dramatiq_policies import ConfigurationError, RetryPolicy, constant, when
 from dramatiq_policies.rules import RuleSet, Verb, parse_rules
 
-needs_groups = pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups are new in 3.11")
+try:
+    Group = builtins.ExceptionGroup
+except AttributeError:
+    # Python 3.10: pytest brings the backport.
+    from exceptiongroup import ExceptionGroup as Group
 
 
 class Base(Exception):
@@ -103,6 +109,34 @@ def test_a_when_over_several_classes_with_one_policy_shares_a_counter():
     assert left.id == right.id
 
 
+def test_a_predicate_of_the_brokers_never_shares_its_counter_with_one_of_the_actors():
+    (own,) = actor_rules(retry_on=when(Left, lambda e: False))
+    (broker,) = broker_rules(retry_on=when(Left, lambda e: True))
+    assert own.id != broker.id
+
+
+def test_keys_that_look_alike_have_their_own_counters_though_they_share_a_policy():
+    policy = RetryPolicy(attempts=2)
+
+    def both(predicate):
+        return when(Left, predicate), when(Right, predicate)
+
+    ids = [r.id for r in actor_rules(retry_on={both(lambda e: True): policy, both(lambda e: False): policy})]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_a_predicate_need_not_be_hashable():
+    @dataclass
+    class Says:
+        word: str
+
+        def __call__(self, error):
+            return self.word in str(error)
+
+    rules = actor_rules(retry_on={when(Left, Says("busy")): 3, when(Left, Says("full")): 2})
+    assert RuleSet(rules).match(Left("disk full")).policy.attempts == 2
+
+
 def test_the_broker_may_name_classes_by_dotted_path():
     error = ConnectionResetError()
     for path in ("ConnectionError", "builtins.ConnectionError", "builtins:ConnectionError"):
@@ -120,6 +154,37 @@ def test_a_rule_with_a_dead_path_is_left_out_and_said_and_the_others_count(caplo
     rules = broker_rules(discard_on=("no.such.Error", ValueError))
     assert verb_for(ValueError(), (), rules) is Verb.DISCARD
     assert "A rule is left out" in caplog.text
+
+
+def test_two_spellings_of_one_path_under_two_verbs_are_a_configuration_error():
+    with pytest.raises(ConfigurationError, match=r"alert_on: expected each class once, got 'builtins:OSError'"):
+        broker_rules(retry_on="builtins.OSError", alert_on="builtins:OSError")
+
+
+def test_paths_that_turn_out_to_be_one_class_under_two_verbs_are_a_configuration_error_when_resolved():
+    rules = RuleSet((), broker_rules(retry_on=("builtins.IOError", LookupError), alert_on="builtins.OSError"))
+    with pytest.raises(ConfigurationError, match=r"ErrorClassifier: alert_on: expected each class once"):
+        rules.resolve()
+
+
+def test_an_actor_and_the_broker_may_name_one_class():
+    RuleSet(actor_rules(retry_on=Left), broker_rules(alert_on=Left)).resolve()
+
+
+@pytest.mark.parametrize(
+    ("declared", "advice"),
+    [
+        (Left("x"), "Name the class Left"),
+        ("builtins.OSError", "Import the class"),
+        (lambda e: True, "when(SomeError, function)"),
+        ([{Left: 3}], "A mapping stands alone"),
+        (int, "derives from Exception"),
+    ],
+)
+def test_what_is_no_exception_class_is_told_what_to_write_instead(declared, advice):
+    with pytest.raises(ConfigurationError) as caught:
+        actor_rules(retry_on=declared)
+    assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +226,13 @@ async def admits_later(error):
         lambda: RetryPolicy(wait=admits_later),
         lambda: RetryPolicy(max_elapsed=-1),
         lambda: RetryPolicy(max_elapsed="1h"),
+        lambda: RetryPolicy(wait=lambda attempt: 5),
         lambda: RetryPolicy(then="retry"),
         lambda: when(Left, None),
         lambda: when(Left, admits_later),
         lambda: when(Left, functools.partial(admits_later)),
+        lambda: when(Left, lambda: True),
+        lambda: when(Left, lambda error, status: True),
     ],
 )
 def test_a_bad_policy_or_predicate_is_a_configuration_error(build):
@@ -176,6 +244,33 @@ def test_a_policy_takes_timedeltas_and_plain_milliseconds():
     policy = RetryPolicy(wait=timedelta(seconds=2), max_elapsed=timedelta(minutes=1))
     assert policy.wait == constant(2_000)
     assert policy.max_elapsed == 60_000
+
+
+def test_a_predicate_that_does_not_say_what_it_takes_is_taken():
+    for predicate in (bool, attrgetter("args"), functools.partial(isinstance, Left())):
+        when(Left, predicate)
+
+
+def test_a_predicate_is_judged_by_its_decorator_not_by_what_that_wraps():
+    def with_client(fn):
+        @functools.wraps(fn)
+        def wrapper(error):
+            return fn(error, "client")
+
+        return wrapper
+
+    @with_client
+    def is_known(error, client):
+        return True
+
+    assert verb_for(Left(), actor_rules(discard_on=when(Left, is_known))) is Verb.DISCARD
+
+
+def test_policies_are_values_that_can_be_pickled():
+    policy = RetryPolicy(attempts=3, wait=2_000, max_elapsed=60_000, then="alert")
+    assert (
+        pickle.loads(pickle.dumps(policy)) == policy == RetryPolicy(3, constant(2_000), timedelta(minutes=1), "alert")
+    )
 
 
 # Which one wins.
@@ -220,6 +315,57 @@ def test_a_predicate_that_raises_does_not_match_and_is_logged(caplog):
     assert "AttributeError" in caplog.text
 
 
+def test_a_predicate_that_returns_a_coroutine_does_not_match(caplog):
+    rules = actor_rules(discard_on=when(Base, lambda e: admits_later(e)), retry_on=Exception)  # noqa: PLW0108
+    assert verb_for(Left(), rules) is Verb.RETRY
+    assert "returned a coroutine" in caplog.text
+
+
+def test_an_interrupt_in_a_predicate_is_not_swallowed():
+    def interrupted(error):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verb_for(Left(), actor_rules(discard_on=when(Left, interrupted)))
+
+
+def test_predicates_on_one_class_are_tried_in_the_order_of_their_declaration_and_no_further_than_needed():
+    tried = []
+
+    def trying(name, held):
+        def predicate(error):
+            tried.append(name)
+            return held
+
+        return when(Left, predicate)
+
+    rules = actor_rules(
+        discard_on=[trying("third", True), trying("fourth", True)],
+        retry_on={trying("first", False): 3, trying("second", False): 4},
+    )
+    assert verb_for(Left(), rules) is Verb.DISCARD
+    assert tried == ["first", "second", "third"]
+
+
+def test_classes_made_on_the_fly_do_not_pile_up():
+    rules = RuleSet(actor_rules(discard_on=Left))
+    for number in range(2_500):
+        assert rules.match(type(f"Left{number}", (Left,), {})()).verb is Verb.DISCARD
+    assert len(rules._plans) <= 1_000
+
+
+def test_rules_that_never_decide_are_known():
+    narrow = when(Left, lambda e: True)
+    own = actor_rules(retry_on=(narrow, Left), discard_on=(narrow, when(Right, lambda e: False)))
+    broker = broker_rules(alert_on=(Left, when(Left, lambda e: True), Right, Base), discard_on="builtins.OSError")
+    lost = RuleSet(own, broker).unreachable()
+    assert [(rule.owner, rule.verb, rule.target) for rule in lost] == [
+        ("actor", Verb.DISCARD, Left),
+        ("broker", Verb.ALERT, Left),
+        ("broker", Verb.ALERT, Left),
+    ]
+
+
 def test_an_exception_rule_does_not_catch_what_is_no_exception():
     assert verb_for(KeyboardInterrupt(), actor_rules(retry_on=Exception)) is None
 
@@ -262,10 +408,9 @@ def test_the_match_nearest_in_the_mro_wins_as_a_search_by_hand_finds_it(error, o
 
 
 def group(*errors):
-    return builtins.ExceptionGroup("several", errors)
+    return Group("several", errors)
 
 
-@needs_groups
 def test_a_group_alerts_if_any_leaf_alerts_else_discards_if_any_discards():
     rules = actor_rules(retry_on=OSError, discard_on=ValueError, alert_on=KeyError)
     assert verb_for(group(OSError(), group(ValueError(), group(KeyError()))), rules) is Verb.ALERT
@@ -274,7 +419,6 @@ def test_a_group_alerts_if_any_leaf_alerts_else_discards_if_any_discards():
     assert verb_for(group(TypeError()), rules) is None
 
 
-@needs_groups
 def test_a_group_is_retried_by_the_leaf_that_allows_the_fewest_attempts():
     rules = RuleSet(actor_rules(retry_on={OSError: 5, ValueError: 2, KeyError: 9}))
     rule, leaf = rules.match_leaf(group(OSError(), ValueError(), KeyError()))
@@ -282,9 +426,21 @@ def test_a_group_is_retried_by_the_leaf_that_allows_the_fewest_attempts():
     assert type(leaf) is ValueError
 
 
-@needs_groups
+def test_of_leaves_that_allow_the_same_the_first_decides():
+    rules = RuleSet(actor_rules(retry_on={OSError: 3, ValueError: 3}, discard_on=(KeyError, TypeError)))
+    assert type(rules.match_leaf(group(group(ValueError()), OSError()))[1]) is ValueError
+    assert type(rules.match_leaf(group(OSError(), TypeError(), KeyError()))[1]) is TypeError
+
+
+def test_a_group_may_be_nested_deeper_than_the_stack():
+    error = OSError()
+    for _ in range(3_000):
+        error = group(error)
+    assert verb_for(error, actor_rules(alert_on=OSError)) is Verb.ALERT
+
+
 def test_a_rule_for_the_group_itself_counts_where_no_leaf_is_named():
-    rules = actor_rules(retry_on=builtins.ExceptionGroup, discard_on=ValueError)
+    rules = actor_rules(retry_on=Group, discard_on=ValueError)
     assert verb_for(group(OSError()), rules) is Verb.RETRY
     assert verb_for(group(ValueError()), rules) is Verb.DISCARD
 
