@@ -150,3 +150,9 @@ class RabbitmqConsumer(PolicyConsumer):
     def close(self) -> None:
         super().close()
         self.closed = True
+        # The stock consumer leaves its connection open if its channel was closed already.
+        if self.inner.connection.is_open:
+            try:
+                self.inner.connection.close()
+            except _LOST:
+                pass
