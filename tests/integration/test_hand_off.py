@@ -10,8 +10,9 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
+from types import MappingProxyType
 
 import pytest
 import redis
@@ -44,7 +45,7 @@ def known_script(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("redis_client").script_load(source)
 
 
-def calm(app: App, seconds: float = 0.3) -> None:
+def calm(app: App, seconds: float = 0.2) -> None:
     """Wait until nothing has been published for a while: every copy that there may be has run."""
     seen, since = len(app.events), time.monotonic()
     deadline = since + 15
@@ -60,7 +61,7 @@ class Scenario:
 
     marker: bytes
     #: What must have been published in the end if nothing happens twice.
-    outcomes: dict[str, int]
+    outcomes: Mapping[str, int]
     dead = 0
     messages = 1
 
@@ -85,7 +86,7 @@ class Scenario:
 
 class Retried(Scenario):
     marker = b'"policies"'
-    outcomes = {"retried": 1, "succeeded": 1}
+    outcomes = MappingProxyType({"retried": 1, "succeeded": 1})
     wait = 0
 
     def declare(self) -> None:
@@ -103,7 +104,7 @@ class RetriedLater(Retried):
 
 class DeadLettered(Scenario):
     marker = b'"failure"'
-    outcomes = {"dead": 1}
+    outcomes = MappingProxyType({"dead": 1})
     dead = 1
 
     def declare(self) -> None:
@@ -116,7 +117,7 @@ class DeadLettered(Scenario):
 
 class Snoozed(Scenario):
     marker = b'"policies"'
-    outcomes = {"deferred": 1, "succeeded": 1}
+    outcomes = MappingProxyType({"deferred": 1, "succeeded": 1})
 
     def declare(self) -> None:
         @self.app.actor
@@ -130,7 +131,7 @@ class Snoozed(Scenario):
 
 class NextStage(Scenario):
     marker = b"second_stage"
-    outcomes = {"succeeded": 2}
+    outcomes = MappingProxyType({"succeeded": 2})
 
     def declare(self) -> None:
         @self.app.actor
@@ -146,7 +147,7 @@ class NextStage(Scenario):
 
 class Callback(Scenario):
     marker = b"finished"
-    outcomes = {"succeeded": 4}
+    outcomes = MappingProxyType({"succeeded": 4})
     messages = 3
 
     def declare(self) -> None:
@@ -207,7 +208,7 @@ def test_the_connection_is_cut_at_the_hand_off(place: Place, kind: type[Scenario
 
 
 @pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("kind", SCENARIOS)
+@pytest.mark.parametrize("kind", [RetriedLater, DeadLettered, NextStage])
 def test_all_connections_stall_at_the_hand_off_and_then_are_cut(
     place: Place, kind: type[Scenario], executed: bool
 ) -> None:
@@ -228,7 +229,7 @@ def test_all_connections_stall_at_the_hand_off_and_then_are_cut(
         app.broker.close()
 
 
-@pytest.mark.parametrize("kind", SCENARIOS)
+@pytest.mark.parametrize("kind", [Retried, DeadLettered])
 def test_the_server_is_away_for_longer_than_one_try(place: Place, kind: type[Scenario]) -> None:
     with Proxy.before(place.url) as proxy:
         app = place.app(proxy.url)
@@ -263,7 +264,7 @@ def test_a_worker_that_stops_while_the_server_is_away_leaves_the_message_to_come
 
     if isinstance(place, RedisPlace):
         # Its process is dead to Redis after heartbeat_timeout; here it is over at once.
-        (left,) = place.left()
+        assert len(place.left()) == 1
         broker = place.broker()
         broker.heartbeat_timeout, broker.maintenance_chance = 0, 1_000_000
         until(lambda: broker.do_requeue(place.queue) or place.client.llen(place.key(place.queue)))
@@ -379,8 +380,7 @@ HOSTILE: dict[str, Callable[[Place], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_a_body_that_can_t_be_read_is_dead_raw_and_its_neighbours_run(place: Place, hostile: str) -> None:
+def test_bodies_that_can_t_be_read_are_dead_raw_and_their_neighbours_run(place: Place) -> None:
     app = place.app()
     done: Counter[int] = Counter()
 
@@ -388,18 +388,20 @@ def test_a_body_that_can_t_be_read_is_dead_raw_and_its_neighbours_run(place: Pla
     def job(number):
         done[number] += 1
 
-    for number in range(5):
+    for number in range(2):
         job.send(number)
-    body = HOSTILE[hostile](place)
-    place.push(body)
-    for number in range(5, 10):
+    bodies = [make(place) for make in HOSTILE.values()]
+    for number, body in enumerate(bodies, 2):
+        place.push(body)
         job.send(number)
-    app.work_until(*["succeeded"] * 10, "dead")
+    with app.working() as worker:
+        app.wait_for(*["?"] * (2 * len(bodies) + 2))
+        assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
 
-    assert done == dict.fromkeys(range(10), 1)
-    (event,) = [event for event in app.events if event.outcome == "dead"]
-    assert (event.reason, event.queue) == ("malformed", place.queue)
-    assert place.dead_bodies() == [body]
+    assert done == dict.fromkeys(range(len(bodies) + 2), 1)
+    dead = [event for event in app.events if event.outcome == "dead"]
+    assert [(event.reason, event.queue) for event in dead] == [("malformed", place.queue)] * len(bodies)
+    assert sorted(place.dead_bodies()) == sorted(bodies)
     assert place.left() == []
 
 
@@ -427,56 +429,57 @@ def test_a_message_belongs_to_the_queue_that_it_was_read_from(place: Place, name
     assert place.left() == []
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"eta": "soon"},
-        {"eta": -1},
-        {"eta": 1e400},
-        {"eta": {"a": 1}},
-        {"retries": "many", "max_retries": [1], "min_backoff": -5, "max_backoff": None},
-        {"policies": "none of yours"},
-        {"policies": {"total": -1, "runs": {"x": [1]}, "history": [1], "snoozed_since": "x"}},
-        {"throws": "x", "max_age": "old", "time_limit": "long", "timeout": -1, "ready_at": "x"},
-        {"on_failure": 1, "on_success": {}, "on_retry_exhausted": []},
-        {"notify_shutdown": "x", "store_results": "y", "broker_priority": 9_000},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_options_with_any_value_end_no_thread(place: Place, options: dict) -> None:
+STRANGE = [
+    {"eta": "soon"},
+    {"eta": -1},
+    {"eta": float("inf")},
+    {"eta": float("nan")},
+    {"eta": {"a": 1}},
+    {"retries": "many", "max_retries": [1], "min_backoff": -5, "max_backoff": None},
+    {"policies": "none of yours"},
+    {"policies": {"total": -1, "runs": {"x": [1]}, "history": [1], "snoozed_since": "x"}},
+    {"throws": "x", "max_age": "old", "time_limit": "long", "timeout": -1, "ready_at": "x"},
+    {"on_failure": 1, "on_success": {}, "on_retry_exhausted": []},
+    {"notify_shutdown": "x", "store_results": "y", "broker_priority": 9_000},
+]
+
+
+def test_options_with_any_value_end_no_thread(place: Place) -> None:
     app = place.app()
+    done: Counter[int] = Counter()
 
     @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(0))})
     def job(number):
         if current_job().attempt == 1:
             raise Transient
+        done[number] += 1
 
-    for number in range(3):
+    if isinstance(place, RabbitmqPlace):
+        app.broker.declare_queue(place.queue, ensure=True)
+    for number, options in enumerate(STRANGE):
         message = Message(place.queue, "job", (number,), {}, {**options, "redis_message_id": f"id-{number}"})
         if isinstance(place, RedisPlace):
             place.push_as(f"id-{number}", message.encode())
         else:
-            app.broker.declare_queue(place.queue, ensure=True)
             place.push(message.encode())
     with app.working() as worker:
-        until(lambda: app.outcomes.count("succeeded") == 3, describe=lambda: app.events)
+        until(lambda: len(done) == len(STRANGE), describe=lambda: (done, app.events))
         calm(app)
         assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
+    assert set(done.values()) == {1}
     assert place.left() == []
     assert place.dead() == []
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"pipe_target": "not a message"},
-        {"pipe_target": {"queue_name": 1}},
-        {"group_completion_callbacks": 7},
-        {"group_completion_callbacks": [{"no": "message"}], "group_completion_uuid": "x"},
-    ],
-    ids=str,
-)
-def test_a_composition_that_can_t_be_handed_on_is_dead_before_it_runs(place: Place, options: dict) -> None:
+NO_MESSAGES = [
+    {"pipe_target": "not a message"},
+    {"pipe_target": {"queue_name": 1}},
+    {"group_completion_callbacks": 7},
+    {"group_completion_callbacks": [{"no": "message"}], "group_completion_uuid": "x"},
+]
+
+
+def test_a_composition_that_can_t_be_handed_on_is_dead_before_it_runs(place: Place) -> None:
     app = place.app()
     app.broker.add_middleware(GroupCallbacks(LimiterBackend()))
     ran = []
@@ -485,12 +488,13 @@ def test_a_composition_that_can_t_be_handed_on_is_dead_before_it_runs(place: Pla
     def job():
         ran.append(1)
 
-    app.broker.enqueue(Message(place.queue, "job", (), {}, options))
+    for options in NO_MESSAGES:
+        app.broker.enqueue(Message(place.queue, "job", (), {}, options))
     job.send()
-    app.work_until("dead", "succeeded")
+    app.work_until(*["dead"] * len(NO_MESSAGES), "succeeded")
     assert ran == [1]
-    assert next(event for event in app.events if event.outcome == "dead").reason == "malformed"
-    assert [letter.options["failure"]["reason"] for letter in place.dead()] == ["malformed"]
+    assert {event.reason for event in app.events if event.outcome == "dead"} == {"malformed"}
+    assert [letter.options["failure"]["reason"] for letter in place.dead()] == ["malformed"] * len(NO_MESSAGES)
     assert place.left() == []
 
 
@@ -538,9 +542,7 @@ def test_client_kill_while_jobs_run(redis_place: RedisPlace) -> None:
 
 
 @pytest.mark.parametrize("retries", [0, 3], ids=["client gives up", "client sends it again"])
-def test_a_fetch_whose_reply_is_lost(
-    redis_place: RedisPlace, retries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetch_whose_reply_is_lost(redis_place: RedisPlace, retries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dramatiq_policies.brokers.redis._LOOK_EVERY", 0.2)
     with Proxy.before(redis_place.url) as proxy:
         client = redis.Redis.from_url(proxy.url, retry=Retry(NoBackoff(), retries))
@@ -592,7 +594,9 @@ def test_an_id_that_is_twice_in_the_list_runs_once(redis_place: RedisPlace, busy
     assert redis_place.unacked() == 0
 
 
-@pytest.mark.parametrize("error", [redis.TimeoutError("slow"), redis.ReadOnlyError("a failover")], ids=["timeout", "read only"])
+@pytest.mark.parametrize(
+    "error", [redis.TimeoutError("slow"), redis.ReadOnlyError("a failover")], ids=["timeout", "read only"]
+)
 def test_an_ack_that_fails_is_tried_again(redis_place: RedisPlace, error: Exception) -> None:
     app = redis_place.app()
     ack = app.broker.do_ack

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections import Counter
 
+import dramatiq
 import pytest
-from dramatiq import group, pipeline
+from dramatiq import Worker, group, pipeline
 from dramatiq.middleware import GroupCallbacks, SkipMessage
 from dramatiq.rate_limits.backends import StubBackend as LimiterBackend
 from dramatiq.results import ResultFailure, Results
@@ -69,7 +72,7 @@ def test_a_job_is_retried_and_then_succeeds(place: Place, wait: int) -> None:
     assert [event.attempt for event in events] == [1, 2, 3]
     assert {event.message_id for event in events} == {message.message_id}
     assert [event.delay_ms for event in events] == [wait, wait, None]
-    assert all((later - earlier) * 1_000 >= wait - 5 for earlier, later in zip(started, started[1:], strict=False))
+    assert all((later - earlier) * 1_000 >= wait - 5 for earlier, later in itertools.pairwise(started))
     assert place.left() == []
     assert place.dead() == []
 
@@ -479,4 +482,64 @@ def test_many_jobs_of_every_kind_end_each_exactly_once(place: Place) -> None:
 
     dead = sorted(letter.message_id for letter in place.dead())
     assert dead == sorted(message.message_id for message in sent if message.args[0] % 5 in (2, 4))
+    assert place.left() == []
+
+
+@pytest.mark.parametrize("to_bundle", [True, False], ids=["stock to bundle", "bundle to stock"])
+def test_queues_are_taken_over_with_retries_under_way(place: Place, to_bundle: bool) -> None:
+    done: Counter[int] = Counter()
+    tried: Counter[int] = Counter()
+
+    def declare(broker, retrying):
+        @dramatiq.actor(broker=broker, queue_name=place.queue)
+        def job(number):
+            done[number] += 1
+
+        @dramatiq.actor(broker=broker, queue_name=place.queue, **retrying)
+        def flaky(number):
+            tried[number] += 1
+            if tried[number] <= 2:
+                raise Transient(number)
+            done[number] += 1
+
+        @dramatiq.actor(broker=broker, queue_name=place.queue, max_retries=0)
+        def hopeless(number):
+            raise Transient(number)
+
+        return job, flaky, hopeless
+
+    def work(broker, condition):
+        worker = Worker(broker, worker_timeout=100, worker_threads=4)
+        worker.start()
+        until(condition, describe=lambda: (done, tried))
+        worker.stop()
+        broker.close()
+
+    stock = place.broker(), {"max_retries": 3, "min_backoff": 400, "max_backoff": 500}
+    ours = place.app().broker, {"retry_on": {Transient: RetryPolicy(attempts=4, wait=constant(400))}}
+    before, after = (stock, ours) if to_bundle else (ours, stock)
+
+    job, flaky, hopeless = declare(*before)
+    for number in range(10):
+        job.send(number)
+        flaky.send(100 + number)
+    for number in range(200, 205):
+        job.send_with_options(args=(number,), delay=1_000)
+    hopeless.send(0)
+    work(before[0], lambda: len(tried) == 10 and len(done) >= 10)
+    assert not any(number in done for number in range(100, 110))
+
+    job, flaky, hopeless = declare(*after)
+    job.send(300)
+    hopeless.send(1)
+    expected = {*range(10), *range(100, 110), *range(200, 205), 300}
+    letters = []
+    work(
+        after[0],
+        lambda: letters.extend(place.dead()[len(letters) :]) or (done.keys() == expected and len(letters) == 2),
+    )
+
+    assert set(done.values()) == {1}
+    assert {tried[number] for number in range(100, 110)} == {3}
+    assert sorted(letter.args for letter in letters) == [(0,), (1,)]
     assert place.left() == []
