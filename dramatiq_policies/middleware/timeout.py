@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +40,9 @@ CLOSE: Final = 0.8
 STUCK_EXIT_CODE: Final = 70
 #: How long, in seconds, everybody has to be told of a stuck job before ``on_stuck="exit"`` ends the process anyway.
 _TOLD_WITHIN: Final = 5.0
+#: How long, in seconds, the master then has to read the record from its pipe: once the last of its processes has ended,
+#: it reads no more.
+_READ_WITHIN: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +174,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         try:
             telling.start()
             telling.join(_TOLD_WITHIN)
+            time.sleep(_READ_WITHIN)
         finally:
             os._exit(STUCK_EXIT_CODE)
 
