@@ -28,9 +28,9 @@ class Collector:
             self.events.append(event)
             self._changed.notify_all()
 
-    def wait_for(self, condition, what="the condition"):
+    def wait_for(self, condition, what="the condition", patience=PATIENCE):
         with self._changed:
-            if not self._changed.wait_for(lambda: condition(self.events), PATIENCE):
+            if not self._changed.wait_for(lambda: condition(self.events), patience):
                 raise AssertionError(f"{what} did not come true; so far: {self.events}")
 
 
