@@ -6,6 +6,7 @@ Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from queue import Empty
 from typing import Any, cast
 
 from dramatiq import Message
@@ -62,7 +63,36 @@ def is_stub_consumer(consumer: Consumer) -> bool:
 def release_stub_slot(consumer: Any) -> None:
     """What a stub consumer does at every ack: the queue counts one less, and a prefetch slot is free."""
     consumer.queue.task_done()
-    consumer.prefetch_semaphore.release()
+    if hasattr(consumer, "prefetch_semaphore"):  # Not before Dramatiq 2.2.
+        consumer.prefetch_semaphore.release()
+
+
+def next_stub_body(consumer: Any) -> bytes | None:
+    """The next body of a stub consumer, one of its prefetch slots taken; None if there was none for a while."""
+    slots = getattr(consumer, "prefetch_semaphore", None)
+    seconds = consumer.timeout / 1_000
+    if slots is not None and not slots.acquire(timeout=seconds):
+        return None
+    try:
+        return cast("bytes", consumer.queue.get(timeout=seconds))
+    except Empty:
+        if slots is not None:
+            slots.release()
+        return None
+
+
+def eta_of(item: Any) -> float:
+    """When an item of a consumer thread's delay queue is due; before Dramatiq 2.2 it is a tuple."""
+    return cast("float", item[0] if isinstance(item, tuple) else item.priority)
+
+
+def delayed_message(item: Any) -> MessageProxy:
+    return cast("MessageProxy", item[1] if isinstance(item, tuple) else item.message)
+
+
+def delayed_until(item: Any, eta: int) -> Any:
+    """The same message, due at another time."""
+    return (eta, item[1]) if isinstance(item, tuple) else type(item)(eta, item.message)
 
 
 def is_redis_consumer(consumer: Consumer) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Literal, TypeVar
 
 from dramatiq.broker import Broker, Consumer
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
-from dramatiq.middleware import Middleware, Retries, ShutdownNotifications as StockShutdownNotifications, TimeLimit
+from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
@@ -54,7 +55,9 @@ def install(
       ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
     """
     if idempotency not in (None, False):
-        raise ConfigurationError.of_option("install()", "idempotency", "None or False", idempotency, "There is none yet")
+        raise ConfigurationError.of_option(
+            "install()", "idempotency", "None or False", idempotency, "There is none yet"
+        )
     given = [
         _checked("error_classifier", error_classifier, ErrorClassifier),
         _checked("timeout", timeout, Timeout),
@@ -130,26 +133,24 @@ def _kind(middleware: PolicyMiddleware) -> type[PolicyMiddleware]:
 
 
 def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
-    if getattr(middleware, "_attached_to", wiring) is not wiring:
+    if middleware.attached_to not in (None, wiring):
         raise ConfigurationError(
             f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
         )
-    middleware._attached_to = wiring  # type: ignore[attr-defined]
+    middleware.attached_to = wiring
     wiring.attached.append(middleware)
     if isinstance(middleware, Timeout):
         wiring.timeout = middleware
     middleware.attach(wiring)
 
 
-def _ordered(stock: list[Middleware], ours: dict[type[Middleware], Middleware]) -> list[Middleware]:
+def _ordered(present: list[Middleware], ours: dict[type[Middleware], Middleware]) -> list[Middleware]:
     classifier, timeout = ours[ErrorClassifier], ours.get(Timeout)
     assert isinstance(classifier, ErrorClassifier)
-    has_retries = any(type(middleware) is Retries for middleware in stock)
-    has_time_limit = any(type(middleware) is TimeLimit for middleware in stock)
+    kinds = {type(middleware) for middleware in present}
     listeners = [ours[kind] for kind in _LISTENERS if kind in ours]
-    listeners += [m for kind, m in ours.items() if kind not in (ErrorClassifier, Timeout, *_LISTENERS)]
     ordered: list[Middleware] = []
-    for middleware in stock:
+    for middleware in present:
         if type(middleware) is Retries:
             classifier.take_over(middleware)
             ordered += [classifier, *listeners]
@@ -157,26 +158,25 @@ def _ordered(stock: list[Middleware], ours: dict[type[Middleware], Middleware]) 
             timeout.take_over(middleware)
             ordered.append(timeout)
         elif middleware is classifier:
-            if not has_retries:
-                ordered += [classifier, *listeners]
+            ordered += [] if Retries in kinds else [classifier, *listeners]
         elif middleware is timeout:
-            if not has_time_limit:
-                ordered.append(timeout)
-        elif isinstance(middleware, PolicyMiddleware):
-            continue
-        elif type(middleware) is StockPipelines:
-            ordered.append(Pipelines())
-        elif type(middleware) is StockGroupCallbacks:
-            replacement = GroupCallbacks.__new__(GroupCallbacks)
-            vars(replacement).update(vars(middleware))
-            ordered.append(replacement)
-        elif type(middleware) is StockShutdownNotifications:
-            ordered.append(ShutdownNotifications(middleware.notify_shutdown))
-        else:
-            ordered.append(middleware)
-    if classifier not in ordered:
-        ordered += [classifier, *listeners]
-    return ordered
+            ordered += [] if TimeLimit in kinds else [timeout]
+        elif not isinstance(middleware, PolicyMiddleware):
+            ordered.append(_without_holes(middleware))
+    return ordered if classifier in ordered else [*ordered, classifier, *listeners]
+
+
+def _without_holes(middleware: Middleware) -> Middleware:
+    """Our version of a stock middleware that loses messages, with its settings; any other as it is."""
+    if type(middleware) is StockPipelines:
+        return Pipelines()
+    if type(middleware) is StockGroupCallbacks:
+        ours = GroupCallbacks.__new__(GroupCallbacks)
+        vars(ours).update(vars(middleware))
+        return ours
+    if type(middleware) is StockShutdownNotifications:
+        return ShutdownNotifications(middleware.notify_shutdown)
+    return middleware
 
 
 def _resolve_actors(wiring: Wiring) -> None:

@@ -50,7 +50,7 @@ class DelayQueue(PriorityQueue[Any]):
     def due(self, now: int) -> Any | None:
         """The next message whose time has come, or None."""
         with self.mutex:
-            if not self.queue or self.queue[0].priority > now:
+            if not self.queue or _dramatiq.eta_of(self.queue[0]) > now:
                 return None
         return self.take()
 
@@ -145,7 +145,7 @@ class PolicyConsumer(Consumer):
         if self.wiring.stopping.is_set():
             items = []
             while (item := self.delayed.take()) is not None:
-                items.append(item.message)
+                items.append(_dramatiq.delayed_message(item))
                 self.delayed.task_done()
             self.requeue(items)
         try:
@@ -250,7 +250,7 @@ class PolicyConsumer(Consumer):
     def _move_due(self) -> None:
         now = now_ms()
         while (item := self.delayed.due(now)) is not None:
-            message = item.message
+            message = _dramatiq.delayed_message(item)
             moved = message.copy(queue_name=self.queue_name)
             eta = moved.options.pop("eta", None)
             if "ready_at" not in moved.options and is_number(eta) and eta > 0:
@@ -259,7 +259,9 @@ class PolicyConsumer(Consumer):
             try:
                 self.move(message, moved)
             except Exception as error:
-                self.delayed.put(item if self.lost_connection(error) else _later(item))
+                self.delayed.put(
+                    item if self.lost_connection(error) else _dramatiq.delayed_until(item, now + _MOVE_AGAIN)
+                )
                 if self.lost_connection(error):
                     raise ConnectionClosed(error) from None
                 logger.exception("A due message could not be moved out of %r; it is tried again.", self.source)
@@ -269,7 +271,3 @@ class PolicyConsumer(Consumer):
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)
-
-
-def _later(item: Any) -> Any:
-    return type(item)(now_ms() + _MOVE_AGAIN, item.message)

@@ -276,7 +276,12 @@ class Timer:
                 self._bell.acquire(timeout=min(max(0.0, earliest - monotonic()), threading.TIMEOUT_MAX))
 
 
+class _OfThisThread(threading.local):
+    slot: Slot | None = None
+
+
 _slots: dict[int, Slot] = {}
+_mine = _OfThisThread()
 _timer = Timer()
 
 
@@ -307,7 +312,7 @@ def call(
         if not on_shutdown:
             return fn(*args, **kwargs)
         deadline = inf
-    slot = _slots.get(get_ident()) or slot_of_this_thread()
+    slot = _mine.slot or slot_of_this_thread()
     if slot.tokens is not None:
         return fn(*args, **kwargs)
     tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
@@ -400,14 +405,13 @@ def _say_unsupported() -> None:
 
 
 def slot_of_this_thread() -> Slot:
-    thread_id = get_ident()
-    slot = _slots.get(thread_id)
+    slot = _mine.slot
     if slot is None:
         supported()
-        slot = Slot(thread_id)
+        slot = Slot(get_ident())
         if _timer.start():
-            # A thread that has ended leaves its slot to the next one with its identifier.
-            _slots[thread_id] = slot
+            # That of a thread that has ended, and whose identifier this one has, goes.
+            _slots[slot.thread_id] = _mine.slot = slot
     return slot
 
 
@@ -461,8 +465,9 @@ def report_apart(report: Callable[[], object]) -> None:
 
 
 def _begin_anew() -> None:
-    global _slots, _timer  # noqa: PLW0603 - an object around them would cost every job two look-ups more
+    global _slots, _mine, _timer  # noqa: PLW0603 - an object around them would cost every job two look-ups more
     _slots = {}
+    _mine = _OfThisThread()
     _timer = Timer()
 
 

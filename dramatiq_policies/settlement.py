@@ -139,7 +139,8 @@ def _resolve(delivery: Delivery) -> None:
         if not isinstance(step, Send):
             # Replaced at once: a group's barrier must not be counted again when a later step fails.
             steps[index : index + 1] = step()
-            return _resolve(delivery)
+            _resolve(delivery)
+            return
 
 
 def _give_up(consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, error: Exception) -> Settlement:

@@ -23,7 +23,6 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import ConnectionClosed
 
-from .. import _dramatiq
 from ..consumer import PolicyConsumer
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from queue import Empty
 from typing import Any
 
 from dramatiq import Message
@@ -19,13 +18,8 @@ class StubConsumer(PolicyConsumer):
     """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
 
     def take(self) -> MessageProxy | None:
-        inner = self.inner
-        if not inner.prefetch_semaphore.acquire(timeout=inner.timeout / 1_000):
-            return None
-        try:
-            data: bytes = inner.queue.get(timeout=inner.timeout / 1_000)
-        except Empty:
-            inner.prefetch_semaphore.release()
+        data = _dramatiq.next_stub_body(self.inner)
+        if data is None:
             return None
         try:
             message: Message[Any] = Message.decode(data)
@@ -36,7 +30,7 @@ class StubConsumer(PolicyConsumer):
             letter.stuff_exception(MalformedMessage(f"the body can't be read: {error}"))
             self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
             self.report_malformed(error)
-            _dramatiq.release_stub_slot(inner)
+            _dramatiq.release_stub_slot(self.inner)
             return None
         return _dramatiq.StubMessage(message)
 

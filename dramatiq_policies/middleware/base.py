@@ -32,6 +32,9 @@ class PolicyMiddleware(Middleware):
         """Check and resolve one actor's options; replaced by ``dramatiq_policies.bundle``."""
         raise NotImplementedError
 
+    #: The wiring of the broker that it is on, None until it has its place.
+    attached_to: Wiring | None = None
+
     def attach(self, wiring: Wiring) -> None:
         """Called once, when the middleware is in its place."""
 

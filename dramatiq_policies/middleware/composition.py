@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["GroupCallbacks", "Pipelines"]
 
 
-def _hand_on(stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any) -> None:
+def _hand_on(
+    stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
+) -> None:
     """Have the stock middleware's own code run as a step of the hand-off, and record what it enqueues."""
     delivery: Delivery | None = getattr(message, "delivery", None)
     if delivery is None:

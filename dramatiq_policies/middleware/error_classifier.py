@@ -14,7 +14,7 @@ from dramatiq.middleware import Retries, Shutdown
 from ..backoff import safe_wait
 from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
 from ..durations import WEEK_MS, to_ms
-from ..errors import ConfigurationError, Discard, HandoffFailed, Snooze, Verdict
+from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict
 from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
@@ -100,7 +100,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if after_discard is not None:
             expect_callable(where, "after_discard", after_discard)
         self.after_discard = after_discard
-        subscribers = () if on_outcome is None else on_outcome if isinstance(on_outcome, (tuple, list)) else (on_outcome,)
+        subscribers = (
+            () if on_outcome is None else on_outcome if isinstance(on_outcome, (tuple, list)) else (on_outcome,)
+        )
         for subscriber in subscribers:
             expect_callable(where, "on_outcome", subscriber)
         self.subscribers = tuple(subscribers)
@@ -214,9 +216,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         message.options[POLICIES] = history.option()
         if rule.verb is Verb.DISCARD:
             return self._discarded(delivery, history, error, rule)
-        return Settlement(
-            Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True
-        )
+        return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
     def _is_stock(self, delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
         if isinstance(error, (RateLimitExceeded, Retry)):
@@ -229,9 +229,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     ) -> Settlement:
         declared = {} if delivery.policy is None else delivery.policy.options
         if message.options.get("max_retries", declared.get("max_retries", self.max_retries)) == 0:
-            return Settlement(
-                Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True
-            )
+            return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
         delivery.hand_on(Send(_again(message, history)))
         return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
 
@@ -248,9 +246,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
         delay = min(verdict.delay, left, WEEK_MS)
         delivery.hand_on(Send(_again(message, history), delay or None))
-        return Settlement(
-            Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay
-        )
+        return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
 
     def _discarded(
         self,
@@ -286,7 +282,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     ) -> Settlement:
         now = now_ms()
         number, first = history.count(rule_id, now)
-        highest = max(self.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts)
+        highest = max(
+            self.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts
+        )
         exhausted = number >= policy.attempts or history.total >= highest
         delay = 0
         if not exhausted:
@@ -298,14 +296,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         history.failed(error, now, None if exhausted else delay)
         if not exhausted:
             delivery.hand_on(Send(_again(message, history), delay or None))
-            return Settlement(
-                Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay
-            )
+            return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
         message.options[POLICIES] = history.option()
         if policy.then == "discard":
-            return self._discarded(
-                delivery, history, error, None, reason="exhausted", rule_id=rule_id, exhausted=True
-            )
+            return self._discarded(delivery, history, error, None, reason="exhausted", rule_id=rule_id, exhausted=True)
         return Settlement(
             Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
             "exhausted",
@@ -339,10 +333,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         message.options[POLICIES] = history.option()
         declared = {} if delivery.policy is None else delivery.policy.options
         throws = declared.get("throws")
+        reason = "exhausted" if retries else _UNCLASSIFIED
         if throws and isinstance(error, throws):
             reason = "thrown"
-        else:
-            reason = "exhausted" if retries else _UNCLASSIFIED
         return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
     # Records.
