@@ -101,14 +101,17 @@ def arrange(broker: Broker) -> Wiring:
         for middleware in broker.middleware:
             if isinstance(middleware, PolicyMiddleware):
                 kind = _kind(middleware)
-                if kind in ours:
+                if kind in ours and not getattr(ours[kind], "implied", False):
                     raise ConfigurationError(
                         f"The broker has two {kind.__name__} middleware. Add each once, or call install() once."
                     )
+                if kind in ours:
+                    _replace_implied(wiring, ours[kind], middleware)
                 ours[kind] = middleware
         if ErrorClassifier not in ours:
             # The others stand on its seams; with no rules it does what the stock Retries did.
-            ours[ErrorClassifier] = ErrorClassifier()
+            ours[ErrorClassifier] = implied = ErrorClassifier()
+            implied.implied = True
         broker.middleware = _ordered(broker.middleware, ours)
         for middleware in broker.middleware:
             _dramatiq.add_options(broker, middleware)
@@ -123,6 +126,16 @@ def arrange(broker: Broker) -> Wiring:
         wiring.arranged_length = len(broker.middleware)
         _resolve_actors(wiring)
     return wiring
+
+
+def _replace_implied(wiring: Wiring, implied: Middleware, explicit: Middleware) -> None:
+    """An ErrorClassifier that was only put there for another middleware makes room for the user's own."""
+    assert isinstance(implied, ErrorClassifier)
+    assert isinstance(explicit, ErrorClassifier)
+    explicit.take_over(implied)
+    wiring.forget(implied)
+    wiring.attached.remove(implied)
+    wiring.policies.clear()
 
 
 def _kind(middleware: PolicyMiddleware) -> type[PolicyMiddleware]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .delivery import Delivery, Send, Settlement
 from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
 from .history import FAILURE, POLICIES, attempt_of, failure_of
-from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
+from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -103,7 +103,7 @@ def _hand_off(
                         exc_info=error,
                     )
                     delivery.steps = None
-                    stand_in = HandoffFailed(f"{type(error).__name__}: {error}")
+                    stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
                     stand_in.__cause__ = error
                     decided = Settlement(
                         Outcome.DEAD,
@@ -122,7 +122,7 @@ def _hand_off(
                     message.message_id,
                     message.actor_name,
                     type(error).__name__,
-                    error,
+                    text_of(error),
                 )
             pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
             tries += 1
@@ -206,7 +206,7 @@ def _settle_results(wiring: Wiring, message: MessageProxy, decided: Settlement, 
         if options.get("store_results", declared.get("store_results", middleware.store_results)):
             ttl = options.get("result_ttl", declared.get("result_ttl", middleware.result_ttl))
             named = type(type(error).__name__, (Exception,), {})
-            text = str(error) if decided.reason in _STOCK_REASONS else f"{decided.outcome.value}: {error}"
+            text = text_of(error) if decided.reason in _STOCK_REASONS else f"{decided.outcome.value}: {text_of(error)}"
             try:
                 middleware.backend.store_exception(message, named(text), ttl)
             except Exception:
@@ -221,7 +221,7 @@ def _after_discard(wiring: Wiring, message: MessageProxy, delivery: Delivery, er
     for hook in (*own, *wiring.after_discard):
         try:
             hook(message, error)
-        except Exception:
+        except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
             logger.exception("after_discard %r failed for message %s.", hook, message.message_id)
 
 

@@ -43,6 +43,8 @@ class Wiring:
         self.delayed: dict[str, DelayQueue] = {}
         self.in_flight: dict[str, set[str]] = {}
         self.moving = threading.local()
+        #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
+        self.put_back_later: list[Callable[[], object]] = []
         self.fatal: str | None = None
         self.in_command = False
         #: The middleware that says how long jobs may run, None without one.
@@ -56,6 +58,7 @@ class Wiring:
         self.attached: list[Middleware] = []
         self.attached_to_consume = False
         self.after_discard: tuple[Callable[[Any, BaseException], object], ...] = ()
+        self._entries: list[tuple[object, Observer, bool]] = []
         self._observers: tuple[Observer, ...] = ()
         self._bad_observers: tuple[Observer, ...] = ()
         #: Whether a success needs a record at all.
@@ -73,23 +76,34 @@ class Wiring:
             notify = delivery.policy.options.get("notify_shutdown")
         return bool(notifications.notify_shutdown if notify is None else notify)
 
-    def subscribe(self, subscriber: Subscriber) -> None:
+    def subscribe(self, owner: object, subscriber: Subscriber) -> None:
         """Hand every record to a callable of the user's."""
-        self.observe(lambda event, message: subscriber(event), subscriber)
+        self.observe(owner, lambda event, message: subscriber(event), subscriber)
 
-    def observe(self, observer: Observer, name: object = None, *, successes: bool = True) -> None:
-        """Hand every record, or all but the successes, to an observer; what it raises is logged and changes nothing."""
+    def observe(self, owner: object, observer: Observer, name: object = None, *, successes: bool = True) -> None:
+        """Hand every record, or all but the successes, to an observer; what it raises is logged and changes nothing.
+
+        ``owner`` is the middleware on whose behalf it observes. See `forget`.
+        """
 
         def guarded(event: OutcomeEvent, message: MessageProxy | None) -> None:
             try:
                 observer(event, message)
-            except Exception:
+            except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
                 logger.exception("The outcome subscriber %r failed; the message is not affected.", name or observer)
 
-        if successes:
-            self._observers = (*self._observers, guarded)
-            self.successes_observed = True
-        self._bad_observers = (*self._bad_observers, guarded)
+        self._entries.append((owner, guarded, successes))
+        self._order_observers()
+
+    def forget(self, owner: object) -> None:
+        """Undo what was done on behalf of a middleware that another has replaced."""
+        self._entries = [entry for entry in self._entries if entry[0] is not owner]
+        self._order_observers()
+
+    def _order_observers(self) -> None:
+        self._bad_observers = tuple(observer for _, observer, _ in self._entries)
+        self._observers = tuple(observer for _, observer, successes in self._entries if successes)
+        self.successes_observed = bool(self._observers)
 
     def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         """Hand the record to those who asked for its kind."""

@@ -1301,7 +1301,6 @@ def test_one_at_a_time_in_any_order_ends_in_the_same_list_as_install(order):
     assert kinds(broker) == kinds(install(StubBroker()))
 
 
-@pytest.mark.xfail(reason="the ErrorClassifier that Timeout brings with it is not replaced", strict=True)
 @pytest.mark.parametrize("order", [o for o in ORDERS if o[0] is not ErrorClassifier])
 def test_one_at_a_time_works_after_actors_were_declared_where_the_classifier_comes_later(order):
     one_at_a_time_after_an_actor(order)
@@ -1364,9 +1363,6 @@ class Broken(Exception):
         raise RuntimeError("no text")
 
 
-@pytest.mark.xfail(
-    reason="settlement formats the error itself, so the message is neither settled nor acked", strict=True
-)
 def test_an_error_whose_text_is_broken_ends_as_any_other_also_where_results_are_stored():
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dramatiq import Message
@@ -39,6 +40,11 @@ class StubConsumer(PolicyConsumer):
         letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
     def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | None) -> None:
+        if self.wiring.stopping.is_set() and delivery.steps:
+            # A thread of the worker that stops would take it, and nobody put it back.
+            steps, delivery.steps = delivery.steps, None
+            for step in steps:
+                self.wiring.put_back_later.append(partial(self.broker.enqueue, step.message, delay=step.delay))
         super().hand_off(message, delivery, dead)
         # Not before the outcome is published: whoever joins the queue expects to see it.
         delivery.acked = False
@@ -52,7 +58,7 @@ class StubConsumer(PolicyConsumer):
             _dramatiq.release_stub_slot(self.inner)
 
     def abandon(self, message: MessageProxy) -> None:
-        self.put_back([message])
+        self.wiring.put_back_later.append(partial(self.put_back, [message]))
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         self.broker.enqueue(moved)

@@ -48,7 +48,7 @@ class DiscardLogger(PolicyMiddleware):
 
     def attach(self, wiring: Wiring) -> None:
         wiring.logs_failures = True
-        wiring.observe(self._record, self, successes=False)
+        wiring.observe(self, self._record, self, successes=False)
         replace_worker_lines()
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:

@@ -19,7 +19,7 @@ from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, text_of
-from ..rules import RetryPolicy, Rule, Verb, parse_rules
+from ..rules import RetryPolicy, Rule, RuleSet, Verb, parse_rules
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
 
@@ -109,6 +109,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         self.wiring: Wiring | None = None
         self._alerted: dict[tuple[str, type[BaseException] | None], float] = {}
 
+    #: Whether it was put on the broker only since another middleware of the bundle needs one.
+    implied = False
+
     @property
     def actor_options(self) -> set[str]:
         return {*super().actor_options, *ACTOR_OPTIONS}
@@ -120,9 +123,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def attach(self, wiring: Wiring) -> None:
         self.wiring = wiring
-        wiring.observe(self._report, self, successes=False)
+        wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
-            wiring.subscribe(subscriber)
+            wiring.subscribe(self, subscriber)
         if self.after_discard is not None:
             wiring.after_discard = (self.after_discard,)
 
@@ -160,7 +163,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 delivery.settlement = self._decide(broker, delivery, message, cause_of(exception))
             except Exception as error:
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
-                stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {error}")
+                stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
                 delivery.settlement = Settlement(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
             if delivery.settlement.dead_letter:
                 message.fail()
@@ -180,8 +183,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
-        for rule in self.rules:
-            rule.resolve()
+        RuleSet((), self.rules).resolve()
         if self.wiring is not None:
             self.wiring.stopping.clear()
 
@@ -190,7 +192,12 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             self.wiring.stopping.set()
 
     def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
-        if self.wiring is not None and self.wiring.fatal is not None and self.wiring.in_command:
+        if self.wiring is None:
+            return
+        later, self.wiring.put_back_later = self.wiring.put_back_later, []
+        for put_back in later:
+            put_back()
+        if self.wiring.fatal is not None and self.wiring.in_command:
             # What dramatiq exits with when its broker can't be reached.
             raise SystemExit(3)
 
