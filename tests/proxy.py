@@ -323,7 +323,7 @@ class Proxy:
                     future, function = self._calls.popleft()
                     try:
                         future.set_result(function())
-                    except Exception as error:  # noqa: BLE001 - it is the caller's
+                    except Exception as error:
                         future.set_exception(error)
                 self._expire()
         finally:
@@ -500,7 +500,7 @@ class Proxy:
     def _matches(self, found: _Found, stream: _Stream, chunk: bytes) -> bool:
         try:
             return found(stream, chunk)
-        except Exception as error:  # noqa: BLE001 - close() raises it
+        except Exception as error:
             self._error = self._error or error
             return False
 
