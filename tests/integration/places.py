@@ -149,8 +149,9 @@ class RedisPlace(Place):
 
     def dead_bodies(self, queue: str | None = None) -> list[bytes]:
         letters = self.key(f"{queue or self.queue}.XQ")
-        ids = self.client.zrange(letters, 0, -1)
-        bodies = self.client.hgetall(f"{letters}.msgs")
+        # In one transaction: a worker may be writing.
+        with self.client.pipeline() as both:
+            ids, bodies = both.zrange(letters, 0, -1).hgetall(f"{letters}.msgs").execute()
         assert sorted(ids) == sorted(bodies)
         return [bodies[i] for i in ids]
 
