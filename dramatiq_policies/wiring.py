@@ -47,6 +47,8 @@ class Wiring:
         self.put_back_later: list[Callable[[], object]] = []
         self.fatal: str | None = None
         self.in_command = False
+        #: Taken by the consumer that says that this broker's storage is not known, and never given back.
+        self.unknown_storage_said = threading.Lock()
         #: The middleware that says how long jobs may run, None without one.
         self.timeout: Timeout | None = None
         #: Dramatiq's ShutdownNotifications, in our version.

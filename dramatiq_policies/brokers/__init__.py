@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .. import _dramatiq
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from ..wiring import Wiring
 
 __all__ = ["wrap_consumer"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
 
 
 def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer:
@@ -27,4 +30,9 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer
         from .rabbitmq import RabbitmqConsumer
 
         return RabbitmqConsumer(wiring, inner, queue_name)
+    if wiring.unknown_storage_said.acquire(blocking=False):
+        logger.info(
+            "How %s stores messages is not known: its dead letters carry no reason; all rules work.",
+            type(wiring.broker).__name__,
+        )
     return PolicyConsumer(wiring, inner, queue_name)
