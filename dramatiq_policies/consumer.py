@@ -49,9 +49,9 @@ class DelayQueue(PriorityQueue[Any]):
 
     def due(self, now: int) -> Any | None:
         """The next message whose time has come, or None."""
-        with self.mutex:
-            if not self.queue or _dramatiq.eta_of(self.queue[0]) > now:
-                return None
+        # Without its lock, which gevent's has not: only the consumer's own thread puts in and takes out.
+        if not self.queue or _dramatiq.eta_of(self.queue[0]) > now:
+            return None
         return self.take()
 
     def take(self) -> Any | None:

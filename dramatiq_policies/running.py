@@ -76,7 +76,7 @@ def _run(
     finally:
         delivery.ended = ended = monotonic()
         delivery.stage = RAN
-        if limit is not None and (ended - started) * 1_000 > limit * CLOSE:
+        if limit is not None and limit * CLOSE < (ended - started) * 1_000 <= limit:
             warn_if_close(delivery)
 
 

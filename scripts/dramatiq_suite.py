@@ -48,6 +48,8 @@ def main() -> int:
         (folder / "pytest.ini").write_text("[pytest]\n")
         report = folder / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={report}", "--timeout=120", "tests"]
+        # This one calls rabbitmqctl, which would stop the machine's own RabbitMQ and not the private one.
+        command.append("--deselect=tests/test_rabbitmq.py::test_rabbitmq_workers_handle_rabbit_failures_gracefully")
         code = subprocess.run([*command, *pytest_arguments], cwd=folder, env=environment, check=False).returncode
         print(f"dramatiq_suite: {summary(report)}; {environment['DP_SUITE_MIDDLEWARE']} middleware", end=", ")
         print(f"dramatiq {version('dramatiq')}, tests of {checkout_version(options.checkout)}, memcached stood in for")

@@ -25,6 +25,10 @@ from dramatiq_policies import coroutines, interrupts
 from dramatiq_policies.delivery import RUNNING, Delivery, current, current_job
 from dramatiq_policies.errors import TimeoutExceeded
 
+# An interrupt may land in a callback of the garbage collector, which some library has set and can't raise: the job then
+# goes on, as the interpreter says on stderr.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(autouse=True)
 def fresh_timer():

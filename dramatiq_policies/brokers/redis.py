@@ -53,6 +53,8 @@ class RedisConsumer(PolicyConsumer):
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()
         self.held = wiring.in_flight.setdefault(queue_name, set())
+        #: The ids whose jobs are over, and whose ack failed and is tried again: they take no place any more.
+        self.done: set[str] = set()
         self.misses = 0
         self.room = threading.Event()
         self.looked = monotonic()
@@ -81,12 +83,17 @@ class RedisConsumer(PolicyConsumer):
             self.held.add(redis_id)
             return MessageProxy(message)
 
+    @property
+    def outstanding_message_count(self) -> int:
+        """As the stock consumer has it: how many messages take one of the places that may be prefetched."""
+        return len(self.held) - len(self.done) + len(self.cache)
+
     def _fetch(self) -> bool:
         """Fill the cache; False if there was nothing to be had for a while."""
         if monotonic() - self.looked > _LOOK_EVERY:
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
-        room = self.prefetch - len(self.held)
+        room = self.prefetch - self.outstanding_message_count
         if room > 0:
             self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
             if self.cache:
@@ -98,7 +105,7 @@ class RedisConsumer(PolicyConsumer):
             return False
         # All that may be prefetched is in hand: go on as soon as half of it is done.
         self.room.clear()
-        if len(self.held) >= self.prefetch:
+        if self.outstanding_message_count >= self.prefetch:
             self.room.wait(self.timeout_ms / 1_000)
         return False
 
@@ -107,6 +114,7 @@ class RedisConsumer(PolicyConsumer):
         try:
             self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
         except ConnectionClosed as error:
+            self.done.add(redis_id)
             if not self.wiring.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
@@ -119,11 +127,16 @@ class RedisConsumer(PolicyConsumer):
             if step.encoded is None:
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
-        body = b"" if dead is None else dead.encode()
         redis_id = message.options["redis_message_id"]
-        self._settle(redis_id, "" if dead is None else self.queue_name, body, sends)
+        try:
+            self._settle(redis_id, b"" if dead is None else dead.encode(), sends)
+            steps, delivery.steps = delivery.steps, None
+            if dead is not None:
+                self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+        except Exception:
+            self.done.add(redis_id)
+            raise
         delivery.acked = True
-        steps, delivery.steps = delivery.steps, None
         for step in steps or ():
             assert isinstance(step, Send)
             self.broker.emit_after("enqueue", step.message, step.delay)
@@ -143,17 +156,15 @@ class RedisConsumer(PolicyConsumer):
         self.broker.emit_before("enqueue", message, delay)
         return queue, redis_id, message.encode()
 
-    def _settle(self, redis_id: str, dead_queue: str, dead: bytes, sends: list[str | bytes]) -> None:
+    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes]) -> None:
         broker: Any = self.broker
         self._guarded(
-            self.script,
-            keys=[broker.namespace],
-            args=[now_ms(), broker.broker_id, self.source, redis_id, dead_queue, dead, *sends],
+            self.script, keys=[broker.namespace], args=[broker.broker_id, self.source, redis_id, dead, *sends]
         )
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]
-        self._settle(redis_id, "", b"", list(self._encode(Send(moved))))
+        self._settle(redis_id, b"", list(self._encode(Send(moved))))
         self.held.discard(redis_id)
 
     def put_back(self, messages: list[MessageProxy]) -> None:
@@ -170,8 +181,9 @@ class RedisConsumer(PolicyConsumer):
         return isinstance(error, redis.RedisError) or super().lost_connection(error)
 
     def _release(self, message: MessageProxy) -> None:
-        held = self.held
-        held.discard(message.options["redis_message_id"])
+        held, redis_id = self.held, message.options["redis_message_id"]
+        held.discard(redis_id)
+        self.done.discard(redis_id)
         if len(held) <= self.prefetch >> 1:
             self.room.set()
 
@@ -182,7 +194,7 @@ class RedisConsumer(PolicyConsumer):
             if redis_id not in self.held:
                 body = self.client.hget(f"{broker.namespace}:{self.source}.msgs", redis_id)
                 if body == data or (isinstance(body, str) and body.encode() == data) or body is data:
-                    self._settle(redis_id, self.queue_name, data, [])
+                    self._guarded(broker.do_nack, self.source, redis_id)
         self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
 
     def _unacked(self) -> list[str]:

@@ -1,26 +1,30 @@
--- Take one message off its queue's unacked set and, in the same step, put in place what follows from it.
+-- Take one message off its queue's unacked set and, in the same step, enqueue what follows from it.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     now (ms), broker id, queue, the message's redis id, its dead-letter queue or '', the dead letter's body,
+-- ARGV     broker id, queue, the message's redis id, the body of its dead letter or '',
 --          then for each message that follows: queue, redis id, body
 --
--- Removing the id is the condition of all else: a call that is repeated after a lost reply does nothing, and so does
--- one for a message that was given to another worker meanwhile. Key names are Dramatiq's.
+-- That the id is in the unacked set is the condition of all else: a call that is repeated after a lost reply does
+-- nothing, and so does one for a message that was given to another worker meanwhile. Key names are Dramatiq's.
+--
+-- A dead letter is only written in the place of the message here: Dramatiq's own nack then moves it.
 local namespace = KEYS[1]
-local now, broker_id, queue, id, dead_queue, dead = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local broker_id, queue, id, dead = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
+local bodies = namespace .. ':' .. queue .. '.msgs'
 
-if redis.call('srem', namespace .. ':__acks__.' .. broker_id .. '.' .. queue, id) == 0 then
+if redis.call('sismember', unacked, id) == 0 then
   return 0
 end
-redis.call('hdel', namespace .. ':' .. queue .. '.msgs', id)
-if dead_queue ~= '' then
-  local letters = namespace .. ':' .. dead_queue .. '.XQ'
-  redis.call('zadd', letters, now, id)
-  redis.call('hset', letters .. '.msgs', id, dead)
-end
-for i = 7, #ARGV, 3 do
+for i = 5, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
   redis.call('hset', target .. '.msgs', ARGV[i + 1], ARGV[i + 2])
   redis.call('rpush', target, ARGV[i + 1])
+end
+if dead ~= '' then
+  redis.call('hset', bodies, id, dead)
+else
+  redis.call('srem', unacked, id)
+  redis.call('hdel', bodies, id)
 end
 return 1
