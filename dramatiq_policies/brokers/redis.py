@@ -21,7 +21,7 @@ import redis
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff, dq_name
-from dramatiq.errors import ConnectionClosed
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from ..consumer import PolicyConsumer
 from ..delivery import Delivery, Send
@@ -113,7 +113,7 @@ class RedisConsumer(PolicyConsumer):
         redis_id = message.options["redis_message_id"]
         try:
             self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
-        except ConnectionClosed as error:
+        except BrokerConnectionError as error:
             self.done.add(redis_id)
             if not self.wiring.stopping.is_set():
                 raise
