@@ -57,8 +57,8 @@ class RedisConsumer(PolicyConsumer):
         self.done: set[str] = set()
         self.misses = 0
         self.room = threading.Event()
-        self.looked = monotonic()
-        self._guarded(self._put_back_the_lost)
+        #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
+        self.looked = -_LOOK_EVERY
 
     def take(self) -> MessageProxy | None:
         while True:
