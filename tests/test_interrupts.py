@@ -31,6 +31,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(autouse=True)
+def no_callbacks_of_the_garbage_collector():
+    callbacks, gc.callbacks[:] = gc.callbacks[:], []
+    yield
+    gc.callbacks[:] = callbacks
+
+
+@pytest.fixture(autouse=True)
 def fresh_timer():
     yield
     interrupts.reset()

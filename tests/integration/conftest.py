@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.integration)
+            # Clients leave sockets of connections that were cut under them to the garbage collector.
+            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
             callspec = getattr(item, "callspec", None)
             for server in ("redis", "rabbitmq"):
                 on_it = callspec is not None and callspec.params.get("place") == server
