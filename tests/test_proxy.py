@@ -7,6 +7,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -160,8 +161,12 @@ def test_keeps_the_servers_url_but_for_host_and_port(server: EchoServer) -> None
 def test_resets_a_client_whose_server_is_not_there(server: EchoServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with Proxy("127.0.0.1", port) as proxy, Client(proxy) as client:
-        client.assert_reset()
+    with Proxy("127.0.0.1", port) as proxy:
+        try:
+            with Client(proxy) as client:
+                client.assert_reset()
+        except ConnectionResetError:
+            pass  # It came while the client was still connecting.
         assert proxy.connections == 0
 
 
@@ -425,7 +430,11 @@ def test_many_connections_and_cuts_leave_no_thread_and_no_socket(server: EchoSer
     for thread in threading.enumerate():
         if "process_request" in thread.name:
             thread.join(TIMEOUT)
-    assert _threads_and_sockets() == before
+    # What ends of its own accord, here or from an earlier test, may take a moment, and can only make it fewer.
+    ends = monotonic() + TIMEOUT
+    while any(now > then for now, then in zip(_threads_and_sockets(), before, strict=True)):
+        assert monotonic() < ends, (_threads_and_sockets(), before)
+        sleep(0.01)
 
 
 def test_closing_resets_what_is_open_and_frees_the_port(server: EchoServer) -> None:
