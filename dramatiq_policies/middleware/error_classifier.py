@@ -19,7 +19,7 @@ from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, text_of
-from ..rules import RetryPolicy, Rule, RuleSet, Verb, parse_rules
+from ..rules import RetryPolicy, RuleSet, Verb, parse_rules
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
 
@@ -222,7 +222,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         history.failed(error, now_ms(), None)
         message.options[POLICIES] = history.option()
         if rule.verb is Verb.DISCARD:
-            return self._discarded(delivery, history, error, rule)
+            return self._discarded(delivery, history, error, rule.id)
         return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
     def _is_stock(self, delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
@@ -260,10 +260,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         delivery: Delivery,
         history: History,
         error: BaseException,
-        rule: Rule | None,
+        rule_id: str | None,
         reason: str | None = None,
-        rule_id: str | None = None,
-        exhausted: bool = False,
     ) -> Settlement:
         keep = self.dead_letter_discards
         if delivery.policy is not None and delivery.policy.dead_letter_discards is not None:
@@ -272,10 +270,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             Outcome.DISCARDED,
             reason,
             exception=error,
-            rule=rule.id if rule is not None else rule_id,
+            rule=rule_id,
             attempt=history.attempt,
             dead_letter=keep,
-            exhausted=exhausted,
+            exhausted=reason is not None,
         )
 
     def _retry(
@@ -306,7 +304,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
         message.options[POLICIES] = history.option()
         if policy.then == "discard":
-            return self._discarded(delivery, history, error, None, reason="exhausted", rule_id=rule_id, exhausted=True)
+            return self._discarded(delivery, history, error, rule_id, "exhausted")
         return Settlement(
             Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
             "exhausted",
