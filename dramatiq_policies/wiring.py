@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .outcomes import Outcome, OutcomeEvent, Subscriber, logger
 
 if TYPE_CHECKING:
+    from dramatiq import Message
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.middleware import Middleware
 
@@ -45,6 +46,8 @@ class Wiring:
         self.moving = threading.local()
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
         self.put_back_later: list[Callable[[], object]] = []
+        #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
+        self.taken: dict[str, Message[Any]] | None = None
         self.fatal: str | None = None
         self.in_command = False
         #: Taken by the consumer that says that this broker's storage is not known, and never given back.

@@ -19,7 +19,7 @@ LAYERS = [
     {"outcomes"},
     {"history", "delivery", "shape", "options"},
     {"wiring"},
-    {"settlement"},
+    {"settlement", "queues"},
     {"consumer"},
     {"brokers"},
     {"interrupts", "coroutines", "greenlets", "logs"},

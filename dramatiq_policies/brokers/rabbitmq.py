@@ -57,6 +57,8 @@ class RabbitmqConsumer(PolicyConsumer):
         except Exception as error:
             self._dead_letter_raw(method, body, error)
             return None
+        if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
+            self.wiring.taken[self.queue_name] = message
         return _dramatiq.rabbitmq_message(self.inner, method, message)
 
     def _dead_letter_raw(self, method: Any, body: bytes, error: Exception) -> None:
