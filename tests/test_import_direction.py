@@ -14,6 +14,8 @@ PACKAGE = Path(dramatiq_policies.__file__).parent
 LAYERS = [
     {"_dramatiq", "durations"},
     {"errors"},
+    {"_udp"},
+    {"statsd"},
     {"backoff"},
     {"rules"},
     {"outcomes"},

@@ -1,0 +1,214 @@
+"""Values on their way to a StatsD server: packed, never waited for, never the reason why anything fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+from ._udp import MAX_BYTES, udp_client
+from .errors import ConfigurationError
+
+__all__ = ["Statsd", "Value", "metric_name", "tag_list"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+
+#: Kind (``"c"`` to count, ``"ms"``, ``"g"`` for a gauge), name, value, and the tags, which a client without tags ignores.
+Value = tuple[str, str, float, Sequence[str]]
+
+#: How many calls' values wait for a client that is slow; more are left out.
+_WAITING = 1_000
+#: Seconds that a client may take before it is called on a thread of its own.
+_SLOW = 0.05
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.\-]")
+_NOT_IN_TAGS = re.compile(r"[,|\s]")
+
+
+def metric_name(text: str | None) -> str:
+    """A part of a metric's name: what StatsD would misread becomes ``_``; at most 200 characters."""
+    return _NOT_IN_NAMES.sub("_", text)[:200] if text else "unknown"
+
+
+def tag_list(tags: Mapping[str, str | None]) -> list[str]:
+    """``["key:value", …]``, without those that have no value."""
+    return [_NOT_IN_TAGS.sub("_", f"{key}:{value}") for key, value in tags.items() if value is not None]
+
+
+class Statsd:
+    """Sends values through a client of the user's, or over UDP to ``STATSD_HOST``/``STATSD_PORT``.
+
+    A call sends its values in as few datagrams of at most 1,432 bytes as they need, and returns without waiting for a
+    server or a name. It never raises; the first thing that goes wrong is logged, once. After a fork the child has a
+    socket and threads of its own. Nothing starts before the first call.
+
+    Parameters:
+      client: A ``statsd`` client (``incr``, ``timing``, ``gauge``, and ``pipeline`` if it can pack), a DogStatsD client
+        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods.
+        One that may block (over TCP, or ``datadog``'s, which looks names up), and one that was slow once, is called on a
+        thread of its own. None, the default, for UDP.
+
+    Attributes:
+      tagged: Whether values get tags, rather than names that say it all.
+
+    Raises:
+      ConfigurationError: The client has none of these methods, or ``STATSD_PORT`` is no port.
+      ImportError: There is no client, and the ``statsd`` package is not installed.
+    """
+
+    def __init__(self, client: Any = None) -> None:
+        self._said: set[str] = set()
+        self._client: Any
+        self._own = client is None
+        if client is None:
+            self._client = udp_client(self._say)
+        elif hasattr(client, "incr"):
+            self._client = _Plain(client)
+        elif hasattr(client, "increment"):
+            self._client = _Tagged(client)
+        else:
+            raise ConfigurationError.of_option("Metrics", "client", "a statsd or DogStatsD client, or None", client)
+        self.tagged = isinstance(self._client, _Tagged)
+        self._apart = not self._own and _may_block(client)
+        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._pid: int | None = None
+
+    def send(self, values: Sequence[Value]) -> None:
+        """Send these values. Returns at once, and never raises."""
+        try:
+            if self._apart:
+                self._put(values)
+            elif self._own:
+                self._client.deliver(values)
+            else:
+                started = monotonic()
+                self._client.deliver(values)
+                if monotonic() - started > _SLOW:
+                    self._apart = True
+                    self._say("slow", "The metrics client is slow; from now on it is called on a thread of its own.")
+        except Exception as error:
+            self._failed(error)
+
+    def flush(self, timeout: float = 1.0) -> None:
+        """Wait until what is under way has been sent, at most ``timeout`` seconds."""
+        if self._own:
+            self._client.flush(timeout)
+        elif self._pid == os.getpid():
+            done = threading.Event()
+            self._waiting.put(done)
+            done.wait(timeout)
+
+    def _put(self, values: Sequence[Value]) -> None:
+        if self._pid != os.getpid():
+            # No lock, for a fork may find it held. Each thread works off its own queue, should two start one here.
+            self._waiting = queue.SimpleQueue()
+            self._pid = os.getpid()
+            threading.Thread(
+                target=self._work, args=(self._waiting,), name="dramatiq_policies.statsd", daemon=True
+            ).start()
+        if self._waiting.qsize() >= _WAITING:
+            self._say("full", "The metrics client can't keep up; what it can't take is left out.")
+        else:
+            self._waiting.put(values)
+
+    def _work(self, waiting: queue.SimpleQueue[Any]) -> None:
+        while True:
+            batch: list[Value] = []
+            item = waiting.get()
+            while not isinstance(item, threading.Event):
+                batch += item
+                if len(batch) >= _WAITING or waiting.empty():
+                    break
+                item = waiting.get()
+            try:
+                if batch:
+                    self._client.deliver(batch)
+            except Exception as error:
+                self._failed(error)
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _failed(self, error: Exception) -> None:
+        self._say("failed", f"Metrics can't be sent ({type(error).__name__}: {error}); they are left out.")
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s This is said once.", text)
+
+
+def _may_block(client: Any) -> bool:
+    return any(
+        cls.__name__ == "StreamClientBase" or cls.__module__.partition(".")[0] == "datadog"
+        for cls in type(client).__mro__
+    )
+
+
+class _Plain:
+    """A client whose names say it all."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def deliver(self, values: Iterable[Value]) -> None:
+        client = self.client
+        if not hasattr(client, "pipeline"):
+            self._call(client, values)
+            return
+        try:
+            pipe = client.pipeline()
+            if hasattr(pipe, "_maxudpsize"):
+                # A job's values stay together, however long its name.
+                pipe._maxudpsize = max(pipe._maxudpsize, MAX_BYTES)  # noqa: SLF001
+            self._call(pipe, values)
+            pipe.send()
+        except OSError:
+            if hasattr(client, "reconnect"):
+                # A broken TCP connection stays broken until it is closed.
+                client.close()
+            raise
+
+    @staticmethod
+    def _call(client: Any, values: Iterable[Value]) -> None:
+        for kind, name, value, _ in values:
+            if kind == "c":
+                client.incr(name) if value == 1 else client.incr(name, value)
+            elif kind == "ms":
+                client.timing(name, value)
+            else:
+                client.gauge(name, value)
+
+
+class _Tagged:
+    """A DogStatsD client."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.timing = getattr(client, "timing", None) or client.histogram
+        self.packs = hasattr(client, "open_buffer") and hasattr(client, "close_buffer")
+
+    def deliver(self, values: Iterable[Value]) -> None:
+        if not self.packs:
+            self._call(values)
+            return
+        self.client.open_buffer()
+        try:
+            self._call(values)
+        finally:
+            self.client.close_buffer()
+
+    def _call(self, values: Iterable[Value]) -> None:
+        client = self.client
+        for kind, name, value, tags in values:
+            if kind == "c":
+                counted = () if value == 1 else (value,)
+                client.increment(name, *counted, tags=list(tags))
+            elif kind == "ms":
+                self.timing(name, value, tags=list(tags))
+            else:
+                client.gauge(name, value, tags=list(tags))

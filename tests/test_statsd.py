@@ -1,0 +1,332 @@
+"""Values reach a StatsD server in few datagrams, and nobody ever waits for one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import statsd as statsd_package
+from datadog.dogstatsd import DogStatsd
+
+from dramatiq_policies import ConfigurationError
+from dramatiq_policies.statsd import Statsd, metric_name, tag_list
+
+
+class Server:
+    """A StatsD server: takes datagrams, in order."""
+
+    def __init__(self, port=0):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", port))
+        self.socket.settimeout(5)
+        self.port = self.socket.getsockname()[1]
+
+    def packet(self):
+        """The next datagram's lines."""
+        return self.socket.recv(65_536).decode().splitlines()
+
+    def has_no_more(self):
+        self.socket.settimeout(0.05)
+        try:
+            return not self.socket.recv(65_536)
+        except TimeoutError:
+            return True
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    monkeypatch.setenv("STATSD_HOST", "127.0.0.1")
+    monkeypatch.setenv("STATSD_PORT", str(server.port))
+    yield server
+    server.close()
+
+
+VALUES = [("ms", "jobs.mail.duration", 12.5, ()), ("c", "jobs.mail.success", 1, ()), ("g", "queues.mail.ready", 3, ())]
+LINES = ["jobs.mail.duration:12.5|ms", "jobs.mail.success:1|c", "queues.mail.ready:3|g"]
+
+
+class TestOverUdp:
+    def test_one_call_is_one_datagram(self, server):
+        Statsd().send(VALUES)
+        assert server.packet() == LINES
+        assert server.has_no_more()
+
+    def test_a_host_by_name_gets_what_was_sent_while_it_was_looked_up(self, server, monkeypatch):
+        monkeypatch.setenv("STATSD_HOST", "localhost")
+        statsd = Statsd()
+        statsd.send(VALUES)
+        statsd.flush()
+        assert server.packet() == LINES
+
+    def test_what_does_not_fit_goes_into_a_second_datagram(self, server):
+        Statsd().send([("g", f"queues.{'x' * 60}_{number}.ready", number, ()) for number in range(40)])
+        packets = [server.packet(), server.packet(), server.packet()]
+        assert server.has_no_more()
+        assert [line.rpartition(":")[2] for lines in packets for line in lines] == [f"{n}|g" for n in range(40)]
+        assert all(len("\n".join(lines)) <= 1_432 for lines in packets)
+
+    def test_a_server_that_is_not_there_is_said_once_and_heard_when_it_comes(self, server, caplog):
+        server.close()
+        statsd = Statsd()
+        for _ in range(50):
+            statsd.send(VALUES)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert f"127.0.0.1:{server.port}" in caplog.text
+        back = Server(server.port)
+        statsd.send(VALUES)
+        assert back.packet() == LINES
+        back.close()
+
+    @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, ".."])
+    def test_a_host_that_does_not_exist_is_said_once(self, host, server, monkeypatch, caplog):
+        monkeypatch.setenv("STATSD_HOST", host)
+        statsd = Statsd()
+        statsd.send(VALUES)
+        statsd.flush(10)
+        for _ in range(50):
+            statsd.send(VALUES)
+        statsd.flush(10)
+        assert len(caplog.records) == 1
+        assert "metrics are left out" in caplog.text
+
+    def test_nobody_waits_for_a_name_server(self, server, monkeypatch):
+        monkeypatch.setenv("STATSD_HOST", "statsd.example.com")
+        answered = threading.Event()
+
+        def slow(*args, **kwargs):
+            answered.wait(20)
+            return [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("127.0.0.1", server.port))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", slow)
+        statsd = Statsd()
+        started = time.monotonic()
+        for _ in range(100):
+            statsd.send(VALUES)
+        assert time.monotonic() - started < 1
+        answered.set()
+        assert [server.packet() for _ in range(100)] == [LINES] * 100
+
+    def test_a_fork_sends_through_a_socket_of_its_own(self, server):
+        statsd = Statsd()
+        statsd.send(VALUES)
+        assert server.packet() == LINES
+        pid = os.fork()
+        if pid == 0:
+            mine = statsd._client._sock
+            statsd.send([("c", "child", 1, ())])
+            os._exit(0 if statsd._client._sock is not mine else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert server.packet() == ["child:1|c"]
+        statsd.send(VALUES)
+        assert server.packet() == LINES
+
+    def test_nothing_is_opened_before_the_first_value(self, monkeypatch):
+        monkeypatch.setattr(socket, "socket", None)
+        monkeypatch.setattr(socket, "getaddrinfo", None)
+        monkeypatch.setattr(threading.Thread, "start", None)
+        Statsd()
+
+    def test_a_port_that_is_none_is_a_mistake(self, monkeypatch):
+        monkeypatch.setenv("STATSD_PORT", "8125/udp")
+        with pytest.raises(ConfigurationError, match=r"STATSD_PORT.*'8125/udp'"):
+            Statsd()
+
+    def test_without_the_statsd_package_the_error_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "statsd", None)
+        with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[statsd\]"'):
+            Statsd()
+
+
+class Plain:
+    def __init__(self):
+        self.calls = []
+
+    def incr(self, name, count=1):
+        self.calls.append(("c", name, count))
+
+    def timing(self, name, value):
+        self.calls.append(("ms", name, value))
+
+    def gauge(self, name, value):
+        self.calls.append(("g", name, value))
+
+
+class Tagged:
+    def __init__(self):
+        self.calls = []
+
+    def increment(self, name, value=1, tags=None):
+        self.calls.append(("c", name, value, tags))
+
+    def timing(self, name, value, tags=None):
+        self.calls.append(("ms", name, value, tags))
+
+    def gauge(self, name, value, tags=None):
+        self.calls.append(("g", name, value, tags))
+
+
+class TestOtherClients:
+    def test_a_client_of_the_statsd_package_packs_them(self, server):
+        client = statsd_package.StatsClient("127.0.0.1", server.port, prefix="shop")
+        statsd = Statsd(client)
+        statsd.send(VALUES)
+        assert server.packet() == [
+            "shop.jobs.mail.duration:12.500000|ms",
+            "shop.jobs.mail.success:1|c",
+            "shop.queues.mail.ready:3|g",
+        ]
+        assert server.has_no_more()
+        client.close()
+
+    def test_its_limit_does_not_part_the_values_of_one_call(self, server):
+        client = statsd_package.StatsClient("127.0.0.1", server.port, maxudpsize=64)
+        Statsd(client).send(VALUES)
+        assert len(server.packet()) == 3
+        client.close()
+
+    def test_a_client_is_known_by_its_methods(self):
+        plain, tagged = Plain(), Tagged()
+        assert not Statsd(plain).tagged
+        assert Statsd(tagged).tagged
+        Statsd(plain).send(VALUES)
+        Statsd(tagged).send([("c", "jobs.retry", 2, ["actor:mail"])])
+        assert plain.calls == [(kind, name, value) for kind, name, value, _ in VALUES]
+        assert tagged.calls == [("c", "jobs.retry", 2, ["actor:mail"])]
+
+    def test_a_client_without_any_of_them_is_a_mistake(self):
+        with pytest.raises(ConfigurationError, match="a statsd or DogStatsD client"):
+            Statsd(object())
+
+    def test_datadogs_client_packs_them_on_another_thread(self, server, monkeypatch):
+        client = DogStatsd("127.0.0.1", server.port, disable_telemetry=True)
+        resolve, on = socket.getaddrinfo, []
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: on.append(threading.current_thread()) or resolve(*a))
+        statsd = Statsd(client)
+        statsd.send([("ms", "jobs.duration", 12.5, ["actor:mail"]), ("c", "jobs.success", 1, ["actor:mail"])])
+        statsd.flush(5)
+        assert [line.split("|c:")[0] for line in server.packet()] == [
+            "jobs.duration:12.5|ms|#actor:mail",
+            "jobs.success:1|c|#actor:mail",
+        ]
+        assert on
+        assert threading.current_thread() not in on
+        client.close_socket()
+
+    def test_a_server_that_does_not_read_its_tcp_connection_holds_nobody_up(self):
+        listening = socket.create_server(("127.0.0.1", 0))
+        client = statsd_package.TCPStatsClient("127.0.0.1", listening.getsockname()[1])
+        statsd = Statsd(client)
+        started = time.monotonic()
+        for _ in range(20_000):
+            statsd.send(VALUES)
+        assert time.monotonic() - started < 5
+        accepted, _ = listening.accept()
+        accepted.close()
+        listening.close()
+        statsd.flush(5)
+        client.close()
+
+    def test_a_tcp_connection_that_broke_is_opened_again(self, caplog):
+        listening = socket.create_server(("127.0.0.1", 0))
+        client = statsd_package.TCPStatsClient("127.0.0.1", listening.getsockname()[1])
+        statsd = Statsd(client)
+        statsd.send(VALUES)
+        listening.accept()[0].close()
+        listening.settimeout(0.05)
+        for _ in range(100):
+            statsd.send(VALUES)
+            statsd.flush(5)
+            try:
+                accepted, _ = listening.accept()
+            except TimeoutError:
+                continue
+            break
+        accepted.settimeout(5)
+        statsd.send(VALUES)
+        assert accepted.recv(1_000).startswith(b"jobs.mail.duration")
+        assert caplog.text.count("Metrics can't be sent") == 1
+        statsd.flush(5)
+        client.close()
+        accepted.close()
+        listening.close()
+
+    def test_one_that_was_slow_is_waited_for_once(self, caplog):
+        class Slow(Plain):
+            def timing(self, name, value):
+                time.sleep(0.1)
+                super().timing(name, value)
+
+        client = Slow()
+        statsd = Statsd(client)
+        statsd.send(VALUES)
+        started = time.monotonic()
+        for _ in range(10):
+            statsd.send(VALUES)
+        assert time.monotonic() - started < 0.1
+        statsd.flush(10)
+        assert len(client.calls) == 33
+        assert [record.getMessage() for record in caplog.records] == [
+            "The metrics client is slow; from now on it is called on a thread of its own. This is said once."
+        ]
+
+    def test_one_that_never_answers_does_not_fill_the_memory(self, caplog):
+        held = threading.Event()
+
+        class Stuck(Plain):
+            def incr(self, name, count=1):
+                held.wait(20)
+
+        class DogStatsd(Stuck):
+            __module__ = "datadog.own"
+
+        statsd = Statsd(DogStatsd())
+        for _ in range(5_000):
+            statsd.send(VALUES)
+        assert statsd._waiting.qsize() <= 1_000
+        assert "can't keep up" in caplog.text
+        held.set()
+        statsd.flush(5)
+
+    def test_what_a_client_raises_is_said_once_and_goes_no_further(self, caplog):
+        class Broken(Plain):
+            def incr(self, name, count=1):
+                raise RuntimeError("no metrics today")
+
+        statsd = Statsd(Broken())
+        statsd.send(VALUES)
+        statsd.send(VALUES)
+        assert len(caplog.records) == 1
+        assert "RuntimeError: no metrics today" in caplog.text
+
+    def test_after_a_fork_the_child_has_a_thread_of_its_own(self, server):
+        client = DogStatsd("127.0.0.1", server.port, disable_telemetry=True)
+        statsd = Statsd(client)
+        statsd.send([("c", "parent", 1, [])])
+        statsd.flush(5)
+        assert server.packet()[0].startswith("parent:1|c")
+        pid = os.fork()
+        if pid == 0:
+            statsd.send([("c", "child", 1, [])])
+            statsd.flush(5)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert server.packet()[0].startswith("child:1|c")
+        client.close_socket()
+
+
+def test_names_hold_nothing_that_statsd_would_misread():
+    assert metric_name("shop.mail:send|now\n é") == "shop.mail_send_now___"
+    assert metric_name(None) == metric_name("") == "unknown"
+    assert len(metric_name("x" * 1_000)) == 200
+
+
+def test_tags_hold_nothing_that_dogstatsd_would_misread():
+    assert tag_list({"actor": "mail", "team": "a,b|c\nd", "queue": None}) == ["actor:mail", "team:a_b_c_d"]
