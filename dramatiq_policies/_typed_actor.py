@@ -57,6 +57,7 @@ def actor(
     broker_rules: bool = ...,
     after_discard: Callable[[Any, BaseException], object] | None = ...,
     dead_letter_discards: bool | None = ...,
+    policy_exempt: Mapping[str, str] | None = ...,
     tags: Mapping[str, str] | None = ...,
     timeout: float | timedelta | None = ...,
     queue_timeout: float | timedelta | None = ...,

@@ -23,6 +23,7 @@ ACTOR_OPTIONS = frozenset(
         "broker_rules",
         "dead_letter_discards",
         "discard_on",
+        "policy_exempt",
         "retry_on",
         "tags",
     }
@@ -70,6 +71,7 @@ class ActorOptions(TypedDict, total=False):
     broker_rules: bool
     after_discard: Callable[[Any, BaseException], object]
     dead_letter_discards: bool
+    policy_exempt: Mapping[str, str]
     tags: Mapping[str, str]
     timeout: float | timedelta | None
     queue_timeout: float | timedelta | None
@@ -85,6 +87,7 @@ class ActorPolicy:
       tags: Its constant tags.
       after_discard: Its own hook.
       dead_letter_discards: Whether its discarded messages are kept; None leaves it to the broker.
+      exempt: The reason for each finding of ``dramatiq-policies check`` that does not count for it.
       timeout: The middleware that resolved them.
       timeout_ms, queue_timeout_ms: Its timeouts, None for none.
     """
@@ -93,6 +96,7 @@ class ActorPolicy:
         "actor_name",
         "after_discard",
         "dead_letter_discards",
+        "exempt",
         "max_attempts",
         "options",
         "queue_timeout_ms",
@@ -118,7 +122,10 @@ class ActorPolicy:
         _expect_bool(where, "broker_rules", use_broker_rules)
         self.rules = RuleSet(own, broker_rules if use_broker_rules else ())
         self.max_attempts = self.rules.max_attempts or 0
-        self.tags = _tags(where, options.get("tags"))
+        self.tags = _strings(where, "tags", options.get("tags"))
+        self.exempt = _strings(where, "policy_exempt", options.get("policy_exempt")) or {}
+        if not all(reason.strip() for reason in self.exempt.values()):
+            raise ConfigurationError.of_option(where, "policy_exempt", "a reason for each code", self.exempt)
         self.after_discard = options.get("after_discard")
         if self.after_discard is not None:
             expect_callable(where, "after_discard", self.after_discard)
@@ -158,9 +165,9 @@ def _expect_bool(where: str, option: str, value: Any) -> None:
         raise ConfigurationError.of_option(where, option, "True or False", value)
 
 
-def _tags(where: str, value: Any) -> dict[str, str] | None:
+def _strings(where: str, option: str, value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
-        raise ConfigurationError.of_option(where, "tags", "a mapping of strings to strings", value)
+        raise ConfigurationError.of_option(where, option, "a mapping of strings to strings", value)
     return dict(value)

@@ -27,6 +27,9 @@ LAYERS = [
     {"interrupts", "coroutines", "greenlets", "logs"},
     {"middleware", "running"},
     {"bundle", "_typed_actor"},
+    {"ops"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -131,6 +131,11 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.grace = grace_ms / 1_000
 
     @property
+    def is_explicit(self) -> bool:
+        """Whether somebody chose the default limit."""
+        return self._given or self.default != DEFAULT_MS
+
+    @property
     def actor_options(self) -> set[str]:
         return {"time_limit", "timeout", "queue_timeout"}
 

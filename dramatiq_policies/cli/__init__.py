@@ -1,0 +1,57 @@
+"""The command ``dramatiq-policies``: one module per subcommand, on top of `dramatiq_policies.ops`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+from ..ops import OperationError, one_line, redact
+from .check import check
+
+__all__ = ["main"]
+
+
+class OneSentence(click.Group):
+    """A group whose errors are one sentence on stderr, exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[call-overload]
+            sys.stdout.flush()
+        except click.Abort:
+            _fail("Interrupted.", 130)
+        except click.ClickException as error:
+            _fail(error.format_message(), 2)
+        except OperationError as error:
+            _fail(str(error), 2)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough.
+            sys.stderr.close()
+            sys.exit(0)
+        except Exception as error:
+            logging.getLogger("dramatiq_policies").debug("", exc_info=True)
+            _fail(one_line(error), 2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int) -> None:
+    click.echo(f"Error: {redact(' '.join(text.split()))}" if code == 2 else text, err=True)
+    sys.exit(code)
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dramatiq-policies")
+def main() -> None:
+    """Operate Dramatiq jobs: check them before they go out, look at what went wrong, and put it right.
+
+    Applications are named as dramatiq names them: package.module, package.module:broker, package.module:factory. Every
+    command exits with 0 if all is well, 1 if it found something, 2 if it could not do what was asked.
+    """
+    # A library's own complaints would stand before our sentence.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+
+main.add_command(check)

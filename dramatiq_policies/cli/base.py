@@ -1,0 +1,144 @@
+"""What the commands share: how an application is named, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..ops import OperationError
+
+__all__ = [
+    "age",
+    "console",
+    "duration",
+    "format_option",
+    "length",
+    "parse_tags",
+    "path_option",
+    "print_json",
+    "print_json_stream",
+    "print_table",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def path_option(command: F) -> F:
+    """``--path``, as dramatiq has it."""
+    return click.option(
+        "-P",
+        "--path",
+        multiple=True,
+        default=(".",),
+        show_default="the current folder",
+        help="Look for modules here first; may be repeated.",
+    )(command)
+
+
+def format_option(*more: str) -> Callable[[F], F]:
+    """``--format human|json``, and what else a command can print."""
+    return click.option(
+        "--format", "form", type=click.Choice(["human", "json", *more]), default="human", help="What to print."
+    )
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console of the terminal's width; into a pipe, of one so large that nothing is wrapped or cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream,
+        width=None if stream.isatty() else 10_000,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """A table without a frame, whose lines a pipe can cut into columns."""
+    out = console()
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if cell is None else cell if hasattr(cell, "plain") else str(cell) for cell in row))
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as captured:
+        out.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def print_json(value: Any) -> None:
+    """One JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_json_stream(values: Iterable[Any]) -> None:
+    """A JSON array, an element a line, each printed as soon as it is there."""
+    opening = "["
+    for value in values:
+        click.echo(f"{opening}\n{json.dumps(value, ensure_ascii=False, default=str)}", nl=False)
+        opening = ","
+    click.echo("[]" if opening == "[" else "\n]")
+
+
+def duration(ms: float | None) -> str:
+    """Milliseconds as a person says them: ``850 ms``, ``1.5 s``, ``2 m 5 s``, ``3 h 20 m``, ``7 d``."""
+    if ms is None:
+        return "-"
+    if ms < 1_000:
+        return f"{ms:.0f} ms"
+    seconds = ms / 1_000
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit} {rest} {name}" if rest else f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
+def age(ms: float | None) -> str:
+    """A time in ms since the epoch as local date and time."""
+    return "-" if ms is None else datetime.fromtimestamp(ms / 1_000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+_UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def length(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The callback of an option that is a length of time: ``90s``, ``30m``, ``2h``, ``7d``, or milliseconds."""
+    if value is None:
+        return None
+    text = value.strip().lower()
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    try:
+        return round(float(number) * _UNITS[text[len(number) :].strip() or "ms"])
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"{value!r} is no length of time; write 90s, 30m, 2h or 7d.", ctx, param) from None
+
+
+def parse_tags(tags: Sequence[str]) -> dict[str, str]:
+    """``name=value`` options as a mapping.
+
+    Raises:
+      OperationError: If one has no ``=``.
+    """
+    parsed = {}
+    for tag in tags:
+        name, found, value = tag.partition("=")
+        if not found:
+            raise OperationError(f"{tag!r} is no tag; write name=value.")
+        parsed[name] = value
+    return parsed

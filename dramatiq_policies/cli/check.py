@@ -1,0 +1,160 @@
+"""``dramatiq-policies check``: the production gate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..ops import OperationError, Report, Settings, gate, load_broker, read_baseline, read_exemptions, write_baseline
+from ..ops.findings import Finding
+from ..ops.gate import BASELINE, checked_reason
+from .base import console, format_option, length, path_option, print_json
+
+__all__ = ["check"]
+
+
+@click.command()
+@click.argument("app")
+@path_option
+@format_option("github")
+@click.option("--strict", is_flag=True, help="Warnings fail too.")
+@click.option("--require-tag", multiple=True, metavar="TAG", help="Every actor must have this tag; may be repeated.")
+@click.option("--ignore", multiple=True, metavar="CODE", help="Leave out a finding everywhere; needs a --reason.")
+@click.option("--reason", multiple=True, metavar="TEXT", help="Why: one for each --ignore, or one for all.")
+@click.option(
+    "--write-baseline", "writing", is_flag=True, help="Keep what is found as known, and fail on what is new only."
+)
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), default=BASELINE, show_default=True, help="The file for it."
+)
+@click.option(
+    "--worker-shutdown-timeout",
+    callback=length,
+    metavar="TIME",
+    default="600000",
+    show_default="dramatiq's own, 10m",
+    help="What you give dramatiq.",
+)
+@click.option(
+    "--consumer-timeout",
+    callback=length,
+    metavar="TIME",
+    default="30m",
+    show_default=True,
+    help="RabbitMQ's consumer_timeout.",
+)
+def check(
+    app: str,
+    path: tuple[str, ...],
+    form: str,
+    strict: bool,
+    require_tag: tuple[str, ...],
+    ignore: tuple[str, ...],
+    reason: tuple[str, ...],
+    writing: bool,
+    baseline: Path,
+    worker_shutdown_timeout: int,
+    consumer_timeout: int,
+) -> int:
+    """Is every actor of APP ready to go out? Exit code 1 if one is not.
+
+    Imports the application and connects nowhere. An actor is exempt from a finding by policy_exempt={"DP005": "reason"},
+    or by [tool.dramatiq_policies.exempt] in pyproject.toml; what is exempt is listed.
+    """
+    exemptions = read_exemptions(Path("pyproject.toml"))
+    exemptions.setdefault("", {}).update(_ignored(ignore, reason))
+    settings = Settings(
+        required_tags=require_tag, shutdown_timeout_ms=worker_shutdown_timeout, consumer_timeout_ms=consumer_timeout
+    )
+    broker = load_broker(app, path)
+    report = gate(broker, settings, exemptions=exemptions, baseline=frozenset() if writing else read_baseline(baseline))
+    if writing:
+        count = write_baseline(baseline, report)
+        click.echo(f"{count} findings are in {baseline} and no longer fail.")
+        return 0
+    failed = report.failed(strict=strict)
+    if form == "json":
+        print_json(_as_json(report, len(broker.actors), failed))
+    elif form == "github":
+        for finding in report.findings:
+            click.echo(_annotation(finding))
+    else:
+        _print(report, len(broker.actors), failed)
+    return 1 if failed else 0
+
+
+def _ignored(codes: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:
+    if codes and not reasons:
+        raise OperationError("--ignore needs a --reason.")
+    if len(reasons) not in (len(codes), 1 if codes else 0):
+        raise OperationError(
+            f"There are {len(codes)} --ignore and {len(reasons)} --reason; give each its own, or one for all."
+        )
+    given = dict(zip(codes, reasons if len(reasons) == len(codes) else reasons * len(codes), strict=True))
+    for code, reason in given.items():
+        checked_reason("--ignore", code, reason)
+    return given
+
+
+def _as_json(report: Report, actors: int, failed: bool) -> dict[str, Any]:
+    return {
+        "ok": not failed,
+        "actors": actors,
+        "findings": [finding.asdict() for finding in report.findings],
+        "exempt": [finding.asdict() for finding in report.exempt],
+        "baseline": [finding.asdict() for finding in report.baseline],
+        "fixed": [{"code": code, "actor": actor} for code, actor in report.fixed],
+    }
+
+
+def _annotation(finding: Finding) -> str:
+    """A line that GitHub shows beside the source."""
+    text = (
+        f"{finding.actor}: {finding.message}. {finding.fix}." if finding.actor else f"{finding.message}. {finding.fix}."
+    )
+    where = "" if finding.file is None else f"file={_escaped(finding.file)},line={finding.line},"
+    return f"::{finding.severity} {where}title={finding.code}::{_escaped(text, value=True)}"
+
+
+def _escaped(text: str, *, value: bool = False) -> str:
+    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text if value else text.replace(":", "%3A").replace(",", "%2C")
+
+
+def _print(report: Report, actors: int, failed: bool) -> None:
+    out = console()
+    last: Any = object()
+    for finding in sorted(
+        report.findings, key=lambda f: (f.actor is not None, f.file or "", f.line or 0, f.actor or "")
+    ):
+        if finding.actor != last:
+            place = "" if finding.file is None else f"  {finding.file}:{finding.line}"
+            out.print(finding.actor or "the broker", style="bold", end="")
+            out.print(place, style="dim")
+            last = finding.actor
+        out.print(f"  {finding.code} ", style="red" if finding.severity == "error" else "yellow", end="")
+        out.print(f"{finding.severity}: {finding.message}. {finding.fix}.")
+    for title, listed in (("Exempt", report.exempt), ("In the baseline", report.baseline)):
+        if listed:
+            out.print(f"{title}:", style="bold")
+        for finding in listed:
+            why = "" if finding.exempt is None else f": {finding.exempt}"
+            out.print(f"  {finding.code} {finding.actor or 'the broker'}{why}", style="dim")
+    if report.fixed:
+        out.print(f"{len(report.fixed)} entries of the baseline are mended; write it again to keep them so.")
+    errors = sum(finding.severity == "error" for finding in report.findings)
+    warnings = len(report.findings) - errors
+    verdict = "Not ready" if failed else "Ready"
+    out.print(
+        f"{verdict}: {_count(actors, 'actor')}, {_count(errors, 'error')}, {_count(warnings, 'warning')}, "
+        f"{len(report.exempt)} exempt.",
+        style="bold red" if failed else "bold green",
+    )
+    sys.stdout.flush()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,160 @@
+"""Finding the application, its broker and its actors, named as the ``dramatiq`` command names them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import get_broker
+from dramatiq.broker import Broker
+
+from ..bundle import arrange
+from ..errors import PolicyError
+from ..middleware.base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+__all__ = ["OperationError", "find_actor", "find_queue", "import_object", "load_broker", "one_line", "redact"]
+
+
+class OperationError(PolicyError):
+    """An operation can't be carried out; its text is one sentence for whoever asked for it."""
+
+
+#: ``scheme://user:password@`` and ``?password=``, wherever they stand in a text.
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=[?&]password=)[^&\s'\"]+", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """The text without the credentials of the URLs in it."""
+    return _CREDENTIALS.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's class and text on one line, without credentials."""
+    text = " ".join(str(error).split())
+    return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def load_broker(app: str, path: Iterable[str] = (".",)) -> Broker:
+    """Import an application and return its broker, the bundle in its place and every actor's options resolved.
+
+    Parameters:
+      app: ``package.module`` (the global broker counts), ``package.module:broker``, or ``package.module:factory``, which
+        is called and sets the global broker.
+      path: What is put before ``sys.path``. The current folder by default.
+
+    What the application prints while it is imported goes to stderr. Nothing connects unless the application does.
+
+    Raises:
+      OperationError: If there is no such thing, or importing it fails.
+    """
+    _extend_path(path)
+    found = import_object(app)
+    if found is not None and not isinstance(found, Broker):
+        if not callable(found):
+            raise OperationError(f"{app!r} is neither a broker nor a callable that sets one.")
+        with _importing(app):
+            found()
+        found = None
+    if found is None:
+        with _importing(app):
+            found = get_broker()
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in found.middleware):
+        with _importing(app):
+            arrange(found)
+    broker: Broker = found
+    return broker
+
+
+def find_actor(target: str, path: Iterable[str] = (".",)) -> Actor[..., Any]:
+    """The actor that ``app:actor`` names: an attribute of the module, or an actor's name.
+
+    Where a factory sets the broker, ``app:factory:actor``.
+
+    Raises:
+      OperationError: If there is none, with the names that come near.
+    """
+    app, _, name = target.rpartition(":")
+    if not app:
+        raise OperationError(f"{target!r} names no actor; write it as app:actor.")
+    broker = load_broker(app, path)
+    if ":" not in app:
+        with contextlib.suppress(OperationError):
+            found = import_object(target)
+            actor = getattr(found, "__actor__", found)
+            if hasattr(actor, "send_with_options") and hasattr(actor, "broker"):
+                return actor  # type: ignore[no-any-return]
+    if name in broker.actors:
+        return broker.actors[name]
+    raise OperationError(f"{app} has no actor {name!r}{_meant(name, broker.actors)}.")
+
+
+def find_queue(broker: Broker, queue: str) -> str:
+    """The queue's name, if the broker knows it.
+
+    Raises:
+      OperationError: If it does not, with the names that come near.
+    """
+    known = known_queues(broker)
+    if queue not in known:
+        raise OperationError(f"No actor uses a queue {queue!r}{_meant(queue, known)}.")
+    return queue
+
+
+def known_queues(broker: Broker) -> list[str]:
+    """The queues that are declared, without those of delayed messages, by name."""
+    return sorted({queue for queue in broker.get_declared_queues() if not queue.endswith((".DQ", ".XQ"))})
+
+
+def import_object(path: str) -> Any:
+    """What ``module:attribute.attribute`` leads to; None for a module alone.
+
+    Raises:
+      OperationError: If it leads nowhere.
+    """
+    name, _, attributes = path.partition(":")
+    if name.endswith(".py"):
+        raise OperationError(f"{path!r} is a file; name the module, {name[:-3].replace(os.sep, '.')!r}.")
+    with _importing(path):
+        module = importlib.import_module(name)
+    if not attributes:
+        return None
+    try:
+        return functools.reduce(getattr, attributes.split("."), module)
+    except AttributeError:
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise OperationError(f"{name} has no {attributes!r}{_meant(attributes, public)}.") from None
+
+
+@contextlib.contextmanager
+def _importing(app: str) -> Any:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except OperationError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if "importlib" in where.filename else f" ({os.path.relpath(where.filename)}, line {where.lineno})"
+        raise OperationError(f"{app!r} can't be imported: {one_line(error)}{place}") from None
+
+
+def _extend_path(path: Iterable[str]) -> None:
+    for folder in reversed([os.path.abspath(one) for one in path]):  # noqa: PTH100 - as dramatiq has it
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return "; did you mean " + " or ".join(map(repr, near)) if near else ""

@@ -1,0 +1,99 @@
+"""What the production gate can find: one code each, stable for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["CODES", "Code", "Finding"]
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One kind of finding.
+
+    Attributes:
+      code: Its name, never given to anything else.
+      severity: An error fails the gate, a warning only with ``strict``.
+      title: What is wrong, in a few words.
+      fix: What to do.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    fix: str
+
+
+def _codes(*codes: Code) -> Mapping[str, Code]:
+    return {code.code: code for code in codes}
+
+
+CODES: Mapping[str, Code] = _codes(
+    # One actor's design.
+    Code("DP001", "error", "nothing is retried", "Declare retry_on for the transient errors; retry_on=() if there are none"),
+    Code("DP002", "error", "nothing is discarded", "Declare discard_on for the permanent errors; discard_on=() if there are none"),
+    Code("DP003", "error", "retries have no cap", "Set max_retries, or ErrorClassifier(unclassified=RetryPolicy(…))"),
+    Code("DP004", "error", "no timeout", "Declare timeout=, or Timeout(default=…) for the whole broker"),
+    Code("DP005", "error", "on the default queue", "Declare queue_name, by what the job must not wait behind"),
+    Code("DP006", "error", "nothing makes a second run harmless", "Declare idempotency_key, idempotent=True or done_when"),
+    Code("DP007", "error", "no purpose", "Say in a docstring what the job is for"),
+    Code("DP008", "error", "a required tag is missing", "Declare it in tags="),
+    # What contradicts itself.
+    Code("DP009", "error", "the lease is shorter than the timeout", "Raise Idempotency(lease=…) over the timeout"),
+    Code("DP010", "error", "retries outlive the idempotency memory", "Raise idempotency_ttl over the longest time of retries"),
+    Code("DP011", "error", "a rule can never match", "Take it out, or narrow the rule before it by when()"),
+    Code("DP012", "error", "a broker's rule wins over the actor's wider one", "Name the class on the actor too, or set broker_rules=False"),
+    Code("DP013", "error", "a stock middleware is left beside ours", "Take it off the broker"),
+    Code("DP014", "error", "names an actor that does not exist", "Import the module that declares it, or mend the name"),
+    Code("DP015", "error", "the timeout is longer than a worker has to shut down", "Shorten it, or raise --worker-shutdown-timeout (of dramatiq, and here)"),
+    Code("DP016", "error", "a Meta has lost its base's options", "Repeat them; Dramatiq reads a Meta's own names only"),
+    Code("DP017", "error", "the timeout is longer than RabbitMQ's consumer_timeout", "Shorten it, or raise consumer_timeout (of the server, and here)"),
+    Code("DP018", "warning", "nobody hears its alerts", "Add SentryReporter or on_outcome=, or let dramatiq_policies.alerts be logged"),
+    Code("DP019", "warning", "a queue without a threshold", "Give it one: QueueMonitor(thresholds={…})"),
+    Code("DP020", "error", "an async actor without AsyncIO", "Add dramatiq.middleware.AsyncIO to the broker"),
+    Code("DP021", "error", "an extra is not installed", "Install it"),
+    Code("DP022", "error", "the bundle is not on the broker", "Call install(broker) before the actors are declared"),
+    Code("DP023", "error", "a rule's class can't be imported", "Mend its dotted path"),
+    # What the servers say (--live).
+    Code("DP101", "error", "Redis may evict messages", "Set maxmemory-policy noeviction"),
+    Code("DP102", "error", "Redis keeps nothing on disk", "Turn on appendonly"),
+    Code("DP103", "warning", "Redis loses what came since its last snapshot", "Turn on appendonly"),
+    Code("DP104", "error", "the clocks differ", "Synchronise them"),
+    Code("DP105", "error", "a queue has other arguments than the application declares", "Move its messages, delete it and have it declared again"),
+    Code("DP106", "warning", "the application's sends are not confirmed", "RabbitmqBroker(confirm_delivery=True)"),
+    Code("DP107", "warning", "no heartbeats", "Leave heartbeat to the server, or set 60"),
+    Code("DP108", "warning", "dead letters are kept for less than a day", "Raise dead_message_ttl, or the environment's dramatiq_dead_message_ttl"),
+    Code("DP109", "error", "Redis is a replica", "Connect to the primary"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+      code: Which kind; `CODES` says more.
+      severity: ``error`` or ``warning``.
+      actor: The actor, None if it is the broker or a server.
+      message: What is wrong, with its figures.
+      fix: What to do.
+      file, line: Where the actor is declared, None where that can't be known.
+      exempt: The reason for which it does not count, None if it does.
+    """
+
+    code: str
+    severity: Severity
+    actor: str | None
+    message: str
+    fix: str
+    file: str | None = None
+    line: int | None = None
+    exempt: str | None = None
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)

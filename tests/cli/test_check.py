@@ -1,0 +1,335 @@
+"""`dramatiq-policies check`: each finding is there when it should be, and not when it should not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dramatiq_policies.ops import CODES, assert_job_ready, find_actor
+
+READY = """
+@dramatiq.actor(queue_name="mail", retry_on=ConnectionError, discard_on=ValueError, timeout=30_000,
+                tags={"team": "shop"}, policy_exempt={"DP006": "asked of the gateway"})
+def send_mail(order_id):
+    "Tells the customer."
+"""
+
+
+def job(options="", body='"Does something."', **replaced):
+    """A job that is ready but for what a test changes."""
+    given = {
+        "queue_name": '"mail"',
+        "retry_on": "ConnectionError",
+        "discard_on": "ValueError",
+        "timeout": "30_000",
+        "policy_exempt": '{"DP006": "asked of the gateway"}',
+        **replaced,
+    }
+    listed = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    return f"\n@dramatiq.actor({listed}, {options})\ndef send_mail(order_id):\n    {body}\n"
+
+
+def codes(report):
+    return [finding["code"] for finding in report["findings"] if finding["severity"] == "error"]
+
+
+def test_a_job_that_is_ready_passes(command):
+    result = command("check", command.app(READY))
+    assert result.exit_code == 0
+    assert "Ready: 1 actor, 0 errors" in result.stdout
+    assert "DP006 send_mail: asked of the gateway" in result.stdout
+
+
+def test_a_bare_actor_has_every_fault_of_design_and_fails(command):
+    app = command.app("@dramatiq.actor\ndef charge(order_id):\n    pass\n")
+    report = command.json("check", app, code=1)
+    assert codes(report) == ["DP001", "DP002", "DP004", "DP005", "DP006", "DP007"]
+    assert report["ok"] is False
+    finding = report["findings"][-1]
+    assert finding["actor"] == "charge"
+    assert finding["file"] == f"{app}.py"
+    assert (command.folder / finding["file"]).read_text().splitlines()[finding["line"] - 1] == "@dramatiq.actor"
+
+
+@pytest.mark.parametrize(
+    ("code", "changed"),
+    [
+        ("DP001", {"retry_on": None}),
+        ("DP002", {"discard_on": None}),
+        ("DP003", {"max_retries": "None"}),
+        ("DP003", {"retry_when": "lambda retries, error: True"}),
+        ("DP004", {"timeout": None}),
+        ("DP004", {"timeout": 'float("inf")'}),
+        ("DP005", {"queue_name": None}),
+        ("DP006", {"policy_exempt": None}),
+        ("DP007", {"body": "pass"}),
+        ("DP014", {"on_retry_exhausted": '"nobody"'}),
+        ("DP014", {"on_failure": '"nobody"'}),
+        ("DP015", {"timeout": "601_000"}),
+        ("DP011", {"retry_on": "[when(OSError, bool), when(OSError, bool)]"}),
+        ("DP020", {"body": '"Does something."\nimport asyncio\nasync def wait():\n    "Waits."\nasync_job(wait)'}),
+    ],
+)
+def test_each_fault_is_found_by_its_code(command, code, changed):
+    body = changed.pop("body", '"Does something."')
+    helper = 'def async_job(fn):\n    dramatiq.actor(queue_name="q", policy_exempt={"DP006": "no"}, retry_on=(), discard_on=(), timeout=5)(fn)\n'
+    source = job(body=body.partition("\nimport")[0], **changed)
+    if "async_job" in body:
+        source += helper + body.partition('."\n')[2]
+    assert codes(command.json("check", command.app(source), code=1)) == [code]
+
+
+def test_declaring_that_there_are_none_is_an_answer(command):
+    assert codes(command.json("check", command.app(job(retry_on="()", discard_on="()")))) == []
+
+
+def test_rules_and_a_timeout_for_the_whole_broker_count(command):
+    broker = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(retry_on=ConnectionError, discard_on=ValueError),
+        timeout=Timeout(default=30_000))
+dramatiq.set_broker(broker)
+"""
+    app = command.app(job(retry_on=None, discard_on=None, timeout=None), broker=broker)
+    assert codes(command.json("check", app)) == []
+
+
+def test_a_broker_s_rule_that_beats_the_actor_s_wider_one_is_found(command):
+    broker = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(discard_on=["builtins.ConnectionRefusedError"]))
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(job(retry_on="OSError"), broker=broker), code=1)
+    assert codes(report) == ["DP012"]
+    assert "ConnectionRefusedError is a OSError (retry, by the actor)" in report["findings"][-1]["message"]
+    mended = command.app(job(retry_on="OSError", broker_rules="False"), broker=broker)
+    assert codes(command.json("check", mended)) == []
+
+
+def test_an_actor_that_replaces_a_broker_s_rule_is_as_it_should_be(command):
+    broker = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(discard_on=ConnectionError))
+dramatiq.set_broker(broker)
+"""
+    assert codes(command.json("check", command.app(job(), broker=broker))) == []
+
+
+def test_a_dotted_rule_that_leads_nowhere_is_found(command):
+    broker = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(discard_on=["builtins.NoSuchError"]))
+dramatiq.set_broker(broker)
+"""
+    assert codes(command.json("check", command.app(job(), broker=broker), code=1)) == ["DP023"]
+
+
+def test_a_subclass_of_the_stock_retries_beside_ours_is_found(command):
+    broker = """
+class Mine(dramatiq.middleware.Retries):
+    pass
+broker = StubBroker()
+broker.add_middleware(Mine())
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(job(), broker=broker), code=1)
+    assert codes(report) == ["DP013"]
+    assert report["findings"][0]["actor"] is None
+
+
+def test_an_application_without_the_bundle_is_told_so(command):
+    app = command.app("@dramatiq.actor\ndef charge(): pass\n", broker="dramatiq.set_broker(StubBroker())\n")
+    assert codes(command.json("check", app, code=1)) == ["DP022"]
+
+
+def test_a_meta_that_has_lost_its_base_s_options_is_found(command):
+    source = """
+    RULES = {"queue_name": "billing", "retry_on": ConnectionError, "discard_on": ValueError, "timeout": 5_000,
+             "policy_exempt": {"DP006": "no effect"}}
+
+    class Job(dramatiq.GenericActor):
+        Meta = type("Meta", (), {"abstract": True, **RULES})
+
+    class Whole(Job):
+        "Has all of it."
+        def perform(self): ...
+
+    class Lost(Job):
+        "Has lost it."
+        class Meta(Job.Meta):
+            priority = 5
+        def perform(self): ...
+    """
+    report = command.json("check", command.app(source), code=1)
+    assert {finding["actor"] for finding in report["findings"] if finding["severity"] == "error"} == {"Lost"}
+    (lost,) = [finding for finding in report["findings"] if finding["code"] == "DP016"]
+    assert lost["message"] == "Its Meta has lost discard_on, policy_exempt, queue_name, retry_on, timeout"
+
+
+def test_a_class_s_purpose_is_its_own_docstring_or_perform_s(command):
+    source = """
+    class Job(dramatiq.GenericActor):
+        class Meta:
+            queue_name, retry_on, discard_on, timeout = "q", (), (), 5_000
+            policy_exempt = {"DP006": "no effect"}
+        def perform(self):
+            %s
+    """
+    assert codes(command.json("check", command.app(source % '"Books."'))) == []
+    assert codes(command.json("check", command.app(source % "pass"), code=1)) == ["DP007"]
+
+
+def test_required_tags_are_asked_for(command):
+    app = command.app(READY)
+    assert command("check", app, "--require-tag", "team").exit_code == 0
+    report = command.json("check", app, "--require-tag", "team", "--require-tag", "criticality", code=1)
+    assert [finding["message"] for finding in report["findings"] if finding["code"] == "DP008"] == [
+        "It has no tag 'criticality'"
+    ]
+
+
+def test_an_alert_that_nobody_hears_is_a_warning(command):
+    silent = "import logging\nlogging.getLogger('dramatiq_policies.alerts').disabled = %s\n"
+    app = command.app(silent % True + job(alert_on="KeyError"))
+    heard = command.app(silent % False + job(alert_on="KeyError"))
+    assert "DP018" in command("check", app).stdout
+    assert "DP018" not in command("check", heard).stdout
+
+
+def test_warnings_fail_only_if_asked_to(command):
+    app = command.app(READY)
+    assert "DP019 warning" in command("check", app).stdout
+    assert command("check", app, "--strict").exit_code == 1
+
+
+def test_an_exemption_without_a_reason_is_no_exemption(command):
+    assert "reason" in command.refuses("check", command.app(job(policy_exempt='{"DP006": " "}')))
+    app = command.app(READY)
+    assert command.refuses("check", app, "--ignore", "DP019") == "Error: --ignore needs a --reason."
+    assert "no finding 'DP999'" in command.refuses("check", app, "--ignore", "DP999", "--reason", "x")
+    result = command("check", app, "--strict", "--ignore", "DP019", "--reason", "watched elsewhere")
+    assert result.exit_code == 0
+    assert "DP019 the broker: watched elsewhere" in result.stdout
+
+
+def test_exemptions_may_stand_in_pyproject(command):
+    app = command.app(job(queue_name=None, policy_exempt=None))
+    (command.folder / "pyproject.toml").write_text(
+        '[tool.dramatiq_policies.exempt]\nDP005 = "one queue is enough"\n'
+        '[tool.dramatiq_policies.exempt.send_mail]\nDP006 = "no effect"\n'
+    )
+    report = command.json("check", app)
+    assert {(finding["code"], finding["exempt"]) for finding in report["exempt"]} == {
+        ("DP005", "one queue is enough"),
+        ("DP006", "no effect"),
+    }
+    (command.folder / "pyproject.toml").write_text('[tool.dramatiq_policies.exempt]\nDP005 = ""\n')
+    assert "DP005: an exemption needs a reason" in command.refuses("check", app)
+
+
+def test_a_baseline_lets_the_old_pass_and_the_new_fail(command):
+    app = command.app("@dramatiq.actor\ndef old(): pass\n")
+    assert command("check", app, "--write-baseline").exit_code == 0
+    assert command("check", app).exit_code == 0
+    source = (command.folder / f"{app}.py").read_text()
+    (command.folder / "app_newer.py").write_text(source + "\n@dramatiq.actor\ndef new(): pass\n")
+    report = command.json("check", "app_newer", code=1)
+    assert {finding["actor"] for finding in report["findings"] if finding["severity"] == "error"} == {"new"}
+    assert {finding["actor"] for finding in report["baseline"]} == {"old", None}
+
+
+def test_what_is_mended_is_said_to_stand_in_the_baseline_still(command):
+    command("check", command.app("@dramatiq.actor\ndef send_mail(): pass\n"), "--write-baseline")
+    result = command("check", command.app(READY))
+    assert result.exit_code == 0
+    assert re.search(r"\d entries of the baseline are mended", result.stdout)
+
+
+def test_github_shows_findings_at_their_lines(command):
+    app = command.app("@dramatiq.actor\ndef charge():\n    '50%'\n")
+    result = command("check", app, "--format", "github")
+    assert result.exit_code == 1
+    line = next(line for line in result.stdout.splitlines() if "DP001" in line)
+    assert re.fullmatch(rf"::error file={app}\.py,line=\d+,title=DP001::charge: No retry_on .*", line)
+
+
+def test_nothing_connects(command):
+    broker = """
+from dramatiq.brokers.redis import RedisBroker
+broker = RedisBroker(url="redis://user:secret@127.0.0.1:1/0")
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    result = command("check", command.app(READY, broker=broker))
+    assert result.exit_code == 0
+    assert "secret" not in result.output
+
+
+def test_a_timeout_beyond_rabbitmq_s_patience_is_found_there_only(command):
+    broker = """
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+broker = RabbitmqBroker(url="amqp://guest:guest@127.0.0.1:1")
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    long = job(timeout="3_600_000")
+    patience = ("--worker-shutdown-timeout", "2h")
+    assert codes(command.json("check", command.app(long, broker=broker), *patience, code=1)) == ["DP017"]
+    assert codes(command.json("check", command.app(long, broker=broker), *patience, "--consumer-timeout", "2h")) == []
+    assert codes(command.json("check", command.app(long), *patience)) == []
+
+
+def test_an_application_that_can_t_be_imported_is_one_sentence_without_secrets(command):
+    app = command.app('raise RuntimeError("no answer from\\nredis://user:s3cr:t@db/0")\n')
+    line = command.refuses("check", app)
+    assert line.startswith(
+        f"Error: '{app}' can't be imported: RuntimeError: no answer from redis://***@db/0 ({app}.py, line "
+    )
+    assert command.refuses("check", "no_such_app") == (
+        "Error: 'no_such_app' can't be imported: ModuleNotFoundError: No module named 'no_such_app'"
+    )
+    assert "did you mean 'broker'" in command.refuses("check", f"{command.app('')}:brokre")
+    assert "name the module" in command.refuses("check", "shop/app.py")
+    assert "No such option" in command.refuses("check", app, "--lvie")
+
+
+def test_the_broker_may_be_named_or_made_by_a_factory(command):
+    source = READY.replace("@dramatiq.actor(", "@dramatiq.actor(broker=mine, ")
+    app = command.app(source, broker="mine = StubBroker()\ninstall(mine)\n")
+    assert command.json("check", f"{app}:mine")["actors"] == 1
+    factory = "def make():\n    broker = StubBroker()\n    install(broker)\n    dramatiq.set_broker(broker)\n"
+    app = command.app("print('a line of its own')\n", broker=factory)
+    assert command.json("check", f"{app}:make")["actors"] == 0
+
+
+def test_modules_are_looked_for_in_the_path(command):
+    app = command.app(READY)
+    (command.folder / "src").mkdir()
+    (command.folder / f"{app}.py").rename(command.folder / "src" / f"{app}.py")
+    assert command("check", app).exit_code == 2
+    assert command("check", app, "--path", "src").exit_code == 0
+
+
+def test_one_actor_can_be_checked_in_a_unit_test(command):
+    app = command.app(READY + "\n@dramatiq.actor\ndef charge(): pass\n")
+    assert_job_ready(find_actor(f"{app}:send_mail"))
+    with pytest.raises(AssertionError, match=r"The job charge is not ready:\n  DP001 "):
+        assert_job_ready(find_actor(f"{app}:charge"))
+    with pytest.raises(AssertionError, match="DP008"):
+        assert_job_ready(find_actor(f"{app}:send_mail"), required_tags=("criticality",))
+
+
+def test_json_is_what_it_says_it_is(command):
+    report = json.loads(command("check", command.app(READY), "--format", "json").stdout)
+    assert set(report) == {"ok", "actors", "findings", "exempt", "baseline", "fixed"}
+    assert set(report["exempt"][0]) == {"code", "severity", "actor", "message", "fix", "file", "line", "exempt"}
+
+
+def test_each_code_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "checks.md").read_text()
+    assert re.findall(r"^\| (DP\d+) \|", page, re.MULTILINE) == list(CODES)

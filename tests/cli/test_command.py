@@ -1,0 +1,44 @@
+"""The command as a process: its name, its exit codes, and what it says without its extra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from .test_check import READY
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder, *args, before=""):
+    code = (
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{before}from dramatiq_policies.__main__ import main\nmain()\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_entry_point_is_the_module_s_main():
+    assert 'dramatiq-policies = "dramatiq_policies.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_it_exits_with_0_1_and_2(command):
+    ready, bare = command.app(READY), command.app("@dramatiq.actor\ndef charge(): pass\n")
+    assert run(command.folder, "check", ready).returncode == 0
+    assert run(command.folder, "check", bare).returncode == 1
+    failed = run(command.folder, "check", "nothing")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "Error: 'nothing' can't be imported: ModuleNotFoundError: No module named 'nothing'\n"
+
+
+def test_without_its_extra_it_says_what_to_install(command):
+    for missing in ("click", "rich"):
+        failed = run(command.folder, "check", "app", before=f"sys.modules[{missing!r}] = None\n")
+        assert failed.returncode != 0
+        assert failed.stderr == f'Error: the command needs {missing}: pip install "dramatiq-policies[cli]"\n'
+
+
+def test_output_into_a_pipe_has_no_colour_and_breaks_no_line(command):
+    shown = run(command.folder, "check", command.app("@dramatiq.actor\ndef charge(): pass\n")).stdout
+    assert "\x1b" not in shown
+    assert any(len(line) > 100 for line in shown.splitlines())
