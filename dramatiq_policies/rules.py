@@ -306,6 +306,10 @@ class RuleSet:
                     predicates.append(rule.predicate)
         return tuple(rule for rule in self.rules if rule not in reached)
 
+    def tried(self, cls: type[BaseException]) -> tuple[Rule, ...]:
+        """The rules for errors of a class, in the order in which they are tried: any ``when`` first, then a bare class."""
+        return self._plan(cls)[1]
+
     def match(self, error: BaseException) -> Rule | None:
         """The rule that decides on this error, or None."""
         if not self.rules:

@@ -10,6 +10,7 @@ import click
 
 from ..ops import OperationError, one_line, redact
 from .check import check
+from .explain import explain
 
 __all__ = ["main"]
 
@@ -54,4 +55,5 @@ def main() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-main.add_command(check)
+for command in (check, explain):
+    main.add_command(command)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..options import ActorPolicy
 
-__all__ = ["Settings", "check_actor", "check_broker", "retry_horizon", "source_of"]
+__all__ = ["Settings", "check_actor", "check_broker", "purpose_of", "retry_horizon", "source_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ def _design(job: _Job) -> Found:
         yield "DP005", "It shares the queue 'default' with whatever has none of its own"
     if not any(job.options.get(option) for option in ("idempotency_key", "idempotent", "done_when")):
         yield "DP006", "Its message may be delivered twice, and nothing stops the second run"
-    if not _purpose(job.actor):
+    if not purpose_of(job.actor):
         yield "DP007", "It has no docstring"
     for tag in job.settings.required_tags:
         if tag not in (job.policy.tags or {}):
@@ -153,7 +153,8 @@ def _uncapped(job: _Job) -> Found:
         yield "DP003", "max_retries is None, and errors that no rule names are retried without end"
 
 
-def _purpose(actor: Actor[..., Any]) -> str | None:
+def purpose_of(actor: Actor[..., Any]) -> str | None:
+    """The docstring of an actor's function; of a class or its ``perform``, their own."""
     fn: Any = inspect.unwrap(actor.fn)
     if hasattr(fn, "__code__"):
         return inspect.getdoc(fn)

@@ -1,0 +1,150 @@
+"""`dramatiq-policies explain`: what it says is what then happens."""
+
+from __future__ import annotations
+
+import pytest
+from dramatiq.common import compute_backoff
+
+from dramatiq_policies import ops
+from dramatiq_policies.ops.explanations import stock_bounds
+
+APP = """
+class Timeout_(OSError): pass
+class Gone(Exception): pass
+class NoKey(Exception): pass
+class API(Exception):
+    status = 500
+
+def busy(error):
+    return error.status == 429
+
+@dramatiq.actor(
+    queue_name="mail", timeout=30_000, tags={"team": "shop"},
+    retry_on={Timeout_: RetryPolicy(attempts=4, wait=exponential(initial=1_000, jitter=0.5)),
+              when(API, busy): RetryPolicy(attempts=2, wait=constant(9_000), then="alert"),
+              ConnectionError: RetryPolicy(attempts=9, wait=constant(1_000), max_elapsed=3_500)},
+    discard_on=(Gone, API), alert_on=NoKey,
+)
+def send_mail(order_id):
+    "Tells the customer."
+
+@dramatiq.actor(max_retries=2, min_backoff=1_000, throws=KeyError)
+def plain(): pass
+"""
+
+
+@pytest.fixture
+def app(command):
+    return command.app(APP)
+
+
+def explained(command, target, *exception):
+    return command.json("explain", target, *exception)
+
+
+def times(answer):
+    return [(one["number"], one["earliest_ms"], one["latest_ms"]) for one in answer["attempts"]]
+
+
+def test_retries_are_a_timeline_with_earliest_and_latest_starts(command, app):
+    (answer,) = explained(command, f"{app}:send_mail", "Timeout_")
+    assert (answer["outcome"], answer["ending"], answer["reason"]) == ("retried", "dead", "exhausted")
+    assert times(answer) == [(1, 0, 0), (2, 1_000, 1_500), (3, 3_000, 4_500), (4, 7_000, 10_500)]
+    assert answer["longest_ms"] == 10_500 + 4 * 30_000
+    assert answer["where_it_ends"] == "the dead letters of mail"
+    assert answer["why"] == "the actor's retry_on names its class"
+
+
+def test_no_attempt_starts_after_max_elapsed(command, app):
+    (answer,) = explained(command, f"{app}:send_mail", "ConnectionResetError")
+    assert [one[0] for one in times(answer)] == [1, 2, 3, 4]
+    assert answer["longest_ms"] == 3_500 + 2 * 30_000
+    assert answer["why"] == ("the actor's retry_on names ConnectionError, the nearest of its base classes with a rule")
+
+
+def test_a_when_is_asked_first_and_then_the_bare_class(command, app):
+    narrow, bare = explained(command, f"{app}:send_mail", f"{app}.API")
+    assert (narrow["only_if"], narrow["outcome"], narrow["ending"]) == ("busy", "retried", "alerted")
+    assert (bare["only_if"], bare["outcome"], bare["where_it_ends"]) == (None, "discarded", "gone")
+
+
+def test_alerts_and_verdicts_end_at_once(command, app):
+    (alert,) = explained(command, f"{app}:send_mail", f"{app}:NoKey")
+    assert (alert["outcome"], alert["where_it_ends"]) == ("alerted", "the dead letters of mail")
+    (discard,) = explained(command, f"{app}:send_mail", "dramatiq_policies.Discard")
+    assert discard["outcome"] == "discarded"
+    (snooze,) = explained(command, f"{app}:send_mail", "dramatiq_policies.Snooze")
+    assert snooze["outcome"] == "deferred"
+    (shutdown,) = explained(command, f"{app}:send_mail", "dramatiq.middleware:Shutdown")
+    assert shutdown["outcome"] == "interrupted"
+
+
+def test_what_no_rule_names_goes_by_dramatiq_s_options(command, app):
+    (answer,) = explained(command, f"{app}:plain", "ValueError")
+    assert times(answer) == [(1, 0, 0), (2, 1_000, 2_000), (3, 3_000, 6_000)]
+    (thrown,) = explained(command, f"{app}:plain", "KeyError")
+    assert (thrown["outcome"], thrown["reason"]) == ("dead", "thrown")
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3, 6, 40])
+def test_dramatiq_s_own_waits_are_within_what_is_said(retries):
+    least, most = stock_bounds(retries, 1_000, 10_000)
+    found = [compute_backoff(retries, factor=1_000, max_backoff=10_000)[1] for _ in range(2_000)]
+    assert least <= min(found)
+    assert max(found) <= most
+    assert min(found) - least < 0.1 * most
+    assert most - max(found) < 0.1 * most
+
+
+def test_the_bounds_hold_what_the_production_waits_say(command, app):
+    actor = ops.find_actor(f"{app}:send_mail")
+    (answer,) = ops.explain(actor, ops.find_exception(actor, "Timeout_"))
+    policy = next(rule.policy for rule in actor.broker.dramatiq_policies_wiring.policies["send_mail"].rules.rules)
+    for _ in range(500):
+        start = 0
+        for attempt in answer.attempts[1:]:
+            start += policy.wait(attempt.number - 1, OSError())
+            assert attempt.earliest_ms <= start <= attempt.latest_ms
+
+
+def test_without_an_exception_it_shows_the_whole_policy(command, app):
+    shown = explained(command, f"{app}:send_mail")
+    assert (shown["actor"], shown["queue"], shown["purpose"]) == ("send_mail", "mail", "Tells the customer.")
+    assert shown["facts"]["timeout"] == "30000 ms"
+    assert shown["facts"]["tags"] == "team=shop"
+    assert [(rule["verb"], rule["error"].rpartition(".")[2]) for rule in shown["rules"]] == [
+        ("retry", "Timeout_"),
+        ("retry", "API"),
+        ("retry", "ConnectionError"),
+        ("discard", "Gone"),
+        ("discard", "API"),
+        ("alert", "NoKey"),
+    ]
+
+
+def test_people_read_it_as_sentences(command, app):
+    shown = command("explain", f"{app}:send_mail", "Timeout_").stdout
+    assert f"{app}.Timeout_ in send_mail: retried" in shown
+    assert "then dead (exhausted): in the dead letters of mail" in shown
+    assert "at most 2 m 10 s from its first start" in shown
+    assert "exponential(initial=1000" in command("explain", f"{app}:send_mail").stdout
+
+
+def test_an_actor_or_error_that_does_not_exist_is_one_sentence(command, app):
+    assert "did you mean 'send_mail'" in command.refuses("explain", f"{app}:send_mial")
+    assert "names no actor" in command.refuses("explain", app)
+    assert "is no exception class" in command.refuses("explain", f"{app}:plain", "NoSuchError")
+    assert "can't be imported" in command.refuses("explain", f"{app}:plain", "no.such.Error")
+
+
+def test_actors_of_a_factory_s_broker_go_by_their_names(command):
+    factory = """
+def make():
+    broker = StubBroker()
+    install(broker)
+    dramatiq.set_broker(broker)
+    @dramatiq.actor(actor_name="inner")
+    def anything(): pass
+"""
+    app = command.app("", broker=factory)
+    assert explained(command, f"{app}:make:inner")["actor"] == "inner"
