@@ -82,6 +82,9 @@ class PolicyConsumer(Consumer):
     # What a worker calls.
 
     def __next__(self) -> MessageProxy | None:
+        polled = self.wiring.polled
+        if polled is not None:
+            polled[self.source] = time.monotonic()
         self._move_due()
         message = self.take()
         if message is None:

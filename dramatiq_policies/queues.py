@@ -25,7 +25,7 @@ from .history import now_ms
 from .shape import is_number
 from .wiring import wiring_of
 
-__all__ = ["QueueReader", "QueueReading", "reader_of"]
+__all__ = ["QueueReader", "QueueReading", "own_client", "reader_of"]
 
 logger = logging.getLogger("dramatiq_policies.alerts")
 
@@ -70,6 +70,8 @@ class QueueReader:
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
+        #: What other processes have said in `taken_here`, for those readers that have a use for it.
+        self.taken_elsewhere: list[dict[str, list[Any]]] = []
         self._fronts: dict[str, tuple[Any, int]] = {}
         self._said = False
 
@@ -88,6 +90,10 @@ class QueueReader:
           dramatiq.errors.ConnectionClosed: If the server can't be read; its error is in the text.
         """
         return self._read(q_name(queue), now_ms())
+
+    def taken_here(self) -> dict[str, list[Any]]:
+        """The message that this process took last from each queue: its id and since when it was ready."""
+        return {}
 
     def close(self) -> None:
         """Close what it has opened. It may be used again."""
@@ -145,7 +151,7 @@ class RedisReader(QueueReader):
         broker: Any = self.broker
         key, later = f"{broker.namespace}:{queue}", f"{broker.namespace}:{dq_name(queue)}"
         if self._client is None:
-            self._client = _own_client(broker.client)
+            self._client = own_client(broker.client)
         try:
             with self._client.pipeline() as all_at_once:
                 all_at_once.llen(key).hlen(f"{key}.msgs").hlen(f"{later}.msgs")
@@ -167,8 +173,8 @@ class RedisReader(QueueReader):
         )
 
     def close(self) -> None:
-        if self._client is not None and self._client is not getattr(self.broker, "client", None):
-            self._client.close()
+        if self._client is not None:
+            self._client.connection_pool.disconnect()
         self._client = None
 
 
@@ -179,14 +185,15 @@ class RabbitmqReader(QueueReader):
     delivery limit. So the age is what it can be at most: a queue is first in, first out, and its oldest message became
     ready
 
-    - after the one that a worker of this process took last (redelivered ones aside), and
+    - after the one that a worker of this process, or of one that it has heard of, took last (redelivered ones aside),
+      and
     - after the latest reading of whose messages at least as many have gone since as lay there then; an empty queue is
       the simplest case.
 
     The smaller of both counts. So it is right to within the interval of the readings for a queue that is emptied between
-    or that a worker of this process takes from; it is too long for one that is never empty and that only others take
-    from, by at most the time that a message takes through the queue if it does not grow. Before either is known it is
-    None at the first reading, then the time since that one. Queues with priorities (``x-max-priority``) are not first
+    them, or that such a worker takes from; it is too long, and never too short, for one that is never empty and that only
+    others take from: by the time that a message takes through the queue, and for as long as the queue only grows. Before
+    either is known it is None at the first reading, then the time since that one. Queues with priorities (``x-max-priority``) are not first
     in, first out: what waits behind those may be older.
     """
 
@@ -212,8 +219,8 @@ class RabbitmqReader(QueueReader):
         (ready, consumers), (delayed, _), (dead, _) = counts
         flow = self._flows.setdefault(queue, _Flow(now))
         flow.saw(ready, now)
-        taken = (wiring_of(self.broker).taken or {}).get(queue)
-        after = [since for since in (flow.after, None if taken is None else _ready_at(taken)) if since is not None]
+        taken = [said[queue] for said in (self.taken_here(), *self.taken_elsewhere) if queue in said]
+        after = [since for since in (flow.after, *(since for _, since in taken)) if since is not None]
         if not ready:
             oldest: int | None = 0
         elif after:
@@ -227,8 +234,12 @@ class RabbitmqReader(QueueReader):
             running=None if consumers else 0,
             dead=dead,
             oldest_ms=oldest,
-            stalled_ms=self._stalled(queue, (flow.gone, taken) if ready else None, now),
+            stalled_ms=self._stalled(queue, (flow.gone, frozenset(map(tuple, taken))) if ready else None, now),
         )
+
+    def taken_here(self) -> dict[str, list[Any]]:
+        taken = wiring_of(self.broker).taken or {}
+        return {queue: [message.message_id, _ready_at(message)] for queue, message in list(taken.items())}
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:
         """How many messages are ready in the queue, its delay and its dead-letter queue; and each one's consumers."""
@@ -304,15 +315,16 @@ def reader_of(broker: Broker) -> QueueReader:
     return QueueReader(broker)
 
 
-def _own_client(client: Any) -> Any:
-    """A client of the same server with one connection of its own, which does not wait for ever."""
+def own_client(client: Any) -> Any:
+    """A client of the same server with connections of its own, which do not wait for ever; close it by its pool."""
     import redis
 
     pool = client.connection_pool
-    if not isinstance(pool, redis.ConnectionPool) or type(pool).__module__ != redis.ConnectionPool.__module__:
-        # Sentinel's or the user's own: how it finds its server is for it to know.
-        return client
     settings = {**pool.connection_kwargs, "socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE}
+    if hasattr(pool, "service_name"):
+        # Sentinel's: it asks where the server is.
+        settings.pop("connection_pool", None)
+        return redis.Redis(connection_pool=type(pool)(pool.service_name, pool.sentinel_manager, **settings))
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings))
 
 

@@ -48,6 +48,8 @@ class Wiring:
         self.put_back_later: list[Callable[[], object]] = []
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
         self.taken: dict[str, Message[Any]] | None = None
+        #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.
+        self.polled: dict[str, float] | None = None
         self.fatal: str | None = None
         self.in_command = False
         #: Taken by the consumer that says that this broker's storage is not known, and never given back.

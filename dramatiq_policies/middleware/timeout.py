@@ -16,7 +16,7 @@ from dramatiq.middleware import Middleware, TimeLimit
 
 from .. import interrupts
 from ..backoff import is_coroutine_callable
-from ..delivery import READY_AT
+from ..delivery import READY_AT, RUNNING
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError
 from ..history import POLICIES
@@ -127,6 +127,8 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.on_stuck = on_stuck
         #: Called with each `StuckJob` before ``on_stuck``; they must not take long.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
+        #: The jobs that were reported and, as far as anybody has looked since, go on.
+        self.stuck_jobs: list[Delivery] = []
         #: How long after the deadline a job is stuck, in seconds: with `stuck`, what `interrupts.call` wants to know.
         self.grace = grace_ms / 1_000
 
@@ -164,6 +166,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def stuck(self, job: Delivery, stack: str) -> None:
         """Report a job that goes on after its timeout and the grace. Called on a thread of its own."""
+        self.stuck_jobs = [*self.still_stuck(), job]
         message = job.message
         record = StuckJob(
             actor=message.actor_name,
@@ -182,6 +185,10 @@ class Timeout(PolicyMiddleware, TimeLimit):
             time.sleep(_READ_WITHIN)
         finally:
             os._exit(STUCK_EXIT_CODE)
+
+    def still_stuck(self) -> list[Delivery]:
+        """The jobs that were reported and still go on."""
+        return [job for job in self.stuck_jobs if job.stage == RUNNING]
 
     def _tell(self, record: StuckJob, timeout_ms: float | None) -> None:
         # Who was stuck is written down first: its message is about to come back beside those of its neighbours.

@@ -1,0 +1,208 @@
+"""Which of many processes does what only one should do, and what each of them lets that one know.
+
+Among the worker processes of one ``dramatiq`` command a lock on a file elects the one: the kernel takes it back when the
+process dies, however it dies. Where Redis is at hand, a lease elects one for the whole fleet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .history import now_ms
+
+__all__ = ["CommandElection", "Election", "FleetElection"]
+
+logger = logging.getLogger("dramatiq_policies.alerts")
+
+#: What one process lets the elected one know, as JSON.
+Note = dict[str, Any]
+
+
+class Election:
+    """Nobody else is there: this process is the one.
+
+    A note counts for ``fresh_ms``; a lease ends that long after it was last asked for.
+    """
+
+    def __init__(self, fresh_ms: int = 60_000) -> None:
+        self.fresh_ms = fresh_ms
+        self._note: Note | None = None
+
+    def wins(self) -> bool:
+        """Whether this process is the elected one, from now until it asks next; asks again what it was asked before."""
+        return True
+
+    def post(self, note: Note) -> None:
+        """Let the elected one know; replaces what this process posted before."""
+        self._note = note
+
+    def notes(self) -> list[Note]:
+        """What every process has posted lately, this one included."""
+        return [] if self._note is None else [self._note]
+
+    def keep(self, memory: list[Any]) -> None:
+        """Leave something to the next one that is elected; best effort."""
+
+    def kept(self) -> list[Any] | None:
+        """What the one before has left; None if nothing, or if nothing can be left."""
+        return None
+
+    def resign(self) -> None:
+        """Leave the place to another at once."""
+
+
+class CommandElection(Election):
+    """One among the processes with the same ``name`` and master on this host, by a lock on a file.
+
+    Where the file can't be made every process elects itself, and says so: to hear it twice is better than never.
+
+    Parameters:
+      name: What is elected for.
+      master: The process id that they have in common.
+      fresh_ms: For how long a note counts.
+      folder: Where the file lies; the temporary directory by default.
+    """
+
+    def __init__(self, name: str, master: int, *, fresh_ms: int = 60_000, folder: str | None = None) -> None:
+        super().__init__(fresh_ms)
+        # Containers may share a folder, and their processes have the same few ids.
+        file = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-{master}-{name}"
+        self.path = Path(folder or tempfile.gettempdir(), file)
+        self._own = self.path.with_name(f"{file}.{os.getpid()}")
+        self._lock: int | None = None
+        self._said = False
+
+    def wins(self) -> bool:
+        if self._lock is not None:
+            return True
+        try:
+            lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            if not self._said:
+                self._said = True
+                logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
+            return True
+        try:
+            # Unlike flock's, this lock is not kept alive by a fork of ours that outlives us.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), self.path.lstat()):
+                self._lock = lock
+                return True
+        except OSError:
+            pass
+        os.close(lock)
+        return False
+
+    def post(self, note: Note) -> None:
+        super().post(note)
+        with suppress(OSError):
+            new = self._own.with_suffix(f"{self._own.suffix}-new")
+            new.write_text(json.dumps(note))
+            new.replace(self._own)
+
+    def notes(self) -> list[Note]:
+        found = super().notes()
+        for path in self.path.parent.glob(f"{self.path.name}.*"):
+            with suppress(OSError, ValueError):
+                if now_ms() - path.stat().st_mtime * 1_000 > self.fresh_ms:
+                    path.unlink()
+                elif path != self._own and path.suffix[1:].isdigit():
+                    found.append(json.loads(path.read_text()))
+        return found
+
+    def resign(self) -> None:
+        with suppress(OSError):
+            self._own.unlink()
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with suppress(OSError):
+                self.path.unlink()
+            os.close(lock)
+
+
+class FleetElection(Election):
+    """One among all processes that use the same key of the same Redis, by a lease; while Redis can't be reached, one of
+    each command.
+
+    Parameters:
+      client: A client of redis-py, for this alone.
+      key: What its keys begin with.
+      near: The election among the processes that are near.
+      fresh_ms: How long the lease lasts when it is not asked for again, and for how long a note counts.
+    """
+
+    def __init__(self, client: Any, key: str, near: Election, *, fresh_ms: int) -> None:
+        super().__init__(fresh_ms)
+        self.client = client
+        self.key = key
+        self.near = near
+        self.me = f"{socket.gethostname()}:{os.getpid()}:{uuid4()}"
+        self._lease = client.register_script(resources.files(__package__).joinpath("lease.lua").read_text())
+
+    def wins(self) -> bool:
+        from redis import RedisError
+
+        try:
+            won = bool(self._lease(keys=[self.key], args=[self.me, self.fresh_ms]))
+        except (RedisError, OSError):
+            return self.near.wins()
+        if not won:
+            self.near.resign()
+        return won
+
+    def post(self, note: Note) -> None:
+        from redis import RedisError
+
+        self.near.post(note)
+        with suppress(RedisError, OSError), self.client.pipeline() as both:
+            both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
+            both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
+
+    def notes(self) -> list[Note]:
+        from redis import RedisError
+
+        try:
+            found = []
+            for who, text in self.client.hgetall(f"{self.key}:notes").items():
+                at, note = json.loads(text)
+                if now_ms() - at <= self.fresh_ms:
+                    found.append(note)
+                else:
+                    self.client.hdel(f"{self.key}:notes", who)
+        except (RedisError, OSError):
+            return self.near.notes()
+        return found
+
+    def keep(self, memory: list[Any]) -> None:
+        from redis import RedisError
+
+        with suppress(RedisError, OSError):
+            self.client.set(f"{self.key}:memory", json.dumps(memory), px=max(3_600_000, 10 * self.fresh_ms))
+
+    def kept(self) -> list[Any] | None:
+        from redis import RedisError
+
+        try:
+            text = self.client.get(f"{self.key}:memory")
+            return None if text is None else list(json.loads(text))
+        except (RedisError, OSError, ValueError, TypeError):
+            return None
+
+    def resign(self) -> None:
+        from redis import RedisError
+
+        self.near.resign()
+        with suppress(RedisError, OSError):
+            self.client.hdel(f"{self.key}:notes", self.me)
+            self._lease(keys=[self.key], args=[self.me, 0])
+        self.client.connection_pool.disconnect()

@@ -1,0 +1,183 @@
+"""A file that is touched while a worker works, for a liveness probe."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ..durations import to_ms
+from ..errors import ConfigurationError
+from .base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker
+
+    from ..wiring import Wiring
+
+__all__ = ["Heartbeat"]
+
+logger = logging.getLogger("dramatiq_policies.alerts")
+
+
+class Heartbeat(PolicyMiddleware):
+    """Touches a file at an interval, as long as every worker process of the command is well.
+
+    A process is not well when
+
+    - each of its threads has a job that is stuck: past its timeout and the grace, where no interrupt reaches it, or
+    - a thread that consumes has died, or has been silent for longer than ``silence``.
+
+    It is well while it is idle, while it is busy, while it shuts down and finishes its jobs, and while the broker is
+    away: to start it again would help nobody. (A connection that hangs without an error, such as one through a firewall
+    that has forgotten it, does look like silence, and a new process does help.) A probe finds the worker dead when the
+    file is older than a few intervals.
+
+    Each process also keeps a file of its own beside it, ``<path>.<pid>``, so that the command's other processes do not
+    speak for one that is stuck.
+
+    Parameters:
+      path: The file. Its folder must exist. Default ``dramatiq-heartbeat`` in the temporary directory.
+      interval: In milliseconds or as a ``timedelta``. Default 10 seconds.
+      silence: For how long a consumer may be silent, in milliseconds or as a ``timedelta``. Default 5 minutes.
+
+    Raises:
+      ConfigurationError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        interval: int | timedelta = 10_000,
+        *,
+        silence: int | timedelta = 300_000,
+    ) -> None:
+        if path is None:
+            import tempfile
+
+            path = Path(tempfile.gettempdir(), "dramatiq-heartbeat")
+        try:
+            self.path = Path(path)
+        except TypeError:
+            raise ConfigurationError.of_option("Heartbeat", "path", "the path of a file", path) from None
+        self.interval = _duration("interval", interval)
+        self.silence = _duration("silence", silence)
+        self._workers: list[Worker] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._own: int | None = None
+        self._failing = False
+        self._since = 0.0
+
+    def attach(self, wiring: Wiring) -> None:
+        wiring.polled = {}
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        self._workers.append(worker)
+        if self._thread is None:
+            self._since = monotonic()
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self._beat, args=(self._stop,), name="dramatiq_policies.heartbeat", daemon=True
+            )
+            self._thread.start()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if worker in self._workers:
+            self._workers.remove(worker)
+        if not self._workers and self._thread is not None:
+            self._stop.set()
+            self._thread.join(2)
+            self._thread = None
+
+    def well(self) -> bool:
+        """Whether this process is well. False before its worker has started."""
+        wiring = self.attached_to
+        if wiring is None or not self._workers:
+            return False
+        if wiring.timeout is not None:
+            threads = sum(worker.worker_threads for worker in self._workers)
+            if len(wiring.timeout.still_stuck()) >= threads:
+                return False
+        if wiring.stopping.is_set():
+            return True
+        now, polled = monotonic(), wiring.polled or {}
+        return all(
+            consumer.paused
+            or (
+                consumer.is_alive() and (now - polled.get(queue, self._since)) * 1_000 <= self.silence
+            )
+            for worker in self._workers
+            for queue, consumer in list(worker.consumers.items())
+        )
+
+    def _beat(self, stop: threading.Event) -> None:
+        try:
+            while True:
+                try:
+                    if self.well():
+                        self._touch()
+                    self._failing = False
+                except Exception as error:
+                    if not self._failing:
+                        self._failing = True
+                        logger.error("The heartbeat's file %s can't be touched: %s", self.path, error)  # noqa: TRY400
+                if stop.wait(self.interval / 1_000):
+                    return
+        finally:
+            if self._own is not None:
+                with suppress(OSError):
+                    self._own_path().unlink()
+                os.close(self._own)
+                self._own = None
+
+    def _own_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.{os.getpid()}")
+
+    def _touch(self) -> None:
+        if self._own is None:
+            # Locked, so that the others see when this process is gone, whoever has its id then.
+            self._own = os.open(self._own_path(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.lockf(self._own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.utime(self._own)
+        if all(self._speaks(path) for path in self.path.parent.glob(f"{self.path.name}.*")):
+            self.path.touch()
+
+    def _speaks(self, path: Path) -> bool:
+        """Whether the process of this file has touched it lately, or is gone."""
+        import time
+
+        if path == self._own_path() or not path.suffix[1:].isdigit():
+            return True
+        try:
+            if time.time() - path.stat().st_mtime <= 3 * self.interval / 1_000:
+                return True
+            other = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            return True
+        try:
+            fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        except OSError:
+            return False
+        else:
+            return True
+        finally:
+            os.close(other)
+
+
+def _duration(name: str, value: int | timedelta) -> int:
+    try:
+        duration = to_ms(value)
+    except (TypeError, ValueError):
+        duration = 0
+    if duration < 1:
+        raise ConfigurationError.of_option("Heartbeat", name, "milliseconds or a timedelta, more than 0", value)
+    return duration

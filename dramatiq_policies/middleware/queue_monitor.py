@@ -1,0 +1,271 @@
+"""Watches the queues, and warns before one is late."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ..alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
+from ..durations import to_ms
+from ..errors import ConfigurationError
+from ..queues import QueueReader, QueueReading, own_client, reader_of
+from .base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker
+
+    from ..election import Election
+    from ..statsd import Statsd
+    from ..wiring import Wiring
+
+__all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
+
+logger = logging.getLogger("dramatiq_policies.alerts")
+
+
+class QueueMonitor(PolicyMiddleware):
+    """Reads every queue at an interval, sends gauges, and tells when a threshold is reached.
+
+    One process of each ``dramatiq`` command does it, elected among the command's worker processes; where Redis is at
+    hand (a RedisBroker, or Idempotency with a RedisStore) one process of the whole fleet, by a lease that another takes
+    over within three intervals. The fleet is whoever has the same queues in the same namespace. A thread is started when
+    a worker boots, and ends with it; no reading takes a message, nor does an outage of the broker end anything.
+
+    A breach is told once, and again only after its value has come down to four fifths of the threshold.
+
+    Gauges, by a client of StatsD or DogStatsD: ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms`` (with
+    tags: ``queues.ready`` and so on, tag ``queue``), and ``workers.busy`` and ``workers.threads``, the sums over all
+    processes that can let the elected one know: those of its command, with Redis those of the fleet.
+
+    Parameters:
+      interval: Between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.
+      thresholds: A `Threshold` by queue name, or by a pattern as in ``fnmatch`` (``"mail.*"``). A queue's own name counts
+        first, then the first pattern that matches; ``"*"`` last is for all others.
+      on_alert: Who gets each `QueueAlert`: a callable, ``"log"`` (the default: a WARNING on
+        ``dramatiq_policies.alerts``, with its fields in ``extra``), ``"sentry"``, or a list of these. What a callable
+        raises is logged.
+      client: Where the gauges go, as in `Metrics`. None, the default: where those of the broker's Metrics go; without
+        Metrics nowhere.
+      queue_prefix: What the names of the queues' gauges begin with. Default ``"queues"``.
+      in_workers: False if only ``dramatiq-policies monitor`` is to watch, and no worker.
+
+    Raises:
+      ConfigurationError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        interval: int | timedelta = 15_000,
+        thresholds: Mapping[str, Threshold] | None = None,
+        on_alert: OnAlert | None = None,
+        client: Any = None,
+        queue_prefix: str = "queues",
+        in_workers: bool = True,
+    ) -> None:
+        try:
+            self.interval = to_ms(interval)
+        except (TypeError, ValueError):
+            self.interval = 0
+        if self.interval < 1:
+            raise ConfigurationError.of_option(
+                "QueueMonitor", "interval", "milliseconds or a timedelta, more than 0", interval
+            )
+        if not isinstance(queue_prefix, str) or not queue_prefix:
+            raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
+        self.queue_prefix = queue_prefix
+        self.in_workers = in_workers
+        self._watch = Watch(thresholds)
+        self._tellers = tellers(on_alert)
+        self._client = client
+        self._statsd: Statsd | None = None
+        if client is not None:
+            from ..statsd import Statsd
+
+            self._statsd = Statsd(client)
+        self._reader: QueueReader | None = None
+        #: Held while reading: a reader belongs to one thread at a time.
+        self._reading = threading.Lock()
+        self._workers: list[Worker] = []
+        self._stop: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._elected = False
+        self._failing = False
+
+    # In a worker.
+
+    def attach(self, wiring: Wiring) -> None:
+        if self.in_workers:
+            wiring.taken = {}
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        if not self.in_workers:
+            return
+        self._workers.append(worker)
+        if self._thread is None:
+            # A fresh event for each thread: one that ends late must not see that another has begun.
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self.run_forever, args=(self._stop,), name="dramatiq_policies.queue_monitor", daemon=True
+            )
+            self._thread.start()
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if worker in self._workers:
+            self._workers.remove(worker)
+        if not self._workers and self._stop is not None:
+            self._stop.set()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if not self._workers and self._thread is not None:
+            # A reading may wait for a server that is not there; the thread ends by itself then.
+            self._thread.join(2)
+            self._thread = None
+
+    # What the thread does, and ``dramatiq-policies monitor``.
+
+    def run_forever(self, stop: threading.Event | None = None) -> None:
+        """Watch the queues on this thread, while this process is elected, until ``stop`` is set.
+
+        Raises:
+          ConfigurationError: If the monitor is on no broker yet.
+        """
+        stop = threading.Event() if stop is None else stop
+        election = self._election()
+        try:
+            while True:
+                self._turn(election)
+                if stop.wait(self.interval / 1_000):
+                    return
+        finally:
+            with self._reading:
+                if self._reader is not None:
+                    self._reader.close()
+                self._elected = False
+            election.resign()
+
+    def check(self) -> list[QueueAlert]:
+        """Read every queue now, whoever is elected, tell what is new, and return it.
+
+        Raises:
+          ConfigurationError: If the monitor is on no broker yet.
+          dramatiq.errors.ConnectionClosed: If the server can't be read.
+        """
+        with self._reading:
+            readings, news = self._look()
+        self._tell(news)
+        return news
+
+    def _turn(self, election: Election) -> None:
+        try:
+            with self._reading:
+                reader = self._get_reader()
+                note: dict[str, Any] = {"taken": reader.taken_here()}
+                if self._workers:
+                    note["threads"] = sum(worker.worker_threads for worker in self._workers)
+                    note["busy"] = sum(_busy(worker) for worker in self._workers)
+                election.post(note)
+                if not election.wins():
+                    self._elected = False
+                    return
+                if not self._elected:
+                    self._elected = True
+                    before = election.kept()
+                    if before is not None:
+                        self._watch.open = {(str(queue), str(measure)) for queue, measure in before}
+                notes = election.notes()
+                reader.taken_elsewhere = [note["taken"] for note in notes]
+                readings, news = self._look()
+                if news:
+                    election.keep(sorted(self._watch.open))
+            self._send(readings, notes)
+            self._tell(news)
+        except Exception as error:
+            if not self._failing:
+                self._failing = True
+                logger.error(  # noqa: TRY400  Its stack says nothing: a server is not there.
+                    "The queues can't be read (%s: %s); trying again every %d ms.",
+                    type(error).__name__,
+                    error,
+                    self.interval,
+                )
+        else:
+            if self._failing:
+                self._failing = False
+                logger.info("The queues are read again.")
+
+    def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
+        readings = self._get_reader().read_all()
+        return readings, [alert for reading in readings for alert in self._watch.news(reading)]
+
+    def _tell(self, news: list[QueueAlert]) -> None:
+        for alert in news:
+            for tell in self._tellers:
+                tell(alert)
+
+    def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]]) -> None:
+        from ..statsd import Statsd, metric_name, tag_list
+
+        statsd = self._statsd
+        if statsd is None:
+            of_others = (getattr(middleware, "statsd", None) for middleware in self._wiring().broker.middleware)
+            statsd = next((found for found in of_others if isinstance(found, Statsd)), None)
+            if statsd is None:
+                return
+        values = []
+        for reading in readings:
+            prefix = self.queue_prefix if statsd.tagged else f"{self.queue_prefix}.{metric_name(reading.queue)}"
+            tags = tag_list({"queue": reading.queue})
+            for name in ("ready", "delayed", "dead", "oldest_ms"):
+                value = getattr(reading, name)
+                if value is not None:
+                    values.append(("g", f"{prefix}.{name}", value, tags))
+        if any("threads" in note for note in notes):
+            for name in ("busy", "threads"):
+                values.append(("g", f"workers.{name}", sum(note.get(name, 0) for note in notes), ()))
+        statsd.send(values)
+
+    def _get_reader(self) -> QueueReader:
+        if self._reader is None:
+            self._reader = reader_of(self._wiring().broker)
+        return self._reader
+
+    def _wiring(self) -> Wiring:
+        if self.attached_to is None:
+            raise ConfigurationError("This QueueMonitor is on no broker yet. Did you forget to install the bundle?")
+        return self.attached_to
+
+    def _election(self) -> Election:
+        from ..election import CommandElection, Election, FleetElection
+
+        wiring = self._wiring()
+        fresh = max(1_000, 3 * self.interval)
+        queues = "\n".join(sorted(wiring.broker.get_declared_queues()))
+        name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
+        near = CommandElection(name, os.getppid(), fresh_ms=fresh) if wiring.in_command else Election(fresh)
+        at_hand = _redis_of(wiring.broker)
+        if at_hand is None:
+            return near
+        client, namespace = at_hand
+        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+
+
+def _busy(worker: Worker) -> int:
+    """How many of the worker's threads are at a message: those taken from its queue and not done."""
+    return max(0, worker.work_queue.unfinished_tasks - worker.work_queue.qsize())
+
+
+def _redis_of(broker: Broker) -> tuple[Any, str] | None:
+    """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
+    for place in (broker, *(getattr(middleware, "store", None) for middleware in broker.middleware)):
+        # Of a RedisBroker every name that it does not know is a command of its server.
+        known = getattr(place, "__dict__", {})
+        if hasattr(known.get("client"), "connection_pool"):
+            return known["client"], str(known.get("namespace", "dramatiq"))
+    return None
