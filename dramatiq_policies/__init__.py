@@ -22,6 +22,8 @@ from .errors import (
 )
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
+from .middleware.heartbeat import Heartbeat
+from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
 from .middleware.timeout import StuckJob, Timeout
 from .options import ActorOptions
 from .outcomes import Outcome, OutcomeEvent
@@ -41,15 +43,19 @@ __all__ = [
     "DiscardLogger",
     "ErrorClassifier",
     "HandoffFailed",
+    "Heartbeat",
     "MalformedMessage",
     "NoResult",
     "Outcome",
     "OutcomeEvent",
     "PolicyError",
+    "QueueAlert",
+    "QueueMonitor",
     "QueueTimeoutExceeded",
     "RetryPolicy",
     "Snooze",
     "StuckJob",
+    "Threshold",
     "Timeout",
     "TimeoutExceeded",
     "Verdict",

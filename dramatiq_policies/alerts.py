@@ -126,9 +126,12 @@ class Watch:
         for queue, threshold in given.items():
             if not isinstance(queue, str) or not isinstance(threshold, Threshold):
                 raise ConfigurationError.of_option(
-                    "QueueMonitor", "thresholds", "names or patterns of queues, each with a Threshold", {queue: threshold}
+                    "QueueMonitor",
+                    "thresholds",
+                    "names or patterns of queues, each with a Threshold",
+                    {queue: threshold},
                 )
-        self._thresholds = dict(given)
+        self._thresholds: dict[str, Threshold] = dict(given)
         #: The breaches that were told and are not over, (queue, measure).
         self.open: set[tuple[str, str]] = set()
 
@@ -214,9 +217,7 @@ def _to_sentry() -> Teller:
     try:
         import sentry_sdk
     except ImportError as error:
-        raise ImportError(
-            'on_alert="sentry" needs sentry-sdk: pip install "dramatiq-policies[sentry]"'
-        ) from error
+        raise ImportError('on_alert="sentry" needs sentry-sdk: pip install "dramatiq-policies[sentry]"') from error
 
     def tell(alert: QueueAlert) -> None:
         with sentry_sdk.new_scope() as scope:

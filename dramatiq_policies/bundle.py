@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from dramatiq.broker import Broker, Consumer
@@ -20,6 +21,8 @@ from .middleware.base import PolicyMiddleware
 from .middleware.composition import GroupCallbacks, Pipelines
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
+from .middleware.heartbeat import Heartbeat
+from .middleware.queue_monitor import QueueMonitor
 from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout, validate
 from .options import ActorPolicy
@@ -31,7 +34,7 @@ __all__ = ["arrange", "install"]
 B = TypeVar("B", bound=Broker)
 
 #: Those that only listen stand behind the ErrorClassifier, in this order.
-_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger,)
+_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, QueueMonitor, Heartbeat)
 
 
 def install(
@@ -41,6 +44,8 @@ def install(
     timeout: Timeout | None = None,
     discard_logger: DiscardLogger | Literal[False] | None = None,
     idempotency: Literal[False] | None = None,
+    queue_monitor: QueueMonitor | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> B:
     """Put the bundle on a broker, and return the broker.
 
@@ -50,6 +55,8 @@ def install(
       timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
       discard_logger: None means one with its defaults, False none.
       idempotency: There is none yet: None and False both mean so.
+      queue_monitor: None means none.
+      heartbeat: None means none.
 
     Raises:
       ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
@@ -62,6 +69,8 @@ def install(
         _checked("error_classifier", error_classifier, ErrorClassifier),
         _checked("timeout", timeout, Timeout),
         None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
+        None if queue_monitor is None else _checked("queue_monitor", queue_monitor, QueueMonitor),
+        None if heartbeat is None else _checked("heartbeat", heartbeat, Heartbeat),
     ]
     for middleware in broker.middleware:
         if isinstance(middleware, PolicyMiddleware):
@@ -225,6 +234,9 @@ def _wrap_consume(wiring: Wiring) -> None:
 
     @functools.wraps(stock)
     def consume(queue_name: str, *args: Any, **kwargs: Any) -> Consumer:
+        if wiring.polled is not None:
+            # While the broker is away, too: this is called again and again.
+            wiring.polled[queue_name] = monotonic()
         consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name)
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from ..durations import to_ms
@@ -82,7 +81,7 @@ class Heartbeat(PolicyMiddleware):
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         self._workers.append(worker)
         if self._thread is None:
-            self._since = monotonic()
+            self._since = time.monotonic()
             self._stop = threading.Event()
             self._thread = threading.Thread(
                 target=self._beat, args=(self._stop,), name="dramatiq_policies.heartbeat", daemon=True
@@ -108,12 +107,10 @@ class Heartbeat(PolicyMiddleware):
                 return False
         if wiring.stopping.is_set():
             return True
-        now, polled = monotonic(), wiring.polled or {}
+        now, polled = time.monotonic(), wiring.polled or {}
         return all(
             consumer.paused
-            or (
-                consumer.is_alive() and (now - polled.get(queue, self._since)) * 1_000 <= self.silence
-            )
+            or (consumer.is_alive() and (now - max(self._since, polled.get(queue, 0.0))) * 1_000 <= self.silence)
             for worker in self._workers
             for queue, consumer in list(worker.consumers.items())
         )
@@ -142,6 +139,8 @@ class Heartbeat(PolicyMiddleware):
         return self.path.with_name(f"{self.path.name}.{os.getpid()}")
 
     def _touch(self) -> None:
+        import fcntl  # POSIX only, and this module is imported with the package.
+
         if self._own is None:
             # Locked, so that the others see when this process is gone, whoever has its id then.
             self._own = os.open(self._own_path(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -152,7 +151,7 @@ class Heartbeat(PolicyMiddleware):
 
     def _speaks(self, path: Path) -> bool:
         """Whether the process of this file has touched it lately, or is gone."""
-        import time
+        import fcntl
 
         if path == self._own_path() or not path.suffix[1:].isdigit():
             return True

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
     from ..election import Election
-    from ..statsd import Statsd
+    from ..statsd import Statsd, Value
     from ..wiring import Wiring
 
 __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
@@ -77,7 +77,7 @@ class QueueMonitor(PolicyMiddleware):
             raise ConfigurationError.of_option(
                 "QueueMonitor", "interval", "milliseconds or a timedelta, more than 0", interval
             )
-        if not isinstance(queue_prefix, str) or not queue_prefix:
+        if type(queue_prefix) is not str or not queue_prefix:
             raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
         self.queue_prefix = queue_prefix
         self.in_workers = in_workers
@@ -158,7 +158,7 @@ class QueueMonitor(PolicyMiddleware):
           dramatiq.errors.ConnectionClosed: If the server can't be read.
         """
         with self._reading:
-            readings, news = self._look()
+            _, news = self._look()
         self._tell(news)
         return news
 
@@ -218,7 +218,7 @@ class QueueMonitor(PolicyMiddleware):
             statsd = next((found for found in of_others if isinstance(found, Statsd)), None)
             if statsd is None:
                 return
-        values = []
+        values: list[Value] = []
         for reading in readings:
             prefix = self.queue_prefix if statsd.tagged else f"{self.queue_prefix}.{metric_name(reading.queue)}"
             tags = tag_list({"queue": reading.queue})
@@ -227,8 +227,9 @@ class QueueMonitor(PolicyMiddleware):
                 if value is not None:
                     values.append(("g", f"{prefix}.{name}", value, tags))
         if any("threads" in note for note in notes):
-            for name in ("busy", "threads"):
-                values.append(("g", f"workers.{name}", sum(note.get(name, 0) for note in notes), ()))
+            values += [
+                ("g", f"workers.{name}", sum(note.get(name, 0) for note in notes), ()) for name in ("busy", "threads")
+            ]
         statsd.send(values)
 
     def _get_reader(self) -> QueueReader:

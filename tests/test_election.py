@@ -1,0 +1,111 @@
+"""One among many: by a lock on a file, which the kernel takes back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dramatiq_policies.election import CommandElection
+
+PROCESS = """
+import os, sys, time
+from dramatiq_policies.election import CommandElection
+election = CommandElection("queues", int(sys.argv[1]), folder=sys.argv[2])
+election.post({"me": os.getpid()})
+print(election.wins(), flush=True)
+for line in sys.stdin:
+    if line == "resign\\n":
+        election.resign()
+    print(election.wins(), flush=True)
+"""
+
+
+class Process:
+    def __init__(self, folder, master=1):
+        command = [sys.executable, "-c", PROCESS, str(master), str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.won = self.answer()
+
+    def answer(self):
+        return self.process.stdout.readline() == "True\n"
+
+    def ask(self, question="again"):
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def process(tmp_path):
+    made = []
+
+    def make(**arguments):
+        made.append(Process(tmp_path, **arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_one_of_several_processes_wins_and_stays_the_one(process):
+    first, second = process(), process()
+    assert (first.won, second.won) == (True, False)
+    assert (first.ask(), second.ask()) == (True, False)
+
+
+def test_when_it_is_killed_another_one_wins(process):
+    first, second, third = process(), process(), process()
+    first.kill()
+    assert (second.ask(), third.ask()) == (True, False)
+
+
+def test_when_it_resigns_another_one_wins(process):
+    first, second = process(), process()
+    first.process.stdin.write("resign\n")
+    first.process.stdin.flush()
+    # It asks again at once, and may win again; but then the file is a new one.
+    assert [first.answer(), second.ask()].count(True) == 1
+
+
+def test_processes_of_another_command_have_one_of_their_own(process):
+    assert (process(master=1).won, process(master=2).won) == (True, True)
+
+
+def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_path):
+    others = [process(), process()]
+    mine = CommandElection("queues", 1, folder=str(tmp_path))
+    mine.post({"me": os.getpid()})
+    pids = {other.process.pid for other in others}
+    assert {note["me"] for note in mine.notes()} == pids | {os.getpid()}
+    mine.fresh_ms = 0
+    time.sleep(0.01)
+    assert mine.notes() == [{"me": os.getpid()}]
+
+
+def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path, caplog):
+    elections = [CommandElection("queues", 1, folder=str(tmp_path / "missing")) for _ in range(2)]
+    assert [election.wins() for election in elections] == [True, True]
+    assert elections[0].wins()
+    assert len(caplog.records) == 2
+
+
+def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
+    election = CommandElection("queues", 1, folder=str(tmp_path))
+    target = tmp_path / "somebody's"
+    election.path.symlink_to(target)
+    assert election.wins()
+    assert not target.exists()

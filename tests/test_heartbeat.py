@@ -1,0 +1,217 @@
+"""The file for a liveness probe: touched while the process is well, and not when a restart would help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from dramatiq import Worker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
+
+from dramatiq_policies import ConfigurationError, Heartbeat, Timeout
+
+from .support import PATIENCE, Stage
+
+INTERVAL = 20
+
+
+class Beating:
+    """A worker with a heartbeat, and its file."""
+
+    def __init__(self, folder, **arguments):
+        self.path = folder / "alive"
+        self.heartbeat = Heartbeat(self.path, interval=INTERVAL, **arguments)
+        self.stage = Stage(bundle={"heartbeat": self.heartbeat, "timeout": Timeout(default=50, grace=20)})
+
+    def beats(self):
+        """Whether the file is touched in some time that is many intervals."""
+        before = self.path.stat().st_mtime_ns if self.path.exists() else 0
+        deadline = time.monotonic() + 15 * INTERVAL / 1_000
+        while time.monotonic() < deadline:
+            if self.path.exists() and self.path.stat().st_mtime_ns != before:
+                return True
+            time.sleep(0.002)
+        return False
+
+    def until(self, beats):
+        deadline = time.monotonic() + PATIENCE
+        while self.beats() is not beats:
+            assert time.monotonic() < deadline
+
+
+@pytest.fixture
+def beating(tmp_path):
+    return Beating(tmp_path)
+
+
+def stuck(gate):
+    """As in a blocking C call: no interrupt gets in."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            while not gate.is_set():
+                gate.wait(0.005)
+            return
+        except BaseException:
+            continue
+
+
+def test_it_beats_while_a_worker_is_idle_and_stops_with_it(beating):
+    beating.stage.broker.declare_queue("mail")
+    assert not beating.path.exists()
+    with beating.stage.working():
+        assert all(beating.beats() for _ in range(5))
+    assert not beating.beats()
+    assert list(beating.path.parent.iterdir()) == [beating.path]
+
+
+def test_it_stops_when_every_thread_is_stuck_and_goes_on_when_one_is_free_again(beating):
+    gates = [threading.Event(), threading.Event()]
+
+    @beating.stage.actor(max_retries=0)
+    def job(number):
+        stuck(gates[number])
+
+    with beating.stage.working(threads=2):
+        job.send(0)
+        time.sleep(0.2)
+        assert beating.beats()
+        job.send(1)
+        beating.until(False)
+        gates[1].set()
+        beating.until(True)
+        gates[0].set()
+
+
+def test_threads_that_are_busy_within_their_timeouts_are_well(beating):
+    gate = threading.Event()
+
+    @beating.stage.actor(timeout=60_000)
+    def job():
+        assert gate.wait(PATIENCE)
+
+    with beating.stage.working(threads=1):
+        job.send()
+        assert all(beating.beats() for _ in range(10))
+        gate.set()
+
+
+def test_it_stops_when_a_consumer_is_silent(tmp_path):
+    beating = Beating(tmp_path, silence=300)
+    gate = threading.Event()
+    gate.set()
+    consume = beating.stage.broker.consume
+    beating.stage.broker.declare_queue("mail")
+
+    def hanging(*args, **kwargs):
+        consumer = consume(*args, **kwargs)
+        take = consumer.take
+
+        def patient():
+            gate.wait(PATIENCE)
+            return take()
+
+        consumer.take = patient
+        return consumer
+
+    beating.stage.broker.consume = hanging
+    with beating.stage.working():
+        assert beating.beats()
+        gate.clear()
+        beating.until(False)
+        gate.set()
+        beating.until(True)
+
+
+def test_a_broker_that_is_away_does_not_stop_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.01)
+    away = threading.Event()
+    away.set()
+    stock = StubBroker.consume
+
+    def consume(self, *args, **kwargs):
+        if away.is_set():
+            raise ConnectionClosed("refused")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(StubBroker, "consume", consume)
+    beating = Beating(tmp_path, silence=200)
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working():
+        time.sleep(0.4)
+        assert all(beating.beats() for _ in range(3))
+        away.clear()
+        assert beating.beats()
+
+
+def test_it_stops_when_a_consumer_s_thread_has_died(beating):
+    beating.stage.broker.declare_queue("mail")
+    worker = Worker(beating.stage.broker, worker_timeout=50, worker_threads=1)
+    worker.start()
+    try:
+        assert beating.beats()
+        worker.consumers["mail"].stop()
+        worker.consumers["mail"].join()
+        beating.until(False)
+    finally:
+        worker.stop()
+
+
+def test_a_paused_worker_is_well(tmp_path):
+    beating = Beating(tmp_path, silence=50)
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working() as worker:
+        worker.pause()
+        time.sleep(0.2)
+        assert beating.beats()
+        worker.resume()
+
+
+STUCK_NEIGHBOUR = """
+import fcntl, os, sys, time
+path = f"{sys.argv[1]}.{os.getpid()}"
+own = os.open(path, os.O_RDWR | os.O_CREAT)
+fcntl.lockf(own, fcntl.LOCK_EX)
+os.utime(path, (1, 1))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_does_not_speak_for_one_that_is_stuck_but_for_one_that_is_gone(beating):
+    beating.stage.broker.declare_queue("mail")
+    command = [sys.executable, "-c", STUCK_NEIGHBOUR, str(beating.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
+        assert neighbour.stdout.readline() == "ready\n"
+        with beating.stage.working():
+            assert not beating.beats()
+            neighbour.kill()
+            neighbour.wait()
+            beating.until(True)
+    assert list(beating.path.parent.iterdir()) == [beating.path]
+
+
+def test_a_folder_that_is_not_there_is_said_once(tmp_path, caplog):
+    beating = Beating(tmp_path / "missing")
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working():
+        time.sleep(0.2)
+    assert len([record for record in caplog.records if "heartbeat" in record.getMessage()]) == 1
+
+
+def test_without_arguments_it_has_a_file_in_the_temporary_directory():
+    heartbeat = Heartbeat()
+    assert heartbeat.path.name == "dramatiq-heartbeat"
+    assert heartbeat.interval == 10_000
+    assert not heartbeat.well()
+
+
+@pytest.mark.parametrize("bad", [{"path": 5}, {"interval": 0}, {"interval": "1s"}, {"silence": -1}])
+def test_one_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(ConfigurationError, match="Heartbeat"):
+        Heartbeat(**{"path": Path("x"), **bad})
