@@ -23,6 +23,7 @@ from .errors import (
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
+from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
 from .middleware.timeout import StuckJob, Timeout
 from .options import ActorOptions
@@ -45,6 +46,7 @@ __all__ = [
     "HandoffFailed",
     "Heartbeat",
     "MalformedMessage",
+    "Metrics",
     "NoResult",
     "Outcome",
     "OutcomeEvent",

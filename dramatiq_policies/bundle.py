@@ -22,6 +22,7 @@ from .middleware.composition import GroupCallbacks, Pipelines
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
+from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueMonitor
 from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout, validate
@@ -34,7 +35,7 @@ __all__ = ["arrange", "install"]
 B = TypeVar("B", bound=Broker)
 
 #: Those that only listen stand behind the ErrorClassifier, in this order.
-_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, QueueMonitor, Heartbeat)
+_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, Metrics, QueueMonitor, Heartbeat)
 
 
 def install(
@@ -44,6 +45,7 @@ def install(
     timeout: Timeout | None = None,
     discard_logger: DiscardLogger | Literal[False] | None = None,
     idempotency: Literal[False] | None = None,
+    metrics: Metrics | None = None,
     queue_monitor: QueueMonitor | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> B:
@@ -55,6 +57,7 @@ def install(
       timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
       discard_logger: None means one with its defaults, False none.
       idempotency: There is none yet: None and False both mean so.
+      metrics: None means none.
       queue_monitor: None means none.
       heartbeat: None means none.
 
@@ -69,6 +72,7 @@ def install(
         _checked("error_classifier", error_classifier, ErrorClassifier),
         _checked("timeout", timeout, Timeout),
         None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
+        None if metrics is None else _checked("metrics", metrics, Metrics),
         None if queue_monitor is None else _checked("queue_monitor", queue_monitor, QueueMonitor),
         None if heartbeat is None else _checked("heartbeat", heartbeat, Heartbeat),
     ]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from .consumer import DelayQueue
     from .delivery import Delivery
+    from .middleware.metrics import Metrics
     from .middleware.shutdown import ShutdownNotifications
-    from .middleware.timeout import Timeout
+    from .middleware.timeout import StuckJob, Timeout
     from .options import ActorPolicy
 
 __all__ = ["Observer", "Wiring", "wiring_of"]
@@ -56,6 +57,10 @@ class Wiring:
         self.unknown_storage_said = threading.Lock()
         #: The middleware that says how long jobs may run, None without one.
         self.timeout: Timeout | None = None
+        #: Where numbers go, None without it.
+        self.metrics: Metrics | None = None
+        #: Called with each stuck job, on a thread of its own, before ``on_stuck``.
+        self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: Dramatiq's ShutdownNotifications, in our version.
         self.shutdown_notifications: ShutdownNotifications | None = None
         # What `bundle.arrange` has seen.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -100,3 +101,59 @@ class Stage:
 
     def failures(self):
         return [letter.options["failure"] for letter in self.dead]
+
+
+class StatsdServer:
+    """A StatsD server: takes datagrams, in order."""
+
+    def __init__(self, port=0):
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", port))
+        self.socket.settimeout(5)
+        self.port = self.socket.getsockname()[1]
+
+    def packet(self):
+        """The next datagram's lines."""
+        return self.socket.recv(65_536).decode().splitlines()
+
+    def has_no_more(self):
+        self.socket.settimeout(0.05)
+        try:
+            return not self.socket.recv(65_536)
+        except TimeoutError:
+            return True
+
+    def close(self):
+        self.socket.close()
+
+
+class PlainClient:
+    """Has the methods of a statsd client, and remembers its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def incr(self, name, count=1):
+        self.calls.append(("c", name, count))
+
+    def timing(self, name, value):
+        self.calls.append(("ms", name, value))
+
+    def gauge(self, name, value):
+        self.calls.append(("g", name, value))
+
+
+class TaggedClient:
+    """Has the methods of a DogStatsD client, and remembers its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def increment(self, name, value=1, tags=None):
+        self.calls.append(("c", name, value, tags))
+
+    def timing(self, name, value, tags=None):
+        self.calls.append(("ms", name, value, tags))
+
+    def gauge(self, name, value, tags=None):
+        self.calls.append(("g", name, value, tags))

@@ -15,34 +15,12 @@ from datadog.dogstatsd import DogStatsd
 from dramatiq_policies import ConfigurationError
 from dramatiq_policies.statsd import Statsd, metric_name, tag_list
 
-
-class Server:
-    """A StatsD server: takes datagrams, in order."""
-
-    def __init__(self, port=0):
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind(("127.0.0.1", port))
-        self.socket.settimeout(5)
-        self.port = self.socket.getsockname()[1]
-
-    def packet(self):
-        """The next datagram's lines."""
-        return self.socket.recv(65_536).decode().splitlines()
-
-    def has_no_more(self):
-        self.socket.settimeout(0.05)
-        try:
-            return not self.socket.recv(65_536)
-        except TimeoutError:
-            return True
-
-    def close(self):
-        self.socket.close()
+from .support import PlainClient, StatsdServer, TaggedClient
 
 
 @pytest.fixture
 def server(monkeypatch):
-    server = Server()
+    server = StatsdServer()
     monkeypatch.setenv("STATSD_HOST", "127.0.0.1")
     monkeypatch.setenv("STATSD_PORT", str(server.port))
     yield server
@@ -80,7 +58,7 @@ class TestOverUdp:
             statsd.send(VALUES)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert f"127.0.0.1:{server.port}" in caplog.text
-        back = Server(server.port)
+        back = StatsdServer(server.port)
         statsd.send(VALUES)
         assert back.packet() == LINES
         back.close()
@@ -145,34 +123,6 @@ class TestOverUdp:
             Statsd()
 
 
-class Plain:
-    def __init__(self):
-        self.calls = []
-
-    def incr(self, name, count=1):
-        self.calls.append(("c", name, count))
-
-    def timing(self, name, value):
-        self.calls.append(("ms", name, value))
-
-    def gauge(self, name, value):
-        self.calls.append(("g", name, value))
-
-
-class Tagged:
-    def __init__(self):
-        self.calls = []
-
-    def increment(self, name, value=1, tags=None):
-        self.calls.append(("c", name, value, tags))
-
-    def timing(self, name, value, tags=None):
-        self.calls.append(("ms", name, value, tags))
-
-    def gauge(self, name, value, tags=None):
-        self.calls.append(("g", name, value, tags))
-
-
 class TestOtherClients:
     def test_a_client_of_the_statsd_package_packs_them(self, server):
         client = statsd_package.StatsClient("127.0.0.1", server.port, prefix="shop")
@@ -193,7 +143,7 @@ class TestOtherClients:
         client.close()
 
     def test_a_client_is_known_by_its_methods(self):
-        plain, tagged = Plain(), Tagged()
+        plain, tagged = PlainClient(), TaggedClient()
         assert not Statsd(plain).tagged
         assert Statsd(tagged).tagged
         Statsd(plain).send(VALUES)
@@ -259,7 +209,7 @@ class TestOtherClients:
         listening.close()
 
     def test_one_that_was_slow_is_waited_for_once(self, caplog):
-        class Slow(Plain):
+        class Slow(PlainClient):
             def timing(self, name, value):
                 time.sleep(0.1)
                 super().timing(name, value)
@@ -280,7 +230,7 @@ class TestOtherClients:
     def test_one_that_never_answers_does_not_fill_the_memory(self, caplog):
         held = threading.Event()
 
-        class Stuck(Plain):
+        class Stuck(PlainClient):
             def incr(self, name, count=1):
                 held.wait(20)
 
@@ -296,7 +246,7 @@ class TestOtherClients:
         statsd.flush(5)
 
     def test_what_a_client_raises_is_said_once_and_goes_no_further(self, caplog):
-        class Broken(Plain):
+        class Broken(PlainClient):
             def incr(self, name, count=1):
                 raise RuntimeError("no metrics today")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
     from ..delivery import Delivery
+    from ..wiring import Wiring
 
 __all__ = ["StuckJob", "Timeout", "expired_after", "limit_for", "validate", "warn_if_close"]
 
@@ -140,6 +141,11 @@ class Timeout(PolicyMiddleware, TimeLimit):
     @property
     def actor_options(self) -> set[str]:
         return {"time_limit", "timeout", "queue_timeout"}
+
+    def attach(self, wiring: Wiring) -> None:
+        # One list, whoever came first.
+        wiring.stuck_subscribers += self.stuck_subscribers
+        self.stuck_subscribers = wiring.stuck_subscribers
 
     # The clock runs while the actor's function does, and not from hook to hook.
     before_process_message = Middleware.before_process_message
