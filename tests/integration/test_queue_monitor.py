@@ -1,0 +1,282 @@
+"""The monitor and the heartbeat beside real workers: one per command, one per fleet, and through outages."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import dramatiq
+import pytest
+from dramatiq import Worker
+
+from dramatiq_policies import QueueMonitor, Threshold, install
+from tests.proxy import Proxy
+
+from .places import PATIENCE, Gate, Place, RabbitmqPlace, RedisPlace, until
+from .test_processes import Application
+
+#: The file that says when the jobs may end is shared by all processes.
+APP = """
+import os, pathlib, time
+import dramatiq
+from dramatiq.brokers.{kind} import {broker_class}
+from dramatiq_policies import Heartbeat, QueueMonitor, Threshold, Timeout, install
+
+journal = pathlib.Path(os.environ["APP_JOURNAL"])
+gate = journal.with_name("open")
+
+def note(*words):
+    with journal.open("a") as stream:
+        stream.write(" ".join(map(str, words)) + "\\n")
+
+def tell(alert):
+    note("cleared" if alert.cleared else "breach", alert.measure, os.getpid())
+
+broker = {broker_class}(url=os.environ["APP_URL"]{arguments})
+monitor = QueueMonitor(
+    interval=200,
+    thresholds={{"{queue}": Threshold(ready=10, stalled=1_000, notify_clear=True)}},
+    on_alert=[tell, "log"],
+)
+heartbeat = Heartbeat(journal.with_name("alive"), interval=100, silence=1_500)
+install(broker, queue_monitor=monitor, heartbeat=heartbeat, timeout=Timeout(grace=200))
+dramatiq.set_broker(broker)
+
+@dramatiq.actor(queue_name="{queue}")
+def patient(number):
+    note("began", number, os.getpid())
+    while not gate.exists():
+        time.sleep(0.02)
+
+@dramatiq.actor(queue_name="{queue}", timeout=300, max_retries=0)
+def stuck(number):
+    note("began", number, os.getpid())
+    time.sleep(6)
+"""
+
+
+class Watched(Application):
+    def __init__(self, place: Place, folder: Path) -> None:
+        super().__init__(place, folder)
+        self.module.write_text(
+            APP.format(
+                kind=place.kind,
+                broker_class=type(place.broker()).__name__,
+                arguments=f", namespace={place.namespace!r}" if isinstance(place, RedisPlace) else "",
+                queue=place.queue,
+            )
+        )
+        self.alive = folder / "alive"
+        self.environment["dramatiq_restart_delay"] = "200"
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    def told(self, *words: str) -> list[str]:
+        """The lines that begin with these words."""
+        return [line for line in self.journal.read_text().splitlines() if line.startswith(" ".join(words))]
+
+    def monitor(self) -> subprocess.Popen[bytes]:
+        """The monitor as a process of its own."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", "import jobs_app; jobs_app.monitor.run_forever()"],
+                env=self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.running.append(process)
+        return process
+
+    def beats(self, seconds: float = 1.0) -> bool:
+        before = self.alive.stat().st_mtime_ns if self.alive.exists() else 0
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.alive.exists() and self.alive.stat().st_mtime_ns != before:
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@pytest.fixture
+def application(place: Place, tmp_path: Path):
+    made = Watched(place, tmp_path)
+    yield made
+    made.close()
+
+
+def lock_files(process: subprocess.Popen[bytes]) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"dramatiq-policies-{os.getuid()}-*-{process.pid}-queues-*"))
+
+
+def test_one_process_of_a_command_watches_and_it_ends_with_its_command(place: Place, application: Watched) -> None:
+    for n in range(60):
+        application.send("patient", n)
+    process = application.start("--processes", "3")
+    until(lambda: application.told("breach ready"), 20, application.log.read_text)
+    # Each of the three has read, or asked who does, several times more.
+    time.sleep(1.5)
+    assert len(application.told("breach ready")) == 1, application.journal.read_text()
+    if isinstance(place, RabbitmqPlace):
+        assert lock_files(process)
+    application.open()
+    until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+    assert len(application.told("cleared ready")) == 1
+    application.stop(process)
+    assert lock_files(process) == []
+
+
+def test_on_redis_one_watches_for_the_fleet_and_another_takes_over(redis_place: RedisPlace, tmp_path: Path) -> None:
+    application = Watched(redis_place, tmp_path)
+    try:
+        for n in range(80):
+            application.send("patient", n)
+        first, second = (application.start("--processes", "2") for _ in range(2))
+        until(lambda: application.told("breach ready"), 20, application.log.read_text)
+        time.sleep(1.5)
+        assert len(application.told("breach ready")) == 1
+        watcher = int(application.told("breach ready")[0].split()[-1])
+        dying, staying = (first, second) if os.getpgid(watcher) == first.pid else (second, first)
+        os.killpg(dying.pid, signal.SIGKILL)
+        dying.wait()
+        # What was told is not told again; that it is over is.
+        time.sleep(2)
+        assert len(application.told("breach ready")) == 1
+        application.open()
+        until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+        assert os.getpgid(int(application.told("cleared ready")[0].split()[-1])) == staying.pid
+        application.stop(staying)
+    finally:
+        application.close()
+
+
+def test_a_process_of_its_own_warns_when_no_worker_lives(place: Place, application: Watched) -> None:
+    place.app().broker.declare_queue(place.queue)
+    application.send("patient", 1)
+    application.monitor()
+    until(lambda: application.told("breach stalled"), 20, application.log.read_text)
+    assert not application.told("began")
+
+
+def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place, application: Watched) -> None:
+    application.open()
+    process = application.start("--processes", "2")
+    until(application.beats, 20)
+    deadline = time.monotonic() + 3
+    n = 0
+    while time.monotonic() < deadline:
+        n += 1
+        application.send("patient", n)
+        time.sleep(0.01)
+    application.stop(process)
+    assert application.told("breach") == []
+
+
+def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: None) -> None:
+    told: list[object] = []
+    with Proxy.before(place.url) as proxy:
+        monitor = QueueMonitor(interval=50, thresholds={"*": Threshold(ready=3)}, on_alert=told.append)
+        broker = place.broker(proxy.url)
+        install(broker, queue_monitor=monitor)
+        gate = Gate()
+
+        @dramatiq.actor(broker=broker, queue_name=place.queue)
+        def job() -> None:
+            gate()
+
+        worker = Worker(broker, worker_timeout=50, worker_threads=1)
+        worker.start()
+        try:
+            until(lambda: monitor._reader is not None)
+            proxy.refuse()
+            proxy.cut()
+            time.sleep(0.5)
+            producer = place.broker()
+            for _ in range(12):
+                producer.enqueue(job.message())
+            assert told == []
+            proxy.accept()
+            until(lambda: told)
+        finally:
+            gate.open.set()
+            worker.stop()
+            broker.close()
+    assert len(told) == 1
+    assert "dramatiq_policies.queue_monitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_on_rabbitmq_the_lease_is_on_the_redis_of_a_store(
+    rabbitmq_place: RabbitmqPlace, redis_client, redis_namespace: str
+) -> None:
+    class Store:
+        def __init__(self) -> None:
+            self.client, self.namespace = redis_client, redis_namespace
+
+    class Other(dramatiq.Middleware):
+        store = Store()
+
+    brokers = [rabbitmq_place.broker() for _ in range(2)]
+    monitors = []
+    for broker in brokers:
+        broker.add_middleware(Other())
+        monitors.append(QueueMonitor(interval=50))
+        install(broker, queue_monitor=monitors[-1])
+        broker.declare_queue(rabbitmq_place.queue)
+    stops = [threading.Event() for _ in monitors]
+    threads = [
+        threading.Thread(target=monitor.run_forever, args=(stop,))
+        for monitor, stop in zip(monitors, stops, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: any(monitor._elected for monitor in monitors))
+        time.sleep(0.3)
+        elected = [monitor._elected for monitor in monitors]
+        assert elected.count(True) == 1
+        stops[elected.index(True)].set()
+        until(lambda: monitors[elected.index(False)]._elected)
+    finally:
+        for stop, thread in zip(stops, threads, strict=True):
+            stop.set()
+            thread.join(PATIENCE)
+
+
+def test_the_heartbeat_stops_while_every_thread_of_one_process_is_stuck(place: Place, application: Watched) -> None:
+    process = application.start("--processes", "2", "--threads", "1")
+    until(application.beats, 20, application.log.read_text)
+    application.send("stuck", 1)
+    until(lambda: application.told("began 1"))
+    until(lambda: not application.beats(), 5, application.log.read_text)
+    until(application.beats, 20, application.log.read_text)
+    application.stop(process)
+
+
+def test_the_heartbeat_goes_on_while_the_broker_is_away(place: Place, tmp_path: Path) -> None:
+    with Proxy.before(place.url) as proxy:
+        application = Watched(place, tmp_path)
+        application.environment["APP_URL"] = proxy.url
+        try:
+            process = application.start("--processes", "1")
+            until(application.beats, 20, application.log.read_text)
+            proxy.refuse()
+            proxy.cut()
+            # Longer than a consumer may be silent.
+            deadline = time.monotonic() + 3
+            while time.monotonic() < deadline:
+                assert application.beats(), application.log.read_text()
+            proxy.accept()
+            application.open()
+            application.send("patient", 1)
+            until(lambda: application.told("began 1"), 20, application.log.read_text)
+            application.stop(process)
+        finally:
+            application.close()
