@@ -10,6 +10,7 @@ import click
 
 from ..ops import OperationError, one_line, redact
 from .check import check
+from .dead import dead
 from .explain import explain
 
 __all__ = ["main"]
@@ -55,5 +56,5 @@ def main() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-for command in (check, explain):
+for command in (check, explain, dead):
     main.add_command(command)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from .apps import OperationError, find_actor, find_queue, known_queues, load_broker, one_line, redact
+from .apps import OperationError, find_actor, find_queue, known_queues, load_broker, meant, one_line, redact
 from .checks import Settings, check_actor, check_broker
+from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
 from .explanations import Attempt, Explanation, Portrait, describe, explain, find_exception
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
+from .letters import DeadLetter, Filter
 
 __all__ = [
     "CODES",
     "Attempt",
     "Code",
+    "DeadLetter",
     "Explanation",
+    "Filter",
     "Finding",
+    "Group",
+    "Moved",
     "OperationError",
     "Portrait",
     "Report",
@@ -21,6 +27,7 @@ __all__ = [
     "assert_job_ready",
     "check_actor",
     "check_broker",
+    "dead_letters",
     "describe",
     "explain",
     "find_actor",
@@ -29,9 +36,14 @@ __all__ = [
     "gate",
     "known_queues",
     "load_broker",
+    "meant",
+    "move",
     "one_line",
+    "purge",
     "read_baseline",
     "read_exemptions",
     "redact",
+    "replay",
+    "summarise",
     "write_baseline",
 ]

@@ -23,7 +23,17 @@ from ..middleware.base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-__all__ = ["OperationError", "find_actor", "find_queue", "import_object", "load_broker", "one_line", "redact"]
+__all__ = [
+    "OperationError",
+    "find_actor",
+    "find_queue",
+    "import_object",
+    "known_queues",
+    "load_broker",
+    "meant",
+    "one_line",
+    "redact",
+]
 
 
 class OperationError(PolicyError):
@@ -96,7 +106,7 @@ def find_actor(target: str, path: Iterable[str] = (".",)) -> Actor[..., Any]:
                 return actor  # type: ignore[no-any-return]
     if name in broker.actors:
         return broker.actors[name]
-    raise OperationError(f"{app} has no actor {name!r}{_meant(name, broker.actors)}.")
+    raise OperationError(f"{app} has no actor {name!r}{meant(name, broker.actors)}.")
 
 
 def find_queue(broker: Broker, queue: str) -> str:
@@ -107,7 +117,7 @@ def find_queue(broker: Broker, queue: str) -> str:
     """
     known = known_queues(broker)
     if queue not in known:
-        raise OperationError(f"No actor uses a queue {queue!r}{_meant(queue, known)}.")
+        raise OperationError(f"No actor uses a queue {queue!r}{meant(queue, known)}.")
     return queue
 
 
@@ -133,7 +143,7 @@ def import_object(path: str) -> Any:
         return functools.reduce(getattr, attributes.split("."), module)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise OperationError(f"{name} has no {attributes!r}{_meant(attributes, public)}.") from None
+        raise OperationError(f"{name} has no {attributes!r}{meant(attributes, public)}.") from None
 
 
 @contextlib.contextmanager
@@ -155,6 +165,7 @@ def _extend_path(path: Iterable[str]) -> None:
             sys.path.insert(0, folder)
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'this'``, if anything known comes near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return "; did you mean " + " or ".join(map(repr, near)) if near else ""

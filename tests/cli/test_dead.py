@@ -1,0 +1,257 @@
+"""`dramatiq-policies dead`, on a StubBroker whose dead letters the application brings along."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from dramatiq import Message
+
+from dramatiq_policies import ops
+from dramatiq_policies.history import now_ms
+
+APP = """
+import time
+from dramatiq_policies._dramatiq import StubMessage
+
+@dramatiq.actor(queue_name="mail", tags={"team": "shop"})
+def send_mail(order_id, address=None): "Tells the customer."
+
+@dramatiq.actor(queue_name="import")
+def import_batch(first): "Writes."
+
+def bury(actor, id, exception="app.MailDown", text="no answer", outcome="dead", reason="exhausted", ago=0, args=(7,), **options):
+    now = int(time.time() * 1000)
+    failure = dict(outcome=outcome, reason=reason, exception=exception, message=text, traceback="Traceback …\\n" + text,
+                   attempts=3, failed_at=now - ago, history=[
+                       dict(attempt=1, exception=exception, message=text, failed_at=now - ago - 5, delay_ms=5)])
+    options = {"failure": failure, "retries": 2, "traceback": "t", "requeue_timestamp": 1, "eta": 1, "redis_message_id": "r",
+               "ready_at": 1, "policies": {"total": 3, "runs": {}, "history": []}, "broker_priority": 3, **options}
+    message = dramatiq.Message(actor.queue_name, actor.actor_name, args, {"address": "ada@example.com"}, options, id, now - ago)
+    broker.dead_letters_by_queue[actor.queue_name].append(StubMessage(message))
+
+bury(send_mail, "m1", ago=7_200_000)
+bury(send_mail, "m2", ago=60_000, text="at amqp://user:secret@host/")
+bury(send_mail, "m3", exception="app.NoKey", outcome="alerted", reason=None)
+bury(import_batch, "i1", exception="builtins.ValueError", text="row 7", outcome="discarded", reason=None)
+"""
+
+
+@pytest.fixture
+def app(command):
+    return command.app(APP)
+
+
+@pytest.fixture
+def broker(command, app):
+    return ops.load_broker(app)
+
+
+def ids(command, app, *options):
+    return [letter["message_id"] for letter in command.json("dead", "list", app, *options)]
+
+
+def queued(broker, queue="mail"):
+    return [Message.decode(body) for body in list(broker.queues[queue].queue)]
+
+
+def dead(broker):
+    return [letter.message_id for letters in broker.dead_letters_by_queue.values() for letter in letters]
+
+
+def test_the_summary_counts_by_actor_exception_and_outcome_the_most_frequent_first(command, app):
+    groups = command.json("dead", "summary", app)
+    assert [(g["count"], g["actor"], g["exception"], g["outcome"]) for g in groups] == [
+        (2, "send_mail", "app.MailDown", "dead"),
+        (1, "import_batch", "builtins.ValueError", "discarded"),
+        (1, "send_mail", "app.NoKey", "alerted"),
+    ]
+    assert groups[0]["last_seen"] - groups[0]["first_seen"] == pytest.approx(7_140_000, abs=1_000)
+    shown = command("dead", "summary", app).stdout.splitlines()
+    assert re.split(r" {2,}", shown[1].strip())[:4] == ["2", "send_mail", "app.MailDown", "dead (exhausted)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        ((), ["i1", "m1", "m2", "m3"]),
+        (("--queue", "mail"), ["m1", "m2", "m3"]),
+        (("--queue", "mail", "--queue", "import", "--limit", "2"), ["m1", "m2"]),
+        (("--actor", "import_batch"), ["i1"]),
+        (("--error", "NoKey"), ["m3"]),
+        (("--error", "ROW 7"), ["i1"]),
+        (("--outcome", "alerted"), ["m3"]),
+        (("--reason", "exhausted"), ["m1", "m2"]),
+        (("--tag", "team=shop"), ["m1", "m2", "m3"]),
+        (("--tag", "team=books"), []),
+        (("--older-than", "1h"), ["m1"]),
+        (("--newer-than", "30s"), ["i1", "m3"]),
+        (("--id", "m2", "--id", "i1"), ["i1", "m2"]),
+        (("--id", "m2", "--outcome", "alerted"), []),
+    ],
+)
+def test_filters_say_which_are_meant(command, app, options, meant):
+    assert ids(command, app, *options) == meant
+
+
+def test_a_list_is_one_line_each_and_holds_no_arguments_or_passwords(command, app):
+    shown = command("dead", "list", app).stdout
+    assert len(shown.splitlines()) == 4
+    assert "MailDown: at amqp://***@host/" in shown
+    assert "ada@example.com" not in shown
+    assert "secret" not in shown
+
+
+def test_a_json_list_has_one_element_a_line(command, app):
+    lines = command("dead", "list", app, "--format", "json").stdout.splitlines()
+    assert lines[0] == "["
+    assert json.loads(lines[1].rstrip(","))["message_id"] == "i1"
+    assert command.json("dead", "list", app, "--id", "nobody") == []
+
+
+def test_show_tells_all_of_one_but_its_arguments(command, app):
+    shown = command("dead", "show", app, "m1").stdout
+    assert "app.MailDown" in shown
+    assert "Traceback …\nno answer" in shown
+    assert "ada@example.com" not in shown
+    assert command.json("dead", "show", app, "m1")["kwargs"] == {"address": "<str>"}
+    whole = command.json("dead", "show", app, "m1", "--args")
+    assert (whole["args"], whole["kwargs"]) == ([7], {"address": "ada@example.com"})
+    assert whole["options"] == {"broker_priority": 3}
+    assert whole["history"][0]["delay_ms"] == 5
+    assert "no dead letter with the id 'm9'" in command.refuses("dead", "show", app, "m9")
+
+
+def test_a_replay_is_the_message_without_its_past_and_counts_itself(command, app, broker):
+    before = now_ms()
+    result = command("dead", "replay", app, "--id", "m1", "--yes")
+    assert result.stdout == "1 dead letter replayed.\n"
+    (message,) = queued(broker)
+    assert message.message_id == "m1"
+    assert (message.args, message.kwargs) == ((7,), {"address": "ada@example.com"})
+    assert message.message_timestamp >= before
+    assert message.options.pop("ready_at") >= before
+    assert message.options == {"broker_priority": 3, "policies": {"replays": 1}}
+    assert dead(broker) == ["m2", "m3", "i1"]
+
+
+def test_a_second_replay_counts_on(command, app, broker):
+    letter = broker.dead_letters_by_queue["mail"][0]
+    letter.options["policies"]["replays"] = 4
+    command("dead", "replay", app, "--id", "m1", "--yes")
+    assert queued(broker)[0].options["policies"] == {"replays": 5}
+
+
+def test_a_replay_may_get_a_new_id_and_another_queue(command, app, broker):
+    command("dead", "replay", app, "--id", "m1", "--yes", "--new-id", "--to-queue", "import")
+    (message,) = queued(broker, "import")
+    assert message.message_id != "m1"
+    assert message.queue_name == "import"
+
+
+def test_a_dry_run_changes_nothing(command, app, broker):
+    assert (
+        command("dead", "replay", app, "--queue", "mail", "--dry-run").stdout == "3 dead letters would be replayed.\n"
+    )
+    assert len(dead(broker)) == 4
+
+
+def test_it_asks_first(command, app, broker):
+    no = command("dead", "replay", app, answers="n\n")
+    assert (no.exit_code, no.stdout) == (1, "")
+    assert "Replay 4 dead letters?" in no.stderr
+    silent = command("dead", "purge", app)
+    assert silent.exit_code == 2
+    assert silent.stderr.endswith("Error: Nothing was done: nobody said yes, and there is no --yes.\n")
+    assert len(dead(broker)) == 4
+    assert command("dead", "replay", app, answers="y\n").stdout == "4 dead letters replayed.\n"
+    assert dead(broker) == []
+
+
+def test_a_limit_bounds_it(command, app, broker):
+    command("dead", "replay", app, "--limit", "2", "--yes")
+    assert len(dead(broker)) == 2
+
+
+def test_a_rate_bounds_it(command, app, monkeypatch):
+    waits = []
+    monkeypatch.setattr("dramatiq_policies.ops.piles.stub.time.sleep", waits.append)
+    command("dead", "replay", app, "--queue", "mail", "--rate", "0.5", "--yes")
+    # Against a clock on which the waits take no time.
+    assert waits == pytest.approx([2, 4, 6], abs=0.5)
+
+
+def test_purge_deletes_what_is_meant(command, app, broker):
+    assert (
+        command("dead", "purge", app, "--queue", "mail", "--outcome", "dead", "--yes").stdout
+        == "2 dead letters deleted.\n"
+    )
+    assert dead(broker) == ["m3", "i1"]
+    assert queued(broker) == []
+
+
+def test_an_interrupted_replay_says_how_far_it_came(command, app, broker, monkeypatch):
+    sent = []
+
+    def enqueue(message, delay=None):
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        sent.append(message)
+
+    monkeypatch.setattr(broker, "enqueue", enqueue)
+    result = command("dead", "replay", app, "--yes")
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted: 2 dead letters replayed; the rest is where it was.\n"
+    assert len(dead(broker)) == 2
+
+
+def test_what_can_t_be_read_is_shown_as_such_and_stays(command, app, broker):
+    raw = broker.dead_letters_by_queue["mail"][0]
+    raw.encode = lambda: b"{no json"
+    assert command.json("dead", "list", app, "--reason", "malformed")[0]["text"] == "{no json"
+    result = command("dead", "replay", app, "--reason", "malformed", "--yes")
+    assert result.stderr == "1 can't be read and stay where they are.\n"
+    assert len(dead(broker)) == 4
+
+
+def test_a_stock_dead_letter_says_what_its_traceback_says(command, app, broker):
+    letter = broker.dead_letters_by_queue["mail"][0]
+    del letter.options["failure"]
+    letter.options["traceback"] = 'Traceback (most recent call last):\n  File "x"\napp.MailDown: no answer\n'
+    shown = command.json("dead", "show", app, "m1")
+    assert (shown["outcome"], shown["exception"], shown["text"]) == ("dead", "app.MailDown", "no answer")
+    assert shown["attempts"] == 3
+
+
+def test_a_wrong_name_is_one_sentence_that_helps(command, app):
+    assert "did you mean 'mail'" in command.refuses("dead", "list", app, "--queue", "mial")
+    assert "did you mean 'send_mail'" in command.refuses("dead", "summary", app, "--actor", "send_mial")
+    assert "write name=value" in command.refuses("dead", "list", app, "--tag", "team")
+    assert "no length of time" in command.refuses("dead", "list", app, "--older-than", "soon")
+    assert "did you mean 'mail'" in command.refuses("dead", "replay", app, "--yes", "--to-queue", "mails")
+
+
+def test_a_broker_that_stores_messages_in_its_own_way_is_refused(command):
+    broker = """
+class Other(dramatiq.Broker):
+    def declare_queue(self, queue): self.queues[queue] = None
+    def get_declared_queues(self): return set(self.queues)
+broker = install(Other())
+dramatiq.set_broker(broker)
+"""
+    app = command.app('@dramatiq.actor(queue_name="mail")\ndef send_mail(): pass\n', broker=broker)
+    assert "How a Other stores messages is not known" in command.refuses("dead", "list", app)
+
+
+def test_a_moved_message_is_the_same_in_another_queue(command, app, broker):
+    sent = [broker.actors["send_mail"].send(number) for number in range(3)]
+    other = broker.actors["send_mail"].message(9)
+    other = other.copy(actor_name="import_batch")
+    broker.enqueue(other)
+    moved = ops.move(broker, "mail", "import", actor="send_mail")
+    assert moved.count == 3
+    assert [m.message_id for m in queued(broker, "import")] == [m.message_id for m in sent]
+    assert {m.queue_name for m in queued(broker, "import")} == {"import"}
+    assert [m.message_id for m in queued(broker, "mail")] == [other.message_id]
+    assert broker.queues["mail"].unfinished_tasks == 1

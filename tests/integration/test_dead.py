@@ -1,0 +1,269 @@
+"""The dead letters' commands on real servers, interrupted at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from dramatiq import Message
+
+from dramatiq_policies import constant, ops
+from dramatiq_policies.ops import Filter
+from dramatiq_policies.rules import RetryPolicy
+
+from .places import RabbitmqPlace, RedisPlace, until
+
+ROOT = Path(__file__).parents[2]
+MANY = 2_000
+APP = """
+import os, dramatiq
+from dramatiq_policies import install
+if os.environ["KIND"] == "redis":
+    from dramatiq.brokers.redis import RedisBroker
+    broker = RedisBroker(url=os.environ["URL"], namespace=os.environ["NAMESPACE"])
+else:
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+    broker = RabbitmqBroker(url=os.environ["URL"])
+install(broker)
+dramatiq.set_broker(broker)
+
+@dramatiq.actor(queue_name=os.environ["QUEUE"])
+def job(number): pass
+"""
+
+
+class Gone(Exception):
+    pass
+
+
+def bury(place, app, count, **failure):
+    """Dead letters as a worker leaves them, without running one."""
+    letters = []
+    for number in range(count):
+        why = {
+            "outcome": "dead",
+            "reason": "exhausted",
+            "exception": "app.Gone",
+            "message": f"no {number}",
+            "attempts": 3,
+        }
+        why.update(failure, failed_at=int(time.time() * 1_000))
+        options = {"failure": why, "retries": 2, "policies": {"total": 3}, "redis_message_id": f"r{number}"}
+        letters.append(Message(place.queue, "job", (number,), {}, options))
+    bury_bodies(place, app, [letter.encode() for letter in letters])
+    return [letter.message_id for letter in letters]
+
+
+def bury_bodies(place, app, bodies):
+    if isinstance(place, RedisPlace):
+        with place.client.pipeline() as pipe:
+            for number, body in enumerate(bodies):
+                pipe.hset(place.key(f"{place.queue}.XQ.msgs"), f"r{number}", body)
+                pipe.zadd(place.key(f"{place.queue}.XQ"), {f"r{number}": 1_700_000_000_000 + number})
+            pipe.execute()
+    else:
+        app.broker.declare_queue(place.queue, ensure=True)
+        for body in bodies:
+            place.channel.basic_publish("", f"{place.queue}.XQ", body)
+        until(lambda: count_dead(place) == len(bodies))
+
+
+def count_dead(place):
+    if isinstance(place, RedisPlace):
+        return place.client.zcard(place.key(f"{place.queue}.XQ"))
+    return place.channel.queue_declare(f"{place.queue}.XQ", passive=True).method.message_count
+
+
+@pytest.fixture
+def app(place):
+    app = place.app()
+
+    @app.actor
+    def job(number):
+        if number < 0:
+            raise Gone(f"no {number}")
+
+    return app
+
+
+def numbers(messages):
+    return [message.args[0] for message in messages]
+
+
+def test_what_a_worker_left_is_listed_in_order_and_stays_where_it_is(place, app):
+    job = app.broker.actors["job"]
+    job.options["retry_on"] = None
+
+    with app.working(threads=1):
+        for number in (-1, -2, -3):
+            job.send_with_options(args=(number,), max_retries=0)
+        app.wait_for("dead", "dead", "dead")
+    for _ in range(2):
+        letters = list(ops.dead_letters(app.broker))
+        assert [letter.message.args[0] for letter in letters] == [-1, -2, -3]
+    assert letters[0].exception.endswith("Gone")
+    assert letters[0].reason == "unclassified"
+    (group,) = ops.summarise(app.broker)
+    assert group.count == 3
+    assert len(list(ops.dead_letters(app.broker, limit=2))) == 2
+    assert numbers(place.dead()) == [-1, -2, -3]
+
+
+def test_a_replayed_message_runs_and_is_gone_from_the_dead(place, app):
+    ids = bury(place, app, 3)
+    moved = ops.replay(app.broker, where=Filter(message_ids=(ids[1],)))
+    assert moved.count == 1
+    app.work_until("succeeded")
+    assert app.events[0].message_id == ids[1]
+    assert app.events[0].attempt == 1
+    assert numbers(place.dead()) == [0, 2]
+
+
+def test_a_replay_that_fails_again_is_a_new_dead_letter_and_not_replayed_twice(place, app):
+    @app.actor(retry_on={Gone: RetryPolicy(attempts=1, wait=constant(1))}, actor_name="again")
+    def again():
+        raise Gone
+
+    with app.working(threads=1):
+        again.send()
+        app.wait_for("dead")
+        moved = ops.replay(app.broker, rate=50)
+        app.wait_for("dead", "dead")
+    assert moved.count == 1
+    (letter,) = place.dead()
+    assert letter.options["failure"]["attempts"] == 1
+
+
+def test_all_are_replayed_in_their_order(place, app):
+    bury(place, app, 1_200)
+    assert ops.replay(app.broker).count == 1_200
+    if isinstance(place, RedisPlace):
+        ids = place.client.lrange(place.key(place.queue), 0, -1)
+        bodies = place.client.hmget(place.key(f"{place.queue}.msgs"), ids)
+        found = [Message.decode(body) for body in bodies]
+    else:
+        found = [Message.decode(body) for body in place.drain(place.queue)]
+    assert numbers(found) == list(range(1_200))
+    assert {json.dumps(message.options["policies"]) for message in found} == {'{"replays": 1}'}
+    assert count_dead(place) == 0
+
+
+def test_those_that_are_not_meant_keep_their_place(place, app):
+    bury(place, app, 1_200)
+    moved = ops.purge(app.broker, where=Filter(error="7"))
+    kept = [number for number in range(1_200) if "7" not in str(number)]
+    assert moved.count == 1_200 - len(kept)
+    assert numbers(place.dead()) == kept
+
+
+def test_messages_are_moved_to_another_queue_in_their_order(place, app):
+    target = f"{place.queue}-other"
+    app.broker.declare_queue(target)
+    try:
+        if isinstance(place, RabbitmqPlace):
+            app.broker.declare_queue(target, ensure=True)
+        job = app.broker.actors["job"]
+        for number in range(700):
+            job.send(number)
+            app.broker.enqueue(job.message(number).copy(actor_name="other"))
+        if isinstance(place, RabbitmqPlace):
+            until(lambda: place.ready() == 1_400)
+        assert ops.move(app.broker, place.queue, target, actor="job", limit=600).count == 600
+        moved = place.left(target)
+        assert sorted(numbers(moved)) == list(range(600))
+        assert {message.queue_name for message in moved} == {target}
+        left = place.left()
+        assert Counter(message.actor_name for message in left) == {"job": 100, "other": 700}
+    finally:
+        if isinstance(place, RabbitmqPlace):
+            for name in (target, f"{target}.DQ", f"{target}.XQ"):
+                place.channel.queue_delete(name)
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    """The command as a process."""
+    (tmp_path / "killed_app.py").write_text(APP)
+    namespace = place.namespace if isinstance(place, RedisPlace) else ""
+    here = {"KIND": place.kind, "QUEUE": place.queue, "NAMESPACE": namespace, "PYTHONPATH": str(ROOT)}
+    started = []
+
+    def start(*args):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dramatiq_policies", *args],
+            cwd=tmp_path,
+            env={**os.environ, **here, "URL": place.url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_replay_interrupted_again_and_again_loses_nothing(place, app, run, blow):
+    ids = bury(place, app, MANY)
+    random.seed(ids[0])
+    killed = 0
+    for _ in range(40):
+        before = count_dead(place)
+        process = run("dead", "replay", "killed_app", "--yes")
+        # Not before it works, and then at any moment.
+        until(lambda p=process, b=before: p.poll() is not None or count_dead(place) < b)
+        time.sleep(random.random() * 0.15)
+        if process.poll() is None:
+            process.send_signal(blow)
+        code = process.wait(20)
+        if code == 0:
+            break
+        # 130 is what it says itself; the other, that it was over already.
+        assert code in ((-signal.SIGKILL,) if blow is signal.SIGKILL else (130, -signal.SIGINT))
+        killed += 1
+        if isinstance(place, RabbitmqPlace):
+            time.sleep(0.1)  # Until the server has noticed.
+    assert killed >= 2
+    assert code == 0
+    found = Counter(message.message_id for message in place.left())
+    left = Counter(message.message_id for message in place.dead())
+    assert set(found) | set(left) == set(ids)
+    assert not left
+    twice = sum(found.values()) - len(found)
+    assert twice <= (0 if place.kind == "redis" else killed)
+
+
+def test_the_commands_work_as_processes(place, app, run):
+    ids = bury(place, app, 3)
+    out, err = run("dead", "summary", "killed_app", "--format", "json").communicate(timeout=20)
+    assert err == ""
+    assert [(group["count"], group["actor"]) for group in json.loads(out)] == [(3, "job")]
+    out, _ = run("dead", "list", "killed_app").communicate(timeout=20)
+    assert [line.split()[2] for line in out.splitlines()] == ids
+    out, _ = run("dead", "purge", "killed_app", "--yes").communicate(timeout=20)
+    assert out == "3 dead letters deleted.\n"
+    assert count_dead(place) == 0
+
+
+def test_a_server_that_is_down_is_one_sentence_without_a_password(place, run):
+    url = "redis://:s3cret@127.0.0.1:1/0" if place.kind == "redis" else "amqp://guest:s3cret@127.0.0.1:1"
+    place.url = url
+    process = run("dead", "summary", "killed_app")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "127.0.0.1:1" in err
+    assert "s3cret" not in err
