@@ -76,7 +76,7 @@ def open_pile(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManag
 
 
 _KNOWN = (
+    ("dramatiq.brokers.stub", "StubBroker"),
     ("dramatiq.brokers.redis", "RedisBroker"),
     ("dramatiq.brokers.rabbitmq", "RabbitmqBroker"),
-    ("dramatiq.brokers.stub", "StubBroker"),
 )
