@@ -29,7 +29,7 @@ from .shape import check_composition, check_shape, clean_options, is_number
 if TYPE_CHECKING:
     from .wiring import Wiring
 
-__all__ = ["DelayQueue", "PolicyConsumer"]
+__all__ = ["DelayQueue", "PolicyConsumer", "hold"]
 
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
@@ -78,6 +78,9 @@ class PolicyConsumer(Consumer):
         self.queue_name = q_name(queue_name)
         self.is_delay_queue = self.source != self.queue_name
         self.delayed = self.delay_queue()
+        #: Whether the worker shuts down: what still comes is for others. See `hold`.
+        self.holding = False
+        self.held_back: list[MessageProxy] = []
 
     # What a worker calls.
 
@@ -94,6 +97,9 @@ class PolicyConsumer(Consumer):
             if not is_number(message.options.get("eta")):
                 message.options["eta"] = 0
             return message
+        if self.holding:
+            self.held_back.append(message)
+            return None
         plain = _dramatiq.message_of(message)
         message.delivery = delivery = Delivery(self, plain)  # type: ignore[attr-defined]
         options = plain.options
@@ -146,7 +152,7 @@ class PolicyConsumer(Consumer):
 
     def close(self) -> None:
         if self.wiring.stopping.is_set():
-            items = []
+            items, self.held_back = self.held_back, []
             while (item := self.delayed.take()) is not None:
                 items.append(_dramatiq.delayed_message(item))
                 self.delayed.task_done()
@@ -274,3 +280,14 @@ class PolicyConsumer(Consumer):
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def hold(worker: Any) -> None:
+    """Begin no further job on a worker that shuts down; what it still fetches goes back when it closes.
+
+    Its consumers live on while its jobs end, and an idle thread would take once more what they bring: the very job that
+    the shutdown has interrupted and put back, which then nothing interrupts any more.
+    """
+    for thread in worker.consumers.values():
+        if isinstance(thread.consumer, PolicyConsumer):
+            thread.consumer.holding = True

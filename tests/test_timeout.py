@@ -10,6 +10,7 @@ import time
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dramatiq import Message
@@ -383,7 +384,7 @@ def test_shutdown_notifications_are_stock_s_but_for_the_hooks(monkeypatch):
     middleware = ShutdownNotifications(notify_shutdown=True)
     assert isinstance(middleware, StockShutdownNotifications)
     assert middleware.actor_options == {"notify_shutdown"}
-    middleware.before_worker_shutdown(None, None)
+    middleware.before_worker_shutdown(None, SimpleNamespace(consumers={}))
     assert calls == [1]
 
 

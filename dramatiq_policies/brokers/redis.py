@@ -94,6 +94,10 @@ class RedisConsumer(PolicyConsumer):
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
         room = self.prefetch - self.outstanding_message_count
+        if self.holding and not self.is_delay_queue:
+            # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
+            self.idle(self.timeout_ms / 1_000)
+            return False
         if room > 0:
             self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
             if self.cache:

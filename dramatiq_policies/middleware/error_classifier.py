@@ -12,6 +12,7 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Retries, Shutdown
 
 from ..backoff import safe_wait
+from ..consumer import hold
 from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
 from ..durations import WEEK_MS, to_ms
 from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict
@@ -190,6 +191,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
         if self.wiring is not None:
             self.wiring.stopping.set()
+            hold(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
         if self.wiring is None:

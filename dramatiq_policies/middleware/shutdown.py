@@ -8,6 +8,7 @@ from dramatiq.middleware import Middleware
 from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
 
 from .. import interrupts
+from ..consumer import hold
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -36,4 +37,5 @@ class ShutdownNotifications(_ShutdownNotifications):
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
+        hold(worker)
         interrupts.shutdown()

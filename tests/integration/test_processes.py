@@ -187,6 +187,21 @@ def test_a_shutdown_puts_the_job_under_way_back(place: Place, make) -> None:
     assert place.dead() == []
 
 
+def test_an_idle_thread_does_not_begin_again_what_the_shutdown_has_put_back(place: Place, make) -> None:
+    application = make()
+    application.send("long", 1)
+    process = application.start("--threads", "8")
+    until(lambda: any(line.startswith("began") for line in application.lines()))
+    application.stop(process)
+    assert [line for line in application.lines().elements() if not line.startswith("began 1 ")] == []
+
+    process = application.start()
+    application.wait_for("done 1")
+    application.stop(process)
+    assert application.lines()["done 1"] == 1
+    assert place.left() == []
+
+
 def test_a_killed_worker_s_job_is_delivered_again(place: Place, make) -> None:
     application = make()
     application.send("long", 100)
