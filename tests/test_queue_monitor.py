@@ -12,7 +12,7 @@ import pytest
 from dramatiq import Message
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import ConfigurationError, QueueAlert, QueueMonitor, Threshold, install
+from dramatiq_policies import ConfigurationError, Metrics, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.alerts import Watch
 from dramatiq_policies.queues import QueueReading
 
@@ -263,6 +263,17 @@ def test_a_dogstatsd_client_gets_the_queue_as_a_tag():
     with stage.working():
         until(lambda: ("q.oldest_ms", "queue:mail") in client.gauges)
     assert client.gauges["q.ready", "queue:mail"] == 0
+
+
+def test_without_a_client_of_its_own_it_sends_where_metrics_sends():
+    client = Client()
+    client.incr = client.timing = lambda name, value=1: None
+    bundle = {"metrics": Metrics(client, queue_prefix="q"), "queue_monitor": QueueMonitor(interval=10)}
+    stage = Stage(bundle=bundle)
+    stage.broker.declare_queue("mail")
+    with stage.working():
+        until(lambda: client.gauges.get("q.mail.ready") == 0)
+        until(lambda: "workers.threads" in client.gauges)
 
 
 def monitoring():

@@ -52,7 +52,8 @@ class QueueMonitor(PolicyMiddleware):
         raises is logged.
       client: Where the gauges go, as in `Metrics`. None, the default: where those of the broker's Metrics go; without
         Metrics nowhere.
-      queue_prefix: What the names of the queues' gauges begin with. Default ``"queues"``.
+      queue_prefix: What the names of the queues' gauges begin with. None, the default: as Metrics says, else
+        ``"queues"``.
       in_workers: False if only ``dramatiq-policies monitor`` is to watch, and no worker.
 
     Raises:
@@ -66,7 +67,7 @@ class QueueMonitor(PolicyMiddleware):
         thresholds: Mapping[str, Threshold] | None = None,
         on_alert: OnAlert | None = None,
         client: Any = None,
-        queue_prefix: str = "queues",
+        queue_prefix: str | None = None,
         in_workers: bool = True,
     ) -> None:
         try:
@@ -77,7 +78,7 @@ class QueueMonitor(PolicyMiddleware):
             raise ConfigurationError.of_option(
                 "QueueMonitor", "interval", "milliseconds or a timedelta, more than 0", interval
             )
-        if type(queue_prefix) is not str or not queue_prefix:
+        if queue_prefix is not None and (type(queue_prefix) is not str or not queue_prefix):
             raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
         self.queue_prefix = queue_prefix
         self.in_workers = in_workers
@@ -210,17 +211,19 @@ class QueueMonitor(PolicyMiddleware):
                 tell(alert)
 
     def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]]) -> None:
-        from ..statsd import Statsd, metric_name, tag_list
+        from ..statsd import metric_name, tag_list
 
-        statsd = self._statsd
+        metrics = self._wiring().metrics
+        statsd, queues = self._statsd, self.queue_prefix
+        if metrics is not None:
+            statsd = metrics.statsd if statsd is None else statsd
+            queues = metrics.queue_prefix if queues is None else queues
         if statsd is None:
-            of_others = (getattr(middleware, "statsd", None) for middleware in self._wiring().broker.middleware)
-            statsd = next((found for found in of_others if isinstance(found, Statsd)), None)
-            if statsd is None:
-                return
+            return
+        queues = "queues" if queues is None else queues
         values: list[Value] = []
         for reading in readings:
-            prefix = self.queue_prefix if statsd.tagged else f"{self.queue_prefix}.{metric_name(reading.queue)}"
+            prefix = queues if statsd.tagged else f"{queues}.{metric_name(reading.queue)}"
             tags = tag_list({"queue": reading.queue})
             for name in ("ready", "delayed", "dead", "oldest_ms"):
                 value = getattr(reading, name)
