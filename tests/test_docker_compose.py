@@ -19,7 +19,7 @@ def compose() -> dict[str, Any]:
 
 def test_both_brokers_say_when_they_are_healthy_and_the_worker_waits_for_it(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert services.keys() == {"redis", "rabbitmq", "worker"}
+    assert {name for name, service in services.items() if "profiles" not in service} == {"redis", "rabbitmq", "worker"}
     for broker in ("redis", "rabbitmq"):
         assert services[broker]["healthcheck"]["test"][0] == "CMD"
         assert services["worker"]["depends_on"][broker] == {"condition": "service_healthy"}
@@ -41,6 +41,14 @@ def test_the_worker_runs_the_example_and_reloads_it(compose: dict[str, Any]) -> 
     worker = compose["services"]["worker"]
     assert "dramatiq --watch examples examples.orders.app" in worker["command"][-1]
     assert "BROKER_URL" in worker["environment"]
+
+
+def test_the_dashboard_is_a_profile_and_every_image_has_a_version(compose: dict[str, Any]) -> None:
+    observing = {name for name, service in compose["services"].items() if service.get("profiles") == ["observability"]}
+    assert observing == {"statsd-exporter", "prometheus", "grafana"}
+    assert all(":" in service["image"] for service in compose["services"].values())
+    worker = compose["services"]["worker"]["environment"]
+    assert {"STATSD_HOST", "SENTRY_DSN"} <= worker.keys()
 
 
 def test_compose_finds_nothing_wrong() -> None:
