@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,23 @@ def test_the_worker_runs_the_example_and_reloads_it(compose: dict[str, Any]) -> 
     worker = compose["services"]["worker"]
     assert "dramatiq --watch examples examples.orders.app" in worker["command"][-1]
     assert "BROKER_URL" in worker["environment"]
+
+
+def test_the_worker_is_healthy_while_its_heartbeat_is_fresh(compose: dict[str, Any], tmp_path: Path) -> None:
+    worker = compose["services"]["worker"]
+    kind, probe = worker["healthcheck"]["test"]
+    alive = tmp_path / "alive"
+    probe = probe.replace("$$", "$").replace(worker["environment"]["HEARTBEAT_FILE"], str(alive))
+
+    def healthy() -> bool:
+        return subprocess.run(["sh", "-c", probe], check=False, capture_output=True).returncode == 0
+
+    assert kind == "CMD-SHELL"
+    assert not healthy()
+    alive.touch()
+    assert healthy()
+    os.utime(alive, (time.time() - 90,) * 2)
+    assert not healthy()
 
 
 def test_the_dashboard_is_a_profile_and_every_image_has_a_version(compose: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ Environment:
   MAIL_API_KEY: The gateway's key. Empty, as if somebody had forgotten it: the jobs alert.
   ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; less for a demo that ends soon.
   ORDERS_TIMEOUT_MS: How long the confirmation may take, in milliseconds. Default 30000.
+  STATSD_HOST, STATSD_PORT: Where the jobs' numbers go. Nowhere without a host.
+  HEARTBEAT_FILE: The file for a liveness probe. None by default.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from dramatiq.broker import Broker
 
 from dramatiq_policies import (
     ActorOptions,
+    Heartbeat,
+    Metrics,
+    QueueMonitor,
     RetryPolicy,
+    Threshold,
     TimeoutExceeded,
     constant,
     current_job,
@@ -55,7 +61,19 @@ def make_broker(url: str) -> Broker:
 
 
 broker = make_broker(os.environ.get("BROKER_URL", "redis://localhost:6379/0"))
-install(broker)
+statsd, alive = os.environ.get("STATSD_HOST"), os.environ.get("HEARTBEAT_FILE")
+install(
+    broker,
+    metrics=Metrics() if statsd else None,
+    queue_monitor=QueueMonitor(
+        interval=5_000,
+        thresholds={
+            "orders_mail": Threshold(ready=1_000, oldest=300_000, stalled=60_000, dead=100),
+            "*": Threshold(ready=10_000, dead=100),
+        },
+    ),
+    heartbeat=Heartbeat(alive) if alive else None,
+)
 dramatiq.set_broker(broker)
 
 gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
