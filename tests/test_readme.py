@@ -40,7 +40,7 @@ def shop(monkeypatch):
     module.mail_gateway = Gateway()
     monkeypatch.setitem(sys.modules, "shop", module)
     monkeypatch.setattr(dramatiq.broker, "global_broker", None)
-    monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda url: StubBroker())
+    monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda **_: StubBroker())
     return module
 
 
