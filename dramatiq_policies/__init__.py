@@ -25,6 +25,7 @@ from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
 from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
+from .middleware.sentry import SentryReporter
 from .middleware.timeout import StuckJob, Timeout
 from .options import ActorOptions
 from .outcomes import Outcome, OutcomeEvent
@@ -55,6 +56,7 @@ __all__ = [
     "QueueMonitor",
     "QueueTimeoutExceeded",
     "RetryPolicy",
+    "SentryReporter",
     "Snooze",
     "StuckJob",
     "Threshold",

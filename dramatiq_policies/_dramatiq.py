@@ -19,6 +19,8 @@ WORKER_LOGGER = "dramatiq.worker.WorkerThread"
 FAILED_LINE = "Failed to process message %s with unhandled exception."
 EXPECTED_LINE = "Failed to process message %s with expected exception %s."
 SKIPPED_LINE = "Message %s was skipped."
+#: What a consumer's thread reports, on a logger that ends in its queue's name.
+UNKNOWN_ACTOR_LINE = "Received message for undefined actor %r. Moving it to the DLQ."
 
 StubMessage: type[MessageProxy] = _stub._StubMessageProxy
 

@@ -24,6 +24,7 @@ from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
 from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueMonitor
+from .middleware.sentry import SentryReporter
 from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout, validate
 from .options import ActorPolicy
@@ -35,7 +36,7 @@ __all__ = ["arrange", "install"]
 B = TypeVar("B", bound=Broker)
 
 #: Those that only listen stand behind the ErrorClassifier, in this order.
-_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, Metrics, QueueMonitor, Heartbeat)
+_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, Metrics, SentryReporter, QueueMonitor, Heartbeat)
 
 
 def install(
@@ -46,6 +47,7 @@ def install(
     discard_logger: DiscardLogger | Literal[False] | None = None,
     idempotency: Literal[False] | None = None,
     metrics: Metrics | None = None,
+    sentry: SentryReporter | None = None,
     queue_monitor: QueueMonitor | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> B:
@@ -58,6 +60,7 @@ def install(
       discard_logger: None means one with its defaults, False none.
       idempotency: There is none yet: None and False both mean so.
       metrics: None means none.
+      sentry: None means none.
       queue_monitor: None means none.
       heartbeat: None means none.
 
@@ -73,6 +76,7 @@ def install(
         _checked("timeout", timeout, Timeout),
         None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
         None if metrics is None else _checked("metrics", metrics, Metrics),
+        None if sentry is None else _checked("sentry", sentry, SentryReporter),
         None if queue_monitor is None else _checked("queue_monitor", queue_monitor, QueueMonitor),
         None if heartbeat is None else _checked("heartbeat", heartbeat, Heartbeat),
     ]

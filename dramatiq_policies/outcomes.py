@@ -87,6 +87,18 @@ class OutcomeEvent:
         }
 
 
+def traceparent_of(message: Any) -> str | None:
+    """The message's option ``traceparent``, by which its sender is found, if it is a text."""
+    value = None if message is None else message.options.get("traceparent")
+    return value[:200] if isinstance(value, str) and value else None
+
+
+def extra_of(event: OutcomeEvent, message: Any) -> dict[str, Any]:
+    """The fields of a log record, with the message's ``traceparent`` where it has one."""
+    traceparent = traceparent_of(message)
+    return event.extra() if traceparent is None else {**event.extra(), "traceparent": traceparent}
+
+
 #: Called with each record, on the thread that worked on the message. What it raises is logged and changes nothing.
 Subscriber = Callable[[OutcomeEvent], object]
 

@@ -92,10 +92,12 @@ class Wiring:
         """Hand every record to a callable of the user's."""
         self.observe(owner, lambda event, message: subscriber(event), subscriber)
 
-    def observe(self, owner: object, observer: Observer, name: object = None, *, successes: bool = True) -> None:
+    def observe(
+        self, owner: object, observer: Observer, name: object = None, *, successes: bool = True, first: bool = False
+    ) -> None:
         """Hand every record, or all but the successes, to an observer; what it raises is logged and changes nothing.
 
-        ``owner`` is the middleware on whose behalf it observes. See `forget`.
+        ``owner`` is the middleware on whose behalf it observes. See `forget`. With ``first`` it comes before the others.
         """
 
         def guarded(event: OutcomeEvent, message: MessageProxy | None) -> None:
@@ -104,7 +106,7 @@ class Wiring:
             except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
                 logger.exception("The outcome subscriber %r failed; the message is not affected.", name or observer)
 
-        self._entries.append((owner, guarded, successes))
+        self._entries.insert(0 if first else len(self._entries), (owner, guarded, successes))
         self._order_observers()
 
     def forget(self, owner: object) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..logs import replace_worker_lines
-from ..outcomes import Outcome, OutcomeEvent, text_of
+from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -20,6 +21,17 @@ __all__ = ["DiscardLogger"]
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
 
+#: What is logged, and at which level unless another is given.
+_LEVELS = {
+    "dead": logging.ERROR,
+    "expired": logging.ERROR,
+    "discarded": logging.WARNING,
+    "thrown": logging.WARNING,
+}
+
+Level = int | str
+
+
 class DiscardLogger(PolicyMiddleware):
     """Logs each bad ending once, on ``dramatiq_policies.outcomes``, its fields in ``extra=``.
 
@@ -28,22 +40,24 @@ class DiscardLogger(PolicyMiddleware):
     left out. An alert has its own CRITICAL record.
 
     Parameters:
-      level: One level for all of them, a number or a name. Default None, as above.
+      level: One level for all of them, a number or a name; or a mapping that gives some of ``"dead"``, ``"expired"``,
+        ``"discarded"`` and ``"thrown"`` (an error that stock's ``throws`` names) a level of their own. Default None, as
+        above.
       log_args: Whether the message's arguments are logged, as ``job_args`` and ``job_kwargs``. Default False.
 
     Raises:
-      ConfigurationError: If the level is none.
+      ConfigurationError: If a level is none, or the mapping names something else.
     """
 
-    def __init__(self, level: int | str | None = None, log_args: bool = False) -> None:
-        if isinstance(level, str):
-            number = logging.getLevelName(level.upper())
-            if not isinstance(number, int):
-                raise ConfigurationError.of_option("DiscardLogger", "level", "a logging level", level)
-            level = number
-        if level is not None and (isinstance(level, bool) or not isinstance(level, int)):
-            raise ConfigurationError.of_option("DiscardLogger", "level", "a logging level", level)
-        self.level = level
+    def __init__(self, level: Level | Mapping[str, Level] | None = None, log_args: bool = False) -> None:
+        self.levels = dict(_LEVELS)
+        if isinstance(level, Mapping):
+            for name, own in level.items():
+                if name not in _LEVELS:
+                    raise ConfigurationError.of_option("DiscardLogger", "level", f"some of {', '.join(_LEVELS)}", name)
+                self.levels[str(name)] = _number(own)
+        elif level is not None:
+            self.levels = dict.fromkeys(_LEVELS, _number(level))
         self.log_args = log_args
 
     def attach(self, wiring: Wiring) -> None:
@@ -55,13 +69,13 @@ class DiscardLogger(PolicyMiddleware):
         outcome = event.outcome
         if outcome not in (Outcome.DEAD, Outcome.EXPIRED, Outcome.DISCARDED):
             return
-        mild = outcome is Outcome.DISCARDED or event.reason == "thrown"
-        extra = event.extra()
+        what = "thrown" if event.reason == "thrown" else outcome.value
+        extra = extra_of(event, message)
         if self.log_args and message is not None:
             extra["job_args"], extra["job_kwargs"] = message.args, message.kwargs
         error = event.exception
         logger.log(
-            self.level if self.level is not None else logging.WARNING if mild else logging.ERROR,
+            self.levels[what],
             "%s: message %s of actor %s, attempt %s%s%s",
             outcome.value if event.reason is None else f"{outcome.value} ({event.reason})",
             event.message_id,
@@ -70,8 +84,15 @@ class DiscardLogger(PolicyMiddleware):
             "" if event.rule is None else f", by the rule for {event.rule}",
             "" if error is None else f": {type(error).__name__}: {text_of(error)}",
             extra=extra,
-            exc_info=_stack(error) if not mild else None,
+            exc_info=_stack(error) if _LEVELS[what] == logging.ERROR else None,
         )
+
+
+def _number(level: Level) -> int:
+    number: Any = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ConfigurationError.of_option("DiscardLogger", "level", "a logging level", level)
+    return number
 
 
 def _stack(error: BaseException | None) -> Any:

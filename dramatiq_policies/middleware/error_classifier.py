@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict
 from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
-from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, text_of
+from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rules import RetryPolicy, RuleSet, Verb, parse_rules
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
@@ -359,12 +359,14 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 event.delay_ms,
                 type(error).__name__,
                 "" if error is None else text_of(error),
-                extra=event.extra(),
+                extra=extra_of(event, message),
             )
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("The stack of message %s:", event.message_id, exc_info=error, extra=event.extra())
+                logger.debug(
+                    "The stack of message %s:", event.message_id, exc_info=error, extra=extra_of(event, message)
+                )
         elif event.outcome is Outcome.ALERTED:
-            self._alert(event)
+            self._alert(event, message)
         elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.SKIPPED):
             logger.info(
                 "%s: message %s of actor %s%s",
@@ -372,10 +374,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 event.message_id,
                 event.actor,
                 "" if event.reason is None else f" ({event.reason})",
-                extra=event.extra(),
+                extra=extra_of(event, message),
             )
 
-    def _alert(self, event: OutcomeEvent) -> None:
+    def _alert(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         error = event.exception
         key = (event.actor or "", None if error is None else type(error))
         now = monotonic()
@@ -392,7 +394,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             event.attempt,
             None if error is None else class_path(type(error)),
             "" if error is None else text_of(error),
-            extra=event.extra(),
+            extra=extra_of(event, message),
             exc_info=None if repeated else error,
         )
 

@@ -1,0 +1,276 @@
+"""One Sentry event for each message that ends badly."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from .. import _dramatiq
+from ..errors import ConfigurationError
+from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, class_path, traceparent_of
+from .base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker, MessageProxy
+
+    from ..wiring import Wiring
+    from .timeout import StuckJob
+
+__all__ = ["SentryReporter"]
+
+Report = Literal["final", "first", "every"]
+
+_LEVELS: Final = {
+    Outcome.ALERTED: "fatal",
+    Outcome.DEAD: "error",
+    Outcome.EXPIRED: "error",
+    Outcome.DISCARDED: "warning",
+    Outcome.RETRIED: "warning",
+}
+#: Outcomes that Sentry need not count as a failed transaction.
+_NO_FAILURES: Final = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
+_OUR_LOGGERS: Final = frozenset({"dramatiq_policies.outcomes", "dramatiq_policies.alerts"})
+_FRAME: Final = re.compile(r'^ *File "(.*)", line (\d+), in (.*)$', re.MULTILINE)
+#: Seconds that an event has to leave before the worker, or its process, ends.
+_FLUSH_WITHIN: Final = 2.0
+
+
+class SentryReporter(PolicyMiddleware):
+    """Reports bad endings to Sentry, through the client that ``sentry_sdk.init`` has set up.
+
+    An event has the error with its own stack, and is grouped by actor, exception type and outcome. An alert is fatal,
+    dead and expired messages are errors, a discarded one and a retried attempt are warnings. Its tags are ``actor``,
+    ``queue``, ``outcome``, ``reason``, ``attempt``, ``rule``, the message's ``traceparent``, and the actor's own. A stuck
+    job is reported too, with the stack of where it is.
+
+    Each job has an isolation scope of its own, so that breadcrumbs and tags of one never show up in another's event. The
+    log lines of failing jobs, the worker's and the bundle's, become no events. Beside Sentry's DramatiqIntegration, that one
+    keeps its transactions and scopes, and leaves the events of jobs to this one.
+
+    Parameters:
+      report: ``"final"``, the default: one event per bad ending. ``"first"``: one at the first failed attempt of a
+        message, and none for the attempts after it, except that an alert is always reported. ``"every"``: one per failed
+        attempt.
+
+    Arguments are sent only with Sentry's ``send_default_pii``. Whether frames carry local variables, which may hold
+    arguments, is Sentry's ``include_local_variables``.
+
+    Raises:
+      ConfigurationError: ``report`` is none of the three.
+      ImportError: ``sentry-sdk`` is not installed.
+    """
+
+    def __init__(self, report: Report = "final") -> None:
+        if report not in ("final", "first", "every"):
+            raise ConfigurationError.of_option("SentryReporter", "report", "'final', 'first' or 'every'", report)
+        try:
+            import sentry_sdk
+        except ImportError as error:
+            raise ImportError('SentryReporter needs sentry-sdk: pip install "dramatiq-policies[sentry]"') from error
+        self.report = report
+        self._sdk = sentry_sdk
+        self._get_client = sentry_sdk.get_client
+        self._scopes: Any = sentry_sdk.Scope
+        self._wiring: Wiring | None = None
+
+    def attach(self, wiring: Wiring) -> None:
+        from sentry_sdk.integrations.logging import ignore_logger
+
+        self._wiring = wiring
+        # Before the log lines: Sentry takes the second event with one exception for a repetition.
+        wiring.observe(self, self._record, self, successes=False, first=True)
+        wiring.stuck_subscribers.append(self._stuck)
+        ignore_logger(_dramatiq.WORKER_LOGGER)
+        _drop_our_lines()
+        self._quieten(wiring.broker)
+
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        super().before_worker_boot(broker, worker)
+        self._quieten(broker)
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self._sdk.flush(timeout=_FLUSH_WITHIN)
+
+    # Scopes. On every message's way.
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        if not self._get_client().is_active():
+            return
+        around = self._scopes.get_isolation_scope()
+        carried = vars(message)
+        if "_scope_manager" in carried:
+            # Sentry's own integration has made it.
+            carried["sentry_scope"] = around
+            return
+        scope = carried["sentry_scope"] = around.fork()
+        scope.clear_breadcrumbs()
+        carried["sentry_around"] = around
+        self._scopes.set_isolation_scope(scope)
+
+    def after_process_message(
+        self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        around = vars(message).pop("sentry_around", None)
+        if around is not None:
+            self._scopes.set_isolation_scope(around)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self.after_process_message(broker, message)
+
+    # Events.
+
+    def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
+        client = self._get_client()
+        if not self._wanted(event) or not client.is_active():
+            return
+        scope = None if message is None else vars(message).pop("sentry_scope", None)
+        if scope is None:
+            scope = self._scopes.get_isolation_scope().fork()
+            scope.clear_breadcrumbs()
+        with self._sdk.scope.use_isolation_scope(scope), self._sdk.new_scope() as current:
+            if not client.options["send_default_pii"]:
+                current.add_event_processor(_without_arguments)
+            _forget_last_seen(client)
+            self._sdk.capture_event(*self._event(client, event, message))
+
+    def _wanted(self, event: OutcomeEvent) -> bool:
+        outcome = event.outcome
+        if outcome is Outcome.RETRIED:
+            return self.report == "every" or (self.report == "first" and event.attempt == 1)
+        if outcome not in BAD_ENDINGS:
+            return False
+        return self.report != "first" or outcome is Outcome.ALERTED or event.attempt in (None, 1)
+
+    def _event(self, client: Any, event: OutcomeEvent, message: MessageProxy | None) -> tuple[Any, Any]:
+        from sentry_sdk.utils import event_from_exception
+
+        error, outcome = event.exception, event.outcome.value
+        report: dict[str, Any] = {"message": f"{outcome}: a message of actor {event.actor}"}
+        hint: dict[str, Any] = {}
+        if error is not None:
+            mechanism = {"type": "dramatiq_policies", "handled": event.outcome is Outcome.RETRIED}
+            stack, hint = event_from_exception(error, client_options=client.options, mechanism=mechanism)
+            report = dict(stack)
+        report["level"] = _LEVELS[event.outcome]
+        report["logger"] = "dramatiq_policies"
+        report["transaction"] = event.actor
+        report["fingerprint"] = [str(event.actor), "" if error is None else class_path(type(error)), outcome]
+        report["tags"] = _tags(
+            event.tags,
+            actor=event.actor,
+            queue=event.queue,
+            outcome=outcome,
+            reason=event.reason,
+            attempt=event.attempt,
+            rule=event.rule,
+            traceparent=traceparent_of(message),
+        )
+        report["contexts"] = {
+            "job": {
+                "message_id": event.message_id,
+                "wait_ms": event.wait_ms,
+                "duration_ms": event.duration_ms,
+                "delay_ms": event.delay_ms,
+            }
+        }
+        if message is not None and client.options["send_default_pii"]:
+            report["extra"] = {"job_args": list(message.args), "job_kwargs": dict(message.kwargs)}
+        return report, hint
+
+    def _stuck(self, job: StuckJob) -> None:
+        if not self._get_client().is_active():
+            return
+        policy = None if self._wiring is None else self._wiring.policies.get(job.actor)
+        frames = [
+            {"filename": file, "abs_path": file, "lineno": int(line), "function": function, "in_app": True}
+            for file, line, function in _FRAME.findall(job.stack)
+        ]
+        text = f"stuck for {job.elapsed_ms:.0f} ms, and can't be interrupted"
+        self._sdk.capture_event(
+            {
+                "level": "fatal",
+                "logger": "dramatiq_policies",
+                "transaction": job.actor,
+                "exception": {"values": [{"type": "StuckJob", "value": text, "stacktrace": {"frames": frames}}]},
+                "fingerprint": [job.actor, "StuckJob", "stuck"],
+                "tags": _tags(
+                    None if policy is None else policy.tags, actor=job.actor, queue=job.queue, outcome="stuck"
+                ),
+                "contexts": {"job": {"message_id": job.message_id, "duration_ms": job.elapsed_ms}},
+            }
+        )
+        # The process may be about to end.
+        self._sdk.flush(timeout=_FLUSH_WITHIN)
+
+    # Sentry's own integration.
+
+    def _quieten(self, broker: Broker) -> None:
+        """Have Sentry's own middleware report no job that is ours to report."""
+        for middleware in broker.middleware:
+            if type(middleware).__module__ == "sentry_sdk.integrations.dramatiq":
+                _quieten(middleware)
+
+
+def _quieten(middleware: Any) -> None:
+    """Hide the error from it, and let its transaction say that there was one."""
+    if "after_process_message" in vars(middleware):
+        return
+    stock = middleware.after_process_message
+
+    def after_process_message(
+        broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        delivery = getattr(message, "delivery", None)
+        if delivery is None:
+            stock(broker, message, result=result, exception=exception)
+            return
+        decided = delivery.settlement
+        span = getattr(message, "_sentry_span_ctx", None)
+        if exception is not None and span is not None and (decided is None or decided.outcome not in _NO_FAILURES):
+            if hasattr(span, "set_status"):
+                span.set_status("internal_error")
+            else:
+                span.status = "error"
+        stock(broker, message, result=result, exception=None)
+
+    middleware.after_process_message = after_process_message
+
+
+def _tags(own: Any, **ours: Any) -> dict[str, str]:
+    return {**(own or {}), **{name: str(value) for name, value in ours.items() if value is not None}}
+
+
+def _without_arguments(event: Any, hint: Any) -> Any:
+    """Sentry's own integration adds the whole message to what is captured in its scope."""
+    event.get("contexts", {}).pop("dramatiq", None)
+    return event
+
+
+def _forget_last_seen(client: Any) -> None:
+    """Have an error reported that a log line, of Dramatiq's or the job's own, has told Sentry of before."""
+    from sentry_sdk.integrations.dedupe import DedupeIntegration
+
+    last_seen = getattr(client.get_integration(DedupeIntegration), "_last_seen", None)
+    if last_seen is not None:
+        last_seen.set(None)
+
+
+def _drop_our_lines() -> None:
+    from sentry_sdk.scope import add_global_event_processor, global_event_processors
+
+    if _without_our_lines not in global_event_processors:
+        add_global_event_processor(_without_our_lines)
+
+
+def _without_our_lines(event: Any, hint: Any) -> Any:
+    """None for the event that Sentry makes of a log line on something that is reported already."""
+    record = hint.get("log_record") if hint else None
+    if not isinstance(record, logging.LogRecord):
+        return event
+    if record.name in _OUR_LOGGERS:
+        told = hasattr(record, "outcome") or hasattr(record, "stack")
+    else:
+        told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
+    return None if told else event
