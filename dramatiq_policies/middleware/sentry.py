@@ -99,14 +99,10 @@ class SentryReporter(PolicyMiddleware):
         if not self._get_client().is_active():
             return
         around = self._scopes.get_isolation_scope()
-        carried = vars(message)
-        if "_scope_manager" in carried:
-            # Sentry's own integration has made it.
-            carried["sentry_scope"] = around
-            return
-        scope = carried["sentry_scope"] = around.fork()
+        scope = around.fork()
         scope.clear_breadcrumbs()
-        carried["sentry_around"] = around
+        carried = vars(message)
+        carried["sentry_scope"], carried["sentry_around"] = scope, around
         self._scopes.set_isolation_scope(scope)
 
     def after_process_message(
