@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..ops import OperationError
+from ..ops import Moved, OperationError
 
 __all__ = [
     "age",
     "console",
+    "counted",
     "duration",
     "format_option",
+    "interruptible",
     "length",
     "parse_tags",
     "path_option",
     "print_json",
     "print_json_stream",
     "print_table",
+    "progress_bar",
+    "table",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,19 +67,25 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> Table:
     """A table without a frame, whose lines a pipe can cut into columns."""
-    out = console()
-    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True, padding=(0, 2, 0, 0))
+    made = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True, padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("-" if cell is None else cell if hasattr(cell, "plain") else str(cell) for cell in row))
+        made.add_row(*("-" if cell is None else cell if isinstance(cell, Text) else str(cell) for cell in row))
+    return made
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """Print such a table."""
+    out = console()
+    made = table(columns, rows, right=right)
     if out.is_terminal:
-        out.print(table)
+        out.print(made)
         return
     with out.capture() as captured:
-        out.print(table)
+        out.print(made)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
 
@@ -142,3 +154,33 @@ def parse_tags(tags: Sequence[str]) -> dict[str, str]:
             raise OperationError(f"{tag!r} is no tag; write name=value.")
         parsed[name] = value
     return parsed
+
+
+@contextlib.contextmanager
+def interruptible(moved: Moved, what: str, done: str) -> Iterator[None]:
+    """Say how far it came, whatever ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: {counted(moved.count, what)} {done}; the rest is where it was.", err=True)
+        raise click.exceptions.Exit(130) from None
+    except OperationError as error:
+        raise OperationError(f"{error} {counted(moved.count, what)} {done} before.") from None
+
+
+def counted(number: int, what: str) -> str:
+    """``1 actor``, ``2 actors``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
+    """A bar on stderr, if somebody is looking."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda seen, total: bar.update(task, completed=seen, total=max(total, seen))

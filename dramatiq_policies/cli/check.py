@@ -11,7 +11,7 @@ import click
 from ..ops import OperationError, Report, Settings, gate, load_broker, read_baseline, read_exemptions, write_baseline
 from ..ops.findings import Finding
 from ..ops.gate import BASELINE, checked_reason
-from .base import console, format_option, length, path_option, print_json
+from .base import console, counted, format_option, length, path_option, print_json
 
 __all__ = ["check"]
 
@@ -149,12 +149,8 @@ def _print(report: Report, actors: int, failed: bool) -> None:
     warnings = len(report.findings) - errors
     verdict = "Not ready" if failed else "Ready"
     out.print(
-        f"{verdict}: {_count(actors, 'actor')}, {_count(errors, 'error')}, {_count(warnings, 'warning')}, "
+        f"{verdict}: {counted(actors, 'actor')}, {counted(errors, 'error')}, {counted(warnings, 'warning')}, "
         f"{len(report.exempt)} exempt.",
         style="bold red" if failed else "bold green",
     )
     sys.stdout.flush()
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -14,13 +13,16 @@ from .. import ops
 from .base import (
     age,
     console,
+    counted,
     format_option,
+    interruptible,
     length,
     parse_tags,
     path_option,
     print_json,
     print_json_stream,
     print_table,
+    progress_bar,
 )
 
 __all__ = ["dead"]
@@ -220,11 +222,11 @@ def replay(
     if dry_run or not yes:
         count = _count(broker, queues, where, limit)
         if dry_run or not count:
-            click.echo(f"{_letters(count)} would be replayed." if dry_run else "No dead letters.")
+            click.echo(f"{counted(count, 'dead letter')} would be replayed." if dry_run else "No dead letters.")
             return
-        _confirm(f"Replay {_letters(count)}?")
+        _confirm(f"Replay {counted(count, 'dead letter')}?")
     moved = ops.Moved()
-    with _progress("Replaying") as progress, _interruptible(moved, "replayed"):
+    with progress_bar("Replaying") as progress, interruptible(moved, "dead letter", "replayed"):
         ops.replay(
             broker,
             queues,
@@ -251,9 +253,9 @@ def purge(limit: int | None, yes: bool, **meant: Any) -> None:
         if not count:
             click.echo("No dead letters.")
             return
-        _confirm(f"Delete {_letters(count)} for good?")
+        _confirm(f"Delete {counted(count, 'dead letter')} for good?")
     moved = ops.Moved()
-    with _progress("Deleting") as progress, _interruptible(moved, "deleted"):
+    with progress_bar("Deleting") as progress, interruptible(moved, "dead letter", "deleted"):
         ops.purge(broker, queues, where, limit=limit, progress=progress, moved=moved)
     _said(moved, "deleted")
 
@@ -263,10 +265,6 @@ def _count(broker: Broker, queues: tuple[str, ...], where: ops.Filter, limit: in
     if not count:
         _nothing(broker, where)
     return count
-
-
-def _letters(count: int) -> str:
-    return f"{count} dead letter{'' if count == 1 else 's'}"
 
 
 def _confirm(question: str) -> None:
@@ -280,30 +278,6 @@ def _confirm(question: str) -> None:
 
 
 def _said(moved: ops.Moved, done: str) -> None:
-    click.echo(f"{_letters(moved.count)} {done}.")
+    click.echo(f"{counted(moved.count, 'dead letter')} {done}.")
     if moved.unreadable:
         click.echo(f"{moved.unreadable} can't be read and stay where they are.", err=True)
-
-
-@contextlib.contextmanager
-def _interruptible(moved: ops.Moved, done: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted: {_letters(moved.count)} {done}; the rest is where it was.", err=True)
-        raise click.exceptions.Exit(130) from None
-    except ops.OperationError as error:
-        raise ops.OperationError(f"{error} {_letters(moved.count)} {done} before.") from None
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar on stderr, if somebody is looking."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda seen, total: bar.update(task, completed=seen, total=max(total, seen))

@@ -151,6 +151,10 @@ class QueueMonitor(PolicyMiddleware):
                 self._elected = False
             election.resign()
 
+    def threshold_of(self, queue: str) -> Threshold | None:
+        """The threshold that counts for a queue."""
+        return self._watch.threshold_of(queue)
+
     def check(self) -> list[QueueAlert]:
         """Read every queue now, whoever is elected, tell what is new, and return it.
 

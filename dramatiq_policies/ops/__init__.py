@@ -9,6 +9,7 @@ from .explanations import Attempt, Explanation, Portrait, describe, explain, fin
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .letters import DeadLetter, Filter
+from .queues import QueueState, monitor_of, read_queues
 
 __all__ = [
     "CODES",
@@ -22,6 +23,7 @@ __all__ = [
     "Moved",
     "OperationError",
     "Portrait",
+    "QueueState",
     "Report",
     "Settings",
     "assert_job_ready",
@@ -37,11 +39,13 @@ __all__ = [
     "known_queues",
     "load_broker",
     "meant",
+    "monitor_of",
     "move",
     "one_line",
     "purge",
     "read_baseline",
     "read_exemptions",
+    "read_queues",
     "redact",
     "replay",
     "summarise",

@@ -18,6 +18,7 @@ from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware
 from ..middleware.error_classifier import ErrorClassifier
+from ..middleware.queue_monitor import QueueMonitor
 from ..middleware.timeout import Timeout
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
@@ -323,13 +324,13 @@ def _leftovers(broker: Broker) -> Found:
 
 
 def _thresholds(broker: Broker) -> Found:
-    monitor = _named(broker, "QueueMonitor")
-    queues = {actor.queue_name for actor in broker.actors.values()}
+    monitor = next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
     if monitor is None:
         yield "DP019", "No QueueMonitor is on the broker: nobody is told when a queue backs up"
         return
-    for queue in sorted(queues - set(getattr(monitor, "thresholds", {}))):
-        yield "DP019", f"The queue {queue!r} has no threshold"
+    for queue in sorted({actor.queue_name for actor in broker.actors.values()}):
+        if monitor.threshold_of(queue) is None:
+            yield "DP019", f"The queue {queue!r} has no threshold"
 
 
 _EXTRAS = {"Metrics": ("statsd", "statsd"), "SentryReporter": ("sentry_sdk", "sentry")}

@@ -1,4 +1,4 @@
-"""The dead letters' commands on real servers, interrupted at any moment."""
+"""The commands on real servers, interrupted at any moment."""
 
 from __future__ import annotations
 
@@ -267,3 +267,22 @@ def test_a_server_that_is_down_is_one_sentence_without_a_password(place, run):
     assert len(err.splitlines()) == 1
     assert "127.0.0.1:1" in err
     assert "s3cret" not in err
+
+
+def test_queues_are_read_by_a_process(place, app, run):
+    bury(place, app, 2)
+    for number in range(3):
+        app.broker.actors["job"].send(number)
+    if isinstance(place, RabbitmqPlace):
+        until(lambda: place.ready() == 3)
+    out, err = run("queues", "killed_app", "--format", "json").communicate(timeout=20)
+    assert err == ""
+    (reading,) = json.loads(out)
+    assert {name: reading[name] for name in ("queue", "ready", "delayed", "running", "dead")} == {
+        "queue": place.queue,
+        "ready": 3,
+        "delayed": 0,
+        "running": 0,
+        "dead": 2,
+    }
+    assert len(place.left()) == 3

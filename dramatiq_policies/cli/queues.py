@@ -1,0 +1,188 @@
+"""``dramatiq-policies queues`` and ``monitor``: how the queues are, and who is told when one is late."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import click
+from rich.text import Text
+
+from .. import ops
+from ..queues import reader_of
+from .base import (
+    console,
+    counted,
+    duration,
+    format_option,
+    interruptible,
+    length,
+    path_option,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from .base import table as make_table
+
+__all__ = ["monitor", "queues"]
+
+
+class _WithDefault(click.Group):
+    """``queues app`` is ``queues show app``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_WithDefault)
+def queues() -> None:
+    """How many messages wait, run and have died: queues APP. Moves them: queues move."""
+
+
+_COLUMNS = ("queue", "ready", "delayed", "running", "dead", "oldest")
+#: Which measure of a threshold stands in which column.
+_MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": "dead"}
+
+
+@queues.command()
+@click.argument("app")
+@path_option
+@click.option("-q", "--queue", "names", multiple=True, help="Only this queue; may be repeated.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Again and again, until interrupted; adds the change of ready a second."
+)
+@click.option("--interval", callback=length, default="2s", show_default=True, metavar="TIME", help="With --watch.")
+@click.option("--fail-on-breach", is_flag=True, help="Exit with 1 if a threshold of the QueueMonitor is reached.")
+@format_option()
+def show(
+    app: str, path: tuple[str, ...], names: tuple[str, ...], watch: bool, interval: int, fail_on_breach: bool, form: str
+) -> int:
+    """Ready, delayed, running, dead, and the age of the oldest ready message, for each queue of APP.
+
+    "-" is what can't be known: on RabbitMQ how many run while a worker lives, and the age at a first reading.
+    """
+    broker = ops.load_broker(app, path)
+    if fail_on_breach and ops.monitor_of(broker) is None:
+        raise ops.OperationError("There is no QueueMonitor on the broker, and so no threshold that could be reached.")
+    if watch:
+        _watch(broker, names, interval, form)
+        return 0
+    states = ops.read_queues(broker, names)
+    if form == "json":
+        print_json([state.asdict() for state in states])
+    else:
+        print_table(_COLUMNS, [_row(state) for state in states], right=_COLUMNS[1:])
+        for state in states:
+            for breach in state.breaches:
+                click.echo(str(breach), err=True)
+    return 1 if fail_on_breach and any(state.breaches for state in states) else 0
+
+
+def _row(state: ops.QueueState) -> list[Any]:
+    reading = state.reading
+    late = {_MEASURES[breach.measure] for breach in state.breaches}
+    cells = {
+        "queue": reading.queue,
+        **{name: getattr(reading, name) for name in ("ready", "delayed", "running", "dead")},
+        "oldest": None if reading.oldest_ms is None else duration(reading.oldest_ms) if reading.ready else None,
+    }
+    return [Text(str(cells[name]), style="bold red") if name in late else cells[name] for name in _COLUMNS]
+
+
+def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> None:
+    reader = reader_of(broker)
+    before: dict[str, tuple[float, int]] = {}
+    columns = (*_COLUMNS, "ready/s")
+    out = console()
+    try:
+        with out.screen(hide_cursor=True) if out.is_terminal and form == "human" else _no_screen() as screen:
+            while True:
+                states = ops.read_queues(broker, names, reader=reader)
+                changes = {state.reading.queue: _change(before, state.reading) for state in states}
+                if form == "json":
+                    for state in states:
+                        found = {**state.asdict(), "ready_per_second": changes[state.reading.queue]}
+                        click.echo(json.dumps(found, ensure_ascii=False))
+                    sys.stdout.flush()
+                else:
+                    rows = [[*_row(state), _signed(changes[state.reading.queue])] for state in states]
+                    if screen is None:
+                        print_table(columns, rows, right=columns[1:])
+                        sys.stdout.flush()
+                    else:
+                        screen.update(make_table(columns, rows, right=columns[1:]))
+                time.sleep(interval / 1_000)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        reader.close()
+
+
+class _no_screen:  # noqa: N801 - stands where a context manager's function would
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _change(before: dict[str, tuple[float, int]], reading: Any) -> float | None:
+    """By how many messages a second the queue has grown since the last reading."""
+    if reading.ready is None:
+        return None
+    now = time.monotonic()
+    then = before.get(reading.queue)
+    before[reading.queue] = (now, reading.ready)
+    return None if then is None else round((reading.ready - then[1]) / max(now - then[0], 1e-3), 1)
+
+
+def _signed(change: float | None) -> str | None:
+    return None if change is None else f"{change:+.1f}" if change else "0"
+
+
+@queues.command()
+@click.argument("app")
+@click.argument("queue")
+@click.option("--to", "target", required=True, metavar="QUEUE", help="Where to.")
+@click.option("--actor", help="Only this actor's messages.")
+@click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
+@path_option
+def move(app: str, queue: str, target: str, actor: str | None, limit: int | None, path: tuple[str, ...]) -> None:
+    """Move messages that wait in QUEUE to another one: a few urgent ones out of a long queue, or all of a retired one.
+
+    Delayed messages, and those that a worker has in hand, stay. Interrupted at any moment, it has lost none.
+    """
+    broker = ops.load_broker(app, path)
+    if actor is not None and actor not in broker.actors:
+        raise ops.OperationError(f"There is no actor {actor!r}{ops.meant(actor, broker.actors)}.")
+    moved = ops.Moved()
+    with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
+        ops.move(broker, queue, target, actor=actor, limit=limit, progress=progress, moved=moved)
+    click.echo(f"{counted(moved.count, 'message')} moved to {target}.")
+
+
+@click.command()
+@click.argument("app")
+@path_option
+def monitor(app: str, path: tuple[str, ...]) -> None:
+    """Run the QueueMonitor of APP as a process of its own, so that it alerts when no worker lives."""
+    broker = ops.load_broker(app, path)
+    found = ops.monitor_of(broker)
+    if found is None:
+        raise ops.OperationError(
+            "There is no QueueMonitor on the broker; pass one to install(broker, queue_monitor=…)."
+        )
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(message)s")
+    stop = threading.Event()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, lambda *_: stop.set())
+    logging.getLogger("dramatiq_policies.monitor").info(
+        "Watching %s every %d ms.", ", ".join(ops.known_queues(broker)) or "no queue", found.interval
+    )
+    found.run_forever(stop)

@@ -1,0 +1,122 @@
+"""`dramatiq-policies queues` and `monitor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dramatiq_policies import ops
+
+ROOT = Path(__file__).parents[2]
+BROKER = """
+from dramatiq_policies import QueueMonitor, Threshold
+broker = StubBroker()
+install(broker, queue_monitor=QueueMonitor(thresholds={"mail": Threshold(ready=2, dead=5)}, interval=50))
+dramatiq.set_broker(broker)
+"""
+APP = """
+@dramatiq.actor(queue_name="mail")
+def send_mail(number): pass
+
+@dramatiq.actor(queue_name="urgent")
+def call(): pass
+
+send_mail.send(1)
+call.send()
+call.send_with_options(delay=60_000)
+"""
+
+
+@pytest.fixture
+def app(command):
+    return command.app(APP, broker=BROKER)
+
+
+def test_each_queue_says_how_much_waits_runs_and_has_died(command, app):
+    mail, urgent = command.json("queues", app)
+    assert (mail["queue"], mail["ready"], mail["delayed"], mail["running"], mail["dead"]) == ("mail", 1, 0, 0, 0)
+    assert (urgent["queue"], urgent["ready"], urgent["delayed"]) == ("urgent", 1, 1)
+    shown = command("queues", app).stdout.splitlines()
+    assert shown[0].split() == ["queue", "ready", "delayed", "running", "dead", "oldest"]
+    assert shown[1].split()[:5] == ["mail", "1", "0", "0", "0"]
+    assert [line.split()[0] for line in command("queues", app, "--queue", "urgent").stdout.splitlines()[1:]] == [
+        "urgent"
+    ]
+
+
+def test_a_breach_fails_only_if_asked_to(command, app):
+    assert command("queues", app, "--fail-on-breach").exit_code == 0
+    ops.load_broker(app).actors["send_mail"].send(2)
+    assert command("queues", app).exit_code == 0
+    result = command("queues", app, "--fail-on-breach")
+    assert result.exit_code == 1
+    assert result.stderr == "Queue mail: 2 messages wait (threshold 2)\n"
+    mail, _ = command.json("queues", app)
+    assert mail["breaches"] == [{"measure": "ready", "value": 2, "threshold": 2}]
+
+
+def test_without_thresholds_there_is_nothing_to_fail_on(command):
+    assert "no QueueMonitor" in command.refuses("queues", command.app(APP), "--fail-on-breach")
+
+
+def test_watching_reads_again_and_again_and_tells_the_change(command, app, monkeypatch):
+    turns = []
+
+    def sleep(seconds):
+        turns.append(seconds)
+        ops.load_broker(app).actors["send_mail"].send(9)
+        if len(turns) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    result = command("queues", "--watch", app, "--queue", "mail", "--interval", "500ms", "--format", "json")
+    assert result.exit_code == 0
+    readings = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [reading["ready"] for reading in readings] == [1, 2, 3]
+    assert readings[0]["ready_per_second"] is None
+    assert readings[1]["ready_per_second"] > 0
+    assert turns == [0.5, 0.5, 0.5]
+
+
+def test_messages_can_be_moved(command, app):
+    broker = ops.load_broker(app)
+    assert command("queues", "move", app, "mail", "--to", "urgent").stdout == "1 message moved to urgent.\n"
+    assert broker.queues["mail"].qsize() == 0
+    assert broker.queues["urgent"].qsize() == 2
+    assert command("queues", "move", app, "urgent", "--to", "mail", "--actor", "send_mail").stdout.startswith(
+        "1 message "
+    )
+    assert "did you mean 'mail'" in command.refuses("queues", "move", app, "mial", "--to", "urgent")
+    assert "in 'mail' already" in command.refuses("queues", "move", app, "mail", "--to", "mail")
+    assert "did you mean 'send_mail'" in command.refuses(
+        "queues", "move", app, "mail", "--to", "urgent", "--actor", "send_mial"
+    )
+
+
+def test_the_monitor_needs_one_on_the_broker(command):
+    assert "no QueueMonitor" in command.refuses("monitor", command.app(APP))
+
+
+def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
+    app = command.app(APP + "send_mail.send(2)\n", broker=BROKER)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "dramatiq_policies", "monitor", app],
+        cwd=command.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert "Watching mail, urgent every 50 ms" in process.stderr.readline()
+        assert "Queue mail: 2 messages wait (threshold 2)" in process.stderr.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
