@@ -1,0 +1,147 @@
+"""What a timeout means to a real broker: a stuck job's process that ends, and a server that has a limit of its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from dramatiq_policies.middleware.timeout import STUCK_EXIT_CODE
+
+from .places import Gate, Place, RabbitmqPlace, RedisPlace, until
+from .test_processes import Application
+
+STUCK = """
+from dramatiq_policies import Timeout
+broker = {broker}
+install(broker, timeout=Timeout(grace=100, on_stuck="exit"))
+dramatiq.set_broker(broker)
+
+def runs(line):
+    return journal.read_text().splitlines().count(line)
+
+@dramatiq.actor(queue_name="{queue}", timeout=300)
+def stuck():
+    note("stuck begins")
+    if runs("stuck begins") == 1:
+        time.sleep(3600)
+    note("stuck done")
+
+@dramatiq.actor(queue_name="{queue}")
+def neighbour():
+    note("neighbour begins")
+    if runs("neighbour begins") == 1:
+        for _ in range(360_000):
+            time.sleep(0.01)
+    note("neighbour done")
+"""
+
+
+@pytest.fixture
+def application(place: Place, tmp_path: Path):
+    one = Application(place, tmp_path)
+    head, _, rest = one.module.read_text().partition("broker = ")
+    made = rest.partition("\n")[0]
+    notes = "journal = " + rest.partition("journal = ")[2].partition("@dramatiq.actor")[0]
+    one.module.write_text(head + STUCK.format(broker=made, queue=place.queue) + notes)
+    yield one
+    one.close()
+
+
+def test_the_jobs_of_a_process_that_ends_for_a_stuck_one_are_delivered_again(
+    place: Place, application: Application
+) -> None:
+    application.send("neighbour")
+    application.send("stuck")
+    process = application.start()
+    assert process.wait(30) == STUCK_EXIT_CODE, application.log.read_text()
+    assert application.lines() == {"neighbour begins": 1, "stuck begins": 1}
+    log = application.log.read_text()
+    assert log.count("The job stuck (message") == 1
+    assert "time.sleep(3600)" in log
+
+    if isinstance(place, RedisPlace):
+        put_back_what_a_dead_worker_held(place)
+    process = application.start()
+    application.wait_for("neighbour done", "stuck done")
+    application.stop(process)
+    assert application.lines() == {line: 2 if "begins" in line else 1 for line in application.lines()}
+    assert place.left() == []
+    assert place.dead() == []
+
+
+def put_back_what_a_dead_worker_held(place: RedisPlace) -> None:
+    """As the others do it when the process has been silent for heartbeat_timeout, a minute."""
+    assert place.unacked() == 2
+    broker = place.broker()
+    broker.heartbeat_timeout, broker.maintenance_chance = 1, 1_000_000
+    time.sleep(0.01)
+    until(lambda: broker.do_requeue(place.queue) or place.ready() == 2)
+
+
+# RabbitMQ's ``consumer_timeout`` is set for a whole node, and looked at once a minute. What it does when it strikes can
+# be had at once: an ack of a tag that was never given makes the server close the channel with the same 406,
+# PRECONDITION_FAILED, and put back all that was not acked.
+
+
+def close_channel_from_the_server(app, place: RabbitmqPlace) -> None:
+    assert app.worker is not None
+    consumer = app.worker.consumers[place.queue].consumer
+    inner = consumer.inner
+    inner.connection.add_callback_threadsafe(lambda: inner.channel.basic_ack(1_000_000))
+    until(consumer.gone)
+
+
+def test_a_job_whose_channel_the_server_closes_runs_again_and_each_delivery_has_one_outcome(
+    rabbitmq_place: RabbitmqPlace, quick_restarts: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = rabbitmq_place.app()
+    first, second = Gate(), Gate()
+    gates = [first, second]
+
+    @app.actor
+    def long() -> None:
+        gates.pop(0)()
+
+    message = long.send()
+    with app.working(threads=2) as app.worker:
+        assert first.entered.wait(10)
+        close_channel_from_the_server(app, rabbitmq_place)
+        # Side by side with the first run.
+        assert second.entered.wait(10)
+        first.open.set()
+        app.wait_for("succeeded")
+        second.open.set()
+        app.wait_for("succeeded", "succeeded")
+    assert [(event.outcome.value, event.message_id) for event in app.events] == [("succeeded", message.message_id)] * 2
+    assert any("PRECONDITION_FAILED" in record.getMessage() for record in caplog.records)
+    assert any("lost its connection before its ack" in record.getMessage() for record in caplog.records)
+    assert rabbitmq_place.left() == []
+    assert rabbitmq_place.dead() == []
+
+
+def test_a_job_that_fails_after_the_server_closed_its_channel_is_decided_by_its_redelivery(
+    rabbitmq_place: RabbitmqPlace, quick_restarts: None
+) -> None:
+    app = rabbitmq_place.app()
+    first, second = Gate(), Gate()
+    gates = [first, second]
+
+    @app.actor(max_retries=0)
+    def long() -> None:
+        gates.pop(0)()
+        raise ValueError("both times")
+
+    message = long.send()
+    with app.working(threads=2) as app.worker:
+        assert first.entered.wait(10)
+        close_channel_from_the_server(app, rabbitmq_place)
+        assert second.entered.wait(10)
+        first.open.set()
+        app.wait_for("interrupted")
+        second.open.set()
+        app.wait_for("interrupted", "dead")
+    assert app.outcomes == ["interrupted", "dead"]
+    assert [letter.message_id for letter in rabbitmq_place.dead()] == [message.message_id]
+    assert rabbitmq_place.left() == []
