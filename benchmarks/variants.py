@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +64,22 @@ def _bundle(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
     return install(make(), idempotency=False)
 
 
+def _full(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    import sentry_sdk
+
+    from dramatiq_policies import Metrics, QueueMonitor, SentryReporter, install
+
+    # A server that takes what comes, and reads nothing.
+    _listening.bind(("127.0.0.1", 0))
+    os.environ.update(STATSD_HOST="127.0.0.1", STATSD_PORT=str(_listening.getsockname()[1]))
+    # Events are made, and go nowhere.
+    sentry_sdk.init("http://key@127.0.0.1:1/1", transport=lambda envelope: None, auto_enabling_integrations=False)
+    return install(make(), idempotency=False, metrics=Metrics(), sentry=SentryReporter(), queue_monitor=QueueMonitor())
+
+
+_listening = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
 def _bundle_options() -> dict[str, Any]:
     from dramatiq_policies import RetryPolicy, constant
 
@@ -76,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "stock": Variant(_stock, _stock_options),  # Dramatiq's default middleware
     "control": Variant(_stock, _stock_options),  # stock once more: how far from 1 is noise
     "bundle": Variant(_bundle, _bundle_options),  # ErrorClassifier, Timeout and DiscardLogger
+    "full": Variant(_full, _bundle_options),  # and Metrics, SentryReporter and QueueMonitor
 }
 
 
@@ -86,10 +105,10 @@ def choose(
     try:
         from dramatiq_policies import RetryPolicy, constant, install  # noqa: F401
     except ImportError as error:
-        if "bundle" in (asked or ()):
+        if {"bundle", "full"}.intersection(asked or ()):
             parser.error(f"there is no bundle to measure: {error}")
         print(f"measuring without the bundle: {error}", file=sys.stderr)
-        leave_out += ("bundle",)
+        leave_out += ("bundle", "full")
     return asked or [variant for variant in VARIANTS if variant not in leave_out]
 
 

@@ -1,11 +1,9 @@
-"""A ``statsd`` client over UDP that finds its server by itself and never waits."""
+"""A ``statsd`` client over UDP that finds its server by itself."""
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
@@ -16,8 +14,6 @@ __all__ = ["MAX_BYTES", "udp_client"]
 
 #: The most that fits into one datagram on any Ethernet without being taken apart.
 MAX_BYTES = 1_432
-#: How many datagrams wait while the host is looked up; of more, the newest are kept.
-_WAITING = 1_000
 #: Seconds after which the host is looked up again, and after a failure.
 _RESOLVED_FOR, _RESOLVE_AGAIN = 300.0, 30.0
 
@@ -46,7 +42,7 @@ def udp_client(say: Callable[[str, str], None]) -> Any:
 
 
 class _Udp:
-    """What ``statsd.StatsClient`` does with a socket, without its waits.
+    """What ``statsd.StatsClient`` does with a socket, for one thread that may wait for a name, and no longer.
 
     That one's constructor looks the host up, and raises if it can't; its socket never says that nobody listens.
     """
@@ -58,53 +54,42 @@ class _Udp:
         self._prefix = None
         self._maxudpsize = MAX_BYTES
         self._sock: socket.socket | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self.close()
+        self._look_up_at = 0.0
         self._pid = os.getpid()
-        self._waiting: deque[bytes] = deque(maxlen=_WAITING)
-        self._resolving = threading.Lock()
 
     def close(self) -> None:
         """Close the socket; the next value opens another."""
         sock, self._sock = self._sock, None
-        self._resolve_at = 0.0
+        self._look_up_at = 0.0
         if sock is not None:
             sock.close()
 
     __del__ = close
 
-    def deliver(self, values: Iterable[tuple[str, str, float, Any]]) -> None:
-        """Send these values in as few datagrams as they need."""
+    def deliver_all(self, texts: Iterable[str]) -> None:
+        """Send lines in as few datagrams as they need; those of one text stay together, if they fit into one."""
         packet: list[str] = []
         size = 0
-        for kind, name, value, _ in values:
-            line = f"{name}:{value}|{kind}"
-            size += len(line) + 1
-            if size > MAX_BYTES and packet:
-                self._send("\n".join(packet))
-                packet, size = [], len(line) + 1
-            packet.append(line)
-        if packet:
-            self._send("\n".join(packet))
+        for text in texts:
+            for part in (text,) if len(text) <= MAX_BYTES else text.split("\n"):
+                size += len(part) + 1
+                if size > MAX_BYTES + 1 and packet:
+                    self._send("\n".join(packet))
+                    packet, size = [], len(part) + 1
+                packet.append(part)
+        self._send("\n".join(packet))
 
     def _send(self, text: str) -> None:
         """Send what a method of StatsClient has formatted."""
         if self._pid != os.getpid():
-            self._reset()
-        if monotonic() >= self._resolve_at:
-            self._resolve()
-        data = text.encode("ascii", "replace")
+            self.close()
+            self._pid = os.getpid()
+        if monotonic() >= self._look_up_at:
+            self._look_up()
         sock = self._sock
-        if sock is not None:
-            self._transmit(sock, data)
+        if sock is None:
             return
-        self._waiting.append(data)
-        if self._sock is not None:
-            self._transmit_waiting(self._sock)
-
-    def _transmit(self, sock: socket.socket, data: bytes) -> None:
+        data = text.encode("ascii", "replace")
         try:
             sock.send(data)
         except BlockingIOError:
@@ -117,29 +102,7 @@ class _Udp:
             except OSError:
                 pass
 
-    def _transmit_waiting(self, sock: socket.socket) -> None:
-        while self._waiting:
-            try:
-                data = self._waiting.popleft()
-            except IndexError:  # Another thread was faster.
-                return
-            self._transmit(sock, data)
-
-    def _resolve(self) -> None:
-        """Look the host up: at once where it is an address, on a thread of its own where it is a name."""
-        if not self._resolving.acquire(blocking=False):
-            return
-        self._resolve_at = monotonic() + _RESOLVED_FOR
-        if _is_address(self.host):
-            self._connect()
-            return
-        try:
-            threading.Thread(target=self._connect, name="dramatiq_policies.statsd", daemon=True).start()
-        except RuntimeError:  # The interpreter is about to end.
-            self._resolving.release()
-
-    def _connect(self) -> None:
-        lock = self._resolving
+    def _look_up(self) -> None:
         sock = self._sock
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
@@ -150,32 +113,15 @@ class _Udp:
                 sock.setblocking(False)
             sock.connect(address)
             self._sock = sock
-            self._transmit_waiting(sock)
+            self._look_up_at = monotonic() + _RESOLVED_FOR
         except Exception as error:  # Not only an OSError: a name that can't be one is a UnicodeError.
-            self._resolve_at = monotonic() + _RESOLVE_AGAIN
+            self._look_up_at = monotonic() + _RESOLVE_AGAIN
             if sock is not None and sock is not self._sock:
                 sock.close()
             self._lost(error)
-        finally:
-            lock.release()
 
     def _lost(self, error: Exception) -> None:
         self.say(
             "unreachable",
             f"No StatsD server can be reached at {self.host}:{self.port} ({error}); metrics are left out until there is.",
         )
-
-    def flush(self, timeout: float) -> None:
-        """Wait until the host was looked up, at most ``timeout`` seconds."""
-        if self._waiting and self._resolving.acquire(timeout=timeout):
-            self._resolving.release()
-
-
-def _is_address(host: str) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, host)
-            return True
-        except OSError:
-            pass
-    return False

@@ -119,10 +119,13 @@ class PolicyConsumer(Consumer):
         if delivery is None:
             self.finish(message)
             return
-        owner = delivery.consumer
-        if (
-            delivery.settlement is SUCCEEDED and delivery.steps is None and not self.wiring.successes_observed
-        ) or settle(self.wiring, owner, message, delivery):
+        owner, wiring = delivery.consumer, self.wiring
+        if delivery.settlement is SUCCEEDED and delivery.steps is None and not wiring.successes_observed:
+            if wiring.on_success and not delivery.settled:
+                delivery.settled = True
+                wiring.tell_success(delivery)
+            owner.finish(message)
+        elif settle(wiring, owner, message, delivery):
             owner.finish(message)
 
     def nack(self, message: MessageProxy) -> None:

@@ -153,8 +153,10 @@ def _give_up(consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery
 def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
     """The best-effort steps, after the hand-off."""
     outcome = decided.outcome
-    if outcome is Outcome.SUCCEEDED and not wiring.successes_observed:
-        return
+    if outcome is Outcome.SUCCEEDED:
+        wiring.tell_success(delivery)
+        if not wiring.successes_observed:
+            return
     policy = delivery.policy or wiring.policies.get(message.actor_name)
     if outcome in BAD_ENDINGS:
         error = _stand_in(decided)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
 import queue
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from os import getpid
 from time import monotonic
 from typing import Any
 
@@ -21,8 +22,10 @@ logger = logging.getLogger("dramatiq_policies.outcomes")
 #: Kind (``"c"`` to count, ``"ms"``, ``"g"`` for a gauge), name, value, and the tags, which a client without tags ignores.
 Value = tuple[str, str, float, Sequence[str]]
 
-#: How many calls' values wait for a client that is slow; more are left out.
-_WAITING = 1_000
+#: How many calls' values wait for a thread of ours; more are left out.
+_WAITING = 10_000
+#: For how many seconds values wait for others to leave with.
+_TOGETHER = 0.05
 #: Seconds that a client may take before it is called on a thread of its own.
 _SLOW = 0.05
 
@@ -43,18 +46,20 @@ def tag_list(tags: Mapping[str, str | None]) -> list[str]:
 class Statsd:
     """Sends values through a client of the user's, or over UDP to ``STATSD_HOST``/``STATSD_PORT``.
 
-    A call sends its values in as few datagrams of at most 1,432 bytes as they need, and returns without waiting for a
-    server or a name. It never raises; the first thing that goes wrong is logged, once. After a fork the child has a
-    socket and threads of its own. Nothing starts before the first call.
+    A call returns without waiting for a server or a name, and never raises; the first thing that goes wrong is logged,
+    once. Over UDP what comes within 50 ms leaves together, in datagrams of at most 1,432 bytes; the values of one call
+    stay in one, if they fit. After a fork the child has a socket and a thread of its own. Nothing starts before the
+    first call.
 
     Parameters:
       client: A ``statsd`` client (``incr``, ``timing``, ``gauge``, and ``pipeline`` if it can pack), a DogStatsD client
-        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods.
-        One that may block (over TCP, or ``datadog``'s, which looks names up), and one that was slow once, is called on a
-        thread of its own. None, the default, for UDP.
+        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods. It
+        is called where `send` is, but for one that may block (over TCP, or ``datadog``'s, which looks names up) and one
+        that was slow once: those are called on a thread of their own. None, the default, for UDP.
 
     Attributes:
       tagged: Whether values get tags, rather than names that say it all.
+      takes_text: Whether `send_text` may be used.
 
     Raises:
       ConfigurationError: The client has none of these methods, or ``STATSD_PORT`` is no port.
@@ -64,7 +69,7 @@ class Statsd:
     def __init__(self, client: Any = None) -> None:
         self._said: set[str] = set()
         self._client: Any
-        self._own = client is None
+        self.takes_text = client is None
         if client is None:
             self._client = udp_client(self._say)
         elif hasattr(client, "incr"):
@@ -74,17 +79,18 @@ class Statsd:
         else:
             raise ConfigurationError.of_option("Metrics", "client", "a statsd or DogStatsD client, or None", client)
         self.tagged = isinstance(self._client, _Tagged)
-        self._apart = not self._own and _may_block(client)
+        self._apart = client is None or _may_block(client)
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._hurry = threading.Event()
         self._pid: int | None = None
 
     def send(self, values: Sequence[Value]) -> None:
         """Send these values. Returns at once, and never raises."""
         try:
-            if self._apart:
+            if self.takes_text:
+                self._put("\n".join([f"{name}:{value}|{kind}" for kind, name, value, _ in values]))
+            elif self._apart:
                 self._put(values)
-            elif self._own:
-                self._client.deliver(values)
             else:
                 started = monotonic()
                 self._client.deliver(values)
@@ -94,44 +100,53 @@ class Statsd:
         except Exception as error:
             self._failed(error)
 
+    def send_text(self, text: str) -> None:
+        """`send` for lines that are written already, ``name:value|kind``; only where `takes_text`."""
+        if self._pid == getpid() and self._waiting.qsize() < _WAITING:
+            self._waiting.put(text)
+            return
+        try:
+            self._put(text)
+        except Exception as error:
+            self._failed(error)
+
     def flush(self, timeout: float = 1.0) -> None:
         """Wait until what is under way has been sent, at most ``timeout`` seconds."""
-        if self._own:
-            self._client.flush(timeout)
-        elif self._pid == os.getpid():
+        if self._pid == getpid():
             done = threading.Event()
             self._waiting.put(done)
+            self._hurry.set()
             done.wait(timeout)
 
-    def _put(self, values: Sequence[Value]) -> None:
-        if self._pid != os.getpid():
+    def _put(self, item: str | Sequence[Value]) -> None:
+        if self._pid != getpid():
             # No lock, for a fork may find it held. Each thread works off its own queue, should two start one here.
-            self._waiting = queue.SimpleQueue()
-            self._pid = os.getpid()
+            self._waiting, self._hurry = queue.SimpleQueue(), threading.Event()
+            self._pid = getpid()
             threading.Thread(
-                target=self._work, args=(self._waiting,), name="dramatiq_policies.statsd", daemon=True
+                target=self._work, args=(self._waiting, self._hurry), name="dramatiq_policies.statsd", daemon=True
             ).start()
-        if self._waiting.qsize() >= _WAITING:
-            self._say("full", "The metrics client can't keep up; what it can't take is left out.")
+        if self._waiting.qsize() < _WAITING:
+            self._waiting.put(item)
         else:
-            self._waiting.put(values)
+            self._say("full", "Metrics come faster than they can be sent; what is too much is left out.")
 
-    def _work(self, waiting: queue.SimpleQueue[Any]) -> None:
+    def _work(self, waiting: queue.SimpleQueue[Any], hurry: threading.Event) -> None:
         while True:
-            batch: list[Value] = []
-            item = waiting.get()
-            while not isinstance(item, threading.Event):
-                batch += item
-                if len(batch) >= _WAITING or waiting.empty():
-                    break
-                item = waiting.get()
+            batch: list[Any] = [waiting.get()]
+            # What comes in the meantime wakes nobody, and shares a datagram.
+            hurry.wait(_TOGETHER)
+            hurry.clear()
+            while not waiting.empty():
+                batch.append(waiting.get())
+            told = [item for item in batch if isinstance(item, threading.Event)]
             try:
-                if batch:
-                    self._client.deliver(batch)
+                if len(batch) > len(told):
+                    self._client.deliver_all([item for item in batch if not isinstance(item, threading.Event)])
             except Exception as error:
                 self._failed(error)
-            if isinstance(item, threading.Event):
-                item.set()
+            for event in told:
+                event.set()
 
     def _failed(self, error: Exception) -> None:
         self._say("failed", f"Metrics can't be sent ({type(error).__name__}: {error}); they are left out.")
@@ -154,6 +169,9 @@ class _Plain:
 
     def __init__(self, client: Any) -> None:
         self.client = client
+
+    def deliver_all(self, batch: Iterable[Sequence[Value]]) -> None:
+        self.deliver(itertools.chain.from_iterable(batch))
 
     def deliver(self, values: Iterable[Value]) -> None:
         client = self.client
@@ -191,6 +209,9 @@ class _Tagged:
         self.client = client
         self.timing = getattr(client, "timing", None) or client.histogram
         self.packs = hasattr(client, "open_buffer") and hasattr(client, "close_buffer")
+
+    def deliver_all(self, batch: Iterable[Sequence[Value]]) -> None:
+        self.deliver(itertools.chain.from_iterable(batch))
 
     def deliver(self, values: Iterable[Value]) -> None:
         if not self.packs:

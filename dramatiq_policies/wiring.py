@@ -75,6 +75,8 @@ class Wiring:
         self._bad_observers: tuple[Observer, ...] = ()
         #: Whether a success needs a record at all.
         self.successes_observed = False
+        #: Told of each success without a record: one costs as much as all that is done with it here.
+        self.on_success: tuple[Callable[[Delivery], object], ...] = ()
         #: Whether the bundle writes the log records of failed jobs, in place of the worker.
         self.logs_failures = False
 
@@ -118,6 +120,14 @@ class Wiring:
         self._bad_observers = tuple(observer for _, observer, _ in self._entries)
         self._observers = tuple(observer for _, observer, successes in self._entries if successes)
         self.successes_observed = bool(self._observers)
+
+    def tell_success(self, delivery: Delivery) -> None:
+        """Tell of a success before its ack; what is raised is logged and changes nothing."""
+        for told in self.on_success:
+            try:
+                told(delivery)
+            except BaseException:  # As above.
+                logger.exception("%r failed; the message is not affected.", told)
 
     def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         """Hand the record to those who asked for its kind."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.middleware import Shutdown, TimeLimitExceeded
 
+from ..delivery import READY_AT
 from ..errors import ConfigurationError, Snooze
 from ..outcomes import Outcome, OutcomeEvent
 from ..statsd import Statsd, Value, metric_name, tag_list
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker, MessageProxy
 
+    from ..delivery import Delivery
     from ..wiring import Wiring
     from .timeout import StuckJob
 
@@ -82,15 +85,34 @@ class Metrics(PolicyMiddleware):
         self.queue_prefix = queue_prefix
         self._wiring: Wiring | None = None
         self._names: dict[tuple[str | None, str | None, Outcome, bool], _Names] = {}
+        #: What a success says, by its actor, but for the two times.
+        self._lines: dict[str, str] = {}
 
     def attach(self, wiring: Wiring) -> None:
         self._wiring = wiring
         wiring.metrics = self
-        wiring.observe(self, self._record, self)
+        wiring.observe(self, self._record, self, successes=False)
+        wiring.on_success = (*wiring.on_success, self._succeeded)
         wiring.stuck_subscribers.append(self._stuck)
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.statsd.flush()
+
+    def _succeeded(self, delivery: Delivery) -> None:
+        """On every successful message's way: no record, no names put together, no list of values."""
+        statsd, message = self.statsd, delivery.message
+        started, ended = delivery.started, delivery.ended
+        ready = message.options.get(READY_AT)
+        if ready is None or started is None or ended is None or not statsd.takes_text:
+            self._record(_success_of(delivery), None)
+            return
+        lines = self._lines.get(message.actor_name)
+        if lines is None:
+            name = f"{self.prefix}.{metric_name(message.actor_name)}"
+            lines = f"{name}.duration:%.3f|ms\n{name}.wait:%.3f|ms\n{name}.success:1|c"
+            self._lines[message.actor_name] = lines
+        wait = (time() - monotonic() + started) * 1_000 - ready
+        statsd.send_text(lines % ((ended - started) * 1_000, max(0, wait)))
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         statsd = self.statsd
@@ -133,6 +155,18 @@ class Metrics(PolicyMiddleware):
         self.statsd.send([("c", self._name_of(job.actor, "stuck"), 1, tags)])
         # The process may be about to end.
         self.statsd.flush()
+
+
+def _success_of(delivery: Delivery) -> OutcomeEvent:
+    policy = delivery.policy
+    return OutcomeEvent(
+        outcome=Outcome.SUCCEEDED,
+        actor=delivery.message.actor_name,
+        queue=delivery.consumer.queue_name,
+        wait_ms=delivery.waited_ms(),
+        duration_ms=None if delivery.started is None else delivery.elapsed_ms(),
+        tags=None if policy is None else policy.tags,
+    )
 
 
 def _raised(event: OutcomeEvent) -> bool:
