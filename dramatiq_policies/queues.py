@@ -8,7 +8,6 @@ passive declares on a connection of our own; what they can't say is worked out f
 from __future__ import annotations
 
 import logging
-import sys
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -301,16 +300,19 @@ class _Flow:
             self._marks = deque(list(self._marks)[::2])
 
 
+_READERS: dict[str, type[QueueReader]] = {
+    "dramatiq.brokers.redis.RedisBroker": RedisReader,
+    "dramatiq.brokers.rabbitmq.RabbitmqBroker": RabbitmqReader,
+    "dramatiq.brokers.stub.StubBroker": StubReader,
+}
+
+
 def reader_of(broker: Broker) -> QueueReader:
     """A reader of the broker's queues, of the kind that the broker is. It connects when it is first used."""
-    # Who has such a broker has imported its module.
-    for module, name, kind in (
-        ("dramatiq.brokers.redis", "RedisBroker", RedisReader),
-        ("dramatiq.brokers.rabbitmq", "RabbitmqBroker", RabbitmqReader),
-        ("dramatiq.brokers.stub", "StubBroker", StubReader),
-    ):
-        loaded = sys.modules.get(module)
-        if loaded is not None and isinstance(broker, getattr(loaded, name)):
+    # By name, so that no client is imported that is not in use.
+    for cls in type(broker).__mro__:
+        kind = _READERS.get(f"{cls.__module__}.{cls.__name__}")
+        if kind is not None:
             return kind(broker)
     return QueueReader(broker)
 

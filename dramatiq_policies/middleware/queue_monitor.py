@@ -96,6 +96,7 @@ class QueueMonitor(PolicyMiddleware):
         self._workers: list[Worker] = []
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
+        self._watching = 0
         self._elected = False
         self._failing = False
 
@@ -139,6 +140,8 @@ class QueueMonitor(PolicyMiddleware):
         """
         stop = threading.Event() if stop is None else stop
         election = self._election()
+        with self._reading:
+            self._watching += 1
         try:
             while True:
                 self._turn(election)
@@ -146,6 +149,7 @@ class QueueMonitor(PolicyMiddleware):
                     return
         finally:
             with self._reading:
+                self._watching -= 1
                 if self._reader is not None:
                     self._reader.close()
                 self._elected = False
@@ -164,6 +168,9 @@ class QueueMonitor(PolicyMiddleware):
         """
         with self._reading:
             _, news = self._look()
+            if not self._watching:
+                # Nobody else would close it.
+                self._get_reader().close()
         self._tell(news)
         return news
 

@@ -180,6 +180,23 @@ def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place
     assert application.told("breach") == []
 
 
+def test_one_reading_leaves_no_connection_behind(place: Place) -> None:
+    broker = install(place.broker(), queue_monitor=QueueMonitor(thresholds={"*": Threshold(ready=2)}, on_alert="log"))
+    monitor = next(one for one in broker.middleware if isinstance(one, QueueMonitor))
+
+    @dramatiq.actor(broker=broker, queue_name=place.queue)
+    def job() -> None:
+        pass
+
+    for _ in range(2):
+        job.send()
+    (alert,) = until(monitor.check)
+    assert (alert.queue, alert.measure, alert.value) == (place.queue, "ready", 2)
+    connection = "_client" if isinstance(place, RedisPlace) else "_connection"
+    assert getattr(monitor._reader, connection) is None
+    assert monitor.check() == []
+
+
 def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: None) -> None:
     told: list[object] = []
     with Proxy.before(place.url) as proxy:

@@ -190,3 +190,26 @@ def test_on_rabbitmq_a_reader_alone_knows_no_age_at_first_and_then_for_how_long_
     time.sleep(0.1)
     assert reader.read(rabbitmq_place.queue).oldest_ms >= 100
     reader.close()
+
+
+def test_on_rabbitmq_what_other_processes_have_taken_counts_too(rabbitmq_place: RabbitmqPlace) -> None:
+    app = rabbitmq_place.app()
+
+    @app.actor
+    def job() -> None:
+        pass
+
+    job.send()
+    until(lambda: rabbitmq_place.ready() == 1)
+    reader = reader_of(app.broker)
+    queue, now = rabbitmq_place.queue, now_ms()
+    reader.taken_elsewhere = [{queue: ["first", now - 60_000]}, {"other": ["second", now - 1_000]}]
+    seen = reader.read(queue)
+    assert 60_000 <= seen.oldest_ms < 65_000
+    time.sleep(0.05)
+    assert reader.read(queue).stalled_ms >= 50
+    reader.taken_elsewhere = [{queue: ["third", now - 10_000]}]
+    seen = reader.read(queue)
+    assert 10_000 <= seen.oldest_ms < 15_000
+    assert seen.stalled_ms == 0
+    reader.close()
