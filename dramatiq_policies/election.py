@@ -34,6 +34,9 @@ class Election:
     A note counts for ``fresh_ms``; a lease ends that long after it was last asked for.
     """
 
+    #: Whether `notes` has those of everybody, so that none means that nobody is there.
+    hears_all = False
+
     def __init__(self, fresh_ms: int = 60_000) -> None:
         self.fresh_ms = fresh_ms
         self._note: Note | None = None
@@ -140,6 +143,8 @@ class FleetElection(Election):
       near: The election among the processes that are near.
       fresh_ms: How long the lease lasts when it is not asked for again, and for how long a note counts.
     """
+
+    hears_all = True
 
     def __init__(self, client: Any, key: str, near: Election, *, fresh_ms: int) -> None:
         super().__init__(fresh_ms)

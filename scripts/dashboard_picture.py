@@ -131,6 +131,9 @@ def draw(start: float, end: float) -> None:
     dashboard = json.loads((OBSERVABILITY / "grafana" / "dashboards" / "jobs.json").read_text())
     panels = dashboard["panels"]
     plt.style.use("dark_background")
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(
+        color=mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["Set3"].colors
+    )
     figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(15, 16), facecolor="#111217")
     for panel, axis in zip(panels, axes.flat, strict=True):
         axis.set_facecolor("#181b1f")
@@ -145,19 +148,19 @@ def draw(start: float, end: float) -> None:
                 legend = target["legendFormat"]
                 for label, value in labels.items():
                     legend = legend.replace(f"{{{{{label}}}}}", value)
-                lines.append((legend, dict(values)))
+                lines.append((legend, {round(at - start): value for at, value in values}))
         lines.sort()
-        times = sorted({at for _, values in lines for at in values})
-        clock = [datetime.fromtimestamp(at) for at in times]  # noqa: DTZ006 - the axis shows the local time
+        steps = range(0, int(end - start), 2)
+        clock = [datetime.fromtimestamp(start + at) for at in steps]  # noqa: DTZ006 - the axis shows the local time
         if stacked and lines:
-            heights = [[values.get(at, 0.0) for at in times] for _, values in lines]
+            heights = [[values.get(at, 0.0) for at in steps] for _, values in lines]
             axis.stackplot(clock, heights, labels=[legend for legend, _ in lines], alpha=0.75)
         for legend, values in [] if stacked else lines:
-            heights = [values.get(at, float("nan")) / scale for at in times]
+            heights = [values.get(at, float("nan")) / scale for at in steps]
             axis.plot(clock, heights, label=legend, linewidth=1.2)
         axis.set_title(panel["title"], loc="left", fontsize=11, fontweight="bold")
         axis.set_ylabel(unit, fontsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0, top=1.3 * axis.get_ylim()[1])  # room for the legend
         axis.set_xlim(datetime.fromtimestamp(start), datetime.fromtimestamp(end))  # noqa: DTZ006
         axis.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M:%S"))
         axis.tick_params(labelsize=8)

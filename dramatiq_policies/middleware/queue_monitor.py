@@ -196,7 +196,7 @@ class QueueMonitor(PolicyMiddleware):
                 readings, news = self._look()
                 if news:
                     election.keep(sorted(self._watch.open))
-            self._send(readings, notes)
+            self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
             self._tell(news)
         except Exception as error:
             if not self._failing:
@@ -221,7 +221,7 @@ class QueueMonitor(PolicyMiddleware):
             for tell in self._tellers:
                 tell(alert)
 
-    def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]]) -> None:
+    def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
         from ..statsd import metric_name, tag_list
 
         metrics = self._wiring().metrics
@@ -240,7 +240,7 @@ class QueueMonitor(PolicyMiddleware):
                 value = getattr(reading, name)
                 if value is not None:
                     values.append(("g", f"{prefix}.{name}", value, tags))
-        if any("threads" in note for note in notes):
+        if workers_known:
             values += [
                 ("g", f"workers.{name}", sum(note.get(name, 0) for note in notes), ()) for name in ("busy", "threads")
             ]

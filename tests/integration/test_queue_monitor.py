@@ -180,6 +180,57 @@ def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place
     assert application.told("breach") == []
 
 
+class Client:
+    def __init__(self) -> None:
+        self.gauges: dict[str, float] = {}
+
+    incr = timing = None
+
+    def gauge(self, name: str, value: float) -> None:
+        self.gauges[name] = value
+
+
+def test_on_redis_the_workers_of_the_whole_fleet_are_counted_and_none_when_all_are_gone(
+    redis_place: RedisPlace,
+) -> None:
+    client, gate = Client(), Gate()
+
+    def monitored() -> tuple[QueueMonitor, dramatiq.Broker]:
+        monitor = QueueMonitor(interval=50, client=client)
+        return monitor, install(redis_place.broker(), queue_monitor=monitor)
+
+    alone, broker = monitored()
+    broker.declare_queue(redis_place.queue)
+    stop = threading.Event()
+    thread = threading.Thread(target=alone.run_forever, args=(stop,))
+    thread.start()
+    workers = []
+    try:
+        until(lambda: client.gauges.get("workers.threads") == 0)
+        for threads in (1, 2):
+            _, broker = monitored()
+
+            @dramatiq.actor(broker=broker, queue_name=redis_place.queue)
+            def job() -> None:
+                gate()
+
+            workers.append(Worker(broker, worker_timeout=50, worker_threads=threads))
+            workers[-1].start()
+        until(lambda: client.gauges["workers.threads"] == 3)
+        for _ in range(20):
+            job.send()
+        until(lambda: client.gauges["workers.busy"] == 3)
+        gate.open.set()
+        until(lambda: client.gauges["workers.busy"] == 0)
+        for worker in workers:
+            worker.stop()
+        until(lambda: client.gauges["workers.threads"] == 0)
+    finally:
+        gate.open.set()
+        stop.set()
+        thread.join(PATIENCE)
+
+
 def test_one_reading_leaves_no_connection_behind(place: Place) -> None:
     broker = install(place.broker(), queue_monitor=QueueMonitor(thresholds={"*": Threshold(ready=2)}, on_alert="log"))
     monitor = next(one for one in broker.middleware if isinstance(one, QueueMonitor))
