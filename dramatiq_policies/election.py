@@ -168,10 +168,12 @@ class FleetElection(Election):
     def post(self, note: Note) -> None:
         from redis import RedisError
 
-        self.near.post(note)
-        with suppress(RedisError, OSError), self.client.pipeline() as both:
-            both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
-            both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
+        try:
+            with self.client.pipeline() as both:
+                both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
+                both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
+        except (RedisError, OSError):
+            self.near.post(note)
 
     def notes(self) -> list[Note]:
         from redis import RedisError

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import dramatiq
 import pytest
+import redis
 from dramatiq import Worker
 
 from dramatiq_policies import QueueMonitor, Threshold, install
+from dramatiq_policies.election import CommandElection, FleetElection
 from tests.proxy import Proxy
 
 from .places import PATIENCE, Gate, Place, RabbitmqPlace, RedisPlace, until
@@ -82,19 +84,17 @@ class Watched(Application):
         """The lines that begin with these words."""
         return [line for line in self.journal.read_text().splitlines() if line.startswith(" ".join(words))]
 
-    def monitor(self) -> subprocess.Popen[bytes]:
-        """The monitor as a process of its own."""
+    def run(self, command: list[str | Path]) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", "import jobs_app; jobs_app.monitor.run_forever()"],
-                env=self.environment,
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         self.running.append(process)
         return process
+
+    def monitor(self) -> subprocess.Popen[bytes]:
+        """The monitor as a process of its own."""
+        return self.run([sys.executable, "-m", "dramatiq_policies", "monitor", "jobs_app"])
 
     def beats(self, seconds: float = 1.0) -> bool:
         before = self.alive.stat().st_mtime_ns if self.alive.exists() else 0
@@ -161,9 +161,22 @@ def test_on_redis_one_watches_for_the_fleet_and_another_takes_over(redis_place: 
 def test_a_process_of_its_own_warns_when_no_worker_lives(place: Place, application: Watched) -> None:
     place.app().broker.declare_queue(place.queue)
     application.send("patient", 1)
-    application.monitor()
+    process = application.monitor()
     until(lambda: application.told("breach stalled"), 20, application.log.read_text)
     assert not application.told("began")
+    application.stop(process)
+
+
+def test_under_gevent_it_watches_and_the_heart_beats(place: Place, application: Watched) -> None:
+    for n in range(200):
+        application.send("patient", n)
+    command = [Path(sys.executable).with_name("dramatiq-gevent"), "jobs_app", "--processes", "1", "--threads", "2"]
+    process = application.run(command)
+    until(lambda: application.told("breach ready"), 30, application.log.read_text)
+    until(application.beats, 20, application.log.read_text)
+    application.open()
+    until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+    application.stop(process)
 
 
 def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place, application: Watched) -> None:
@@ -348,3 +361,32 @@ def test_the_heartbeat_goes_on_while_the_broker_is_away(place: Place, tmp_path: 
             application.stop(process)
         finally:
             application.close()
+
+
+def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
+    redis_url: str, redis_namespace: str, tmp_path: Path
+) -> None:
+
+    with Proxy.before(redis_url) as proxy:
+
+        def election() -> FleetElection:
+            client = redis.Redis.from_url(proxy.url, retry=None)
+            near = CommandElection("queues", 1, folder=str(tmp_path))
+            return FleetElection(client, f"{redis_namespace}:monitor", near, fresh_ms=60_000)
+
+        first, second = election(), election()
+        assert (first.wins(), second.wins()) == (True, False)
+        first.keep([["mail", "ready"]])
+        assert second.kept() == [["mail", "ready"]]
+        proxy.refuse()
+        proxy.cut()
+        first.post({"threads": 8})
+        # Two of one process share its lock; that one of several has it is shown in tests/test_election.py.
+        assert first.wins()
+        assert first.notes() == [{"threads": 8}]
+        assert second.kept() is None
+        proxy.accept()
+        assert (first.wins(), second.wins()) == (True, False)
+        first.resign()
+        assert second.wins()
+        second.resign()
