@@ -160,7 +160,7 @@ def draw(start: float, end: float) -> None:
             axis.plot(clock, heights, label=legend, linewidth=1.2)
         axis.set_title(panel["title"], loc="left", fontsize=11, fontweight="bold")
         axis.set_ylabel(unit, fontsize=8)
-        axis.set_ylim(bottom=0, top=1.3 * axis.get_ylim()[1])  # room for the legend
+        axis.set_ylim(bottom=0, top=(1.15 + 0.03 * len(lines)) * axis.get_ylim()[1])  # room for the legend
         axis.set_xlim(datetime.fromtimestamp(start), datetime.fromtimestamp(end))  # noqa: DTZ006
         axis.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M:%S"))
         axis.tick_params(labelsize=8)
