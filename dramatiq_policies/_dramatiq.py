@@ -10,6 +10,7 @@ from queue import Empty
 from typing import Any, cast
 
 from dramatiq import Message
+from dramatiq import worker as _worker
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers import stub as _stub
 from dramatiq.middleware import Middleware
@@ -127,3 +128,94 @@ def rabbitmq_message(consumer: Any, method: Any, message: Message[Any]) -> Messa
 def add_options(broker: Broker, middleware: Middleware) -> None:
     """Let actors use the options of a middleware that was put into the list without ``add_middleware``."""
     broker.actor_options |= middleware.actor_options
+
+
+def clock_places() -> list[tuple[Any, str]]:
+    """Where the modules that a StubBroker's messages pass through look at the time: each has it under ``time``.
+
+    In `dramatiq.common` that is the function, in the others the module.
+    """
+    from dramatiq import common, message
+    from dramatiq.middleware import retries
+    from dramatiq.rate_limits import bucket, window
+    from dramatiq.rate_limits.backends import stub as limits
+    from dramatiq.results.backends import stub as results
+
+    return [(module, "time") for module in (common, message, retries, bucket, window, limits, results)]
+
+
+def is_worker_middleware(middleware: Middleware) -> bool:
+    """Whether it is what a worker puts on its broker to hear of new queues, and never takes off."""
+    return type(middleware) is _worker._WorkerMiddleware
+
+
+def is_worker_of(middleware: Middleware, worker: _worker.Worker) -> bool:
+    """Whether it is what this worker has put on its broker."""
+    return isinstance(middleware, _worker._WorkerMiddleware) and middleware.worker is worker
+
+
+class WorkerOnThisThread(_worker.Worker):
+    """Dramatiq's worker without its threads: whoever has started it takes and runs the messages.
+
+    Parameters:
+      broker: What it consumes.
+      hooks: Stands in for the broker where a message is processed; see `testing.draining`.
+    """
+
+    def __init__(self, broker: Broker, hooks: Any) -> None:
+        # Consumers look whether there is a message, and never wait for one.
+        super().__init__(broker, worker_threads=1, worker_timeout=0)
+        self.hooks = hooks
+
+    def _add_consumer(self, queue_name: str, *, delay: bool = False) -> None:
+        if queue_name in self.consumers:
+            return
+        thread = self.consumers[queue_name] = _Consumer(
+            broker=self.broker, queue_name=queue_name, prefetch=2**31, work_queue=self.work_queue, worker_timeout=0
+        )
+        thread.hooks = self.hooks
+        thread.running = True
+        self.broker.emit_after("consumer_thread_boot", thread)
+        thread.consumer = self.broker.consume(queue_name, prefetch=thread.prefetch, timeout=0)
+        thread.delay_queue = thread.consumer.delayed  # type: ignore[attr-defined]
+
+    def _add_worker(self) -> None:
+        self.thread = _Thread(broker=self.hooks, consumers=self.consumers, work_queue=self.work_queue, worker_timeout=0)
+        self.thread.running = True
+        self.broker.emit_after("worker_thread_boot", self.thread)
+        self.workers.append(self.thread)
+
+    def fetch(self, source: str) -> bool:
+        """Take one message off a queue, if there is one, and put it where a worker thread, or its time, finds it."""
+        thread = self.consumers[source]
+        message = next(cast("Consumer", thread.consumer))
+        if message is not None:
+            thread.handle_message(message)
+        return message is not None
+
+    def next(self) -> MessageProxy | None:
+        """The next message for a worker thread."""
+        try:
+            return delayed_message(self.work_queue.get_nowait())
+        except Empty:
+            return None
+
+    def run(self, message: MessageProxy) -> None:
+        """Process a message as a worker thread does."""
+        self.thread.process_message(message)
+
+
+class _Consumer(_worker.ConsumerThread):
+    hooks: Any
+
+    def post_process_message(self, message: MessageProxy) -> None:
+        if not self.hooks.died:
+            super().post_process_message(message)
+
+    def join(self, timeout: float | None = None) -> None:
+        self.broker.emit_before("consumer_thread_shutdown", self)
+
+
+class _Thread(_worker.WorkerThread):
+    def join(self, timeout: float | None = None) -> None:
+        self.broker.emit_before("worker_thread_shutdown", self)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from . import clock
 from .outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Delivery:
         ready: float | None = self.message.options.get(READY_AT)
         if ready is None or self.started is None:
             return None
-        return max(0.0, (time() - (monotonic() - self.started)) * 1_000 - ready)
+        return max(0.0, (clock.time() - (monotonic() - self.started)) * 1_000 - ready)
 
 
 #: The message option that says when it became, or becomes, ready: ms since the epoch.

@@ -7,9 +7,9 @@ another version of this library, or from anybody: reading never raises, and take
 from __future__ import annotations
 
 import traceback
-from time import time
 from typing import TYPE_CHECKING, Any
 
+from . import clock
 from .outcomes import class_path, text_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _TRACEBACK_LIMIT = 10_000
 
 def now_ms() -> int:
     """The time in milliseconds since the epoch."""
-    return int(time() * 1_000)
+    return int(clock.time() * 1_000)
 
 
 def _count(value: Any) -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .middleware.timeout import Timeout
     from .wiring import Wiring
 
-__all__ = ["wrap_actor"]
+__all__ = ["unwrapped", "wrap_actor"]
 
 _MARK = "dramatiq_policies_wrapped"
 
@@ -48,6 +48,11 @@ def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
 
     setattr(run, _MARK, True)
     actor.fn = run
+
+
+def unwrapped(fn: Any) -> Any:
+    """The function of the user's inside what `wrap_actor` has put in its place."""
+    return fn.__wrapped__ if getattr(fn, _MARK, False) else fn
 
 
 def _run(

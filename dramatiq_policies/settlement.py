@@ -8,9 +8,9 @@ later ones are best effort and logged.
 from __future__ import annotations
 
 import logging
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from . import clock
 from .delivery import Delivery, Send, Settlement
 from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
 from .history import FAILURE, POLICIES, attempt_of, failure_of
@@ -85,7 +85,7 @@ def _hand_off(
             return decided
         except Exception as error:
             lost = consumer.lost_connection(error)
-            now = monotonic()
+            now = clock.monotonic()
             if consumer.gone():
                 # The broker has given this message back to its queue already.
                 return _give_up(consumer, message, delivery, error)

@@ -12,7 +12,7 @@ import dramatiq_policies
 PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
-    {"_dramatiq", "durations"},
+    {"_dramatiq", "clock", "durations"},
     {"errors"},
     {"_udp"},
     {"statsd"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"interrupts", "coroutines", "greenlets", "logs"},
     {"middleware", "running"},
     {"bundle", "_typed_actor"},
-    {"ops"},
+    {"ops", "testing"},
     {"cli"},
     {"__main__"},
 ]

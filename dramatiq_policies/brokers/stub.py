@@ -33,7 +33,10 @@ class StubConsumer(PolicyConsumer):
             self.report_malformed(error)
             _dramatiq.release_stub_slot(self.inner)
             return None
-        return _dramatiq.StubMessage(message)
+        proxy = _dramatiq.StubMessage(message)
+        # As it was delivered: the test kit delivers it again when the worker has died in its job.
+        proxy.body = data  # type: ignore[attr-defined]
+        return proxy
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
         letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]

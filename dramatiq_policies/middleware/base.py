@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Broker
@@ -9,6 +10,7 @@ from dramatiq.middleware import Middleware
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Worker
+    from typing_extensions import Self
 
     from ..wiring import Wiring
 
@@ -37,6 +39,12 @@ class PolicyMiddleware(Middleware):
 
     def attach(self, wiring: Wiring) -> None:
         """Called once, when the middleware is in its place."""
+
+    def for_stub(self) -> Self:
+        """One with the same settings for a StubBroker in a test, on no broker yet and connected to nothing."""
+        twin = copy.copy(self)
+        twin.attached_to = None
+        return twin
 
     def before_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
         self.resolve_actor(self.arrange(broker), actor)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Retries, Shutdown
 
+from .. import clock
 from ..backoff import safe_wait
 from ..consumer import hold
 from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
@@ -27,6 +27,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker, MessageProxy
+    from typing_extensions import Self
 
     from ..wiring import Wiring
 
@@ -129,6 +130,11 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             wiring.subscribe(self, subscriber)
         if self.after_discard is not None:
             wiring.after_discard = (self.after_discard,)
+
+    def for_stub(self) -> Self:
+        twin = super().for_stub()
+        vars(twin).update(wiring=None, _alerted={})
+        return twin
 
     # Hooks. The one before and the one after a run are on every message's way: they do no more than they must.
 
@@ -380,7 +386,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def _alert(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         error = event.exception
         key = (event.actor or "", None if error is None else type(error))
-        now = monotonic()
+        now = clock.monotonic()
         last = self._alerted.get(key)
         repeated = last is not None and (now - last) * 1_000 < self.alert_interval
         if not repeated:

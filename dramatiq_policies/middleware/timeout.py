@@ -25,6 +25,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker, MessageProxy
+    from typing_extensions import Self
 
     from ..delivery import Delivery
     from ..wiring import Wiring
@@ -146,6 +147,11 @@ class Timeout(PolicyMiddleware, TimeLimit):
         # One list, whoever came first.
         wiring.stuck_subscribers += self.stuck_subscribers
         self.stuck_subscribers = wiring.stuck_subscribers
+
+    def for_stub(self) -> Self:
+        twin = super().for_stub()
+        twin.stuck_subscribers = []
+        return twin
 
     # The clock runs while the actor's function does, and not from hook to hook.
     before_process_message = Middleware.before_process_message

@@ -1,0 +1,24 @@
+"""Tests of jobs without a server, a thread or a wait: `drain` a StubBroker, let things go wrong, and look at the `Run`."""
+
+from __future__ import annotations
+
+from .cases import StubBrokerMixin
+from .draining import TooManyRuns, drain
+from .faults import crash, enqueue_down, fail, hang, redeliver
+from .performing import perform
+from .run import Run
+from .stubbing import stub
+
+__all__ = [
+    "Run",
+    "StubBrokerMixin",
+    "TooManyRuns",
+    "crash",
+    "drain",
+    "enqueue_down",
+    "fail",
+    "hang",
+    "perform",
+    "redeliver",
+    "stub",
+]

@@ -1,0 +1,111 @@
+"""What the test kit keeps of one StubBroker: its time, and what it sends."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from dramatiq import Message
+from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.message import get_encoder
+
+from ..bundle import arrange
+from ..errors import ConfigurationError
+from ..middleware.base import PolicyMiddleware
+from ..wiring import Wiring
+from .virtual_time import VirtualClock, clock_in_force
+
+__all__ = ["Bench", "bench_of"]
+
+_ATTRIBUTE = "dramatiq_policies_bench"
+
+
+class Bench:
+    """One StubBroker under test. What is sent through it is sent at its own, virtual, time."""
+
+    def __init__(self, broker: StubBroker, wiring: Wiring) -> None:
+        self.broker = broker
+        self.wiring = wiring
+        self.clock = VirtualClock()
+        self.draining = False
+        stock, began = broker.enqueue, self.clock.now
+        clock = self.clock
+
+        def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+            if clock_in_force() is clock:
+                return send(message, delay)
+            with clock.in_force():
+                if message.message_timestamp >= began:
+                    # Made just now, by the real clock.
+                    message = message.copy(message_timestamp=clock.now)
+                return send(message, delay)
+
+        def send(message: Message[Any], delay: int | None) -> Message[Any]:
+            try:
+                return stock(message, delay=delay)
+            except Exception as error:
+                explain_unsendable(broker, message, error)
+                raise
+
+        broker.enqueue = enqueue  # type: ignore[method-assign]
+
+    def delayed(self) -> list[Message[Any]]:
+        """The messages on the delay queues."""
+        return [
+            Message.decode(body) for name in self.broker.delay_queues for body in tuple(self.broker.queues[name].queue)
+        ]
+
+
+def bench_of(broker: Broker) -> Bench:
+    """The broker's bench, made at the first call.
+
+    Raises:
+      ConfigurationError: It is no StubBroker, or has none of the bundle's middleware.
+    """
+    bench: Bench | None = vars(broker).get(_ATTRIBUTE)
+    if bench is None:
+        if not isinstance(broker, StubBroker):
+            raise ConfigurationError(
+                f"The test kit runs what is queued on a StubBroker, and got a {type(broker).__name__}. "
+                "Use `with stub() as broker:`, which lends its actors to a StubBroker."
+            )
+        if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+            raise ConfigurationError(
+                "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
+                "Call install(broker) before its actors are declared."
+            )
+        bench = vars(broker)[_ATTRIBUTE] = Bench(broker, arrange(broker))
+    return bench
+
+
+def explain_unsendable(broker: Broker, message: Message[Any], error: Exception) -> None:
+    """If a message can't be encoded, say which of its arguments is to blame.
+
+    Raises:
+      TypeError: It can't be encoded.
+    """
+    for name, value in _named(broker, message):
+        try:
+            get_encoder().encode({"value": value})
+        except Exception as reason:
+            raise TypeError(
+                f"The argument {name!r} of a message to {message.actor_name!r} can't be sent: {reason}. "
+                f"It is a {type(value).__name__}: {value!r:.200}. Send ids and plain values."
+            ) from error
+
+
+def _named(broker: Broker, message: Message[Any]) -> list[tuple[str, Any]]:
+    """A message's arguments with the names that its actor has for them, and its options."""
+    options = [(f"{name} (an option)", value) for name, value in message.options.items()]
+    numbered = [(str(number), value) for number, value in enumerate(message.args)]
+    named = [*message.kwargs.items()]
+    actor = broker.actors.get(message.actor_name)
+    if actor is not None:
+        try:
+            bound = inspect.signature(actor.fn).bind(*message.args, **message.kwargs)
+        except (TypeError, ValueError):
+            pass
+        else:
+            numbered, named = [], [*bound.arguments.items()]
+    return [*numbered, *named, *options]

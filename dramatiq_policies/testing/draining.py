@@ -1,0 +1,308 @@
+"""`drain`: what is queued runs to its end, on the calling thread and through Dramatiq's own worker code.
+
+A worker without threads is booted, takes messages off the queues as its consumer threads would, processes them as a worker
+thread would, and is shut down again. When nothing is ready, the virtual clock goes forward to the next delayed message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import ExitStack
+from contextvars import ContextVar
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.asyncio import get_event_loop_thread, set_event_loop_thread
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.common import q_name
+from dramatiq.errors import BrokerConnectionError
+from dramatiq.threading import Interrupt
+
+from .. import _dramatiq
+from ..delivery import current
+from ..durations import to_ms
+from ..errors import ConfigurationError
+from ..outcomes import BAD_ENDINGS, OutcomeEvent
+from .bench import Bench, bench_of
+from .run import Entry, Run
+from .virtual_time import VirtualClock, clock_in_force
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
+
+#: How long, in virtual ms, what can't be reached is tried again before the worker is stopped.
+_PATIENCE = 600_000
+#: What a consumer thread waits for, in seconds, before it tries to reach its broker again.
+_RESTART = 3.0
+_LOGGERS = ("dramatiq_policies.outcomes", "dramatiq_policies.alerts")
+
+_in_progress: ContextVar[Drain | None] = ContextVar("dramatiq_policies_drain", default=None)
+
+
+class TooManyRuns(AssertionError):
+    """The jobs of a broker did not come to an end."""
+
+
+class WorkerDied(BaseException):
+    """Raised in a job, and in what comes after it, where the test kit lets the worker die."""
+
+
+def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int = 10_000) -> Run:
+    """Run everything that is queued on a StubBroker to its end, and say what became of it.
+
+    Messages that the jobs send are run too, waits are skipped on a virtual clock, and all happens on the calling thread,
+    through Dramatiq's own worker code: middleware, retries, pipelines, groups and results as in production.
+
+    Parameters:
+      broker: A StubBroker with the bundle on it; see `stub` for others.
+      until: Stop when so much virtual time has gone by, in milliseconds or as a ``timedelta``: what is delayed for
+        longer stays queued, and the next drain goes on from there. None, the default, for no end.
+      max_runs: How many runs there may be beside one for each message that is queued at the beginning.
+
+    Raises:
+      ConfigurationError: The broker is no StubBroker, or has none of the bundle's middleware.
+      TooManyRuns: The jobs go on without an end, such as those that send themselves. What is left stays queued.
+
+    What a job raises goes the way of its rules; only what is meant for the test itself (KeyboardInterrupt, `pytest.fail`)
+    is raised here.
+    """
+    bench = bench_of(broker)
+    limit = None if until is None else _limit(until)
+    with Drain(bench) as work:
+        if limit is not None:
+            limit += bench.clock.now
+        allowed = max_runs + sum(queue.qsize() for queue in bench.broker.queues.values())
+        runs = 0
+        while work.step(limit):
+            runs += 1
+            if runs > allowed:
+                last = "".join(f"\n  {entry}" for entry in work.run.entries[-10:])
+                raise TooManyRuns(
+                    f"{runs} runs, and still not at an end: does a job send itself? The last ones:{last}\n"
+                    "If all of them are meant, give drain() a higher max_runs."
+                )
+    return work.run
+
+
+def _limit(until: int | timedelta) -> int:
+    try:
+        return to_ms(until)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of_option(
+            "drain()", "until", "milliseconds of at least 0, or a timedelta", until
+        ) from None
+
+
+def drain_in_progress() -> Drain | None:
+    """The drain on whose thread, or event loop, this is called."""
+    return _in_progress.get()
+
+
+class Drain:
+    """A worker on this thread, booted on entry and shut down on exit.
+
+    Attributes:
+      run: What became of the messages so far.
+      died: Whether the worker has died in the job at hand: nothing more is done for its message.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.broker = bench.broker
+        self.clock = bench.clock
+        self.run = Run(bench.broker.actors)
+        self.died = False
+        self._began = 0
+        self._exit = ExitStack()
+        self._worker = _dramatiq.WorkerOnThisThread(self.broker, _Hooks(self))
+
+    def __enter__(self) -> Self:
+        bench, wiring = self.bench, self.bench.wiring
+        if bench.draining:
+            raise RuntimeError("This broker is being drained already: drain() can't be called from one of its jobs.")
+        with ExitStack() as stack:
+            bench.draining = True
+            stack.callback(setattr, bench, "draining", False)
+            self._wind_back()
+            stack.enter_context(self.clock.in_force())
+            self._began = self.clock.now
+            stack.callback(_in_progress.reset, _in_progress.set(self))
+            stack.callback(current.reset, current.set(None))
+            stack.callback(set_event_loop_thread, get_event_loop_thread())
+            self._collect(stack)
+            stack.callback(setattr, wiring, "stopping", wiring.stopping)
+            wiring.stopping = _VirtualStop(self.clock)
+            stack.callback(self._take_worker_off)
+            stack.callback(self._worker.stop)
+            self._worker.start()
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exit.__exit__(kind, error, traceback)
+        self.run.elapsed = self.clock.now - self._began
+        self.run.note_actors(self.broker.actors)
+
+    def _wind_back(self) -> None:
+        # By the time of the first drain a few real ms have gone by since a delayed message was sent.
+        if self.clock.skipped == 0:
+            sent = [message.message_timestamp for message in self.bench.delayed()]
+            self.clock.now = min([self.clock.now, *(at for at in sent if at > self.clock.now - 60_000)])
+
+    def _collect(self, stack: ExitStack) -> None:
+        run, wiring = self.run, self.bench.wiring
+        entries, clock, began = run.entries, self.clock, self._began
+
+        def observe(event: OutcomeEvent, message: MessageProxy | None) -> None:
+            entries.append(Entry(clock.now - began, event, message))
+
+        wiring.observe(self, observe)
+        stack.callback(wiring.forget, self)
+        letters = self.broker.dead_letters_by_queue
+        before = {name: len(queue) for name, queue in letters.items()}
+
+        def collect_dead() -> None:
+            run.dead += [letter for name, queue in letters.items() for letter in queue[before.get(name, 0) :]]
+
+        stack.callback(collect_dead)
+        handler = _Records(self, run.logs)
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(handler)
+            stack.callback(logging.getLogger(name).removeHandler, handler)
+
+    def _take_worker_off(self) -> None:
+        # In place: the list is the one that the bundle has put in order.
+        middleware = self.broker.middleware
+        middleware[:] = [one for one in middleware if not _dramatiq.is_worker_of(one, self._worker)]
+
+    def step(self, limit: int | None = None) -> bool:
+        """Run the next message; False if there is none, or none before the virtual time ``limit``."""
+        worker = self._worker
+        while not self.bench.wiring.stopping.is_set():
+            self._fetch()
+            message = worker.next()
+            if message is not None:
+                self._process(message)
+                return True
+            due = self._next_eta()
+            if due is None or (limit is not None and due > limit):
+                break
+            self.clock.advance(max(0, due - self.clock.now))
+        if limit is not None:
+            self.clock.advance(max(0, limit - self.clock.now))
+        return False
+
+    def _fetch(self) -> None:
+        """Take whatever is ready off the queues; first of all, what has become due off the delay queues."""
+        consumers, queues = self._worker.consumers, self.broker.queues
+        # A middleware may have a queue declared meanwhile.
+        for name in sorted(consumers, key=_delay_queues_first):
+            delayed = consumers[name].delay_queue.queue
+            while queues[name].queue or (delayed and _dramatiq.eta_of(delayed[0]) <= self.clock.now):
+                try:
+                    self._worker.fetch(name)
+                except BrokerConnectionError:
+                    # A consumer thread begins anew after a while.
+                    if self.bench.wiring.stopping.wait(_RESTART):
+                        return
+
+    def _next_eta(self) -> int | None:
+        etas = [
+            _dramatiq.eta_of(thread.delay_queue.queue[0])
+            for thread in self._worker.consumers.values()
+            if thread.delay_queue.queue
+        ]
+        return None if not etas else -int(-min(etas) // 1)
+
+    def _process(self, message: MessageProxy) -> None:
+        try:
+            self._worker.run(message)
+        except WorkerDied:
+            self._redeliver(message)
+            return
+        error = _dramatiq.exception_of(message)
+        if error is not None and not isinstance(error, _OF_JOBS):
+            raise error
+
+    def _redeliver(self, message: MessageProxy) -> None:
+        """The message that a worker was never to ack comes back, as it was delivered."""
+        self.died = False
+        current.set(None)
+        self.run.entries.append(
+            Entry(self.clock.now - self._began, None, message, "the worker died; the message is redelivered")
+        )
+        delivery = message.delivery
+        queue = self.broker.queues[delivery.consumer.source]
+        queue.put(message.body)
+        delivery.consumer.finish(message)
+
+
+#: What a job may end with; anything else is for the test.
+_OF_JOBS = (Exception, SystemExit, GeneratorExit, Interrupt, asyncio.CancelledError)
+
+
+def _delay_queues_first(name: str) -> tuple[bool, str]:
+    return q_name(name) == name, name
+
+
+class _Hooks:
+    """Stands in for the broker where a worker thread calls hooks: when the worker has died, none of them is."""
+
+    def __init__(self, work: Drain) -> None:
+        self.work = work
+        self.emit_before = work.broker.emit_before
+        self.get_actor = work.broker.get_actor
+
+    @property
+    def died(self) -> bool:
+        return self.work.died
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if self.work.died:
+            raise WorkerDied
+        self.work.broker.emit_after(signal, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work.broker, name)
+
+
+class _VirtualStop(threading.Event):
+    """Says that a worker stops; waiting for it takes virtual time, and after a while it does stop."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.waited = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None or clock_in_force() is not self.clock:
+            return super().wait(timeout)
+        ms = round(timeout * 1_000)
+        self.clock.advance(ms)
+        self.waited += ms
+        if self.waited > _PATIENCE:
+            self.set()
+        return self.is_set()
+
+
+class _Records(logging.Handler):
+    """Keeps the records of bad endings."""
+
+    def __init__(self, work: Drain, records: list[logging.LogRecord]) -> None:
+        super().__init__()
+        self.work = work
+        self.records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _in_progress.get() is self.work and getattr(record, "outcome", None) in _BAD:
+            self.records.append(record)
+
+
+_BAD = frozenset(outcome.value for outcome in BAD_ENDINGS)

@@ -1,0 +1,262 @@
+"""What goes wrong in production, made to go wrong in a test: context managers, which may be nested."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message, get_broker
+from dramatiq.asyncio import async_to_sync
+from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionFailed
+
+from ..bundle import arrange
+from ..coroutines import is_async
+from ..delivery import Delivery, running_delivery
+from ..errors import ConfigurationError, TimeoutExceeded
+from ..middleware.base import PolicyMiddleware
+from ..running import unwrapped, wrap_actor
+from .draining import WorkerDied, drain_in_progress
+from .virtual_time import clock_in_force
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+__all__ = ["crash", "enqueue_down", "fail", "hang", "redeliver"]
+
+
+class _Times:
+    """How often something still happens; None for always."""
+
+    def __init__(self, where: str, times: int | None) -> None:
+        if times is not None and (type(times) is not int or times < 0):
+            raise ConfigurationError.of_option(where, "times", "an int of at least 0, or None for always", times)
+        self.left = times
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        with self._lock:
+            if self.left is None:
+                return True
+            self.left -= 1
+            return self.left >= 0
+
+
+@contextmanager
+def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[None]:
+    """Have ``make(fn)`` run where the actor's own ``fn`` would, with the bundle around it, while it lasts."""
+    saved = actor.fn
+    broker = actor.broker
+    actor.fn = make(unwrapped(saved))
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        wrap_actor(arrange(broker), actor)
+    try:
+        yield
+    finally:
+        actor.fn = saved
+
+
+def _around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:
+    """``fn``, sync or async as it is, with a call before it (told which, may return an awaitable) and one after it."""
+    if is_async(fn):
+        coroutine = fn.__wrapped__
+
+        @functools.wraps(coroutine)
+        async def run_async(*args: Any, **kwargs: Any) -> Any:
+            waits = before(True)
+            if waits is not None:
+                await waits
+            result = await coroutine(*args, **kwargs)
+            if after is not None:
+                after()
+            return result
+
+        return async_to_sync(run_async)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before(False)
+        result = fn(*args, **kwargs)
+        if after is not None:
+            after()
+        return result
+
+    return run
+
+
+def fail(
+    actor: Actor[..., Any], exception: type[BaseException] | BaseException, times: int | None = 1
+) -> AbstractContextManager[None]:
+    """Have an actor raise instead of doing its work.
+
+    Parameters:
+      exception: An instance, or a class that can be made without arguments.
+      times: For how many runs; None for all. Default 1.
+
+    Raises:
+      ConfigurationError: ``exception`` is neither.
+    """
+    where = f"fail({actor.actor_name!r})"
+    counted = _Times(where, times)
+    if isinstance(exception, type) and issubclass(exception, BaseException):
+        try:
+            exception()
+        except TypeError as error:
+            raise ConfigurationError.of_option(
+                where,
+                "exception",
+                "a class that can be made without arguments",
+                exception,
+                f"Pass an instance ({error})",
+            ) from None
+    elif not isinstance(exception, BaseException):
+        raise ConfigurationError.of_option(where, "exception", "an exception, or a class of one", exception)
+
+    def before(_: bool) -> None:
+        if counted.take():
+            raise exception() if isinstance(exception, type) else exception.with_traceback(None)
+
+    return in_place_of(actor, lambda fn: _around(fn, before))
+
+
+def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextManager[None]:
+    """Have an actor hang instead of doing its work, until its timeout ends it.
+
+    In `drain` that is at once, and on the virtual clock after as long as the timeout; under a real worker, it hangs.
+
+    Parameters:
+      times: For how many runs; None, the default, for all.
+
+    Raises:
+      ConfigurationError: The actor has no timeout: it would hang for ever.
+    """
+    where = f"hang({actor.actor_name!r})"
+    counted = _Times(where, times)
+    if not any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
+        raise ConfigurationError(f"{where}: the actor's broker has no Timeout. Call install(broker) first.")
+    policy = arrange(actor.broker).policies.get(actor.actor_name)
+    if policy is None or policy.timeout_ms is None:
+        raise ConfigurationError(f"{where}: the actor has no timeout, so it would hang for ever. Give it one.")
+
+    def before(in_loop: bool) -> Any:
+        if not counted.take():
+            return None
+        delivery = running_delivery()
+        if delivery is None:
+            raise RuntimeError(f"{where}: it was called directly, and nothing would ever end it.")
+        if clock_in_force() is not None:
+            _let_time_out(delivery)
+        if in_loop:
+            return asyncio.sleep(float("inf"))
+        while True:
+            time.sleep(0.005)
+
+    return in_place_of(actor, lambda fn: _around(fn, before))
+
+
+def _let_time_out(delivery: Delivery) -> None:
+    clock, limit = clock_in_force(), delivery.timeout_ms
+    assert clock is not None
+    if limit is None or delivery.started is None:
+        raise RuntimeError("hang(): this message has no timeout, and would hang for ever.")
+    clock.advance(ceil(limit))
+    # The job's own time is real: it began so much earlier.
+    delivery.started -= ceil(limit) / 1_000
+    raise TimeoutExceeded
+
+
+def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool = False) -> AbstractContextManager[None]:
+    """Have the worker die in an actor's job: nothing after it happens, and its message is delivered again.
+
+    Works in `drain` and `perform`, on whose thread the dead worker is replaced at once.
+
+    Parameters:
+      times: In how many runs; None for all. Default 1.
+      after_effect: False, the default, before the job has done anything; True when it has done all.
+    """
+    where = f"crash({actor.actor_name!r})"
+    counted = _Times(where, times)
+
+    def die() -> None:
+        if counted.take():
+            die_in_job(where)
+
+    if after_effect:
+        return in_place_of(actor, lambda fn: _around(fn, lambda _: None, die))
+    return in_place_of(actor, lambda fn: _around(fn, lambda _: die()))
+
+
+def die_in_job(where: str) -> None:
+    """Let the worker die, here and now.
+
+    Raises:
+      WorkerDied: For this job to end.
+      RuntimeError: No drain is in progress.
+    """
+    work = drain_in_progress()
+    if work is None:
+        raise RuntimeError(f"{where}: only drain() and perform() have a worker that can die and be replaced.")
+    work.died = True
+    raise WorkerDied
+
+
+def redeliver(message: Message[Any], broker: Broker | None = None) -> AbstractContextManager[None]:
+    """Deliver a message that was sent once more, as brokers do: same id, same everything.
+
+    At once, when it is called; it may stand in a ``with`` as the other faults do. A message that is still queued is then
+    queued twice.
+
+    Parameters:
+      broker: The StubBroker that it was sent through; None, the default, for the global one.
+
+    Raises:
+      ConfigurationError: That is no StubBroker, or has no such queue.
+    """
+    if broker is None:
+        broker = get_broker()
+    if not isinstance(broker, StubBroker) or message.queue_name not in broker.queues:
+        raise ConfigurationError(
+            f"redeliver(): expected a StubBroker with the queue {message.queue_name!r}, got {broker!r}. "
+            "Use stub(), or pass the broker."
+        )
+    broker.queues[message.queue_name].put(message.encode())
+    return nullcontext()
+
+
+@contextmanager
+def enqueue_down(
+    broker: Broker, exception: type[BaseException] | BaseException = ConnectionFailed, times: int | None = None
+) -> Iterator[None]:
+    """Have a broker accept no messages: neither from whoever sends one, nor what follows from a job.
+
+    Parameters:
+      exception: What it raises, an instance or a class. By default Dramatiq's ``ConnectionFailed``.
+      times: How many messages it does not accept; None, the default, for all.
+
+    A hand-off is tried again until the worker stops, which in `drain` it does after ten virtual minutes: the message
+    is then back on its queue.
+    """
+    counted = _Times("enqueue_down()", times)
+    own = vars(broker).get("enqueue")
+    accept = broker.enqueue
+
+    def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        if counted.take():
+            raise exception("enqueue_down()") if isinstance(exception, type) else exception
+        return accept(message, delay=delay)
+
+    broker.enqueue = enqueue  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(broker)["enqueue"]
+        else:
+            broker.enqueue = own  # type: ignore[method-assign]

@@ -1,0 +1,184 @@
+"""What became of the messages of one `drain`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..outcomes import Outcome, OutcomeEvent, text_of
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+    from dramatiq.broker import MessageProxy
+
+__all__ = ["Run"]
+
+#: How much of a message's arguments a transcript shows.
+_WIDTH = 100
+
+
+class Entry:
+    """One delivery: when it ended, in virtual ms since the beginning, and how. A worker that died left no event."""
+
+    __slots__ = ("at", "event", "message", "note")
+
+    def __init__(self, at: int, event: OutcomeEvent | None, message: MessageProxy | None, note: str = "") -> None:
+        self.at = at
+        self.event = event
+        self.message = message
+        self.note = note
+
+    def __str__(self) -> str:
+        event = self.event
+        call = "?" if self.message is None else f"{self.message.actor_name}({_arguments(self.message)})"
+        if event is None:
+            return f"+{self.at} ms  {call}  {self.note}"
+        error = (
+            "" if event.exception is None else f": {type(event.exception).__name__}: {text_of(event.exception, 200)}"
+        )
+        return "".join(
+            [
+                f"+{self.at} ms  {call}",
+                "" if event.attempt is None else f"  attempt {event.attempt}",
+                f"  {event.outcome.value}",
+                "" if event.reason is None else f" ({event.reason})",
+                error,
+                "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
+            ]
+        )
+
+
+class Run:
+    """What became of the messages of one `drain`; its ``repr`` is a transcript, one line for each delivery.
+
+    Where a method takes an actor, it may be the actor or its name; None stands for all actors.
+
+    Attributes:
+      elapsed: How much virtual time went by, in milliseconds.
+      events: The `OutcomeEvent` of each delivery, in order. A worker that died in a job leaves none.
+      dead: The messages that went to the dead-letter queues; ``message.options["failure"]`` says why.
+      logs: The log records of messages that ended badly: the DiscardLogger's, and those of alerts.
+    """
+
+    def __init__(self, actors: Iterable[str] = ()) -> None:
+        self.elapsed = 0
+        self.dead: list[MessageProxy] = []
+        self.logs: list[logging.LogRecord] = []
+        self.entries: list[Entry] = []
+        self._actors = set(actors)
+
+    def note_actors(self, actors: Iterable[str]) -> None:
+        """More actors that there are: a job may declare some."""
+        self._actors |= set(actors)
+
+    @property
+    def events(self) -> list[OutcomeEvent]:
+        return [entry.event for entry in self.entries if entry.event is not None]
+
+    def outcomes(self, actor: Actor[..., Any] | str | None = None) -> list[str]:
+        """How each delivery ended, in order: ``["retried", "succeeded"]``.
+
+        Raises:
+          ValueError: There is no such actor.
+        """
+        return [event.outcome.value for event in self._of(actor)]
+
+    def reasons(self, actor: Actor[..., Any] | str | None = None) -> list[str | None]:
+        """Why each delivery ended so, in order; None where an outcome has but one reason."""
+        return [event.reason for event in self._of(actor)]
+
+    def waits(self, actor: Actor[..., Any] | str | None = None) -> list[int]:
+        """For how long, in ms, each delivery that was retried or deferred had its message wait, in order."""
+        return [event.delay_ms for event in self._of(actor) if event.delay_ms is not None]
+
+    def assert_outcomes(self, actor: Actor[..., Any] | str | None, *expected: str | Outcome) -> None:
+        """Fail unless the deliveries ended so, in this order.
+
+        Raises:
+          AssertionError: They did not; it shows what did happen.
+        """
+        __tracebackhide__ = True
+        wanted = [str(outcome) for outcome in expected]
+        got = self.outcomes(actor)
+        if got != wanted:
+            self._fail(f"{_name(actor)}: expected {_said(wanted)}, got {_said(got)}.")
+
+    def assert_waits(self, actor: Actor[..., Any] | str | None, *expected: int, jitter: float = 0.0) -> None:
+        """Fail unless the waits were these, in ms, or longer by at most the share ``jitter`` of each.
+
+        Raises:
+          AssertionError: They were not; it shows what did happen.
+        """
+        __tracebackhide__ = True
+        got = self.waits(actor)
+        if len(got) != len(expected) or not all(
+            wanted <= ms <= wanted * (1 + jitter) for ms, wanted in zip(got, expected, strict=True)
+        ):
+            more = f", each longer by at most {jitter:.0%}" if jitter else ""
+            self._fail(f"{_name(actor)}: expected the waits {list(expected)} ms{more}, got {got} ms.")
+
+    def assert_dead(self, actor: Actor[..., Any] | str | None, *reasons: str | None) -> None:
+        """Fail unless the actor's dead letters carry these reasons (None where the outcome has but one), in order.
+
+        Raises:
+          AssertionError: They do not; it shows what did happen.
+        """
+        __tracebackhide__ = True
+        name = self._known(actor)
+        got = [
+            letter.options.get("failure", {}).get("reason")
+            for letter in self.dead
+            if name is None or letter.actor_name == name
+        ]
+        if got != list(reasons):
+            self._fail(f"{_name(actor)}: expected dead letters for the reasons {list(reasons)}, got {got}.")
+
+    def assert_nothing_dead(self) -> None:
+        """Fail if a message went to the dead letters.
+
+        Raises:
+          AssertionError: One did; it shows what did happen.
+        """
+        __tracebackhide__ = True
+        if self.dead:
+            self._fail(f"expected no dead letters, got {len(self.dead)}.")
+
+    def _fail(self, text: str) -> None:
+        __tracebackhide__ = True
+        raise AssertionError(f"{text}\n{self!r}")
+
+    def _of(self, actor: Actor[..., Any] | str | None) -> list[OutcomeEvent]:
+        name = self._known(actor)
+        return [event for event in self.events if name is None or event.actor == name]
+
+    def _known(self, actor: Actor[..., Any] | str | None) -> str | None:
+        if actor is None:
+            return None
+        name = actor if isinstance(actor, str) else actor.actor_name
+        known = self._actors | {event.actor for event in self.events if event.actor is not None}
+        if name not in known:
+            # An empty list would be taken for "it did not run".
+            like = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {like[0]!r}?" if like else f" It has {', '.join(sorted(known)) or 'none'}."
+            raise ValueError(f"The broker has no actor {name!r}.{hint}")
+        return name
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n  {entry}" for entry in self.entries) or "\n  nothing was queued"
+        return f"<Run: {len(self.entries)} deliveries in {self.elapsed} ms>{lines}"
+
+
+def _arguments(message: MessageProxy) -> str:
+    parts = [f"{value!r}" for value in message.args] + [f"{name}={value!r}" for name, value in message.kwargs.items()]
+    text = ", ".join(parts)
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+def _name(actor: Actor[..., Any] | str | None) -> str:
+    return "all actors" if actor is None else actor if isinstance(actor, str) else actor.actor_name
+
+
+def _said(outcomes: list[str]) -> str:
+    return ", ".join(outcomes) if outcomes else "no delivery"

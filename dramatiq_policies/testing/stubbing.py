@@ -1,0 +1,141 @@
+"""`stub`: an app's actors on a StubBroker, with nothing changed in the app."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import dramatiq.broker
+from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.common import q_name
+from dramatiq.middleware import GroupCallbacks, Middleware
+from dramatiq.rate_limits.backends.stub import StubBackend as StubLimits
+from dramatiq.results import Results
+from dramatiq.results.backends.stub import StubBackend as StubResults
+
+from .. import _dramatiq
+from ..bundle import arrange, install
+from ..middleware.base import PolicyMiddleware
+from ..running import unwrapped
+from .bench import bench_of
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+__all__ = ["stub"]
+
+#: What goes to the StubBroker where the app holds on to its own broker.
+_LENT = ("enqueue", "join", "flush", "flush_all", "get_results_backend")
+
+
+@contextmanager
+def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
+    """Lend the actors of a broker to a fresh StubBroker, while it lasts; all is put back afterwards.
+
+    The StubBroker has the same middleware with the same settings, but everything that they store is in memory, and
+    nothing connects. What the app sends through its own broker goes to the StubBroker too.
+
+    Parameters:
+      broker: None, the default, means the global one, in whose place the StubBroker stands meanwhile. Where none was
+        set, the StubBroker is a fresh one with the bundle installed.
+
+    A middleware of yours is on both brokers, and the same object. A rate limiter or a result backend that your code
+    holds on to is still the one that it made.
+    """
+    real = dramatiq.broker.global_broker if broker is None else broker
+    stand_in = _fresh(real)
+    saved: list[tuple[Actor[..., Any], Broker, Any]] = []
+
+    def lend(actor: Actor[..., Any]) -> None:
+        saved.append((actor, actor.broker, actor.fn))
+        actor.fn = unwrapped(actor.fn)
+        actor.broker = stand_in
+        stand_in.declare_actor(actor)
+
+    undo = []
+    try:
+        if real is None or real is dramatiq.broker.global_broker:
+            undo.append(_stand_in_globally(stand_in))
+        if real is not None:
+            undo.append(_redirect(real, stand_in, lend))
+            for actor in list(real.actors.values()):
+                lend(actor)
+        if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
+            bench_of(stand_in)
+        yield stand_in
+    finally:
+        for actor, own, fn in reversed(saved):
+            actor.broker, actor.fn = own, fn
+        for put_back in reversed(undo):
+            put_back()
+
+
+def _fresh(broker: Broker | None) -> StubBroker:
+    if broker is None:
+        return install(StubBroker())
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        arrange(broker)
+    stand_in = StubBroker(middleware=[])
+    stand_in.middleware = [
+        _for_stub(middleware) for middleware in broker.middleware if not _dramatiq.is_worker_middleware(middleware)
+    ]
+    for middleware in stand_in.middleware:
+        _dramatiq.add_options(stand_in, middleware)
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
+        arrange(stand_in)
+    for name in sorted({q_name(name) for name in broker.get_declared_queues()}):
+        stand_in.declare_queue(name)
+    return stand_in
+
+
+def _for_stub(middleware: Middleware) -> Middleware:
+    if isinstance(middleware, PolicyMiddleware):
+        return middleware.for_stub()
+    if isinstance(middleware, Results):
+        middleware = copy.copy(middleware)
+        middleware.backend = StubResults(encoder=middleware.backend.encoder)
+        middleware.backend.results = {}  # Its own: the class has one for all.
+    elif isinstance(middleware, GroupCallbacks):
+        middleware = copy.copy(middleware)
+        middleware.rate_limiter_backend = StubLimits()
+    return middleware
+
+
+def _stand_in_globally(stand_in: StubBroker) -> Any:
+    before = dramatiq.broker.global_broker
+    dramatiq.broker.global_broker = stand_in
+
+    def put_back() -> None:
+        # An app that was imported meanwhile may have set its own.
+        if dramatiq.broker.global_broker is stand_in:
+            dramatiq.broker.global_broker = before
+
+    return put_back
+
+
+def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
+    """Have what is sent through ``real`` go to the StubBroker, and actors declared on it lent as well."""
+
+    def lent(name: str) -> Any:
+        # Looked up at each call: a fault may have taken its place.
+        return lambda *args, **kwargs: getattr(stand_in, name)(*args, **kwargs)  # noqa: PLW0108
+
+    declare = real.declare_actor
+
+    def declare_actor(actor: Actor[..., Any]) -> None:
+        declare(actor)
+        lend(actor)
+
+    names = {name: lent(name) for name in _LENT} | {"declare_actor": declare_actor}
+    own = {name: vars(real)[name] for name in names if name in vars(real)}
+    vars(real).update(names)
+
+    def put_back() -> None:
+        for name in names:
+            del vars(real)[name]
+        vars(real).update(own)
+
+    return put_back

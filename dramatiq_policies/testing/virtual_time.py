@@ -1,0 +1,113 @@
+"""A clock that goes forward when somebody says so: what the bundle and Dramatiq's StubBroker see while a broker is drained.
+
+It is seen from the thread (and the event loop's tasks) that drains, and by nobody else: other threads, and whoever calls
+the `time` module, see the real one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time as real
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from .. import _dramatiq, clock
+
+__all__ = ["VirtualClock", "clock_in_force"]
+
+_in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtual_clock", default=None)
+
+
+class VirtualClock:
+    """The time on one broker.
+
+    Attributes:
+      now: Milliseconds since the epoch. It stands still but for `advance`, so that what is computed from it is exact.
+      skipped: How many milliseconds it was advanced in all. Its monotonic clock is the real one plus these, so that
+        what really takes time is seen to.
+    """
+
+    def __init__(self, now: int | None = None) -> None:
+        self.now = int(real.time() * 1_000) if now is None else now
+        self.skipped = 0
+
+    def advance(self, ms: int) -> None:
+        """Let so many milliseconds pass."""
+        self.now += ms
+        self.skipped += ms
+
+    def time(self) -> float:
+        # The tenth of a millisecond is for those who round down what they multiply by 1,000 again.
+        return (self.now + 0.1) / 1_000
+
+    def monotonic(self) -> float:
+        return real.monotonic() + self.skipped / 1_000
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Have this thread see it, while it lasts."""
+        token = _in_force.set(self)
+        _put_in_place()
+        try:
+            yield
+        finally:
+            _put_back()
+            _in_force.reset(token)
+
+
+def clock_in_force() -> VirtualClock | None:
+    """The virtual clock that this thread, or this task, sees."""
+    return _in_force.get()
+
+
+def _time() -> float:
+    virtual = _in_force.get()
+    return real.time() if virtual is None else virtual.time()
+
+
+def _monotonic() -> float:
+    virtual = _in_force.get()
+    return real.monotonic() if virtual is None else virtual.monotonic()
+
+
+class _TimeModule:
+    """Stands in for the `time` module where Dramatiq looks at it."""
+
+    time = staticmethod(_time)
+    monotonic = staticmethod(_monotonic)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real, name)
+
+
+_lock = threading.Lock()
+_users = 0
+_saved: list[tuple[Any, str, Any]] = []
+_stand_in = _TimeModule()
+
+
+def _put_in_place() -> None:
+    global _users  # noqa: PLW0603 - how many drain now
+    with _lock:
+        _users += 1
+        if _users > 1:
+            return
+        ours: list[tuple[Any, str]] = [(clock, "time"), (clock, "monotonic")]
+        for module, name in [*ours, *_dramatiq.clock_places()]:
+            original = getattr(module, name)
+            _saved.append((module, name, original))
+            stand_in: Any = _stand_in
+            if original is not real:
+                stand_in = _monotonic if name == "monotonic" else _time
+            setattr(module, name, stand_in)
+
+
+def _put_back() -> None:
+    global _users  # noqa: PLW0603
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            while _saved:
+                setattr(*_saved.pop())

@@ -1,0 +1,375 @@
+"""The test kit's faults, under `drain` and where that makes sense under a real worker."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+
+import dramatiq
+import pytest
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionFailed
+from dramatiq.middleware import AsyncIO
+
+from dramatiq_policies import (
+    ConfigurationError,
+    Outcome,
+    RetryPolicy,
+    Timeout,
+    TimeoutExceeded,
+    constant,
+    current_job,
+    install,
+)
+from dramatiq_policies.testing import crash, drain, enqueue_down, fail, hang, perform, redeliver
+
+HOUR = 3_600_000
+
+
+class Flaky(Exception):
+    pass
+
+
+class RateLimited(Exception):
+    def __init__(self, seconds):
+        self.retry_after = seconds
+
+
+@pytest.fixture
+def broker():
+    broker = StubBroker()
+    broker.add_middleware(AsyncIO())
+    return install(broker)
+
+
+@pytest.fixture
+def actor(broker):
+    return functools.partial(
+        dramatiq.actor,
+        broker=broker,
+        retry_on={(Flaky, RateLimited, TimeoutExceeded): RetryPolicy(attempts=3, wait=constant(HOUR))},
+    )
+
+
+@pytest.fixture(params=["sync", "async"])
+def job(request, actor):
+    """A job whose effect is seen in `job.done`."""
+    done = []
+
+    if request.param == "async":
+
+        @actor(timeout=30_000)
+        async def job(number):
+            await asyncio.sleep(0)
+            done.append(number)
+    else:
+
+        @actor(timeout=30_000)
+        def job(number):
+            done.append(number)
+
+    job.done = done
+    return job
+
+
+def work(broker):
+    worker = dramatiq.Worker(broker, worker_timeout=10, worker_threads=1)
+    worker.start()
+    try:
+        broker.join("default", timeout=10_000, fail_fast=False)
+    finally:
+        worker.stop()
+
+
+def test_fail_raises_instead_of_doing_the_work(broker, job):
+    job.send(1)
+    with fail(job, Flaky, times=2):
+        run = drain(broker)
+    run.assert_outcomes(job, "retried", "retried", "succeeded")
+    run.assert_waits(job, HOUR, HOUR)
+    assert job.done == [1]
+
+
+def test_fail_always(broker, job):
+    job.send(1)
+    with fail(job, Flaky("down"), times=None):
+        drain(broker).assert_outcomes(job, "retried", "retried", "dead")
+    assert job.done == []
+    assert perform(job, 2).outcome is Outcome.SUCCEEDED
+
+
+def test_fail_takes_an_instance(broker, job):
+    job.send(1)
+    with fail(job, RateLimited(5)):
+        run = drain(broker)
+    assert run.events[0].exception.retry_after == 5
+
+
+@pytest.mark.parametrize("wrong", [RateLimited, "Flaky", int])
+def test_fail_refuses_what_it_can_not_raise(job, wrong):
+    with pytest.raises(ConfigurationError, match=r"fail\('job'\).*exception"):
+        fail(job, wrong)
+
+
+@pytest.mark.parametrize("times", [-1, 1.5, True])
+def test_times_that_are_no_count_are_refused(job, times):
+    for fault in (functools.partial(fail, job, Flaky), functools.partial(hang, job), functools.partial(crash, job)):
+        with pytest.raises(ConfigurationError, match="times"):
+            fault(times=times)
+
+
+def test_faults_nest(broker, job):
+    job.send(1)
+    with fail(job, Flaky, times=2), hang(job, times=1):
+        run = drain(broker)
+    assert [type(event.exception) for event in run.events[:2]] == [TimeoutExceeded, Flaky]
+    run.assert_outcomes(job, "retried", "retried", "dead")
+
+
+def test_after_a_fault_the_function_is_the_actors_own_also_when_the_test_fails(job):
+    fn = job.fn
+    with pytest.raises(ZeroDivisionError), fail(job, Flaky):
+        assert job.fn is not fn
+        raise ZeroDivisionError
+    assert job.fn is fn
+
+
+def test_fail_works_under_a_real_worker(broker, actor):
+    @actor(retry_on={Flaky: RetryPolicy(attempts=2, wait=constant(1))})
+    def job():
+        done.append(1)
+
+    done = []
+    job.send()
+    with fail(job, Flaky):
+        work(broker)
+    assert done == [1]
+
+
+def test_a_job_that_hangs_meets_its_timeout_at_once(broker, job):
+    job.send(1)
+    began = time.monotonic()
+    with hang(job, times=1):
+        run = drain(broker)
+    assert time.monotonic() - began < 2
+    run.assert_outcomes(job, "retried", "succeeded")
+    assert isinstance(run.events[0].exception, TimeoutExceeded)
+    assert 30_000 <= run.events[0].duration_ms < 31_000
+    assert run.elapsed == HOUR + 30_000
+    assert job.done == [1]
+
+
+def test_a_job_hangs_in_all_runs_unless_told_how_often(broker, job):
+    job.send(1)
+    with hang(job):
+        drain(broker).assert_outcomes(job, "retried", "retried", "dead")
+
+
+def test_a_messages_own_timeout_counts(broker, job):
+    job.send_with_options(args=(1,), timeout=5_000)
+    with hang(job, times=1):
+        run = drain(broker, until=HOUR - 1)
+    assert 5_000 <= run.events[0].duration_ms < 6_000
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_hang_really_hangs_under_a_real_worker(broker, actor, kind):
+    if kind == "async":
+
+        @actor(timeout=100, max_retries=0, retry_on=())
+        async def job():
+            pass
+    else:
+
+        @actor(timeout=100, max_retries=0, retry_on=())
+        def job():
+            pass
+
+    job.send()
+    with hang(job):
+        work(broker)
+    assert broker.dead_letters[0].options["failure"]["exception"].endswith("TimeoutExceeded")
+
+
+def test_a_job_without_a_timeout_can_not_hang():
+    broker = install(StubBroker(), timeout=Timeout(default=float("inf")))
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        pass
+
+    with pytest.raises(ConfigurationError, match="for ever"):
+        hang(job)
+
+
+def test_a_crash_before_the_effect_is_followed_by_a_redelivery(broker, job):
+    message = job.send(1)
+    with crash(job):
+        run = drain(broker)
+    run.assert_outcomes(job, "succeeded")
+    assert job.done == [1]
+    assert run.events[0].message_id == message.message_id
+    assert run.events[0].attempt == 1
+    assert "the worker died; the message is redelivered" in repr(run)
+
+
+def test_a_crash_after_the_effect_has_it_happen_twice(broker, job):
+    job.send(1)
+    with crash(job, after_effect=True):
+        drain(broker)
+    assert job.done == [1, 1]
+
+
+def test_nothing_of_a_crashed_run_reaches_a_hook_or_an_observer(broker, actor):
+    seen = []
+
+    class Witness(dramatiq.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            seen.append("processed")
+
+        def before_ack(self, broker, message):
+            seen.append("ack")
+
+    broker.add_middleware(Witness())
+
+    @actor
+    def job():
+        pass
+
+    job.send()
+    with crash(job, times=3):
+        run = drain(broker)
+    assert seen == ["processed", "ack"]
+    assert len(run.events) == 1
+
+
+def test_a_job_that_catches_everything_dies_all_the_same(broker, actor):
+    @actor
+    def inner():
+        pass
+
+    @actor
+    def job():
+        try:
+            inner()
+        except BaseException:
+            pass
+
+    job.send()
+    with crash(inner):
+        run = drain(broker)
+    assert [entry.event is None for entry in run.entries] == [True, False]
+
+
+def test_a_crash_in_the_second_attempt_redelivers_the_second_attempt(broker, job):
+    job.send(1)
+    with fail(job, Flaky):
+        drain(broker, until=0)
+    with crash(job):
+        run = drain(broker)
+    assert [event.attempt for event in run.events] == [2]
+
+
+def test_a_worker_that_dies_each_time_is_stopped_as_an_endless_loop(broker, job):
+    job.send(1)
+    with crash(job, times=None), pytest.raises(AssertionError, match="worker died"):
+        drain(broker, max_runs=20)
+
+
+def test_no_worker_but_a_drains_can_die(broker, actor):
+    @actor(max_retries=0)
+    def job():
+        pass
+
+    job.send()
+    with crash(job):
+        work(broker)
+    assert "only drain()" in broker.dead_letters[0].options["failure"]["message"]
+
+
+def test_a_redelivery_is_the_same_message_again(broker, actor):
+    seen = []
+
+    @actor
+    def job():
+        seen.append(current_job().message_id)
+
+    message = job.send()
+    with redeliver(message, broker):
+        drain(broker)
+    assert seen == [message.message_id] * 2
+    with pytest.raises(ConfigurationError, match="StubBroker"):
+        redeliver(message, RedisBroker(url="redis://127.0.0.1:1/0"))
+
+
+def test_a_retry_is_handed_off_as_soon_as_the_broker_takes_it(broker, job):
+    job.send(1)
+    with fail(job, Flaky), enqueue_down(broker, times=3):
+        run = drain(broker)
+    run.assert_outcomes(job, "retried", "succeeded")
+
+
+def test_a_broker_that_stays_down_leaves_the_message_on_its_queue(broker, job):
+    job.send(1)
+    with fail(job, Flaky), enqueue_down(broker):
+        run = drain(broker)
+    run.assert_outcomes(job, "interrupted")
+    assert run.reasons() == ["handoff_failed"]
+    drain(broker).assert_outcomes(job, "succeeded")
+
+
+def test_a_hand_off_that_is_refused_for_another_reason_ends_in_the_dead_letters(broker, job):
+    job.send(1)
+    with fail(job, Flaky), enqueue_down(broker, ValueError("no")):
+        run = drain(broker)
+    run.assert_dead(job, "handoff_failed")
+
+
+def test_a_delayed_message_waits_for_the_broker(broker, job):
+    job.send_with_options(args=(1,), delay=HOUR)
+    with enqueue_down(broker, times=2):
+        drain(broker).assert_outcomes(job, "succeeded")
+
+
+def test_whoever_sends_is_told_that_the_broker_is_down(broker, job):
+    with enqueue_down(broker), pytest.raises(ConnectionFailed):
+        job.send(1)
+    job.send(1)
+    drain(broker).assert_outcomes(job, "succeeded")
+
+
+class TestPerform:
+    def test_is_one_run_and_leaves_nothing_queued(self, broker, job):
+        with fail(job, Flaky):
+            event = perform(job, 1)
+        assert (event.outcome, event.attempt, event.delay_ms) == (Outcome.RETRIED, 1, HOUR)
+        assert drain(broker).events == []
+        assert perform(job, number=2).outcome == "succeeded"
+        assert job.done == [2]
+
+    def test_leaves_what_was_queued_where_it_is(self, broker, job):
+        job.send(1)
+        perform(job, 2)
+        assert job.done == [2]
+        drain(broker)
+        assert job.done == [2, 1]
+
+    def test_drops_what_the_job_sends_and_its_dead_letter(self, broker, actor):
+        @actor(max_retries=0)
+        def job():
+            job.send()
+            raise ValueError
+
+        assert perform(job).outcome == "dead"
+        assert drain(broker).events == []
+        assert broker.dead_letters == []
+
+    def test_names_the_argument_that_can_not_be_sent(self, job):
+        with pytest.raises(TypeError, match=r"'number' of a message to 'job'.*is not JSON"):
+            perform(job, {1, 2})
+
+    def test_has_no_outcome_when_the_worker_dies(self, job):
+        with crash(job), pytest.raises(AssertionError, match="worker died"):
+            perform(job, 1)

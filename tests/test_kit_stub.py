@@ -1,0 +1,200 @@
+"""`stub`: an app's actors on a StubBroker, and all put back."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+
+import dramatiq
+import dramatiq.broker
+import pytest
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import Middleware
+from dramatiq.rate_limits.backends import RedisBackend as RedisLimits
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
+
+from dramatiq_policies import DiscardLogger, ErrorClassifier, RetryPolicy, Timeout, constant, install
+from dramatiq_policies.middleware.composition import GroupCallbacks
+from dramatiq_policies.testing import drain, fail, perform, stub
+
+UNREACHABLE = "redis://127.0.0.1:1/0"
+
+
+class Flaky(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def no_global_broker(monkeypatch):
+    monkeypatch.setattr(dramatiq.broker, "global_broker", None)
+
+
+@pytest.fixture
+def redis_broker():
+    broker = RedisBroker(url=UNREACHABLE)
+    broker.add_middleware(Results(backend=RedisBackend(url=UNREACHABLE), store_results=True))
+    broker.add_middleware(GroupCallbacks(RedisLimits(url=UNREACHABLE)))
+    install(
+        broker,
+        error_classifier=ErrorClassifier(retry_on={Flaky: RetryPolicy(attempts=4, wait=constant(7))}),
+        timeout=Timeout(default=1_234),
+        discard_logger=DiscardLogger(level="INFO"),
+    )
+    dramatiq.set_broker(broker)
+    return broker
+
+
+@pytest.fixture
+def add(redis_broker):
+    @dramatiq.actor(queue_name="sums")
+    def add(x, y):
+        return x + y
+
+    return add
+
+
+def test_an_apps_actors_run_on_a_stub_broker_with_its_rules(add):
+    with stub() as broker:
+        assert isinstance(broker, StubBroker)
+        assert dramatiq.get_broker() is broker is add.broker
+        message = add.send(1, 2)
+        with fail(add, Flaky):
+            run = drain(broker)
+        run.assert_outcomes(add, "retried", "succeeded")
+        run.assert_waits(add, 7)
+        assert message.get_result() == 3
+
+
+def test_all_is_put_back_also_when_the_test_raises(redis_broker, add):
+    before = {name: value for name, value in vars(redis_broker).items() if name != "middleware"}
+    fn, middleware = add.fn, list(redis_broker.middleware)
+    with pytest.raises(ZeroDivisionError), stub():
+        raise ZeroDivisionError
+    assert dramatiq.get_broker() is add.broker is redis_broker
+    assert add.fn is fn
+    assert redis_broker.middleware == middleware
+    assert {name: value for name, value in vars(redis_broker).items() if name != "middleware"} == before
+
+
+def test_the_middleware_is_the_same_and_shares_nothing(redis_broker):
+    class Own(Middleware):
+        pass
+
+    own = Own()
+    redis_broker.add_middleware(own)
+    with stub() as broker:
+        assert [type(one) for one in broker.middleware] == [type(one) for one in redis_broker.middleware]
+        ours = zip(broker.middleware, redis_broker.middleware, strict=True)
+        assert {type(one) for one, its in ours if one is its} >= {Own}
+        (logger,) = [one for one in broker.middleware if isinstance(one, DiscardLogger)]
+        assert logger.level == 20
+        assert logger.attached_to is not None
+
+
+def test_the_state_of_one_stub_is_not_that_of_the_next(add):
+    for _ in range(2):
+        with stub() as broker:
+            add.send(1, 1)
+            assert len(drain(broker).events) == 1
+
+
+def test_what_the_app_sends_through_its_own_broker_goes_to_the_stub(redis_broker, add):
+    with stub() as broker:
+        pipe = dramatiq.pipeline([add.message(1, 2), add.message(3)], broker=redis_broker).run()
+        redis_broker.enqueue(add.message(5, 5))
+        group = dramatiq.group([add.message(1, 1)], broker=redis_broker).run()
+        drain(broker).assert_outcomes(add, *["succeeded"] * 4)
+        assert pipe.get_result() == 6
+        assert list(group.get_results()) == [2]
+
+
+def test_an_actor_that_is_declared_meanwhile_is_lent_too(redis_broker):
+    with stub() as broker:
+
+        @dramatiq.actor(broker=redis_broker)
+        def late():
+            pass
+
+        late.send()
+        drain(broker).assert_outcomes(late, "succeeded")
+    assert late.broker is redis_broker
+    assert "late" in redis_broker.actors
+
+
+def test_another_than_the_global_broker_leaves_that_one_alone(redis_broker):
+    other = install(RedisBroker(url=UNREACHABLE))
+
+    @dramatiq.actor(broker=other)
+    def job():
+        pass
+
+    with stub(other) as broker:
+        assert dramatiq.get_broker() is redis_broker
+        job.send()
+        drain(broker).assert_outcomes(job, "succeeded")
+
+
+def test_stubs_nest(add):
+    with stub() as outer, stub() as inner:
+        add.send(1, 2)
+        assert drain(outer).events == []
+        assert len(drain(inner).events) == 1
+
+
+def test_without_a_global_broker_there_is_one_with_the_bundle():
+    with stub() as broker:
+
+        @dramatiq.actor(retry_on=Flaky)
+        def job():
+            pass
+
+        job.send()
+        drain(broker).assert_outcomes(job, "succeeded")
+    assert dramatiq.broker.global_broker is None
+
+
+def test_a_global_broker_that_is_set_meanwhile_stays(redis_broker):
+    with stub():
+        own = StubBroker()
+        dramatiq.set_broker(own)
+    assert dramatiq.get_broker() is own
+
+
+def test_perform_lends_an_actor_of_another_broker(add, redis_broker):
+    assert perform(add, 1, 2).outcome == "succeeded"
+    assert add.broker is redis_broker
+
+
+def test_class_based_actors_are_lent_as_well(redis_broker):
+    class Job(dramatiq.GenericActor):
+        class Meta:
+            retry_on = Flaky
+
+        def perform(self, number):
+            done.append(number)
+
+    done = []
+    with stub() as broker, fail(Job.__actor__, Flaky):
+        Job.send(1)
+        drain(broker).assert_outcomes("Job", "retried", "succeeded")
+    assert done == [1]
+
+
+def test_the_orders_app_is_tested_with_nothing_changed_in_it(monkeypatch):
+    monkeypatch.setenv("BROKER_URL", UNREACHABLE)
+    forget = functools.partial(sys.modules.pop, "examples.orders.app", None)
+    forget()
+    try:
+        app = importlib.import_module("examples.orders.app")
+        with stub() as broker:
+            app.send_confirmation.send(7, "busy@example.com", "12.50 EUR")
+            app.nightly_report("2024-05-01").run()
+            run = drain(broker)
+        run.assert_outcomes(app.send_confirmation, "retried", "succeeded")
+        run.assert_outcomes(app.mail_report, "succeeded")
+        assert len(app.gateway.sent) == 2
+    finally:
+        forget()
