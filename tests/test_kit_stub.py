@@ -16,7 +16,7 @@ from dramatiq.rate_limits.backends import RedisBackend as RedisLimits
 from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
-from dramatiq_policies import DiscardLogger, ErrorClassifier, RetryPolicy, Timeout, constant, install
+from dramatiq_policies import ErrorClassifier, RetryPolicy, Timeout, constant, install
 from dramatiq_policies.middleware.composition import GroupCallbacks
 from dramatiq_policies.testing import drain, fail, perform, stub
 
@@ -41,7 +41,6 @@ def redis_broker():
         broker,
         error_classifier=ErrorClassifier(retry_on={Flaky: RetryPolicy(attempts=4, wait=constant(7))}),
         timeout=Timeout(default=1_234),
-        discard_logger=DiscardLogger(level="INFO"),
     )
     dramatiq.set_broker(broker)
     return broker
@@ -89,9 +88,9 @@ def test_the_middleware_is_the_same_and_shares_nothing(redis_broker):
         assert [type(one) for one in broker.middleware] == [type(one) for one in redis_broker.middleware]
         ours = zip(broker.middleware, redis_broker.middleware, strict=True)
         assert {type(one) for one, its in ours if one is its} >= {Own}
-        (logger,) = [one for one in broker.middleware if isinstance(one, DiscardLogger)]
-        assert logger.level == 20
-        assert logger.attached_to is not None
+        (timeout,) = [one for one in broker.middleware if isinstance(one, Timeout)]
+        assert timeout.default == 1_234
+        assert timeout.attached_to is not None
 
 
 def test_the_state_of_one_stub_is_not_that_of_the_next(add):
