@@ -18,11 +18,13 @@ from .errors import (
     QueueTimeoutExceeded,
     Snooze,
     TimeoutExceeded,
+    UnknownRecord,
     Verdict,
 )
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
+from .middleware.idempotency import Idempotency, KeyState
 from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
 from .middleware.sentry import SentryReporter
@@ -46,6 +48,8 @@ __all__ = [
     "ErrorClassifier",
     "HandoffFailed",
     "Heartbeat",
+    "Idempotency",
+    "KeyState",
     "MalformedMessage",
     "Metrics",
     "NoResult",
@@ -62,6 +66,7 @@ __all__ = [
     "Threshold",
     "Timeout",
     "TimeoutExceeded",
+    "UnknownRecord",
     "Verdict",
     "actor",
     "constant",

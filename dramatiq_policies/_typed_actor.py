@@ -61,6 +61,11 @@ def actor(
     tags: Mapping[str, str] | None = ...,
     timeout: float | timedelta | None = ...,
     queue_timeout: float | timedelta | None = ...,
+    idempotent: bool = ...,
+    idempotency_key: str | Callable[..., Any] = ...,
+    idempotency_ttl: int | timedelta = ...,
+    done_when: Callable[..., object] = ...,
+    max_crashes: int | None = ...,
 ) -> ActorDecorator: ...
 
 

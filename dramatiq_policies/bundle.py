@@ -15,6 +15,7 @@ from dramatiq.middleware import ShutdownNotifications as StockShutdownNotificati
 from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
+from .admission import resolve_guard
 from .brokers import wrap_consumer
 from .errors import ConfigurationError
 from .middleware.base import PolicyMiddleware
@@ -22,6 +23,7 @@ from .middleware.composition import GroupCallbacks, Pipelines
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
+from .middleware.idempotency import Idempotency
 from .middleware.metrics import Metrics
 from .middleware.queue_monitor import QueueMonitor
 from .middleware.sentry import SentryReporter
@@ -35,8 +37,15 @@ __all__ = ["arrange", "install"]
 
 B = TypeVar("B", bound=Broker)
 
-#: Those that only listen stand behind the ErrorClassifier, in this order.
-_LISTENERS: tuple[type[PolicyMiddleware], ...] = (DiscardLogger, Metrics, SentryReporter, QueueMonitor, Heartbeat)
+#: Those that stand behind the ErrorClassifier, in this order: their hooks on messages do nothing.
+_LISTENERS: tuple[type[PolicyMiddleware], ...] = (
+    Idempotency,
+    DiscardLogger,
+    Metrics,
+    SentryReporter,
+    QueueMonitor,
+    Heartbeat,
+)
 
 
 def install(
@@ -44,8 +53,8 @@ def install(
     *,
     error_classifier: ErrorClassifier | None = None,
     timeout: Timeout | None = None,
+    idempotency: Idempotency | Literal[False] | None = None,
     discard_logger: DiscardLogger | Literal[False] | None = None,
-    idempotency: Literal[False] | None = None,
     metrics: Metrics | None = None,
     sentry: SentryReporter | None = None,
     queue_monitor: QueueMonitor | None = None,
@@ -58,22 +67,20 @@ def install(
       error_classifier: None means one with its defaults, which keeps the settings of the stock ``Retries``.
       timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
       discard_logger: None means one with its defaults, False none.
-      idempotency: There is none yet: None and False both mean so.
       metrics: None means none.
       sentry: None means none.
       queue_monitor: None means none.
       heartbeat: None means none.
+      idempotency: None means one with its defaults where it finds a store (on a RedisBroker or a StubBroker), and none
+        elsewhere; False none.
 
     Raises:
       ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
     """
-    if idempotency not in (None, False):
-        raise ConfigurationError.of_option(
-            "install()", "idempotency", "None or False", idempotency, "There is none yet"
-        )
     given = [
         _checked("error_classifier", error_classifier, ErrorClassifier),
         _checked("timeout", timeout, Timeout),
+        _idempotency(broker, idempotency),
         None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
         None if metrics is None else _checked("metrics", metrics, Metrics),
         None if sentry is None else _checked("sentry", sentry, SentryReporter),
@@ -89,6 +96,12 @@ def install(
     broker.middleware = [*broker.middleware, *(middleware for middleware in given if middleware is not None)]
     arrange(broker)
     return broker
+
+
+def _idempotency(broker: Broker, given: Idempotency | Literal[False] | None) -> PolicyMiddleware | None:
+    if given is False or (given is None and not Idempotency.has_default_store(broker)):
+        return None
+    return _checked("idempotency", given, Idempotency)
 
 
 def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddleware:
@@ -224,10 +237,17 @@ def resolve_actor(wiring: Wiring, actor: Any) -> None:
       ConfigurationError: If an option makes no sense.
     """
     known = wiring.policies.get(actor.actor_name)
-    if known is not None and known.options is actor.options and known.timeout is wiring.timeout:
+    if (
+        known is not None
+        and known.options is actor.options
+        and known.timeout is wiring.timeout
+        and (known.guarded_by is wiring.admission)
+    ):
         return
     classifier = next(m for m in wiring.attached if isinstance(m, ErrorClassifier))
     policy = ActorPolicy(actor, classifier.rules)
+    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, wiring.guard_defaults)
+    policy.guarded_by = wiring.admission
     if wiring.timeout is not None:
         validate(f"actor {actor.actor_name!r}", actor.options)
         policy.timeout_ms, policy.queue_timeout_ms = wiring.timeout.resolve(actor.options)

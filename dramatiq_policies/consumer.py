@@ -33,6 +33,8 @@ __all__ = ["DelayQueue", "PolicyConsumer", "hold"]
 
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
+#: The message option that says that it was taken from a worker that died. It is gone from the copy that runs.
+REDELIVERED = "redelivered"
 #: How long a due message whose move failed waits for the next try, in milliseconds.
 _MOVE_AGAIN = 5_000
 
@@ -70,6 +72,9 @@ class PolicyConsumer(Consumer):
       queue_name: The queue that it reads, which may be a delay queue.
     """
 
+    #: Whether `hand_off` and the ack are one step for the broker.
+    acks_with_hand_off = False
+
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         self.wiring = wiring
         self.broker = wiring.broker
@@ -104,6 +109,8 @@ class PolicyConsumer(Consumer):
         message.delivery = delivery = Delivery(self, plain)  # type: ignore[attr-defined]
         options = plain.options
         clean_options(plain)
+        if options.pop(REDELIVERED, None) is not None or getattr(message, "redelivered", False):
+            delivery.redelivered = True
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
                 check_composition(options)
@@ -120,7 +127,12 @@ class PolicyConsumer(Consumer):
             self.finish(message)
             return
         owner, wiring = delivery.consumer, self.wiring
-        if delivery.settlement is SUCCEEDED and delivery.steps is None and not wiring.successes_observed:
+        if (
+            delivery.settlement is SUCCEEDED
+            and delivery.steps is None
+            and delivery.claim is None
+            and not wiring.successes_observed
+        ):
             if wiring.on_success and not delivery.settled:
                 delivery.settled = True
                 wiring.tell_success(delivery)

@@ -90,6 +90,9 @@ class Settlement:
 #: Every success is the same decision.
 SUCCEEDED = Settlement(Outcome.SUCCEEDED)
 
+#: The outcomes after which an idempotency key is completed.
+COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
+
 #: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
 TAKEN, READY, RUNNING, RAN = range(4)
 
@@ -110,16 +113,22 @@ class Delivery:
         broker accepts.
       settled: Everything but the ack is done and must not be done again.
       acked: The hand-off took the message off its queue in the same step.
+      redelivered: It may have been begun before, by a worker that did not end it.
+      claim: The claim on its idempotency key, None without one.
+      key: The key, as the user knows it; None without one.
       abandoned: The message is neither acked nor nacked: it comes back.
     """
 
     __slots__ = (
         "abandoned",
         "acked",
+        "claim",
         "consumer",
         "ended",
+        "key",
         "message",
         "policy",
+        "redelivered",
         "settled",
         "settlement",
         "stage",
@@ -140,6 +149,9 @@ class Delivery:
         self.steps: list[Send | Callable[[], list[Send]]] | None = None
         self.settled = False
         self.acked = False
+        self.redelivered = False
+        self.claim: Any = None
+        self.key: str | None = None
         self.abandoned = False
 
     def hand_on(self, step: Send | Callable[[], list[Send]]) -> None:
@@ -202,7 +214,8 @@ class CurrentJob:
 
         Without a key of the actor's or the message's own it is the message id.
         """
-        return self._delivery.message.message_id
+        delivery = self._delivery
+        return delivery.message.message_id if delivery.key is None else delivery.key
 
     def remaining_ms(self) -> float | None:
         """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""

@@ -9,7 +9,8 @@
     │   ├── HandoffFailed               the broker would not take a retry, dead letter or next stage
     │   ├── Crashed                     the worker died in this job too often
     │   ├── MalformedMessage            a body or option that can't be read
-    │   └── NoResult                    a duplicate's pipeline needs a result that nobody stored
+    │   ├── NoResult                    a duplicate's pipeline needs a result that nobody stored
+    │   └── UnknownRecord               an idempotency store holds what this version can't read
     └── Verdict                         raised by a job, says what is to become of it
         ├── Discard
         └── Snooze
@@ -41,6 +42,7 @@ __all__ = [
     "QueueTimeoutExceeded",
     "Snooze",
     "TimeoutExceeded",
+    "UnknownRecord",
     "Verdict",
 ]
 
@@ -81,6 +83,10 @@ class MalformedMessage(PolicyError):
 
 class NoResult(PolicyError):
     """A skipped duplicate's next stage needs its twin's result, and nobody stored it."""
+
+
+class UnknownRecord(PolicyError):
+    """An idempotency store holds a record that this version can't read; the message waits, it is not run."""
 
 
 class Verdict(Exception):

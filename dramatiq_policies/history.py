@@ -15,7 +15,7 @@ from .outcomes import class_path, text_of
 if TYPE_CHECKING:
     from .delivery import Settlement
 
-__all__ = ["FAILURE", "POLICIES", "History", "attempt_of", "now_ms"]
+__all__ = ["FAILURE", "POLICIES", "History", "attempt_of", "now_ms", "replays_of", "run_of"]
 
 #: The message option that carries our counters.
 POLICIES = "policies"
@@ -23,6 +23,7 @@ POLICIES = "policies"
 FAILURE = "failure"
 
 _KEPT = 10
+_RUNS_OF_A_REPLAY = 1_000_000
 _TRACEBACK_LIMIT = 10_000
 
 
@@ -42,6 +43,26 @@ def attempt_of(options: dict[str, Any]) -> int:
     return 1 + _count(options.get("retries")) + ours
 
 
+def replays_of(options: dict[str, Any]) -> int:
+    """How often its message was replayed from the dead letters.
+
+    A replay by our command counts itself and takes the ``failure`` away; by any other means the ``failure`` is still there.
+    """
+    carried = options.get(POLICIES)
+    counted = _count(carried.get("replays")) if isinstance(carried, dict) else 0
+    return counted + (FAILURE in options)
+
+
+def run_of(options: dict[str, Any]) -> int:
+    """A number that names this run of its message, and is higher in each later one.
+
+    A redelivery and a copy have the same. Not only failures count: a job that snoozed has run.
+    """
+    carried = options.get(POLICIES)
+    snoozes = _count(carried.get("snoozes")) if isinstance(carried, dict) else 0
+    return replays_of(options) * _RUNS_OF_A_REPLAY + attempt_of(options) - 1 + snoozes
+
+
 class History:
     """The counters and failures that one message carries.
 
@@ -51,9 +72,12 @@ class History:
       total: How many runs our rules ended.
       failures: The last ten failed runs.
       snoozed_since: When the job snoozed for the first time, ms since the epoch.
+      snoozes: How often it has.
+      deferrals: How often in a row the message was put back unrun.
+      replays: How often it was replayed by our command.
     """
 
-    __slots__ = ("attempt", "failures", "runs", "snoozed_since", "total")
+    __slots__ = ("attempt", "deferrals", "failures", "replays", "runs", "snoozed_since", "snoozes", "total")
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.attempt = attempt_of(options)
@@ -70,6 +94,9 @@ class History:
         failures = carried.get("history")
         self.failures = [f for f in failures if isinstance(f, dict)][-_KEPT:] if isinstance(failures, list) else []
         self.snoozed_since = _count(carried.get("snoozed_since")) or None
+        self.snoozes = _count(carried.get("snoozes"))
+        self.deferrals = _count(carried.get("deferrals"))
+        self.replays = _count(carried.get("replays"))
 
     def count(self, rule: str, now: int) -> tuple[int, int]:
         """Count one more run that ``rule`` ended; its number, and when the first one was."""
@@ -98,6 +125,9 @@ class History:
         carried["history"] = self.failures
         if self.snoozed_since is not None:
             carried["snoozed_since"] = self.snoozed_since
+        for name in ("snoozes", "deferrals", "replays"):
+            if number := getattr(self, name):
+                carried[name] = number
         return carried
 
 

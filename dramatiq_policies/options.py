@@ -13,9 +13,11 @@ from .rules import RetryPolicy, Rule, RuleSet, When, is_coroutine_callable, pars
 if TYPE_CHECKING:
     from dramatiq import Actor
 
+    from .admission import Guard
+
 __all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 
-#: The actor options of the ErrorClassifier, beside those of the stock Retries.
+#: The actor options of the bundle that are always known, so that what is missing can be said.
 ACTOR_OPTIONS = frozenset(
     {
         "after_discard",
@@ -24,6 +26,11 @@ ACTOR_OPTIONS = frozenset(
         "dead_letter_discards",
         "discard_on",
         "policy_exempt",
+        "done_when",
+        "idempotency_key",
+        "idempotency_ttl",
+        "idempotent",
+        "max_crashes",
         "retry_on",
         "tags",
     }
@@ -75,6 +82,11 @@ class ActorOptions(TypedDict, total=False):
     tags: Mapping[str, str]
     timeout: float | timedelta | None
     queue_timeout: float | timedelta | None
+    idempotent: bool
+    idempotency_key: str | Callable[..., Any]
+    idempotency_ttl: int | timedelta
+    done_when: Callable[..., object]
+    max_crashes: int | None
 
 
 class ActorPolicy:
@@ -88,7 +100,8 @@ class ActorPolicy:
       after_discard: Its own hook.
       dead_letter_discards: Whether its discarded messages are kept; None leaves it to the broker.
       exempt: The reason for each finding of ``dramatiq-policies check`` that does not count for it.
-      timeout: The middleware that resolved them.
+      timeout, guarded_by: What resolved them.
+      guard: What it declares about running once; None where there is no Idempotency.
       timeout_ms, queue_timeout_ms: Its timeouts, None for none.
     """
 
@@ -97,6 +110,8 @@ class ActorPolicy:
         "after_discard",
         "dead_letter_discards",
         "exempt",
+        "guard",
+        "guarded_by",
         "max_attempts",
         "options",
         "queue_timeout_ms",
@@ -136,6 +151,8 @@ class ActorPolicy:
         if throws is not None:
             options["throws"] = exception_classes(where, "throws", throws)
         self.timeout: object = None
+        self.guard: Guard | None = None
+        self.guarded_by: object = None
         self.timeout_ms: float | None = None
         self.queue_timeout_ms: float | None = None
 

@@ -280,6 +280,10 @@ class RuleSet:
         """The highest number of attempts that a rule allows; None if none retries."""
         return max((rule.policy.attempts for rule in self.rules if rule.policy is not None), default=None)
 
+    def retry_policies(self) -> list[RetryPolicy]:
+        """Those of the rules that retry."""
+        return [rule.policy for rule in self.rules if rule.policy is not None]
+
     def resolve(self) -> None:
         """Import what was declared as a dotted path, and see that it is not a class that stands there already.
 

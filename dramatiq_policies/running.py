@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.middleware import SkipMessage
 
 from . import interrupts
+from .admission import Done, key_of
 from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
 from .errors import QueueTimeoutExceeded
 from .history import now_ms
@@ -22,19 +23,19 @@ from .outcomes import Outcome
 if TYPE_CHECKING:
     from dramatiq import Actor
 
+    from .admission import Admission, Guard
     from .interrupts import Caller
-    from .middleware.timeout import Timeout
     from .wiring import Wiring
 
 __all__ = ["unwrapped", "wrap_actor"]
 
-_MARK = "dramatiq_policies_wrapped"
+_MARK = "dramatiq_policies_wraps"
 
 
 def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
     """Replace ``actor.fn``, once."""
     fn: Any = actor.fn
-    if getattr(fn, _MARK, False):
+    if getattr(fn, _MARK, None) is not None:
         return
     name = actor.actor_name
     call = interrupts.caller(fn)
@@ -46,7 +47,7 @@ def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
             return fn(*args, **kwargs)
         return _run(wiring, delivery, call, fn, args, kwargs)
 
-    setattr(run, _MARK, True)
+    setattr(run, _MARK, fn)
     actor.fn = run
 
 
@@ -59,15 +60,60 @@ def _run(
     wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     policy = delivery.policy
-    timeout: Timeout | None = wiring.timeout
+    timeout = wiring.timeout
     limit = None
     if timeout is not None and policy is not None:
         if policy.queue_timeout_ms is not None:
             _expire(delivery, policy.queue_timeout_ms)
         limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
+    admission = wiring.admission
+    if admission is None or policy is None or policy.guard is None:
+        return _call(wiring, delivery, call, fn, args, kwargs)
+    solitude = admission.claims.solitude
+    solitude.enter(delivery)
+    try:
+        return _run_once(admission, policy.guard, wiring, delivery, call, fn, args, kwargs)
+    finally:
+        solitude.leave(delivery)
+
+
+def _run_once(
+    admission: Admission,
+    guard: Guard,
+    wiring: Wiring,
+    delivery: Delivery,
+    call: Caller,
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    def call_inside_the_timeout(key: Any) -> Any:
+        assert guard.call_key is not None
+        return _call(wiring, delivery, guard.call_key, key, args, kwargs)
+
+    delivery.key = key_of(delivery.message, guard, call_inside_the_timeout)
+    if delivery.key is not None or delivery.redelivered:
+        # Outside any interrupt: it would land in the store's client.
+        admission.admit(delivery, guard, delivery.key)
+    if guard.job is None or guard.call is None:
+        return _call(wiring, delivery, call, fn, args, kwargs)
+    try:
+        return _call(wiring, delivery, guard.call, guard.job, args, kwargs)
+    except Done:
+        delivery.started = None
+        admission.done(delivery)
+        raise
+
+
+def _call(
+    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call it with everything that interrupts a job, and its clock running."""
+    limit = delivery.timeout_ms
     delivery.stage = RUNNING
     delivery.started = started = monotonic()
+    delivery.ended = None
     try:
         return call(
             fn,
@@ -75,7 +121,7 @@ def _run(
             kwargs,
             deadline=None if limit is None else started + limit / 1_000,
             on_shutdown=wiring.interrupted_by_shutdown(delivery),
-            watch=timeout,
+            watch=wiring.timeout,
             job=delivery,
         )
     finally:

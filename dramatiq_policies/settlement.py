@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock
 from .delivery import Delivery, Send, Settlement
 from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
-from .history import FAILURE, POLICIES, attempt_of, failure_of
+from .history import FAILURE, POLICIES, attempt_of, failure_of, replays_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ alerts = logging.getLogger("dramatiq_policies.alerts")
 _PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 #: For how many seconds an error that is no lost connection is tried again.
 _PATIENCE = 5.0
+#: The outcomes of a run that has ended and whose message is enqueued again.
+_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
 #: Why a message is dead where no rule of ours had a say: the result's text is Dramatiq's own then.
 _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
@@ -48,6 +50,8 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
         if decided is None:
             decided = undecided()
         delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
+        if delivery.claim is not None:
+            delivery.claim.conclude(decided)
         delivery.settled = True
         _conclude(wiring, message, delivery, decided)
         # The error's traceback leads to the message: no cycle is left behind.
@@ -71,14 +75,11 @@ def _hand_off(
     if decided.outcome is not Outcome.SUCCEEDED and consumer.gone():
         # It has been given back to its queue: whatever follows from this run would happen twice.
         return _give_up(consumer, message, delivery, ConnectionError("the consumer's connection is closed"))
+    _announce(consumer, delivery, decided)
     while True:
         try:
             if decided.dead_letter and dead is None:
-                dead = message.copy(
-                    queue_name=consumer.queue_name,
-                    options={FAILURE: failure_of(decided, message.options)},
-                )
-                dead.options.pop(POLICIES, None)
+                dead = _dead_letter(consumer, message, decided)
             if delivery.steps or dead is not None:
                 _resolve(delivery)
                 consumer.hand_off(message, delivery, dead)
@@ -128,6 +129,24 @@ def _hand_off(
             tries += 1
             if wiring.stopping.wait(pause) and tries > 1:
                 return _give_up(consumer, message, delivery, error)
+
+
+def _announce(consumer: PolicyConsumer, delivery: Delivery, decided: Settlement) -> None:
+    """Have the claim say that the run has ended, before its retry is enqueued."""
+    if delivery.claim is None or consumer.acks_with_hand_off or decided.outcome not in _AGAIN:
+        return
+    if delivery.steps and isinstance(delivery.steps[0], Send):
+        delivery.claim.ending(delivery.steps[0])
+
+
+def _dead_letter(consumer: PolicyConsumer, message: MessageProxy, decided: Settlement) -> Message[Any]:
+    dead: Message[Any] = message.copy(
+        queue_name=consumer.queue_name, options={FAILURE: failure_of(decided, message.options)}
+    )
+    dead.options.pop(POLICIES, None)
+    if replays := replays_of(message.options):
+        dead.options[POLICIES] = {"replays": replays}
+    return dead
 
 
 def _resolve(delivery: Delivery) -> None:

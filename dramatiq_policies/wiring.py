@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.middleware import Middleware
 
+    from .admission import Admission
     from .consumer import DelayQueue
     from .delivery import Delivery
     from .middleware.metrics import Metrics
@@ -61,6 +62,10 @@ class Wiring:
         self.metrics: Metrics | None = None
         #: Called with each stuck job, on a thread of its own, before ``on_stuck``.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
+        #: What lets jobs begin once, None without Idempotency.
+        self.admission: Admission | None = None
+        #: The ttl and max_crashes of the Idempotency, None without one that has a store.
+        self.guard_defaults: tuple[int, int | None] | None = None
         #: Dramatiq's ShutdownNotifications, in our version.
         self.shutdown_notifications: ShutdownNotifications | None = None
         # What `bundle.arrange` has seen.

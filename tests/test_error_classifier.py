@@ -32,6 +32,7 @@ from dramatiq_policies import (
     DiscardLogger,
     ErrorClassifier,
     HandoffFailed,
+    Idempotency,
     QueueTimeoutExceeded,
     RetryPolicy,
     Snooze,
@@ -1264,7 +1265,7 @@ def test_installing_twice_is_refused():
         install(broker)
 
 
-@pytest.mark.parametrize("kind", [ErrorClassifier, Timeout, DiscardLogger])
+@pytest.mark.parametrize("kind", [ErrorClassifier, Timeout, Idempotency, DiscardLogger])
 def test_a_second_middleware_of_one_kind_is_refused_at_the_latest_at_the_first_declaration(kind):
     broker = StubBroker()
     broker.add_middleware(kind())
@@ -1289,7 +1290,7 @@ def kinds(broker):
     return [type(middleware) for middleware in broker.middleware]
 
 
-ORDERS = list(itertools.permutations([ErrorClassifier, Timeout, DiscardLogger]))
+ORDERS = list(itertools.permutations([ErrorClassifier, Timeout, Idempotency, DiscardLogger]))
 
 
 @pytest.mark.parametrize("order", ORDERS)

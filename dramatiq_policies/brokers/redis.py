@@ -24,7 +24,7 @@ from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from ..consumer import PolicyConsumer
-from ..delivery import Delivery, Send
+from ..delivery import COMPLETING, Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
 from ..wiring import Wiring
@@ -44,6 +44,8 @@ _LOOK_EVERY = 5.0
 
 class RedisConsumer(PolicyConsumer):
     """Fetches, acks and dead-letters on Redis."""
+
+    acks_with_hand_off = True
 
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         super().__init__(wiring, inner, queue_name)
@@ -133,18 +135,22 @@ class RedisConsumer(PolicyConsumer):
             sends.extend(step.encoded)
         redis_id = message.options["redis_message_id"]
         try:
-            self._settle(redis_id, b"" if dead is None else dead.encode(), sends)
+            # A completion is remembered between the two.
+            decided = delivery.settlement
+            keep = delivery.claim is not None and decided is not None and decided.outcome in COMPLETING
+            self._settle(redis_id, b"" if dead is None else dead.encode(), sends, keep)
             steps, delivery.steps = delivery.steps, None
             if dead is not None:
                 self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         except Exception:
             self.done.add(redis_id)
             raise
-        delivery.acked = True
+        delivery.acked = not keep
         for step in steps or ():
             assert isinstance(step, Send)
             self.broker.emit_after("enqueue", step.message, step.delay)
-        self._release(message)
+        if not keep:
+            self._release(message)
 
     def _encode(self, step: Send) -> tuple[str, str, bytes]:
         """What ``RedisBroker.enqueue`` would send, its hooks run."""
@@ -160,11 +166,10 @@ class RedisConsumer(PolicyConsumer):
         self.broker.emit_before("enqueue", message, delay)
         return queue, redis_id, message.encode()
 
-    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes]) -> None:
+    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> None:
         broker: Any = self.broker
-        self._guarded(
-            self.script, keys=[broker.namespace], args=[broker.broker_id, self.source, redis_id, dead, *sends]
-        )
+        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", *sends]
+        self._guarded(self.script, keys=[broker.namespace], args=args)
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]

@@ -2,28 +2,28 @@
 --
 -- KEYS[1]  the broker's namespace
 -- ARGV     broker id, queue, the message's redis id, the body of its dead letter or '',
---          then for each message that follows: queue, redis id, body
+--          'keep' to leave it unacked or '', then for each message that follows: queue, redis id, body
 --
 -- That the id is in the unacked set is the condition of all else: a call that is repeated after a lost reply does
 -- nothing, and so does one for a message that was given to another worker meanwhile. Key names are Dramatiq's.
 --
 -- A dead letter is only written in the place of the message here: Dramatiq's own nack then moves it.
 local namespace = KEYS[1]
-local broker_id, queue, id, dead = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local broker_id, queue, id, dead, keep = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
 local bodies = namespace .. ':' .. queue .. '.msgs'
 
 if redis.call('sismember', unacked, id) == 0 then
   return 0
 end
-for i = 5, #ARGV, 3 do
+for i = 6, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
   redis.call('hset', target .. '.msgs', ARGV[i + 1], ARGV[i + 2])
   redis.call('rpush', target, ARGV[i + 1])
 end
 if dead ~= '' then
   redis.call('hset', bodies, id, dead)
-else
+elseif keep == '' then
   redis.call('srem', unacked, id)
   redis.call('hdel', bodies, id)
 end

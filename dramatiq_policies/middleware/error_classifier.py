@@ -259,6 +259,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         left = history.snoozed_since + self.max_snooze - now
         if left <= 0:
             return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
+        history.snoozes += 1
         delay = min(verdict.delay, left, WEEK_MS)
         delivery.hand_on(Send(_again(message, history), delay or None))
         return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
@@ -407,6 +408,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
 def _again(message: MessageProxy, history: History) -> Message[Any]:
     """The message for its next run: what it carries of its past, and no time at which it is due."""
+    history.deferrals = 0
     again: Message[Any] = message.copy(options={POLICIES: history.option()})
     again.options.pop("eta", None)
     return again

@@ -1,0 +1,340 @@
+"""Claims on keys: taken before a job begins, renewed while it runs, concluded when its message is settled.
+
+What may happen between any two lines:
+
+- The process dies after the claim: the record names it, so the redelivered message takes over at once where that death is
+  certain, and when the lease ends where it is not.
+- It dies after the retry was handed on and before the record says so: a later run of the same message proves that the
+  earlier one has ended. Where hand-off and ack are two steps (RabbitMQ) the record says ``ending`` first, with what is being
+  handed on: a redelivery hands it on once more, and does not run.
+- It dies after the completion and before the ack: the redelivery finds its key completed, and was handed on in full.
+- A reply of the store is lost: each claim's bytes are its own, so a claim that finds itself has been made.
+- The store is down: nothing that asked for a claim runs without one (unless told so), and what must be written at the end
+  is written when the store is back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from . import owners, records
+from .delivery import COMPLETING
+from .history import now_ms, run_of
+from .outcomes import BAD_ENDINGS, Outcome, text_of
+from .records import Record, Request, Take
+from .solitude import Solitude
+from .stores import IdempotencyStore, Renewal
+
+if TYPE_CHECKING:
+    from .delivery import Delivery, Send, Settlement
+
+__all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
+
+logger = logging.getLogger("dramatiq_policies.outcomes")
+alerts = logging.getLogger("dramatiq_policies.alerts")
+
+T = TypeVar("T")
+
+#: The tokens of this process' claims, in all its brokers: a record of this process without one is of a run that is over.
+_live: set[str] = set()
+#: Those of claims of which it is not known whether the store took them: their runs never began.
+_unborn: set[str] = set()
+_numbers = itertools.count(1)
+#: Seconds between the tries to write a completion. Then it is written by the renewing thread.
+_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
+_TRIES = 20
+
+
+class StoreDown(Exception):
+    """The store could not be asked."""
+
+
+class Claim:
+    """A key held by a run of this process.
+
+    Attributes:
+      name: The register.
+      record, value: What it holds, decoded and as bytes.
+      keyed: Whether its completion is remembered; otherwise it only counts starts.
+    """
+
+    __slots__ = ("claims", "keep", "keyed", "name", "record", "value")
+
+    def __init__(self, claims: Claims, name: str, record: Record, value: bytes, keyed: bool, keep: int) -> None:
+        self.claims = claims
+        self.name = name
+        self.record = record
+        self.value = value
+        self.keyed = keyed
+        self.keep = keep
+
+    def ending(self, send: Send) -> None:
+        """The run has ended, and its retry is about to be handed on."""
+        options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
+        due = None if send.delay is None else now_ms() + send.delay
+        record = replace(self.record, state=records.ENDING, follow={"options": options, "due": due})
+        value = record.encode()
+        claims = self.claims
+        try:
+            if claims.ask(partial(claims.store.swap, self.name, self.value, value, claims.lease + self.keep)) is None:
+                self.record, self.value = record, value
+        except StoreDown:
+            pass  # Then a crash before the ack runs it once more.
+
+    def conclude(self, decided: Settlement) -> None:
+        """The delivery was handed on: say so before it is acked."""
+        self.claims.conclude(self, decided)
+
+
+#: Options that are the same in every run of a message, and may be large.
+_UNCHANGED = frozenset({"pipe_target", "group_completion_callbacks"})
+
+
+class Quarantined(NamedTuple):
+    """A run that began too often and never ended: what is left of its claim, to be concluded, and the number of starts."""
+
+    claim: Claim
+    starts: int
+
+
+class Claims:
+    """The claims of one broker in this process.
+
+    Parameters:
+      store: Where they are kept.
+      lease: For how many milliseconds a claim holds without being renewed.
+    """
+
+    def __init__(self, store: IdempotencyStore, lease: int) -> None:
+        self.store = store
+        self.lease = lease
+        self.solitude = Solitude()
+        self._lock = threading.Lock()
+        self._down = False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._held: dict[str, Claim] = {}
+        self._owed: list[tuple[Claim, Callable[[], object]]] = []
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def claim(self, name: str, request: Request, *, keyed: bool, keep: int) -> Claim | Quarantined | records.Action:
+        """Claim a register for a run; or what becomes of the message instead.
+
+        Raises:
+          StoreDown: The store could not be asked.
+          UnknownRecord: It holds something that this version can't read.
+        """
+        if self._pid != os.getpid():
+            self._begin_anew()
+        owner = owners.this_process()
+        token = str(next(_numbers))
+        _live.add(token)
+        claimed = False
+        try:
+            action: records.Action = Take(request.starts)
+            expected: bytes | None = None
+            for _ in range(_TRIES):
+                assert isinstance(action, Take)
+                record = records.taken(action, request, owner=owner, token=token, since=now_ms(), keep=keep)
+                value = record.encode()
+                found = self.ask(partial(self.store.swap, name, expected, value, self.lease + keep))
+                if found is None or found.value == value:
+                    claimed = True
+                    held = self._held[name] = Claim(self, name, record, value, keyed, keep)
+                    self._ensure_renewals()
+                    return held
+                stored = self._read(found.value)
+                action = records.decide(stored, found.left, request)
+                if isinstance(action, records.Crashed) and stored is not None and found.value is not None:
+                    return Quarantined(Claim(self, name, stored, found.value, keyed, keep), action.starts)
+                if not isinstance(action, Take) or action.alone:
+                    return action
+                expected = found.value
+            return records.Defer(self.lease)
+        except StoreDown:
+            if len(_unborn) < 10_000:
+                _unborn.add(token)
+            raise
+        finally:
+            if not claimed:
+                _live.discard(token)
+
+    def _read(self, value: bytes | None) -> Record | None:
+        if value is None:
+            return None
+        record = Record.decode(value)
+        if record.token in _unborn and record.owner == owners.this_process():
+            return replace(record, starts=record.starts - 1)
+        return record
+
+    def excuse(self, delivery: Delivery) -> None:
+        """Don't count the start of a run that is about to be ended from outside."""
+        claim: Claim | None = delivery.claim
+        try:
+            if claim is not None:
+                value = replace(claim.record, starts=claim.record.starts - 1).encode()
+                self.ask(partial(self.store.swap, claim.name, claim.value, value, self.lease + claim.keep))
+                return
+            message = delivery.message
+            request = Request(message.message_id, run_of(message.options), is_dead)
+            record = records.taken(
+                Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=self.lease
+            )
+            self.ask(partial(self.store.put, uncounted_name(message.message_id), record.encode(), 2 * self.lease))
+        except StoreDown:
+            pass  # Then it is counted.
+
+    def conclude(self, claim: Claim, decided: Settlement) -> None:
+        """Remember how a claim's run has ended."""
+        store, outcome = self.store, decided.outcome
+        if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
+            # Given up half-way: the redelivery hands the retry on.
+            self._let_go(claim)
+            return
+        if not claim.keyed:
+            write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
+        elif outcome in COMPLETING:
+            write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.keep)
+        else:
+            waits = outcome in (Outcome.RETRIED, Outcome.DEFERRED)
+            ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED
+            lease = (decided.delay_ms or 0) + self.lease if waits else 1
+            state = records.WAITING if waits else records.FREE
+            record = records.released(claim.record, state, ended=ended, keep=claim.keep)
+            value = None if record is None else record.encode()
+            write = partial(store.swap, claim.name, claim.value, value, lease + claim.keep)
+        pauses = _PAUSES if claim.keyed and outcome in COMPLETING else ()
+        if not self._written(write, pauses):
+            if pauses:
+                alerts.critical(
+                    "The completion of message %s is not remembered yet: the idempotency store is down. It is written when "
+                    "the store is back; should this process end before, a duplicate will run again.",
+                    claim.record.message_id,
+                )
+            with self._lock:
+                self._owed.append((claim, write))
+            return
+        self._let_go(claim)
+
+    def _let_go(self, claim: Claim) -> None:
+        if self._held.get(claim.name) is claim:
+            del self._held[claim.name]
+        _live.discard(claim.record.token)
+
+    def _written(self, write: Callable[[], object], pauses: tuple[float, ...]) -> bool:
+        for pause in (*pauses, None):
+            try:
+                self.ask(write)
+            except StoreDown:
+                if pause is not None:
+                    time.sleep(pause)
+            else:
+                return True
+        return False
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Call the store; say once when it goes down, and once when it is back."""
+        try:
+            answer = call()
+        except Exception as error:
+            with self._lock:
+                first, self._down = not self._down, True
+            if first:
+                alerts.error(
+                    "The idempotency store can't be reached: %s: %s",
+                    type(error).__name__,
+                    text_of(error),
+                    exc_info=error,
+                )
+            raise StoreDown(f"{type(error).__name__}: {text_of(error)}") from error
+        if self._down:
+            with self._lock:
+                first, self._down = self._down, False
+            if first:
+                alerts.warning("The idempotency store is back.")
+        return answer
+
+    # Renewals: one thread, which sleeps, and one round trip for all claims.
+
+    def _ensure_renewals(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._stop = threading.Event()
+                thread = threading.Thread(
+                    target=self._renew_until, args=(self._stop,), name="dramatiq_policies-leases", daemon=True
+                )
+                thread.start()
+                self._thread = thread
+
+    def _renew_until(self, stop: threading.Event) -> None:
+        while not stop.wait(self.lease / 3_000):
+            try:
+                self.renew()
+            except StoreDown:
+                pass
+            except Exception:
+                logger.exception("Leases could not be renewed; it is tried again.")
+
+    def renew(self) -> None:
+        """Write what is owed, and renew all leases in one round trip."""
+        self.settle_debts()
+        held = list(self._held.values())
+        if not held:
+            return
+        renewals = [Renewal(claim.name, claim.value, self.lease + claim.keep) for claim in held]
+        kept = self.ask(partial(self.store.renew, renewals))
+        for claim, renewal, ok in zip(held, renewals, kept, strict=True):
+            if ok or claim.value != renewal.value or self._held.get(claim.name) is not claim:
+                continue
+            found = self.ask(partial(self.store.swap, claim.name, None, claim.value, self.lease + claim.keep))
+            if found is not None and found.value != claim.value and self._held.get(claim.name) is claim:
+                logger.warning(
+                    "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
+                    "forgotten.",
+                    claim.record.message_id,
+                )
+
+    def settle_debts(self) -> None:
+        """Write what could not be written when its job was over."""
+        while True:
+            with self._lock:
+                if not self._owed:
+                    return
+                claim, write = self._owed[0]
+            self.ask(write)
+            with self._lock:
+                self._owed = [debt for debt in self._owed if debt[0] is not claim]
+            self._let_go(claim)
+
+    def close(self) -> None:
+        """End the thread; the next claim starts another."""
+        self._stop.set()
+        try:
+            self.settle_debts()
+        except StoreDown:
+            logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
+
+
+def uncounted_name(message_id: str) -> str:
+    """The register that counts the starts of a message without a key."""
+    return f"\0{message_id}"
+
+
+def is_dead(record: Record) -> bool:
+    """Whether the run that a record speaks of is certainly over without having said so."""
+    if record.owner == owners.this_process():
+        return record.token not in _live
+    return owners.is_dead(record.owner)

@@ -1,0 +1,70 @@
+"""Idempotency keys: from a template or a callable over what the actor was called with."""
+
+from __future__ import annotations
+
+import inspect
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .errors import ConfigurationError
+
+__all__ = ["checked_key", "signature_of", "template_key"]
+
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def signature_of(fn: Any) -> inspect.Signature:
+    """What an actor takes: for a class-based one, what its ``perform`` takes."""
+    return inspect.signature(getattr(fn, "perform", fn))
+
+
+def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:
+    """The key that a template makes.
+
+    Raises:
+      ConfigurationError: It is no template, or names what the actor does not take.
+    """
+    option = "idempotency_key"
+    try:
+        parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        roots = {field.partition(".")[0].partition("[")[0] for field in parsed}
+    except ValueError as error:
+        raise ConfigurationError.of_option(where, option, f"a template ({error})", template) from None
+    signature = signature_of(fn)
+    parameters = signature.parameters.values()
+    known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if not roots <= known:
+        expected = f"a template over the actor's arguments {sorted(known)}"
+        raise ConfigurationError.of_option(where, option, expected, template, "Mend the field's name")
+    if not roots:
+        raise ConfigurationError.of_option(
+            where, option, "a template with at least one field", template, "Every call would have the same key"
+        )
+    names = tuple(p.name for p in parameters if p.kind in _NAMED)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    plain = len(names) == len(signature.parameters)
+    format_it = template.format_map
+
+    def key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        if plain and len(args) <= len(names):
+            values = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+            if roots <= values.keys():
+                return format_it(values)
+        # Slower, and raises what a wrong call raises.
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return format_it(bound.arguments)
+
+    return key
+
+
+def checked_key(key: Any) -> str:
+    """What a callable or a message gave as a key.
+
+    Raises:
+      TypeError: It is none.
+    """
+    if (isinstance(key, str) and key) or type(key) is int:
+        return str(key)
+    raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {key!r:.200}")

@@ -1,0 +1,224 @@
+"""Running a job once, also when its message arrives twice and its worker dies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from dramatiq import Actor, Message
+
+from .. import _dramatiq, records
+from ..admission import Admission, Guard, checked_crashes, checked_duration, key_of, name_of
+from ..claims import Claims, StoreDown
+from ..errors import ConfigurationError
+from ..stores import IdempotencyStore
+from .base import PolicyMiddleware
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker
+
+    from ..wiring import Wiring
+    from .timeout import StuckJob
+
+__all__ = ["Idempotency", "KeyState"]
+
+alerts = logging.getLogger("dramatiq_policies.alerts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyState:
+    """What idempotency remembers of a job.
+
+    Attributes:
+      state: ``completed``, ``running``, ``waiting`` (it failed, and its retry is due), or ``none``.
+      key: The key, as the actor makes it.
+      message_id: Of the message that completed it, runs, or waits.
+      owner: The process that runs it, as ``host:pid:…``.
+      since: Since when it runs, ms since the epoch.
+      starts: How many starts of this run are known.
+      left_ms: For how much longer this holds if nothing happens: the key is remembered, or the lease lasts.
+    """
+
+    state: str
+    key: str
+    message_id: str | None = None
+    owner: str | None = None
+    since: int | None = None
+    starts: int | None = None
+    left_ms: int | None = None
+
+
+class Idempotency(PolicyMiddleware):
+    """Skips duplicates of completed jobs, defers those of running ones, and takes over what a dead worker left.
+
+    Actors ask for it by ``idempotent=True`` (the key is the message id), ``idempotency_key`` (a template over the actor's
+    arguments, or a callable that takes them), or a message by ``send_with_options(idempotency_key=…)``. ``done_when`` (a
+    callable that takes the actor's arguments) says from outside that there is nothing left to do.
+
+    What it cannot do: a worker killed between an effect and its record leaves an effect that is made again. Hand
+    ``current_job().idempotency_key`` to the service that makes the effect, or commit the key with it.
+
+    Parameters:
+      store: An `IdempotencyStore`. None, the default: on a RedisBroker its own Redis over connections of its own, on a
+        StubBroker memory; elsewhere there is none, and an actor that asks for idempotency is refused.
+      lease: For how long a claim holds if its process falls silent, in milliseconds or as a ``timedelta``. It is renewed
+        while the job runs, and must be longer than a renewal may take. Default 60,000.
+      ttl: How long a completed key is remembered; the actor option ``idempotency_ttl`` overrides it. Default 24 h.
+      on_store_error: ``"retry"``: while the store is down a message that needs it waits. ``"run"``: it runs, and that is
+        said. Default ``"retry"``.
+      max_crashes: After how many starts that never ended (SIGKILL, out of memory, segfault) a message goes to the dead
+        letters, reason ``crashed``. The last start is made while nothing else runs in its process, so that those that
+        merely ran beside a killer are not blamed. None switches it off. The actor option of that name overrides it.
+        Default 3.
+
+    Raises:
+      ConfigurationError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: IdempotencyStore | None = None,
+        *,
+        lease: int | timedelta = 60_000,
+        ttl: int | timedelta = 86_400_000,
+        on_store_error: Literal["retry", "run"] = "retry",
+        max_crashes: int | None = 3,
+    ) -> None:
+        where = "Idempotency"
+        if store is not None and not isinstance(store, IdempotencyStore):
+            raise ConfigurationError.of_option(where, "store", "an IdempotencyStore or None", store)
+        if on_store_error not in ("retry", "run"):
+            raise ConfigurationError.of_option(where, "on_store_error", '"retry" or "run"', on_store_error)
+        self.store = store
+        self.lease = checked_duration(where, "lease", lease)
+        self.ttl = checked_duration(where, "ttl", ttl)
+        self.on_store_error = on_store_error
+        self.max_crashes = checked_crashes(where, max_crashes)
+        self.claims: Claims | None = None
+
+    @staticmethod
+    def has_default_store(broker: Broker) -> bool:
+        """Whether it needs no store there."""
+        return _dramatiq.is_stub_broker(broker) or _dramatiq.is_redis_broker(broker)
+
+    def attach(self, wiring: Wiring) -> None:
+        store = self.store = _default_store(wiring.broker) if self.store is None else self.store
+        if store is None:
+            return
+        self.claims = Claims(store, self.lease)
+        wiring.admission = Admission(wiring, self.claims, run_without_store=self.on_store_error == "run")
+        wiring.guard_defaults = (self.ttl, self.max_crashes)
+        wiring.policies.clear()
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        wiring = self.arrange(broker)
+        if self.claims is None:
+            return
+        if self._excuse_neighbours not in wiring.stuck_subscribers:
+            wiring.stuck_subscribers.append(self._excuse_neighbours)
+        warnings = getattr(self.store, "warnings", None)
+        if callable(warnings):
+            try:
+                for warning in self.claims.ask(warnings):
+                    alerts.warning(warning)
+            except StoreDown:
+                pass  # Said already.
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if self.claims is not None:
+            self.claims.close()
+
+    def _excuse_neighbours(self, stuck: StuckJob) -> None:
+        """The process may be about to end itself: only the stuck job is to be blamed for that."""
+        if self.attached_to is None or self.attached_to.timeout is None or self.claims is None:
+            return
+        if self.attached_to.timeout.on_stuck == "exit":
+            for delivery in list(self.claims.solitude.running):
+                if delivery.message.message_id != stuck.message_id:
+                    self.claims.excuse(delivery)
+
+    @staticmethod
+    def state(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> KeyState:
+        """What is remembered of a job: ``Idempotency.state(send_confirmation, 42)``.
+
+        Parameters:
+          actor: The actor, and then what it is called with; or a `Message`. For an actor with ``idempotent=True`` the
+            argument is a message id.
+
+        Raises:
+          ConfigurationError: The actor has no idempotency key.
+          Exception: The store can't be asked, or holds what this version can't read (`UnknownRecord`).
+        """
+        claims, key, name = _lookup(actor, args, kwargs)
+        found = claims.store.get(name)
+        if found.value is None:
+            return KeyState(state="none", key=key)
+        record = records.Record.decode(found.value)
+        left = max(0, found.left - record.keep)
+        if record.state == records.COMPLETED:
+            return KeyState(state="completed", key=key, message_id=record.message_id, left_ms=left)
+        if record.state == records.WAITING and left:
+            return KeyState(state="waiting", key=key, message_id=record.message_id, left_ms=left)
+        if record.state in (records.RUNNING, records.ENDING):
+            return KeyState(
+                state="running",
+                key=key,
+                message_id=record.message_id,
+                owner=record.owner,
+                since=record.since,
+                starts=record.starts,
+                left_ms=left,
+            )
+        return KeyState(state="none", key=key)
+
+    @staticmethod
+    def forget(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> bool:
+        """Forget a job's key, so that its next message runs; whether anything was remembered. As `state`.
+
+        Of a job that runs now only the record is lost: it goes on, and a second one may begin beside it.
+        """
+        claims, _, name = _lookup(actor, args, kwargs)
+        return claims.store.delete(name)
+
+
+def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Claims, str, str]:
+    message = actor if isinstance(actor, Message) else None
+    if message is not None:
+        from dramatiq import get_broker
+
+        actor = get_broker().get_actor(message.actor_name)
+        args, kwargs = message.args, message.kwargs
+    where = f"actor {actor.actor_name!r}"
+    wiring = PolicyMiddleware.arrange(actor.broker)
+    policy = wiring.policies.get(actor.actor_name)
+    guard: Guard | None = None if policy is None else policy.guard
+    if guard is None or wiring.admission is None:
+        raise ConfigurationError(f"{where}: the broker has no Idempotency with a store.")
+    if message is None:
+        by_id = guard.keyed and guard.key_of is None
+        if by_id and (len(args) != 1 or not isinstance(args[0], str)):
+            raise ConfigurationError(f"{where} is idempotent by message id: pass the id, or the message.")
+        message = Message(actor.queue_name, actor.actor_name, args, kwargs, {})
+        if by_id:
+            message = message.copy(message_id=args[0])
+    key = key_of(message, guard, lambda make: make(*args, **kwargs))
+    if key is None:
+        raise ConfigurationError(f"{where} has no idempotency key.")
+    return wiring.admission.claims, key, name_of(actor.actor_name, key)
+
+
+def _default_store(broker: Broker) -> IdempotencyStore | None:
+    if _dramatiq.is_stub_broker(broker):
+        from ..stores.memory import MemoryStore
+
+        return MemoryStore()
+    if _dramatiq.is_redis_broker(broker):
+        from ..stores.redis import RedisStore
+
+        given: Any = broker
+        namespace = "idem" if given.namespace == "dramatiq" else f"{given.namespace}:idem"
+        return RedisStore.beside(given.client, namespace=namespace)
+    return None

@@ -1,0 +1,63 @@
+"""Who holds a claim, and whether it has certainly died.
+
+An owner names its host, its process and when that started, as ``host:pid:place:start``. The place is a digest of the boot
+and of the namespace in which the pid means something, so that another container, or the same host before a reboot, is
+another place; the start tells a process from an earlier one with its pid. Of a process in another place, or where there
+is no ``/proc``, nothing is certain: its claims last until their lease ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from hashlib import blake2b
+from pathlib import Path
+
+__all__ = ["is_dead", "this_process"]
+
+_known: tuple[int, str] | None = None
+
+
+def this_process() -> str:
+    """This process, as an owner; made anew after a fork."""
+    global _known  # noqa: PLW0603 - it belongs to the process
+    pid = os.getpid()
+    known = _known
+    if known is None or known[0] != pid:
+        host = socket.gethostname().replace(":", "-")
+        known = _known = (pid, f"{host}:{pid}:{_place()}:{_stat(pid)[1]}")
+    return known[1]
+
+
+def is_dead(owner: str) -> bool:
+    """Whether that process is certainly gone. False where it can't be known."""
+    _, pid, place, start = owner.rsplit(":", 3)
+    if not start or place != this_process().rsplit(":", 3)[2]:
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # Somebody else's, but there.
+    state, started = _stat(int(pid))
+    return state in ("Z", "X") or started not in ("", start)
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return ""
+    return blake2b(f"{socket.gethostname()} {boot} {namespace}".encode(), digest_size=6).hexdigest()
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """A process' state and start (in ticks since the boot), empty where they can't be read."""
+    try:
+        # The name of the program, in parentheses, may contain anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
+    except (OSError, IndexError):
+        return "", ""

@@ -1,0 +1,224 @@
+"""What a store remembers of a key, and what follows from it for a message that asks: pure, no clock, no I/O.
+
+A record is bytes that begin with their version. A completed key is the version, a letter and the 16 bytes of the id of
+the message that completed it: it is kept for a day, times a million. All other states are short-lived JSON.
+
+A record lives ``keep`` milliseconds longer than its lease, so that what is known of earlier runs outlasts the run: how
+much of a lease is left is what is left of the record, less ``keep``. Only the store's clock is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+from .errors import UnknownRecord
+
+__all__ = ["Crashed", "Defer", "HandOnAgain", "Record", "Request", "Skip", "Take", "completed_by", "decide"]
+
+_VERSION = b"\x01"
+_KEPT = 8
+
+#: States of a key: being run; its run has ended and a retry is being handed on; waiting for that retry; not held.
+RUNNING, ENDING, WAITING, FREE = "running", "ending", "waiting", "free"
+COMPLETED = "completed"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of one key.
+
+    Attributes:
+      state: ``completed``, ``running``, ``ending``, ``waiting`` or ``free``.
+      message_id: Whose it is, or who completed it.
+      run: Which logical run of that message (see `history.run_of`).
+      owner: The process that runs it.
+      token: Makes every claim's bytes different from those of any other.
+      since: When the run began, ms since the epoch, by the owner's clock; to be looked at only.
+      starts: How many starts of this run are known, this one included.
+      keep: How much longer than its lease the record lives, in milliseconds.
+      ended: Runs that have ended, the last of each message.
+      follow: ``ending``: the message options and the time of the retry that is being handed on.
+    """
+
+    state: str
+    message_id: str = ""
+    run: int = 0
+    owner: str = ""
+    token: str = ""
+    since: int = 0
+    starts: int = 1
+    keep: int = 0
+    ended: tuple[tuple[str, int], ...] = ()
+    follow: dict[str, Any] | None = None
+
+    def encode(self) -> bytes:
+        if self.state == COMPLETED:
+            return completed_by(self.message_id)
+        fields = {
+            "s": self.state,
+            "m": self.message_id,
+            "n": self.run,
+            "o": self.owner,
+            "t": self.token,
+            "b": self.since,
+            "c": self.starts,
+            "k": self.keep,
+            "e": self.ended,
+        }
+        if self.follow is not None:
+            fields["f"] = self.follow
+        return _VERSION + json.dumps(fields, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record:
+        """Read a record.
+
+        Raises:
+          UnknownRecord: It was written by another version of this library, or by somebody else.
+        """
+        try:
+            if data[:1] != _VERSION:
+                raise ValueError("unknown version")
+            if data[1:2] == b"C":
+                return cls(COMPLETED, str(UUID(bytes=data[2:])))
+            if data[1:2] == b"c":
+                return cls(COMPLETED, data[2:].decode())
+            f = json.loads(data[1:])
+            ended = tuple((str(message), int(run)) for message, run in f["e"])
+            return cls(f["s"], f["m"], f["n"], f["o"], f["t"], f["b"], f["c"], f["k"], ended, f.get("f"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnknownRecord(
+                f"The store holds {data[:40]!r} where a record of this version of dramatiq_policies should be ({error}). "
+                "Nothing runs under this key until it has expired or was forgotten; if workers of a newer version "
+                "share the store, update this one."
+            ) from None
+
+    def having_ended(self) -> tuple[tuple[str, int], ...]:
+        """The runs that have ended once this one has."""
+        others = [(message, run) for message, run in self.ended if message != self.message_id]
+        return (*others, (self.message_id, self.run))[-_KEPT:]
+
+
+def completed_by(message_id: str) -> bytes:
+    """The record of a completed key."""
+    try:
+        number = UUID(message_id)
+    except ValueError:
+        number = None
+    if number is None or str(number) != message_id:
+        return _VERSION + b"c" + message_id.encode()
+    return _VERSION + b"C" + number.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A message that asks for its key.
+
+    Attributes:
+      message_id, run: Which logical run.
+      is_dead: Whether an owner, given the record, is certainly dead.
+      max_crashes: After how many starts that never ended it is quarantined; None for never.
+      starts: How many starts are known from elsewhere, this one included.
+      alone: Whether nothing else runs in this process.
+    """
+
+    message_id: str
+    run: int
+    is_dead: Callable[[Record], bool]
+    max_crashes: int | None = None
+    starts: int = 1
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Run it. ``alone``: only if nothing else runs in this process, for it may be what kills it."""
+
+    starts: int
+    ended: tuple[tuple[str, int], ...] = ()
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """It has been done (``completed``; by which message) or this run of it has ended (``stale``)."""
+
+    reason: str
+    twin: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """Somebody else runs it, or will; what is left of that lease in milliseconds."""
+
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOnAgain:
+    """This run has ended; whether its retry was accepted is not known, so it is handed on once more."""
+
+    follow: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """It began this many times and never ended."""
+
+    starts: int
+
+
+Action = Take | Skip | Defer | HandOnAgain | Crashed
+
+
+def decide(record: Record | None, left: int, request: Request) -> Action:
+    """What becomes of a message whose key holds ``record``, which is kept for ``left`` more milliseconds."""
+    if record is None:
+        return Take(request.starts)
+    mine = record.message_id == request.message_id
+    if record.state == COMPLETED:
+        return Skip("completed", None if mine else record.message_id)
+    if any(message == request.message_id and request.run <= run for message, run in record.ended):
+        return Skip("stale")
+    left = left - record.keep
+    if record.state == FREE:
+        return Take(request.starts, record.ended)
+    if mine and request.run > record.run:
+        # A later run of the same message exists, so that one has ended.
+        return Take(1, record.having_ended())
+    if mine and request.run < record.run:
+        return Skip("stale")
+    if not mine or record.state == WAITING:
+        return Defer(left) if left > 0 else Take(request.starts, record.ended)
+    # The very same run once more: redelivered, or a copy of it.
+    if left > 0 and not request.is_dead(record):
+        return Defer(left)
+    if record.state == ENDING:
+        return HandOnAgain(record.follow or {})
+    return _after_a_crash(record, request)
+
+
+def _after_a_crash(record: Record, request: Request) -> Action:
+    starts = record.starts + 1
+    if request.max_crashes is not None and record.starts >= request.max_crashes:
+        return Crashed(record.starts)
+    # The last start that it is granted. Those that only ran beside a killer do not die of this one.
+    last = starts == request.max_crashes and starts > 1
+    return Take(starts, record.ended, alone=last and not request.alone)
+
+
+def taken(action: Take, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
+    """The record of a claim."""
+    return Record(RUNNING, request.message_id, request.run, owner, token, since, action.starts, keep, action.ended)
+
+
+def released(record: Record, state: str, *, ended: bool, keep: int) -> Record | None:
+    """The record of a claim that is given up; None if there is nothing to remember."""
+    runs = record.having_ended() if ended else record.ended
+    if state == FREE and not runs:
+        return None
+    return replace(record, state=state, owner="", token="", ended=runs, keep=keep, follow=None)

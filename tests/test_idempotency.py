@@ -1,0 +1,624 @@
+"""A job runs once, also when its message arrives twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import dramatiq
+import pytest
+from dramatiq import pipeline
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend
+
+from dramatiq_policies import (
+    ConfigurationError,
+    Discard,
+    Idempotency,
+    RetryPolicy,
+    Snooze,
+    constant,
+    current_job,
+    install,
+)
+from dramatiq_policies.stores.memory import MemoryStore
+
+from .support import Stage
+
+
+class Transient(Exception):
+    pass
+
+
+class Permanent(Exception):
+    pass
+
+
+def keep(stage, **options):
+    """An actor with a key that writes down each run."""
+    runs = []
+
+    @stage.actor(idempotency_key="order:{order_id}", **options)
+    def ship(order_id, note=None):
+        runs.append((order_id, current_job().attempt))
+
+    ship.runs = runs
+    return ship
+
+
+# Duplicates.
+
+
+def test_a_duplicate_of_a_completed_job_is_skipped():
+    stage = Stage()
+    ship = keep(stage)
+    ship.send(7)
+    ship.send(7, note="again")
+    ship.send(8)
+    stage.run()
+    assert sorted(ship.runs) == [(7, 1), (8, 1)]
+    assert stage.outcomes() == ["succeeded", "duplicate", "succeeded"]
+    assert stage.reasons() == [None, "completed", None]
+
+
+def test_two_actors_never_share_a_key():
+    stage = Stage()
+    runs = []
+    for name in ("ship", "bill"):
+        stage.actor(lambda order_id, name=name: runs.append(name), actor_name=name, idempotency_key="{order_id}").send(
+            7
+        )
+    stage.run()
+    assert sorted(runs) == ["bill", "ship"]
+
+
+def test_idempotent_guards_a_message_against_itself_and_not_against_another():
+    stage = Stage()
+    runs = []
+    job = stage.actor(lambda: runs.append(1), actor_name="job", idempotent=True)
+    message = job.send()
+    stage.broker.enqueue(message)
+    job.send()
+    stage.run()
+    assert len(runs) == 2
+    assert stage.outcomes() == ["succeeded", "duplicate", "succeeded"]
+
+
+def test_a_duplicate_of_a_running_job_is_put_back_and_uses_no_attempt():
+    stage = Stage()
+    entered, go_on = threading.Event(), threading.Event()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        runs.append(current_job().attempt)
+        entered.set()
+        assert go_on.wait(10)
+
+    with stage.working(threads=2):
+        ship.send(7)
+        assert entered.wait(10)
+        ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) == 1)
+        go_on.set()
+        stage.drain()
+    assert runs == [1]
+    assert stage.outcomes() == ["deferred", "succeeded", "duplicate"]
+    assert stage.events[0].reason == "running"
+    assert stage.events[0].delay_ms == 1_000
+    assert stage.events[2].attempt == 1
+
+
+def test_a_deferral_waits_at_most_a_quarter_of_the_lease_and_longer_each_time():
+    stage = Stage(bundle={"idempotency": Idempotency(MemoryStore(), lease=800)})
+    go_on = threading.Event()
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        assert go_on.wait(10)
+
+    with stage.working(threads=2):
+        ship.send(7)
+        ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) >= 3)
+        go_on.set()
+        stage.drain()
+    waits = [event.delay_ms for event in stage.events if event.outcome == "deferred"]
+    assert set(waits) == {200}
+
+
+def test_a_messages_own_key_overrides_the_actors():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        runs.append(current_job().idempotency_key)
+
+    ship.send_with_options(args=(1,), idempotency_key="evt_123")
+    ship.send_with_options(args=(2,), idempotency_key="evt_123")
+    stage.run()
+    assert runs == ["evt_123"]
+
+
+def test_a_message_may_bring_a_key_to_an_actor_that_has_none():
+    stage = Stage()
+    runs = []
+    job = stage.actor(lambda: runs.append(1), actor_name="job")
+    for _ in range(3):
+        job.send_with_options(idempotency_key="evt_123")
+    stage.run()
+    assert runs == [1]
+
+
+def test_a_key_that_is_no_key_fails_the_job_as_its_own_error_would():
+    stage = Stage()
+    runs = []
+    job = stage.actor(lambda: runs.append(1), actor_name="job", max_retries=0)
+    job.send_with_options(idempotency_key=["evt"])
+    stage.run()
+    assert runs == []
+    assert stage.outcomes() == ["dead"]
+    assert "idempotency_key" in stage.failures()[0]["message"]
+
+
+# Failures.
+
+
+def test_a_failed_job_holds_its_key_for_its_own_retry():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}", retry_on={Transient: RetryPolicy(attempts=3, wait=constant(300))})
+    def ship(order_id):
+        runs.append((current_job().message_id, current_job().attempt))
+        if current_job().attempt == 1:
+            raise Transient
+
+    with stage.working():
+        first = ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) == 1)
+        assert Idempotency.state(ship, 7).state == "waiting"
+        ship.send(7)
+        stage.drain()
+    assert runs == [(first.message_id, 1), (first.message_id, 2)]
+    assert stage.outcomes() == ["retried", "deferred", "succeeded", "duplicate"]
+
+
+def test_a_job_that_ends_badly_frees_its_key():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}", discard_on=Permanent)
+    def ship(order_id, fail):
+        runs.append(fail)
+        if fail:
+            raise Permanent
+
+    ship.send(7, fail=True)
+    ship.send(7, fail=False)
+    stage.run()
+    assert runs == [True, False]
+    assert stage.outcomes() == ["discarded", "succeeded"]
+
+
+def test_an_old_copy_of_a_run_that_has_ended_never_runs_again():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}", discard_on=Permanent)
+    def ship(order_id):
+        runs.append(1)
+        raise Permanent
+
+    message = ship.send(7)
+    stage.broker.enqueue(message)
+    stage.run()
+    assert runs == [1]
+    assert stage.outcomes() == ["discarded", "duplicate"]
+    assert stage.reasons()[1] == "stale"
+
+
+def test_an_old_copy_is_stale_also_while_the_retry_waits_and_after_it():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}", retry_on={Transient: RetryPolicy(attempts=2, wait=constant(200))})
+    def ship(order_id):
+        runs.append(current_job().attempt)
+        raise Transient
+
+    with stage.working():
+        message = ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) == 1)
+        stage.broker.enqueue(message)
+        stage.drain()
+        stage.broker.enqueue(message)
+        stage.drain()
+    assert runs == [1, 2]
+    assert stage.reasons() == [None, "stale", "exhausted", "stale"]
+
+
+@pytest.mark.parametrize("with_failure", [True, False], ids=["by hand", "by the command"])
+def test_a_replayed_dead_letter_runs_again(with_failure):
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}", max_retries=0)
+    def ship(order_id):
+        runs.append(1)
+        raise Transient
+
+    ship.send(7)
+    for _ in range(3):
+        stage.run()
+        letter = stage.dead[-1]
+        again = letter.copy()
+        if not with_failure:
+            del again.options["failure"]
+            again.options["policies"] = {"replays": again.options.get("policies", {}).get("replays", 0) + 1}
+        stage.broker.enqueue(again)
+    stage.run()
+    assert len(runs) == 4
+    assert set(stage.outcomes()) == {"dead"}
+
+
+def test_a_job_that_snoozes_runs_again_under_its_key():
+    stage = Stage()
+    runs = []
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        runs.append(current_job().attempt)
+        if len(runs) < 3:
+            raise Snooze(50)
+
+    message = ship.send(7)
+    with stage.working():
+        stage.collected.wait_for(lambda events: len(events) == 1)
+        stage.broker.enqueue(message)
+        stage.drain()
+    assert runs == [1, 1, 1]
+    assert sorted(stage.outcomes()) == ["deferred", "deferred", "duplicate", "succeeded"]
+
+
+def test_a_discard_by_the_job_itself_frees_the_key():
+    stage = Stage()
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        raise Discard("already refunded")
+
+    ship.send(7)
+    ship.send(7)
+    stage.run()
+    assert stage.outcomes() == ["discarded", "discarded"]
+
+
+# done_when.
+
+
+def test_done_when_says_that_there_is_nothing_left_to_do():
+    stage = Stage()
+    shipped, runs = set(), []
+
+    @stage.actor(done_when=lambda order_id: "shipped" if order_id in shipped else None)
+    def ship(order_id):
+        runs.append(order_id)
+        shipped.add(order_id)
+
+    ship.send(7)
+    ship.send(7)
+    stage.run()
+    assert runs == [7]
+    assert stage.reasons() == [None, "done"]
+    assert stage.events[1].duration_ms is None
+
+
+def test_done_when_completes_the_key():
+    stage = Stage()
+
+    @stage.actor(idempotency_key="{order_id}", done_when=lambda order_id: True)
+    def ship(order_id):
+        raise AssertionError
+
+    ship.send(7)
+    ship.send(7)
+    stage.run()
+    assert stage.reasons() == ["done", "completed"]
+
+
+def test_an_error_of_done_when_is_the_jobs_own():
+    stage = Stage()
+
+    def broken(order_id):
+        raise Permanent(order_id)
+
+    stage.actor(lambda order_id: None, actor_name="ship", done_when=broken, discard_on=Permanent).send(7)
+    stage.run()
+    assert stage.outcomes() == ["discarded"]
+
+
+def test_an_error_of_the_key_is_the_jobs_own_and_nothing_is_claimed():
+    stage = Stage()
+
+    def broken(order_id):
+        raise Permanent(order_id)
+
+    stage.actor(lambda order_id: None, actor_name="ship", idempotency_key=broken, discard_on=Permanent).send(7)
+    stage.run()
+    assert stage.outcomes() == ["discarded"]
+
+
+def test_a_callable_makes_the_key():
+    stage = Stage()
+    runs = []
+    key = lambda order, *, kind="a": f"{order['id']}:{kind}"  # noqa: E731
+    job = stage.actor(lambda order, kind="a": runs.append(order), actor_name="ship", idempotency_key=key)
+    job.send({"id": 1})
+    job.send({"id": 1, "note": "x"})
+    job.send({"id": 1}, kind="b")
+    stage.run()
+    assert len(runs) == 2
+
+
+# Declarations.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"idempotency_key": "order:{nope}"}, "nope"),
+        ({"idempotency_key": "order:{order_id"}, "template"),
+        ({"idempotency_key": "order"}, "at least one field"),
+        ({"idempotency_key": 7}, "template or a callable"),
+        ({"idempotent": "yes"}, "idempotent"),
+        ({"idempotent": True, "idempotency_ttl": -1}, "idempotency_ttl"),
+        ({"idempotent": True, "idempotency_ttl": 0}, "idempotency_ttl"),
+        ({"done_when": True}, "done_when"),
+        ({"max_crashes": 0}, "max_crashes"),
+        ({"max_crashes": True}, "max_crashes"),
+    ],
+)
+def test_a_bad_option_is_refused_at_declaration(options, said):
+    stage = Stage()
+    with pytest.raises(ConfigurationError, match="actor 'ship'") as refused:
+        stage.actor(lambda order_id: None, actor_name="ship", **options)
+    assert said in str(refused.value)
+
+
+def test_a_coroutine_function_is_refused_on_an_actor_that_is_not_async():
+    async def later(order_id):
+        return True
+
+    stage = Stage()
+    for option in ("done_when", "idempotency_key"):
+        with pytest.raises(ConfigurationError, match=option):
+            stage.actor(lambda order_id: None, actor_name="ship", **{option: later})
+
+
+@pytest.mark.parametrize(
+    "options", [{"idempotent": True}, {"idempotency_key": "{order_id}"}, {"done_when": bool}, {"max_crashes": 2}]
+)
+@pytest.mark.parametrize("broker", ["rabbitmq", "switched off"])
+def test_an_actor_that_asks_for_it_where_there_is_none_is_refused(broker, options):
+    if broker == "rabbitmq":
+        broker = install(RabbitmqBroker(url="amqp://nowhere.invalid"))
+    else:
+        broker = Stage(bundle={"idempotency": False}).broker
+    with pytest.raises(ConfigurationError, match="no Idempotency"):
+        dramatiq.actor(lambda order_id: None, actor_name="ship", broker=broker, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"store": 7},
+        {"lease": 0},
+        {"lease": "1s"},
+        {"ttl": -1},
+        {"on_store_error": "ignore"},
+        {"max_crashes": 0},
+    ],
+)
+def test_a_bad_argument_is_refused(arguments):
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        Idempotency(**arguments)
+
+
+# Results and composition.
+
+
+def with_results():
+    backend = StubBackend()
+    return Stage(middleware=[Results(backend=backend)]), backend
+
+
+def test_a_duplicate_leaves_the_stored_result_alone():
+    stage, backend = with_results()
+
+    @stage.actor(idempotency_key="{order_id}", store_results=True)
+    def ship(order_id):
+        return f"shipped {order_id}"
+
+    message = ship.send(7)
+    stage.broker.enqueue(message)
+    other = ship.send(7)
+    stage.run()
+    assert stage.outcomes() == ["succeeded", "duplicate", "duplicate"]
+    assert backend.get_result(message) == "shipped 7"
+    assert backend.get_result(other) == "shipped 7"
+
+
+def test_a_duplicate_moves_its_own_pipeline_on_with_its_twins_result():
+    stage, _ = with_results()
+    told = []
+
+    @stage.actor(idempotency_key="{order_id}", store_results=True)
+    def ship(order_id):
+        return f"shipped {order_id}"
+
+    tell = stage.actor(lambda who, what: told.append((who, what)), actor_name="tell")
+    pipeline([ship.message(7), tell.message("ann")], broker=stage.broker).run()
+    pipeline([ship.message(7), tell.message("bob")], broker=stage.broker).run()
+    stage.run()
+    assert sorted(told) == [("ann", "shipped 7"), ("bob", "shipped 7")]
+
+
+def test_a_duplicate_whose_next_stage_needs_a_result_that_nobody_stored_is_dead():
+    stage = Stage()
+    told = []
+    ship = keep(stage)
+    tell = stage.actor(lambda *args: told.append(args), actor_name="tell")
+    pipeline([ship.message(7), tell.message("ann")], broker=stage.broker).run()
+    pipeline([ship.message(7), tell.message("bob")], broker=stage.broker).run()
+    pipeline([ship.message(7), tell.message_with_options(args=("eve",), pipe_ignore=True)], broker=stage.broker).run()
+    stage.run()
+    assert sorted(told) == [("ann", None), ("eve",)]
+    assert [event.reason for event in stage.events if event.outcome == "dead"] == ["no_result"]
+
+
+def test_the_redelivery_of_a_completed_message_settles_nothing_again():
+    stage, _ = with_results()
+    told = []
+
+    @stage.actor(idempotency_key="{order_id}", store_results=True)
+    def ship(order_id):
+        return order_id
+
+    tell = stage.actor(lambda what: told.append(what), actor_name="tell")  # noqa: PLW0108
+    pipe = pipeline([ship.message(7), tell.message()], broker=stage.broker).run()
+    stage.broker.enqueue(pipe.messages[0])
+    stage.run()
+    assert told == [7]
+    assert stage.outcomes("ship") == ["succeeded", "duplicate"]
+
+
+# Looking and forgetting.
+
+
+def test_state_and_forget():
+    stage = Stage()
+    entered, go_on = threading.Event(), threading.Event()
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        entered.set()
+        assert go_on.wait(10)
+
+    assert Idempotency.state(ship, 7).state == "none"
+    with stage.working():
+        message = ship.send(7)
+        assert entered.wait(10)
+        running = Idempotency.state(ship, order_id=7)
+        assert (running.state, running.message_id, running.key) == ("running", message.message_id, "7")
+        assert abs(running.since - time.time() * 1_000) < 10_000
+        assert running.owner
+        go_on.set()
+        stage.drain()
+    assert Idempotency.state(ship, 7).state == "completed"
+    assert Idempotency.state(ship, 7).message_id == message.message_id
+    assert Idempotency.forget(ship, 7)
+    assert not Idempotency.forget(ship, 7)
+    assert Idempotency.state(ship, 7).state == "none"
+    ship.send(7)
+    stage.run()
+    assert stage.outcomes() == ["succeeded", "succeeded"]
+
+
+def test_the_state_of_an_actor_without_a_key_is_refused():
+    stage = Stage()
+    job = stage.actor(lambda: None, actor_name="job")
+    with pytest.raises(ConfigurationError, match="no idempotency key"):
+        Idempotency.state(job)
+
+
+# The store is down.
+
+
+class Flaky(MemoryStore):
+    down = False
+
+    def _find(self, key):
+        if Flaky.down:
+            raise ConnectionError("no store")
+        return super()._find(key)
+
+    def _write(self, key, value, ttl):
+        if Flaky.down:
+            raise ConnectionError("no store")
+        super()._write(key, value, ttl)
+
+
+@pytest.fixture
+def flaky():
+    yield Flaky()
+    Flaky.down = False
+
+
+def test_while_the_store_is_down_a_message_waits_and_uses_no_attempt(flaky, caplog):
+    stage = Stage(bundle={"idempotency": Idempotency(flaky, lease=400)})
+    ship = keep(stage)
+    Flaky.down = True
+    with stage.working():
+        for order in range(5):
+            ship.send(order)
+        stage.collected.wait_for(lambda events: len(events) >= 10)
+        assert set(stage.reasons()) == {"store_down"}
+        Flaky.down = False
+        stage.drain()
+    assert sorted(ship.runs) == [(order, 1) for order in range(5)]
+    assert [r.message for r in caplog.records if "can't be reached" in r.message and r.levelname == "ERROR"] != []
+    assert len([r for r in caplog.records if "can't be reached" in r.message]) == 1
+    assert len([r for r in caplog.records if "is back" in r.message]) == 1
+
+
+def test_it_runs_while_the_store_is_down_where_that_was_asked_for(flaky, caplog):
+    stage = Stage(bundle={"idempotency": Idempotency(flaky, on_store_error="run")})
+    ship = keep(stage)
+    Flaky.down = True
+    ship.send(1)
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
+    assert any("without a claim" in record.message for record in caplog.records)
+
+
+def test_an_actor_that_asked_for_nothing_runs_while_the_store_is_down(flaky):
+    stage = Stage(bundle={"idempotency": Idempotency(flaky)})
+    Flaky.down = True
+    stage.actor(lambda: None, actor_name="job").send()
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
+
+
+def test_a_completion_is_written_when_the_store_is_back(flaky):
+    stage = Stage(bundle={"idempotency": Idempotency(flaky, lease=300)})
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        Flaky.down = True
+
+    with stage.working():
+        ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) == 1)
+        Flaky.down = False
+        deadline = time.monotonic() + 5
+        while Idempotency.state(ship, 7).state != "completed":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_record_of_an_unknown_version_makes_the_message_wait_and_never_run(caplog):
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store, lease=200)})
+    ship = keep(stage)
+    store.put("ship\x007", b"\x63something new", 60_000)
+    store.put("ship\x00order:7", b"\x63something new", 500)
+    with stage.working():
+        ship.send(7)
+        stage.collected.wait_for(lambda events: len(events) >= 2)
+        assert ship.runs == []
+        stage.drain()
+    assert ship.runs == [(7, 1)]
+    assert any("this version of dramatiq_policies" in record.message for record in caplog.records)
