@@ -25,6 +25,7 @@ from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
 from .middleware.idempotency import Idempotency
 from .middleware.metrics import Metrics
+from .middleware.prometheus import count_retries_of
 from .middleware.queue_monitor import QueueMonitor
 from .middleware.sentry import SentryReporter
 from .middleware.shutdown import ShutdownNotifications
@@ -144,6 +145,7 @@ def arrange(broker: Broker) -> Wiring:
             implied.implied = True
         broker.middleware = _ordered(broker.middleware, ours)
         for middleware in broker.middleware:
+            count_retries_of(middleware, wiring)
             _dramatiq.add_options(broker, middleware)
             if isinstance(middleware, PolicyMiddleware) and middleware not in wiring.attached:
                 _attach(wiring, middleware)
