@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import dramatiq
 from dramatiq import Worker
 from dramatiq.brokers.stub import StubBroker
+from sentry_sdk.transport import Transport
 
 from dramatiq_policies import ErrorClassifier, install
 
@@ -157,3 +158,21 @@ class TaggedClient:
 
     def gauge(self, name, value, tags=None):
         self.calls.append(("g", name, value, tags))
+
+
+class Captured(Transport):
+    """Keeps envelopes instead of sending them."""
+
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.envelopes = []
+
+    def capture_envelope(self, envelope):
+        self.envelopes.append(envelope)
+
+    def items(self, kind):
+        return [item.payload.json for envelope in self.envelopes for item in envelope.items if item.type == kind]
+
+    @property
+    def events(self):
+        return self.items("event")

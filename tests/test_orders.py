@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
 
 import dramatiq.broker
 import pytest
+import sentry_sdk
 from dramatiq import Worker
+
+from dramatiq_policies import Metrics, SentryReporter
+
+from .support import Captured, StatsdServer
 
 
 @pytest.fixture
@@ -229,3 +235,35 @@ def test_the_url_chooses_the_broker(app, url, kind):
 def test_a_url_that_chooses_none_says_what_was_expected(app):
     with pytest.raises(ValueError, match="expected redis://, amqp:// or stub://, got 'kafka://x'"):
         app.make_broker("kafka://x")
+
+
+# --- where it can be seen -------------------------------------------------------------------------------------------
+
+
+def test_numbers_and_bad_endings_go_where_the_environment_says(request, monkeypatch):
+    server, transport = StatsdServer(), Captured()
+    monkeypatch.setenv("STATSD_HOST", "127.0.0.1")
+    monkeypatch.setenv("STATSD_PORT", str(server.port))
+    monkeypatch.setenv("SENTRY_DSN", "http://key@127.0.0.1:1/1")
+    init = functools.partial(sentry_sdk.init, transport=transport)
+    monkeypatch.setattr(sentry_sdk, "init", init)
+    app = request.getfixturevalue("app")
+    try:
+        app.send_confirmation.send(7, "nobody@example.com", "12.50 EUR")
+        work(app)
+        names = set()
+        while "jobs.send_confirmation.discard" not in names:
+            # The queue's gauges come in between.
+            names |= {line.partition(":")[0] for line in server.packet()}
+        [event] = transport.events
+        assert (event["tags"]["actor"], event["tags"]["outcome"]) == ("send_confirmation", "discarded")
+        assert event["tags"]["team"] == "checkout"
+    finally:
+        server.close()
+        sentry_sdk.get_client().close()
+        sentry_sdk.get_global_scope().set_client(None)
+
+
+def test_without_them_nothing_is_sent(app):
+    kinds = {type(middleware) for middleware in app.broker.middleware}
+    assert not kinds & {Metrics, SentryReporter}

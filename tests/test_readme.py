@@ -11,6 +11,7 @@ from pathlib import Path
 import dramatiq.broker
 import dramatiq.brokers.redis
 import pytest
+import sentry_sdk
 from dramatiq.brokers.stub import StubBroker
 
 from examples.orders import gateway
@@ -40,6 +41,7 @@ def shop(monkeypatch):
     module.mail_gateway = Gateway()
     monkeypatch.setitem(sys.modules, "shop", module)
     monkeypatch.setattr(dramatiq.broker, "global_broker", None)
+    monkeypatch.setattr(sentry_sdk, "init", lambda **_: None)
     monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda **_: StubBroker())
     return module
 

@@ -20,7 +20,6 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from sentry_sdk.integrations.dramatiq import DramatiqIntegration
 from sentry_sdk.integrations.logging import LoggingIntegration
-from sentry_sdk.transport import Transport
 
 from dramatiq_policies import (
     ConfigurationError,
@@ -33,7 +32,7 @@ from dramatiq_policies import (
     install,
 )
 
-from .support import Stage
+from .support import Captured, Stage
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 # Not as it stands in an event, where the lines around an error do.
@@ -42,24 +41,6 @@ CARD = "4242" * 4
 
 class Unpaid(Exception):
     pass
-
-
-class Captured(Transport):
-    """Keeps envelopes instead of sending them."""
-
-    def __init__(self, options=None):
-        super().__init__(options)
-        self.envelopes = []
-
-    def capture_envelope(self, envelope):
-        self.envelopes.append(envelope)
-
-    def items(self, kind):
-        return [item.payload.json for envelope in self.envelopes for item in envelope.items if item.type == kind]
-
-    @property
-    def events(self):
-        return self.items("event")
 
 
 class Sentry:

@@ -6,6 +6,7 @@ Environment:
   ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; less for a demo that ends soon.
   ORDERS_TIMEOUT_MS: How long the confirmation may take, in milliseconds. Default 30000.
   STATSD_HOST, STATSD_PORT: Where the jobs' numbers go. Nowhere without a host.
+  SENTRY_DSN: Where bad endings are reported. Nowhere without it.
   HEARTBEAT_FILE: The file for a liveness probe. None by default.
 """
 
@@ -22,6 +23,7 @@ from dramatiq_policies import (
     Metrics,
     QueueMonitor,
     RetryPolicy,
+    SentryReporter,
     Threshold,
     TimeoutExceeded,
     constant,
@@ -60,11 +62,19 @@ def make_broker(url: str) -> Broker:
     raise ValueError(f"BROKER_URL: expected redis://, amqp:// or stub://, got {url!r}.")
 
 
+sentry_dsn = os.environ.get("SENTRY_DSN")
+if sentry_dsn:
+    import sentry_sdk
+
+    # Before the broker is made, so that Sentry's own integration finds it: transactions come from that one.
+    sentry_sdk.init(dsn=sentry_dsn, traces_sample_rate=0.1)
+
 broker = make_broker(os.environ.get("BROKER_URL", "redis://localhost:6379/0"))
 statsd, alive = os.environ.get("STATSD_HOST"), os.environ.get("HEARTBEAT_FILE")
 install(
     broker,
     metrics=Metrics() if statsd else None,
+    sentry=SentryReporter() if sentry_dsn else None,
     queue_monitor=QueueMonitor(
         interval=5_000,
         thresholds={
