@@ -245,7 +245,7 @@ def test_numbers_and_bad_endings_go_where_the_environment_says(request, monkeypa
     monkeypatch.setenv("STATSD_HOST", "127.0.0.1")
     monkeypatch.setenv("STATSD_PORT", str(server.port))
     monkeypatch.setenv("SENTRY_DSN", "http://key@127.0.0.1:1/1")
-    init = functools.partial(sentry_sdk.init, transport=transport)
+    init = functools.partial(sentry_sdk.init, transport=transport, auto_enabling_integrations=False)
     monkeypatch.setattr(sentry_sdk, "init", init)
     app = request.getfixturevalue("app")
     try:
