@@ -28,6 +28,7 @@ from ..delivery import COMPLETING, Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
 from ..wiring import Wiring
+from .recovery import Recovery
 
 __all__ = ["RedisConsumer"]
 
@@ -57,6 +58,7 @@ class RedisConsumer(PolicyConsumer):
         self.held = wiring.in_flight.setdefault(queue_name, set())
         #: The ids whose jobs are over, and whose ack failed and is tried again: they take no place any more.
         self.done: set[str] = set()
+        self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
         self.room = threading.Event()
         #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
@@ -95,6 +97,7 @@ class RedisConsumer(PolicyConsumer):
         if monotonic() - self.looked > _LOOK_EVERY:
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
+        self._guarded(self.recovery.look)
         room = self.prefetch - self.outstanding_message_count
         if self.holding and not self.is_delay_queue:
             # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.

@@ -6,11 +6,16 @@ and the stage is lost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from dramatiq import Message
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.middleware import Middleware
 from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.rate_limits import Barrier
+from dramatiq.rate_limits.backends import StubBackend
 
 from ..delivery import Delivery, Recorder, Send
 
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
 __all__ = ["GroupCallbacks", "Pipelines"]
+
+_COUNT_MEMBER = resources.files(__package__).joinpath("count_member.lua").read_text()
 
 
 def _hand_on(
@@ -48,10 +55,49 @@ class Pipelines(StockPipelines):
 
 
 class GroupCallbacks(StockGroupCallbacks):
-    """Counts a group's members; a member's message is acked once the callbacks it completes were accepted."""
+    """Counts a group's members; a member's message is acked once the callbacks it completes were accepted.
+
+    Where the barriers are on Redis or in memory a member counts once, by its message id, however often it is settled.
+    Elsewhere (Memcached) a barrier is a bare counter: a member that is redelivered after it was counted counts twice.
+    """
 
     def after_process_message(
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
-        if exception is None and not message.failed and message.options.get("group_completion_callbacks"):
+        options = message.options
+        if exception is not None or message.failed or not options.get("group_completion_callbacks"):
+            return
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        count = self._counter()
+        if delivery is None or count is None:
             _hand_on(StockGroupCallbacks, self, broker, message, result)
+            return
+
+        def step() -> list[Send]:
+            if not count(options["group_completion_uuid"], message.message_id):
+                return []
+            return [Send(Message(**callback)) for callback in options["group_completion_callbacks"]]
+
+        delivery.hand_on(step)
+
+    def _counter(self) -> Callable[[str, str], bool] | None:
+        """Counts a member at a group's barrier and says whether it completes the group; None where it can't be once."""
+        backend: Any = self.rate_limiter_backend
+        if isinstance(backend, StubBackend):
+            return lambda uuid, member: (
+                backend.add(f"{uuid}@{member}", 1, self.barrier_ttl)
+                and Barrier(backend, uuid, ttl=self.barrier_ttl).wait(block=False)
+            )
+        client = getattr(backend, "client", None)
+        if type(backend).__name__ != "RedisBackend" or client is None:
+            return None
+
+        def count(uuid: str, member: str) -> bool:
+            # In braces: one slot of a cluster.
+            script = client.register_script(_COUNT_MEMBER)
+            if not script(keys=[uuid, f"{{{uuid}}}@members"], args=[member, self.barrier_ttl]):
+                return False
+            backend.wait_notify(f"{uuid}@events", self.barrier_ttl)
+            return True
+
+        return count
