@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -412,38 +413,19 @@ def test_scripts_are_loaded_again_after_a_flush_also_in_a_shared_round_trip(
         store = RedisStore(client, namespace=redis_namespace)
         for _ in range(5):
             client.script_flush()
-            found: list[Any] = []
-            with ThreadsTogether(16) as together:
-                together.run(lambda number: found.append(store.get(f"{number}").value))
-            assert found == [None] * 16
+            assert together(16, store) == [None] * 16
 
 
-class ThreadsTogether:
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.barrier = threading.Barrier(count)
-        self.errors: list[BaseException] = []
-        self.threads: list[threading.Thread] = []
+def together(count: int, store: RedisStore) -> list[bytes | None]:
+    """What as many threads read at the same moment."""
+    barrier = threading.Barrier(count)
 
-    def __enter__(self) -> ThreadsTogether:
-        return self
+    def read(number: int) -> bytes | None:
+        barrier.wait()
+        return store.get(f"{number}").value
 
-    def run(self, call: Any) -> None:
-        def one(number: int) -> None:
-            self.barrier.wait()
-            try:
-                call(number)
-            except BaseException as error:
-                self.errors.append(error)
-
-        self.threads = [threading.Thread(target=one, args=(number,)) for number in range(self.count)]
-        for thread in self.threads:
-            thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        for thread in self.threads:
-            thread.join()
-        assert self.errors == []
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(read, range(count)))
 
 
 def test_the_default_store_of_a_redis_broker_has_its_own_connections_that_time_out(redis_place: RedisPlace) -> None:
