@@ -12,6 +12,7 @@ from ..ops import OperationError, one_line, redact
 from .check import check
 from .dead import dead
 from .explain import explain
+from .new import new
 from .queues import monitor, queues
 
 __all__ = ["main"]
@@ -57,5 +58,5 @@ def main() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-for command in (check, explain, dead, queues, monitor):
+for command in (check, new, explain, dead, queues, monitor):
     main.add_command(command)

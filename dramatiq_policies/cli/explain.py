@@ -22,7 +22,7 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
 
     EXCEPTION is module:Class, module.Class, or a bare name that the actor's module, its rules or Python know.
     """
-    found = ops.find_actor(actor, path)
+    found = ops.find_actor(actor, path, stand_in=True)
     if exception is None:
         portrait = ops.describe(found)
         if form == "json":

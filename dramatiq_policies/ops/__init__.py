@@ -5,21 +5,25 @@ from __future__ import annotations
 from .apps import OperationError, find_actor, find_queue, known_queues, load_broker, meant, one_line, redact
 from .checks import Settings, check_actor, check_broker
 from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
+from .designs import Design, IncompleteDesign, parse_design
 from .explanations import Attempt, Explanation, Portrait, describe, explain, find_exception
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .letters import DeadLetter, Filter
 from .queues import QueueState, monitor_of, read_queues
+from .scaffold import scaffold
 
 __all__ = [
     "CODES",
     "Attempt",
     "Code",
     "DeadLetter",
+    "Design",
     "Explanation",
     "Filter",
     "Finding",
     "Group",
+    "IncompleteDesign",
     "Moved",
     "OperationError",
     "Portrait",
@@ -42,12 +46,14 @@ __all__ = [
     "monitor_of",
     "move",
     "one_line",
+    "parse_design",
     "purge",
     "read_baseline",
     "read_exemptions",
     "read_queues",
     "redact",
     "replay",
+    "scaffold",
     "summarise",
     "write_baseline",
 ]

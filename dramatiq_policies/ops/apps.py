@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dramatiq import get_broker
+import dramatiq.broker
+from dramatiq import get_broker, set_broker
 from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
 
-from ..bundle import arrange
+from ..bundle import arrange, install
 from ..errors import PolicyError
 from ..middleware.base import PolicyMiddleware
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OperationError",
+    "extend_path",
     "find_actor",
     "find_queue",
     "import_object",
@@ -55,20 +58,24 @@ def one_line(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
-def load_broker(app: str, path: Iterable[str] = (".",)) -> Broker:
+def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = False) -> Broker:
     """Import an application and return its broker, the bundle in its place and every actor's options resolved.
 
     Parameters:
       app: ``package.module`` (the global broker counts), ``package.module:broker``, or ``package.module:factory``, which
         is called and sets the global broker.
       path: What is put before ``sys.path``. The current folder by default.
+      stand_in: Whether a StubBroker with the bundle stands in while no broker is set: for a module of jobs alone. By
+        default it is what Dramatiq itself would make.
 
     What the application prints while it is imported goes to stderr. Nothing connects unless the application does.
 
     Raises:
       OperationError: If there is no such thing, or importing it fails.
     """
-    _extend_path(path)
+    extend_path(path)
+    if stand_in and dramatiq.broker.global_broker is None:
+        set_broker(install(StubBroker()))
     found = import_object(app)
     if found is not None and not isinstance(found, Broker):
         if not callable(found):
@@ -86,10 +93,10 @@ def load_broker(app: str, path: Iterable[str] = (".",)) -> Broker:
     return broker
 
 
-def find_actor(target: str, path: Iterable[str] = (".",)) -> Actor[..., Any]:
+def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = False) -> Actor[..., Any]:
     """The actor that ``app:actor`` names: an attribute of the module, or an actor's name.
 
-    Where a factory sets the broker, ``app:factory:actor``.
+    Where a factory sets the broker, ``app:factory:actor``. ``path`` and ``stand_in`` as for `load_broker`.
 
     Raises:
       OperationError: If there is none, with the names that come near.
@@ -97,7 +104,7 @@ def find_actor(target: str, path: Iterable[str] = (".",)) -> Actor[..., Any]:
     app, _, name = target.rpartition(":")
     if not app:
         raise OperationError(f"{target!r} names no actor; write it as app:actor.")
-    broker = load_broker(app, path)
+    broker = load_broker(app, path, stand_in=stand_in)
     if ":" not in app:
         with contextlib.suppress(OperationError):
             found = import_object(target)
@@ -159,7 +166,8 @@ def _importing(app: str) -> Any:
         raise OperationError(f"{app!r} can't be imported: {one_line(error)}{place}") from None
 
 
-def _extend_path(path: Iterable[str]) -> None:
+def extend_path(path: Iterable[str]) -> None:
+    """Look for modules in these folders first."""
     for folder in reversed([os.path.abspath(one) for one in path]):  # noqa: PTH100 - as dramatiq has it
         if folder not in sys.path:
             sys.path.insert(0, folder)

@@ -307,6 +307,10 @@ def test_the_broker_may_be_named_or_made_by_a_factory(command):
     assert command.json("check", f"{app}:make")["actors"] == 0
 
 
+def test_a_module_of_jobs_alone_is_checked_with_a_broker_that_stands_in(command):
+    assert codes(command.json("check", command.app(READY, broker=""))) == []
+
+
 def test_modules_are_looked_for_in_the_path(command):
     app = command.app(READY)
     (command.folder / "src").mkdir()

@@ -1,0 +1,101 @@
+"""``dramatiq-policies new``: the design first, then failing tests, then the job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
+from ..ops.apps import extend_path
+from ..ops.scaffold import module_name
+from .base import path_option
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["new"]
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--design", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Read the answers from here."
+)
+@click.option("--tests", type=click.Path(path_type=Path, file_okay=False), default="tests", show_default=True)
+@path_option
+def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> int:
+    """Design a job, and write its rules and its tests into FILE (shop/jobs/send_confirmation.py) and the tests' folder.
+
+    Asks, or reads a TOML file with the tables [job] and [errors]. An incomplete design is refused, with all that is
+    missing. The tests fail until the job is written. No file is ever overwritten.
+    """
+    module_name(file)
+    for one in (file, tests / f"test_{file.stem}.py"):
+        if one.exists():
+            raise OperationError(f"{one} is there already, and is not overwritten.")
+    extend_path(path)
+    try:
+        parsed = parse_design(_ask() if design is None else _read(design))
+    except IncompleteDesign as error:
+        click.echo(str(error), err=True)
+        return 1
+    for written in scaffold(parsed, file, tests):
+        click.echo(f"wrote {written}")
+    click.echo(f"Now write the job: python -m pytest {tests / f'test_{file.stem}.py'}")
+    return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise OperationError(f"{file} can't be read: {error}") from None
+    return found
+
+
+def _ask() -> dict[str, Any]:
+    """The questions, each with an example."""
+    click.echo("Eight questions before the job. Lists are separated by commas; empty means none.\n")
+    job: dict[str, Any] = {
+        "purpose": _text("What is it for, in one sentence?", "the customer learns that the order was taken"),
+        "trigger": _text("What sends it, and is that committed by then?", "the checkout, after its transaction"),
+        "input": _items("Which arguments? Ids and values, never objects", "order_id: int, email: str"),
+        "effect": _text("What is different in the world afterwards?", "one e-mail"),
+        "criticality": _text("How bad is it if it does not run?", "high: the customer asks", default="normal"),
+        "queue": _text("Which queue? What must it not wait behind?", "mail"),
+        "timeout": click.prompt("After how many ms is it not merely slow?", type=int, default=30_000, err=True),
+    }
+    key = click.prompt(
+        _example(
+            "What makes a second run harmless? A key over the arguments, or empty for the message's id",
+            "order:{order_id}",
+        ),
+        default="",
+        show_default=False,
+        err=True,
+    )
+    job.update({"idempotency_key": key} if key else {"idempotent": True})
+    errors = {
+        "transient": _items("Which errors will pass (retried)?", "shop.mail:Timeout, ConnectionError"),
+        "permanent": _items("Which will be the same the next time (discarded)?", "shop.mail:InvalidEmail"),
+        "configuration": _items("Which must somebody act on (alert)?", "shop.mail:MissingCredentials"),
+    }
+    return {"job": job, "errors": errors}
+
+
+def _example(question: str, example: str) -> str:
+    return f"{question}\n  e.g. {example}\n "
+
+
+def _text(question: str, example: str, default: str | None = None) -> str:
+    return str(click.prompt(_example(question, example), default=default, err=True))
+
+
+def _items(question: str, example: str) -> list[str]:
+    given = click.prompt(_example(question, example), default="", show_default=False, err=True)
+    return [item.strip() for item in given.split(",") if item.strip()]

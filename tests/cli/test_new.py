@@ -1,0 +1,278 @@
+"""`dramatiq-policies new`: the design first, then failing tests, then the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import PREAMBLE
+
+ROOT = Path(__file__).parents[2]
+DESIGN = """
+[job]
+purpose = "the customer learns that the order was taken"
+trigger = "the checkout, after its transaction"
+input = ["order_id: int", "email: str"]
+effect = "one e-mail"
+criticality = "high"
+queue = "mail"
+timeout = 30_000
+idempotency_key = "order-confirmation:{order_id}"
+
+[errors]
+transient = ["shop.mail:MailTimeout", "shop.mail:RateLimited", "builtins:ConnectionError"]
+permanent = ["shop.mail:InvalidEmail"]
+configuration = ["shop.mail:MissingCredentials"]
+"""
+MAIL = """
+class MailTimeout(Exception): pass
+class InvalidEmail(Exception): pass
+class MissingCredentials(Exception): pass
+class RateLimited(Exception):
+    def __init__(self, seconds, /):
+        super().__init__(f"{seconds:d} s")
+
+outbox = {}
+"""
+FILE = "shop/jobs/send_confirmation.py"
+TESTS = "tests/test_send_confirmation.py"
+
+
+@pytest.fixture
+def shop(command):
+    (command.folder / "shop").mkdir()
+    (command.folder / "shop" / "__init__.py").touch()
+    (command.folder / "shop" / "mail.py").write_text(MAIL)
+    (command.folder / "design.toml").write_text(DESIGN)
+    yield command.folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
+        del sys.modules[name]
+
+
+def redesign(shop, *changes):
+    text = DESIGN
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (shop / "design.toml").write_text(text)
+
+
+def run(folder, *args):
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def pytest_in(folder):
+    # As an installed package registers it.
+    return run(
+        folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dramatiq_policies.testing.pytest_plugin", "tests"
+    )
+
+
+def test_it_writes_the_job_with_its_rules_and_its_tests(command, shop):
+    result = command("new", FILE, "--design", "design.toml")
+    assert result.exit_code == 0, result.output
+    assert f"wrote {FILE}\nwrote {TESTS}\n" in result.stdout
+    assert (
+        (shop / FILE).read_text()
+        == '''\
+from __future__ import annotations
+
+import dramatiq
+from dramatiq_policies import RetryPolicy
+
+from shop.mail import InvalidEmail, MailTimeout, MissingCredentials, RateLimited
+
+
+@dramatiq.actor(
+    queue_name="mail",
+    retry_on={
+        MailTimeout: RetryPolicy(attempts=5),
+        RateLimited: RetryPolicy(attempts=5),
+        ConnectionError: RetryPolicy(attempts=5),
+    },
+    discard_on=InvalidEmail,
+    alert_on=MissingCredentials,
+    idempotency_key="order-confirmation:{order_id}",
+    timeout=30_000,
+    tags={"criticality": "high"},
+)
+def send_confirmation(order_id: int, email: str) -> None:
+    """The customer learns that the order was taken.
+
+    Trigger: the checkout, after its transaction
+    Effect: one e-mail
+    """
+    raise NotImplementedError("send_confirmation is not written yet")
+'''
+    )
+    assert (shop / "shop/jobs/__init__.py").exists()
+
+
+def test_what_it_writes_passes_the_gate_as_it_stands(command, shop):
+    command("new", FILE, "--design", "design.toml")
+    checked = run(
+        shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation", "--require-tag", "criticality"
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("width", ["88", "120"])
+def test_what_it_writes_is_as_ruff_writes_it(command, shop, width):
+    long = [f"shop.mail:Err{'o' * 20}r{number}" for number in range(4)]
+    (shop / "shop" / "mail.py").write_text(MAIL + "".join(f"class {one[10:]}(Exception): pass\n" for one in long))
+    redesign(
+        shop,
+        ('["shop.mail:InvalidEmail"]', str(long).replace("'", '"')),
+        (
+            '["order_id: int", "email: str"]',
+            '["order_id: int", "email: str", "total: str | None", "languages: list[str]"]',
+        ),
+    )
+    command("new", FILE, "--design", "design.toml")
+    ruff = [sys.executable, "-m", "ruff"]
+    if run(shop, "-c", "import ruff").returncode:
+        ruff = [str(Path(sys.executable).parent / "ruff")]
+    for arguments in (["format", "--diff"], ["check", "--select", "E,F,I,W,B"]):
+        checked = subprocess.run(
+            [*ruff, *arguments, "--no-cache", "--isolated", "--line-length", width, "shop/jobs", "tests"],
+            cwd=shop,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_its_tests_fail_until_the_job_is_written_and_pass_then(command, shop):
+    command("new", FILE, "--design", "design.toml")
+    before = pytest_in(shop)
+    assert before.returncode == 1, before.stdout + before.stderr
+    assert "passed" not in before.stdout, before.stdout
+    assert "error" not in before.stdout.splitlines()[-1]
+    assert "send_confirmation is not written yet" in before.stdout
+    written = (
+        (shop / FILE)
+        .read_text()
+        .replace(
+            'raise NotImplementedError("send_confirmation is not written yet")',
+            "outbox[order_id] = email",
+        )
+    )
+    (shop / FILE).write_text(written.replace("RateLimited\n", "RateLimited, outbox\n"))
+    after = pytest_in(shop)
+    assert after.returncode == 0, after.stdout + after.stderr
+    assert "9 passed" in after.stdout or "10 passed" in after.stdout
+
+
+@pytest.mark.parametrize(
+    "missing", ["purpose", "trigger", "effect", "criticality", "queue", "timeout", "idempotency_key"]
+)
+def test_a_design_without_an_answer_is_refused(command, shop, missing):
+    lines = [line for line in DESIGN.splitlines() if not line.startswith(f"{missing} ")]
+    (shop / "design.toml").write_text("\n".join(lines))
+    result = command("new", FILE, "--design", "design.toml")
+    assert result.exit_code == 1
+    assert f"job.{missing}: " in result.stderr
+    assert not (shop / "shop" / "jobs").exists()
+    assert not (shop / "tests").exists()
+
+
+def test_all_that_is_missing_is_named_at_once(command, shop):
+    (shop / "design.toml").write_text("[job]\npurpose = ' '\n")
+    result = command("new", FILE, "--design", "design.toml")
+    names = [line.split(":")[0].strip() for line in result.stderr.splitlines()[1:]]
+    assert names == [
+        *(f"job.{name}" for name in ("purpose", "trigger", "effect", "criticality", "queue", "input", "timeout")),
+        *(f"errors.{name}" for name in ("transient", "permanent", "configuration")),
+        "job.idempotency_key",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"mail"', '"default"', "job.queue: a queue of its own"),
+        ("30_000", "0", "job.timeout: "),
+        ("{order_id}", "{order}", "'order' is none of the arguments"),
+        ("{order_id}", "", "without one all messages are one job"),
+        ('"order_id: int"', '"order id"', "job.input: "),
+        (
+            "shop.mail:InvalidEmail",
+            "shop.mail:NoSuchError",
+            "errors.permanent: 'shop.mail:NoSuchError' can't be imported",
+        ),
+        ("shop.mail:InvalidEmail", "shop.mail:outbox", "is no exception class"),
+        ("shop.mail:InvalidEmail", "shop.mail:MailTimeout", "stands under errors.transient too"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_refused(command, shop, old, new, said):
+    redesign(shop, (old, new))
+    result = command("new", FILE, "--design", "design.toml")
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert not (shop / "shop" / "jobs").exists()
+
+
+def test_no_errors_is_an_answer(command, shop):
+    redesign(
+        shop,
+        ('["shop.mail:MailTimeout", "shop.mail:RateLimited", "builtins:ConnectionError"]', "[]"),
+        ('["shop.mail:InvalidEmail"]', "[]"),
+        ('["shop.mail:MissingCredentials"]', "[]"),
+        ('idempotency_key = "order-confirmation:{order_id}"', "idempotent = true"),
+    )
+    assert command("new", FILE, "--design", "design.toml").exit_code == 0
+    text = (shop / FILE).read_text()
+    assert "retry_on=(),\n    discard_on=(),\n    idempotent=True," in text
+    assert run(shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation").returncode == 0
+
+
+def test_nothing_is_ever_overwritten(command, shop):
+    (shop / "tests").mkdir()
+    (shop / TESTS).write_text("mine\n")
+    assert "not overwritten" in command.refuses("new", FILE, "--design", "design.toml")
+    assert (shop / TESTS).read_text() == "mine\n"
+    assert not (shop / FILE).exists()
+    assert "is no module" in command.refuses("new", "shop/send-mail.py", "--design", "design.toml")
+    assert "is no module" in command.refuses("new", "/tmp/job.py", "--design", "design.toml")
+
+
+def test_the_tests_find_the_broker_that_the_application_sets(command, shop):
+    (shop / "shop" / "app.py").write_text(PREAMBLE + "broker = install(StubBroker())\ndramatiq.set_broker(broker)\n")
+    command("new", FILE, "--design", "design.toml")
+    assert "import shop.app  # noqa: F401\n" in (shop / "tests" / "conftest.py").read_text()
+
+
+def test_a_conftest_of_the_project_s_own_is_left_alone(command, shop):
+    (shop / "tests").mkdir()
+    (shop / "tests" / "conftest.py").write_text("# mine\n")
+    assert "conftest" not in command("new", FILE, "--design", "design.toml").stdout
+    assert (shop / "tests" / "conftest.py").read_text() == "# mine\n"
+
+
+def test_without_a_file_it_asks_with_an_example_for_each_question(command, shop):
+    answers = [
+        "the customer learns that the order was taken",
+        "the checkout",
+        "order_id: int, email: str",
+        "one e-mail",
+        "",
+        "mail",
+        "",
+        "order:{order_id}",
+        "shop.mail:MailTimeout, ConnectionError",
+        "shop.mail:InvalidEmail",
+        "",
+    ]
+    result = command("new", FILE, answers="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("e.g.") == 10
+    text = (shop / FILE).read_text()
+    assert "timeout=30_000" in text
+    assert "ConnectionError: RetryPolicy(attempts=5)" in text
+    assert 'tags={"criticality": "normal"}' in text
