@@ -137,6 +137,11 @@ def rabbitmq_message(consumer: Any, method: Any, message: Message[Any]) -> Messa
     return _RabbitmqMessage(method.redelivered, method.delivery_tag, message)
 
 
+def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:
+    """With which arguments a RabbitmqBroker declares a queue and its delay queue."""
+    return cast("dict[str, Any]", broker._build_queue_arguments(queue_name))
+
+
 def add_options(broker: Broker, middleware: Middleware) -> None:
     """Let actors use the options of a middleware that was put into the list without ``add_middleware``."""
     broker.actor_options |= middleware.actor_options

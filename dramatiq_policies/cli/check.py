@@ -8,7 +8,17 @@ from typing import Any
 
 import click
 
-from ..ops import OperationError, Report, Settings, gate, load_broker, read_baseline, read_exemptions, write_baseline
+from ..ops import (
+    OperationError,
+    Report,
+    Settings,
+    check_live,
+    gate,
+    load_broker,
+    read_baseline,
+    read_exemptions,
+    write_baseline,
+)
 from ..ops.findings import Finding
 from ..ops.gate import BASELINE, checked_reason
 from .base import console, counted, format_option, length, path_option, print_json
@@ -20,6 +30,7 @@ __all__ = ["check"]
 @click.argument("app")
 @path_option
 @format_option("github")
+@click.option("--live", is_flag=True, help="Connect, and look at the server too.")
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 @click.option("--require-tag", multiple=True, metavar="TAG", help="Every actor must have this tag; may be repeated.")
 @click.option("--ignore", multiple=True, metavar="CODE", help="Leave out a finding everywhere; needs a --reason.")
@@ -50,6 +61,7 @@ def check(
     app: str,
     path: tuple[str, ...],
     form: str,
+    live: bool,
     strict: bool,
     require_tag: tuple[str, ...],
     ignore: tuple[str, ...],
@@ -61,7 +73,7 @@ def check(
 ) -> int:
     """Is every actor of APP ready to go out? Exit code 1 if one is not.
 
-    Imports the application and connects nowhere. An actor is exempt from a finding by policy_exempt={"DP005": "reason"},
+    Imports the application and connects nowhere, unless --live. An actor is exempt from a finding by policy_exempt={"DP005": "reason"},
     or by [tool.dramatiq_policies.exempt] in pyproject.toml; what is exempt is listed.
     """
     exemptions = read_exemptions(Path("pyproject.toml"))
@@ -70,19 +82,28 @@ def check(
         required_tags=require_tag, shutdown_timeout_ms=worker_shutdown_timeout, consumer_timeout_ms=consumer_timeout
     )
     broker = load_broker(app, path, stand_in=True)
-    report = gate(broker, settings, exemptions=exemptions, baseline=frozenset() if writing else read_baseline(baseline))
+    findings, facts = check_live(broker) if live else ((), None)
+    known = frozenset() if writing else read_baseline(baseline)
+    report = gate(broker, settings, exemptions=exemptions, baseline=known, live=findings)
     if writing:
         count = write_baseline(baseline, report)
         click.echo(f"{count} findings are in {baseline} and no longer fail.")
         return 0
     failed = report.failed(strict=strict)
     if form == "json":
-        print_json(_as_json(report, len(broker.actors), failed))
+        print_json({**_as_json(report, len(broker.actors), failed), **({} if facts is None else {"live": facts})})
     elif form == "github":
         for finding in report.findings:
             click.echo(_annotation(finding))
     else:
         _print(report, len(broker.actors), failed)
+        if facts is not None:
+            shown = ", ".join(
+                f"{name} {value}" for name, value in facts.items() if name != "unknown" and value is not None
+            )
+            click.echo(f"Seen: {shown or 'no server'}.")
+            for text in facts["unknown"]:
+                click.echo(f"Not known: {text}.")
     return 1 if failed else 0
 
 

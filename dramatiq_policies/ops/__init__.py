@@ -10,6 +10,7 @@ from .explanations import Attempt, Explanation, Portrait, describe, explain, fin
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .letters import DeadLetter, Filter
+from .live import check_live
 from .queues import QueueState, monitor_of, read_queues
 from .scaffold import scaffold
 
@@ -33,6 +34,7 @@ __all__ = [
     "assert_job_ready",
     "check_actor",
     "check_broker",
+    "check_live",
     "dead_letters",
     "describe",
     "explain",

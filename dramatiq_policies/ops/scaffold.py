@@ -224,8 +224,25 @@ def render_tests(design: Design, module: str, name: str) -> str:
         "from __future__ import annotations\n\n"
         f"{ours.render()}\n\n{theirs.render()}\n\n"
         f"# What the job is called with in these tests.\n{line}\n\n\n"
-        f"{_effects(design)}\n\n\n" + "\n\n\n".join(tests).replace("JOB", name) + "\n"
+        f"{_effects(design)}\n\n\n" + _fit("\n\n\n".join(tests).replace("JOB", name)) + "\n"
     )
+
+
+def _fit(text: str) -> str:
+    """Calls that are too long, one argument a line; the trailing comma keeps a formatter from joining them again."""
+    return "\n".join(_LONG_CALL.sub(_exploded, line) if len(line) > _WIDTH else line for line in text.splitlines())
+
+
+_LONG_CALL = re.compile(r"^( *)(.*?[\w.]\()(.*)(\):?)$")
+
+
+def _exploded(found: re.Match[str]) -> str:
+    indent, call, arguments, end = found.groups()
+    # drain().method(…): the last call is the long one.
+    while arguments.startswith(")."):
+        more, _, arguments = arguments.partition("(")
+        call += f"{more}("
+    return "\n".join([indent + call, *(f"{indent}    {one}," for one in arguments.split(", ")), indent + end])
 
 
 def _effects(design: Design) -> str:

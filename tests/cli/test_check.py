@@ -284,6 +284,23 @@ dramatiq.set_broker(broker)
     assert codes(command.json("check", command.app(long), *patience)) == []
 
 
+def test_live_says_what_can_t_be_asked(command):
+    report = command.json("check", command.app(READY), "--live")
+    assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server that could be asked"]}
+
+
+def test_live_needs_the_server(command):
+    broker = """
+from dramatiq.brokers.redis import RedisBroker
+broker = RedisBroker(url="redis://user:secret@127.0.0.1:1/0")
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    line = command.refuses("check", command.app(READY, broker=broker), "--live")
+    assert line.startswith("Error: Redis can't be asked: ")
+    assert "secret" not in line
+
+
 def test_an_application_that_can_t_be_imported_is_one_sentence_without_secrets(command):
     app = command.app('raise RuntimeError("no answer from\\nredis://user:s3cr:t@db/0")\n')
     line = command.refuses("check", app)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pika.exceptions
 import pytest
 from dramatiq import Message
 
@@ -286,3 +288,47 @@ def test_queues_are_read_by_a_process(place, app, run):
         "dead": 2,
     }
     assert len(place.left()) == 3
+
+
+def live_codes(findings):
+    return [finding.code for finding in findings]
+
+
+def test_the_live_gate_tells_what_the_server_is(place, app):
+    findings, facts = ops.check_live(app.broker)
+    assert facts["server"].lower() == place.kind
+    assert re.match(r"\d+\.\d+", facts["version"])
+    assert not {"DP104", "DP105", "DP107", "DP108", "DP109"} & set(live_codes(findings))
+
+
+def test_the_live_gate_sees_how_redis_keeps_messages(redis_place, monkeypatch):
+    app = redis_place.app()
+    client = app.broker.client
+    real = client.info
+    said = {"maxmemory_policy": "allkeys-lru", "aof_enabled": 0, "role": "slave"}
+
+    def info(section):
+        return {name: said.get(name, value) for name, value in real(section).items()}
+
+    monkeypatch.setattr(client, "info", info)
+    monkeypatch.setattr(client, "config_get", lambda name: {"save": ""})
+    monkeypatch.setattr(client, "time", lambda: (int(time.time()) - 60, 0))
+    monkeypatch.setattr(app.broker, "dead_message_ttl", 1_000)
+    findings, _ = ops.check_live(app.broker)
+    assert live_codes(findings) == ["DP109", "DP101", "DP102", "DP104", "DP108"]
+    said["aof_enabled"], said["maxmemory_policy"], said["role"] = 1, "noeviction", "master"
+    monkeypatch.setattr(client, "time", lambda: (time.time(), 0))
+    assert live_codes(ops.check_live(app.broker)[0]) == ["DP108"]
+
+
+def test_the_live_gate_sees_queues_that_were_declared_otherwise(rabbitmq_place):
+    app = rabbitmq_place.app()
+    app.broker.declare_queue(rabbitmq_place.queue)
+    findings, _ = ops.check_live(app.broker)
+    assert live_codes(findings) == ["DP106"]
+    with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="404"):
+        rabbitmq_place.connection.channel().queue_declare(rabbitmq_place.queue, passive=True)
+    rabbitmq_place.channel.queue_declare(rabbitmq_place.queue, durable=True, arguments={"x-max-priority": 3})
+    findings, _ = ops.check_live(app.broker)
+    assert live_codes(findings) == ["DP106", "DP105"]
+    assert "x-max-priority" in findings[1].message or "inequivalent arg" in findings[1].message

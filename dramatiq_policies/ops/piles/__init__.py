@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker
 
-__all__ = ["Item", "Pile", "open_pile"]
+__all__ = ["Item", "Pile", "kind_of", "open_pile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,21 @@ def open_pile(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManag
     Raises:
       OperationError: If the broker can't be reached, or its storage is not known.
     """
+    kind = kind_of(broker)
+    if kind is None:
+        raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
+    opening = import_module(f"{__name__}.{kind}").open_pile
+    return opening(broker, queue, dead=dead)  # type: ignore[no-any-return]
+
+
+def kind_of(broker: Broker) -> str | None:
+    """``stub``, ``redis`` or ``rabbitmq``; None for any other broker."""
     # Who has such a broker has imported its module.
     for module, name in _KNOWN:
         loaded = sys.modules.get(module)
         if loaded is not None and isinstance(broker, getattr(loaded, name)):
-            opening = import_module(f"{__name__}.{module.rpartition('.')[2]}").open_pile
-            return opening(broker, queue, dead=dead)  # type: ignore[no-any-return]
-    raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
+            return module.rpartition(".")[2]
+    return None
 
 
 _KNOWN = (
