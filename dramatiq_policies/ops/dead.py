@@ -76,7 +76,7 @@ def dead_letters(
     left = limit
     for queue in _chosen(broker, queues):
         with open_pile(broker, queue, dead=True) as pile:
-            for item in pile:
+            for item in pile.read_all() if limit is None and len(pile) else pile:
                 letter = read_letter(broker, queue, item)
                 if where is None or where(letter):
                     yield letter

@@ -50,6 +50,9 @@ class Pile(Protocol):
 
     def __iter__(self) -> Iterator[Item]: ...
 
+    def read_all(self) -> Iterator[Item]:
+        """As iterating, for whoever neither sends nor drops."""
+
     def send(self, item: Item, message: Message[Any]) -> bool:
         """Put a message on its queue, and take the item off the pile; False if somebody else has taken it meanwhile."""
 

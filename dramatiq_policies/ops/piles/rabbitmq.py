@@ -20,6 +20,9 @@ from . import Item
 
 __all__ = ["connect", "open_pile"]
 
+#: For how many seconds the server may send nothing before we take it that there is no more.
+_SILENCE = 1.0
+
 
 @contextmanager
 def connect(broker: Any) -> Iterator[Any]:
@@ -90,6 +93,18 @@ class RabbitmqPile:
             if method is None:
                 return
             yield Item(body, None, method.delivery_tag)
+
+    def read_all(self) -> Iterator[Item]:
+        """As iterating, several times as fast: the server sends all there is at once, as fast as it is read."""
+        seen = 0
+        for method, _properties, body in self.channel.consume(self.name, inactivity_timeout=_SILENCE):
+            if method is None:
+                # Somebody else has the rest in hand.
+                return
+            seen += 1
+            yield Item(body, None, method.delivery_tag)
+            if seen >= self.size:
+                return
 
     def send(self, item: Item, message: Message[Any]) -> bool:
         self.broker.emit_before("enqueue", message, None)

@@ -84,6 +84,9 @@ class RedisPile:
         start = 0 if place is None else place + 1
         return [(found, None) for found in self.client.lrange(self.key, start, start + _PAGE - 1)]
 
+    def read_all(self) -> Iterator[Item]:
+        return iter(self)
+
     def send(self, item: Item, message: Message[Any]) -> bool:
         redis_id = str(uuid4())
         message = message.copy(options={"redis_message_id": redis_id})

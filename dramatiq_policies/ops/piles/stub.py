@@ -49,6 +49,9 @@ class StubPile:
     def __iter__(self) -> Iterator[Item]:
         yield from list(self.items)
 
+    def read_all(self) -> Iterator[Item]:
+        return iter(self)
+
     def send(self, item: Item, message: Message[Any]) -> bool:
         self.broker.enqueue(message)
         return self.drop(item)
