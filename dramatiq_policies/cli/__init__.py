@@ -12,6 +12,7 @@ from ..ops import OperationError, one_line, redact
 from .check import check
 from .dead import dead
 from .explain import explain
+from .keys import keys
 from .new import new
 from .queues import monitor, queues
 
@@ -58,5 +59,5 @@ def main() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-for command in (check, new, explain, dead, queues, monitor):
+for command in (check, new, explain, dead, queues, monitor, keys):
     main.add_command(command)

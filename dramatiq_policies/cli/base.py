@@ -18,6 +18,7 @@ from ..ops import Moved, OperationError
 
 __all__ = [
     "age",
+    "confirm",
     "console",
     "counted",
     "duration",
@@ -184,3 +185,14 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
     with Progress(console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda seen, total: bar.update(task, completed=seen, total=max(total, seen))
+
+
+def confirm(question: str) -> None:
+    """Go on only if somebody says yes."""
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        raise OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None
+    if not agreed:
+        click.echo("Nothing was done.", err=True)
+        raise click.exceptions.Exit(1)

@@ -12,6 +12,7 @@ from dramatiq.broker import Broker
 from .. import ops
 from .base import (
     age,
+    confirm,
     console,
     counted,
     format_option,
@@ -224,7 +225,7 @@ def replay(
         if dry_run or not count:
             click.echo(f"{counted(count, 'dead letter')} would be replayed." if dry_run else "No dead letters.")
             return
-        _confirm(f"Replay {counted(count, 'dead letter')}?")
+        confirm(f"Replay {counted(count, 'dead letter')}?")
     moved = ops.Moved()
     with progress_bar("Replaying") as progress, interruptible(moved, "dead letter", "replayed"):
         ops.replay(
@@ -253,7 +254,7 @@ def purge(limit: int | None, yes: bool, **meant: Any) -> None:
         if not count:
             click.echo("No dead letters.")
             return
-        _confirm(f"Delete {counted(count, 'dead letter')} for good?")
+        confirm(f"Delete {counted(count, 'dead letter')} for good?")
     moved = ops.Moved()
     with progress_bar("Deleting") as progress, interruptible(moved, "dead letter", "deleted"):
         ops.purge(broker, queues, where, limit=limit, progress=progress, moved=moved)
@@ -265,16 +266,6 @@ def _count(broker: Broker, queues: tuple[str, ...], where: ops.Filter, limit: in
     if not count:
         _nothing(broker, where)
     return count
-
-
-def _confirm(question: str) -> None:
-    try:
-        agreed = click.confirm(question, err=True)
-    except click.Abort:
-        raise ops.OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None
-    if not agreed:
-        click.echo("Nothing was done.", err=True)
-        raise click.exceptions.Exit(1)
 
 
 def _said(moved: ops.Moved, done: str) -> None:

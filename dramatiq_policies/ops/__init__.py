@@ -9,6 +9,7 @@ from .designs import Design, IncompleteDesign, parse_design
 from .explanations import Attempt, Explanation, Portrait, describe, explain, find_exception
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
+from .keys import forget_key, key_state, read_arguments
 from .letters import DeadLetter, Filter
 from .live import check_live
 from .queues import QueueState, monitor_of, read_queues
@@ -41,7 +42,9 @@ __all__ = [
     "find_actor",
     "find_exception",
     "find_queue",
+    "forget_key",
     "gate",
+    "key_state",
     "known_queues",
     "load_broker",
     "meant",
@@ -50,6 +53,7 @@ __all__ = [
     "one_line",
     "parse_design",
     "purge",
+    "read_arguments",
     "read_baseline",
     "read_exemptions",
     "read_queues",

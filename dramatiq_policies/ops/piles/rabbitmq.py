@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import pika
@@ -96,15 +97,12 @@ class RabbitmqPile:
 
     def read_all(self) -> Iterator[Item]:
         """As iterating, several times as fast: the server sends all there is at once, as fast as it is read."""
-        seen = 0
-        for method, _properties, body in self.channel.consume(self.name, inactivity_timeout=_SILENCE):
+        arriving = self.channel.consume(self.name, inactivity_timeout=_SILENCE)
+        for method, _properties, body in islice(arriving, self.size):
             if method is None:
                 # Somebody else has the rest in hand.
                 return
-            seen += 1
             yield Item(body, None, method.delivery_tag)
-            if seen >= self.size:
-                return
 
     def send(self, item: Item, message: Message[Any]) -> bool:
         self.broker.emit_before("enqueue", message, None)

@@ -1,0 +1,65 @@
+"""``dramatiq-policies keys``: what idempotency remembers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from .. import ops
+from .base import age, confirm, duration, format_option, path_option, print_json, print_table
+
+__all__ = ["keys"]
+
+
+@click.group()
+def keys() -> None:
+    """What idempotency remembers of a job, which is named by its arguments.
+
+    ARGS are JSON or text (42, ada@example.com, '"42"'), or name=value; for an actor with idempotent=True, a message id.
+    """
+
+
+@keys.command()
+@click.argument("actor")
+@click.argument("args", nargs=-1)
+@path_option
+@format_option()
+def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) -> None:
+    """Has the job of ACTOR (app:actor) with these ARGS run, does it run, or is nothing known of it?"""
+    found = ops.find_actor(actor, path)
+    given, named = ops.read_arguments(found, args)
+    state = ops.key_state(found, *given, **named)
+    if form == "json":
+        print_json(asdict(state))
+        return
+    rows = {
+        "state": state.state,
+        "key": state.key,
+        "message": state.message_id,
+        "owner": state.owner,
+        "since": None if state.since is None else age(state.since),
+        "starts": state.starts,
+        "left": None if state.left_ms is None else duration(state.left_ms),
+    }
+    print_table(["", ""], [(name, value) for name, value in rows.items() if value is not None])
+
+
+@keys.command()
+@click.argument("actor")
+@click.argument("args", nargs=-1)
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@path_option
+def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) -> None:
+    """Forget the job of ACTOR with these ARGS, so that its next message runs."""
+    found = ops.find_actor(actor, path)
+    given, named = ops.read_arguments(found, args)
+    state = ops.key_state(found, *given, **named)
+    if state.state == "none":
+        click.echo(f"Nothing is remembered of {state.key}.")
+        return
+    if not yes:
+        beside = " It runs now; a second run may begin beside it." if state.state == "running" else ""
+        confirm(f"Forget that {state.key} is {state.state}?{beside}")
+    ops.forget_key(found, *given, **named)
+    click.echo(f"Forgot {state.key}, which was {state.state}.")

@@ -1,0 +1,84 @@
+"""`dramatiq-policies keys`: what idempotency remembers, by the job's arguments."""
+
+from __future__ import annotations
+
+import pytest
+from dramatiq_policies.testing import drain
+
+from dramatiq_policies import ops
+
+APP = """
+@dramatiq.actor(queue_name="mail", idempotency_key="order:{order_id}")
+def send_mail(order_id, email="none"): pass
+
+@dramatiq.actor(queue_name="mail", idempotency_key="user:{name}")
+def greet(name: str): pass
+
+@dramatiq.actor(queue_name="mail", idempotent=True)
+def count(): pass
+
+@dramatiq.actor(queue_name="mail")
+def plain(): pass
+"""
+
+
+@pytest.fixture
+def app(command):
+    return command.app(APP)
+
+
+def send(app, actor, *args):
+    broker = ops.load_broker(app)
+    message = broker.actors[actor].send(*args)
+    return message, drain(broker)
+
+
+def test_show_says_whether_a_job_has_run(command, app):
+    assert command.json("keys", "show", f"{app}:send_mail", 7)["state"] == "none"
+    message, _ = send(app, "send_mail", 7)
+    state = command.json("keys", "show", f"{app}:send_mail", 7)
+    assert (state["state"], state["key"], state["message_id"]) == ("completed", "order:7", message.message_id)
+    assert 0 < state["left_ms"] <= 86_400_000
+    assert command.json("keys", "show", f"{app}:send_mail", "order_id=7")["state"] == "completed"
+    assert "completed" in command("keys", "show", f"{app}:send_mail", 7).stdout
+
+
+def test_arguments_are_json_or_text_as_the_actor_says(command, app):
+    send(app, "greet", "42")
+    assert command.json("keys", "show", f"{app}:greet", "42")["key"] == "user:42"
+    assert ops.read_arguments(ops.find_actor(f"{app}:greet"), ["42"]) == (["42"], {})
+    assert ops.read_arguments(ops.find_actor(f"{app}:send_mail"), ["42", "email=ada@example.com"]) == (
+        [42],
+        {"email": "ada@example.com"},
+    )
+
+
+def test_an_actor_without_a_key_of_its_own_goes_by_the_message_s_id(command, app):
+    message, _ = send(app, "count")
+    assert command.json("keys", "show", f"{app}:count", message.message_id)["state"] == "completed"
+
+
+def test_a_key_that_is_forgotten_lets_the_next_message_run(command, app):
+    send(app, "send_mail", 7)
+    assert send(app, "send_mail", 7)[1].outcomes("send_mail") == ["duplicate"]
+    asked = command("keys", "forget", f"{app}:send_mail", 7, answers="n\n")
+    assert asked.exit_code == 1
+    assert "Forget that order:7 is completed?" in asked.stderr
+    assert command("keys", "forget", f"{app}:send_mail", 7, "--yes").stdout == "Forgot order:7, which was completed.\n"
+    assert command("keys", "forget", f"{app}:send_mail", 7, "--yes").stdout == "Nothing is remembered of order:7.\n"
+    assert send(app, "send_mail", 7)[1].outcomes("send_mail") == ["succeeded"]
+
+
+def test_a_replay_runs_whatever_the_key_remembers(command, app):
+    broker = ops.load_broker(app)
+    message, _ = send(app, "send_mail", 7)
+    from dramatiq_policies._dramatiq import StubMessage
+
+    broker.dead_letters_by_queue["mail"].append(StubMessage(message))
+    assert command("dead", "replay", app, "--yes").stdout == "1 dead letter replayed.\n"
+    assert drain(broker).outcomes("send_mail") == ["succeeded"]
+
+
+def test_an_actor_without_idempotency_is_said_to_have_none(command, app):
+    assert "plain" in command.refuses("keys", "show", f"{app}:plain")
+    assert command.refuses("keys", "show", f"{app}:send_mail", "1", "2", "3", "4").startswith("Error: ")
