@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from dramatiq_policies.testing import drain
+from dramatiq import Message
+from dramatiq_policies.testing import drain, fail, redeliver
 
 from dramatiq_policies import ops
 
@@ -69,14 +70,16 @@ def test_a_key_that_is_forgotten_lets_the_next_message_run(command, app):
     assert send(app, "send_mail", 7)[1].outcomes("send_mail") == ["succeeded"]
 
 
-def test_a_replay_runs_whatever_the_key_remembers(command, app):
+def test_a_replay_runs_though_the_key_remembers_that_the_earlier_run_has_ended(command, app):
     broker = ops.load_broker(app)
-    message, _ = send(app, "send_mail", 7)
-    from dramatiq_policies._dramatiq import StubMessage
-
-    broker.dead_letters_by_queue["mail"].append(StubMessage(message))
+    actor = broker.actors["send_mail"]
+    with fail(actor, ValueError("no answer")):
+        message = actor.send_with_options(args=(7,), max_retries=0)
+        drain(broker).assert_outcomes(actor, "dead")
     assert command("dead", "replay", app, "--yes").stdout == "1 dead letter replayed.\n"
-    assert drain(broker).outcomes("send_mail") == ["succeeded"]
+    with redeliver(Message.decode(broker.queues["mail"].queue[0]), broker):
+        drain(broker).assert_outcomes(actor, "succeeded", "duplicate")
+    assert command.json("keys", "show", f"{app}:send_mail", 7)["message_id"] == message.message_id
 
 
 def test_an_actor_without_idempotency_is_said_to_have_none(command, app):
