@@ -70,7 +70,14 @@ def console(*, stderr: bool = False) -> Console:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> Table:
     """A table without a frame, whose lines a pipe can cut into columns."""
-    made = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True, padding=(0, 2, 0, 0))
+    made = Table(
+        show_header=any(columns),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        collapse_padding=True,
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
