@@ -85,8 +85,8 @@ def test_rules_and_backoff_know_nothing_of_dramatiq():
 def test_importing_the_package_needs_nothing_but_dramatiq():
     code = (
         "import sys\n"
-        "for name in ('redis', 'pika', 'statsd', 'sentry_sdk', 'gevent'): sys.modules[name] = None\n"
-        "import dramatiq_policies\n"
+        "for name in ('redis', 'pika', 'statsd', 'sentry_sdk', 'gevent', 'click', 'rich'): sys.modules[name] = None\n"
+        "import dramatiq_policies, dramatiq_policies.ops\n"
         "from dramatiq.brokers.stub import StubBroker\n"
         "dramatiq_policies.install(StubBroker())\n"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,9 @@ import click
 
 from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
 from ..ops.apps import extend_path
+from ..ops.gate import read_toml
 from ..ops.scaffold import module_name
 from .base import path_option
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["new"]
 
@@ -40,7 +35,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
             raise OperationError(f"{one} is there already, and is not overwritten.")
     extend_path(path)
     try:
-        parsed = parse_design(_ask() if design is None else _read(design))
+        parsed = parse_design(_ask() if design is None else read_toml(design))
     except IncompleteDesign as error:
         click.echo(str(error), err=True)
         return 1
@@ -48,14 +43,6 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
         click.echo(f"wrote {written}")
     click.echo(f"Now write the job: python -m pytest {tests / f'test_{file.stem}.py'}")
     return 0
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise OperationError(f"{file} can't be read: {error}") from None
-    return found
 
 
 def _ask() -> dict[str, Any]:

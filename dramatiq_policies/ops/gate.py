@@ -14,11 +14,6 @@ from .apps import OperationError
 from .checks import Settings, check_actor, check_broker
 from .findings import CODES, Finding
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 if TYPE_CHECKING:
     from dramatiq import Actor
     from dramatiq.broker import Broker
@@ -119,10 +114,7 @@ def read_exemptions(pyproject: Path) -> dict[str, dict[str, str]]:
     """
     if not pyproject.exists():
         return {}
-    try:
-        table: Any = tomllib.loads(pyproject.read_text())
-    except (OSError, ValueError) as error:
-        raise OperationError(f"{pyproject} can't be read: {error}") from None
+    table: Any = read_toml(pyproject)
     for name in ("tool", "dramatiq_policies", "exempt"):
         table = table.get(name, {}) if isinstance(table, dict) else {}
     found: dict[str, dict[str, str]] = {"": {}}
@@ -130,6 +122,23 @@ def read_exemptions(pyproject: Path) -> dict[str, dict[str, str]]:
         for code, reason in value.items() if isinstance(value, dict) else ((name, value),):
             checked_reason(f"{pyproject}", code, reason)
             found.setdefault(name if isinstance(value, dict) else "", {})[code] = reason
+    return found
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+      OperationError: If it can't be read.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: dict[str, Any] = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise OperationError(f"{file} can't be read: {error}") from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..ops.gate import assert_job_ready
 from .cases import StubBrokerMixin
 from .draining import TooManyRuns, drain
 from .faults import crash, enqueue_down, fail, hang, redeliver
@@ -13,6 +14,7 @@ __all__ = [
     "Run",
     "StubBrokerMixin",
     "TooManyRuns",
+    "assert_job_ready",
     "crash",
     "drain",
     "enqueue_down",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dramatiq_policies.ops import CODES, assert_job_ready, find_actor
+from dramatiq_policies.ops import CODES, find_actor
+from dramatiq_policies.testing import assert_job_ready
 
 READY = """
 @dramatiq.actor(queue_name="mail", retry_on=ConnectionError, discard_on=ValueError, timeout=30_000,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from dramatiq import Message
-from dramatiq_policies.testing import drain, fail, redeliver
 
 from dramatiq_policies import ops
+from dramatiq_policies.testing import drain, fail, redeliver
 
 APP = """
 @dramatiq.actor(queue_name="mail", idempotency_key="order:{order_id}")

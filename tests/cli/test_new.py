@@ -69,7 +69,17 @@ def run(folder, *args):
 def pytest_in(folder):
     # As an installed package registers it.
     return run(
-        folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dramatiq_policies.testing.pytest_plugin", "tests"
+        folder,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:dramatiq_policies",
+        "-p",
+        "dramatiq_policies.testing.pytest_plugin",
+        "tests",
     )
 
 
