@@ -32,7 +32,7 @@ def test_there_are_commands_in_the_guides():
     assert len(list(commands())) > 15
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_each_command_in_the_guides_exists_with_its_options(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "design.toml").touch()
