@@ -48,6 +48,8 @@ class Wiring:
         self.moving = threading.local()
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
         self.put_back_later: list[Callable[[], object]] = []
+        #: RabbitMQ: how many messages the consumer of each queue holds.
+        self.held: dict[str, Callable[[], int]] = {}
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
         self.taken: dict[str, Message[Any]] | None = None
         #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.

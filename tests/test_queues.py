@@ -9,9 +9,8 @@ import pytest
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import queues
 from dramatiq_policies.history import now_ms
-from dramatiq_policies.queues import QueueReading, reader_of
+from dramatiq_policies.queues import QueueReading, base, rabbitmq, reader_of
 
 from .support import Stage
 
@@ -91,7 +90,7 @@ def test_it_is_stalled_while_the_front_stays_and_not_when_it_is_taken(stage, mon
         pass
 
     clock = [now_ms()]
-    monkeypatch.setattr(queues, "now_ms", lambda: clock[0])
+    monkeypatch.setattr(base, "now_ms", lambda: clock[0])
     reader = reader_of(stage.broker)
 
     def stalled(after):
@@ -125,7 +124,7 @@ class Fifo:
     """A queue of which only the count is seen, and its true age kept beside."""
 
     def __init__(self):
-        self.now, self.waiting, self.flow = 0, [], queues._Flow(0)
+        self.now, self.waiting, self.flow = 0, [], rabbitmq.Flow(0)
 
     def step(self, arrive, take, interval=10):
         self.now += interval
@@ -179,4 +178,4 @@ def test_a_long_life_does_not_grow_its_memory():
     for _ in range(10_000):
         queue.step(arrive=1, take=0)
         queue.read()
-    assert len(queue.flow._marks) <= queues._MARKS
+    assert len(queue.flow._marks) <= rabbitmq.MARKS

@@ -39,6 +39,11 @@ class RabbitmqConsumer(PolicyConsumer):
         super().__init__(wiring, inner, queue_name)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
+        wiring.held[queue_name] = self.held
+
+    def held(self) -> int:
+        """How many messages were delivered and not yet acked."""
+        return 0 if self.gone() else len(self.inner.known_tags)
 
     def take(self) -> MessageProxy | None:
         try:
@@ -152,6 +157,8 @@ class RabbitmqConsumer(PolicyConsumer):
     def close(self) -> None:
         super().close()
         self.closed = True
+        if self.wiring.held.get(self.source) == self.held:
+            del self.wiring.held[self.source]
         # The stock consumer leaves its connection open if its channel was closed already.
         if self.inner.connection.is_open:
             try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..durations import to_ms
 from ..errors import ConfigurationError
-from ..queues import QueueReader, QueueReading, own_client, reader_of
+from ..queues import QueueReader, QueueReading, reader_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class QueueMonitor(PolicyMiddleware):
         try:
             with self._reading:
                 reader = self._get_reader()
-                note: dict[str, Any] = {"taken": reader.taken_here()}
+                note: dict[str, Any] = reader.note()
                 if self._workers:
                     note["threads"] = sum(worker.worker_threads for worker in self._workers)
                     note["busy"] = sum(_busy(worker) for worker in self._workers)
@@ -192,7 +192,7 @@ class QueueMonitor(PolicyMiddleware):
                     if before is not None:
                         self._watch.open = {(str(queue), str(measure)) for queue, measure in before}
                 notes = election.notes()
-                reader.taken_elsewhere = [note["taken"] for note in notes]
+                reader.heard = notes
                 readings, news = self._look()
                 if news:
                     election.keep(sorted(self._watch.open))
@@ -267,6 +267,8 @@ class QueueMonitor(PolicyMiddleware):
         at_hand = _redis_of(wiring.broker)
         if at_hand is None:
             return near
+        from ..queues.redis import own_client
+
         client, namespace = at_hand
         return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
 

@@ -162,7 +162,7 @@ def test_on_rabbitmq_the_age_follows_the_message_taken_last_and_the_empty_queue(
     with app.working(threads=1):
         assert gate.entered.wait(10)
         seen = until(lambda: (found := reader.read(rabbitmq_place.queue)).ready == 2 and found)
-        assert seen.running is None
+        assert seen.running == 2
         assert 60_000 <= seen.oldest_ms < 70_000
         gate.open.set()
         app.wait_for(*["succeeded"] * 4)
@@ -201,15 +201,50 @@ def test_on_rabbitmq_what_other_processes_have_taken_counts_too(rabbitmq_place: 
 
     job.send()
     until(lambda: rabbitmq_place.ready() == 1)
+
+    def taken(queue: str, message_id: str, ready: int) -> dict:
+        return {"taken": {queue: [message_id, ready]}, "held": {}}
+
     reader = reader_of(app.broker)
     queue, now = rabbitmq_place.queue, now_ms()
-    reader.taken_elsewhere = [{queue: ["first", now - 60_000]}, {"other": ["second", now - 1_000]}]
+    reader.heard = [taken(queue, "first", now - 60_000), taken("other", "second", now - 1_000)]
     seen = reader.read(queue)
     assert 60_000 <= seen.oldest_ms < 65_000
     time.sleep(0.05)
     assert reader.read(queue).stalled_ms >= 50
-    reader.taken_elsewhere = [{queue: ["third", now - 10_000]}]
+    reader.heard = [taken(queue, "third", now - 10_000)]
     seen = reader.read(queue)
     assert 10_000 <= seen.oldest_ms < 15_000
     assert seen.stalled_ms == 0
     reader.close()
+
+
+def test_on_rabbitmq_what_workers_hold_counts_as_far_as_they_are_heard(rabbitmq_place: RabbitmqPlace) -> None:
+    here, elsewhere, gate = rabbitmq_place.app(), rabbitmq_place.app(), Gate()
+
+    @here.actor
+    def job() -> None:
+        gate()
+
+    elsewhere.broker.declare_actor(job)
+    readers = [reader_of(app.broker) for app in (here, elsewhere)]
+    with here.working(threads=1):
+        for _ in range(3):
+            job.send_with_options(delay=60_000)
+        job.send()
+        assert gate.entered.wait(10)
+        seen = until(lambda: (found := readers[0].read(rabbitmq_place.queue)).delayed == 3 and found)
+        assert seen.running == 1
+        # They are in the hands of the worker, of whom this one has not heard.
+        seen = until(lambda: (found := readers[1].read(rabbitmq_place.queue)).delayed == 0 and found)
+        assert seen.running is None
+        readers[1].heard = [readers[0].note(), readers[1].note()]
+        seen = readers[1].read(rabbitmq_place.queue)
+        assert (seen.delayed, seen.running) == (3, 1)
+        gate.open.set()
+        here.wait_for("succeeded")
+        assert until(lambda: (found := readers[0].read(rabbitmq_place.queue)).running == 0 and found).delayed == 3
+    here.broker.close()
+    assert until(lambda: (found := readers[1].read(rabbitmq_place.queue)).running == 0 and found).delayed == 3
+    for reader in readers:
+        reader.close()
