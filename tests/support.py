@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import socket
 import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dramatiq
 from dramatiq import Worker
@@ -124,6 +127,11 @@ class StatsdServer:
         except TimeoutError:
             return True
 
+    def end(self):
+        """Have a thread that waits for the next datagram get an error, once it has read those before."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"\xff", ("127.0.0.1", self.port))
+
     def close(self):
         self.socket.close()
 
@@ -176,3 +184,47 @@ class Captured(Transport):
     @property
     def events(self):
         return self.items("event")
+
+
+class SentryEndpoint(BaseHTTPRequestHandler):
+    """Speaks as much of Sentry's envelope endpoint, for project 1, as a client needs."""
+
+    @classmethod
+    @contextmanager
+    def server(cls):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        server.received = []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    @staticmethod
+    def events_of(server):
+        events = []
+        for path, body in server.received:
+            assert path == "/api/1/envelope/"
+            lines = body.split(b"\n")
+            events += [
+                json.loads(payload)
+                for header, payload in zip(lines[1::2], lines[2::2], strict=False)
+                if json.loads(header)["type"] == "event"
+            ]
+        return events
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.received.append((self.path, body))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *args):
+        pass

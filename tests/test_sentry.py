@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import sys
 import textwrap
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dramatiq
 import pytest
@@ -32,7 +30,7 @@ from dramatiq_policies import (
     install,
 )
 
-from .support import Captured, Stage
+from .support import Captured, SentryEndpoint, Stage
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 # Not as it stands in an event, where the lines around an error do.
@@ -533,33 +531,10 @@ def test_a_stuck_job_is_reported_once_with_where_it_is(either):
 # --- over the wire --------------------------------------------------------------------------------------------------
 
 
-class Endpoint(BaseHTTPRequestHandler):
-    """Speaks as much of Sentry's envelope endpoint as a client needs."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        self.server.received.append((self.path, body))
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.received = []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with SentryEndpoint.server() as server:
+        yield server
 
 
 SCRIPT = """
@@ -593,17 +568,11 @@ SCRIPT = """
     ("how", "code", "kind"), [("fails", 0, "OSError"), ("stuck", 70, "StuckJob")], ids=["a failure", "a stuck job"]
 )
 def test_it_reaches_a_server_before_the_process_ends(endpoint, how, code, kind):
-    environment = {**os.environ, "SENTRY_DSN": f"http://key@127.0.0.1:{endpoint.server_port}/42", "HOW": how}
+    environment = {**os.environ, "SENTRY_DSN": f"http://key@127.0.0.1:{endpoint.server_port}/1", "HOW": how}
     script = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
     ended = subprocess.run(script, timeout=60, env=environment, check=False)
     assert ended.returncode == code
-    events = []
-    for path, body in endpoint.received:
-        assert path == "/api/42/envelope/"
-        lines = body.split(b"\n")
-        for header, payload in zip(lines[1::2], lines[2::2], strict=False):
-            if json.loads(header)["type"] == "event":
-                events.append(json.loads(payload))
+    events = SentryEndpoint.events_of(endpoint)
     assert [event["exception"]["values"][-1]["type"] for event in events] == [kind]
     assert events[0]["tags"]["actor"] == "pay"
 
