@@ -179,12 +179,11 @@ class _Plain:
             self._call(client, values)
             return
         try:
-            pipe = client.pipeline()
-            if hasattr(pipe, "_maxudpsize"):
-                # A job's values stay together, however long its name.
-                pipe._maxudpsize = max(pipe._maxudpsize, MAX_BYTES)  # noqa: SLF001
-            self._call(pipe, values)
-            pipe.send()
+            with client.pipeline() as pipe:
+                if hasattr(pipe, "_maxudpsize"):
+                    # A job's values stay together, however long its name.
+                    pipe._maxudpsize = max(pipe._maxudpsize, MAX_BYTES)  # noqa: SLF001
+                self._call(pipe, values)
         except OSError:
             if hasattr(client, "reconnect"):
                 # A broken TCP connection stays broken until it is closed.

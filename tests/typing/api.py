@@ -21,9 +21,11 @@ from dramatiq_policies import (
     Discard,
     DiscardLogger,
     ErrorClassifier,
+    Metrics,
     Outcome,
     OutcomeEvent,
     RetryPolicy,
+    SentryReporter,
     Snooze,
     StuckJob,
     Timeout,
@@ -224,7 +226,11 @@ broker: StubBroker = install(
     ),
     timeout=Timeout(default=60_000, queue_default=timedelta(hours=1), on_stuck=restart),
     discard_logger=DiscardLogger(level="ERROR", log_args=True),
+    metrics=Metrics(prefix="shop.jobs"),
+    sentry=SentryReporter(report="first"),
 )
+DiscardLogger(level={"dead": "CRITICAL", "discarded": 20})
+SentryReporter(report="last")  # type: ignore[arg-type]
 any_broker: Broker = install(StubBroker(), discard_logger=False)
 broker.add_middleware(Timeout(on_stuck="exit"))
 dramatiq.set_broker(broker)
