@@ -135,6 +135,10 @@ class Watch:
         #: The breaches that were told and are not over, (queue, measure).
         self.open: set[tuple[str, str]] = set()
 
+    def afresh(self) -> Watch:
+        """One with the same thresholds that has told nothing yet."""
+        return Watch(self._thresholds)
+
     def threshold_of(self, queue: str) -> Threshold | None:
         exact = self._thresholds.get(queue)
         if exact is not None:

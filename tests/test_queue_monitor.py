@@ -8,13 +8,17 @@ import threading
 import time
 from datetime import timedelta
 
+import dramatiq
 import pytest
 from dramatiq import Message
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ConfigurationError, Metrics, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.alerts import Watch
 from dramatiq_policies.queues import QueueReading
+from dramatiq_policies.testing import drain, stub
 
 from .support import PATIENCE, Stage
 
@@ -341,7 +345,6 @@ def test_added_by_itself_it_finds_its_place():
     monitor = QueueMonitor(thresholds={"default": Threshold(ready=1)}, on_alert=[])
     broker = StubBroker()
     broker.add_middleware(monitor)
-    import dramatiq
 
     @dramatiq.actor(broker=broker)
     def job():
@@ -349,3 +352,25 @@ def test_added_by_itself_it_finds_its_place():
 
     job.send()
     assert [alert.measure for alert in monitor.check()] == ["ready"]
+
+
+def test_while_the_app_is_on_a_stub_broker_it_reads_that():
+    told = []
+    monitor = QueueMonitor(thresholds={"*": Threshold(ready=2)}, on_alert=told.append)
+    broker = install(RedisBroker(url="redis://127.0.0.1:1"), queue_monitor=monitor)
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        pass
+
+    for _ in range(2):
+        with stub(broker) as stand_in:
+            twin = next(one for one in stand_in.middleware if isinstance(one, QueueMonitor))
+            for _ in range(3):
+                job.send()
+            assert [alert.value for alert in twin.check()] == [3]
+            assert [alert.value for alert in monitor.check()] == [3]
+            assert drain(stand_in).outcomes(job) == ["succeeded"] * 3
+    assert len(told) == 4
+    with pytest.raises(ConnectionClosed):
+        monitor.check()

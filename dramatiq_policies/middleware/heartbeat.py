@@ -18,6 +18,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker
+    from typing_extensions import Self
 
     from ..wiring import Wiring
 
@@ -68,12 +69,21 @@ class Heartbeat(PolicyMiddleware):
             raise ConfigurationError.of_option("Heartbeat", "path", "the path of a file", path) from None
         self.interval = _duration("interval", interval)
         self.silence = _duration("silence", silence)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what belongs to a broker and its workers."""
         self._workers: list[Worker] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._own: int | None = None
         self._failing = False
         self._since = 0.0
+
+    def for_stub(self) -> Self:
+        twin = super().for_stub()
+        twin.begin_anew()
+        return twin
 
     def attach(self, wiring: Wiring) -> None:
         wiring.polled = {}

@@ -19,6 +19,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker
+    from typing_extensions import Self
 
     from ..election import Election
     from ..statsd import Statsd, Value
@@ -84,12 +85,15 @@ class QueueMonitor(PolicyMiddleware):
         self.in_workers = in_workers
         self._watch = Watch(thresholds)
         self._tellers = tellers(on_alert)
-        self._client = client
         self._statsd: Statsd | None = None
         if client is not None:
             from ..statsd import Statsd
 
             self._statsd = Statsd(client)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what belongs to a broker and its workers."""
         self._reader: QueueReader | None = None
         #: Held while reading: a reader belongs to one thread at a time.
         self._reading = threading.Lock()
@@ -99,6 +103,12 @@ class QueueMonitor(PolicyMiddleware):
         self._watching = 0
         self._elected = False
         self._failing = False
+
+    def for_stub(self) -> Self:
+        twin = super().for_stub()
+        twin.begin_anew()
+        vars(twin).update(_watch=self._watch.afresh(), _statsd=None)
+        return twin
 
     # In a worker.
 
@@ -247,8 +257,14 @@ class QueueMonitor(PolicyMiddleware):
         statsd.send(values)
 
     def _get_reader(self) -> QueueReader:
+        broker = self._wiring().broker
+        # While its actors are lent to a StubBroker, in tests, the messages are there.
+        broker = vars(broker).get("dramatiq_policies_lent_to", broker)
+        if self._reader is not None and self._reader.broker is not broker:
+            self._reader.close()
+            self._reader, self._watch = None, self._watch.afresh()
         if self._reader is None:
-            self._reader = reader_of(self._wiring().broker)
+            self._reader = reader_of(broker)
         return self._reader
 
     def _wiring(self) -> Wiring:

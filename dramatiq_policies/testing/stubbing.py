@@ -131,10 +131,10 @@ def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
 
     names = {name: lent(name) for name in _LENT} | {"declare_actor": declare_actor}
     own = {name: vars(real)[name] for name in names if name in vars(real)}
-    vars(real).update(names)
+    vars(real).update(names, dramatiq_policies_lent_to=stand_in)
 
     def put_back() -> None:
-        for name in names:
+        for name in (*names, "dramatiq_policies_lent_to"):
             del vars(real)[name]
         vars(real).update(own)
 
