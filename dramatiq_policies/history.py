@@ -7,6 +7,7 @@ another version of this library, or from anybody: reading never raises, and take
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import clock
@@ -131,8 +132,10 @@ class History:
         return carried
 
 
-def failure_of(settlement: Settlement, options: dict[str, Any]) -> dict[str, Any]:
-    """The option ``failure`` of a dead letter."""
+def failure_of(
+    settlement: Settlement, options: dict[str, Any], tags: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The option ``failure`` of a dead letter; ``tags`` in it only if its actor has some."""
     history = History(options)
     error = settlement.exception
     return {
@@ -144,6 +147,7 @@ def failure_of(settlement: Settlement, options: dict[str, Any]) -> dict[str, Any
         "attempts": settlement.attempt or history.attempt,
         "history": history.failures,
         "failed_at": now_ms(),
+        **({"tags": dict(tags)} if tags else {}),
     }
 
 

@@ -142,8 +142,9 @@ class ActorPolicy:
         if not all(reason.strip() for reason in self.exempt.values()):
             raise ConfigurationError.of_option(where, "policy_exempt", "a reason for each code", self.exempt)
         self.after_discard = options.get("after_discard")
-        if self.after_discard is not None:
-            expect_callable(where, "after_discard", self.after_discard)
+        for option in ("after_discard", "retry_when"):
+            if options.get(option) is not None:
+                expect_callable(where, option, options[option])
         self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
         if self.dead_letter_discards is not None:
             _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)

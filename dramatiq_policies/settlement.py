@@ -79,7 +79,7 @@ def _hand_off(
     while True:
         try:
             if decided.dead_letter and dead is None:
-                dead = _dead_letter(consumer, message, decided)
+                dead = _dead_letter(wiring, consumer, message, decided)
             if delivery.steps or dead is not None:
                 _resolve(delivery)
                 consumer.hand_off(message, delivery, dead)
@@ -139,10 +139,10 @@ def _announce(consumer: PolicyConsumer, delivery: Delivery, decided: Settlement)
         delivery.claim.ending(delivery.steps[0])
 
 
-def _dead_letter(consumer: PolicyConsumer, message: MessageProxy, decided: Settlement) -> Message[Any]:
-    dead: Message[Any] = message.copy(
-        queue_name=consumer.queue_name, options={FAILURE: failure_of(decided, message.options)}
-    )
+def _dead_letter(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, decided: Settlement) -> Message[Any]:
+    policy = wiring.policies.get(message.actor_name)
+    failure = failure_of(decided, message.options, None if policy is None else policy.tags)
+    dead: Message[Any] = message.copy(queue_name=consumer.queue_name, options={FAILURE: failure})
     dead.options.pop(POLICIES, None)
     if replays := replays_of(message.options):
         dead.options[POLICIES] = {"replays": replays}

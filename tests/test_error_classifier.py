@@ -483,6 +483,7 @@ async def later(*args):
         ("broker_rules", "no", "'no'"),
         ("after_discard", "notify", "'notify'"),
         ("after_discard", later, repr(later)),
+        ("retry_when", later, repr(later)),
         ("dead_letter_discards", 1, "1"),
         ("tags", {"team": 5}, "{'team': 5}"),
         ("tags", ["billing"], "['billing']"),
@@ -525,6 +526,7 @@ def test_an_actor_that_was_refused_can_be_declared_again():
         ("alert_interval", -1),
         ("max_snooze", "1h"),
         ("after_discard", later),
+        ("retry_when", later),
         ("on_outcome", later),
         ("on_outcome", [print, 5]),
         ("dead_letter_discards", "yes"),
@@ -664,6 +666,13 @@ def test_a_dead_letter_says_why():
     (letter,) = stage.dead
     assert (list(letter.args), letter.kwargs, letter.queue_name) == ([1], {"for_": "you"}, "default")
     json.loads(letter.encode())
+
+
+def test_a_dead_letter_has_its_actors_tags():
+    stage = Stage()
+    failing(stage, CardDeclined, alert_on=CardDeclined, tags={"team": "billing"}).send()
+    (failure,) = stage.run().failures()
+    assert failure["tags"] == {"team": "billing"}
 
 
 def test_a_dead_letters_texts_and_history_are_cut():

@@ -84,6 +84,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         unknown = stock.keys() - _DEFAULTS.keys()
         if unknown:
             raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+        if stock.get("retry_when") is not None:
+            expect_callable(where, "retry_when", stock["retry_when"])
         Retries.__init__(self, **{**_DEFAULTS, **stock})
         self._given = stock
         self.logger = _stock_lines
