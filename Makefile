@@ -5,10 +5,11 @@ export PATH
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 
-.PHONY: demo test unit lint bench dramatiq-suite clean
+.PHONY: demo test unit lint bench dramatiq-suite docs clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -32,13 +33,19 @@ dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check prometheus-client
 	$(WITH_SERVICES) --private $(BIN)/python scripts/dramatiq_suite.py "$(CHECKOUT)" $(ARGS)
 
+docs: $(DOCS_VENV)/installed  ## the site, to build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --quiet
+
 clean:
-	rm -rf .venv .venv.lock .venv-demo .venv-demo.lock build dist htmlcov .coverage .hypothesis \
+	rm -rf .venv .venv.lock .venv-demo .venv-demo.lock .venv-docs .venv-docs.lock build dist htmlcov .coverage .hypothesis \
 		.mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) scripts/make_venv.py $(VENV) ".[dev]"
+
+$(DOCS_VENV)/installed: pyproject.toml
+	$(PYTHON) scripts/make_venv.py $(DOCS_VENV) ".[docs]"
 
 $(DEMO_VENV)/installed: pyproject.toml
 	$(PYTHON) scripts/make_venv.py $(DEMO_VENV) "."

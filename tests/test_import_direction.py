@@ -30,6 +30,7 @@ LAYERS = [
     {"claims"},
     {"admission"},
     {"middleware", "running"},
+    {"contrib"},
     {"bundle", "_typed_actor"},
     {"ops", "testing"},
     {"cli"},

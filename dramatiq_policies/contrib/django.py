@@ -1,0 +1,83 @@
+"""For Django: messages that are sent before their transaction has committed.
+
+A worker may take such a message before the row that it is about can be seen, and a rollback leaves a message about
+nothing. `WarnInsideAtomic` finds the places; ``transaction.on_commit`` mends them::
+
+    transaction.on_commit(partial(send_confirmation.send, order.id))
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.middleware import Middleware
+
+from ..errors import ConfigurationError
+
+try:
+    from django.db import connections
+except ImportError as error:
+    raise ImportError('dramatiq_policies.contrib.django needs Django: pip install "Django>=4.2"') from error
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dramatiq import Message
+    from dramatiq.broker import Broker
+
+__all__ = ["SentInsideAtomic", "WarnInsideAtomic"]
+
+logger = logging.getLogger("dramatiq_policies.django")
+
+
+# A MiddlewareError, by its base: the only kind that Dramatiq lets out of a hook.
+class SentInsideAtomic(ConfigurationError):
+    """A message was sent inside ``atomic()``. Raised by ``WarnInsideAtomic(strict=True)`` only."""
+
+
+class WarnInsideAtomic(Middleware):
+    """Warns when a message is sent inside ``transaction.atomic()``: once per actor and line of code in each process.
+
+    The blocks that Django's ``TestCase`` wraps around each test do not count, and neither do ``on_commit`` callbacks.
+    The record is on the logger ``dramatiq_policies.django``, with ``actor``, ``call_site`` ("file:line") and
+    ``database`` as ``extra``.
+
+    Parameters:
+      strict: Raise `SentInsideAtomic` instead, and send nothing; for tests. Default False.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self._seen: set[tuple[str, str]] = set()
+
+    def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        for connection in connections.all(initialized_only=True):
+            if any(not block._from_testcase for block in connection.atomic_blocks):  # noqa: SLF001
+                self._tell(message.actor_name, connection.alias)
+                return
+
+    def _tell(self, actor: str, database: str) -> None:
+        call_site = _call_site()
+        text = (
+            f"A message of actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run it before "
+            f"the transaction on database {database!r} has committed, or although it is rolled back. "
+            f"Write transaction.on_commit(partial({actor}.send, ...))."
+        )
+        if self.strict:
+            raise SentInsideAtomic(text)
+        if (actor, call_site) not in self._seen:
+            self._seen.add((actor, call_site))
+            logger.warning(text, extra={"actor": actor, "call_site": call_site, "database": database})
+
+
+def _call_site() -> str:
+    """The innermost line that is neither ours nor Dramatiq's."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("dramatiq", "dramatiq_policies", "django_dramatiq"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown place"

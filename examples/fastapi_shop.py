@@ -1,0 +1,54 @@
+"""FastAPI (or Starlette): send from async code, and close the broker when the application ends.
+
+uvicorn examples.fastapi_shop:app      dramatiq examples.fastapi_shop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import BrokerConnectionError
+from fastapi import FastAPI, HTTPException
+
+from dramatiq_policies import current_job, install
+
+BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
+broker = install(StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL))
+# For jobs that are coroutine functions. Its loop is not the web server's: share no client between the two.
+broker.add_middleware(dramatiq.middleware.AsyncIO())
+dramatiq.set_broker(broker)
+
+told: list[tuple[int, int]] = []
+
+
+@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=30_000)
+async def send_confirmation(order_id: int) -> None:
+    """The customer learns that the order was taken."""
+    await asyncio.sleep(0)
+    job = current_job()
+    told.append((order_id, 1 if job is None else job.attempt))
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    broker.close()
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.post("/orders/{order_id}", status_code=202)
+async def place_order(order_id: int) -> dict[str, str]:
+    """Sending talks to the broker and waits for it: on a thread, so that the loop goes on."""
+    try:
+        message = await asyncio.to_thread(send_confirmation.send, order_id)
+    except (BrokerConnectionError, OSError):
+        raise HTTPException(503, "The order could not be passed on. Try again.") from None
+    return {"job": message.message_id}

@@ -1,0 +1,49 @@
+"""Flask: jobs that run in the application's context.
+
+flask --app examples.flask_shop run      dramatiq examples.flask_shop
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.brokers.stub import StubBroker
+from flask import Flask, current_app
+
+from dramatiq_policies import install
+
+BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
+broker = install(StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL))
+dramatiq.set_broker(broker)
+
+app = Flask(__name__)
+app.config["SENDER"] = "shop@example.com"
+app.extensions["outbox"] = []
+
+
+def in_app_context(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Below ``@dramatiq.actor``. The context ends with the job, also with one that fails or is interrupted."""
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with app.app_context():
+            return fn(*args, **kwargs)
+
+    return run
+
+
+@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=30_000)
+@in_app_context
+def send_confirmation(order_id: int) -> None:
+    """The customer learns that the order was taken."""
+    current_app.extensions["outbox"].append((current_app.config["SENDER"], order_id))
+
+
+@app.post("/orders/<int:order_id>")
+def place_order(order_id: int) -> tuple[dict[str, str], int]:
+    return {"job": send_confirmation.send(order_id).message_id}, 202
