@@ -102,6 +102,12 @@ def _hand_off(
                         message.actor_name,
                         _PATIENCE,
                         exc_info=error,
+                        extra={
+                            "actor": message.actor_name,
+                            "queue": consumer.queue_name,
+                            "message_id": message.message_id,
+                            "reason": "handoff_failed",
+                        },
                     )
                     delivery.steps = None
                     stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")

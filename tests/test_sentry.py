@@ -28,6 +28,7 @@ from dramatiq_policies import (
     Timeout,
     constant,
     install,
+    settlement,
 )
 
 from .support import Captured, SentryEndpoint, Stage
@@ -228,6 +229,26 @@ def test_an_actor_that_nobody_knows_is_reported_once(either):
     stage.broker.enqueue(dramatiq.Message("default", "gone", (), {}, {}))
     stage.run()
     assert [event["tags"]["reason"] for event in sentry.events] == ["unknown_actor"]
+
+
+def test_what_the_broker_will_not_take_is_reported_once(either, monkeypatch):
+    monkeypatch.setattr(settlement, "_PATIENCE", 0.05)
+    sentry = either()
+    stage = stage_with(**RULES)
+
+    @stage.actor
+    def pay():
+        raise OSError("down")
+
+    pay.send()
+
+    def refuse(*args, **kwargs):
+        raise ValueError("too large")
+
+    monkeypatch.setattr(stage.broker, "enqueue", refuse)
+    stage.run()
+    assert sentry.endings() == [("pay", "HandoffFailed", "dead")]
+    assert [one["type"] for one in sentry.events[0]["exception"]["values"]] == ["ValueError", "HandoffFailed"]
 
 
 def test_an_error_that_the_job_has_captured_itself_is_reported_with_its_outcome_all_the_same(either):

@@ -293,7 +293,8 @@ def _without_our_lines(event: Any, hint: Any) -> Any:
     if not isinstance(record, logging.LogRecord):
         return event
     if record.name in _OUR_LOGGERS:
-        told = hasattr(record, "outcome") or hasattr(record, "stack")
+        # Of a delivery, or of a stuck job.
+        told = hasattr(record, "reason") or hasattr(record, "stack")
     else:
         told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
     return None if told else event
