@@ -23,6 +23,12 @@ from dramatiq_policies.testing import drain, stub
 from .support import PATIENCE, Stage
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Processes of one parent with the same queues elect one of them: this one's lock lies where no other looks."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def until(condition):
     deadline = time.monotonic() + PATIENCE
     while not condition():

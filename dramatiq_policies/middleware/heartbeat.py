@@ -11,8 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dramatiq.errors import ConnectionClosed
+
 from ..durations import to_ms
 from ..errors import ConfigurationError
+from ..queues import reader_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -33,12 +36,12 @@ class Heartbeat(PolicyMiddleware):
     A process is not well when
 
     - each of its threads has a job that is stuck: past its timeout and the grace, where no interrupt reaches it, or
-    - a thread that consumes has died, or has been silent for longer than ``silence``.
+    - a thread that consumes has died, or has been silent for longer than ``silence`` although the broker answers on a
+      new connection.
 
     It is well while it is idle, while it is busy, while it shuts down and finishes its jobs, and while the broker is
-    away: to start it again would help nobody. (A connection that hangs without an error, such as one through a firewall
-    that has forgotten it, does look like silence, and a new process does help.) A probe finds the worker dead when the
-    file is older than a few intervals.
+    away or hangs: to start it again would help nobody. A probe finds the worker dead when the file is older than a few
+    intervals.
 
     Each process also keeps a file of its own beside it, ``<path>.<pid>``, so that the command's other processes do not
     speak for one that is stuck.
@@ -118,12 +121,15 @@ class Heartbeat(PolicyMiddleware):
         if wiring.stopping.is_set():
             return True
         now, polled = time.monotonic(), wiring.polled or {}
-        return all(
-            consumer.paused
-            or (consumer.is_alive() and (now - max(self._since, polled.get(queue, 0.0))) * 1_000 <= self.silence)
-            for worker in self._workers
-            for queue, consumer in list(worker.consumers.items())
-        )
+        silent = False
+        for worker in self._workers:
+            for queue, consumer in list(worker.consumers.items()):
+                if consumer.paused:
+                    continue
+                if not consumer.is_alive():
+                    return False
+                silent = silent or (now - max(self._since, polled.get(queue, 0.0))) * 1_000 > self.silence
+        return not (silent and _answers(wiring.broker))
 
     def _beat(self, stop: threading.Event) -> None:
         try:
@@ -180,6 +186,18 @@ class Heartbeat(PolicyMiddleware):
             return True
         finally:
             os.close(other)
+
+
+def _answers(broker: Broker) -> bool:
+    """Whether the broker's server can be read, on a new connection."""
+    reader = reader_of(broker)
+    try:
+        reader.read_all(reader.queues()[:1])
+    except ConnectionClosed:
+        return False
+    finally:
+        reader.close()
+    return True
 
 
 def _duration(name: str, value: int | timedelta) -> int:

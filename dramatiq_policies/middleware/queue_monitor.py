@@ -35,7 +35,7 @@ class QueueMonitor(PolicyMiddleware):
 
     One process of each ``dramatiq`` command does it, elected among the command's worker processes; where Redis is at
     hand (a RedisBroker, or Idempotency with a RedisStore) one process of the whole fleet, by a lease that another takes
-    over within three intervals. The fleet is whoever has the same queues in the same namespace. A thread is started when
+    over within four intervals. The fleet is whoever has the same queues in the same namespace. A thread is started when
     a worker boots, and ends with it; no reading takes a message, nor does an outage of the broker end anything.
 
     A breach is told once, and again only after its value has come down to four fifths of the threshold.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 import pika
 from dramatiq.broker import Broker
 from dramatiq.common import dq_name, xq_name
 from dramatiq.errors import ConnectionClosed
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from ..wiring import wiring_of
@@ -17,6 +19,9 @@ from .base import QueueReader, QueueReading, ready_at
 
 __all__ = ["Flow", "RabbitmqReader"]
 
+_LOST = (AMQPError, AMQPConnectorException, OSError)
+#: Seconds that a new connection may take.
+_PATIENCE = 5
 #: How many earlier readings of a queue are remembered at most.
 MARKS = 1_024
 
@@ -49,14 +54,17 @@ class RabbitmqReader(QueueReader):
         self._flows: dict[str, Flow] = {}
 
     def _read(self, queue: str, now: int) -> QueueReading:
+        idle = self._connection is not None
         try:
             try:
                 counts = self._counts(queue)
-            except (AMQPError, OSError):
+            except _LOST:
+                if not idle:
+                    raise
                 # An idle connection is often gone: once more, on a new one.
                 self.close()
                 counts = self._counts(queue)
-        except (AMQPError, OSError) as error:
+        except _LOST as error:
             self.close()
             raise ConnectionClosed(f"{type(error).__name__}: {error}") from None
         (ready, consumers), (delayed, holders), (dead, _) = counts
@@ -95,8 +103,7 @@ class RabbitmqReader(QueueReader):
     def _counts(self, queue: str) -> list[tuple[int, int]]:
         """How many messages are ready in the queue, its delay and its dead-letter queue; and each one's consumers."""
         if self._connection is None or not self._connection.is_open:
-            broker: Any = self.broker
-            self._connection = pika.BlockingConnection(parameters=broker.parameters)
+            self._connection = pika.BlockingConnection(parameters=self._parameters())
             self._channel = None
         counts = []
         for name in (queue, dq_name(queue), xq_name(queue)):
@@ -112,10 +119,19 @@ class RabbitmqReader(QueueReader):
                 counts.append((found.message_count, found.consumer_count))
         return counts
 
+    def _parameters(self) -> Any:
+        """The broker's, but for how long to wait for an answer."""
+        broker: Any = self.broker
+        several = broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]
+        copies = [copy(one) for one in several]
+        for one in copies:
+            one.socket_timeout = one.stack_timeout = _PATIENCE
+        return copies
+
     def close(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None and connection.is_open:
-            with suppress(AMQPError, OSError):
+            with suppress(*_LOST):
                 connection.close()
 
 

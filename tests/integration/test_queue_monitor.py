@@ -363,6 +363,26 @@ def test_the_heartbeat_goes_on_while_the_broker_is_away(place: Place, tmp_path: 
             application.close()
 
 
+def test_the_heartbeat_goes_on_while_the_broker_hangs(place: Place, tmp_path: Path) -> None:
+    with Proxy.before(place.url) as proxy:
+        application = Watched(place, tmp_path)
+        application.environment["APP_URL"] = proxy.url
+        try:
+            process = application.start("--processes", "1")
+            until(application.beats, 20, application.log.read_text)
+            proxy.stall()
+            # Longer than a consumer may be silent; from then on each beat waits for an answer that does not come.
+            time.sleep(3)
+            assert application.beats(30), application.log.read_text()
+            proxy.resume()
+            application.open()
+            application.send("patient", 1)
+            until(lambda: application.told("began 1"), 20, application.log.read_text)
+            application.stop(process)
+        finally:
+            application.close()
+
+
 def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
     redis_url: str, redis_namespace: str, tmp_path: Path
 ) -> None:
