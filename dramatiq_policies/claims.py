@@ -19,13 +19,12 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from . import owners, records
+from . import clock, owners, records
 from .delivery import COMPLETING
 from .history import now_ms, run_of
 from .outcomes import BAD_ENDINGS, Outcome, text_of
@@ -200,7 +199,7 @@ class Claims:
         store, outcome = self.store, decided.outcome
         if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
             # Given up half-way: the redelivery hands the retry on.
-            self._let_go(claim)
+            self.let_go(claim)
             return
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
@@ -225,9 +224,10 @@ class Claims:
             with self._lock:
                 self._owed.append((claim, write))
             return
-        self._let_go(claim)
+        self.let_go(claim)
 
-    def _let_go(self, claim: Claim) -> None:
+    def let_go(self, claim: Claim) -> None:
+        """Hold it no more, and write nothing: its run is over, or its worker has died."""
         if self._held.get(claim.name) is claim:
             del self._held[claim.name]
         _live.discard(claim.record.token)
@@ -238,7 +238,7 @@ class Claims:
                 self.ask(write)
             except StoreDown:
                 if pause is not None:
-                    time.sleep(pause)
+                    clock.sleep(pause)
             else:
                 return True
         return False
@@ -317,7 +317,7 @@ class Claims:
             self.ask(write)
             with self._lock:
                 self._owed = [debt for debt in self._owed if debt[0] is not claim]
-            self._let_go(claim)
+            self.let_go(claim)
 
     def close(self) -> None:
         """End the thread; the next claim starts another."""

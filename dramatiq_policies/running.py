@@ -53,7 +53,7 @@ def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
 
 def unwrapped(fn: Any) -> Any:
     """The function of the user's inside what `wrap_actor` has put in its place."""
-    return fn.__wrapped__ if getattr(fn, _MARK, False) else fn
+    return getattr(fn, _MARK, fn)
 
 
 def _run(

@@ -23,6 +23,7 @@ from dramatiq_policies import (
     ConfigurationError,
     Discard,
     ErrorClassifier,
+    Metrics,
     RetryPolicy,
     Snooze,
     constant,
@@ -518,6 +519,15 @@ class TestRun:
             ("discarded", "job", "WARNING")
         ] * 2
 
+    def test_has_the_metrics_that_would_have_been_sent(self, run):
+        assert run.metrics["jobs.job.retry"] == 1
+        assert run.metrics["jobs.job.discard"] == 2
+        assert run.metrics["jobs.job.success"] == 1
+        assert run.metrics["jobs.job.failure"] == 3
+        assert run.metrics["jobs.job.dead"] == 0
+        assert "jobs.job.dead" not in run.metrics
+        assert len(run.metrics["jobs.job.duration"]) == 4
+
     def test_knows_no_actor_that_does_not_exist(self, run):
         with pytest.raises(ValueError, match="Did you mean 'job'"):
             run.outcomes("jobs")
@@ -552,6 +562,26 @@ class TestRun:
         (wait,) = run.waits(job)
         run.assert_waits(job, wait)
         run.assert_waits(job, int(wait / 1.5), jitter=0.6)
+
+
+def test_the_brokers_own_metrics_are_kept_by_their_names_and_not_sent():
+    sent = []
+
+    class Client:
+        def incr(self, *args, **kwargs):
+            sent.append(args)
+
+        timing = gauge = incr
+
+    broker = install(StubBroker(), metrics=Metrics(Client(), prefix="shop"))
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        pass
+
+    job.send()
+    assert drain(broker).metrics["shop.job.success"] == 1
+    assert sent == []
 
 
 def test_a_subscriber_of_the_users_gets_the_same_events():

@@ -23,7 +23,17 @@ from dramatiq_policies import (
     current_job,
     install,
 )
-from dramatiq_policies.testing import crash, drain, enqueue_down, fail, hang, perform, redeliver
+from dramatiq_policies.testing import (
+    TooManyRuns,
+    crash,
+    drain,
+    enqueue_down,
+    fail,
+    hang,
+    perform,
+    redeliver,
+    store_down,
+)
 
 HOUR = 3_600_000
 
@@ -239,7 +249,7 @@ def test_nothing_of_a_crashed_run_reaches_a_hook_or_an_observer(broker, actor):
         pass
 
     job.send()
-    with crash(job, times=3):
+    with crash(job, times=2):
         run = drain(broker)
     assert seen == ["processed", "ack"]
     assert len(run.events) == 1
@@ -272,9 +282,23 @@ def test_a_crash_in_the_second_attempt_redelivers_the_second_attempt(broker, job
     assert [event.attempt for event in run.events] == [2]
 
 
-def test_a_worker_that_dies_each_time_is_stopped_as_an_endless_loop(broker, job):
+def test_a_job_that_kills_its_worker_each_time_is_quarantined(broker, job):
     job.send(1)
-    with crash(job, times=None), pytest.raises(AssertionError, match="worker died"):
+    with crash(job, times=None):
+        run = drain(broker)
+    run.assert_dead(job, "crashed")
+    assert repr(run).count("the worker died") == 3
+
+
+def test_without_the_quarantine_it_is_stopped_as_an_endless_loop():
+    broker = install(StubBroker(), idempotency=False)
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        pass
+
+    job.send()
+    with crash(job, times=None), pytest.raises(TooManyRuns, match="worker died"):
         drain(broker, max_runs=20)
 
 
@@ -338,6 +362,105 @@ def test_whoever_sends_is_told_that_the_broker_is_down(broker, job):
         job.send(1)
     job.send(1)
     drain(broker).assert_outcomes(job, "succeeded")
+
+
+class TestIdempotency:
+    """What the kit shows of it; tests/test_idempotency.py has the rules."""
+
+    @pytest.fixture
+    def once(self, actor):
+        done = []
+
+        @actor(idempotency_key="job:{number}", timeout=10 * HOUR)
+        def once(number):
+            done.append(number)
+
+        once.done = done
+        return once
+
+    def test_a_job_whose_worker_died_is_taken_over_at_once(self, broker, once):
+        once.send(1)
+        with crash(once):
+            run = drain(broker)
+        run.assert_outcomes(once, "succeeded")
+        assert run.elapsed == 0
+        assert once.done == [1]
+
+    def test_another_message_with_the_key_waits_until_the_retry_of_the_first_has_succeeded(self, broker, once):
+        once.send(1)
+        once.send(1)
+        with fail(once, Flaky):
+            run = drain(broker)
+        assert run.outcomes(once)[0] == "retried"
+        assert run.outcomes(once).count("succeeded") == 1
+        assert "deferred" in run.outcomes(once)
+        assert once.done == [1]
+
+    def test_a_lease_is_renewed_on_the_virtual_clock_while_a_job_hangs(self, broker, once):
+        once.send(1)
+        once.send(1)
+        with hang(once, times=1):
+            run = drain(broker)
+        assert run.outcomes(once)[:2] == ["retried", "deferred"]
+        assert once.done == [1]
+
+    def test_a_key_is_forgotten_after_its_ttl_on_the_virtual_clock(self, broker, once):
+        once.send(1)
+        once.send_with_options(args=(1,), delay=23 * HOUR)
+        once.send_with_options(args=(1,), delay=25 * HOUR)
+        drain(broker).assert_outcomes(once, "succeeded", "duplicate", "succeeded")
+
+    def test_while_the_store_is_down_the_message_waits_on_its_queue(self, broker, once):
+        once.send(1)
+        with store_down(broker):
+            run = drain(broker)
+            run.assert_outcomes(once, "deferred")
+            assert run.reasons(once) == ["store_down"]
+            drain(broker).assert_outcomes(once, "deferred")
+            assert drain(broker, until=HOUR).outcomes(once).count("deferred") > 10
+        assert once.done == []
+        drain(broker).assert_outcomes(once, "succeeded")
+
+    def test_a_store_that_comes_back_is_waited_for(self, broker, once):
+        once.send(1)
+        with store_down(broker, times=2):
+            drain(broker).assert_outcomes(once, "deferred", "deferred", "succeeded")
+
+    def test_a_completion_that_can_not_be_written_is_tried_again_without_waiting(self, broker, once):
+        once.send(1)
+        down = store_down(broker)
+
+        @dramatiq.actor(broker=broker, idempotent=True)
+        def last():
+            down.__enter__()
+
+        last.send()
+        began = time.monotonic()
+        run = drain(broker)
+        down.__exit__(None, None, None)
+        assert time.monotonic() - began < 2
+        run.assert_outcomes(last, "succeeded")
+
+    def test_a_broker_without_a_store_can_not_lose_it(self):
+        with (
+            pytest.raises(ConfigurationError, match="no Idempotency"),
+            store_down(install(StubBroker(), idempotency=False)),
+        ):
+            pass
+
+    def test_done_when_is_asked_before_a_fault(self, broker, actor):
+        done = [False]
+
+        @actor(done_when=lambda: done[0])
+        def job():
+            done[0] = True
+
+        job.send()
+        with fail(job, Flaky):
+            drain(broker).assert_outcomes(job, "retried", "succeeded")
+        assert perform(job).reason == "done"
+        with fail(job, Flaky):
+            assert perform(job).reason == "done"
 
 
 class TestPerform:

@@ -16,8 +16,18 @@ from dramatiq.rate_limits.backends import RedisBackend as RedisLimits
 from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
-from dramatiq_policies import ErrorClassifier, RetryPolicy, Timeout, constant, install
+from dramatiq_policies import (
+    ErrorClassifier,
+    Idempotency,
+    QueueMonitor,
+    RetryPolicy,
+    Threshold,
+    Timeout,
+    constant,
+    install,
+)
 from dramatiq_policies.middleware.composition import GroupCallbacks
+from dramatiq_policies.stores.redis import RedisStore
 from dramatiq_policies.testing import drain, fail, perform, stub
 
 UNREACHABLE = "redis://127.0.0.1:1/0"
@@ -91,6 +101,24 @@ def test_the_middleware_is_the_same_and_shares_nothing(redis_broker):
         (timeout,) = [one for one in broker.middleware if isinstance(one, Timeout)]
         assert timeout.default == 1_234
         assert timeout.attached_to is not None
+
+
+def test_idempotency_remembers_in_memory_and_a_monitor_reads_the_stub(monkeypatch):
+    monitor = QueueMonitor(thresholds={"sums": Threshold(ready=2)})
+    redis = RedisBroker(url=UNREACHABLE)
+    install(redis, queue_monitor=monitor, idempotency=Idempotency(RedisStore.from_url(UNREACHABLE)))
+
+    @dramatiq.actor(broker=redis, queue_name="sums", idempotency_key="{x}")
+    def once(x):
+        pass
+
+    for _ in range(2):
+        with stub(redis) as broker:
+            once.send(1)
+            once.send(1)
+            assert [alert.queue for alert in monitor.check()] == ["sums"]
+            drain(broker).assert_outcomes(once, "succeeded", "duplicate")
+    assert "check" not in vars(monitor)
 
 
 def test_the_state_of_one_stub_is_not_that_of_the_next(add):

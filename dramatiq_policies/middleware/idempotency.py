@@ -19,6 +19,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker
+    from typing_extensions import Self
 
     from ..wiring import Wiring
     from .timeout import StuckJob
@@ -98,6 +99,13 @@ class Idempotency(PolicyMiddleware):
         self.on_store_error = on_store_error
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None
+
+    def for_stub(self) -> Self:
+        from ..stores.memory import MemoryStore
+
+        twin = super().for_stub()
+        twin.store, twin.claims = MemoryStore(), None
+        return twin
 
     @staticmethod
     def has_default_store(broker: Broker) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -107,6 +108,8 @@ class QueueMonitor(PolicyMiddleware):
     def for_stub(self) -> Self:
         twin = super().for_stub()
         twin.begin_anew()
+        # In a test it is asked by `check`, and watches nothing by itself.
+        twin.in_workers = False
         vars(twin).update(_watch=self._watch.afresh(), _statsd=None)
         return twin
 

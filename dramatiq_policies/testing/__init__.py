@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..ops.gate import assert_job_ready
 from .cases import StubBrokerMixin
 from .draining import TooManyRuns, drain
-from .faults import crash, enqueue_down, fail, hang, redeliver
+from .faults import crash, enqueue_down, fail, hang, redeliver, store_down
 from .performing import perform
 from .run import Run
 from .stubbing import stub
@@ -22,5 +22,6 @@ __all__ = [
     "hang",
     "perform",
     "redeliver",
+    "store_down",
     "stub",
 ]

@@ -11,6 +11,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.message import get_encoder
 
 from ..bundle import arrange
+from ..claims import StoreDown
 from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware
 from ..wiring import Wiring
@@ -27,8 +28,10 @@ class Bench:
     def __init__(self, broker: StubBroker, wiring: Wiring) -> None:
         self.broker = broker
         self.wiring = wiring
-        self.clock = VirtualClock()
+        self.clock = VirtualClock(passed=self._renew_leases)
         self.draining = False
+        #: Whether the idempotency store is down for good: what waits for it waits in vain.
+        self.store_is_down = False
         stock, began = broker.enqueue, self.clock.now
         clock = self.clock
 
@@ -49,6 +52,14 @@ class Bench:
                 raise
 
         broker.enqueue = enqueue  # type: ignore[method-assign]
+
+    def _renew_leases(self) -> None:
+        """What a thread of the process would have done meanwhile."""
+        if self.wiring.admission is not None:
+            try:
+                self.wiring.admission.claims.renew()
+            except StoreDown:
+                pass
 
     def delayed(self) -> list[Message[Any]]:
         """The messages on the delay queues."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Collection
 from contextlib import ExitStack
 from contextvars import ContextVar
 from datetime import timedelta
+from math import ceil
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dramatiq import Message
 from dramatiq.asyncio import get_event_loop_thread, set_event_loop_thread
 from dramatiq.broker import Broker, MessageProxy
 from dramatiq.common import q_name
@@ -22,11 +25,13 @@ from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
 from .. import _dramatiq
+from ..consumer import REDELIVERED
 from ..delivery import current
 from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, OutcomeEvent
 from .bench import Bench, bench_of
+from .recorded import recorded_metrics
 from .run import Entry, Run
 from .virtual_time import VirtualClock, clock_in_force
 
@@ -117,6 +122,8 @@ class Drain:
         self.clock = bench.clock
         self.run = Run(bench.broker.actors)
         self.died = False
+        #: The messages that wait for the idempotency store.
+        self._stalled: set[str] = set()
         self._began = 0
         self._exit = ExitStack()
         self._worker = _dramatiq.WorkerOnThisThread(self.broker, _Hooks(self))
@@ -158,13 +165,18 @@ class Drain:
 
     def _collect(self, stack: ExitStack) -> None:
         run, wiring = self.run, self.bench.wiring
-        entries, clock, began = run.entries, self.clock, self._began
+        entries, stalled, clock, began = run.entries, self._stalled, self.clock, self._began
 
         def observe(event: OutcomeEvent, message: MessageProxy | None) -> None:
             entries.append(Entry(clock.now - began, event, message))
+            if event.reason == "store_down":
+                stalled.add(str(event.message_id))
+            else:
+                stalled.discard(str(event.message_id))
 
         wiring.observe(self, observe)
         stack.callback(wiring.forget, self)
+        stack.enter_context(recorded_metrics(wiring, run.metrics))
         letters = self.broker.dead_letters_by_queue
         before = {name: len(queue) for name, queue in letters.items()}
 
@@ -191,7 +203,7 @@ class Drain:
             if message is not None:
                 self._process(message)
                 return True
-            due = self._next_eta()
+            due = self._next_eta(self._stalled if self.bench.store_is_down and limit is None else ())
             if due is None or (limit is not None and due > limit):
                 break
             self.clock.advance(max(0, due - self.clock.now))
@@ -213,13 +225,15 @@ class Drain:
                     if self.bench.wiring.stopping.wait(_RESTART):
                         return
 
-    def _next_eta(self) -> int | None:
+    def _next_eta(self, but_of: Collection[str]) -> int | None:
+        """When the next delayed message is due, but for those that would only be put back again."""
         etas = [
-            _dramatiq.eta_of(thread.delay_queue.queue[0])
+            _dramatiq.eta_of(item)
             for thread in self._worker.consumers.values()
-            if thread.delay_queue.queue
+            for item in (thread.delay_queue.queue if but_of else thread.delay_queue.queue[:1])
+            if _dramatiq.delayed_message(item).message_id not in but_of
         ]
-        return None if not etas else -int(-min(etas) // 1)
+        return None if not etas else ceil(min(etas))
 
     def _process(self, message: MessageProxy) -> None:
         try:
@@ -239,8 +253,12 @@ class Drain:
             Entry(self.clock.now - self._began, None, message, "the worker died; the message is redelivered")
         )
         delivery = message.delivery
-        queue = self.broker.queues[delivery.consumer.source]
-        queue.put(message.body)
+        if delivery.claim is not None:
+            # It goes on naming this process, which has no such run any more.
+            delivery.claim.claims.let_go(delivery.claim)
+        again: Message[Any] = Message.decode(message.body)
+        again.options[REDELIVERED] = True
+        self.broker.queues[delivery.consumer.source].put(again.encode())
         delivery.consumer.finish(message)
 
 

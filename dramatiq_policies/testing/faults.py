@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dramatiq import Message, get_broker
 from dramatiq.asyncio import async_to_sync
@@ -17,19 +17,23 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
-from ..bundle import arrange
+from ..bundle import arrange, resolve_actor
 from ..coroutines import is_async
 from ..delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
-from ..running import unwrapped, wrap_actor
+from ..middleware.idempotency import Idempotency
+from ..running import unwrapped
+from .bench import bench_of
 from .draining import WorkerDied, drain_in_progress
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-__all__ = ["crash", "enqueue_down", "fail", "hang", "redeliver"]
+    from ..stores import IdempotencyStore
+
+__all__ = ["crash", "enqueue_down", "fail", "hang", "redeliver", "store_down"]
 
 
 class _Times:
@@ -53,14 +57,21 @@ class _Times:
 def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[None]:
     """Have ``make(fn)`` run where the actor's own ``fn`` would, with the bundle around it, while it lasts."""
     saved = actor.fn
-    broker = actor.broker
     actor.fn = make(unwrapped(saved))
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
-        wrap_actor(arrange(broker), actor)
+    _resolve_again(actor)
     try:
         yield
     finally:
         actor.fn = saved
+        _resolve_again(actor)
+
+
+def _resolve_again(actor: Actor[..., Any]) -> None:
+    """What the bundle knows of the actor's function (``done_when`` is asked before it) is of the one that it has now."""
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
+        wiring = arrange(actor.broker)
+        wiring.policies.pop(actor.actor_name, None)
+        resolve_actor(wiring, actor)
 
 
 def _around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:
@@ -260,3 +271,54 @@ def enqueue_down(
             del vars(broker)["enqueue"]
         else:
             broker.enqueue = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def store_down(
+    broker: Broker, exception: type[BaseException] | BaseException = ConnectionError, times: int | None = None
+) -> Iterator[None]:
+    """Have a broker's idempotency store answer nothing.
+
+    Parameters:
+      exception: What it raises, an instance or a class. By default the built-in ``ConnectionError``.
+      times: How many calls fail; None, the default, for all. Then `drain` ends, unless told until when to go on, when
+        only messages are left that wait for the store: they stay queued.
+
+    Raises:
+      ConfigurationError: The broker has no Idempotency with a store.
+    """
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        arrange(broker)
+    found = [one for one in broker.middleware if isinstance(one, Idempotency) and one.claims is not None]
+    if not found:
+        raise ConfigurationError("store_down(): the broker has no Idempotency with a store.")
+    claims, counted = found[0].claims, _Times("store_down()", times)
+    assert claims is not None
+    store = claims.store
+    claims.store = cast("IdempotencyStore", _Down(store, exception, counted))
+    bench = bench_of(broker) if isinstance(broker, StubBroker) else None
+    if bench is not None:
+        before, bench.store_is_down = bench.store_is_down, times is None
+    try:
+        yield
+    finally:
+        claims.store = store
+        if bench is not None:
+            bench.store_is_down = before
+
+
+class _Down:
+    """A store that can't be reached."""
+
+    def __init__(self, store: object, exception: type[BaseException] | BaseException, counted: _Times) -> None:
+        self._store, self._exception, self._counted = store, exception, counted
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._counted.take():
+                raise self._exception("store_down()") if isinstance(self._exception, type) else self._exception
+            return method(*args, **kwargs)
+
+        return call

@@ -50,6 +50,13 @@ class Entry:
         )
 
 
+class Values(dict[str, Any]):
+    """Metrics by name."""
+
+    def __missing__(self, name: str) -> int:
+        return 0
+
+
 class Run:
     """What became of the messages of one `drain`; its ``repr`` is a transcript, one line for each delivery.
 
@@ -59,12 +66,15 @@ class Run:
       elapsed: How much virtual time went by, in milliseconds.
       events: The `OutcomeEvent` of each delivery, in order. A worker that died in a job leaves none.
       dead: The messages that went to the dead-letter queues; ``message.options["failure"]`` says why.
+      metrics: What Metrics would have sent, also where it is not installed, by name: of counters the sum, 0 for what
+        was not counted; of durations and waits the list of them, in ms.
       logs: The log records of messages that ended badly: the DiscardLogger's, and those of alerts.
     """
 
     def __init__(self, actors: Iterable[str] = ()) -> None:
         self.elapsed = 0
         self.dead: list[MessageProxy] = []
+        self.metrics: dict[str, Any] = Values()
         self.logs: list[logging.LogRecord] = []
         self.entries: list[Entry] = []
         self._actors = set(actors)

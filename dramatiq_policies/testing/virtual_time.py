@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time as real
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,20 +23,27 @@ _in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtu
 class VirtualClock:
     """The time on one broker.
 
+    Parameters:
+      now: Where it begins; None, the default, for the real time.
+      passed: Called whenever time has gone by.
+
     Attributes:
       now: Milliseconds since the epoch. It stands still but for `advance`, so that what is computed from it is exact.
       skipped: How many milliseconds it was advanced in all. Its monotonic clock is the real one plus these, so that
         what really takes time is seen to.
     """
 
-    def __init__(self, now: int | None = None) -> None:
+    def __init__(self, now: int | None = None, passed: Callable[[], object] = lambda: None) -> None:
         self.now = int(real.time() * 1_000) if now is None else now
         self.skipped = 0
+        self._passed = passed
 
     def advance(self, ms: int) -> None:
         """Let so many milliseconds pass."""
         self.now += ms
         self.skipped += ms
+        if ms:
+            self._passed()
 
     def time(self) -> float:
         # The tenth of a millisecond is for those who round down what they multiply by 1,000 again.
@@ -72,6 +79,14 @@ def _monotonic() -> float:
     return real.monotonic() if virtual is None else virtual.monotonic()
 
 
+def _sleep(seconds: float) -> None:
+    virtual = _in_force.get()
+    if virtual is None:
+        real.sleep(seconds)
+    else:
+        virtual.advance(round(seconds * 1_000))
+
+
 class _TimeModule:
     """Stands in for the `time` module where Dramatiq looks at it."""
 
@@ -86,6 +101,7 @@ _lock = threading.Lock()
 _users = 0
 _saved: list[tuple[Any, str, Any]] = []
 _stand_in = _TimeModule()
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"time": _time, "monotonic": _monotonic, "sleep": _sleep}
 
 
 def _put_in_place() -> None:
@@ -94,14 +110,11 @@ def _put_in_place() -> None:
         _users += 1
         if _users > 1:
             return
-        ours: list[tuple[Any, str]] = [(clock, "time"), (clock, "monotonic")]
+        ours: list[tuple[Any, str]] = [(clock, name) for name in _FUNCTIONS]
         for module, name in [*ours, *_dramatiq.clock_places()]:
             original = getattr(module, name)
             _saved.append((module, name, original))
-            stand_in: Any = _stand_in
-            if original is not real:
-                stand_in = _monotonic if name == "monotonic" else _time
-            setattr(module, name, stand_in)
+            setattr(module, name, _stand_in if original is real else _FUNCTIONS[name])
 
 
 def _put_back() -> None:
