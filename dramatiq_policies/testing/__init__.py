@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..ops.gate import assert_job_ready
 from .cases import StubBrokerMixin
+from .crash_safety import assert_crash_safe
 from .draining import TooManyRuns, drain
 from .faults import crash, enqueue_down, fail, hang, redeliver, store_down
 from .performing import perform
@@ -14,6 +15,7 @@ __all__ = [
     "Run",
     "StubBrokerMixin",
     "TooManyRuns",
+    "assert_crash_safe",
     "assert_job_ready",
     "crash",
     "drain",

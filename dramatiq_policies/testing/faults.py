@@ -56,6 +56,8 @@ class _Times:
 @contextmanager
 def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[None]:
     """Have ``make(fn)`` run where the actor's own ``fn`` would, with the bundle around it, while it lasts."""
+    # Of a class-based actor the class is taken, too.
+    actor = getattr(actor, "__actor__", actor)
     saved = actor.fn
     actor.fn = make(unwrapped(saved))
     _resolve_again(actor)

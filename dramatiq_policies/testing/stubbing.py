@@ -19,7 +19,6 @@ from dramatiq.results.backends.stub import StubBackend as StubResults
 from .. import _dramatiq
 from ..bundle import arrange, install
 from ..middleware.base import PolicyMiddleware
-from ..middleware.queue_monitor import QueueMonitor
 from ..running import unwrapped
 from .bench import bench_of
 
@@ -130,9 +129,6 @@ def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
         declare(actor)
         lend(actor)
 
-    monitors = [one for one in stand_in.middleware if isinstance(one, QueueMonitor)]
-    for monitor in (one for one in real.middleware if isinstance(one, QueueMonitor)):
-        vars(monitor)["check"] = monitors[0].check
     names = {name: lent(name) for name in _LENT} | {"declare_actor": declare_actor}
     own = {name: vars(real)[name] for name in names if name in vars(real)}
     vars(real).update(names, dramatiq_policies_lent_to=stand_in)
@@ -141,7 +137,5 @@ def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
         for name in (*names, "dramatiq_policies_lent_to"):
             del vars(real)[name]
         vars(real).update(own)
-        for monitor in (one for one in real.middleware if isinstance(one, QueueMonitor)):
-            vars(monitor).pop("check", None)
 
     return put_back
