@@ -15,6 +15,8 @@ import dramatiq
 
 __all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload", "choose"]
 
+REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
+
 #: Shares of jobs that fail once and are tried again, and that fail for good.
 FAILURES: dict[str, tuple[float, float]] = {"none": (0.0, 0.0), "mixed": (0.10, 0.05)}
 
@@ -64,6 +66,50 @@ def _bundle(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
     return install(make(), idempotency=False)
 
 
+def _store(broker: dramatiq.Broker) -> Any:
+    from dramatiq_policies.stores.redis import RedisStore
+
+    # Beside the queue's keys, which are deleted when it has been measured.
+    return RedisStore.from_url(REDIS_URL, namespace=getattr(broker, "namespace", "bench-rabbitmq") + ":idem")
+
+
+def _idempotent(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    from dramatiq_policies import Idempotency, install
+
+    broker = make()
+    return install(broker, idempotency=Idempotency(_store(broker), ttl=600_000))
+
+
+def _installed(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    return _idempotent(make)
+
+
+def _idempotent_options() -> dict[str, Any]:
+    return {**_bundle_options(), "idempotency_key": "a-job-with-a-key-of-thirty:{number}"}
+
+
+class Naive(dramatiq.Middleware):
+    """The usual recipe: SET NX before the job, SET done after it. It loses the job of a worker that died."""
+
+    def __init__(self, url: str) -> None:
+        import redis
+
+        self.client = redis.Redis.from_url(url)
+
+    def before_process_message(self, broker: dramatiq.Broker, message: dramatiq.MessageProxy) -> None:
+        if not self.client.set(f"bench-naive:{message.message_id}", "running", nx=True, px=600_000):
+            raise dramatiq.middleware.SkipMessage
+
+    def after_process_message(self, broker: Any, message: Any, *, result: Any = None, exception: Any = None) -> None:
+        self.client.set(f"bench-naive:{message.message_id}", "done", px=600_000)
+
+
+def _naive(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
+    broker = _bundle(make)
+    broker.add_middleware(Naive(REDIS_URL))
+    return broker
+
+
 def _full(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
     import sentry_sdk
 
@@ -94,18 +140,21 @@ VARIANTS: dict[str, Variant] = {
     "stock": Variant(_stock, _stock_options),  # Dramatiq's default middleware
     "control": Variant(_stock, _stock_options),  # stock once more: how far from 1 is noise
     "bundle": Variant(_bundle, _bundle_options),  # ErrorClassifier, Timeout and DiscardLogger
+    "installed": Variant(_installed, _bundle_options),  # and Idempotency, of which the actor asks nothing
+    "naive": Variant(_naive, _bundle_options),  # the bundle and SET NX, SET done
+    "idempotent": Variant(_idempotent, _idempotent_options),  # the bundle and a key, with a store on Redis
     "full": Variant(_full, _bundle_options),  # and Metrics, SentryReporter and QueueMonitor
 }
 
 
 def choose(
-    parser: argparse.ArgumentParser, asked: list[str] | None, leave_out: tuple[str, ...] = ("control",)
+    parser: argparse.ArgumentParser, asked: list[str] | None, leave_out: tuple[str, ...] = ("control", "installed", "naive", "idempotent")
 ) -> list[str]:
     """The variants that were asked for, or all but ``leave_out``; the bundle only if the library can be imported."""
     try:
         from dramatiq_policies import RetryPolicy, constant, install  # noqa: F401
     except ImportError as error:
-        if {"bundle", "full"}.intersection(asked or ()):
+        if {"bundle", "full", "installed", "naive", "idempotent"}.intersection(asked or ()):
             parser.error(f"there is no bundle to measure: {error}")
         print(f"measuring without the bundle: {error}", file=sys.stderr)
         leave_out += ("bundle", "full")

@@ -30,19 +30,26 @@ class Solitude:
         self._alone: Any = None
         self._changed = Condition()
 
+    # On every job's way, so without the lock: who enters is seen first and looks then, who wants to be alone says so first
+    # and looks then. So one of the two sees the other.
+
     def enter(self, delivery: Any) -> None:
         """Begin, once nobody is to be left alone."""
-        with self._changed:
-            if self._alone is not None:
+        self.running.add(delivery)
+        if self._alone is not None:
+            with self._changed:
+                self.running.discard(delivery)
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._alone is None, _ALONE_AT_MOST)
-            self.running.add(delivery)
+                self.running.add(delivery)
 
     def leave(self, delivery: Any) -> None:
-        with self._changed:
-            self.running.discard(delivery)
-            if self._alone is delivery:
-                self._alone = None
-            self._changed.notify_all()
+        self.running.discard(delivery)
+        if self._alone is not None:
+            with self._changed:
+                if self._alone is delivery:
+                    self._alone = None
+                self._changed.notify_all()
 
     def make_alone(self, delivery: Any) -> None:
         """Wait until this delivery, which has entered, runs alone, and keep others out until it leaves."""
