@@ -148,7 +148,9 @@ VARIANTS: dict[str, Variant] = {
 
 
 def choose(
-    parser: argparse.ArgumentParser, asked: list[str] | None, leave_out: tuple[str, ...] = ("control", "installed", "naive", "idempotent")
+    parser: argparse.ArgumentParser,
+    asked: list[str] | None,
+    leave_out: tuple[str, ...] = ("control", "installed", "naive", "idempotent"),
 ) -> list[str]:
     """The variants that were asked for, or all but ``leave_out``; the bundle only if the library can be imported."""
     try:

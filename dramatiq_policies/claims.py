@@ -25,7 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from . import clock, owners, records
-from .delivery import COMPLETING
+from .delivery import COMPLETING, Settlement
 from .history import now_ms, run_of
 from .outcomes import BAD_ENDINGS, Outcome, text_of
 from .records import Record, Request, Take
@@ -33,7 +33,7 @@ from .solitude import Solitude
 from .stores import IdempotencyStore, Renewal
 
 if TYPE_CHECKING:
-    from .delivery import Delivery, Send, Settlement
+    from .delivery import Delivery, Send
 
 __all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
 
@@ -87,6 +87,14 @@ class Claim:
                 self.record, self.value = record, value
         except StoreDown:
             pass  # Then a crash before the ack runs it once more.
+
+    def completed(self) -> None:
+        """The broker has remembered the completion together with the ack."""
+        self.claims.let_go(self)
+
+    def lost(self) -> None:
+        """The message is another worker's now, who settles it."""
+        self.claims.conclude(self, Settlement(Outcome.INTERRUPTED))
 
     def conclude(self, decided: Settlement) -> None:
         """The delivery was handed on: say so before it is acked."""

@@ -197,6 +197,10 @@ class PolicyConsumer(Consumer):
             self.dead_letter(message, dead)
             delivery.acked = True
 
+    def completes(self, delivery: Delivery) -> bool:
+        """Whether `hand_off` also completes the idempotency key, and acks, in one step."""
+        return False
+
     def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
         """Move the message to the dead-letter queue; here unannotated, for how it is stored is not known."""
         self.inner.nack(message)

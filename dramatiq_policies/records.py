@@ -10,6 +10,7 @@ much of a lease is left is what is left of the record, less ``keep``. Only the s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["Crashed", "Defer", "HandOnAgain", "Record", "Request", "Skip", "Take
 
 _VERSION = b"\x01"
 _KEPT = 8
+#: A uuid as Dramatiq writes it, which can be written anew from its bytes.
+_UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 #: States of a key: being run; its run has ended and a retry is being handed on; waiting for that retry; not held.
 RUNNING, ENDING, WAITING, FREE = "running", "ending", "waiting", "free"
@@ -105,13 +108,9 @@ class Record:
 
 def completed_by(message_id: str) -> bytes:
     """The record of a completed key."""
-    try:
-        number = UUID(message_id)
-    except ValueError:
-        number = None
-    if number is None or str(number) != message_id:
-        return _VERSION + b"c" + message_id.encode()
-    return _VERSION + b"C" + number.bytes
+    if _UUID.fullmatch(message_id):
+        return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", ""))
+    return _VERSION + b"c" + message_id.encode()
 
 
 @dataclass(frozen=True, slots=True)

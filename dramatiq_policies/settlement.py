@@ -48,7 +48,7 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
     if not delivery.settled:
         decided = delivery.settlement
         if decided is None:
-            decided = undecided()
+            delivery.settlement = decided = undecided()
         delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
         if delivery.claim is not None:
             delivery.claim.conclude(decided)
@@ -80,7 +80,7 @@ def _hand_off(
         try:
             if decided.dead_letter and dead is None:
                 dead = _dead_letter(wiring, consumer, message, decided)
-            if delivery.steps or dead is not None:
+            if delivery.steps or dead is not None or consumer.completes(delivery):
                 _resolve(delivery)
                 consumer.hand_off(message, delivery, dead)
             return decided

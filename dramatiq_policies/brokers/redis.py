@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from importlib import resources
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import redis
@@ -27,8 +27,12 @@ from ..consumer import PolicyConsumer
 from ..delivery import COMPLETING, Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
+from ..records import completed_by
 from ..wiring import Wiring
 from .recovery import Recovery
+
+if TYPE_CHECKING:
+    from ..claims import Claim
 
 __all__ = ["RedisConsumer"]
 
@@ -58,6 +62,9 @@ class RedisConsumer(PolicyConsumer):
         self.held = wiring.in_flight.setdefault(queue_name, set())
         #: The ids whose jobs are over, and whose ack failed and is tried again: they take no place any more.
         self.done: set[str] = set()
+        #: The store of the claims that were seen last, and whether it is on this server.
+        self.store: Any = None
+        self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
         self.room = threading.Event()
@@ -138,10 +145,18 @@ class RedisConsumer(PolicyConsumer):
             sends.extend(step.encoded)
         redis_id = message.options["redis_message_id"]
         try:
-            # A completion is remembered between the two.
+            claim, at_once = delivery.claim, self.completes(delivery)
             decided = delivery.settlement
-            keep = delivery.claim is not None and decided is not None and decided.outcome in COMPLETING
-            self._settle(redis_id, b"" if dead is None else dead.encode(), sends, keep)
+            # Elsewhere a completion is remembered between hand-off and ack.
+            keep = claim is not None and not at_once and decided is not None and decided.outcome in COMPLETING
+            body = b"" if dead is None else dead.encode()
+            if not at_once:
+                self._settle(redis_id, body, sends, keep)
+            elif self._settle(redis_id, body, sends, completes=claim):
+                delivery.claim = claim.completed()
+            else:
+                # Given to another worker meanwhile, who is to hand on what follows.
+                delivery.claim = claim.lost()
             steps, delivery.steps = delivery.steps, None
             if dead is not None:
                 self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
@@ -169,10 +184,27 @@ class RedisConsumer(PolicyConsumer):
         self.broker.emit_before("enqueue", message, delay)
         return queue, redis_id, message.encode()
 
-    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> None:
+    def completes(self, delivery: Delivery) -> bool:
+        claim, decided = delivery.claim, delivery.settlement
+        if claim is None or not claim.keyed or decided is None or decided.outcome not in COMPLETING:
+            return False
+        store = claim.claims.store
+        if store is not self.store:
+            self.store = store
+            shares = getattr(store, "is_beside", None)
+            self.beside_store = shares is not None and shares(self.client)
+        return self.beside_store
+
+    def _settle(
+        self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False, completes: Claim | None = None
+    ) -> bool:
         broker: Any = self.broker
-        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", *sends]
-        self._guarded(self.script, keys=[broker.namespace], args=args)
+        keys, completed, ttl = [broker.namespace], b"", 0
+        if completes is not None:
+            keys.append(self.store.name_of(completes.name))
+            completed, ttl = completed_by(completes.record.message_id), completes.keep
+        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, *sends]
+        return bool(self._guarded(self.script, keys=keys, args=args))
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]

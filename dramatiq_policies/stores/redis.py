@@ -71,7 +71,7 @@ class RedisStore:
         return cls(redis.Redis(connection_pool=pool), namespace=namespace)
 
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:
-        name = self._name(key)
+        name = self.name_of(key)
         if expected is None and value is not None:
             # By far the most frequent call, and cheaper without a script.
             if self._call("SET", name, value, "NX", "PX", ttl):
@@ -81,17 +81,17 @@ class RedisStore:
         return None if found is None else Entry(found[0] or None, max(0, found[1]))
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
-        self._call("SET", self._name(key), value, "PX", ttl)
+        self._call("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
-        found = self._call("EVALSHA", _SWAP_SHA, 1, self._name(key), _NOTHING, b"", 1)
+        found = self._call("EVALSHA", _SWAP_SHA, 1, self.name_of(key), _NOTHING, b"", 1)
         return Entry(found[0] or None, max(0, found[1]))
 
     def delete(self, key: str) -> bool:
-        return bool(self._call("DEL", self._name(key)))
+        return bool(self._call("DEL", self.name_of(key)))
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
-        calls = [_Call(("EVALSHA", _SWAP_SHA, 1, self._name(key), value, value, ttl)) for key, value, ttl in renewals]
+        calls = [_Call(("EVALSHA", _SWAP_SHA, 1, self.name_of(key), value, value, ttl)) for key, value, ttl in renewals]
         self._send(calls)
         return [call.result() is None for call in calls]
 
@@ -107,7 +107,16 @@ class RedisStore:
         )
         return [text]
 
-    def _name(self, key: str) -> str:
+    def is_beside(self, client: Any) -> bool:
+        """Whether a client reaches the same database of the same server, so that one script may touch both."""
+        ours, theirs = (getattr(one, "connection_pool", None) for one in (self.client, client))
+        if ours is None or theirs is None or hasattr(ours, "service_name") or hasattr(theirs, "service_name"):
+            return False
+        same = ("host", "port", "path", "db")
+        return all(ours.connection_kwargs.get(name) == theirs.connection_kwargs.get(name) for name in same)
+
+    def name_of(self, key: str) -> str:
+        """The name of a register on the server."""
         return f"{self.namespace}:{urlsafe_b64encode(blake2b(key.encode(), digest_size=15).digest()).decode()}"
 
     def _call(self, *command: Any) -> Any:
