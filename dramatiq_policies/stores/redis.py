@@ -53,6 +53,7 @@ class RedisStore:
         self._pid = 0
         self._batch: list[_Call] = []
         self._collecting, self._sending = Lock(), Lock()
+        self._line: Any = None
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = "idem", **arguments: Any) -> RedisStore:
@@ -135,24 +136,18 @@ class RedisStore:
     def _begin_anew(self) -> None:
         """In a new process no other thread waits, whatever the locks say."""
         self._pid = os.getpid()
-        self._batch = []
+        self._batch, self._line = [], None
         self._collecting, self._sending = Lock(), Lock()
 
     def _send(self, calls: list[_Call]) -> None:
         """Send all in one round trip; each gets its answer or its error."""
         try:
-            if len(calls) == 1:
-                calls[0].answer = self._execute(calls[0].command)
-            else:
-                with self.client.pipeline(transaction=False) as pipeline:
-                    for call in calls:
-                        pipeline.execute_command(*call.command, **_RAW)
-                    for call, answer in zip(calls, pipeline.execute(raise_on_error=False), strict=True):
-                        call.answer = answer
+            self._exchange(calls)
             for call in calls:
                 if isinstance(call.answer, NoScriptError):
                     # The server was restarted or flushed, or another is the master now. The text loads the script.
-                    call.answer = self._execute(("EVAL", _SWAP, *call.command[2:]))
+                    call.command = ("EVAL", _SWAP, *call.command[2:])
+                    self._exchange([call])
         except Exception as error:
             for call in calls:
                 call.answer = error
@@ -160,11 +155,36 @@ class RedisStore:
             for call in calls:
                 call.done = True
 
-    def _execute(self, command: Sequence[Any]) -> Any:
+    def _exchange(self, calls: list[_Call]) -> None:
+        if isinstance(self.client, redis.Redis):
+            try:
+                self._converse(calls)
+            except (redis.ConnectionError, redis.TimeoutError, OSError):
+                # One that has idled is often gone. Calls may be repeated.
+                self._converse(calls)
+            return
+        for call in calls:  # A cluster's: each key has a server of its own.
+            try:
+                call.answer = self.client.execute_command(*call.command, **_RAW)
+            except redis.ResponseError as error:
+                call.answer = error
+
+    def _converse(self, calls: list[_Call]) -> None:
+        """On one connection, kept: a pipeline of the client's costs several times as much as what it sends."""
+        if self._line is None:
+            self._line = self.client.client()
+        connection = self._line.connection
         try:
-            return self.client.execute_command(*command, **_RAW)
-        except redis.ResponseError as error:
-            return error
+            connection.send_packed_command(connection.pack_commands([call.command for call in calls]))
+            for call in calls:
+                try:
+                    call.answer = connection.read_response(disable_decoding=True)
+                except redis.ResponseError as error:
+                    call.answer = error
+        except BaseException:
+            # Whatever comes over it now is the answer to something else.
+            connection.disconnect()
+            raise
 
 
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
