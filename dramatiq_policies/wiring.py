@@ -46,6 +46,8 @@ class Wiring:
         self.delayed: dict[str, DelayQueue] = {}
         self.in_flight: dict[str, set[str]] = {}
         self.moving = threading.local()
+        #: What the consumers of one broker share among them.
+        self.shared: dict[str, Any] = {}
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
         self.put_back_later: list[Callable[[], object]] = []
         #: RabbitMQ: how many messages the consumer of each queue holds.

@@ -28,6 +28,7 @@ from ..delivery import COMPLETING, Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
 from ..records import completed_by
+from ..round_trips import RoundTrips, Script
 from ..wiring import Wiring
 from .recovery import Recovery
 
@@ -39,7 +40,7 @@ __all__ = ["RedisConsumer"]
 logger = logging.getLogger("dramatiq_policies.outcomes")
 alerts = logging.getLogger("dramatiq_policies.alerts")
 
-_SETTLE = resources.files(__package__).joinpath("settle.lua").read_text()
+_SETTLE = Script(resources.files(__package__).joinpath("settle.lua").read_text())
 #: What Redis answers when no waiting will help.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
 #: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
@@ -55,7 +56,7 @@ class RedisConsumer(PolicyConsumer):
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         super().__init__(wiring, inner, queue_name)
         self.client = inner.broker.client
-        self.script = self.client.register_script(_SETTLE)
+        self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
         self.prefetch = inner.prefetch
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()
@@ -128,7 +129,7 @@ class RedisConsumer(PolicyConsumer):
     def finish(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
         try:
-            self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+            self._settle(redis_id, b"", [])
         except BrokerConnectionError as error:
             self.done.add(redis_id)
             if not self.wiring.stopping.is_set():
@@ -204,7 +205,7 @@ class RedisConsumer(PolicyConsumer):
             keys.append(self.store.name_of(completes.name))
             completed, ttl = completed_by(completes.record.message_id), completes.keep
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, *sends]
-        return bool(self._guarded(self.script, keys=keys, args=args))
+        return bool(self._guarded(self.trips.call, *_SETTLE.command(keys, args)))
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]

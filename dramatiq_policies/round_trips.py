@@ -1,0 +1,148 @@
+"""Round trips to Redis that threads share.
+
+Whoever gets hold of the connection sends what all are waiting for, in one write, as databases do with commits (Gray and
+Reuter, *Transaction Processing*, 1993, "group commit"). No thread is added, and one thread alone waits no longer than it
+would. A call whose connection is lost is sent once more, so it must not matter if it was carried out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import sha1
+from threading import Lock
+from typing import Any
+
+import redis
+from redis.client import NEVER_DECODE
+from redis.exceptions import NoScriptError
+
+__all__ = ["RoundTrips", "Script"]
+
+_RAW: dict[str, Any] = {NEVER_DECODE: []}
+_UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
+
+
+#: The text of each script, by its digest.
+_texts: dict[str, str] = {}
+
+
+class Script:
+    """A Lua script, called by its digest and loaded where it is not known."""
+
+    def __init__(self, text: str) -> None:
+        self.digest = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        _texts[self.digest] = text
+
+    def command(self, keys: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+        return ("EVALSHA", self.digest, len(keys), *keys, *args)
+
+    @staticmethod
+    def in_full(command: Sequence[Any]) -> tuple[Any, ...]:
+        """The same call with the text in place of its digest, which loads it."""
+        return ("EVAL", _texts[command[1]], *command[2:])
+
+
+class _Call:
+    __slots__ = ("answer", "command", "done")
+
+    def __init__(self, command: Sequence[Any]) -> None:
+        self.command = command
+        self.answer: Any = _UNANSWERED
+        self.done = False
+
+    def result(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class RoundTrips:
+    """Calls a server on one connection of a client's pool, which it keeps; of a cluster's client, on its connections.
+
+    Answers are bytes, numbers, lists of them and None, whatever the client is told to decode.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
+        self._pid = os.getpid()
+        self._batch: list[_Call] = []
+        self._collecting, self._sending = Lock(), Lock()
+        self._line: Any = None
+
+    def call(self, *command: Any) -> Any:
+        """The answer to one command.
+
+        Raises:
+          redis.RedisError, OSError: As the client.
+        """
+        if self._pid != os.getpid():
+            self._begin_anew()
+        call = _Call(command)
+        with self._collecting:
+            self._batch.append(call)
+        with self._sending:
+            if not call.done:
+                with self._collecting:
+                    batch, self._batch = self._batch, []
+                self._send(batch)
+        return call.result()
+
+    def together(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answers to many commands in one round trip."""
+        if self._pid != os.getpid():
+            self._begin_anew()
+        calls = [_Call(command) for command in commands]
+        with self._sending:
+            self._send(calls)
+        return [call.result() for call in calls]
+
+    def _send(self, calls: list[_Call]) -> None:
+        try:
+            self._exchange(calls)
+            for call in calls:
+                if isinstance(call.answer, NoScriptError):
+                    # The server was restarted or flushed, or another is the master now.
+                    call.command = Script.in_full(call.command)
+                    self._exchange([call])
+        except Exception as error:
+            for call in calls:
+                call.answer = error
+        finally:
+            for call in calls:
+                call.done = True
+
+    def _exchange(self, calls: list[_Call]) -> None:
+        if isinstance(self.client, redis.Redis):
+            try:
+                self._converse(calls)
+            except (redis.ConnectionError, redis.TimeoutError, OSError):
+                # One that has idled is often gone.
+                self._converse(calls)
+            return
+        for call in calls:  # A cluster's: each key has a server of its own.
+            try:
+                call.answer = self.client.execute_command(*call.command, **_RAW)
+            except redis.ResponseError as error:
+                call.answer = error
+
+    def _converse(self, calls: list[_Call]) -> None:
+        if self._line is None:
+            self._line = self.client.client()
+        connection = self._line.connection
+        try:
+            # A pipeline of the client's costs several times as much as what it sends.
+            connection.send_packed_command(connection.pack_commands([call.command for call in calls]))
+            for call in calls:
+                try:
+                    call.answer = connection.read_response(disable_decoding=True)
+                except redis.ResponseError as error:
+                    call.answer = error
+        except BaseException:
+            # Whatever comes over it now is the answer to something else.
+            connection.disconnect()
+            raise
