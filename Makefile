@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 
-.PHONY: demo test unit lint bench dramatiq-suite docs clean
+.PHONY: demo test unit lint bench dramatiq-suite docs release-check clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -32,6 +32,9 @@ bench: $(VENV)/installed  ## a first look; benchmarks/README.md has the long for
 dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check prometheus-client
 	$(WITH_SERVICES) --private $(BIN)/python scripts/dramatiq_suite.py "$(CHECKOUT)" $(ARGS)
+
+release-check:  ## what is built, each extra alone, import time, vulnerabilities
+	$(PYTHON) scripts/release_check.py
 
 docs: $(DOCS_VENV)/installed  ## the site, to build/docs; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --quiet

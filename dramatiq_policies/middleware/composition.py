@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupCallbacks", "Pipelines"]
 
-_COUNT_MEMBER = resources.files(__package__).joinpath("count_member.lua").read_text()
-
 
 def _hand_on(
     stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
@@ -94,7 +92,7 @@ class GroupCallbacks(StockGroupCallbacks):
 
         def count(uuid: str, member: str) -> bool:
             # In braces: one slot of a cluster.
-            script = client.register_script(_COUNT_MEMBER)
+            script = client.register_script(resources.files(__package__).joinpath("count_member.lua").read_text())
             if not script(keys=[uuid, f"{{{uuid}}}@members"], args=[member, self.barrier_ttl]):
                 return False
             backend.wait_notify(f"{uuid}@events", self.barrier_ttl)

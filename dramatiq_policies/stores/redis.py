@@ -55,7 +55,8 @@ class RedisStore:
         arguments = {**pool.connection_kwargs, **_client_arguments()}
         if hasattr(pool, "service_name"):
             arguments.pop("connection_pool", None)
-            return cls(redis.Redis(connection_pool=type(pool)(pool.service_name, pool.sentinel_manager, **arguments)))
+            pool = type(pool)(pool.service_name, pool.sentinel_manager, **arguments)
+            return cls(redis.Redis(connection_pool=pool), namespace=namespace)
         pool = redis.ConnectionPool(connection_class=pool.connection_class, **arguments)
         return cls(redis.Redis(connection_pool=pool), namespace=namespace)
 

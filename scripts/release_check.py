@@ -1,0 +1,165 @@
+"""Is this tree fit to be released? Builds it, looks at what was built, and installs each extra alone.
+
+python3 scripts/release_check.py      (or make release-check; about three minutes, with a package index)
+
+1. sdist and wheel are built, and their metadata is valid (twine).
+2. The wheel holds the files of the package that git knows, py.typed among them, and nothing else.
+3. Importing dramatiq_policies takes under 30 ms of CPU more than importing dramatiq.
+4. Each extra alone, in an empty environment: what it is for can be imported, what it is not for says what to install, and the
+   tests that need no more than it pass.
+5. pip-audit knows no vulnerability of what `all` installs. Without its database this is said, and does not fail.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORT_MS = 30
+TEST_TOOLS = ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+
+#: What must be there with an extra: a module of ours that needs it.
+NEEDS = {
+    "": "dramatiq_policies.testing",
+    "redis": "dramatiq_policies.stores.redis",
+    "rabbitmq": "dramatiq_policies.brokers.rabbitmq",
+    "statsd": "statsd",
+    "sentry": "sentry_sdk",
+    "cli": "dramatiq_policies.cli",
+    "watch": "watchdog",
+}
+#: What must not be there without one, and the line that says so.
+MISSING = {
+    "redis": "from dramatiq_policies.stores.redis import RedisStore; RedisStore()",
+    "cli": "from dramatiq_policies.__main__ import main; main()",
+}
+BASE_TESTS = ["test_rules.py", "test_backoff.py", "test_durations.py", "test_error_classifier.py", "test_timeout.py"]
+TESTS = {"": BASE_TESTS, "statsd": ["test_metrics.py"], "sentry": ["test_sentry.py"], "cli": ["cli/test_command.py"]}
+
+
+def main() -> int:
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="dp-release-") as name:
+        folder = Path(name)
+        tools = environment(folder / "tools", "build>=1.2", "twine>=6", "pip-audit>=2.7")
+        say("sdist, wheel and their metadata")
+        run(tools, "-m", "build", "--outdir", str(folder / "dist"), str(ROOT))
+        built = sorted((folder / "dist").iterdir())
+        run(tools, "-m", "twine", "check", "--strict", *map(str, built))
+        (wheel,) = (path for path in built if path.suffix == ".whl")
+        failures += contents(wheel)
+        for extra in NEEDS:
+            say(f"extra {extra or '(none)'}")
+            failures += alone(folder, wheel, extra)
+        say("everything together")
+        failures += audit(tools, environment(folder / "all", f"{wheel}[all]"))
+    for failure in failures:
+        say(f"NOT FIT: {failure}")
+    if not failures:
+        say("fit for a release")
+    return bool(failures)
+
+
+def contents(wheel: Path) -> list[str]:
+    known = set(subprocess.check_output(["git", "ls-files", "dramatiq_policies"], cwd=ROOT, text=True).splitlines())
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {entry for entry in archive.namelist() if ".dist-info/" not in entry}
+        (record,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
+        metadata = archive.read(record).decode()
+    failures = [f"the wheel lacks {path}" for path in sorted(known - packed)]
+    failures += [f"the wheel has {path}, which is not in git" for path in sorted(packed - known)]
+    if "dramatiq_policies/py.typed" not in packed:
+        failures.append("the wheel lacks py.typed")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in project["optional-dependencies"]:
+        if f"Provides-Extra: {extra}\n" not in metadata:
+            failures.append(f"the metadata lacks the extra {extra}")
+    return failures
+
+
+def alone(folder: Path, wheel: Path, extra: str) -> list[str]:
+    place = folder / f"extra-{extra or 'none'}"
+    python = environment(place, f"{wheel}[{extra}]" if extra else str(wheel))
+    failures = []
+    if not extra:
+        failures += import_time(python)
+    done = attempt(python, "-c", f"import dramatiq_policies, {NEEDS[extra]}")
+    if done.returncode:
+        failures.append(f"extra {extra!r}: {NEEDS[extra]} can't be imported: {done.stderr.strip()[-300:]}")
+    for other, code in MISSING.items():
+        if not extra:
+            done = attempt(python, "-c", code)
+            if f"dramatiq-policies[{other}]" not in done.stderr:
+                failures.append(
+                    f"without the extra {other!r} nobody is told to install it: {done.stderr.strip()[-300:]}"
+                )
+    if extra in TESTS:
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TEST_TOOLS)
+        tests = place / "tests"
+        copied = subprocess.run(
+            f"git ls-files -z -- tests examples pyproject.toml | tar -c --null -T - | tar -x -C {place}",
+            shell=True,
+            cwd=ROOT,
+            check=False,
+        )
+        done = attempt(
+            python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(tests / t) for t in TESTS[extra]), cwd=place
+        )
+        say(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no test ran")
+        if copied.returncode or done.returncode:
+            failures.append(f"extra {extra!r}: its tests fail: {done.stdout[-1_500:]}")
+    return failures
+
+
+def import_time(python: str) -> list[str]:
+    code = (
+        "import dramatiq, time; began = time.process_time(); import dramatiq_policies; "
+        "print((time.process_time() - began) * 1_000)"
+    )
+    # The least of many: what is on top of it is the machine's.
+    took = min(float(attempt(python, "-c", code).stdout) for _ in range(15))
+    say(f"import: {took:.1f} ms of CPU over dramatiq's own")
+    return [] if took < IMPORT_MS else [f"the import takes {took:.1f} ms over dramatiq's own; at most {IMPORT_MS}"]
+
+
+def audit(tools: str, python: str) -> list[str]:
+    frozen = attempt(python, "-m", "pip", "freeze", "--exclude", "dramatiq-policies").stdout
+    requirements = Path(python).parent / "frozen.txt"
+    requirements.write_text("\n".join(line for line in frozen.splitlines() if "@ file" not in line))
+    done = attempt(tools, "-m", "pip_audit", "--no-deps", "--disable-pip", "-r", str(requirements))
+    if done.returncode == 0:
+        say("pip-audit knows no vulnerability")
+        return []
+    if "Found" in done.stderr and "vulnerabilit" in done.stderr:
+        return [f"pip-audit: {done.stdout[-1_500:]}"]
+    say("pip-audit could not ask its database: not audited")
+    return []
+
+
+def environment(folder: Path, *requirements: str) -> str:
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(folder / "bin" / "python")
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
+    return python
+
+
+def run(python: str, *arguments: str) -> None:
+    subprocess.run([python, *arguments], check=True, cwd=tempfile.gettempdir())
+
+
+def attempt(python: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    place = tempfile.gettempdir() if cwd is None else cwd
+    return subprocess.run([python, *arguments], capture_output=True, text=True, check=False, cwd=place)
+
+
+def say(text: str) -> None:
+    print(f"release_check: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
