@@ -13,7 +13,6 @@ import os
 import socket
 import tempfile
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -152,6 +151,8 @@ class FleetElection(Election):
         self.key = key
         self.near = near
         self.me = f"{socket.gethostname()}:{os.getpid()}:{uuid4()}"
+        from importlib import resources
+
         self._lease = client.register_script(resources.files(__package__).joinpath("lease.lua").read_text())
 
     def wins(self) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -75,9 +74,8 @@ def contents(wheel: Path) -> list[str]:
     failures += [f"the wheel has {path}, which is not in git" for path in sorted(packed - known)]
     if "dramatiq_policies/py.typed" not in packed:
         failures.append("the wheel lacks py.typed")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in project["optional-dependencies"]:
-        if f"Provides-Extra: {extra}\n" not in metadata:
+    for extra in [*NEEDS, "all"]:
+        if extra and f"Provides-Extra: {extra}\n" not in metadata:
             failures.append(f"the metadata lacks the extra {extra}")
     return failures
 

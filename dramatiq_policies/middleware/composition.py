@@ -7,7 +7,6 @@ and the stage is lost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -92,6 +91,8 @@ class GroupCallbacks(StockGroupCallbacks):
 
         def count(uuid: str, member: str) -> bool:
             # In braces: one slot of a cluster.
+            from importlib import resources
+
             script = client.register_script(resources.files(__package__).joinpath("count_member.lua").read_text())
             if not script(keys=[uuid, f"{{{uuid}}}@members"], args=[member, self.barrier_ttl]):
                 return False
