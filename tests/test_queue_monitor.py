@@ -17,6 +17,7 @@ from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ConfigurationError, Metrics, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.alerts import Watch
+from dramatiq_policies.election import Election
 from dramatiq_policies.queues import QueueReading
 from dramatiq_policies.testing import drain, stub
 
@@ -95,6 +96,29 @@ def test_messages_that_wait_and_are_not_taken_are_stalled():
     assert queue.monitor.check() == []
     time.sleep(0.03)
     assert [alert.measure for alert in queue.monitor.check()] == ["stalled"]
+
+
+def test_who_is_elected_next_knows_what_was_told_and_what_is_over():
+    class Handed(Election):
+        memory = None
+
+        def keep(self, memory):
+            Handed.memory = memory
+
+        def kept(self):
+            return Handed.memory
+
+    first, second = Queue(Threshold(ready=10)), Queue(Threshold(ready=10))
+
+    def turn(queue, count):
+        queue.fill(count).monitor._turn(Handed())
+        return len(queue.told)
+
+    assert turn(first, 10) == 1
+    assert turn(second, 10) == 0
+    # It is over, of which nobody is told; who takes over after that has to warn again.
+    assert turn(first, 0) == 1
+    assert turn(Queue(Threshold(ready=10)), 10) == 1
 
 
 def test_what_can_t_be_known_reaches_no_threshold():

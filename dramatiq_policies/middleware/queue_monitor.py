@@ -205,8 +205,9 @@ class QueueMonitor(PolicyMiddleware):
                         self._watch.open = {(str(queue), str(measure)) for queue, measure in before}
                 notes = election.notes()
                 reader.heard = notes
+                open_before = set(self._watch.open)
                 readings, news = self._look()
-                if news:
+                if self._watch.open != open_before:
                     election.keep(sorted(self._watch.open))
             self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
             self._tell(news)
@@ -288,7 +289,11 @@ class QueueMonitor(PolicyMiddleware):
         from ..queues.redis import own_client
 
         client, namespace = at_hand
-        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+        try:
+            return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+        except Exception:
+            logger.exception("%r can't be used for a lease: one process of each command watches the queues.", client)
+            return near
 
 
 def _busy(worker: Worker) -> int:
