@@ -376,7 +376,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 )
         elif event.outcome is Outcome.ALERTED:
             self._alert(event, message)
-        elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.SKIPPED):
+        elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.DUPLICATE, Outcome.SKIPPED):
             logger.info(
                 "%s: message %s of actor %s%s",
                 event.outcome.value,

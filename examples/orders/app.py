@@ -2,6 +2,8 @@
 
 Environment:
   BROKER_URL: ``redis://…``, ``amqp://…`` or ``stub://``. Default ``redis://localhost:6379/0``.
+  IDEMPOTENCY_URL: The Redis that remembers which jobs are done. Default: the broker's own, or for RabbitMQ
+    ``redis://localhost:6379/0``.
   MAIL_API_KEY: The gateway's key. Empty, as if somebody had forgotten it: the jobs alert.
   ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; less for a demo that ends soon.
   ORDERS_TIMEOUT_MS: How long the confirmation may take, in milliseconds. Default 30000.
@@ -20,6 +22,7 @@ from dramatiq.broker import Broker
 from dramatiq_policies import (
     ActorOptions,
     Heartbeat,
+    Idempotency,
     Metrics,
     QueueMonitor,
     RetryPolicy,
@@ -62,6 +65,17 @@ def make_broker(url: str) -> Broker:
     raise ValueError(f"BROKER_URL: expected redis://, amqp:// or stub://, got {url!r}.")
 
 
+def make_idempotency(broker: Broker) -> Idempotency:
+    """What remembers the finished jobs: the broker's own Redis (or memory on a StubBroker), or the one that the URL names."""
+    url = os.environ.get("IDEMPOTENCY_URL")
+    if url is None and type(broker).__name__ != "RabbitmqBroker":
+        return Idempotency()
+    from dramatiq_policies.stores.redis import RedisStore
+
+    # Without it the jobs run all the same: the gateway knows the key, and imports write what is there already.
+    return Idempotency(RedisStore.from_url(url or "redis://localhost:6379/0"), on_store_error="run")
+
+
 sentry_dsn = os.environ.get("SENTRY_DSN")
 if sentry_dsn:
     import sentry_sdk
@@ -73,6 +87,7 @@ broker = make_broker(os.environ.get("BROKER_URL", "redis://localhost:6379/0"))
 statsd, alive = os.environ.get("STATSD_HOST"), os.environ.get("HEARTBEAT_FILE")
 install(
     broker,
+    idempotency=make_idempotency(broker),
     metrics=Metrics() if statsd else None,
     sentry=SentryReporter() if sentry_dsn else None,
     queue_monitor=QueueMonitor(
@@ -101,6 +116,7 @@ gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
     },
     discard_on=InvalidEmail,
     alert_on=MissingCredentials,
+    idempotency_key="order-confirmation:{order_id}",
     timeout=TIMEOUT_MS,
     queue_timeout=3_600_000,
     tags={"team": "checkout", "criticality": "high"},
@@ -135,6 +151,8 @@ def import_orders(first: int, last: int) -> None:
     retry_on={(ConnectionError, TimeoutExceeded): RetryPolicy(attempts=5, wait=exponential(initial=WAIT_MS))},
     discard_on=BadRow,
     dead_letter_discards=True,
+    # The message's own id: the same batch may be imported again another day.
+    idempotent=True,
     timeout=60_000,
     tags={"team": "logistics"},
 )
