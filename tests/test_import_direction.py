@@ -25,7 +25,7 @@ LAYERS = [
     {"alerts"},
     {"consumer"},
     {"brokers", "records"},
-    {"interrupts", "coroutines", "greenlets", "logs"},
+    {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
     {"stores", "owners", "keys", "solitude"},
     {"claims"},
     {"admission"},

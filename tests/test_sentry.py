@@ -14,6 +14,7 @@ import time
 import dramatiq
 import pytest
 import sentry_sdk
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from sentry_sdk.integrations.dramatiq import DramatiqIntegration
@@ -451,6 +452,21 @@ def test_what_expired_has_nothing_of_the_job_before_it(either):
     stage.run()
     assert sentry.endings() == [("late", "QueueTimeoutExceeded", "expired")]
     assert breadcrumbs(sentry.events[0]) == []
+
+
+def test_a_job_whose_after_hooks_never_ran_leaves_nothing_behind(sentry):
+    sentry()
+    stage = stage_with()
+    reporter = next(middleware for middleware in stage.broker.middleware if isinstance(middleware, SentryReporter))
+    around = sentry_sdk.get_isolation_scope()
+    message = MessageProxy(dramatiq.Message("default", "pay", (), {}, {}))
+    for _ in range(3_000):
+        reporter.before_process_message(stage.broker, message)
+    sentry_sdk.set_tag("order", "7")
+    assert sentry_sdk.get_isolation_scope() is not around
+    reporter.after_process_message(stage.broker, message)
+    assert sentry_sdk.get_isolation_scope() is around
+    assert "order" not in around._tags
 
 
 def test_async_actors_are_reported_with_their_own_breadcrumbs(either):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .. import _dramatiq
+from .._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
 from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, class_path, traceparent_of
 from .base import PolicyMiddleware
@@ -29,9 +29,6 @@ _LEVELS: Final = {
     Outcome.DISCARDED: "warning",
     Outcome.RETRIED: "warning",
 }
-#: Outcomes that Sentry need not count as a failed transaction.
-_NO_FAILURES: Final = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
-_OUR_LOGGERS: Final = frozenset({"dramatiq_policies.outcomes", "dramatiq_policies.alerts"})
 _FRAME: Final = re.compile(r'^ *File "(.*)", line (\d+), in (.*)$', re.MULTILINE)
 #: Seconds that an event has to leave before the worker, or its process, ends.
 _FLUSH_WITHIN: Final = 2.0
@@ -73,7 +70,7 @@ class SentryReporter(PolicyMiddleware):
         self._sdk = sentry_sdk
         self._get_client = sentry_sdk.get_client
         self._scopes: Any = sentry_sdk.Scope
-        self._job_scope = _job_scope(sentry_sdk.Scope)
+        self._job_scope = job_scope(sentry_sdk.Scope)
         self._wiring: Wiring | None = None
 
     def attach(self, wiring: Wiring) -> None:
@@ -84,12 +81,14 @@ class SentryReporter(PolicyMiddleware):
         wiring.observe(self, self._record, self, successes=False, first=True)
         wiring.stuck_subscribers.append(self._stuck)
         ignore_logger(_dramatiq.WORKER_LOGGER)
-        _drop_our_lines()
-        self._quieten(wiring.broker)
+        drop_our_lines()
+        for middleware in wiring.broker.middleware:
+            quieten(middleware)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         super().before_worker_boot(broker, worker)
-        self._quieten(broker)
+        for middleware in broker.middleware:
+            quieten(middleware)
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._sdk.flush(timeout=_FLUSH_WITHIN)
@@ -97,8 +96,12 @@ class SentryReporter(PolicyMiddleware):
     # Scopes. On every message's way.
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        scope = message.sentry_scope = _new(self._job_scope)  # type: ignore[attr-defined]
-        scope.around = self._scopes.get_isolation_scope()
+        scope = message.sentry_scope = object.__new__(self._job_scope)  # type: ignore[attr-defined]
+        around = self._scopes.get_isolation_scope()
+        if type(around) is self._job_scope:
+            # Of a job whose after-hooks never ran.
+            around = getattr(around, "around", around)
+        scope.around = around
         self._scopes.set_isolation_scope(scope)
 
     def after_process_message(
@@ -126,7 +129,7 @@ class SentryReporter(PolicyMiddleware):
         with self._sdk.scope.use_isolation_scope(scope), self._sdk.new_scope() as current:
             if not client.options["send_default_pii"]:
                 current.add_event_processor(_without_arguments)
-            _forget_last_seen(client)
+            forget_last_seen(client)
             self._sdk.capture_event(*self._event(client, event, message))
 
     def _wanted(self, event: OutcomeEvent) -> bool:
@@ -198,68 +201,6 @@ class SentryReporter(PolicyMiddleware):
         # The process may be about to end.
         self._sdk.flush(timeout=_FLUSH_WITHIN)
 
-    # Sentry's own integration.
-
-    def _quieten(self, broker: Broker) -> None:
-        """Have Sentry's own middleware report no job that is ours to report."""
-        for middleware in broker.middleware:
-            if type(middleware).__module__ == "sentry_sdk.integrations.dramatiq":
-                _quieten(middleware)
-
-
-_new: Final = object.__new__
-
-
-def _job_scope(scope_class: Any) -> Any:
-    """The class of a job's isolation scope: a fork of the one around it, made when the job first needs it.
-
-    A fork copies a dozen containers, which costs a quarter of what Dramatiq takes for a whole message; most jobs leave no
-    breadcrumb. An instance is made without them, so that the first that is missed brings all.
-    """
-
-    class JobScope(scope_class):  # type: ignore[misc]
-        __slots__ = ("around",)
-
-        def __getattr__(self, name: str) -> Any:
-            if name not in scope_class.__slots__:
-                raise AttributeError(name)
-            fork = self.around.fork()
-            fork.clear_breadcrumbs()
-            for slot in scope_class.__slots__:
-                try:
-                    object.__getattribute__(self, slot)
-                except AttributeError:
-                    # What the job has set already stays.
-                    setattr(self, slot, getattr(fork, slot))
-            return object.__getattribute__(self, name)
-
-    return JobScope
-
-
-def _quieten(middleware: Any) -> None:
-    """Hide the error from it, and let its transaction say that there was one."""
-    if "after_process_message" in vars(middleware):
-        return
-    stock = middleware.after_process_message
-
-    def after_process_message(
-        broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
-    ) -> None:
-        delivery = getattr(message, "delivery", None)
-        if delivery is None:
-            stock(broker, message, result=result, exception=exception)
-            return
-        decided = delivery.settlement
-        span = getattr(message, "_sentry_span_ctx", None)
-        if exception is not None and span is not None and (decided is None or decided.outcome not in _NO_FAILURES):
-            if hasattr(span, "set_status"):
-                span.set_status("internal_error")
-            else:
-                span.status = "error"
-        stock(broker, message, result=result, exception=None)
-
-    middleware.after_process_message = after_process_message
-
 
 def _tags(own: Any, **ours: Any) -> dict[str, str]:
     return {**(own or {}), **{name: str(value) for name, value in ours.items() if value is not None}}
@@ -269,32 +210,3 @@ def _without_arguments(event: Any, hint: Any) -> Any:
     """Sentry's own integration adds the whole message to what is captured in its scope."""
     event.get("contexts", {}).pop("dramatiq", None)
     return event
-
-
-def _forget_last_seen(client: Any) -> None:
-    """Have an error reported that a log line, of Dramatiq's or the job's own, has told Sentry of before."""
-    from sentry_sdk.integrations.dedupe import DedupeIntegration
-
-    last_seen = getattr(client.get_integration(DedupeIntegration), "_last_seen", None)
-    if last_seen is not None:
-        last_seen.set(None)
-
-
-def _drop_our_lines() -> None:
-    from sentry_sdk.scope import add_global_event_processor, global_event_processors
-
-    if _without_our_lines not in global_event_processors:
-        add_global_event_processor(_without_our_lines)
-
-
-def _without_our_lines(event: Any, hint: Any) -> Any:
-    """None for the event that Sentry makes of a log line on something that is reported already."""
-    record = hint.get("log_record") if hint else None
-    if not isinstance(record, logging.LogRecord):
-        return event
-    if record.name in _OUR_LOGGERS:
-        # Of a delivery, or of a stuck job.
-        told = hasattr(record, "reason") or hasattr(record, "stack")
-    else:
-        told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
-    return None if told else event
