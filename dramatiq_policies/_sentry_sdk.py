@@ -37,14 +37,20 @@ def job_scope(scope_class: Any) -> Any:
             fork = self.around.fork()
             fork.clear_breadcrumbs()
             for slot in scope_class.__slots__:
-                try:
-                    object.__getattribute__(self, slot)
-                except AttributeError:
-                    # What the job has set already stays.
+                # What the job has set already stays; and some versions leave one unset in a copy.
+                if not _is_set(self, slot) and _is_set(fork, slot):
                     setattr(self, slot, getattr(fork, slot))
             return object.__getattribute__(self, name)
 
     return JobScope
+
+
+def _is_set(scope: Any, slot: str) -> bool:
+    try:
+        object.__getattribute__(scope, slot)
+    except AttributeError:
+        return False
+    return True
 
 
 def quieten(middleware: Any) -> None:
