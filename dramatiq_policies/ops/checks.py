@@ -18,6 +18,7 @@ from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware
 from ..middleware.error_classifier import ErrorClassifier
+from ..middleware.idempotency import Idempotency
 from ..middleware.queue_monitor import QueueMonitor
 from ..middleware.timeout import Timeout
 from ..outcomes import class_path
@@ -168,18 +169,19 @@ def purpose_of(actor: Actor[..., Any]) -> str | None:
 
 
 def _memory(job: _Job) -> Found:
-    idempotency = job.named("Idempotency")
-    if idempotency is None or not any(job.options.get(option) for option in ("idempotency_key", "idempotent")):
+    idempotency, guard, timeout = job.one(Idempotency), job.policy.guard, job.policy.timeout_ms
+    if idempotency is None or guard is None or not guard.keyed:
         return
-    lease, timeout = getattr(idempotency, "lease", None), job.policy.timeout_ms
-    if lease is not None and timeout is not None and lease < timeout and getattr(idempotency, "renews", True) is False:
-        yield "DP009", f"The lease of {lease} ms ends before the timeout of {timeout:.0f} ms, and nothing renews it"
-    ttl = job.options.get("idempotency_ttl")
-    ttl_ms = getattr(idempotency, "ttl", None) if ttl is None else ttl
-    if isinstance(ttl_ms, (int, float)):
-        horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
-        if ttl_ms < horizon:
-            yield "DP010", f"Retries may go on for {horizon} ms, and a completed key is remembered for {ttl_ms:.0f} ms"
+    # It is renewed while the job runs. A call that lets no other thread run is not covered by a lease that is short.
+    if timeout is not None and idempotency.lease < min(timeout, _LEASE):
+        yield "DP009", f"The lease is {idempotency.lease} ms, the timeout {timeout:.0f} ms"
+    horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
+    if guard.ttl < horizon:
+        yield "DP010", f"Retries may go on for {horizon} ms, and a completed key is remembered for {guard.ttl:.0f} ms"
+
+
+#: The lease that Idempotency has by default, in ms.
+_LEASE = 60_000
 
 
 def retry_horizon(policy: RetryPolicy) -> int:

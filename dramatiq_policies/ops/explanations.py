@@ -364,29 +364,33 @@ def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
         "queue_timeout": _said(policy.queue_timeout_ms, "none: it may wait for ever"),
         "other errors": _Case(actor, Exception).unnamed().why,
     }
-    for option in ("max_retries", "idempotency_key", "idempotent", "done_when", "idempotency_ttl", "max_crashes"):
+    for option in ("max_retries", "idempotency_key", "idempotent", "done_when"):
         if option in actor.options:
             value = actor.options[option]
             facts[option] = getattr(value, "__qualname__", None) or str(value)
     if policy.tags:
         facts["tags"] = ", ".join(f"{name}={value}" for name, value in policy.tags.items())
-    facts.update(_runs_again(actor, facts))
+    if policy.exempt:
+        facts["exempt"] = "; ".join(f"{code}: {reason}" for code, reason in policy.exempt.items())
+    facts["a duplicate"], facts["a crash"] = _again(actor, policy)
     return facts
 
 
-def _runs_again(actor: Actor[..., Any], facts: dict[str, str]) -> dict[str, str]:
-    if not any(actor.options.get(option) for option in ("idempotency_key", "idempotent", "done_when")):
-        return {
-            "a duplicate": "runs again: nothing in the actor's options stops it",
-            "a crash": "the message is delivered again, and the job runs again from its start",
-        }
-    guard = (
-        "done_when says whether it has run" if "done_when" in facts and "idempotency_key" not in facts else "its key"
+def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
+    """What a second message of the same job does, and what follows when the worker dies in one."""
+    guard = policy.guard
+    again = "the message is delivered again and the job runs again from its start"
+    crash = (
+        again
+        if guard is None or guard.max_crashes is None
+        else f"{again}; dead (crashed) after {guard.max_crashes} such runs"
     )
-    return {
-        "a duplicate": f"is skipped if that job is completed, and put off while it runs ({guard})",
-        "a crash": "the message is delivered again, and the job runs again from its start; its key is freed or taken over",
-    }
+    if guard is not None and guard.keyed:
+        kept = f"skipped for {guard.ttl} ms after the job is completed, put off while it runs"
+        return (kept if guard.key_of is not None else f"{kept}; only of this very message"), crash
+    if "done_when" in actor.options:
+        return "runs, unless done_when says that there is nothing left to do", crash
+    return "runs again: nothing in the actor's options stops it", crash
 
 
 def _said(ms: float | None, none: str) -> str:

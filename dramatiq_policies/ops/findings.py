@@ -43,7 +43,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP007", "error", "no purpose", "Say in a docstring what the job is for"),
     Code("DP008", "error", "a required tag is missing", "Declare it in tags="),
     # What contradicts itself.
-    Code("DP009", "error", "the lease is shorter than the timeout", "Raise Idempotency(lease=…) over the timeout"),
+    Code("DP009", "error", "the lease is short, and shorter than the timeout", "Leave Idempotency(lease=…) at its 60 seconds, or over the timeout"),
     Code("DP010", "error", "retries outlive the idempotency memory", "Raise idempotency_ttl over the longest time of retries"),
     Code("DP011", "error", "a rule can never match", "Take it out, or narrow the rule before it by when()"),
     Code("DP012", "error", "a broker's rule wins over the actor's wider one", "Name the class on the actor too, or set broker_rules=False"),

@@ -120,6 +120,7 @@ gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
     timeout=TIMEOUT_MS,
     queue_timeout=3_600_000,
     tags={"team": "checkout", "criticality": "high"},
+    policy_exempt={"DP006": "the gateway sends no second mail for a key that it knows"},
 )
 def send_confirmation(order_id: int, email: str, total: str) -> None:
     """Tell the customer that the order has arrived."""
@@ -136,7 +137,15 @@ def send_confirmation(order_id: int, email: str, total: str) -> None:
     )
 
 
-@dramatiq.actor(queue_name="orders_import", timeout=60_000, tags={"team": "logistics"})
+@dramatiq.actor(
+    queue_name="orders_import",
+    # It meets the broker only. Its errors go by Dramatiq's own options.
+    retry_on=(),
+    discard_on=(),
+    timeout=60_000,
+    tags={"team": "logistics"},
+    policy_exempt={"DP006": "its batches write what is there already"},
+)
 def import_orders(first: int, last: int) -> None:
     """Cut an import into batches, each a job with retries of its own.
 
@@ -155,6 +164,7 @@ def import_orders(first: int, last: int) -> None:
     idempotent=True,
     timeout=60_000,
     tags={"team": "logistics"},
+    policy_exempt={"DP006": "an order written twice is the same order"},
 )
 def import_batch(first: int, last: int) -> None:
     """Write the orders of one batch. A row that can't be one drops the batch, onto the dead letters for a look."""
@@ -162,16 +172,22 @@ def import_batch(first: int, last: int) -> None:
         shop.upsert(order_id, 1_000 + order_id)
 
 
-REPORT: ActorOptions = {"queue_name": "orders_reports", "timeout": 120_000, "tags": {"team": "finance"}}
+REPORT: ActorOptions = {
+    "queue_name": "orders_reports",
+    "discard_on": (),
+    "timeout": 120_000,
+    "tags": {"team": "finance"},
+    "policy_exempt": {"DP006": "it reads, and the gateway sends no second mail for a key that it knows"},
+}
 
 
-@dramatiq.actor(**REPORT)
+@dramatiq.actor(retry_on=(), **REPORT)
 def collect_figures(day: str) -> dict[str, object]:
     """The first stage of the nightly report."""
     return {"day": day, "orders": len(shop.imported), "cents": sum(shop.imported.values())}
 
 
-@dramatiq.actor(**REPORT)
+@dramatiq.actor(retry_on=(), **REPORT)
 def render_report(figures: dict[str, object]) -> str:
     """The second stage: what it gets is what the first one returned."""
     return f"{figures['day']}: {figures['orders']} orders, {figures['cents']} cents"

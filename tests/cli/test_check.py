@@ -11,6 +11,7 @@ import pytest
 from dramatiq_policies.ops import CODES, find_actor
 from dramatiq_policies.testing import assert_job_ready
 
+ROOT = Path(__file__).parents[2]
 READY = """
 @dramatiq.actor(queue_name="mail", retry_on=ConnectionError, discard_on=ValueError, timeout=30_000,
                 tags={"team": "shop"}, policy_exempt={"DP006": "asked of the gateway"})
@@ -96,6 +97,25 @@ dramatiq.set_broker(broker)
 """
     app = command.app(job(retry_on=None, discard_on=None, timeout=None), broker=broker)
     assert codes(command.json("check", app)) == []
+
+
+def test_a_short_lease_is_found(command):
+    broker = """
+broker = StubBroker()
+install(broker, idempotency=Idempotency(lease=%d))
+dramatiq.set_broker(broker)
+"""
+    keyed = job(policy_exempt=None, idempotency_key='"order:{order_id}"')
+    assert codes(command.json("check", command.app(keyed, broker=broker % 5_000), code=1)) == ["DP009"]
+    assert codes(command.json("check", command.app(keyed, broker=broker % 30_000))) == []
+    assert codes(command.json("check", command.app(job(), broker=broker % 5_000))) == []
+
+
+def test_retries_that_outlive_the_memory_of_a_key_are_found(command):
+    rule = "{ConnectionError: RetryPolicy(attempts=4, wait=constant(60_000))}"
+    keyed = {"policy_exempt": None, "idempotency_key": '"order:{order_id}"', "retry_on": rule}
+    assert codes(command.json("check", command.app(job(idempotency_ttl="179_999", **keyed)), code=1)) == ["DP010"]
+    assert codes(command.json("check", command.app(job(idempotency_ttl="180_000", **keyed)))) == []
 
 
 def test_a_broker_s_rule_that_beats_the_actor_s_wider_one_is_found(command):
@@ -353,5 +373,5 @@ def test_json_is_what_it_says_it_is(command):
 
 
 def test_each_code_is_documented():
-    page = (Path(__file__).parents[2] / "docs" / "checks.md").read_text()
+    page = (ROOT / "docs" / "checks.md").read_text()
     assert re.findall(r"^\| (DP\d+) \|", page, re.MULTILINE) == list(CODES)
