@@ -213,8 +213,16 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
     "--new-id", is_flag=True, help="Give each a message id of its own; it runs anyway, see docs/operating.md."
 )
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@format_option()
 def replay(
-    limit: int | None, dry_run: bool, rate: float | None, to_queue: str | None, new_id: bool, yes: bool, **meant: Any
+    limit: int | None,
+    dry_run: bool,
+    rate: float | None,
+    to_queue: str | None,
+    new_id: bool,
+    yes: bool,
+    form: str,
+    **meant: Any,
 ) -> None:
     """Send dead letters again, as if for the first time; loses none, whenever it is interrupted."""
     broker, queues, where = _meant(**meant)
@@ -223,7 +231,8 @@ def replay(
     if dry_run or not yes:
         count = _count(broker, queues, where, limit)
         if dry_run or not count:
-            click.echo(f"{counted(count, 'dead letter')} would be replayed." if dry_run else "No dead letters.")
+            text = f"{counted(count, 'dead letter')} would be replayed." if dry_run else "No dead letters."
+            _told(form, text, count=count, dry_run=dry_run)
             return
         confirm(f"Replay {counted(count, 'dead letter')}?")
     moved = ops.Moved()
@@ -239,26 +248,27 @@ def replay(
             progress=progress,
             moved=moved,
         )
-    _said(moved, "replayed")
+    _said(form, moved, "replayed", dry_run=False)
 
 
 @dead.command()
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
-def purge(limit: int | None, yes: bool, **meant: Any) -> None:
+@format_option()
+def purge(limit: int | None, yes: bool, form: str, **meant: Any) -> None:
     """Delete dead letters for good."""
     broker, queues, where = _meant(**meant)
     if not yes:
         count = _count(broker, queues, where, limit)
         if not count:
-            click.echo("No dead letters.")
+            _told(form, "No dead letters.", count=0)
             return
         confirm(f"Delete {counted(count, 'dead letter')} for good?")
     moved = ops.Moved()
     with progress_bar("Deleting") as progress, interruptible(moved, "dead letter", "deleted"):
         ops.purge(broker, queues, where, limit=limit, progress=progress, moved=moved)
-    _said(moved, "deleted")
+    _said(form, moved, "deleted")
 
 
 def _count(broker: Broker, queues: tuple[str, ...], where: ops.Filter, limit: int | None) -> int:
@@ -268,7 +278,17 @@ def _count(broker: Broker, queues: tuple[str, ...], where: ops.Filter, limit: in
     return count
 
 
-def _said(moved: ops.Moved, done: str) -> None:
-    click.echo(f"{counted(moved.count, 'dead letter')} {done}.")
+def _said(form: str, moved: ops.Moved, done: str, **more: Any) -> None:
+    _told(
+        form, f"{counted(moved.count, 'dead letter')} {done}.", count=moved.count, unreadable=moved.unreadable, **more
+    )
     if moved.unreadable:
         click.echo(f"{moved.unreadable} can't be read and stay where they are.", err=True)
+
+
+def _told(form: str, text: str, **found: Any) -> None:
+    """Say what was done, to people or to programs."""
+    if form == "json":
+        print_json({"unreadable": 0, **found})
+    else:
+        click.echo(text)

@@ -152,7 +152,10 @@ def _signed(change: float | None) -> str | None:
 @click.option("--actor", help="Only this actor's messages.")
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @path_option
-def move(app: str, queue: str, target: str, actor: str | None, limit: int | None, path: tuple[str, ...]) -> None:
+@format_option()
+def move(
+    app: str, queue: str, target: str, actor: str | None, limit: int | None, path: tuple[str, ...], form: str
+) -> None:
     """Move messages that wait in QUEUE to another one: a few urgent ones out of a long queue, or all of a retired one.
 
     Delayed messages, and those that a worker has in hand, stay. Interrupted at any moment, it has lost none.
@@ -163,7 +166,10 @@ def move(app: str, queue: str, target: str, actor: str | None, limit: int | None
     moved = ops.Moved()
     with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
         ops.move(broker, queue, target, actor=actor, limit=limit, progress=progress, moved=moved)
-    click.echo(f"{counted(moved.count, 'message')} moved to {target}.")
+    if form == "json":
+        print_json({"count": moved.count, "unreadable": moved.unreadable})
+    else:
+        click.echo(f"{counted(moved.count, 'message')} moved to {target}.")
 
 
 @click.command()

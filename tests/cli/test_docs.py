@@ -7,12 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 import pytest
 
+from dramatiq_policies import KeyState
 from dramatiq_policies.cli import main
+
+from .test_dead import APP as DEAD_APP
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -43,6 +47,25 @@ def test_each_command_in_the_guides_exists_with_its_options(line, tmp_path, monk
         name = args.pop(0) if args[0] in command.commands else "show"
         command = command.commands[name]
     command.make_context(command.name, args)
+
+
+def test_the_fields_that_programs_read_are_those_that_are_printed(command):
+    text = (ROOT / "docs" / "operating.md").read_text().partition("## For programs")[2]
+    rows = dict(re.findall(r"^\| (.*?) \| (.*) \|$", text, re.MULTILINE))
+    app = command.app(DEAD_APP)
+    shown = {
+        "`check`": command.json("check", app, "--live", code=1),
+        "`explain` with an error": command.json("explain", f"{app}:send_mail", "ValueError")[0],
+        "`explain` without": command.json("explain", f"{app}:send_mail"),
+        "`dead summary`": command.json("dead", "summary", app)[0],
+        "`dead list`": command.json("dead", "list", app)[0],
+        "`dead replay`, `purge`, `queues move`": command.json("dead", "replay", app, "--dry-run"),
+        "`queues`": command.json("queues", app)[0],
+        "`keys show`": asdict(KeyState(state="none", key="")),
+    }
+    for command_, fields in shown.items():
+        written = set(re.findall(r"\b[a-z_]+\b", rows[command_]))
+        assert set(fields) <= written, command_
 
 
 def sessions():

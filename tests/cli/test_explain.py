@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from dramatiq.common import compute_backoff
 
-from dramatiq_policies import ops
+from dramatiq_policies import Snooze, ops
 from dramatiq_policies.ops.explanations import stock_bounds
+from dramatiq_policies.testing import drain, fail
 
 APP = """
 class Timeout_(OSError): pass
@@ -105,6 +106,38 @@ def test_the_bounds_hold_what_the_production_waits_say(command, app):
         for attempt in answer.attempts[1:]:
             start += policy.wait(attempt.number - 1, OSError())
             assert attempt.earliest_ms <= start <= attempt.latest_ms
+
+
+@pytest.mark.parametrize(
+    ("actor", "error"),
+    [
+        ("send_mail", "Timeout_"),
+        ("send_mail", "ConnectionError"),
+        ("send_mail", "Gone"),
+        ("send_mail", "NoKey"),
+        ("send_mail", "Snooze"),
+        ("plain", "ValueError"),
+        ("plain", "KeyError"),
+    ],
+)
+def test_what_it_says_is_what_then_happens(command, app, actor, error):
+    found = ops.find_actor(f"{app}:{actor}")
+    cls = ops.find_exception(found, error)
+    (answer,) = ops.explain(found, cls)
+    with fail(found, Snooze(1_000) if error == "Snooze" else cls("said"), times=1 if error == "Snooze" else None):
+        found.send(*((7,) if actor == "send_mail" else ()))
+        run = drain(found.broker)
+    outcomes = run.outcomes(found)
+    assert outcomes[0] == answer.outcome
+    if error != "Snooze":
+        assert outcomes == ["retried"] * (len(answer.attempts) - 1) + [answer.ending]
+        assert run.reasons(found)[-1] == answer.reason
+        assert bool(run.dead) == (answer.where_it_ends != "gone")
+    start = 0
+    for wait, attempt in zip(run.waits(found), answer.attempts[1:], strict=error != "Snooze"):
+        start += wait
+        # Runs take no virtual time, but a little of the real one.
+        assert attempt.earliest_ms <= start <= attempt.latest_ms
 
 
 def test_without_an_exception_it_shows_the_whole_policy(command, app):

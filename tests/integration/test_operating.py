@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from dramatiq import Message
 from dramatiq_policies import constant, ops
 from dramatiq_policies.ops import Filter, letters
 from dramatiq_policies.rules import RetryPolicy
+from tests.proxy import Proxy, amqp_method
 
 from .places import RabbitmqPlace, RedisPlace, until
 
@@ -243,6 +245,30 @@ def test_a_replay_interrupted_again_and_again_loses_nothing(place, app, run, blo
     assert not left
     twice = sum(found.values()) - len(found)
     assert twice <= (0 if place.kind == "redis" else killed)
+
+
+@pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
+def test_a_replay_whose_connection_is_cut_loses_nothing(place, executed):
+    confirmed = None if place.kind == "redis" else amqp_method(60, 80)
+    with Proxy.before(place.url) as proxy:
+        app = place.app(proxy.url)
+        app.broker.declare_queue(place.queue)
+        ids = bury(place, app, 30)
+        trap = proxy.cut_when(b'"replays"', after=executed, reply=confirmed, skip=12)
+        moved = ops.Moved()
+        # A client of Redis asks again of its own accord; whoever else is cut off, says so.
+        with contextlib.suppress(ops.OperationError):
+            ops.replay(app.broker, moved=moved)
+        assert trap.wait()
+        if isinstance(place, RabbitmqPlace):
+            assert moved.count == 12
+            until(lambda: count_dead(place) >= 17)
+        ops.replay(app.broker)
+        app.broker.close()
+    found = Counter(message.message_id for message in place.left())
+    assert set(found) == set(ids)
+    assert place.dead() == []
+    assert sum(found.values()) == 30 + (1 if executed and isinstance(place, RabbitmqPlace) else 0)
 
 
 def test_the_commands_work_as_processes(place, app, run):
