@@ -66,3 +66,16 @@ def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog):
 def test_every_link_to_a_file_leads_to_one(page):
     targets = LINK.findall((ROOT / page).read_text())
     assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
+
+
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)?::(test_\w+)`")
+
+
+def test_every_test_that_shows_a_promise_is_there():
+    path, named = None, []
+    for found, name in NAMED_TEST.findall((ROOT / "docs/guarantees.md").read_text()):
+        path = found or path
+        named.append((path, name))
+    assert len(named) > 10
+    missing = [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
+    assert missing == []
