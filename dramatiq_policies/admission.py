@@ -21,11 +21,12 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from . import coroutines, interrupts, records
 from .backoff import bounds_of
 from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_name
+from .consumer import REDELIVERED
 from .delivery import Delivery, Send, Settlement
 from .durations import WEEK_MS, to_ms
 from .errors import ConfigurationError, Crashed, NoResult, UnknownRecord
 from .history import POLICIES, History, now_ms, run_of
-from .keys import checked_key, template_key
+from .keys import checked_key, encodable, template_key
 from .outcomes import Outcome, logger
 from .rules import RuleSet
 
@@ -93,9 +94,9 @@ class Admission:
         if key is None:
             if not delivery.redelivered or guard.max_crashes is None:
                 return
-            # The start that was not counted is the first; the last one that it is granted is made alone.
+            # The start that was not counted is the first, if there was one: a single start is never refused for it.
             name, keep = uncounted_name(message.message_id), guard.ttl
-            starts = max(1, min(2, guard.max_crashes - 1))
+            starts = min(2, guard.max_crashes)
         else:
             name, starts, keep = name_of(message.actor_name, key), 1, guard.ttl
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
@@ -201,6 +202,9 @@ class Admission:
         history.deferrals += 1
         again: Message[Any] = message.copy(options={POLICIES: history.option()})
         again.options.pop("eta", None)
+        if delivery.redelivered:
+            # Still what counts a start of a message without a key.
+            again.options[REDELIVERED] = True
         delivery.hand_on(Send(again, wait))
         self._skip(delivery, Settlement(Outcome.DEFERRED, reason, delay_ms=wait))
 
@@ -214,7 +218,7 @@ class Admission:
 
 def name_of(actor_name: str, key: str) -> str:
     """The register of an actor's key."""
-    return f"{actor_name}\0{key}"
+    return encodable(f"{actor_name}\0{key}")
 
 
 def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str | None:

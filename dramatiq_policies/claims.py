@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +25,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from . import clock, owners, records
 from .delivery import COMPLETING, Settlement
+from .forks import after_fork
 from .history import now_ms, run_of
+from .keys import encodable
 from .outcomes import BAD_ENDINGS, Outcome, text_of
 from .records import Record, Request, Take
 from .solitude import Solitude
@@ -63,9 +64,10 @@ class Claim:
       name: The register.
       record, value: What it holds, decoded and as bytes.
       keyed: Whether its completion is remembered; otherwise it only counts starts.
+      over: Its ending is being written.
     """
 
-    __slots__ = ("claims", "keep", "keyed", "name", "record", "value")
+    __slots__ = ("claims", "keep", "keyed", "name", "over", "record", "value")
 
     def __init__(self, claims: Claims, name: str, record: Record, value: bytes, keyed: bool, keep: int) -> None:
         self.claims = claims
@@ -74,9 +76,12 @@ class Claim:
         self.value = value
         self.keyed = keyed
         self.keep = keep
+        self.over = False
 
     def ending(self, send: Send) -> None:
         """The run has ended, and its retry is about to be handed on."""
+        if run_of(send.message.options) <= self.record.run:
+            return  # Put back unrun. Handed on again, it would find the same, without end.
         options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
         due = None if send.delay is None else now_ms() + send.delay
         record = replace(self.record, state=records.ENDING, follow={"options": options, "due": due})
@@ -123,13 +128,14 @@ class Claims:
     def __init__(self, store: IdempotencyStore, lease: int) -> None:
         self.store = store
         self.lease = lease
+        self.begin_anew()
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        """In a new process nothing is held and no thread runs."""
         self.solitude = Solitude()
         self._lock = threading.Lock()
         self._down = False
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._pid = os.getpid()
         self._held: dict[str, Claim] = {}
         self._owed: list[tuple[Claim, Callable[[], object]]] = []
         self._thread: threading.Thread | None = None
@@ -142,17 +148,16 @@ class Claims:
           StoreDown: The store could not be asked.
           UnknownRecord: It holds something that this version can't read.
         """
-        if self._pid != os.getpid():
-            self._begin_anew()
         owner = owners.this_process()
         token = str(next(_numbers))
         _live.add(token)
         claimed = False
         try:
-            action: records.Action = Take(request.starts)
+            action = records.decide(None, 0, request)
             expected: bytes | None = None
             for _ in range(_TRIES):
-                assert isinstance(action, Take)
+                if not isinstance(action, Take) or action.alone:
+                    return action
                 record = records.taken(action, request, owner=owner, token=token, since=now_ms(), keep=keep)
                 value = record.encode()
                 found = self.ask(partial(self.store.swap, name, expected, value, self.lease + keep))
@@ -164,9 +169,9 @@ class Claims:
                 stored = self._read(found.value)
                 action = records.decide(stored, found.left, request)
                 if isinstance(action, records.Crashed) and stored is not None and found.value is not None:
-                    return Quarantined(Claim(self, name, stored, found.value, keyed, keep), action.starts)
-                if not isinstance(action, Take) or action.alone:
-                    return action
+                    # Another process' token may also be that of a run here.
+                    record = replace(stored, message_id=request.message_id, run=request.run, token="")
+                    return Quarantined(Claim(self, name, record, found.value, keyed, keep), action.starts)
                 expected = found.value
             return records.Defer(self.lease)
         except StoreDown:
@@ -193,12 +198,13 @@ class Claims:
                 value = replace(claim.record, starts=claim.record.starts - 1).encode()
                 self.ask(partial(self.store.swap, claim.name, claim.value, value, self.lease + claim.keep))
                 return
+            # Without a key nothing is held: its lease is over as soon as it is written.
             message = delivery.message
             request = Request(message.message_id, run_of(message.options), is_dead)
             record = records.taken(
                 Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=self.lease
             )
-            self.ask(partial(self.store.put, uncounted_name(message.message_id), record.encode(), 2 * self.lease))
+            self.ask(partial(self.store.put, uncounted_name(message.message_id), record.encode(), self.lease))
         except StoreDown:
             pass  # Then it is counted.
 
@@ -209,12 +215,13 @@ class Claims:
             # Given up half-way: the redelivery hands the retry on.
             self.let_go(claim)
             return
+        claim.over = True
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:
             write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.keep)
         else:
-            waits = outcome in (Outcome.RETRIED, Outcome.DEFERRED)
+            waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decided.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED
             lease = (decided.delay_ms or 0) + self.lease if waits else 1
             state = records.WAITING if waits else records.FREE
@@ -276,16 +283,19 @@ class Claims:
     # Renewals: one thread, which sleeps, and one round trip for all claims.
 
     def _ensure_renewals(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_renewing():
             return
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if not self._is_renewing():
                 self._stop = threading.Event()
                 thread = threading.Thread(
                     target=self._renew_until, args=(self._stop,), name="dramatiq_policies-leases", daemon=True
                 )
                 thread.start()
                 self._thread = thread
+
+    def _is_renewing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and not self._stop.is_set()
 
     def _renew_until(self, stop: threading.Event) -> None:
         while not stop.wait(self.lease / 3_000):
@@ -308,7 +318,10 @@ class Claims:
             if ok or claim.value != renewal.value or self._held.get(claim.name) is not claim:
                 continue
             found = self.ask(partial(self.store.swap, claim.name, None, claim.value, self.lease + claim.keep))
-            if found is not None and found.value != claim.value and self._held.get(claim.name) is claim:
+            if found is None and claim.over:
+                # Its ending was written in between, and took the register away.
+                self.ask(partial(self.store.swap, claim.name, claim.value, None, 1))
+            elif found is not None and found.value != claim.value and self._held.get(claim.name) is claim:
                 logger.warning(
                     "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
                     "forgotten.",
@@ -338,7 +351,7 @@ class Claims:
 
 def uncounted_name(message_id: str) -> str:
     """The register that counts the starts of a message without a key."""
-    return f"\0{message_id}"
+    return encodable(f"\0{message_id}")
 
 
 def is_dead(record: Record) -> bool:

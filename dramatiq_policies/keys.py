@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigurationError
 
-__all__ = ["checked_key", "signature_of", "template_key"]
+__all__ = ["checked_key", "encodable", "signature_of", "template_key"]
 
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -27,8 +27,7 @@ def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any],
     """
     option = "idempotency_key"
     try:
-        parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        roots = {field.partition(".")[0].partition("[")[0] for field in parsed}
+        roots = set(_roots(template))
     except ValueError as error:
         raise ConfigurationError.of_option(where, option, f"a template ({error})", template) from None
     signature = signature_of(fn)
@@ -59,6 +58,14 @@ def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any],
     return key
 
 
+def _roots(template: str) -> Iterator[str]:
+    """The arguments that a template names, also in a field's format."""
+    for _, field, form, _ in string.Formatter().parse(template):
+        if field is not None:
+            yield field.partition(".")[0].partition("[")[0]
+            yield from _roots(form or "")
+
+
 def checked_key(key: Any) -> str:
     """What a callable or a message gave as a key.
 
@@ -68,3 +75,8 @@ def checked_key(key: Any) -> str:
     if (isinstance(key, str) and key) or type(key) is int:
         return str(key)
     raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {key!r:.200}")
+
+
+def encodable(text: str) -> str:
+    """The text itself; if JSON brought half a character, which no store can encode, that is spelt out."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

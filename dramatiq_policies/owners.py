@@ -31,9 +31,10 @@ def this_process() -> str:
 
 def is_dead(owner: str) -> bool:
     """Whether that process is certainly gone. False where it can't be known."""
-    _, pid, place, start = owner.rsplit(":", 3)
-    if not start or place != this_process().rsplit(":", 3)[2]:
+    parts = owner.rsplit(":", 3)
+    if len(parts) != 4 or not parts[3] or not parts[1].isdecimal() or parts[2] != this_process().rsplit(":", 3)[2]:
         return False
+    pid, start = parts[1], parts[3]
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -10,6 +10,7 @@ much of a lease is left is what is left of the record, less ``keep``. Only the s
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -89,11 +90,15 @@ class Record:
             if data[1:2] == b"C":
                 return cls(COMPLETED, str(UUID(bytes=data[2:])))
             if data[1:2] == b"c":
-                return cls(COMPLETED, data[2:].decode())
+                return cls(COMPLETED, data[2:].decode(errors="surrogatepass"))
             f = json.loads(data[1:])
-            ended = tuple((str(message), int(run)) for message, run in f["e"])
-            return cls(f["s"], f["m"], f["n"], f["o"], f["t"], f["b"], f["c"], f["k"], ended, f.get("f"))
-        except (ValueError, KeyError, TypeError) as error:
+            if f["s"] not in (RUNNING, ENDING, WAITING, FREE):
+                raise ValueError("unknown state")
+            numbers = [operator.index(f[name]) for name in "nbck"]
+            ended = tuple((str(message), operator.index(run)) for message, run in f["e"])
+            run, since, starts, keep = numbers
+            return cls(f["s"], str(f["m"]), run, str(f["o"]), str(f["t"]), since, starts, keep, ended, f.get("f"))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnknownRecord(
                 f"The store holds {data[:40]!r} where a record of this version of dramatiq_policies should be ({error}). "
                 "Nothing runs under this key until it has expired or was forgotten; if workers of a newer version "
@@ -110,7 +115,7 @@ def completed_by(message_id: str) -> bytes:
     """The record of a completed key."""
     if _UUID.fullmatch(message_id):
         return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", ""))
-    return _VERSION + b"c" + message_id.encode()
+    return _VERSION + b"c" + message_id.encode(errors="surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,7 @@ Action = Take | Skip | Defer | HandOnAgain | Crashed
 def decide(record: Record | None, left: int, request: Request) -> Action:
     """What becomes of a message whose key holds ``record``, which is kept for ``left`` more milliseconds."""
     if record is None:
-        return Take(request.starts)
+        return _take(request.starts, (), request)
     mine = record.message_id == request.message_id
     if record.state == COMPLETED:
         return Skip("completed", None if mine else record.message_id)
@@ -185,29 +190,37 @@ def decide(record: Record | None, left: int, request: Request) -> Action:
         return Skip("stale")
     left = left - record.keep
     if record.state == FREE:
-        return Take(request.starts, record.ended)
+        return _take(request.starts, record.ended, request)
     if mine and request.run > record.run:
         # A later run of the same message exists, so that one has ended.
-        return Take(1, record.having_ended())
+        return _take(request.starts, record.having_ended(), request)
     if mine and request.run < record.run:
         return Skip("stale")
     if not mine or record.state == WAITING:
-        return Defer(left) if left > 0 else Take(request.starts, record.ended)
+        if left > 0:
+            return Defer(left)
+        if record.state != RUNNING:
+            return _take(request.starts, record.ended, request)
+        # The same job in another message, which may kill its worker, too; but it is granted one start of its own.
+        return _after_a_crash(record, request, 1)
     # The very same run once more: redelivered, or a copy of it.
     if left > 0 and not request.is_dead(record):
         return Defer(left)
     if record.state == ENDING:
         return HandOnAgain(record.follow or {})
-    return _after_a_crash(record, request)
+    return _after_a_crash(record, request, 0)
 
 
-def _after_a_crash(record: Record, request: Request) -> Action:
-    starts = record.starts + 1
-    if request.max_crashes is not None and record.starts >= request.max_crashes:
+def _after_a_crash(record: Record, request: Request, more: int) -> Action:
+    if request.max_crashes is not None and record.starts >= request.max_crashes + more:
         return Crashed(record.starts)
+    return _take(record.starts + 1, record.ended, request)
+
+
+def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Take:
     # The last start that it is granted. Those that only ran beside a killer do not die of this one.
-    last = starts == request.max_crashes and starts > 1
-    return Take(starts, record.ended, alone=last and not request.alone)
+    last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
+    return Take(starts, ended, alone=last and not request.alone)
 
 
 def taken(action: Take, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:

@@ -7,7 +7,6 @@ would. A call whose connection is lost is sent once more, so it must not matter 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from hashlib import sha1
 from threading import Lock
@@ -17,12 +16,16 @@ import redis
 from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError
 
+from .forks import after_fork
+
 __all__ = ["RoundTrips", "Script"]
 
 _RAW: dict[str, Any] = {NEVER_DECODE: []}
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
 
 
+#: Connections of the processes that this one was forked from.
+_of_parents: list[Any] = []
 #: The text of each script, by its digest.
 _texts: dict[str, str] = {}
 
@@ -65,14 +68,18 @@ class RoundTrips:
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
-        self._pid = os.getpid()
+        self._line: Any = None
         self._batch: list[_Call] = []
         self._collecting, self._sending = Lock(), Lock()
-        self._line: Any = None
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
+        # Kept, since giving it back to its pool takes that pool's lock.
+        _of_parents.append(self._line)
+        self._line = None
+        self._batch = []
+        self._collecting, self._sending = Lock(), Lock()
 
     def call(self, *command: Any) -> Any:
         """The answer to one command.
@@ -80,8 +87,6 @@ class RoundTrips:
         Raises:
           redis.RedisError, OSError: As the client.
         """
-        if self._pid != os.getpid():
-            self._begin_anew()
         call = _Call(command)
         with self._collecting:
             self._batch.append(call)
@@ -94,8 +99,6 @@ class RoundTrips:
 
     def together(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """The answers to many commands in one round trip."""
-        if self._pid != os.getpid():
-            self._begin_anew()
         calls = [_Call(command) for command in commands]
         with self._sending:
             self._send(calls)

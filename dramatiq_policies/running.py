@@ -93,6 +93,8 @@ def _run_once(
         return _call(wiring, delivery, guard.call_key, key, args, kwargs)
 
     delivery.key = key_of(delivery.message, guard, call_inside_the_timeout)
+    # What ran so far was not the job.
+    delivery.started = delivery.ended = None
     if delivery.key is not None or delivery.redelivered:
         # Outside any interrupt: it would land in the store's client.
         admission.admit(delivery, guard, delivery.key)

@@ -24,8 +24,11 @@ if not ours then
 end
 for i = 8, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
-  redis.call('hset', target .. '.msgs', ARGV[i + 1], ARGV[i + 2])
-  redis.call('rpush', target, ARGV[i + 1])
+  -- One that is kept stays in the set: what a lost call has enqueued already is not enqueued twice.
+  if redis.call('hexists', target .. '.msgs', ARGV[i + 1]) == 0 then
+    redis.call('hset', target .. '.msgs', ARGV[i + 1], ARGV[i + 2])
+    redis.call('rpush', target, ARGV[i + 1])
+  end
 end
 if dead ~= '' then
   redis.call('hset', bodies, id, dead)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from .. import clock as clocks
+from ..forks import after_fork
 from . import Entry, Renewal
 
 __all__ = ["MemoryStore"]
@@ -25,9 +26,14 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock: Callable[[], float] = _now if clock is None else clock
-        self._lock = Lock()
         self._entries: dict[str, tuple[bytes, float]] = {}
         self._sweep_at = 1_024
+        self.begin_anew()
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        """A forked child has a copy of its own."""
+        self._lock = Lock()
 
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:
         with self._lock:

@@ -55,9 +55,9 @@ class RedisStore:
         arguments = {**pool.connection_kwargs, **_client_arguments()}
         if hasattr(pool, "service_name"):
             arguments.pop("connection_pool", None)
-            pool = type(pool)(pool.service_name, pool.sentinel_manager, **arguments)
-            return cls(redis.Redis(connection_pool=pool), namespace=namespace)
-        pool = redis.ConnectionPool(connection_class=pool.connection_class, **arguments)
+            pool = type(pool)(pool.service_name, pool.sentinel_manager, is_master=pool.is_master, **arguments)
+        else:
+            pool = redis.ConnectionPool(connection_class=pool.connection_class, **arguments)
         return cls(redis.Redis(connection_pool=pool), namespace=namespace)
 
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:

@@ -446,3 +446,35 @@ def test_a_completed_key_takes_at_most_170_bytes(redis_client: redis.Redis, redi
     usual = len("idem:") + 20
     assert len(key) - len(redis_namespace) + len("idem") == usual
     assert redis_client.memory_usage(key) < 170
+
+
+def test_what_a_kept_message_hands_on_is_enqueued_once_however_often_the_call_is_repeated(
+    redis_place: RedisPlace,
+) -> None:
+    app = redis_place.app()
+
+    @app.actor(idempotency_key="{number}")
+    def job(number: int) -> None:
+        pass
+
+    job.send(7)
+    consumer = app.broker.consume(redis_place.queue)
+    message = next(consumer)
+    consumer_: Any = consumer
+    for _ in range(2):
+        redis_id = message.options["redis_message_id"]
+        consumer_._settle(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
+    queued = redis_place.client.lrange(f"{redis_place.namespace}:{redis_place.queue}", 0, -1)
+    assert queued == [b"next"]
+    consumer.requeue([message])
+    consumer.close()
+
+
+def test_a_store_beside_a_sentinels_client_keeps_the_namespace() -> None:
+    from redis.sentinel import Sentinel
+
+    client = Sentinel([("127.0.0.1", 1)]).master_for("main")
+    store = RedisStore.beside(client, namespace="shop:idem")
+    assert store.namespace == "shop:idem"
+    assert store.client.connection_pool.service_name == "main"
+    assert store.client.connection_pool.is_master

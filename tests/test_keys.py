@@ -1,0 +1,186 @@
+"""Idempotency keys from what an actor was called with."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import dramatiq
+import pytest
+
+from dramatiq_policies import ConfigurationError, TimeoutExceeded, current_job
+from dramatiq_policies.keys import checked_key, encodable, signature_of, template_key
+from dramatiq_policies.running import unwrapped
+
+from .support import Stage
+
+
+def key_of(template, fn, *args, **kwargs):
+    return template_key("actor 'job'", template, fn)(args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [
+        ("{a}", "1"),
+        ("{a}:{b}", "1:2"),
+        ("{c[id]}", "9"),
+        ("{d.name}", "x"),
+        ("{a:04d}", "0001"),
+        ("{a:0{b}d}", "01"),
+        ("{{{a}}}", "{1}"),
+        ("{d.name!r}", "'x'"),
+    ],
+)
+def test_a_template_reads_items_attributes_formats_and_defaults(template, key):
+    def job(a, b=2, *, c=None, d=None):
+        pass
+
+    c, d = {"id": 9}, SimpleNamespace(name="x")
+    assert key_of(template, job, 1, c=c, d=d) == key_of(template, job, a=1, d=d, c=c) == key
+
+
+def test_the_rest_of_the_arguments_may_be_part_of_a_key():
+    def job(a, *rest, **options):
+        pass
+
+    assert key_of("{a}:{rest[1]}", job, 1, 2, 3) == "1:3"
+    assert key_of("{rest}", job, 1) == "()"
+    with pytest.raises(ConfigurationError, match="options"):
+        key_of("{options}", job, 1)
+
+
+def test_an_argument_by_position_only_may_be_part_of_a_key():
+    def job(a, /, b):
+        pass
+
+    assert key_of("{a}{b}", job, 1, b=2) == "12"
+
+
+@pytest.mark.parametrize("template", ["{}", "{0}", "{nope}", "{a:{nope}}", "{nope[a]}", "{nope.a}", "{a", "none", ""])
+def test_a_template_that_can_not_be_filled_is_refused_at_declaration(template):
+    with pytest.raises(ConfigurationError, match="idempotency_key"):
+        template_key("actor 'job'", template, lambda a: None)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2), {}), ((), {"b": 1})])
+def test_a_call_that_the_actor_does_not_take_makes_no_key(args, kwargs):
+    with pytest.raises(TypeError):
+        key_of("{a}", lambda a: None, *args, **kwargs)
+
+
+def test_a_class_based_actor_is_called_as_its_perform_is():
+    stage = Stage()
+    keys = []
+
+    class Ship(dramatiq.GenericActor):
+        class Meta:
+            abstract = True
+
+        def perform(self, order_id, *, kind="a"):
+            keys.append(current_job().idempotency_key)
+
+    class Meta:
+        broker = stage.broker
+        idempotency_key = "{order_id}:{kind}"
+        max_retries = 0
+
+    actor = type("ShipNow", (Ship,), {"Meta": Meta})
+    assert list(signature_of(unwrapped(actor.fn)).parameters) == ["order_id", "kind"]
+    actor.send(7)
+    actor.send(7)
+    actor.send(7, kind="b")
+    stage.run()
+    assert keys == ["7:a", "7:b"]
+    assert stage.outcomes() == ["succeeded", "duplicate", "succeeded"]
+
+
+@pytest.mark.parametrize("key", ["", None, 1.5, True, b"x", ["x"]])
+def test_a_key_is_a_text_or_a_number(key):
+    with pytest.raises(TypeError, match="idempotency_key"):
+        checked_key(key)
+
+
+def test_half_a_character_from_json_makes_a_key_all_the_same():
+    assert encodable("é\ud83d").encode() == "é\\ud83d".encode()
+    assert encodable("é\0") == "é\0"
+    stage = Stage()
+    runs = []
+    ship = stage.actor(lambda name: runs.append(name), actor_name="ship", idempotency_key="{name}")  # noqa: PLW0108
+    ship.send("\ud83d")
+    ship.send("\ud83d")
+    stage.run()
+    assert runs == ["\ud83d"]
+    assert stage.outcomes() == ["succeeded", "duplicate"]
+
+
+# Coroutine functions on an async actor.
+
+
+@pytest.fixture
+def loop_stage():
+    from dramatiq.middleware import AsyncIO
+
+    return Stage(middleware=[AsyncIO()])
+
+
+def test_done_when_and_the_key_of_an_async_actor_may_be_coroutine_functions(loop_stage):
+    done, seen = set(), []
+
+    async def key(order_id):
+        await asyncio.sleep(0)
+        return f"order:{order_id}"
+
+    async def shipped(order_id):
+        await asyncio.sleep(0)
+        seen.append(current_job().idempotency_key)
+        return order_id in done
+
+    @loop_stage.actor(idempotency_key=key, done_when=shipped)
+    async def ship(order_id):
+        await asyncio.sleep(0)
+        done.add(order_id)
+
+    ship.send(7)
+    ship.send(7)
+    ship.send_with_options(args=(7,), idempotency_key="another")
+    loop_stage.run()
+    assert loop_stage.outcomes() == ["succeeded", "duplicate", "duplicate"]
+    assert loop_stage.reasons() == [None, "completed", "done"]
+    assert seen == ["order:7", "another"]
+    assert [event.duration_ms is None for event in loop_stage.events] == [False, True, True]
+
+
+@pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
+def test_they_run_inside_the_timeout(loop_stage, option):
+    runs = []
+
+    async def hang(order_id):
+        await asyncio.sleep(60)
+
+    @loop_stage.actor(timeout=100, max_retries=0, **{option: hang})
+    async def ship(order_id):
+        runs.append(order_id)
+
+    ship.send(7)
+    loop_stage.run()
+    assert runs == []
+    assert loop_stage.outcomes() == ["dead"]
+    assert isinstance(loop_stage.events[0].exception, TimeoutExceeded)
+
+
+@pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
+def test_so_do_those_of_a_plain_actor(option):
+    import time
+
+    stage = Stage()
+    runs = []
+
+    def hang(order_id):
+        while True:
+            time.sleep(0.01)
+
+    stage.actor(runs.append, actor_name="ship", timeout=100, max_retries=0, **{option: hang}).send(7)
+    stage.run()
+    assert runs == []
+    assert isinstance(stage.events[0].exception, TimeoutExceeded)

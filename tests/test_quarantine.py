@@ -1,0 +1,257 @@
+"""A message whose starts never end goes to the dead letters; what merely ran beside it does not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+from dramatiq import pipeline
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend
+
+from dramatiq_policies import Idempotency, Timeout, owners, records
+from dramatiq_policies.claims import uncounted_name
+from dramatiq_policies.stores.memory import MemoryStore
+
+from .support import Stage
+
+
+class Crashing:
+    """Jobs whose worker died while they ran: what is left of that is a record, and the message once more."""
+
+    def __init__(self, *, certainly=True, lease=60_000, **options):
+        self.store = MemoryStore()
+        self.stage = Stage(bundle={"idempotency": Idempotency(self.store, lease=lease)})
+        self.lease = lease
+        self.runs = []
+
+        @self.stage.actor(**options)
+        def job(number):
+            self.runs.append(number)
+
+        self.job = job
+        host, pid, place, _ = owners.this_process().rsplit(":", 3)
+        # An earlier process with this pid, or one in another container.
+        self.owner = f"{host}:{pid}:{place}:1" if certainly else f"{host}:{pid}:elsewhere:1"
+
+    def began(self, message, starts, *, key=None):
+        name = uncounted_name(message.message_id) if key is None else f"job\0{key}"
+        record = records.Record(records.RUNNING, message.message_id, 0, self.owner, "1", 0, starts, 1_000_000)
+        self.store.put(name, record.encode(), 1_000_000 + self.lease)
+
+    def starts(self, message):
+        return records.Record.decode(self.store.get(uncounted_name(message.message_id)).value).starts
+
+    def comes_back(self, message):
+        self.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+        self.stage.run()
+        return self.stage.outcomes()[-1], self.stage.reasons()[-1]
+
+
+GUARDED = {"idempotency_key": "{number}"}
+
+
+@pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
+def test_a_message_that_began_three_times_is_dead_and_says_why(options):
+    app = Crashing(**options)
+    message = app.job.message(7)
+    app.began(message, 3, key="7" if options else None)
+    assert app.comes_back(message) == ("dead", "crashed")
+    assert app.runs == []
+    failure = app.stage.failures()[0]
+    assert (failure["reason"], failure["exception"]) == ("crashed", "dramatiq_policies.errors.Crashed")
+    assert "began 3 times" in failure["message"]
+
+
+@pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
+def test_it_runs_when_it_is_replayed(options):
+    app = Crashing(**options)
+    message = app.job.message(7)
+    app.began(message, 3, key="7" if options else None)
+    app.comes_back(message)
+    assert app.comes_back(app.stage.dead[0].copy()) == ("succeeded", None)
+
+
+@pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
+def test_none_switches_it_off_and_an_actors_own_limit_counts(options):
+    app = Crashing(max_crashes=None, **options)
+    message = app.job.message(7)
+    app.began(message, 50, key="7" if options else None)
+    assert app.comes_back(message) == ("succeeded", None)
+    app = Crashing(max_crashes=5, **options)
+    message = app.job.message(7)
+    app.began(message, 4, key="7" if options else None)
+    assert app.comes_back(message) == ("succeeded", None)
+    app.store.delete("job\x007")
+    app.began(message, 5, key="7" if options else None)
+    assert app.comes_back(message) == ("dead", "crashed")
+
+
+@pytest.mark.parametrize(("max_crashes", "starts"), [(1, 2), (2, 2), (3, 3), (5, 5)])
+def test_without_a_key_the_start_before_the_first_redelivery_counts_as_one(max_crashes, starts):
+    """But a message that comes back once may never have begun: a limit of one grants it one start that is known."""
+    app = Crashing(max_crashes=max_crashes)
+    message = app.job.message(7)
+    began = 1
+    name = uncounted_name(message.message_id)
+    put, swap = app.store.put, app.store.swap
+
+    def swap_and_die(key, expected, value, ttl):
+        answer = swap(key, expected, value, ttl)
+        if key == name and value is not None and answer is None:
+            dead = records.Record.decode(value)
+            put(key, records.replace(dead, owner=app.owner).encode(), ttl)
+        return answer
+
+    app.store.swap = swap_and_die
+    while app.comes_back(message) == ("succeeded", None):
+        began += 1
+    assert app.stage.reasons()[-1] == "crashed"
+    assert began == starts
+
+
+def test_a_message_that_is_put_back_is_still_one_that_came_back():
+    """Where no death is certain, as in another container, it waits out the lease: the next start counts all the same."""
+    app = Crashing(certainly=False, lease=300)
+    message = app.job.message(7)
+    app.began(message, 3)
+    assert app.comes_back(message) == ("dead", "crashed")
+    assert app.stage.outcomes()[0] == "deferred"
+    assert app.runs == []
+
+
+def test_a_message_that_was_not_begun_before_asks_nobody():
+    app = Crashing()
+    app.job.send(7)
+    app.stage.run()
+    assert app.store._entries == {}
+    assert app.comes_back(app.job.message(8)) == ("succeeded", None)
+    assert app.store._entries == {}
+
+
+def test_the_last_start_is_made_alone():
+    app = Crashing()
+    entered, go_on = threading.Event(), threading.Event()
+    beside = []
+
+    @app.stage.actor()
+    def long():
+        entered.set()
+        assert go_on.wait(10)
+        beside.append(list(app.runs))
+
+    message = app.job.message(7)
+    app.began(message, 2)
+    with app.stage.working(threads=2):
+        long.send()
+        assert entered.wait(10)
+        app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+        solitude = idempotency_of(app.stage).claims.solitude
+        with solitude._changed:
+            assert solitude._changed.wait_for(lambda: solitude._alone is not None, 10)
+        go_on.set()
+        app.stage.drain()
+    assert beside == [[]]
+    assert app.runs == [7]
+
+
+def idempotency_of(stage):
+    return next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
+
+
+def test_only_the_stuck_job_is_blamed_for_the_end_of_its_process():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store), "timeout": Timeout(on_stuck="exit")})
+    all_in, go_on = threading.Barrier(4), threading.Event()
+
+    @stage.actor(idempotency_key="{number}")
+    def guarded(number):
+        all_in.wait(10)
+        assert go_on.wait(10)
+
+    @stage.actor()
+    def plain(number):
+        all_in.wait(10)
+        assert go_on.wait(10)
+
+    with stage.working(threads=3):
+        stuck, neighbour, other = guarded.send(1), guarded.send(2), plain.send(3)
+        all_in.wait(10)
+        one = Stuck(stuck.message_id)
+        idempotency_of(stage)._excuse_neighbours(one)
+        starts = [
+            records.Record.decode(store.get(name).value).starts
+            for name in ("guarded\x001", "guarded\x002", uncounted_name(other.message_id))
+        ]
+        go_on.set()
+        stage.drain()
+    assert starts == [1, 0, 0]
+    assert neighbour.message_id != stuck.message_id
+    # It may begin at once elsewhere: this process is as good as gone.
+    found = store.get(uncounted_name(other.message_id))
+    assert found.left <= records.Record.decode(found.value).keep
+
+
+class Stuck:
+    def __init__(self, message_id):
+        self.message_id = message_id
+
+
+def test_nobody_is_excused_where_a_stuck_job_is_only_logged():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store)})
+    seen = []
+
+    @stage.actor(idempotency_key="{number}")
+    def guarded(number):
+        idempotency_of(stage)._excuse_neighbours(Stuck("another"))
+        seen.append(records.Record.decode(store.get("guarded\x001").value).starts)
+
+    guarded.send(1)
+    stage.run()
+    assert seen == [1]
+
+
+# What else a worker says and does.
+
+
+class Evicting(MemoryStore):
+    def warnings(self):
+        return ["This server may evict keys: an evicted key is a second run."]
+
+
+def test_a_store_that_may_forget_is_warned_about_when_a_worker_starts(caplog):
+    stage = Stage(bundle={"idempotency": Idempotency(Evicting())})
+    assert "evict" not in caplog.text
+    with stage.working():
+        pass
+    said = [record for record in caplog.records if "evict" in record.message]
+    assert [(record.name, record.levelno) for record in said] == [("dramatiq_policies.alerts", logging.WARNING)]
+
+
+def test_a_pipeline_goes_on_though_its_result_could_not_be_read_when_done_when_said_so(monkeypatch):
+    """The message is put back unrun; it has not ended, and is no stale copy of itself."""
+    backend = StubBackend()
+    stage = Stage(middleware=[Results(backend=backend)])
+    told, broken = [], [True]
+    get_result = backend.get_result
+
+    def fail_once(*args, **kwargs):
+        if broken:
+            broken.clear()
+            raise ConnectionError("no results")
+        return get_result(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "get_result", fail_once)
+
+    @stage.actor(idempotency_key="{number}", done_when=lambda number: True, store_results=True)
+    def job(number):
+        raise AssertionError
+
+    tell = stage.actor(lambda *args: told.append(args), actor_name="tell")
+    pipe = pipeline([job.message(7), tell.message_with_options(args=("ann",), pipe_ignore=True)], broker=stage.broker)
+    pipe.run()
+    stage.run()
+    assert told == [("ann",)]
+    assert stage.reasons()[:2] == ["store_down", "done"]
