@@ -21,13 +21,17 @@ from dramatiq_policies import (
     Discard,
     DiscardLogger,
     ErrorClassifier,
+    Heartbeat,
     Metrics,
     Outcome,
     OutcomeEvent,
+    QueueAlert,
+    QueueMonitor,
     RetryPolicy,
     SentryReporter,
     Snooze,
     StuckJob,
+    Threshold,
     Timeout,
     TimeoutExceeded,
     actor,
@@ -209,6 +213,11 @@ def restart(job: StuckJob) -> None:
     use(job.actor, job.elapsed_ms, job.stack)
 
 
+def page(alert: QueueAlert) -> None:
+    use(alert.queue, alert.measure, alert.value, alert.threshold, alert.cleared)
+    alert.value = 0  # type: ignore[misc]
+
+
 def told(message: Any, error: BaseException) -> None: ...
 
 
@@ -228,7 +237,17 @@ broker: StubBroker = install(
     discard_logger=DiscardLogger(level="ERROR", log_args=True),
     metrics=Metrics(prefix="shop.jobs"),
     sentry=SentryReporter(report="first"),
+    queue_monitor=QueueMonitor(
+        interval=timedelta(seconds=15),
+        thresholds={"mail": Threshold(ready=1_000, oldest=timedelta(minutes=5)), "*": Threshold(dead=1)},
+        on_alert=["log", "sentry", page],
+    ),
+    heartbeat=Heartbeat("/tmp/alive", interval=10_000),
 )
+alerts: list[QueueAlert] = QueueMonitor(on_alert=page).check()
+QueueMonitor(on_alert="mail")  # type: ignore[arg-type]
+QueueMonitor(thresholds={"mail": 5})  # type: ignore[dict-item]
+Threshold(ready="many")  # type: ignore[arg-type]
 DiscardLogger(level={"dead": "CRITICAL", "discarded": 20})
 SentryReporter(report="last")  # type: ignore[arg-type]
 any_broker: Broker = install(StubBroker(), discard_logger=False)
