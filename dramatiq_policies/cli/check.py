@@ -19,6 +19,7 @@ from ..ops import (
     read_exemptions,
     write_baseline,
 )
+from ..ops.apps import StandIn
 from ..ops.findings import Finding
 from ..ops.gate import BASELINE, checked_reason
 from .base import console, counted, format_option, length, path_option, print_json
@@ -97,6 +98,8 @@ def check(
             click.echo(_annotation(finding))
     else:
         _print(report, len(broker.actors), failed)
+        if isinstance(broker, StandIn):
+            click.echo("No broker is set: the actors were declared on one that stands in.", err=True)
         if facts is not None:
             shown = ", ".join(
                 f"{name} {value}" for name, value in facts.items() if name != "unknown" and value is not None

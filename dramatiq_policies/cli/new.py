@@ -53,7 +53,7 @@ def _ask() -> dict[str, Any]:
         "trigger": _text("What sends it, and is that committed by then?", "the checkout, after its transaction"),
         "input": _items("Which arguments? Ids and values, never objects", "order_id: int, email: str"),
         "effect": _text("What is different in the world afterwards?", "one e-mail"),
-        "criticality": _text("How bad is it if it does not run?", "high: the customer asks", default="normal"),
+        "criticality": _text("How bad is it if it does not run?", "high", default="normal"),
         "queue": _text("Which queue? What must it not wait behind?", "mail"),
         "timeout": click.prompt("After how many ms is it not merely slow?", type=int, default=30_000, err=True),
     }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OperationError",
+    "StandIn",
     "extend_path",
     "find_actor",
     "find_queue",
@@ -41,6 +42,10 @@ __all__ = [
 
 class OperationError(PolicyError):
     """An operation can't be carried out; its text is one sentence for whoever asked for it."""
+
+
+class StandIn(StubBroker):
+    """Stands in where a module of jobs alone is looked at, and no broker is set."""
 
 
 #: ``scheme://user:password@`` and ``?password=``, wherever they stand in a text.
@@ -75,7 +80,7 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
     """
     extend_path(path)
     if stand_in and dramatiq.broker.global_broker is None:
-        set_broker(install(StubBroker()))
+        set_broker(install(StandIn()))
     found = import_object(app)
     if found is not None and not isinstance(found, Broker):
         if not callable(found):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import AsyncIO, Retries, TimeLimit
 
+from .._dramatiq import is_stub_broker
 from ..backoff import bounds_of
 from ..durations import to_ms
 from ..errors import ConfigurationError
@@ -23,6 +24,7 @@ from ..middleware.queue_monitor import QueueMonitor
 from ..middleware.timeout import Timeout
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
+from ..stores.memory import MemoryStore
 from ..wiring import Wiring, wiring_of
 from .findings import CODES, Finding
 
@@ -352,4 +354,15 @@ def _installed(module: str) -> bool:
         return False
 
 
-_OF_BROKERS: tuple[Callable[[Broker], Iterable[tuple[str, str]]], ...] = (_leftovers, _thresholds, _extras)
+def _memory_store(broker: Broker) -> Found:
+    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    if idempotency is not None and isinstance(idempotency.store, MemoryStore) and not is_stub_broker(broker):
+        yield "DP024", "Idempotency has a MemoryStore"
+
+
+_OF_BROKERS: tuple[Callable[[Broker], Iterable[tuple[str, str]]], ...] = (
+    _leftovers,
+    _thresholds,
+    _extras,
+    _memory_store,
+)

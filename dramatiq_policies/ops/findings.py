@@ -58,6 +58,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP021", "error", "an extra is not installed", "Install it"),
     Code("DP022", "error", "the bundle is not on the broker", "Call install(broker) before the actors are declared"),
     Code("DP023", "error", "a rule's class can't be imported", "Mend its dotted path"),
+    Code("DP024", "error", "idempotency remembers within one process", "Pass Idempotency(RedisStore.from_url(…))"),
     # What the servers say (--live).
     Code("DP101", "error", "Redis may evict messages", "Set maxmemory-policy noeviction"),
     Code("DP102", "error", "Redis keeps nothing on disk", "Turn on appendonly"),
@@ -68,6 +69,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP107", "warning", "no heartbeats", "Leave heartbeat to the server, or set 60"),
     Code("DP108", "warning", "dead letters are kept for less than a day", "Raise dead_message_ttl, or the environment's dramatiq_dead_message_ttl"),
     Code("DP109", "error", "Redis is a replica", "Connect to the primary"),
+    Code("DP110", "error", "the idempotency store may forget", "Do what it says"),
 )  # fmt: skip
 
 

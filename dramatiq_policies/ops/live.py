@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import dq_name, xq_name
 
 from .. import _dramatiq
-from .apps import OperationError, known_queues, redact
+from ..middleware.idempotency import Idempotency
+from .apps import OperationError, known_queues, one_line, redact
 from .findings import CODES, Finding
 from .piles import kind_of
 
@@ -45,7 +46,7 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
         return (), facts
     findings = [
         Finding(code=code, severity=CODES[code].severity, actor=None, message=text, fix=CODES[code].fix)
-        for code, text in check(broker, facts)
+        for code, text in (*check(broker, facts), *_store(broker, facts))
     ]
     return tuple(findings), facts
 
@@ -113,6 +114,20 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
     facts["clock_skew_ms"] = skew
     if abs(skew) > _SKEW:
         yield "DP104", f"The server's clock is {abs(skew)} ms {'ahead of' if skew > 0 else 'behind'} this machine's"
+
+
+def _store(broker: Broker, facts: dict[str, Any]) -> Found:
+    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    warnings = getattr(None if idempotency is None else idempotency.store, "warnings", None)
+    if not callable(warnings):
+        return
+    try:
+        found = warnings()
+    except Exception as error:
+        raise OperationError(f"The idempotency store can't be asked: {one_line(error)}.") from None
+    facts["store"] = type(idempotency.store).__name__ if idempotency is not None else None
+    for text in found:
+        yield "DP110", text.removesuffix(".")
 
 
 def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:

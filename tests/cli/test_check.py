@@ -111,6 +111,17 @@ dramatiq.set_broker(broker)
     assert codes(command.json("check", command.app(job(), broker=broker % 5_000))) == []
 
 
+def test_a_memory_that_is_one_process_s_own_is_found(command):
+    broker = """
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq_policies.stores.memory import MemoryStore
+broker = RedisBroker(url="redis://127.0.0.1:1/0")
+install(broker, idempotency=Idempotency(MemoryStore()))
+dramatiq.set_broker(broker)
+"""
+    assert codes(command.json("check", command.app(job(), broker=broker), code=1)) == ["DP024"]
+
+
 def test_retries_that_outlive_the_memory_of_a_key_are_found(command):
     rule = "{ConnectionError: RetryPolicy(attempts=4, wait=constant(60_000))}"
     keyed = {"policy_exempt": None, "idempotency_key": '"order:{order_id}"', "retry_on": rule}
@@ -346,7 +357,9 @@ def test_the_broker_may_be_named_or_made_by_a_factory(command):
 
 
 def test_a_module_of_jobs_alone_is_checked_with_a_broker_that_stands_in(command):
-    assert codes(command.json("check", command.app(READY, broker=""))) == []
+    app = command.app(READY, broker="")
+    assert codes(command.json("check", app)) == []
+    assert command("check", app).stderr == "No broker is set: the actors were declared on one that stands in.\n"
 
 
 def test_modules_are_looked_for_in_the_path(command):

@@ -345,6 +345,15 @@ def test_the_live_gate_sees_how_redis_keeps_messages(redis_place, monkeypatch):
     assert live_codes(ops.check_live(app.broker)[0]) == ["DP108"]
 
 
+def test_the_live_gate_sees_a_store_that_may_forget(redis_place, monkeypatch):
+    app = redis_place.app()
+    store = app.broker.dramatiq_policies_wiring.admission.claims.store
+    monkeypatch.setattr(store.client, "info", lambda section: {"maxmemory": 1, "maxmemory_policy": "allkeys-lru"})
+    findings, facts = ops.check_live(app.broker)
+    assert "DP110" in live_codes(findings)
+    assert facts["store"] == "RedisStore"
+
+
 def test_the_live_gate_sees_queues_that_were_declared_otherwise(rabbitmq_place):
     app = rabbitmq_place.app()
     app.broker.declare_queue(rabbitmq_place.queue)
