@@ -363,3 +363,14 @@ def test_a_prefix_that_statsd_would_misread_is_a_mistake(prefix):
 def test_install_takes_no_client_for_a_metrics():
     with pytest.raises(ConfigurationError, match="a Metrics or None"):
         install(StubBroker(), metrics=PlainClient())
+
+
+def test_a_duplicate_is_counted_as_one_and_the_job_that_it_repeats_once():
+    client = PlainClient()
+    stage = stage_with(client)
+    mail = stage.actor(lambda order: None, actor_name="mail", idempotency_key="mail:{order}")
+    mail.send(7)
+    mail.send(7)
+    stage.run()
+    counted = Counter(name for kind, name, _ in client.calls if kind == "c")
+    assert counted == {"jobs.mail.success": 1, "jobs.mail.duplicate": 1}

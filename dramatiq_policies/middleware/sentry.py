@@ -69,7 +69,9 @@ class SentryReporter(PolicyMiddleware):
         self.report = report
         self._sdk = sentry_sdk
         self._get_client = sentry_sdk.get_client
-        self._scopes: Any = sentry_sdk.Scope
+        # Looked up once, and not for every message.
+        self._get_scope: Any = sentry_sdk.Scope.get_isolation_scope
+        self._set_scope: Any = sentry_sdk.Scope.set_isolation_scope
         self._job_scope = job_scope(sentry_sdk.Scope)
         self._wiring: Wiring | None = None
 
@@ -97,12 +99,12 @@ class SentryReporter(PolicyMiddleware):
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         scope = message.sentry_scope = object.__new__(self._job_scope)  # type: ignore[attr-defined]
-        around = self._scopes.get_isolation_scope()
+        around = self._get_scope()
         if type(around) is self._job_scope:
             # Of a job whose after-hooks never ran.
             around = getattr(around, "around", around)
         scope.around = around
-        self._scopes.set_isolation_scope(scope)
+        self._set_scope(scope)
 
     def after_process_message(
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
@@ -111,7 +113,7 @@ class SentryReporter(PolicyMiddleware):
             scope = message.sentry_scope
         except AttributeError:  # Skipped before it was this one's turn.
             return
-        self._scopes.set_isolation_scope(scope.around)
+        self._set_scope(scope.around)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         self.after_process_message(broker, message)
@@ -124,7 +126,7 @@ class SentryReporter(PolicyMiddleware):
             return
         scope = None if message is None else vars(message).pop("sentry_scope", None)
         if scope is None:
-            scope = self._scopes.get_isolation_scope().fork()
+            scope = self._get_scope().fork()
             scope.clear_breadcrumbs()
         with self._sdk.scope.use_isolation_scope(scope), self._sdk.new_scope() as current:
             if not client.options["send_default_pii"]:
