@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,10 @@ def _bundle(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
 def _store(broker: dramatiq.Broker) -> Any:
     from dramatiq_policies.stores.redis import RedisStore
 
-    # Beside the queue's keys, which are deleted when it has been measured.
-    return RedisStore.from_url(REDIS_URL, namespace=getattr(broker, "namespace", "bench-rabbitmq") + ":idem")
+    # Beside the queue's keys, which are deleted when it has been measured; RabbitMQ's expire after ten minutes.
+    return RedisStore.from_url(
+        REDIS_URL, namespace=getattr(broker, "namespace", f"bench-{uuid.uuid4().hex[:12]}") + ":idem"
+    )
 
 
 def _idempotent(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
