@@ -24,6 +24,7 @@ from typing import Any
 import dramatiq
 
 from . import rounds
+from .peers import PEERS
 from .rounds import MeasurementFailed, Spread
 from .variants import FAILURES, VARIANTS, Workload, choose
 
@@ -173,7 +174,10 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
                 f"round {number + 1}/{options.rounds} {broker}, failures {failures}, prefetch {prefetch}, log {log}:"
             )
             for variant in order:
-                if not (VARIANTS[variant].retries or failures == "none"):
+                if variant in PEERS:
+                    if broker != "redis":
+                        continue
+                elif not (VARIANTS[variant].retries or failures == "none"):
                     continue
                 scenario = {
                     "broker": broker,
@@ -185,7 +189,7 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
                 try:
                     with queue_of_its_own(broker) as name:
                         measured = rounds.measure(
-                            "benchmarks.drain",
+                            "benchmarks.peers" if variant in PEERS else "benchmarks.drain",
                             {**scenario, "name": name, "jobs": options.jobs},
                             env={"dramatiq_queue_prefetch": None if prefetch == "default" else prefetch},
                             timeout=TIMEOUT,
@@ -245,7 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drain", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="fewer jobs and rounds, no bare variant: two minutes")
     parser.add_argument("--brokers", nargs="+", choices=("redis", "rabbitmq"), default=["redis", "rabbitmq"])
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="default: all but control")
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *PEERS), help="default: all but control")
     parser.add_argument("--failures", nargs="+", choices=tuple(FAILURES), default=list(FAILURES))
     parser.add_argument(
         "--prefetch", nargs="+", default=["default", "64"], help="values of dramatiq_queue_prefetch, or 'default'"
