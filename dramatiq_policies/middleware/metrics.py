@@ -50,7 +50,7 @@ class _Names(NamedTuple):
     counted: Value
 
 
-class _Nowhere:
+class Nowhere:
     """A StatsD client that sends nothing."""
 
     def incr(self, *args: Any, **kwargs: Any) -> None: ...
@@ -107,7 +107,7 @@ class Metrics(PolicyMiddleware):
     def for_stub(self) -> Self:
         twin = super().for_stub()
         # Nothing is sent; the test kit looks at the values on their way.
-        twin.statsd = Statsd(_Nowhere())
+        twin.statsd = Statsd(Nowhere())
         vars(twin).update(_wiring=None, _names={})
         return twin
 
@@ -131,8 +131,11 @@ class Metrics(PolicyMiddleware):
         statsd.send_text(lines % ((ended - started) * 1_000, max(0, wait)))
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        statsd = self.statsd
-        key = (event.actor, event.queue, event.outcome, statsd.tagged)
+        self.statsd.send(self.values_of(event))
+
+    def values_of(self, event: OutcomeEvent) -> list[Value]:
+        """What is sent of one delivery."""
+        key = (event.actor, event.queue, event.outcome, self.statsd.tagged)
         names = self._names.get(key)
         if names is None:
             names = self._name(event, key)
@@ -146,7 +149,7 @@ class Metrics(PolicyMiddleware):
             values.append(("c", self._name_of(event.actor, "failure"), 1, names.tags))
             if isinstance(event.exception, TimeLimitExceeded):
                 values.append(("c", self._name_of(event.actor, "timeout"), 1, names.tags))
-        statsd.send(values)
+        return values
 
     def _name(self, event: OutcomeEvent, key: tuple[str | None, str | None, Outcome, bool]) -> _Names:
         tags: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, OutcomeEvent
 from .bench import Bench, bench_of
-from .recorded import recorded_metrics
+from .recorded import silenced
 from .run import Entry, Run
 from .virtual_time import VirtualClock, clock_in_force
 
@@ -120,7 +120,7 @@ class Drain:
         self.bench = bench
         self.broker = bench.broker
         self.clock = bench.clock
-        self.run = Run(bench.broker.actors)
+        self.run = Run(bench.broker.actors, bench.wiring.metrics)
         self.died = False
         #: The messages that wait for the idempotency store.
         self._stalled: set[str] = set()
@@ -176,7 +176,7 @@ class Drain:
 
         wiring.observe(self, observe)
         stack.callback(wiring.forget, self)
-        stack.enter_context(recorded_metrics(wiring, run.metrics))
+        stack.enter_context(silenced(wiring.metrics))
         letters = self.broker.dead_letters_by_queue
         before = {name: len(queue) for name, queue in letters.items()}
 

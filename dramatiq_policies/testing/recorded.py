@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..middleware.metrics import Metrics
-from ..statsd import Statsd, Value
-from ..wiring import Wiring
+from ..middleware.metrics import Metrics, Nowhere
+from ..outcomes import OutcomeEvent
+from ..statsd import Statsd
 
-__all__ = ["recorded_metrics"]
+__all__ = ["silenced", "values_of"]
+
+
+class _Values(dict[str, Any]):
+    """Metrics by name; 0 for what was not counted."""
+
+    def __missing__(self, name: str) -> int:
+        return 0
 
 
 @contextmanager
-def recorded_metrics(wiring: Wiring, values: dict[str, Any]) -> Iterator[None]:
-    """Keep the values of the broker's Metrics instead of sending them, or those of one that is there only meanwhile."""
-    metrics, subscribers = wiring.metrics, list(wiring.stuck_subscribers)
-    if metrics is not None:
-        sent, metrics.statsd = metrics.statsd, _Recorder(values, tagged=metrics.statsd.tagged)
-        try:
-            yield
-        finally:
-            metrics.statsd = sent
+def silenced(metrics: Metrics | None) -> Iterator[None]:
+    """Have a broker's Metrics send nothing, while it lasts."""
+    if metrics is None:
+        yield
         return
-    metrics = Metrics(_Client())
-    metrics.statsd = _Recorder(values, tagged=False)
-    metrics.attach(wiring)
+    statsd, metrics.statsd = metrics.statsd, Statsd(Nowhere())
     try:
         yield
     finally:
-        wiring.forget(metrics)
-        wiring.metrics, wiring.stuck_subscribers[:] = None, subscribers
+        metrics.statsd = statsd
 
 
-class _Client:
-    """Makes a Metrics without the statsd package."""
-
-    def incr(self, *args: Any) -> None: ...
-
-    timing = gauge = incr
-
-
-class _Recorder(Statsd):
-    def __init__(self, values: dict[str, Any], *, tagged: bool) -> None:
-        super().__init__(_Client())
-        self.values = values
-        self.tagged = tagged
-
-    def send(self, values: Sequence[Value]) -> None:
-        for kind, name, value, _ in values:
+def values_of(events: Iterable[OutcomeEvent], metrics: Metrics | None) -> dict[str, Any]:
+    """What a broker's Metrics, or one with its defaults, would have sent of these: sums of counters, lists of times."""
+    if metrics is None:
+        metrics = Metrics(Nowhere())
+    found = _Values()
+    for event in events:
+        for kind, name, value, _ in metrics.values_of(event):
             if kind == "c":
-                self.values[name] = self.values.get(name, 0) + value
-            elif kind == "g":
-                self.values[name] = value
+                found[name] += value
             else:
-                self.values.setdefault(name, []).append(value)
-
-    def flush(self, timeout: float = 1.0) -> None: ...
+                found.setdefault(name, []).append(value)
+    return found

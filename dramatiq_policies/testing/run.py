@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..outcomes import Outcome, OutcomeEvent, text_of
+from .recorded import values_of
 
 if TYPE_CHECKING:
     from dramatiq import Actor
     from dramatiq.broker import MessageProxy
+
+    from ..middleware.metrics import Metrics
 
 __all__ = ["Run"]
 
@@ -50,13 +53,6 @@ class Entry:
         )
 
 
-class Values(dict[str, Any]):
-    """Metrics by name."""
-
-    def __missing__(self, name: str) -> int:
-        return 0
-
-
 class Run:
     """What became of the messages of one `drain`; its ``repr`` is a transcript, one line for each delivery.
 
@@ -71,13 +67,17 @@ class Run:
       logs: The log records of messages that ended badly: the DiscardLogger's, and those of alerts.
     """
 
-    def __init__(self, actors: Iterable[str] = ()) -> None:
+    def __init__(self, actors: Iterable[str] = (), metrics: Metrics | None = None) -> None:
         self.elapsed = 0
         self.dead: list[MessageProxy] = []
-        self.metrics: dict[str, Any] = Values()
+        self._metrics = metrics
         self.logs: list[logging.LogRecord] = []
         self.entries: list[Entry] = []
         self._actors = set(actors)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return values_of(self.events, self._metrics)
 
     def note_actors(self, actors: Iterable[str]) -> None:
         """More actors that there are: a job may declare some."""
