@@ -5,8 +5,10 @@ Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from queue import Empty
+from heapq import heappop, heappush
+from queue import Empty, PriorityQueue
 from typing import Any, cast
 
 from dramatiq import Message
@@ -171,6 +173,20 @@ def is_worker_of(middleware: Middleware, worker: _worker.Worker) -> bool:
     return isinstance(middleware, _worker._WorkerMiddleware) and middleware.worker is worker
 
 
+class _InOrder(PriorityQueue[Any]):
+    """A worker's queue where messages of one priority stay in their order; before Dramatiq 2.2 they do not."""
+
+    def _init(self, maxsize: int) -> None:
+        super()._init(maxsize)
+        self._numbers = itertools.count()
+
+    def _put(self, item: Any) -> None:
+        heappush(self.queue, (eta_of(item), next(self._numbers), item))
+
+    def _get(self) -> Any:
+        return heappop(self.queue)[2]
+
+
 class WorkerOnThisThread(_worker.Worker):
     """Dramatiq's worker without its threads: whoever has started it takes and runs the messages.
 
@@ -183,6 +199,7 @@ class WorkerOnThisThread(_worker.Worker):
         # Consumers look whether there is a message, and never wait for one.
         super().__init__(broker, worker_threads=1, worker_timeout=0)
         self.hooks = hooks
+        self.work_queue = _InOrder()
 
     def _add_consumer(self, queue_name: str, *, delay: bool = False) -> None:
         if queue_name in self.consumers:

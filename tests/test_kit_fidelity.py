@@ -85,7 +85,7 @@ class Stage:
             error_classifier=ErrorClassifier(on_outcome=self.collected, alert_interval=0, dead_letter_discards=False),
             idempotency=Idempotency(lease=400),
         )
-        self.plans, self.left = {}, {}
+        self.plans, self.left, self.twins = {}, {}, {}
         self.runs = Counter()
         actor = functools.partial(dramatiq.actor, broker=self.broker, **RULES)
         self.actors = {
@@ -109,6 +109,7 @@ class Stage:
         self.collected.events.clear()
         self.runs.clear()
         self.plans.clear()
+        self.twins.clear()
         for letters in self.broker.dead_letters_by_queue.values():
             letters.clear()
         sent = []
@@ -121,6 +122,7 @@ class Stage:
                 sent.append(message)
             elif kind == "twice":
                 sent += [message, self.actors[actor].message(name)]
+                self.twins[sent[-1].message_id] = message.message_id
                 for one in sent[-2:]:
                     self.broker.enqueue(one)
             elif kind == "pipeline":
@@ -149,12 +151,14 @@ class Stage:
         outcomes = defaultdict(list)
         for event in self.collected.events:
             if event.outcome != "deferred" or event.reason == "snoozed":
-                outcomes[names[event.message_id]].append((event.outcome.value, event.reason, event.attempt))
+                # Before Dramatiq 2.2 messages of one priority run in any order, twins too.
+                first = self.twins.get(event.message_id, event.message_id)
+                outcomes[names[first]].append((event.outcome.value, str(event.reason), event.attempt))
         dead = [
             letter.options["failure"] for letters in self.broker.dead_letters_by_queue.values() for letter in letters
         ]
         return {
-            "outcomes": dict(outcomes),
+            "outcomes": {name: sorted(ends) for name, ends in outcomes.items()},
             "runs": sorted(self.runs.values()),
             "dead": sorted((f["outcome"], str(f["reason"]), f["attempts"], len(f["history"])) for f in dead),
             "results": [self.result(message) for message in sent],
