@@ -28,20 +28,27 @@ class Beating:
         self.heartbeat = Heartbeat(self.path, interval=INTERVAL, **arguments)
         self.stage = Stage(bundle={"heartbeat": self.heartbeat, "timeout": Timeout(default=50, grace=20)})
 
-    def beats(self):
-        """Whether the file is touched in some time that is many intervals."""
-        before = self.path.stat().st_mtime_ns if self.path.exists() else 0
-        deadline = time.monotonic() + 15 * INTERVAL / 1_000
+    def beats(self, seconds=PATIENCE):
+        """Whether the file is touched again within that time."""
+        before = self._touched()
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.path.exists() and self.path.stat().st_mtime_ns != before:
+            if self._touched() != before:
                 return True
             time.sleep(0.002)
         return False
 
-    def until(self, beats):
+    def silent(self):
+        """Whether the file is not touched in some time that is many intervals."""
+        return not self.beats(15 * INTERVAL / 1_000)
+
+    def until_silent(self):
         deadline = time.monotonic() + PATIENCE
-        while self.beats() is not beats:
+        while not self.silent():
             assert time.monotonic() < deadline
+
+    def _touched(self):
+        return self.path.stat().st_mtime_ns if self.path.exists() else 0
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def test_it_beats_while_a_worker_is_idle_and_stops_with_it(beating):
     assert not beating.path.exists()
     with beating.stage.working():
         assert all(beating.beats() for _ in range(5))
-    assert not beating.beats()
+    assert beating.silent()
     assert list(beating.path.parent.iterdir()) == [beating.path]
 
 
@@ -82,9 +89,9 @@ def test_it_stops_when_every_thread_is_stuck_and_goes_on_when_one_is_free_again(
         time.sleep(0.2)
         assert beating.beats()
         job.send(1)
-        beating.until(False)
+        beating.until_silent()
         gates[1].set()
-        beating.until(True)
+        assert beating.beats()
         gates[0].set()
 
 
@@ -123,9 +130,9 @@ def test_it_stops_when_a_consumer_is_silent(tmp_path):
     with beating.stage.working():
         assert beating.beats()
         gate.clear()
-        beating.until(False)
+        beating.until_silent()
         gate.set()
-        beating.until(True)
+        assert beating.beats()
 
 
 def test_a_broker_that_is_away_does_not_stop_it(tmp_path, monkeypatch):
@@ -157,7 +164,7 @@ def test_it_stops_when_a_consumer_s_thread_has_died(beating):
         assert beating.beats()
         worker.consumers["mail"].stop()
         worker.consumers["mail"].join()
-        beating.until(False)
+        beating.until_silent()
     finally:
         worker.stop()
 
@@ -189,10 +196,10 @@ def test_a_process_does_not_speak_for_one_that_is_stuck_but_for_one_that_is_gone
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
         assert neighbour.stdout.readline() == "ready\n"
         with beating.stage.working():
-            assert not beating.beats()
+            assert beating.silent()
             neighbour.kill()
             neighbour.wait()
-            beating.until(True)
+            assert beating.beats()
     assert list(beating.path.parent.iterdir()) == [beating.path]
 
 

@@ -16,8 +16,9 @@ import pytest
 import redis
 from dramatiq import Worker
 
-from dramatiq_policies import QueueMonitor, Threshold, install
+from dramatiq_policies import Idempotency, QueueMonitor, Threshold, install
 from dramatiq_policies.election import CommandElection, FleetElection
+from dramatiq_policies.stores.redis import RedisStore
 from tests.proxy import Proxy
 
 from .places import PATIENCE, Gate, Place, RabbitmqPlace, RedisPlace, until
@@ -297,19 +298,12 @@ def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: No
 def test_on_rabbitmq_the_lease_is_on_the_redis_of_a_store(
     rabbitmq_place: RabbitmqPlace, redis_client, redis_namespace: str
 ) -> None:
-    class Store:
-        def __init__(self) -> None:
-            self.client, self.namespace = redis_client, redis_namespace
-
-    class Other(dramatiq.Middleware):
-        store = Store()
-
     brokers = [rabbitmq_place.broker() for _ in range(2)]
     monitors = []
     for broker in brokers:
-        broker.add_middleware(Other())
         monitors.append(QueueMonitor(interval=50))
-        install(broker, queue_monitor=monitors[-1])
+        store = RedisStore(redis_client, namespace=redis_namespace)
+        install(broker, idempotency=Idempotency(store), queue_monitor=monitors[-1])
         broker.declare_queue(rabbitmq_place.queue)
     stops = [threading.Event() for _ in monitors]
     threads = [
