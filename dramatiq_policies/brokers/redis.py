@@ -129,7 +129,11 @@ class RedisConsumer(PolicyConsumer):
     def finish(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
         try:
-            self._settle(redis_id, b"", [])
+            if "do_ack" in vars(self.broker):
+                # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
+                self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+            else:
+                self._settle(redis_id, b"", [])
         except BrokerConnectionError as error:
             self.done.add(redis_id)
             if not self.wiring.stopping.is_set():

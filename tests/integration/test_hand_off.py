@@ -655,6 +655,26 @@ def test_a_server_that_answers_too_late(redis_place: RedisPlace) -> None:
         app.broker.close()
 
 
+def test_a_do_ack_that_somebody_put_on_the_broker_is_the_one_called(redis_place: RedisPlace) -> None:
+    """As instrumentations do, and Dramatiq's own suite."""
+    app = redis_place.app()
+    stock, acked = app.broker.do_ack, []
+
+    def do_ack(queue: str, redis_id: str) -> object:
+        acked.append(queue)
+        return stock(queue, redis_id)
+
+    app.broker.do_ack = do_ack
+
+    @app.actor
+    def job() -> None: ...
+
+    job.send()
+    app.work_until("succeeded")
+    assert acked == [redis_place.queue]
+    assert redis_place.left() == []
+
+
 # RabbitMQ.
 
 
