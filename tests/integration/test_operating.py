@@ -41,6 +41,8 @@ dramatiq.set_broker(broker)
 
 @dramatiq.actor(queue_name=os.environ["QUEUE"])
 def job(number): pass
+
+broker.declare_queue(os.environ["QUEUE"] + "-other")
 """
 
 
@@ -247,6 +249,36 @@ def test_a_replay_interrupted_again_and_again_loses_nothing(place, app, run, blo
     assert twice <= (0 if place.kind == "redis" else killed)
 
 
+def test_a_move_that_is_killed_loses_nothing(place, app, run):
+    target = f"{place.queue}-other"
+    app.broker.declare_queue(target)
+    job = app.broker.actors["job"]
+    try:
+        sent = [job.send(number).message_id for number in range(1_000)]
+        if isinstance(place, RabbitmqPlace):
+            app.broker.declare_queue(target, ensure=True)
+            until(lambda: place.ready() == 1_000)
+        moving = ("queues", "move", "killed_app", place.queue, "--to", target)
+        killed = 0
+        for _ in range(2):
+            before = place.ready()
+            process = run(*moving)
+            until(lambda p=process, b=before: p.poll() is not None or place.ready() < b)
+            time.sleep(random.random() * 0.1)
+            process.kill()
+            killed += process.wait(20) != 0
+            time.sleep(0.1)
+        assert run(*moving).wait(60) == 0
+        found = Counter(message.message_id for message in place.left(target))
+        assert set(found) == set(sent)
+        assert place.left() == []
+        assert sum(found.values()) - 1_000 <= (0 if place.kind == "redis" else killed)
+    finally:
+        if isinstance(place, RabbitmqPlace):
+            for name in (target, f"{target}.DQ", f"{target}.XQ"):
+                place.channel.queue_delete(name)
+
+
 @pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
 def test_a_replay_whose_connection_is_cut_loses_nothing(place, executed):
     confirmed = None if place.kind == "redis" else amqp_method(60, 80)
@@ -301,7 +333,7 @@ def test_queues_are_read_by_a_process(place, app, run):
         app.broker.actors["job"].send(number)
     if isinstance(place, RabbitmqPlace):
         until(lambda: place.ready() == 3)
-    out, err = run("queues", "killed_app", "--format", "json").communicate(timeout=20)
+    out, err = run("queues", "killed_app", "--queue", place.queue, "--format", "json").communicate(timeout=20)
     assert err == ""
     (reading,) = json.loads(out)
     assert {name: reading[name] for name in ("queue", "ready", "delayed", "running", "dead")} == {
@@ -312,6 +344,24 @@ def test_queues_are_read_by_a_process(place, app, run):
         "dead": 2,
     }
     assert len(place.left()) == 3
+
+
+@pytest.mark.parametrize("place", ["redis"], indirect=True)
+def test_the_monitor_alerts_though_no_worker_lives(place, app, run, tmp_path):
+    source = (tmp_path / "killed_app.py").read_text()
+    monitored = "install(broker, queue_monitor=QueueMonitor(interval=100, thresholds={'*': Threshold(ready=2)}))"
+    (tmp_path / "watched_app.py").write_text(
+        source.replace("install(broker)", monitored).replace(
+            "import install", "import QueueMonitor, Threshold, install"
+        )
+    )
+    for number in range(2):
+        app.broker.actors["job"].send(number)
+    process = run("monitor", "watched_app")
+    assert "Watching" in process.stderr.readline()
+    assert f"Queue {place.queue}: 2 messages wait (threshold 2)" in process.stderr.readline()
+    process.terminate()
+    assert process.wait(20) == 0
 
 
 def live_codes(findings):
