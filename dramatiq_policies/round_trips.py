@@ -137,7 +137,10 @@ class RoundTrips:
         if self._line is None:
             self._line = self.client.client()
         connection = self._line.connection
+        demoted = False
         try:
+            # If it is not: a Sentinel's asks who the master is here, and nowhere else.
+            connection.connect()
             # A pipeline of the client's costs several times as much as what it sends.
             connection.send_packed_command(connection.pack_commands([call.command for call in calls]))
             for call in calls:
@@ -145,6 +148,10 @@ class RoundTrips:
                     call.answer = connection.read_response(disable_decoding=True)
                 except redis.ResponseError as error:
                     call.answer = error
+                    demoted = demoted or isinstance(error, redis.ReadOnlyError)
+            if demoted:
+                # The name of the server may lead to another by now.
+                connection.disconnect()
         except BaseException:
             # Whatever comes over it now is the answer to something else.
             connection.disconnect()
