@@ -8,10 +8,10 @@ every rule of claims, leases and takeovers is in `dramatiq_policies.records`, ab
   an evicting cache) makes a second run possible.
 - Time is the store's own: ``ttl`` counts from the moment of the write, by one clock, whatever the callers' clocks say. An
   expired register is absent.
-- Values are bytes and come back as they were.
+- Keys are any text, also with a NUL in it. Values are bytes, never empty, and come back as they were.
 - What can't be done raises, within a bounded time. A call that raised may or may not have been carried out: callers repeat
   it, so it must not matter if it was.
-- Calls come from any thread. After a fork the child uses the store too.
+- Calls come from any thread. After a fork the child uses the store too, and no connection of its parent's.
 
 `dramatiq_policies.testing.IdempotencyStoreContract` tests all this for a store of your own.
 """

@@ -21,8 +21,6 @@ from . import Entry, Renewal
 __all__ = ["RedisStore"]
 
 _SWAP = Script(resources.files(__package__).joinpath("swap.lua").read_text())
-#: A register never holds this.
-_NOTHING = b"\x00"
 #: For how long one call may wait on a socket, in seconds, where the store makes the client.
 _SOCKET_TIMEOUT = 1.0
 
@@ -66,7 +64,7 @@ class RedisStore:
             # By far the most frequent call, and cheaper without a script.
             if self._trips.call("SET", name, value, "NX", "PX", ttl):
                 return None
-            expected = _NOTHING
+            return self._read(name)
         found = self._trips.call(*_SWAP.command([name], [expected or b"", value or b"", ttl]))
         return None if found is None else Entry(found[0] or None, max(0, found[1]))
 
@@ -74,7 +72,10 @@ class RedisStore:
         self._trips.call("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
-        found = self._trips.call(*_SWAP.command([self.name_of(key)], [_NOTHING, b"", 1]))
+        return self._read(self.name_of(key))
+
+    def _read(self, name: str) -> Entry:
+        found = self._trips.call(*_SWAP.command([name], ["read"]))
         return Entry(found[0] or None, max(0, found[1]))
 
     def delete(self, key: str) -> bool:

@@ -9,9 +9,11 @@ from .draining import TooManyRuns, drain
 from .faults import crash, enqueue_down, fail, hang, redeliver, store_down
 from .performing import perform
 from .run import Run
+from .store_contract import IdempotencyStoreContract
 from .stubbing import stub
 
 __all__ = [
+    "IdempotencyStoreContract",
     "Run",
     "StubBrokerMixin",
     "TooManyRuns",

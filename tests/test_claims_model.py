@@ -1,0 +1,418 @@
+"""A model of workers, a broker and a store: whatever happens between any two steps, each job has its effect, once.
+
+The claims, their records and the store are the real ones, on a clock that the model moves. Workers are processes of which
+each has its own tokens, as in life, and the broker delivers at least once, with copies, and drops connections. A worker may
+be killed, or fall silent for longer than its lease, between any two steps of a delivery; a reply of the store may be lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dramatiq_policies import Outcome, owners, records
+from dramatiq_policies import claims as claims_module
+from dramatiq_policies.claims import Claim, Claims, Quarantined, StoreDown, is_dead
+from dramatiq_policies.delivery import Send, Settlement
+from dramatiq_policies.records import Request
+from dramatiq_policies.stores.memory import MemoryStore
+
+LEASE, KEEP, DELAY = 60_000, 10**9, 5_000
+
+TAKEN, RUNNING, DECIDED, ANNOUNCED, HANDED, CONCLUDED, PUT_BACK = (
+    "taken",
+    "running",
+    "decided",
+    "announced",
+    "handed on",
+    "concluded",
+    "put back",
+)
+
+
+class Lossy(MemoryStore):
+    """Loses a request or a reply when told to."""
+
+    lose = None
+
+    def _lossy(self, call, *args):
+        lose, self.lose = self.lose, None
+        if lose == "request":
+            raise TimeoutError
+        answer = call(*args)
+        if lose == "reply":
+            raise TimeoutError
+        return answer
+
+    def swap(self, *args):
+        return self._lossy(super().swap, *args)
+
+    def put(self, *args):
+        return self._lossy(super().put, *args)
+
+    def renew(self, *args):
+        return self._lossy(super().renew, *args)
+
+
+class Message:
+    """A delivery's message: one run of it, or a copy."""
+
+    def __init__(self, id_, run, key, due=0.0):
+        self.id, self.run, self.key, self.due = id_, run, key, due
+        self.options = {"retries": run}
+
+    def __repr__(self):
+        return f"{self.id}.{self.run}"
+
+
+class Held:
+    """A message in a worker's hands.
+
+    Attributes:
+      gone: The connection that it came over is lost: the broker has given it to others.
+      effect: Its job has had its effect.
+      renewed: When its claim was last made sure of, by the store's clock.
+    """
+
+    def __init__(self, message):
+        self.message = message
+        self.stage = TAKEN
+        self.claim = None
+        self.outcome = None
+        self.gone = self.effect = False
+        self.renewed = 0.0
+
+    def is_active(self):
+        """Whether its job is running, or has just succeeded and not said so yet."""
+        return self.stage == RUNNING or (self.stage == DECIDED and self.effect)
+
+
+class Worker:
+    """A process: its claims, and what a fork or a reboot would not carry over."""
+
+    def __init__(self, name, host, store):
+        self.name, self.host = name, host
+        self.alive = True
+        self.held = []
+        self.globals = {"_live": set(), "_unborn": set(), "_numbers": itertools.count(1)}
+        self.claims = Claims(store, LEASE)
+        self.claims._ensure_renewals = lambda: None
+
+
+class Model(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.store = Lossy(clock=lambda: self.now)
+        self.all = {}
+        self.workers = []
+        self.queue = []
+        self.current = None
+        self.numbers = itertools.count(1)
+        self.effects, self.excused = {}, {}
+        self.completed, self.ended, self.succeeded = set(), set(), set()
+        self.final = {}
+        self.messages = {}
+        self.patches = [
+            mock.patch.object(owners, "this_process", lambda: self.current.name),  # noqa: PT008
+            *(mock.patch.object(claims_module, name) for name in ("_live", "_unborn", "_numbers")),
+            mock.patch.object(owners, "is_dead", self._is_certainly_dead),
+            mock.patch.object(claims_module, "_PAUSES", ()),
+            mock.patch.object(claims_module.alerts, "disabled", new=True),
+            mock.patch.object(claims_module.logger, "disabled", new=True),
+        ]
+        for patch in self.patches:
+            patch.start()
+
+    def _is_certainly_dead(self, owner):
+        other = self.all[owner]
+        return not other.alive and other.host == self.current.host
+
+    def _as(self, worker):
+        """Let what follows happen in that process."""
+        self.current = worker
+        for name, value in worker.globals.items():
+            setattr(claims_module, name, value)
+
+    @initialize(
+        hosts=st.lists(st.sampled_from("ab"), min_size=2, max_size=3),
+        crashes=st.sampled_from([None, 1, 3]),
+        one_step=st.booleans(),
+    )
+    def begin(self, hosts, crashes, one_step):
+        self.max_crashes = crashes
+        # Whether hand-off and ack are one step, as on Redis, or two, as on RabbitMQ.
+        self.one_step = one_step
+        self.workers = [self._boot(host) for host in hosts]
+
+    def _boot(self, host):
+        name = f"worker{next(self.numbers)}"
+        self.all[name] = Worker(name, host, self.store)
+        return self.all[name]
+
+    # What producers and the broker do.
+
+    @precondition(lambda self: len(self.messages) < 6)
+    @rule(key=st.sampled_from(["k1", "k2"]))
+    def send(self, key):
+        id_ = f"m{next(self.numbers)}"
+        self.messages[id_] = key
+        self.final[id_] = set()
+        self.queue.append(Message(id_, 0, key))
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def copy(self, data):
+        message = data.draw(st.sampled_from(self.queue))
+        self.queue.append(Message(message.id, message.run, message.key, message.due))
+
+    @rule(which=st.integers(0, 2))
+    def drop_the_connection(self, which):
+        for held in self._worker(which).held:
+            self._give_back(held)
+
+    def _give_back(self, held):
+        if not held.gone:
+            held.gone = True
+            self.queue.append(Message(held.message.id, held.message.run, held.message.key))
+
+    # What goes wrong.
+
+    @rule(which=st.integers(0, 2))
+    def kill(self, which):
+        which %= len(self.workers)
+        worker = self.workers[which]
+        worker.alive = False
+        for held in worker.held:
+            self._give_back(held)
+            if held.effect and held.stage == DECIDED:
+                self._excuse(held.message.key)
+        for claim, _ in worker.claims._owed:
+            if claim in self.succeeded:
+                # The store was never told.
+                self._excuse(claim.name)
+        self.workers[which] = self._boot(worker.host)
+
+    def _excuse(self, key):
+        self.excused[key] = self.excused.get(key, 0) + 1
+
+    @rule(lose=st.sampled_from(["request", "reply"]))
+    def lose_a_call(self, lose):
+        self.store.lose = lose
+
+    # Time.
+
+    @rule(ms=st.sampled_from([1, DELAY, LEASE // 2]), silent=st.sets(st.integers(0, 2)))
+    def time_passes(self, ms, silent):
+        self._pass(ms, silent)
+
+    @rule(silent=st.sets(st.integers(0, 2)))
+    def a_lease_passes(self, silent):
+        self._pass(LEASE + 1, silent)
+
+    def _pass(self, ms, silent=()):
+        """Every worker but the silent ones renews its leases meanwhile."""
+        while ms > 0:
+            step = min(ms, LEASE // 3)
+            ms -= step
+            self.now += step / 1_000
+            for number, worker in enumerate(self.workers):
+                if number not in silent:
+                    self._renew(worker)
+
+    def _renew(self, worker):
+        self._as(worker)
+        owed = [claim for claim, _ in worker.claims._owed]
+        try:
+            worker.claims.renew()
+        except StoreDown:
+            pass
+        left = [claim for claim, _ in worker.claims._owed]
+        for claim in owed:
+            if claim not in left and claim in self.succeeded:
+                self.completed.add(claim.name)
+        for held in worker.held:
+            if held.claim is not None and self.store.get(held.message.key).value == held.claim.value:
+                held.renewed = self._last_write(held)
+
+    def _last_write(self, held):
+        return self.now - (LEASE + KEEP - self.store.get(held.message.key).left) / 1_000
+
+    # What workers do.
+
+    def _worker(self, which):
+        return self.workers[which % len(self.workers)]
+
+    @precondition(lambda self: any(message.due <= self.now for message in self.queue))
+    @rule(which=st.integers(0, 2), data=st.data())
+    def take(self, which, data):
+        worker = self._worker(which)
+        if len(worker.held) < 2:
+            message = data.draw(st.sampled_from([m for m in self.queue if m.due <= self.now]))
+            self.queue.remove(message)
+            worker.held.append(Held(message))
+
+    @precondition(lambda self: any(worker.held for worker in self.workers))
+    @rule(
+        data=st.data(), outcome=st.sampled_from(["succeeded", "succeeded", "retried", "dead"]), steps=st.integers(1, 5)
+    )
+    def work(self, data, outcome, steps):
+        worker = data.draw(st.sampled_from([worker for worker in self.workers if worker.held]))
+        held = data.draw(st.sampled_from(worker.held))
+        for _ in range(steps):
+            if held in worker.held:
+                self._step(worker, held, outcome)
+
+    def _step(self, worker, held, outcome):
+        self._as(worker)
+        {
+            TAKEN: self._claim,
+            RUNNING: self._run,
+            DECIDED: self._announce,
+            ANNOUNCED: self._hand_on,
+            HANDED: self._conclude,
+            CONCLUDED: self._ack,
+            PUT_BACK: self._ack,
+        }[held.stage](worker, held, outcome)
+
+    def _claim(self, worker, held, outcome):
+        message = held.message
+        request = Request(message.id, message.run, is_dead, self.max_crashes)
+        try:
+            answer = self._ask(worker, message, request)
+            if isinstance(answer, records.Take):
+                answer = self._ask(worker, message, records.replace(request, alone=True))
+        except StoreDown:
+            answer = records.Defer(1_000)
+        held.stage = PUT_BACK
+        if isinstance(answer, Claim):
+            self._check_claim(held)
+            held.claim, held.stage = answer, RUNNING
+            held.renewed = self.now
+        elif isinstance(answer, Quarantined):
+            held.claim, held.stage, held.outcome = answer.claim, ANNOUNCED, "dead"
+        elif isinstance(answer, records.Defer):
+            self.queue.append(Message(message.id, message.run, message.key, self.now + 1))
+        elif isinstance(answer, records.HandOnAgain):
+            self.queue.append(Message(message.id, answer.follow["options"]["retries"], message.key, self.now))
+        elif answer.reason == "completed":
+            assert message.key in self.completed or self.effects.get(message.key), "completed by nobody"
+            self.final[message.id].add("completed")
+
+    def _ask(self, worker, message, request):
+        return worker.claims.claim(message.key, request, keyed=True, keep=KEEP)
+
+    def _check_claim(self, held):
+        message = held.message
+        assert message.key not in self.completed, f"{message} runs though its key is completed"
+        assert (message.id, message.run) not in self.ended, f"{message} runs again though it has ended"
+        for worker in self.workers:
+            for other in worker.held:
+                if other is not held and other.message.key == message.key and other.is_active():
+                    assert self.now - other.renewed >= LEASE / 1_000, f"{message} runs beside {other.message}"
+                    self._excuse(message.key)
+
+    def _run(self, worker, held, outcome):
+        held.outcome, held.stage = outcome, DECIDED
+        if outcome == "succeeded":
+            held.effect = True
+            self.effects[held.message.key] = self.effects.get(held.message.key, 0) + 1
+
+    def _announce(self, worker, held, outcome):
+        if held.outcome == "succeeded":
+            # What follows from a success is the broker's to accept; the completion comes after that.
+            self._conclude(worker, held, outcome)
+            return
+        if held.gone:
+            self._give_up(worker, held)
+            return
+        if held.outcome == "retried" and not self.one_step:
+            held.claim.ending(Send(Message(held.message.id, held.message.run + 1, held.message.key), DELAY))
+        held.stage = ANNOUNCED
+
+    def _give_up(self, worker, held):
+        worker.claims.conclude(held.claim, Settlement(Outcome.INTERRUPTED, "handoff_failed"))
+        worker.held.remove(held)
+
+    def _hand_on(self, worker, held, outcome):
+        if held.gone:
+            self._give_up(worker, held)
+            return
+        message = held.message
+        if held.outcome == "retried":
+            self.queue.append(Message(message.id, message.run + 1, message.key, self.now + DELAY / 1_000))
+        else:
+            self.final[message.id].add("dead")
+        if self.one_step:
+            held.gone = True  # Acked in the same step.
+        held.stage = HANDED
+
+    def _conclude(self, worker, held, outcome):
+        decided = {
+            "succeeded": Settlement(Outcome.SUCCEEDED),
+            "retried": Settlement(Outcome.RETRIED, delay_ms=DELAY),
+            "dead": Settlement(Outcome.DEAD, "exhausted"),
+        }[held.outcome]
+        claim, message = held.claim, held.message
+        before = self.store.get(message.key).value
+        claim_owned = before == claim.value
+        worker.claims.conclude(claim, decided)
+        written = claim not in [one for one, _ in worker.claims._owed]
+        if held.outcome == "succeeded":
+            self.succeeded.add(claim)
+            if written:
+                self.completed.add(message.key)
+        elif written and claim_owned:
+            self.ended.add((message.id, message.run))
+        held.stage = CONCLUDED
+
+    def _ack(self, worker, held, outcome):
+        if held.outcome == "succeeded":
+            self.final[held.message.id].add("succeeded")
+        worker.held.remove(held)
+
+    # What must hold.
+
+    @invariant()
+    def no_effect_is_doubled_but_for_runs_that_were_inside_at_a_crash_or_outlived_their_lease(self):
+        for key, effects in self.effects.items():
+            assert effects <= 1 + self.excused.get(key, 0), f"{key} had its effect {effects} times"
+
+    def teardown(self):
+        try:
+            if self.workers:
+                self._come_to_rest()
+        finally:
+            for patch in self.patches:
+                patch.stop()
+
+    def _come_to_rest(self):
+        self.store.lose = None
+        for _ in range(500):
+            for worker in self.workers:
+                due = [message for message in self.queue if message.due <= self.now]
+                if due and not worker.held:
+                    self.queue.remove(due[0])
+                    worker.held.append(Held(due[0]))
+                for held in list(worker.held):
+                    while held in worker.held:
+                        self._step(worker, held, "succeeded")
+            if not self.queue:
+                break
+            self._pass(1_000 if any(m.due <= self.now for m in self.queue) else DELAY)
+        assert self.queue == [], "messages go round for ever"
+        self.no_effect_is_doubled_but_for_runs_that_were_inside_at_a_crash_or_outlived_their_lease()
+        lost = [id_ for id_, final in self.final.items() if not final]
+        assert lost == [], f"lost: {lost}"
+        for key in {self.messages[id_] for id_, final in self.final.items() if final != {"dead"}}:
+            assert self.effects.get(key), f"{key} never had its effect"
+
+
+TestTheModel = Model.TestCase
+TestTheModel.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
