@@ -120,38 +120,48 @@ def private_redis(binary: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def private_rabbitmq(binary: str) -> Iterator[int]:
-    port, distribution_port, epmd_port = free_port(), free_port(), free_port()
+    port, epmd_port = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="dp-rabbitmq-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        (folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.default = {LOCALHOST}:{port}\ndisk_free_limit.absolute = 1MB\n"
-        )
-        (folder / "enabled_plugins").write_text("[].\n")
-        (folder / "env.conf").touch()
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))},
-            "HOME": name,  # the Erlang cookie
-            "ERL_EPMD_PORT": str(epmd_port),  # a name server of its own, so that it can be stopped
-            "ERL_EPMD_ADDRESS": LOCALHOST,
-            "ERL_EPMD_RELAXED_COMMAND_CHECK": "1",
-            "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@{LOCALHOST}",
-            "RABBITMQ_USE_LONGNAME": "true",  # an address is one
-            "RABBITMQ_DIST_PORT": str(distribution_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-            "RABBITMQ_CONFIG_FILE": f"{folder / 'rabbitmq.conf'}",
-            "RABBITMQ_CONF_ENV_FILE": f"{folder / 'env.conf'}",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder / 'enabled_plugins'}",
-            "RABBITMQ_MNESIA_BASE": f"{folder / 'data'}",
-            "RABBITMQ_LOG_BASE": f"{folder / 'log'}",
-            "RABBITMQ_PID_FILE": f"{folder / 'pid'}",
-        }
+        environment = rabbitmq_environment(folder, port, epmd_port)
         try:
             with _server([binary], environment, folder, lambda: rabbitmq_answers(port)):
                 yield port
         finally:
-            with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, epmd_port), timeout=2) as epmd:
-                epmd.sendall(b"\x00\x01k")  # kill
-                epmd.recv(2)
+            stop_epmd(epmd_port)
+
+
+def rabbitmq_environment(folder: Path, port: int, epmd_port: int) -> dict[str, str]:
+    """What a node of its own needs, with all its files in a folder of its own: data, logs, cookie, settings."""
+    (folder / "rabbitmq.conf").write_text(
+        f"listeners.tcp.default = {LOCALHOST}:{port}\ndisk_free_limit.absolute = 1MB\n"
+    )
+    (folder / "enabled_plugins").write_text("[].\n")
+    (folder / "env.conf").touch()
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))},
+        "HOME": str(folder),  # the Erlang cookie
+        "ERL_EPMD_PORT": str(epmd_port),  # a name server of its own, so that it can be stopped
+        "ERL_EPMD_ADDRESS": LOCALHOST,
+        "ERL_EPMD_RELAXED_COMMAND_CHECK": "1",
+        "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@{LOCALHOST}",
+        "RABBITMQ_USE_LONGNAME": "true",  # an address is one
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "RABBITMQ_CONFIG_FILE": f"{folder / 'rabbitmq.conf'}",
+        "RABBITMQ_CONF_ENV_FILE": f"{folder / 'env.conf'}",
+        "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder / 'enabled_plugins'}",
+        "RABBITMQ_MNESIA_BASE": f"{folder / 'data'}",
+        "RABBITMQ_LOG_BASE": f"{folder / 'log'}",
+        "RABBITMQ_PID_FILE": f"{folder / 'pid'}",
+    }
+
+
+def stop_epmd(port: int) -> None:
+    """End the Erlang name server that a node has started."""
+    with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=2) as epmd:
+        epmd.sendall(b"\x00\x01k")  # kill
+        epmd.recv(2)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,142 @@
+"""What the workers run: jobs that note in a ledger outside the broker what they do.
+
+A line is written by one ``write`` to a file opened for appending, so that neither a kill nor another process tears it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dramatiq
+from dramatiq.middleware import GroupCallbacks
+from dramatiq.rate_limits.backends import RedisBackend as Barriers
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
+
+from dramatiq_policies import ErrorClassifier, Idempotency, RetryPolicy, constant, current_job, install
+from dramatiq_policies.stores.redis import RedisStore
+
+LEDGER = os.open(os.environ["CHAOS_LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+STORE = os.environ["CHAOS_STORE"]
+
+numbers = itertools.count(1)
+thread = threading.local()
+
+
+class Transient(Exception):
+    pass
+
+
+class Permanent(Exception):
+    pass
+
+
+def note(*words: object) -> None:
+    os.write(LEDGER, (" ".join(map(str, (time.monotonic(), os.getpid(), *words))) + "\n").encode())
+
+
+def outcome(event: Any) -> None:
+    """Published when all was written that makes a job run once, and before the ack."""
+    run, thread.run = getattr(thread, "run", None), None
+    note("outcome", run or "-", event.actor, event.message_id, event.outcome.value, event.reason or "-")
+
+
+def make_broker() -> Any:
+    url = os.environ["CHAOS_URL"]
+    if os.environ["CHAOS_BROKER"] == "redis":
+        from dramatiq.brokers.redis import RedisBroker
+
+        broker: Any = RedisBroker(url=url, heartbeat_timeout=int(os.environ["CHAOS_HEARTBEAT_TIMEOUT"]))
+    else:
+        from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+        broker = RabbitmqBroker(url=url, confirm_delivery=True)
+    broker.add_middleware(Results(backend=RedisBackend(url=STORE)))
+    broker.add_middleware(GroupCallbacks(Barriers(url=STORE)))
+    return install(
+        broker,
+        error_classifier=ErrorClassifier(on_outcome=outcome),
+        idempotency=Idempotency(RedisStore.from_url(STORE), lease=int(os.environ["CHAOS_LEASE"])),
+    )
+
+
+broker = make_broker()
+dramatiq.set_broker(broker)
+
+
+@contextmanager
+def running(name: str, number: int) -> Iterator[None]:
+    """One run, as the ledger has it: begun, its effect made somewhere in the middle, ended or raised."""
+    run = thread.run = f"{os.getpid()}.{next(numbers)}"
+    job = current_job()
+    assert job is not None
+    note("begin", run, f"{name}:{number}", job.message_id, job.attempt)
+    try:
+        time.sleep(random.uniform(0.005, 0.08))
+        yield
+        note("effect", run)
+        time.sleep(random.uniform(0, 0.03))
+    except BaseException:
+        note("raise", run)
+        raise
+    note("end", run)
+
+
+once: Any = {"queue_name": "jobs", "idempotency_key": "{number}"}
+
+
+@dramatiq.actor(**once)
+def plain(number: int) -> None:
+    with running("plain", number):
+        pass
+
+
+@dramatiq.actor(retry_on={Transient: RetryPolicy(attempts=10, wait=constant(300))}, **once)
+def flaky(number: int) -> None:
+    with running("flaky", number):
+        job = current_job()
+        if job is not None and job.attempt == 1:
+            raise Transient(number)
+
+
+@dramatiq.actor(max_retries=0, **once)
+def hopeless(number: int) -> None:
+    with running("hopeless", number):
+        raise Permanent(number)
+
+
+@dramatiq.actor(queue_name="jobs")
+def unguarded(number: int) -> None:
+    with running("unguarded", number):
+        pass
+
+
+@dramatiq.actor(store_results=True, **once)
+def first(number: int) -> int:
+    with running("first", number):
+        return number
+
+
+@dramatiq.actor(**once)
+def second(number: int) -> None:
+    with running("second", number):
+        pass
+
+
+@dramatiq.actor(**once)
+def member(number: int) -> None:
+    with running("member", number):
+        pass
+
+
+@dramatiq.actor(**once)
+def together(number: int) -> None:
+    with running("together", number):
+        pass

@@ -1,0 +1,161 @@
+"""Servers of our own that are killed and started again on their data."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+import redis
+from dramatiq import Message
+
+from scripts import with_services
+from scripts.with_services import LOCALHOST, free_port
+
+#: Seconds that a server may take until it answers.
+STARTUP = 60
+QUEUES = ("jobs", "jobs.DQ")
+
+
+class Server:
+    """One server process with its data in a folder.
+
+    Attributes:
+      url: Where it listens, the same after every start.
+    """
+
+    service: with_services.Service
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.port = free_port()
+        self.url = self.service.at(self.port)
+        binary = self.service.binary()
+        if binary is None:
+            pytest.skip(f"{self.service.package} is not installed: servers that may be killed are needed")
+        self.binary = binary
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        command, environment = self.command()
+        with (self.folder / "output").open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        give_up = time.monotonic() + STARTUP
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() > give_up:
+                said = (self.folder / "output").read_text(errors="replace")[-2_000:]
+                raise RuntimeError(f"{self.binary} did not start: {said}")
+            time.sleep(0.05)
+
+    def ready(self) -> bool:
+        return self.service.answers(self.port)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+
+class RedisServer(Server):
+    """Redis that has written to disk what it has answered."""
+
+    kind = "redis"
+    service = with_services.REDIS
+    options: tuple[str, ...] = ()
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        durable = ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(self.folder)]
+        return [self.binary, "--bind", LOCALHOST, "--port", str(self.port), *durable, *self.options], os.environ
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, socket_timeout=2)
+
+    def ready(self) -> bool:
+        if not super().ready():
+            return False
+        with self.client() as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False  # it is reading its data
+
+    def waiting(self) -> int:
+        """How many messages are in the queues, also those that a worker has taken and not acked."""
+        with self.client() as client:
+            return sum(client.hlen(f"dramatiq:{queue}.msgs") + client.llen(f"dramatiq:{queue}") for queue in QUEUES)
+
+    left = waiting
+
+    def letters(self) -> list[Message[Any]]:
+        with self.client() as client:
+            return [Message.decode(body) for body in client.hvals("dramatiq:jobs.XQ.msgs")]
+
+
+class RabbitmqServer(Server):
+    """A RabbitMQ node of its own."""
+
+    kind = "rabbitmq"
+    service = with_services.RABBITMQ
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.epmd_port = free_port()
+        self.environment = with_services.rabbitmq_environment(folder, self.port, self.epmd_port)
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        return [self.binary], self.environment
+
+    def close(self) -> None:
+        super().close()
+        with_services.stop_epmd(self.epmd_port)
+
+    def _drain(self, *queues: str, take: bool) -> list[bytes]:
+        found = []
+        with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+            channel = connection.channel()
+            for queue in queues:
+                while True:
+                    method, _, body = channel.basic_get(queue, auto_ack=take)
+                    if method is None:
+                        break
+                    found.append(body)
+        return found
+
+    def waiting(self) -> int:
+        """How many messages no worker has taken."""
+        with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+            channel = connection.channel()
+            return sum(channel.queue_declare(queue, passive=True).method.message_count for queue in QUEUES)
+
+    def left(self) -> int:
+        """How many messages are in the queues, once no worker runs."""
+        return len(self._drain(*QUEUES, take=False))
+
+    def letters(self) -> list[Message[Any]]:
+        return [Message.decode(body) for body in self._drain("jobs.XQ", take=False)]

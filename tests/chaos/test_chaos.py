@@ -1,0 +1,25 @@
+"""The short form of ``make chaos``: all faults mixed, for some seconds on each broker."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from .run import Chaos, Scenario
+
+SHORT = {
+    "redis": Scenario("mixed", ("kill_worker", "kill_group", "terminate", "pause", "restart_broker")),
+    "rabbitmq": Scenario("mixed", ("kill_worker", "kill_group", "terminate", "pause", "restart_store")),
+}
+SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
+
+
+@pytest.mark.parametrize("broker", SHORT)
+def test_no_job_is_lost_and_none_is_doubled_but_for_those_that_a_kill_cut_short(broker: str, tmp_path: Path) -> None:
+    report = Chaos(broker, tmp_path, SEED).run(SHORT[broker], jobs=300)
+    print(f"CHAOS_SEED={SEED}", report.HEADER, report.row(), sep="\n")
+    assert not report.wrong, (f"CHAOS_SEED={SEED}", report.faults, report.outcomes)
+    assert sum(report.faults.values()) > 0
