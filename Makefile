@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 
-.PHONY: demo test unit lint bench dramatiq-suite docs release-check clean
+.PHONY: demo test unit lint bench chaos dramatiq-suite docs release-check clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -28,6 +28,9 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed  ## a first look; benchmarks/README.md has the long form
 	$(BIN)/python -m benchmarks.pipeline_cpu
 	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain --short
+
+chaos: $(VENV)/installed  ## workers and servers killed at random: CHAOS_JOBS=20000 for longer, CHAOS_SEED=1 for the same again
+	$(BIN)/python -m tests.chaos
 
 dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check prometheus-client

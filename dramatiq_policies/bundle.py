@@ -12,6 +12,7 @@ from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
+from dramatiq.results import Results as StockResults
 from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
@@ -19,7 +20,7 @@ from .admission import resolve_guard
 from .brokers import wrap_consumer
 from .errors import ConfigurationError
 from .middleware.base import PolicyMiddleware
-from .middleware.composition import GroupCallbacks, Pipelines
+from .middleware.composition import GroupCallbacks, Pipelines, Results
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
@@ -216,12 +217,18 @@ def _without_holes(middleware: Middleware) -> Middleware:
     if type(middleware) is StockPipelines:
         return Pipelines()
     if type(middleware) is StockGroupCallbacks:
-        ours = GroupCallbacks.__new__(GroupCallbacks)
-        vars(ours).update(vars(middleware))
-        return ours
+        return _with_its_settings(GroupCallbacks, middleware)
+    if type(middleware) is StockResults:
+        return _with_its_settings(Results, middleware)
     if type(middleware) is StockShutdownNotifications:
         return ShutdownNotifications(middleware.notify_shutdown)
     return middleware
+
+
+def _with_its_settings(kind: type[Middleware], stock: Middleware) -> Middleware:
+    ours = kind.__new__(kind)
+    vars(ours).update(vars(stock))
+    return ours
 
 
 def _resolve_actors(wiring: Wiring) -> None:

@@ -97,10 +97,6 @@ class Claim:
         """The broker has remembered the completion together with the ack."""
         self.claims.let_go(self)
 
-    def lost(self) -> None:
-        """The message is another worker's now, who settles it."""
-        self.claims.conclude(self, Settlement(Outcome.INTERRUPTED))
-
     def conclude(self, decided: Settlement) -> None:
         """The delivery was handed on: say so before it is acked."""
         self.claims.conclude(self, decided)
@@ -160,7 +156,12 @@ class Claims:
                     return action
                 record = records.taken(action, request, owner=owner, token=token, since=now_ms(), keep=keep)
                 value = record.encode()
+                asked = clock.monotonic()
                 found = self.ask(partial(self.store.swap, name, expected, value, self.lease + keep))
+                if (found is None or found.value == value) and clock.monotonic() - asked > self.lease / 2_000:
+                    # The answer came so late (a slow store, a process that was stopped) that the lease may be over.
+                    expected = value
+                    continue
                 if found is None or found.value == value:
                     claimed = True
                     held = self._held[name] = Claim(self, name, record, value, keyed, keep)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .options import ActorPolicy
 
-__all__ = ["CurrentJob", "Delivery", "Recorder", "Send", "Settlement", "current_job", "running_delivery"]
+__all__ = ["CurrentJob", "Delivery", "GivenAway", "Recorder", "Send", "Settlement", "current_job", "running_delivery"]
 
 #: The delivery that this thread (greenlet, task) works on.
 current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
@@ -37,6 +37,10 @@ class Send:
         self.delay = delay
         #: What the broker is sent, made once: a repeated hand-off sends the very same.
         self.encoded: Any = None
+
+
+class GivenAway(Exception):
+    """The broker has given the message to another worker meanwhile, who is to settle it."""
 
 
 class Recorder:
@@ -159,6 +163,11 @@ class Delivery:
         if self.steps is None:
             self.steps = []
         self.steps.append(step)
+
+    def is_remembered(self) -> bool:
+        """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""
+        claim, decided = self.claim, self.settlement
+        return claim is not None and claim.keyed and decided is not None and decided.outcome in COMPLETING
 
     def elapsed_ms(self) -> float:
         """How long the actor has run, or ran, in milliseconds."""

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from . import clock
-from .delivery import Delivery, Send, Settlement
+from .delivery import Delivery, GivenAway, Send, Settlement
 from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
 from .history import FAILURE, POLICIES, attempt_of, failure_of, replays_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
@@ -72,7 +72,7 @@ def _hand_off(
     tries = 0
     first_error: float | None = None
     dead: Message[Any] | None = None
-    if decided.outcome is not Outcome.SUCCEEDED and consumer.gone():
+    if decided.outcome is not Outcome.SUCCEEDED and consumer.gone() and not delivery.is_remembered():
         # It has been given back to its queue: whatever follows from this run would happen twice.
         return _give_up(consumer, message, delivery, ConnectionError("the consumer's connection is closed"))
     _announce(consumer, delivery, decided)
@@ -87,7 +87,7 @@ def _hand_off(
         except Exception as error:
             lost = consumer.lost_connection(error)
             now = clock.monotonic()
-            if consumer.gone():
+            if isinstance(error, GivenAway) or (consumer.gone() and not delivery.is_remembered()):
                 # The broker has given this message back to its queue already.
                 return _give_up(consumer, message, delivery, error)
             if not lost:
@@ -120,6 +120,7 @@ def _hand_off(
                         attempt=decided.attempt,
                         dead_letter=True,
                     )
+                    delivery.settlement = decided
                     message.fail()
                     dead, first_error, tries = None, None, 0
                     continue

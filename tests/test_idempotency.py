@@ -18,10 +18,12 @@ from dramatiq_policies import (
     Idempotency,
     RetryPolicy,
     Snooze,
+    clock,
     constant,
     current_job,
     install,
 )
+from dramatiq_policies.records import completed_by
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .support import Stage
@@ -479,6 +481,48 @@ def test_a_duplicate_whose_next_stage_needs_a_result_that_nobody_stored_is_dead(
     assert [event.reason for event in stage.events if event.outcome == "dead"] == ["no_result"]
 
 
+def test_a_result_is_stored_again_until_the_backend_takes_it_before_the_key_is_completed(monkeypatch):
+    class Restarting(StubBackend):
+        failures = 3
+
+        def _store(self, message_key, result, ttl):
+            if self.failures:
+                self.failures -= 1
+                raise ConnectionError("no backend")
+            super()._store(message_key, result, ttl)
+
+    pauses = []
+    monkeypatch.setattr(clock, "sleep", pauses.append)
+    backend = Restarting()
+    stage = Stage(middleware=[Results(backend=backend)])
+
+    @stage.actor(idempotency_key="{order_id}", store_results=True)
+    def ship(order_id):
+        return f"shipped {order_id}"
+
+    message = ship.send(7)
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
+    assert backend.get_result(message) == "shipped 7"
+    assert len(pauses) == 3
+
+
+def test_a_backend_that_takes_no_result_holds_a_job_up_for_some_seconds_only(monkeypatch, caplog):
+    class Gone(StubBackend):
+        def _store(self, message_key, result, ttl):
+            raise ConnectionError("no backend")
+
+    pauses = []
+    monkeypatch.setattr(clock, "sleep", pauses.append)
+    stage = Stage(middleware=[Results(backend=Gone())])
+    stage.actor(lambda: 1, actor_name="guarded", idempotent=True, store_results=True).send()
+    stage.actor(lambda: 1, actor_name="unguarded", store_results=True).send()
+    stage.actor(lambda: {1, 2}, actor_name="unstorable", idempotent=True, store_results=True).send()
+    stage.run()
+    assert stage.outcomes() == ["succeeded"] * 3
+    assert 3 <= sum(pauses) <= 6
+
+
 def test_the_redelivery_of_a_completed_message_settles_nothing_again():
     stage, _ = with_results()
     told = []
@@ -607,6 +651,46 @@ def test_a_completion_is_written_when_the_store_is_back(flaky):
         while Idempotency.state(ship, 7).state != "completed":
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_claim_whose_answer_came_when_its_lease_was_over_is_asked_for_again(monkeypatch):
+    late = 0.0
+    monotonic = clock.monotonic
+    monkeypatch.setattr(clock, "monotonic", lambda: monotonic() + late)
+
+    class Late(MemoryStore):
+        def swap(self, key, expected, value, ttl):
+            nonlocal late
+            found = super().swap(key, expected, value, ttl)
+            if not late:
+                late = 3.0
+                self.put(key, completed_by("another"), 10_000)
+            return found
+
+    stage = Stage(bundle={"idempotency": Idempotency(Late(), lease=2_000)})
+    ship = keep(stage)
+    ship.send(7)
+    stage.run()
+    assert ship.runs == []
+    assert stage.outcomes() == ["duplicate"]
+
+
+def test_a_claim_whose_answer_came_late_and_that_is_ours_still_runs(monkeypatch):
+    late = 0.0
+    monotonic = clock.monotonic
+    monkeypatch.setattr(clock, "monotonic", lambda: monotonic() + late)
+
+    class Late(MemoryStore):
+        def swap(self, key, expected, value, ttl):
+            nonlocal late
+            late = late or 3.0
+            return super().swap(key, expected, value, ttl)
+
+    stage = Stage(bundle={"idempotency": Idempotency(Late(), lease=2_000)})
+    ship = keep(stage)
+    ship.send(7)
+    stage.run()
+    assert ship.runs == [(7, 1)]
 
 
 def test_a_record_of_an_unknown_version_makes_the_message_wait_and_never_run(caplog):

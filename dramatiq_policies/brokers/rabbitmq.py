@@ -75,7 +75,7 @@ class RabbitmqConsumer(PolicyConsumer):
         self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
 
     def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
-        if self.gone():
+        if self.gone() and not delivery.is_remembered():
             raise ConnectionClosed("the consumer that delivered this message is closed")
         steps = delivery.steps
         while steps:

@@ -24,7 +24,7 @@ from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from ..consumer import PolicyConsumer
-from ..delivery import COMPLETING, Delivery, Send
+from ..delivery import Delivery, GivenAway, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
 from ..records import completed_by
@@ -151,17 +151,13 @@ class RedisConsumer(PolicyConsumer):
         redis_id = message.options["redis_message_id"]
         try:
             claim, at_once = delivery.claim, self.completes(delivery)
-            decided = delivery.settlement
             # Elsewhere a completion is remembered between hand-off and ack.
-            keep = claim is not None and not at_once and decided is not None and decided.outcome in COMPLETING
+            keep = not at_once and delivery.is_remembered()
             body = b"" if dead is None else dead.encode()
-            if not at_once:
-                self._settle(redis_id, body, sends, keep)
-            elif self._settle(redis_id, body, sends, completes=claim):
+            if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
+                raise GivenAway
+            if at_once:
                 delivery.claim = claim.completed()
-            else:
-                # Given to another worker meanwhile, who is to hand on what follows.
-                delivery.claim = claim.lost()
             steps, delivery.steps = delivery.steps, None
             if dead is not None:
                 self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
@@ -190,10 +186,9 @@ class RedisConsumer(PolicyConsumer):
         return queue, redis_id, message.encode()
 
     def completes(self, delivery: Delivery) -> bool:
-        claim, decided = delivery.claim, delivery.settlement
-        if claim is None or not claim.keyed or decided is None or decided.outcome not in COMPLETING:
+        if not delivery.is_remembered():
             return False
-        store = claim.claims.store
+        store = delivery.claim.claims.store
         if store is not self.store:
             self.store = store
             shares = getattr(store, "is_beside", None)
@@ -204,11 +199,12 @@ class RedisConsumer(PolicyConsumer):
         self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False, completes: Claim | None = None
     ) -> bool:
         broker: Any = self.broker
-        keys, completed, ttl = [broker.namespace], b"", 0
+        keys, completed, ttl, held = [broker.namespace], b"", 0, b""
         if completes is not None:
             keys.append(self.store.name_of(completes.name))
             completed, ttl = completed_by(completes.record.message_id), completes.keep
-        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, *sends]
+            held = completes.value
+        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
         return bool(self._guarded(self.trips.call, *_SETTLE.command(keys, args)))
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:

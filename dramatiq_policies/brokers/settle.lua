@@ -3,26 +3,44 @@
 -- KEYS[1]  the broker's namespace
 -- KEYS[2]  if the message's idempotency key is completed by this: its register
 -- ARGV     broker id, queue, the message's redis id, the body of its dead letter or '', 'keep' to leave it unacked or '',
---          what the register is to hold and its ttl in ms, then for each message that follows: queue, redis id, body
+--          what the register is to hold, its ttl in ms and what it holds while the claim is ours, then for each message that
+--          follows: queue, redis id, body
 --
--- That the id is in the unacked set is the condition of all else: a call that is repeated after a lost reply does
--- nothing, and so does one for a message that was given to another worker meanwhile. Key names are Dramatiq's.
+-- A message that is not in this worker's unacked set was given to another, or this call is repeated after a lost reply. Then
+-- nothing more is done, unless the run is remembered as completed ('keep', or a register that still holds the claim): the
+-- other worker will hand nothing on, so what follows is enqueued here. Key names are Dramatiq's.
 --
--- A dead letter is only written in the place of the message here: Dramatiq's own nack then moves it.
+-- A dead letter is only written in the place of the message here: Dramatiq's own nack then moves it. Returns 0 if the other
+-- worker is to settle the message, else 1.
 local namespace = KEYS[1]
 local broker_id, queue, id, dead, keep, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
 local bodies = namespace .. ':' .. queue .. '.msgs'
+local register = KEYS[2]
+local first = 9
 
 local ours = redis.call('sismember', unacked, id) == 1
-local register = KEYS[2]
-if register and (ours or #ARGV == 7) then
+if not ours and keep == '' then
+  local held = register and redis.call('get', register)
+  if held and held == completed then
+    return 1
+  end
+  if not register or (held ~= ARGV[8] and #ARGV >= first) then
+    if dead ~= '' and redis.call('hexists', namespace .. ':' .. queue .. '.XQ.msgs', id) == 1 then
+      return 1
+    end
+    for i = first, #ARGV, 3 do
+      if redis.call('hexists', namespace .. ':' .. ARGV[i] .. '.msgs', ARGV[i + 1]) == 1 then
+        return 1
+      end
+    end
+    return 0
+  end
+end
+if register then
   redis.call('set', register, completed, 'px', ARGV[7])
 end
-if not ours then
-  return register and redis.call('get', register) == completed and 1 or 0
-end
-for i = 8, #ARGV, 3 do
+for i = first, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
   -- One that is kept stays in the set: what a lost call has enqueued already is not enqueued twice.
   if redis.call('hexists', target .. '.msgs', ARGV[i + 1]) == 0 then
@@ -30,9 +48,9 @@ for i = 8, #ARGV, 3 do
     redis.call('rpush', target, ARGV[i + 1])
   end
 end
-if dead ~= '' then
+if ours and dead ~= '' then
   redis.call('hset', bodies, id, dead)
-elseif keep == '' then
+elseif ours and keep == '' then
   redis.call('srem', unacked, id)
   redis.call('hdel', bodies, id)
 end

@@ -1,7 +1,7 @@
-"""Dramatiq's composition middleware, except that what they enqueue is part of the hand-off.
+"""Dramatiq's composition middleware, except that what they enqueue is part of the hand-off, and its results.
 
 Stock enqueues the next stage, and a group's callbacks, in an after-hook, whose errors are swallowed: the message is acked
-and the stage is lost.
+and the stage is lost. So is a result, which a duplicate of a completed job may need.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from dramatiq.middleware import Middleware
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.rate_limits import Barrier
 from dramatiq.rate_limits.backends import StubBackend
+from dramatiq.results import Results as StockResults
 
+from .. import clock
 from ..delivery import Delivery, Recorder, Send
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["GroupCallbacks", "Pipelines"]
+__all__ = ["GroupCallbacks", "Pipelines", "Results"]
+
+#: Seconds between the tries to store a result.
+_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 
 
 def _hand_on(
@@ -100,3 +105,35 @@ class GroupCallbacks(StockGroupCallbacks):
             return True
 
         return count
+
+
+class Results(StockResults):
+    """Stores results; that of a job with an idempotency key is tried for some five seconds, as its completion is.
+
+    Once the key is completed the job never runs again, and nobody could store what its duplicates move on with.
+    """
+
+    def after_process_message(
+        self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        guarded = exception is None and delivery is not None and delivery.claim is not None and delivery.claim.keyed
+        store: Any = super().after_process_message
+        for pause in _PAUSES if guarded else ():
+            try:
+                store(broker, message, result=result)
+            except Exception:
+                if not self._is_storable(result):
+                    break
+                clock.sleep(pause)
+            else:
+                return
+        store(broker, message, result=result, exception=exception)
+
+    def _is_storable(self, result: Any) -> bool:
+        """Whether the backend is what failed."""
+        try:
+            self.backend.encoder.encode({"result": result})
+        except Exception:
+            return False
+        return True

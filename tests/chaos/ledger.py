@@ -143,7 +143,7 @@ def judge(
     effects, by_key = ledger.effects(), ledger.by_key()
     guarded = {key: runs for key, runs in by_key.items() if not key.startswith("unguarded:")}
     begun_in_vain = Counter(run.message_id for run in ledger.runs.values() if cut(run))
-    dead = Counter({message_id: -1 for message_id in doomed})
+    dead = Counter(dict.fromkeys(doomed, -1))
     wrongly_dead, quarantined = [], set()
     for letter in letters:
         failure = letter.options["failure"]
@@ -175,9 +175,7 @@ def judge(
 def _beside(runs: list[Run], cut: Any) -> bool:
     """Whether one began while another was under way."""
     whole = [run for run in runs if run.ended is not None and not cut(run)]
-    return any(
-        other.begun <= run.begun < (other.ended or 0.0) for other in whole for run in runs if run is not other
-    )
+    return any(other.begun <= run.begun < (other.ended or 0.0) for other in whole for run in runs if run is not other)
 
 
 def _done_after(run: Run, runs: list[Run]) -> float | None:

@@ -125,9 +125,7 @@ class Sender:
             self._expect("first", number)
             self._expect("second", number)
             for _ in range(2):
-                self._insist(
-                    lambda: pipeline([message("first", number), message("second")], broker=self.broker).run()
-                )
+                self._insist(lambda: pipeline([message("first", number), message("second")], broker=self.broker).run())
         elif kind == 6:
             members = range(number * 1_000, number * 1_000 + 3)
             self._expect("together", number)
@@ -362,5 +360,3 @@ def _signal(pid: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-

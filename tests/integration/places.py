@@ -39,11 +39,12 @@ def until(condition: Callable[[], Any], timeout: float = PATIENCE, describe: Cal
 class App:
     """A broker with the bundle, and what was published of its deliveries."""
 
-    def __init__(self, place: Place, broker: Any, **classifier: Any) -> None:
+    def __init__(self, place: Place, broker: Any, idempotency: Any = None, **classifier: Any) -> None:
         self.place = place
         self.broker = broker
         self.events: list[Any] = []
-        install(broker, error_classifier=ErrorClassifier(on_outcome=self.events.append, **classifier))
+        classes = ErrorClassifier(on_outcome=self.events.append, **classifier)
+        install(broker, error_classifier=classes, idempotency=idempotency)
         self.actor: Any = functools.partial(dramatiq.actor, broker=broker, queue_name=place.queue)
         self.worker: Worker | None = None
 
