@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import pytest
 import redis
-from dramatiq import Message, group, pipeline
+from dramatiq import Message, Worker, group, pipeline
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import CurrentMessage, GroupCallbacks
 from dramatiq.rate_limits.backends import StubBackend as LimiterBackend
@@ -673,6 +673,45 @@ def test_a_do_ack_that_somebody_put_on_the_broker_is_the_one_called(redis_place:
     app.work_until("succeeded")
     assert acked == [redis_place.queue]
     assert redis_place.left() == []
+
+
+def test_a_worker_that_waits_for_its_last_jobs_keeps_their_messages(redis_place: RedisPlace) -> None:
+    """It fetches no more, and yet says that it lives."""
+    apps = []
+    for _ in range(2):
+        broker = RedisBroker(url=redis_place.url, namespace=redis_place.namespace, heartbeat_timeout=1_000)
+        apps.append(redis_place.app(broker=broker))
+    first, second = apps
+    gate = Gate()
+    runs: list[str] = []
+
+    @first.actor(actor_name="slow")
+    def slow() -> None:
+        runs.append("first")
+        gate()
+
+    @second.actor(actor_name="slow")
+    def stolen() -> None:
+        runs.append("second")
+
+    slow.send()
+    worker = Worker(first.broker, worker_timeout=100, worker_threads=2)
+    worker.start()
+    assert gate.entered.wait(10)
+    stop = threading.Thread(target=worker.stop)
+    stop.start()
+    with second.working():
+        slow.send()  # runs at the second: the first begins nothing more
+        second.wait_for("succeeded")
+        time.sleep(4)  # four times the silence at which it would be taken for dead
+        gate.open.set()
+        stop.join(20)
+        calm(second)
+    assert runs == ["first", "second"]
+    assert first.outcomes == ["succeeded"]
+    assert redis_place.left() == []
+    for app in apps:
+        app.broker.close()
 
 
 # RabbitMQ.

@@ -145,3 +145,53 @@ def test_a_job_that_fails_after_the_server_closed_its_channel_is_decided_by_its_
     assert app.outcomes == ["interrupted", "dead"]
     assert [letter.message_id for letter in rabbitmq_place.dead()] == [message.message_id]
     assert rabbitmq_place.left() == []
+
+
+BLAMED = """
+import os, pathlib, time
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq_policies import Idempotency, Timeout, install
+
+broker = RedisBroker(url=os.environ["APP_URL"], namespace={namespace!r}, heartbeat_timeout=1_000)
+install(broker, timeout=Timeout(grace=100, on_stuck="exit"), idempotency=Idempotency(max_crashes=2))
+dramatiq.set_broker(broker)
+journal = pathlib.Path(os.environ["APP_JOURNAL"])
+
+def note(line):
+    with journal.open("a") as stream:
+        stream.write(line + "\\n")
+
+@dramatiq.actor(queue_name="{queue}", timeout=500)
+def stuck():
+    note("stuck begins")
+    time.sleep(3600)
+
+@dramatiq.actor(queue_name="{queue}", timeout=3_600_000)
+def neighbour():
+    note("neighbour begins")
+    while journal.read_text().splitlines().count("neighbour begins") < 2:
+        time.sleep(0.01)
+    note("neighbour done")
+"""
+
+
+def test_the_quarantine_blames_the_stuck_job_and_not_its_neighbours(redis_place: RedisPlace, tmp_path: Path) -> None:
+    application = Application(redis_place, tmp_path)
+    application.module.write_text(BLAMED.format(namespace=redis_place.namespace, queue=redis_place.queue))
+    try:
+        application.send("neighbour")
+        application.send("stuck")
+        for _ in range(2):
+            process = application.start()
+            assert process.wait(60) == STUCK_EXIT_CODE, application.log.read_text()
+        process = application.start()
+        application.wait_for("neighbour done")
+        until(redis_place.dead)
+        application.stop(process)
+    finally:
+        application.close()
+    assert application.lines() == {"stuck begins": 2, "neighbour begins": 2, "neighbour done": 1}
+    (letter,) = redis_place.dead()
+    assert (letter.actor_name, letter.options["failure"]["reason"]) == ("stuck", "crashed")
+    assert redis_place.left() == []
