@@ -1,4 +1,4 @@
-"""A dozen jobs and what became of each: a StubBroker, a real worker, no server. `make demo` runs it."""
+"""A dozen jobs or so, and what became of each: a StubBroker, a real worker, no server. `make demo` runs it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ COLOUR_OF = {
     Outcome.SUCCEEDED: "green",
     Outcome.RETRIED: "yellow",
     Outcome.DEFERRED: "cyan",
+    Outcome.DUPLICATE: "cyan",
     Outcome.DISCARDED: "magenta",
     Outcome.ALERTED: "red",
     Outcome.DEAD: "red",
@@ -89,6 +90,7 @@ dramatiq.set_broker(broker)
     },
     discard_on=InvalidEmail,
     alert_on=MissingCredentials,
+    idempotency_key="order-confirmation:{order_id}",
 )
 def send_confirmation(order_id: int, email: str) -> None:
     job = current_job()
@@ -142,6 +144,7 @@ def gateway(email: str, attempt: int) -> None:
 
 JOBS: list[tuple[str, Message[object]]] = [
     ("It works", send_confirmation.message(1, "ada@example.com")),
+    ("Was sent twice by mistake, and runs once", send_confirmation.message(1, "ada@example.com")),
     ("Times out twice, then works", send_confirmation.message(2, "slow@example.com")),
     ("Times out until its attempts are used up", send_confirmation.message(3, "dead@example.com")),
     ("Is asked to come back later (retry_after)", send_confirmation.message(4, "busy@example.com")),
