@@ -21,7 +21,14 @@ def test_the_demo_shows_every_ending_and_why_the_dead_letters_died():
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
-    for end in ("succeeded", "dead        exhausted", "dead        unclassified", "discarded", "alerted", "duplicate   completed"):
+    for end in (
+        "succeeded",
+        "dead        exhausted",
+        "dead        unclassified",
+        "discarded",
+        "alerted",
+        "duplicate   completed",
+    ):
         assert f"  {end}" in ran.stdout
     assert "attempt 1  retried     again in 300 ms, RateLimited" in ran.stdout
     assert "dead, exhausted after 3 x: __main__.MailTimeout: no answer within 5 s" in ran.stdout
