@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -102,7 +103,9 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
     columns = (*_COLUMNS, "ready/s")
     out = console()
     try:
-        with out.screen(hide_cursor=True) if out.is_terminal and form == "human" else _no_screen() as screen:
+        with (
+            out.screen(hide_cursor=True) if out.is_terminal and form == "human" else contextlib.nullcontext() as screen
+        ):
             while True:
                 states = ops.read_queues(broker, names, reader=reader)
                 changes = {state.reading.queue: _change(before, state.reading) for state in states}
@@ -123,12 +126,6 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
         pass
     finally:
         reader.close()
-
-
-class _no_screen:  # noqa: N801 - stands where a context manager's function would
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 def _change(before: dict[str, tuple[float, int]], reading: Any) -> float | None:

@@ -6,12 +6,13 @@ from .apps import OperationError, find_actor, find_queue, known_queues, load_bro
 from .checks import Settings, check_actor, check_broker
 from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
 from .designs import Design, IncompleteDesign, parse_design
-from .explanations import Attempt, Explanation, Portrait, describe, explain, find_exception
+from .explanations import Attempt, Explanation, explain, find_exception
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .keys import forget_key, key_state, read_arguments
 from .letters import DeadLetter, Filter
 from .live import check_live
+from .portraits import Portrait, describe
 from .queues import QueueState, monitor_of, read_queues
 from .scaffold import scaffold
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import AsyncIO, Retries, TimeLimit
+from dramatiq.middleware import AsyncIO
 
-from .._dramatiq import is_stub_broker
 from ..backoff import bounds_of
 from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware
 from ..middleware.error_classifier import ErrorClassifier
 from ..middleware.idempotency import Idempotency
-from ..middleware.queue_monitor import QueueMonitor
 from ..middleware.timeout import Timeout
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
-from ..stores.memory import MemoryStore
 from ..wiring import Wiring, wiring_of
+from .broker_checks import OF_BROKERS, Found, named
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -70,7 +67,7 @@ class _Job:
 
     def named(self, name: str) -> Any:
         """A middleware by its class's name, for those whose module may not be imported."""
-        return _named(self.wiring.broker, name)
+        return named(self.wiring.broker, name)
 
 
 def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
@@ -78,7 +75,7 @@ def check_broker(broker: Broker, settings: Settings | None = None) -> list[Findi
     settings = Settings() if settings is None else settings
     if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
         return [_finding("DP022", None, f"The {type(broker).__name__} has no middleware of dramatiq_policies")]
-    found = [_finding(code, None, text) for check in _OF_BROKERS for code, text in check(broker)]
+    found = [_finding(code, None, text) for check in OF_BROKERS for code, text in check(broker)]
     for name in sorted(broker.actors):
         found += check_actor(broker.actors[name], settings)
     return found
@@ -119,9 +116,6 @@ def source_of(actor: Actor[..., Any]) -> tuple[str | None, int | None]:
         return None, None
     near = os.path.relpath(file)
     return (file if near.startswith("..") else near), line
-
-
-Found = Iterator[tuple[str, str]]
 
 
 def _design(job: _Job) -> Found:
@@ -305,64 +299,4 @@ _OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
     _class_based,
     _alerts,
     _asynchronous,
-)
-
-
-def _named(broker: Broker, name: str) -> Any:
-    for middleware in broker.middleware:
-        if name in {cls.__name__ for cls in type(middleware).__mro__} and isinstance(middleware, PolicyMiddleware):
-            return middleware
-    return None
-
-
-def _leftovers(broker: Broker) -> Found:
-    for middleware in broker.middleware:
-        for stock, ours in ((Retries, ErrorClassifier), (TimeLimit, Timeout)):
-            if isinstance(middleware, stock) and not isinstance(middleware, ours):
-                both = any(isinstance(other, ours) for other in broker.middleware)
-                if both:
-                    yield (
-                        "DP013",
-                        f"{type(middleware).__name__} is a {stock.__name__} and works against {ours.__name__}",
-                    )
-
-
-def _thresholds(broker: Broker) -> Found:
-    monitor = next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
-    if monitor is None:
-        yield "DP019", "No QueueMonitor is on the broker: nobody is told when a queue backs up"
-        return
-    for queue in sorted({actor.queue_name for actor in broker.actors.values()}):
-        if monitor.threshold_of(queue) is None:
-            yield "DP019", f"The queue {queue!r} has no threshold"
-
-
-_EXTRAS = {"Metrics": ("statsd", "statsd"), "SentryReporter": ("sentry_sdk", "sentry")}
-
-
-def _extras(broker: Broker) -> Found:
-    for name, (module, extra) in _EXTRAS.items():
-        middleware = _named(broker, name)
-        if middleware is not None and getattr(middleware, "client", None) is None and not _installed(module):
-            yield "DP021", f'{name} needs {module}: pip install "dramatiq-policies[{extra}]"'
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _memory_store(broker: Broker) -> Found:
-    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
-    if idempotency is not None and isinstance(idempotency.store, MemoryStore) and not is_stub_broker(broker):
-        yield "DP024", "Idempotency has a MemoryStore"
-
-
-_OF_BROKERS: tuple[Callable[[Broker], Iterable[tuple[str, str]]], ...] = (
-    _leftovers,
-    _thresholds,
-    _extras,
-    _memory_store,
 )
