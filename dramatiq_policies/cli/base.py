@@ -173,7 +173,8 @@ def interruptible(moved: Moved, what: str, done: str) -> Iterator[None]:
         click.echo(f"Interrupted: {counted(moved.count, what)} {done}; the rest is where it was.", err=True)
         raise click.exceptions.Exit(130) from None
     except OperationError as error:
-        raise OperationError(f"{error} {counted(moved.count, what)} {done} before.") from None
+        before = f" {counted(moved.count, what)} {done} before." if moved.count else ""
+        raise OperationError(f"{error}{before}") from None
 
 
 def counted(number: int, what: str) -> str:

@@ -93,7 +93,7 @@ def _meant(
 def _nothing(broker: Broker, where: ops.Filter) -> None:
     """Nothing was found: perhaps the actor's name is wrong."""
     if where.actor is not None and where.actor not in broker.actors:
-        raise ops.OperationError(f"There is no actor {where.actor!r}{ops.meant(where.actor, broker.actors)}.")
+        raise ops.OperationError(f"There is no actor {where.actor!r}{ops.meant(where.actor, broker.actors)}")
 
 
 @dead.command()

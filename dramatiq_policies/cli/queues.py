@@ -159,7 +159,7 @@ def move(
     """
     broker = ops.load_broker(app, path)
     if actor is not None and actor not in broker.actors:
-        raise ops.OperationError(f"There is no actor {actor!r}{ops.meant(actor, broker.actors)}.")
+        raise ops.OperationError(f"There is no actor {actor!r}{ops.meant(actor, broker.actors)}")
     moved = ops.Moved()
     with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
         ops.move(broker, queue, target, actor=actor, limit=limit, progress=progress, moved=moved)

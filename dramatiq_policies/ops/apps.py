@@ -118,7 +118,7 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
                 return actor  # type: ignore[no-any-return]
     if name in broker.actors:
         return broker.actors[name]
-    raise OperationError(f"{app} has no actor {name!r}{meant(name, broker.actors)}.")
+    raise OperationError(f"{app} has no actor {name!r}{meant(name, broker.actors)}")
 
 
 def find_queue(broker: Broker, queue: str) -> str:
@@ -129,7 +129,7 @@ def find_queue(broker: Broker, queue: str) -> str:
     """
     known = known_queues(broker)
     if queue not in known:
-        raise OperationError(f"No actor uses a queue {queue!r}{meant(queue, known)}.")
+        raise OperationError(f"No actor uses a queue {queue!r}{meant(queue, known)}")
     return queue
 
 
@@ -155,7 +155,7 @@ def import_object(path: str) -> Any:
         return functools.reduce(getattr, attributes.split("."), module)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise OperationError(f"{name} has no {attributes!r}{meant(attributes, public)}.") from None
+        raise OperationError(f"{name} has no {attributes!r}{meant(attributes, public)}") from None
 
 
 @contextlib.contextmanager
@@ -179,6 +179,6 @@ def extend_path(path: Iterable[str]) -> None:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'this'``, if anything known comes near."""
+    """The end of a sentence: ``; did you mean 'this'?`` if anything known comes near, else its full stop."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return "; did you mean " + " or ".join(map(repr, near)) if near else ""
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

@@ -12,6 +12,7 @@ from ..alerts import QueueAlert
 from ..middleware.queue_monitor import QueueMonitor
 from ..queues import QueueReader, QueueReading, reader_of
 from .apps import OperationError, find_queue, redact
+from .piles import kind_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -53,6 +54,10 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     try:
         readings = own.read_all(chosen or None)
     except ConnectionClosed as error:
+        if kind_of(broker) == "rabbitmq":
+            from .piles.rabbitmq import unreachable
+
+            raise unreachable(broker, error.__context__) from None
         raise OperationError(f"The broker can't be read: {redact(str(error))}") from None
     finally:
         if reader is None:

@@ -315,15 +315,17 @@ def test_the_commands_work_as_processes(place, app, run):
     assert count_dead(place) == 0
 
 
-def test_a_server_that_is_down_is_one_sentence_without_a_password(place, run):
+@pytest.mark.parametrize("asked", [("dead", "summary"), ("queues",), ("check", "--live")])
+def test_a_server_that_is_down_is_one_sentence_without_a_password(place, run, asked):
     url = "redis://:s3cret@127.0.0.1:1/0" if place.kind == "redis" else "amqp://guest:s3cret@127.0.0.1:1"
     place.url = url
-    process = run("dead", "summary", "killed_app")
+    process = run(*asked, "killed_app")
     out, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert out == ""
     assert len(err.splitlines()) == 1
     assert "127.0.0.1:1" in err
+    assert "refused" in err
     assert "s3cret" not in err
 
 

@@ -19,7 +19,7 @@ from dramatiq.common import xq_name
 from ..apps import OperationError
 from . import Item
 
-__all__ = ["connect", "open_pile"]
+__all__ = ["connect", "open_pile", "unreachable"]
 
 #: For how many seconds the server may send nothing before we take it that there is no more.
 _SILENCE = 1.0
@@ -32,34 +32,33 @@ def connect(broker: Any) -> Iterator[Any]:
     Raises:
       OperationError: If it can't be reached, or closes the connection or a channel.
     """
-    parameters = broker.parameters
-    first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
-    where = f"{first.host}:{first.port}"
     try:
-        connection = pika.BlockingConnection(parameters)
+        connection = pika.BlockingConnection(broker.parameters)
     except (pika.exceptions.AMQPError, OSError) as error:
-        raise OperationError(f"RabbitMQ can't be reached at {where} ({_reason(error)}).") from None
+        raise unreachable(broker, error) from None
     try:
         yield connection
     except (pika.exceptions.AMQPError, OSError) as error:
-        raise OperationError(
-            f"RabbitMQ at {where} ended it: {_reason(error)}. Nothing is lost; run it again."
-        ) from None
+        raise OperationError(f"RabbitMQ ended it ({_reason(error)}); nothing is lost, run it again.") from None
     finally:
         with suppress(pika.exceptions.AMQPError, OSError):
             connection.close()
 
 
-def _reason(error: BaseException) -> str:
-    """What a pika error says; the first ones say nothing, and hold those that do."""
-    inner: Any = error.args[0] if error.args else None
+def unreachable(broker: Any, error: BaseException | None) -> OperationError:
+    """Says that the broker's server can't be reached, and why."""
+    parameters = broker.parameters
+    first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
+    return OperationError(f"RabbitMQ can't be reached at {first.host}:{first.port} ({_reason(error)}).")
+
+
+def _reason(error: Any) -> str:
+    """What a pika error says; the outer ones say nothing, and hold those that do."""
+    inner = getattr(error, "exception", None) or next(iter([*getattr(error, "exceptions", ()), *error.args][-1:]), None)
     if isinstance(inner, BaseException):
         return _reason(inner)
-    exception = getattr(inner, "exception", None)
-    if isinstance(exception, BaseException):
-        return _reason(exception)
     text = getattr(error, "reply_text", "") or " ".join(str(part) for part in error.args)
-    return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager
