@@ -47,6 +47,7 @@ class Guard:
     """What an actor declares about running once.
 
     Attributes:
+      asked: Whether it asks for anything at all.
       keyed: Whether it has a key; without one only ``done_when`` and the count of crashes are left.
       key_of: Makes the key; None for the message id. If ``call_key`` is given, it takes what the actor takes.
       call_key: How a ``key_of`` that is code of the user's is called; None for a template.
@@ -55,10 +56,10 @@ class Guard:
       max_crashes: See `Idempotency`.
     """
 
-    __slots__ = ("call", "call_key", "job", "key_of", "keyed", "max_crashes", "ttl")
+    __slots__ = ("asked", "call", "call_key", "job", "key_of", "keyed", "max_crashes", "ttl")
 
     def __init__(self) -> None:
-        self.keyed = False
+        self.asked = self.keyed = False
         self.key_of: Callable[..., Any] | None = None
         self.call_key: Caller | None = None
         self.job: Callable[..., Any] | None = None
@@ -268,6 +269,7 @@ def resolve_guard(
             raise ConfigurationError.of_option(where, "idempotency_key", "a template or a callable", given)
     guard.keyed = bool(idempotent) or given is not None
     done_when = options.get("done_when")
+    guard.asked = guard.keyed or done_when is not None
     if done_when is not None:
         if not callable(done_when):
             raise ConfigurationError.of_option(where, "done_when", "a callable", done_when)

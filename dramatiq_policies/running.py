@@ -67,13 +67,15 @@ def _run(
             _expire(delivery, policy.queue_timeout_ms)
         limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
-    admission = wiring.admission
-    if admission is None or policy is None or policy.guard is None:
+    admission, guard = wiring.admission, None if policy is None else policy.guard
+    if admission is None or guard is None:
         return _call(wiring, delivery, call, fn, args, kwargs)
     solitude = admission.claims.solitude
     solitude.enter(delivery)
     try:
-        return _run_once(admission, policy.guard, wiring, delivery, call, fn, args, kwargs)
+        if guard.asked or delivery.redelivered or "idempotency_key" in delivery.message.options:
+            return _run_once(admission, guard, wiring, delivery, call, fn, args, kwargs)
+        return _call(wiring, delivery, call, fn, args, kwargs)
     finally:
         solitude.leave(delivery)
 
