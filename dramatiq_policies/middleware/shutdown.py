@@ -20,8 +20,8 @@ __all__ = ["ShutdownNotifications"]
 class ShutdownNotifications(_ShutdownNotifications):
     """Dramatiq's ``ShutdownNotifications``, except that it interrupts jobs and nothing else.
 
-    Its message is put back at once and uses up no attempt. A job that begins after the notification is not interrupted,
-    as with Dramatiq's own; the notification goes to the jobs of every worker in this process.
+    Its message is put back at once and uses up no attempt. The worker begins no further job after the notification, which goes
+    to the jobs of every worker in this process.
 
     Parameters:
       notify_shutdown: Whether jobs are interrupted, where neither message nor actor says so. Not by default.
