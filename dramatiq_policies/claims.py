@@ -348,6 +348,9 @@ class Claims:
             self.settle_debts()
         except StoreDown:
             logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
+        if self._thread is not None:
+            # It may wait for a store that does not answer; it ends by itself then.
+            self._thread.join(1)
 
 
 def uncounted_name(message_id: str) -> str:

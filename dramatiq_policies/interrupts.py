@@ -388,6 +388,21 @@ def reset() -> None:
     _say_unsupported.cache_clear()
 
 
+def timer_runs() -> bool:
+    """Whether the timer's thread has been started, and not ended."""
+    return _timer.thread is not None
+
+
+def end_timer() -> None:
+    """End the timer's thread, and wait until it has; not while a job may be interrupted, and the next one starts another."""
+    thread = _timer.thread
+    if thread is None or any(slot.tokens is not None for slot in _slots.copy().values()):
+        return
+    _timer.stop()
+    _begin_anew()
+    thread.join()
+
+
 def supported() -> bool:
     """Whether threads can be interrupted here; says so once in a process where they can't."""
     if _set_exception is None:

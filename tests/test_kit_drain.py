@@ -29,6 +29,7 @@ from dramatiq_policies import (
     constant,
     current_job,
     install,
+    interrupts,
 )
 from dramatiq_policies.middleware.composition import GroupCallbacks
 from dramatiq_policies.testing import TooManyRuns, drain, fail, hang
@@ -348,13 +349,32 @@ def test_async_actors_run_on_a_loop_that_ends_with_the_drain():
             raise Flaky
 
     job.send(2)
-    threads = threading.active_count()
     run = drain(broker)
     run.assert_outcomes(job, "retried", "succeeded")
     assert run.elapsed == HOUR
     assert get_event_loop_thread() is None
-    # The timer of the timeouts stays.
-    assert threading.active_count() <= threads + 1
+
+
+def test_no_thread_is_left_behind():
+    broker = StubBroker()
+    broker.add_middleware(AsyncIO())
+    install(broker)
+
+    @dramatiq.actor(broker=broker, timeout=1_000, idempotent=True)
+    async def job():
+        pass
+
+    @dramatiq.actor(broker=broker, timeout=1_000, idempotent=True)
+    def other():
+        pass
+
+    interrupts.reset()
+    for _ in range(2):
+        before = threading.enumerate()
+        job.send()
+        other.send()
+        assert drain(broker).outcomes() == ["succeeded", "succeeded"]
+        assert threading.enumerate() == before
 
 
 def test_the_workers_hooks_are_called_as_in_production(broker, actor):

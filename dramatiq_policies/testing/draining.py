@@ -24,7 +24,7 @@ from dramatiq.common import q_name
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
-from .. import _dramatiq
+from .. import _dramatiq, interrupts
 from ..consumer import REDELIVERED
 from ..delivery import current
 from ..durations import to_ms
@@ -124,6 +124,7 @@ class Drain:
         self.died = False
         #: The messages that wait for the idempotency store.
         self._stalled: set[str] = set()
+        self._sources: list[str] = []
         self._began = 0
         self._exit = ExitStack()
         self._worker = _dramatiq.WorkerOnThisThread(self.broker, _Hooks(self))
@@ -140,6 +141,8 @@ class Drain:
             self._began = self.clock.now
             stack.callback(_in_progress.reset, _in_progress.set(self))
             stack.callback(current.reset, current.set(None))
+            if not interrupts.timer_runs():
+                stack.callback(interrupts.end_timer)
             stack.callback(set_event_loop_thread, get_event_loop_thread())
             self._collect(stack)
             stack.callback(setattr, wiring, "stopping", wiring.stopping)
@@ -214,8 +217,10 @@ class Drain:
     def _fetch(self) -> None:
         """Take whatever is ready off the queues; first of all, what has become due off the delay queues."""
         consumers, queues = self._worker.consumers, self.broker.queues
-        # A middleware may have a queue declared meanwhile.
-        for name in sorted(consumers, key=_delay_queues_first):
+        # A job may declare one meanwhile.
+        if len(self._sources) != len(consumers):
+            self._sources = sorted(consumers, key=_delay_queues_first)
+        for name in self._sources:
             delayed = consumers[name].delay_queue.queue
             while queues[name].queue or (delayed and _dramatiq.eta_of(delayed[0]) <= self.clock.now):
                 try:

@@ -41,6 +41,7 @@ from dramatiq_policies import (
     install,
     polynomial,
     retry_after,
+    testing,
     when,
 )
 
@@ -274,3 +275,22 @@ try:
     in_a_job()
 except ConfigurationError as refused:
     use(refused)
+
+
+# In a test.
+
+
+def in_a_test() -> None:
+    with testing.stub() as stub_broker, testing.fail(add, ValueError("no"), times=2), testing.hang(add):
+        run: testing.Run = testing.drain(stub_broker, until=timedelta(hours=1))
+    outcomes: list[str] = run.outcomes(add)
+    waits: list[int] = run.waits("add")
+    event: OutcomeEvent = testing.perform(add, 1, 2)
+    run.assert_outcomes(add, "retried", Outcome.SUCCEEDED)
+    testing.assert_crash_safe(add, 1, y=2, effects=list, reset=list)
+    testing.fail(add, 5)  # type: ignore[arg-type]
+    testing.drain(stub_broker, until="later")  # type: ignore[arg-type]
+    use(outcomes, waits, event, run.elapsed + 1, run.dead, run.logs, run.metrics)
+
+
+use(in_a_test)
