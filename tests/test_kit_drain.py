@@ -368,7 +368,7 @@ def test_no_thread_is_left_behind():
     def other():
         pass
 
-    interrupts.reset()
+    interrupts.end_timer()
     for _ in range(2):
         before = threading.enumerate()
         job.send()
