@@ -322,7 +322,9 @@ class Claims:
             if found is None and claim.over:
                 # Its ending was written in between, and took the register away.
                 self.ask(partial(self.store.swap, claim.name, claim.value, None, 1))
-            elif found is not None and found.value != claim.value and self._held.get(claim.name) is claim:
+            elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
+                continue  # Had lapsed, and is held again; or its completion was written in between.
+            elif self._held.get(claim.name) is claim:
                 logger.warning(
                     "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
                     "forgotten.",

@@ -675,6 +675,23 @@ def test_a_claim_whose_answer_came_when_its_lease_was_over_is_asked_for_again(mo
     assert stage.outcomes() == ["duplicate"]
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_only_a_claim_that_another_took_is_said_to_be_lost(caplog, by_itself):
+    store = MemoryStore()
+    idempotency = Idempotency(store)
+    stage = Stage(bundle={"idempotency": idempotency})
+
+    @stage.actor(idempotency_key="{order_id}")
+    def ship(order_id):
+        (claim,) = idempotency.claims._held.values()
+        store.put(claim.name, completed_by(current_job().message_id if by_itself else "another"), 10_000)
+        idempotency.claims.renew()
+
+    ship.send(7)
+    stage.run()
+    assert ["is lost" in record.message for record in caplog.records].count(True) == (0 if by_itself else 1)
+
+
 def test_a_claim_whose_answer_came_late_and_that_is_ours_still_runs(monkeypatch):
     late = 0.0
     monotonic = clock.monotonic
