@@ -24,7 +24,9 @@ SCENARIOS = {
         Scenario("pause", ("pause",), (0.5, 1.5)),
         Scenario("freeze", ("freeze",)),
         Scenario("restart", ("restart_broker",)),
-        Scenario("mixed", (*KILLS, "terminate", "pause", "freeze", "restart_broker", "restart_broker")),
+        Scenario("hang", ("hang_store",)),
+        Scenario("full", ("fill_store",)),
+        Scenario("mixed", (*KILLS, "terminate", "pause", "freeze", "restart_broker", "hang_store")),
     ),
     "rabbitmq": (
         Scenario("kill", KILLS),
@@ -33,7 +35,9 @@ SCENARIOS = {
         Scenario("freeze", ("freeze",)),
         Scenario("restart", ("restart_broker",)),
         Scenario("store", ("restart_store",)),
-        Scenario("mixed", (*KILLS, "terminate", "pause", "freeze", "restart_broker", "restart_store")),
+        Scenario("hang", ("hang_store",)),
+        Scenario("full", ("fill_store",)),
+        Scenario("mixed", (*KILLS, "terminate", "pause", "freeze", "restart_broker", "restart_store", "hang_store")),
     ),
 }
 

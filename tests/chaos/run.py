@@ -355,6 +355,19 @@ class Chaos:
     def _restart_store(self) -> None:
         self._restart(self.store)
 
+    def _hang_store(self) -> None:
+        """The store's server takes connections and answers nothing."""
+        self.store.signal(signal.SIGSTOP)
+        time.sleep(self.random.uniform(1.0, LEASE / 2_000))
+        self.store.signal(signal.SIGCONT)
+
+    def _fill_store(self) -> None:
+        """The store refuses writes, as one at its ``maxmemory`` does under the policy ``noeviction``."""
+        with self.store.client() as client:
+            client.config_set("maxmemory", "1mb")
+            time.sleep(self.random.uniform(0.5, 2.0))
+            client.config_set("maxmemory", "0")
+
     def _restart(self, server: Server) -> None:
         server.kill()
         time.sleep(self.random.uniform(0.0, 0.7))
