@@ -78,7 +78,8 @@ class CommandElection(Election):
     def __init__(self, name: str, master: int, *, fresh_ms: int = 60_000, folder: str | None = None) -> None:
         super().__init__(fresh_ms)
         # Containers may share a folder, and their processes have the same few ids.
-        file = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-{master}-{name}"
+        self._ours = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-"
+        file = f"{self._ours}{master}-{name}"
         self.path = Path(folder or tempfile.gettempdir(), file)
         self._own = self.path.with_name(f"{file}.{os.getpid()}")
         self._lock: int | None = None
@@ -99,11 +100,24 @@ class CommandElection(Election):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock), self.path.lstat()):
                 self._lock = lock
+                self._sweep()
                 return True
         except OSError:
             pass
         os.close(lock)
         return False
+
+    def _sweep(self) -> None:
+        """Remove what commands that were killed have left."""
+        for path in self.path.parent.glob(f"{self._ours}*"):
+            master = path.name.removeprefix(self._ours).partition("-")[0]
+            try:
+                os.kill(int(master), 0)
+            except ProcessLookupError:
+                with suppress(OSError):
+                    path.unlink()
+            except (ValueError, OverflowError, OSError):
+                continue
 
     def post(self, note: Note) -> None:
         super().post(note)

@@ -25,7 +25,8 @@ for line in sys.stdin:
 
 
 class Process:
-    def __init__(self, folder, master=1):
+    def __init__(self, folder, master=None):
+        master = os.getpid() if master is None else master
         command = [sys.executable, "-c", PROCESS, str(master), str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.won = self.answer()
@@ -82,12 +83,12 @@ def test_when_it_resigns_another_one_wins(process):
 
 
 def test_processes_of_another_command_have_one_of_their_own(process):
-    assert (process(master=1).won, process(master=2).won) == (True, True)
+    assert (process(master=os.getpid()).won, process(master=os.getppid()).won) == (True, True)
 
 
 def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_path):
     others = [process(), process()]
-    mine = CommandElection("queues", 1, folder=str(tmp_path))
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     mine.post({"me": os.getpid()})
     pids = {other.process.pid for other in others}
     assert {note["me"] for note in mine.notes()} == pids | {os.getpid()}
@@ -97,15 +98,34 @@ def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_
 
 
 def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path, caplog):
-    elections = [CommandElection("queues", 1, folder=str(tmp_path / "missing")) for _ in range(2)]
+    elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path / "missing")) for _ in range(2)]
     assert [election.wins() for election in elections] == [True, True]
     assert elections[0].wins()
     assert len(caplog.records) == 2
 
 
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
-    election = CommandElection("queues", 1, folder=str(tmp_path))
+    election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     target = tmp_path / "somebody's"
     election.path.symlink_to(target)
     assert election.wins()
     assert not target.exists()
+
+
+def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    left = CommandElection("queues", gone.pid, folder=str(tmp_path))
+    left.path.touch()
+    left.post({})
+    other = tmp_path / "dramatiq-policies-notes.txt"
+    other.touch()
+    neighbour = process(master=os.getppid())
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    assert mine.wins()
+    assert not left.path.exists()
+    assert not left._own.exists()
+    assert other.exists()
+    assert neighbour.ask()
+    assert CommandElection("queues", os.getppid(), folder=str(tmp_path)).path.exists()
+    mine.resign()
