@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -206,6 +207,14 @@ def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(clai
     assert isinstance(ask(claims, run=1), Claim)
 
 
+def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
+    """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
+    claim = ask(claims)
+    claim.ending(Send(Again(retries=1), 2_000))
+    claims.conclude(claim, Settlement(Outcome.INTERRUPTED, "handoff_failed"))
+    assert isinstance(ask(claims), records.HandOnAgain)
+
+
 def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, store):
     """Else a redelivery would hand it on, and the copy find the same, without end."""
     claim = ask(claims, run=1)
@@ -385,6 +394,8 @@ def test_a_forked_child_renews_its_own_claims_and_not_its_parents(quick, store):
     with quick._lock, store._lock:
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # Should it hang: no timeout of pytest's reaches it.
             try:
                 store.renewals.clear()
                 ask(quick, "theirs", name="theirs")
