@@ -19,7 +19,7 @@ SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
 
 @pytest.mark.parametrize("broker", SHORT)
 def test_no_job_is_lost_and_none_is_doubled_but_for_those_that_a_kill_cut_short(broker: str, tmp_path: Path) -> None:
-    report = Chaos(broker, tmp_path, SEED).run(SHORT[broker], jobs=300)
+    report = Chaos(broker, tmp_path, SEED).run(SHORT[broker], jobs=200)
     print(f"CHAOS_SEED={SEED}", report.HEADER, report.row(), sep="\n")
     assert not report.wrong, (f"CHAOS_SEED={SEED}", report.faults, report.outcomes)
     assert sum(report.faults.values()) > 0
