@@ -296,7 +296,7 @@ class Claims:
                 self._thread = thread
 
     def _is_renewing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive() and not self._stop.is_set()
+        return self._thread is not None and not self._stop.is_set()
 
     def _renew_until(self, stop: threading.Event) -> None:
         while not stop.wait(self.lease / 3_000):

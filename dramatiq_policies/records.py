@@ -23,6 +23,8 @@ __all__ = ["Crashed", "Defer", "HandOnAgain", "Record", "Request", "Skip", "Take
 
 _VERSION = b"\x01"
 _KEPT = 8
+# json.dumps() makes an encoder for each call.
+_json = json.JSONEncoder(separators=(",", ":")).encode
 #: A uuid as Dramatiq writes it, which can be written anew from its bytes.
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -75,7 +77,7 @@ class Record:
         }
         if self.follow is not None:
             fields["f"] = self.follow
-        return _VERSION + json.dumps(fields, separators=(",", ":")).encode()
+        return _VERSION + _json(fields).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Record:

@@ -47,17 +47,29 @@ class Script:
 
 
 class _Call:
-    __slots__ = ("answer", "command", "done")
+    __slots__ = ("answer", "command")
 
     def __init__(self, command: Sequence[Any]) -> None:
         self.command = command
         self.answer: Any = _UNANSWERED
-        self.done = False
 
     def result(self) -> Any:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+
+class _Turn:
+    """One thread's calls; it sleeps until they are answered, or it is to send them and those that have come meanwhile."""
+
+    __slots__ = ("calls", "sends", "woken")
+
+    def __init__(self, commands: Sequence[Sequence[Any]]) -> None:
+        self.calls = [_Call(command) for command in commands]
+        #: The turns that this one sends, itself included.
+        self.sends: list[_Turn] = []
+        self.woken = Lock()
+        self.woken.acquire()
 
 
 class RoundTrips:
@@ -69,8 +81,9 @@ class RoundTrips:
     def __init__(self, client: Any) -> None:
         self.client = client
         self._line: Any = None
-        self._batch: list[_Call] = []
-        self._collecting, self._sending = Lock(), Lock()
+        self._lock = Lock()
+        self._waiting: list[_Turn] = []
+        self._sender: _Turn | None = None
         after_fork(self)
 
     def begin_anew(self) -> None:
@@ -78,8 +91,7 @@ class RoundTrips:
         # Kept, since giving it back to its pool takes that pool's lock.
         _of_parents.append(self._line)
         self._line = None
-        self._batch = []
-        self._collecting, self._sending = Lock(), Lock()
+        self._lock, self._waiting, self._sender = Lock(), [], None
 
     def call(self, *command: Any) -> Any:
         """The answer to one command.
@@ -87,22 +99,39 @@ class RoundTrips:
         Raises:
           redis.RedisError, OSError: As the client.
         """
-        call = _Call(command)
-        with self._collecting:
-            self._batch.append(call)
-        with self._sending:
-            if not call.done:
-                with self._collecting:
-                    batch, self._batch = self._batch, []
-                self._send(batch)
-        return call.result()
+        return self.together([command])[0]
 
     def together(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """The answers to many commands in one round trip."""
-        calls = [_Call(command) for command in commands]
-        with self._sending:
-            self._send(calls)
-        return [call.result() for call in calls]
+        turn = _Turn(commands)
+        try:
+            with self._lock:
+                if self._sender is None:
+                    self._sender = turn
+                else:
+                    self._waiting.append(turn)
+            if self._sender is not turn:
+                turn.woken.acquire()
+            if self._sender is turn:
+                with self._lock:
+                    turn.sends, self._waiting = [turn, *self._waiting], []
+                self._send([call for one in turn.sends for call in one.calls])
+        finally:
+            self._leave(turn)
+        return [call.result() for call in turn.calls]
+
+    def _leave(self, turn: _Turn) -> None:
+        """Wake those who were answered, and one of those who came since, to send."""
+        with self._lock:
+            if self._sender is turn:
+                self._sender = following = self._waiting.pop(0) if self._waiting else None
+                if following is not None:
+                    following.woken.release()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)  # Interrupted.
+        for one in turn.sends:
+            if one is not turn:
+                one.woken.release()
 
     def _send(self, calls: list[_Call]) -> None:
         try:
@@ -115,9 +144,6 @@ class RoundTrips:
         except Exception as error:
             for call in calls:
                 call.answer = error
-        finally:
-            for call in calls:
-                call.done = True
 
     def _exchange(self, calls: list[_Call]) -> None:
         if isinstance(self.client, redis.Redis):
