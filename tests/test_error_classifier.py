@@ -1256,6 +1256,16 @@ def test_the_arguments_are_logged_on_request_only(caplog):
     stage.run()
     (record,) = lines(caplog)
     assert (record.levelno, list(record.job_args)) == (logging.ERROR, [SECRET])
+    assert record.getMessage().endswith(f"; called with args={record.job_args!r} kwargs={{}}")
+
+
+def test_an_expired_message_is_an_error_with_its_exception(caplog):
+    stage = Stage()
+    stage.actor(lambda: None, actor_name="late", queue_timeout=1_000)
+    raw(stage, actor="late")
+    stage.run()
+    (record,) = lines(caplog)
+    assert (record.levelno, record.exc_info[0]) == (logging.ERROR, QueueTimeoutExceeded)
 
 
 def test_without_a_discard_logger_the_worker_says_it(caplog):

@@ -584,12 +584,12 @@ class TestRun:
         run.assert_waits(job, int(wait / 1.5), jitter=0.6)
 
 
-def test_the_brokers_own_metrics_are_kept_by_their_names_and_not_sent():
+def test_the_brokers_own_metrics_are_kept_by_their_names_and_sent_to_its_client():
     sent = []
 
     class Client:
         def incr(self, *args, **kwargs):
-            sent.append(args)
+            sent.append(args[0])
 
         timing = gauge = incr
 
@@ -601,7 +601,7 @@ def test_the_brokers_own_metrics_are_kept_by_their_names_and_not_sent():
 
     job.send()
     assert drain(broker).metrics["shop.job.success"] == 1
-    assert sent == []
+    assert sent == ["shop.job.duration", "shop.job.wait", "shop.job.success"]
 
 
 def test_a_subscriber_of_the_users_gets_the_same_events():

@@ -310,6 +310,18 @@ def test_without_a_client_of_its_own_it_sends_where_metrics_sends():
         until(lambda: "workers.threads" in client.gauges)
 
 
+def test_a_reading_on_request_sends_the_gauges_too():
+    client = Client()
+    client.incr = client.timing = lambda name, value=1: None
+    monitor = QueueMonitor()
+    stage = Stage(bundle={"metrics": Metrics(client), "queue_monitor": monitor})
+    stage.broker.declare_queue("mail")
+    monitor.check()
+    assert {"queues.mail.ready", "queues.mail.delayed", "queues.mail.dead", "queues.mail.oldest_ms"} == set(
+        client.gauges
+    )
+
+
 def monitoring():
     return [thread for thread in threading.enumerate() if thread.name == "dramatiq_policies.queue_monitor"]
 

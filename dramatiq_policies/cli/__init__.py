@@ -18,6 +18,9 @@ from .queues import monitor, queues
 
 __all__ = ["main"]
 
+#: What Click raises for a group without a command; older ones print their help.
+_NO_COMMAND: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 
 class OneSentence(click.Group):
     """A group whose errors are one sentence on stderr, exit code 2."""
@@ -28,6 +31,8 @@ class OneSentence(click.Group):
             sys.stdout.flush()
         except click.Abort:
             _fail("Interrupted.", 130)
+        except _NO_COMMAND as error:
+            _fail(f"Missing command: {', '.join(error.ctx.command.list_commands(error.ctx))}.", 2)
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except OperationError as error:

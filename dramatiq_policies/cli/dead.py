@@ -228,13 +228,8 @@ def replay(
     broker, queues, where = _meant(**meant)
     if to_queue is not None:
         ops.find_queue(broker, to_queue)
-    if dry_run or not yes:
-        count = _count(broker, queues, where, limit)
-        if dry_run or not count:
-            text = f"{counted(count, 'dead letter')} would be replayed." if dry_run else "No dead letters."
-            _told(form, text, count=count, dry_run=dry_run)
-            return
-        confirm(f"Replay {counted(count, 'dead letter')}?")
+    if not _wanted("Replay {}?", "{} would be replayed.", broker, queues, where, limit, dry_run, yes, form):
+        return
     moved = ops.Moved()
     with progress_bar("Replaying") as progress, interruptible(moved, "dead letter", "replayed"):
         ops.replay(
@@ -254,28 +249,43 @@ def replay(
 @dead.command()
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
+@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
-def purge(limit: int | None, yes: bool, form: str, **meant: Any) -> None:
+def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **meant: Any) -> None:
     """Delete dead letters for good."""
     broker, queues, where = _meant(**meant)
-    if not yes:
-        count = _count(broker, queues, where, limit)
-        if not count:
-            _told(form, "No dead letters.", count=0)
-            return
-        confirm(f"Delete {counted(count, 'dead letter')} for good?")
+    if not _wanted("Delete {} for good?", "{} would be deleted.", broker, queues, where, limit, dry_run, yes, form):
+        return
     moved = ops.Moved()
     with progress_bar("Deleting") as progress, interruptible(moved, "dead letter", "deleted"):
         ops.purge(broker, queues, where, limit=limit, progress=progress, moved=moved)
-    _said(form, moved, "deleted")
+    _said(form, moved, "deleted", dry_run=False)
 
 
-def _count(broker: Broker, queues: tuple[str, ...], where: ops.Filter, limit: int | None) -> int:
+def _wanted(
+    question: str,
+    would: str,
+    broker: Broker,
+    queues: tuple[str, ...],
+    where: ops.Filter,
+    limit: int | None,
+    dry_run: bool,
+    yes: bool,
+    form: str,
+) -> bool:
+    """Whether it is to be done; if not, what it would be is said."""
+    if yes and not dry_run:
+        return True
     count = sum(1 for _ in ops.dead_letters(broker, queues, where, limit=limit))
+    letters = counted(count, "dead letter")
     if not count:
         _nothing(broker, where)
-    return count
+    if dry_run or not count:
+        _told(form, would.format(letters) if dry_run else "No dead letters.", count=count, dry_run=dry_run)
+        return False
+    confirm(question.format(letters))
+    return True
 
 
 def _said(form: str, moved: ops.Moved, done: str, **more: Any) -> None:

@@ -48,7 +48,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
 @keys.command()
 @click.argument("actor")
 @click.argument("args", nargs=-1)
-@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask whether to forget a job that is running.")
 @path_option
 def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) -> None:
     """Forget the job of ACTOR with these ARGS, so that its next message runs."""
@@ -58,8 +58,7 @@ def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) 
     if state.state == "none":
         click.echo(f"Nothing is remembered of {state.key}.")
         return
-    if not yes:
-        beside = " It runs now; a second run may begin beside it." if state.state == "running" else ""
-        confirm(f"Forget that {state.key} is {state.state}?{beside}")
+    if state.state == "running" and not yes:
+        confirm(f"Forget {state.key}? It runs now; a second run may begin beside it.")
     ops.forget_key(found, *given, **named)
     click.echo(f"Forgot {state.key}, which was {state.state}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,27 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
 
 
 def _ask() -> dict[str, Any]:
-    """The questions, each with an example."""
+    """The questions, each with an example; where nobody answers any more, what was answered till then."""
     click.echo("Eight questions before the job. Lists are separated by commas; empty means none.\n")
-    job: dict[str, Any] = {
-        "purpose": _text("What is it for, in one sentence?", "the customer learns that the order was taken"),
-        "trigger": _text("What sends it, and is that committed by then?", "the checkout, after its transaction"),
-        "input": _items("Which arguments? Ids and values, never objects", "order_id: int, email: str"),
-        "effect": _text("What is different in the world afterwards?", "one e-mail"),
-        "criticality": _text("How bad is it if it does not run?", "high", default="normal"),
-        "queue": _text("Which queue? What must it not wait behind?", "mail"),
-        "timeout": click.prompt("After how many ms is it not merely slow?", type=int, default=30_000, err=True),
-    }
+    job: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    try:
+        _ask_for(job, errors)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        click.echo(err=True)
+    return {"job": job, "errors": errors}
+
+
+def _ask_for(job: dict[str, Any], errors: dict[str, Any]) -> None:
+    job["purpose"] = _text("What is it for, in one sentence?", "the customer learns that the order was taken")
+    job["trigger"] = _text("What sends it, and is that committed by then?", "the checkout, after its transaction")
+    job["input"] = _items("Which arguments? Ids and values, never objects", "order_id: int, email: str")
+    job["effect"] = _text("What is different in the world afterwards?", "one e-mail")
+    job["criticality"] = _text("How bad is it if it does not run?", "high", default="normal")
+    job["queue"] = _text("Which queue? What must it not wait behind?", "mail")
+    job["timeout"] = click.prompt("After how many ms is it not merely slow?", type=int, default=30_000, err=True)
     key = click.prompt(
         _example(
             "What makes a second run harmless? A key over the arguments, or empty for the message's id",
@@ -67,12 +78,9 @@ def _ask() -> dict[str, Any]:
         err=True,
     )
     job.update({"idempotency_key": key} if key else {"idempotent": True})
-    errors = {
-        "transient": _items("Which errors will pass (retried)?", "shop.mail:Timeout, ConnectionError"),
-        "permanent": _items("Which will be the same the next time (discarded)?", "shop.mail:InvalidEmail"),
-        "configuration": _items("Which must somebody act on (alert)?", "shop.mail:MissingCredentials"),
-    }
-    return {"job": job, "errors": errors}
+    errors["transient"] = _items("Which errors will pass (retried)?", "shop.mail:Timeout, ConnectionError")
+    errors["permanent"] = _items("Which will be the same the next time (discarded)?", "shop.mail:InvalidEmail")
+    errors["configuration"] = _items("Which must somebody act on (alert)?", "shop.mail:MissingCredentials")
 
 
 def _example(question: str, example: str) -> str:

@@ -43,7 +43,8 @@ class DiscardLogger(PolicyMiddleware):
       level: One level for all of them, a number or a name; or a mapping that gives some of ``"dead"``, ``"expired"``,
         ``"discarded"`` and ``"thrown"`` (an error that stock's ``throws`` names) a level of their own. Default None, as
         above.
-      log_args: Whether the message's arguments are logged, as ``job_args`` and ``job_kwargs``. Default False.
+      log_args: Whether the message's arguments are logged, in the text and as ``job_args`` and ``job_kwargs``. Default
+        False.
 
     Raises:
       ConfigurationError: If a level is none, or the mapping names something else.
@@ -71,20 +72,23 @@ class DiscardLogger(PolicyMiddleware):
             return
         what = "thrown" if event.reason == "thrown" else outcome.value
         extra = extra_of(event, message)
+        called = ""
         if self.log_args and message is not None:
             extra["job_args"], extra["job_kwargs"] = message.args, message.kwargs
+            called = f"; called with args={message.args!r} kwargs={message.kwargs!r}"
         error = event.exception
         logger.log(
             self.levels[what],
-            "%s: message %s of actor %s, attempt %s%s%s",
+            "%s: message %s of actor %s, attempt %s%s%s%s",
             outcome.value if event.reason is None else f"{outcome.value} ({event.reason})",
             event.message_id,
             event.actor,
             event.attempt,
             "" if event.rule is None else f", by the rule for {event.rule}",
             "" if error is None else f": {type(error).__name__}: {text_of(error)}",
+            called,
             extra=extra,
-            exc_info=_stack(error) if _LEVELS[what] == logging.ERROR else None,
+            exc_info=error if _LEVELS[what] == logging.ERROR else None,
         )
 
 
@@ -93,7 +97,3 @@ def _number(level: Level) -> int:
     if isinstance(number, bool) or not isinstance(number, int):
         raise ConfigurationError.of_option("DiscardLogger", "level", "a logging level", level)
     return number
-
-
-def _stack(error: BaseException | None) -> Any:
-    return None if error is None or error.__traceback__ is None else error

@@ -172,17 +172,18 @@ class QueueMonitor(PolicyMiddleware):
         return self._watch.threshold_of(queue)
 
     def check(self) -> list[QueueAlert]:
-        """Read every queue now, whoever is elected, tell what is new, and return it.
+        """Read every queue now, whoever is elected, send its gauges, tell what is new, and return it.
 
         Raises:
           ConfigurationError: If the monitor is on no broker yet.
           dramatiq.errors.ConnectionClosed: If the server can't be read.
         """
         with self._reading:
-            _, news = self._look()
+            readings, news = self._look()
             if not self._watching:
                 # Nobody else would close it.
                 self._get_reader().close()
+        self._send(readings, [], False)
         self._tell(news)
         return news
 

@@ -206,7 +206,8 @@ def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
     for wide in own:
         for near in rules:
             narrower = near.resolve() not in named and issubclass(near.resolve(), wide.resolve())
-            if near.owner == "broker" and near.verb is not wide.verb and narrower:
+            differs = near.verb is not wide.verb or near.policy != wide.policy
+            if near.owner == "broker" and differs and narrower:
                 yield wide, near
 
 

@@ -31,7 +31,6 @@ from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, OutcomeEvent
 from .bench import Bench, bench_of
-from .recorded import silenced
 from .run import Entry, Run
 from .virtual_time import VirtualClock, clock_in_force
 
@@ -179,7 +178,6 @@ class Drain:
 
         wiring.observe(self, observe)
         stack.callback(wiring.forget, self)
-        stack.enter_context(silenced(wiring.metrics))
         letters = self.broker.dead_letters_by_queue
         before = {name: len(queue) for name, queue in letters.items()}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from ..middleware.metrics import Metrics, Nowhere
 from ..outcomes import OutcomeEvent
-from ..statsd import Statsd
 
-__all__ = ["silenced", "values_of"]
+__all__ = ["values_of"]
 
 
 class _Values(dict[str, Any]):
@@ -18,19 +16,6 @@ class _Values(dict[str, Any]):
 
     def __missing__(self, name: str) -> int:
         return 0
-
-
-@contextmanager
-def silenced(metrics: Metrics | None) -> Iterator[None]:
-    """Have a broker's Metrics send nothing, while it lasts."""
-    if metrics is None:
-        yield
-        return
-    statsd, metrics.statsd = metrics.statsd, Statsd(Nowhere())
-    try:
-        yield
-    finally:
-        metrics.statsd = statsd
 
 
 def values_of(events: Iterable[OutcomeEvent], metrics: Metrics | None) -> dict[str, Any]:

@@ -142,6 +142,17 @@ dramatiq.set_broker(broker)
     assert codes(command.json("check", mended)) == []
 
 
+def test_a_broker_s_rule_that_retries_less_than_the_actor_s_wider_one_is_found(command):
+    broker = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(retry_on={{ConnectionRefusedError: {}}}))
+dramatiq.set_broker(broker)
+"""
+    actor = job(retry_on="{OSError: 5}")
+    assert codes(command.json("check", command.app(actor, broker=broker.format(2)), code=1)) == ["DP012"]
+    assert codes(command.json("check", command.app(actor, broker=broker.format(5)))) == []
+
+
 def test_an_actor_that_replaces_a_broker_s_rule_is_as_it_should_be(command):
     broker = """
 broker = StubBroker()

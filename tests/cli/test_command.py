@@ -31,6 +31,11 @@ def test_it_exits_with_0_1_and_2(command):
     assert failed.stderr == "Error: 'nothing' can't be imported: ModuleNotFoundError: No module named 'nothing'\n"
 
 
+def test_a_group_without_a_command_says_which_there_are(command):
+    failed = run(command.folder, "keys")
+    assert (failed.returncode, failed.stderr) == (2, "Error: Missing command: forget, show.\n")
+
+
 def test_without_its_extra_it_says_what_to_install(command):
     for missing in ("click", "rich"):
         failed = run(command.folder, "check", "app", before=f"sys.modules[{missing!r}] = None\n")

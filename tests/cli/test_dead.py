@@ -153,7 +153,8 @@ def test_a_replay_may_get_a_new_id_and_another_queue(command, app, broker):
 def test_what_acts_tells_programs_what_it_did(command, app):
     assert command.json("dead", "replay", app, "--dry-run") == {"count": 4, "dry_run": True, "unreadable": 0}
     assert command.json("dead", "replay", app, "--id", "m1", "--yes") == {"count": 1, "dry_run": False, "unreadable": 0}
-    assert command.json("dead", "purge", app, "--yes") == {"count": 3, "unreadable": 0}
+    assert command.json("dead", "purge", app, "--dry-run") == {"count": 3, "dry_run": True, "unreadable": 0}
+    assert command.json("dead", "purge", app, "--yes") == {"count": 3, "dry_run": False, "unreadable": 0}
     assert command.json("queues", "move", app, "mail", "--to", "import") == {"count": 1, "unreadable": 0}
 
 
@@ -161,6 +162,7 @@ def test_a_dry_run_changes_nothing(command, app, broker):
     assert (
         command("dead", "replay", app, "--queue", "mail", "--dry-run").stdout == "3 dead letters would be replayed.\n"
     )
+    assert command("dead", "purge", app, "--queue", "mail", "--dry-run").stdout == "3 dead letters would be deleted.\n"
     assert len(dead(broker)) == 4
 
 

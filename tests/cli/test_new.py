@@ -297,3 +297,11 @@ def test_without_a_file_it_asks_with_an_example_for_each_question(command, shop)
     assert "timeout=30_000" in text
     assert "ConnectionError: RetryPolicy(attempts=5)" in text
     assert 'tags={"criticality": "normal"}' in text
+
+
+def test_where_nobody_answers_the_design_is_incomplete(command, shop):
+    result = command("new", FILE, answers="the customer learns that the order was taken\n")
+    assert result.exit_code == 1
+    assert "job.trigger" in result.stderr
+    assert "job.purpose" not in result.stderr
+    assert not (shop / FILE).exists()
