@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 
-.PHONY: demo test unit lint bench chaos dramatiq-suite docs release-check clean
+.PHONY: demo test unit coverage fuzz mutants lint bench chaos dramatiq-suite docs release-check clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -19,6 +19,16 @@ test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k n
 
 unit: $(VENV)/installed  ## what needs no server, in seconds
 	$(BIN)/python -m pytest -m "not integration" $(ARGS)
+
+coverage: $(VENV)/installed  ## of branches, by the unit tests; test_interrupts traces statements itself, which ends any other trace
+	$(BIN)/python -m pytest -q -m "not integration" --ignore tests/test_interrupts.py --cov $(ARGS)
+
+fuzz: export FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/installed  ## rubbish of every kind for ten minutes; FUZZ_SECONDS=60 for less
+	$(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+
+mutants: $(VENV)/installed  ## small sabotage that the tests should notice: ARGS="--count 100 rules" for more of one module
+	$(BIN)/python scripts/mutate.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
