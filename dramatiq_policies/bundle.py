@@ -20,7 +20,7 @@ from .admission import resolve_guard
 from .brokers import wrap_consumer
 from .errors import ConfigurationError
 from .middleware.base import PolicyMiddleware
-from .middleware.composition import GroupCallbacks, Pipelines, Results
+from .middleware.composition import GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.heartbeat import Heartbeat
@@ -219,7 +219,7 @@ def _without_holes(middleware: Middleware) -> Middleware:
     if type(middleware) is StockGroupCallbacks:
         return _with_its_settings(GroupCallbacks, middleware)
     if type(middleware) is StockResults:
-        return _with_its_settings(Results, middleware)
+        return storing(middleware)
     if type(middleware) is StockShutdownNotifications:
         return ShutdownNotifications(middleware.notify_shutdown)
     return middleware

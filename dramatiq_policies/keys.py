@@ -16,7 +16,8 @@ _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 def signature_of(fn: Any) -> inspect.Signature:
     """What an actor takes: for a class-based one, what its ``perform`` takes."""
-    return inspect.signature(getattr(fn, "perform", fn))
+    inner = inspect.unwrap(fn, stop=lambda one: hasattr(one, "perform"))
+    return inspect.signature(getattr(inner, "perform", fn))
 
 
 def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:

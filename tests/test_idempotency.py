@@ -437,6 +437,14 @@ def with_results():
     return Stage(middleware=[Results(backend=backend)]), backend
 
 
+def test_a_result_that_is_stored_is_not_warned_of(caplog):
+    stage, backend = with_results()
+    message = stage.actor(lambda: 5, actor_name="add", store_results=True).send()
+    stage.run()
+    assert backend.get_result(message) == 5
+    assert "Results middleware" not in caplog.text
+
+
 def test_a_duplicate_leaves_the_stored_result_alone():
     stage, backend = with_results()
 

@@ -496,3 +496,24 @@ class TestPerform:
     def test_has_no_outcome_when_the_worker_dies(self, job):
         with crash(job), pytest.raises(AssertionError, match="worker died"):
             perform(job, 1)
+
+
+def test_a_class_based_actor_fails_and_its_key_is_over_what_its_perform_takes(broker, monkeypatch):
+    monkeypatch.setattr("dramatiq.broker.global_broker", broker)
+
+    class Pay(dramatiq.GenericActor):
+        class Meta:
+            retry_on = ConnectionError
+            idempotency_key = "{order_id}"
+
+        def perform(self, order_id):
+            pass
+
+    with fail(Pay, ConnectionError):
+        Pay.send(1)
+        assert drain(broker).outcomes(Pay) == ["retried", "succeeded"]
+    with crash(Pay):
+        Pay.send(2)
+        assert drain(broker).outcomes("Pay") == ["succeeded"]
+    Pay.send(2)
+    assert drain(broker).outcomes(Pay) == ["duplicate"]

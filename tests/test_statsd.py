@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import statsd as statsd_package
@@ -163,6 +164,13 @@ class TestOtherClients:
         Statsd(tagged).send([("c", "jobs.retry", 2, ["actor:mail"])])
         assert plain.calls == [(kind, name, value) for kind, name, value, _ in VALUES]
         assert tagged.calls == [("c", "jobs.retry", 2, ["actor:mail"])]
+
+    def test_a_mock_in_place_of_a_client_is_called_itself(self):
+        mock = MagicMock()
+        Statsd(mock).send(VALUES)
+        mock.timing.assert_called_once_with("jobs.mail.duration", 12.5)
+        mock.incr.assert_called_once_with("jobs.mail.success")
+        mock.gauge.assert_called_once_with("queues.mail.ready", 3)
 
     def test_a_client_without_any_of_them_is_a_mistake(self):
         with pytest.raises(ConfigurationError, match="a statsd or DogStatsD client"):

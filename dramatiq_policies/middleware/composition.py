@@ -7,6 +7,8 @@ and the stage is lost. So is a result, which a duplicate of a completed job may 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -23,7 +25,7 @@ from ..delivery import Delivery, Recorder, Send
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["GroupCallbacks", "Pipelines", "Results"]
+__all__ = ["GroupCallbacks", "Pipelines", "storing"]
 
 #: Seconds between the tries to store a result.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
@@ -107,33 +109,48 @@ class GroupCallbacks(StockGroupCallbacks):
         return count
 
 
-class Results(StockResults):
-    """Stores results; that of a job with an idempotency key is tried for some five seconds, as its completion is.
+def storing(results: StockResults) -> StockResults:
+    """A Results that stores as `_Store` does.
+
+    No subclass of it: where the worker finds no middleware of just that class, it warns of each result.
+    """
+    if isinstance(store := vars(results).get("after_process_message"), _Store) and store.results is results:
+        return results
+    ours = copy(results)
+    ours.after_process_message = _Store(ours)  # type: ignore[method-assign]
+    return ours
+
+
+class _Store:
+    """Stores a result; that of a job with an idempotency key is tried for some five seconds, as its completion is.
 
     Once the key is completed the job never runs again, and nobody could store what its duplicates move on with.
     """
 
-    def after_process_message(
+    def __init__(self, results: StockResults) -> None:
+        self.results = results
+
+    def __call__(
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
         guarded = exception is None and delivery is not None and delivery.claim is not None and delivery.claim.keyed
-        store: Any = super().after_process_message
+        store: Any = partial(StockResults.after_process_message, self.results, broker, message, result=result)
         for pause in _PAUSES if guarded else ():
             try:
-                store(broker, message, result=result)
+                store()
             except Exception:
                 if not self._is_storable(result):
                     break
                 clock.sleep(pause)
             else:
                 return
-        store(broker, message, result=result, exception=exception)
+        store(exception=exception)
 
     def _is_storable(self, result: Any) -> bool:
         """Whether the backend is what failed."""
         try:
-            self.backend.encoder.encode({"result": result})
+            self.results.backend.encoder.encode({"result": result})
         except Exception:
             return False
         return True
