@@ -28,7 +28,7 @@ from .errors import ConfigurationError, Crashed, NoResult, UnknownRecord
 from .history import POLICIES, History, now_ms, run_of
 from .keys import checked_key, encodable, template_key
 from .outcomes import Outcome, logger
-from .rules import RuleSet
+from .rules import RuleSet, is_coroutine_callable
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -325,7 +325,7 @@ def _longest_wait(rules: RuleSet) -> int:
 
 
 def _refuse_async(where: str, option: str, given: Any, fn: Any) -> None:
-    if inspect.iscoroutinefunction(given) and not coroutines.is_async(fn):
+    if is_coroutine_callable(given) and not coroutines.is_async(fn):
         raise ConfigurationError.of_option(
             where, option, "a plain function", given, "A coroutine function works on an async actor only"
         )
@@ -333,7 +333,7 @@ def _refuse_async(where: str, option: str, given: Any, fn: Any) -> None:
 
 def _of_users(where: str, option: str, given: Callable[..., Any], fn: Any) -> tuple[Callable[..., Any], Caller]:
     _refuse_async(where, option, given, fn)
-    run = async_to_sync(given) if inspect.iscoroutinefunction(given) else given
+    run = async_to_sync(given) if is_coroutine_callable(given) else given
     return run, interrupts.caller(run)
 
 

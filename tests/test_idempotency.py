@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -9,6 +10,7 @@ import dramatiq
 import pytest
 from dramatiq import pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.middleware import AsyncIO
 from dramatiq.results import Results
 from dramatiq.results.backends import StubBackend
 
@@ -394,10 +396,15 @@ def test_a_coroutine_function_is_refused_on_an_actor_that_is_not_async():
     async def later(order_id):
         return True
 
+    class Later:
+        async def __call__(self, order_id):
+            return True
+
     stage = Stage()
     for option in ("done_when", "idempotency_key"):
-        with pytest.raises(ConfigurationError, match=option):
-            stage.actor(lambda order_id: None, actor_name="ship", **{option: later})
+        for given in (later, Later()):
+            with pytest.raises(ConfigurationError, match=option):
+                stage.actor(lambda order_id: None, actor_name="ship", **{option: given})
 
 
 @pytest.mark.parametrize(
@@ -577,6 +584,32 @@ def test_state_and_forget():
     ship.send(7)
     stage.run()
     assert stage.outcomes() == ["succeeded", "succeeded"]
+
+
+def test_a_key_that_an_async_actors_coroutine_makes_is_known_outside_a_worker_too():
+    async def of_order(order_id):
+        return f"order:{order_id}"
+
+    class OfOrder:
+        async def __call__(self, order_id):
+            return f"order:{order_id}"
+
+    async def look(actor):
+        return Idempotency.state(actor, 7)
+
+    for make in (of_order, OfOrder()):
+        stage = Stage(middleware=[AsyncIO()])
+
+        @stage.actor(idempotency_key=make)
+        async def ship(order_id):
+            pass
+
+        ship.send(7)
+        stage.run()
+        assert stage.outcomes() == ["succeeded"]
+        assert Idempotency.state(ship, 7).state == "completed"
+        assert asyncio.run(look(ship)).key == "order:7"
+        assert Idempotency.forget(ship, order_id=7)
 
 
 def test_the_state_of_an_actor_without_a_key_is_refused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +15,7 @@ from .. import _dramatiq, records
 from ..admission import Admission, Guard, checked_crashes, checked_duration, key_of, name_of
 from ..claims import Claims, StoreDown
 from ..errors import ConfigurationError
+from ..rules import is_coroutine_callable
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 
@@ -212,10 +215,19 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         message = Message(actor.queue_name, actor.actor_name, args, kwargs, {})
         if by_id:
             message = message.copy(message_id=args[0])
-    key = key_of(message, guard, lambda make: make(*args, **kwargs))
+    key = key_of(message, guard, lambda make: _ask(make, args, kwargs))
     if key is None:
         raise ConfigurationError(f"{where} has no idempotency key.")
     return wiring.admission.claims, key, name_of(actor.actor_name, key)
+
+
+def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call what makes the key; a coroutine function on a loop of its own, for outside a worker there is none."""
+    asked = getattr(make, "__wrapped__", None)
+    if not is_coroutine_callable(asked):
+        return make(*args, **kwargs)
+    with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
+        return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
 
 
 def _default_store(broker: Broker) -> IdempotencyStore | None:
