@@ -257,7 +257,7 @@ def resolve_guard(
     guard = Guard()
     fn: Any = getattr(actor.fn, "dramatiq_policies_wraps", actor.fn)
     idempotent = options.get("idempotent")
-    if idempotent not in (None, True, False):
+    if not (idempotent is None or isinstance(idempotent, bool)):
         raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)
     given = options.get("idempotency_key")
     if given is not None:

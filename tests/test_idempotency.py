@@ -378,6 +378,7 @@ def test_a_callable_makes_the_key():
         ({"idempotency_key": "order"}, "at least one field"),
         ({"idempotency_key": 7}, "template or a callable"),
         ({"idempotent": "yes"}, "idempotent"),
+        ({"idempotent": 1}, "idempotent"),
         ({"idempotent": True, "idempotency_ttl": -1}, "idempotency_ttl"),
         ({"idempotent": True, "idempotency_ttl": 0}, "idempotency_ttl"),
         ({"done_when": True}, "done_when"),
