@@ -227,7 +227,7 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not is_coroutine_callable(asked):
         return make(*args, **kwargs)
     with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
-        return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
+        return thread.submit(lambda: asyncio.run(asked(*args, **kwargs))).result()
 
 
 def _default_store(broker: Broker) -> IdempotencyStore | None:
