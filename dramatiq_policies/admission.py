@@ -165,7 +165,7 @@ class Admission:
         options = message.options
         target = options.get("pipe_target")
         results = next((m for m in broker.middleware if isinstance(m, Results)), None)
-        result, found = None, False
+        result, found, missed = None, False, False
         if results is not None:
             stored, ttl = results._lookup_options(broker, message)  # noqa: SLF001
             if stored:
@@ -174,7 +174,9 @@ class Admission:
                     result, found = results.backend.get_result(origin), True
                     if twin != message.message_id:
                         results.backend.store_result(message, result, ttl)
-                except (ResultMissing, ResultFailure):
+                except ResultMissing:
+                    missed = True
+                except ResultFailure:
                     pass
                 except Exception as error:
                     logger.warning("The result of message %s can't be read now: %s", twin, error)
@@ -182,6 +184,8 @@ class Admission:
         if target is not None and not found and not self._ignores_result(target, message.actor_name):
             missing = NoResult(f"the next stage needs the result of message {twin}, which is not stored")
             self._skip(delivery, Settlement(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
+        if missed:
+            _settle_result(results, message, twin, ttl)
         proxy: Any = MessageProxy(message)
         proxy.delivery = delivery
         movers: list[Any] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
@@ -215,6 +219,19 @@ class Admission:
             # Dramatiq would store None over the real result.
             delivery.message.options["store_results"] = False
         raise SkipMessage(f"{decided.outcome.value} ({decided.reason})")
+
+
+def _settle_result(results: Any, message: Message[Any], twin: str, ttl: int) -> None:
+    """Tell whoever waits for a skipped message's result that there is none, for none will come."""
+    try:
+        if twin == message.message_id:
+            # Nobody ran it: as stock stores for what is skipped.
+            results.backend.store_result(message, None, ttl)
+        else:
+            error = NoResult(f"duplicate: the result of message {twin} is not stored")
+            results.backend.store_exception(message, error, ttl)
+    except Exception:
+        logger.warning("The result of message %s can't be settled.", message.message_id, exc_info=True)
 
 
 def name_of(actor_name: str, key: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from dramatiq import pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.middleware import AsyncIO
-from dramatiq.results import Results
+from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import (
@@ -467,6 +467,41 @@ def test_a_duplicate_leaves_the_stored_result_alone():
     assert stage.outcomes() == ["succeeded", "duplicate", "duplicate"]
     assert backend.get_result(message) == "shipped 7"
     assert backend.get_result(other) == "shipped 7"
+
+
+def test_whoever_waits_for_a_duplicates_result_is_told_that_nobody_stored_it():
+    results = StubBackend()
+    stage = Stage(middleware=[Results(backend=results)])
+    ship = keep(stage, store_results=True, result_ttl=1)
+    with stage.working():
+        ship.send(1)
+        stage.drain()
+        time.sleep(0.01)
+        duplicate = ship.send_with_options(args=(1,), result_ttl=60_000)
+        stage.drain()
+    assert stage.reasons() == [None, "completed"]
+    with pytest.raises(ResultFailure) as told:
+        duplicate.get_result(backend=results)
+    assert told.value.orig_exc_msg.startswith("duplicate")
+
+
+def test_a_job_that_done_when_answers_for_has_the_result_none_and_keeps_one_that_it_has():
+    results = StubBackend()
+    stage = Stage(middleware=[Results(backend=results)])
+    done = []
+    ship = stage.actor(
+        lambda order_id: "shipped", actor_name="ship", store_results=True, done_when=lambda order_id: order_id in done
+    )
+    with stage.working():
+        ran = ship.send(1)
+        stage.drain()
+        done += [1, 2]
+        stage.broker.enqueue(ran)
+        never_ran = ship.send(2)
+        stage.drain()
+    assert stage.reasons() == [None, "done", "done"]
+    assert ran.get_result(backend=results) == "shipped"
+    assert never_ran.get_result(backend=results) is None
 
 
 def test_a_duplicate_moves_its_own_pipeline_on_with_its_twins_result():

@@ -223,11 +223,11 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call what makes the key; a coroutine function on a loop of its own, for outside a worker there is none."""
-    asked = getattr(make, "__wrapped__", None)
+    asked: Any = getattr(make, "__wrapped__", None)
     if not is_coroutine_callable(asked):
         return make(*args, **kwargs)
     with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
-        return thread.submit(lambda: asyncio.run(asked(*args, **kwargs))).result()
+        return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
 
 
 def _default_store(broker: Broker) -> IdempotencyStore | None:
