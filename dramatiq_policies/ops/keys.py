@@ -37,7 +37,7 @@ def _asking(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     except (ConfigurationError, TypeError) as error:
         raise OperationError(str(error)) from None
     except Exception as error:
-        raise OperationError(f"The store can't be asked: {one_line(error)}.") from None
+        raise OperationError(f"The store can't be asked: {one_line(error).rstrip('.')}.") from None
 
 
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:

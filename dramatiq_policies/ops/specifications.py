@@ -44,7 +44,7 @@ def render_tests(design: Design, module: str, name: str) -> str:
     return (
         f'"""{sentence(design.purpose)}"""\n\n'
         "from __future__ import annotations\n\n"
-        f"{ours.render()}\n\n{theirs.render()}\n\n"
+        f"import pytest\n{ours.render()}\n\n{theirs.render()}\n\n"
         f"# What the job is called with in these tests.\n{line}\n\n\n"
         f"{_effects(design)}\n\n\n" + _fit("\n\n\n".join(tests).replace("JOB", name)) + "\n"
     )
@@ -77,7 +77,12 @@ def _effects(design: Design) -> str:
 
 
 def reset():
-    """Undo it. To be written."""'''
+    """Undo it. To be written."""
+
+
+@pytest.fixture(autouse=True)
+def each_test_begins_without_effects():
+    reset()'''
 
 
 def _succeeds() -> str:
