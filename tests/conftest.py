@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
+import dramatiq.worker
+from dramatiq.broker import MessageProxy
+
 from dramatiq_policies.testing import pytest_plugin
+
+if not hasattr(dramatiq.worker, "_WorkQueueItem"):
+    # Before Dramatiq 2.2 a worker takes messages of one priority in the order of their ids, which is none. These tests name
+    # the order in which they came, as in 2.2.
+    arrivals = itertools.count()
+    make = MessageProxy.__init__
+
+    def number_it(proxy, message):
+        make(proxy, message)
+        proxy.arrival = next(arrivals)
+
+    MessageProxy.__init__ = number_it
+    MessageProxy.__lt__ = lambda proxy, other: proxy.arrival < other.arrival
 
 
 def pytest_configure(config):
