@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock
 from .delivery import Delivery, GivenAway, Send, Settlement
 from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
-from .history import FAILURE, POLICIES, attempt_of, failure_of, replays_of
+from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _hand_off(
                     delivery.steps = None
                     stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
                     stand_in.__cause__ = error
+                    _keep_failed_run(message, decided)
                     decided = Settlement(
                         Outcome.DEAD,
                         "handoff_failed",
@@ -154,6 +155,14 @@ def _dead_letter(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy
     if replays := replays_of(message.options):
         dead.options[POLICIES] = {"replays": replays}
     return dead
+
+
+def _keep_failed_run(message: MessageProxy, decided: Settlement) -> None:
+    """Have the dead letter tell of a run whose retry would have told of it."""
+    if decided.outcome is Outcome.RETRIED and decided.exception is not None:
+        history = History(message.options)
+        history.failed(decided.exception, now_ms(), None)
+        message.options[POLICIES] = history.option()
 
 
 def _resolve(delivery: Delivery) -> None:

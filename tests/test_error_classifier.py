@@ -850,6 +850,7 @@ def test_a_retry_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
     assert told == [HandoffFailed]
     assert stage.failures()[0]["reason"] == "handoff_failed"
     assert "RuntimeError: no" in stage.failures()[0]["message"]
+    assert [run["exception"].rpartition(".")[2] for run in stage.failures()[0]["history"]] == ["PaymentError"]
 
 
 def test_a_next_stage_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
