@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .interrupts import Caller
     from .wiring import Wiring
 
-__all__ = ["Admission", "Guard", "resolve_guard"]
+__all__ = ["OPTIONS", "Admission", "Guard", "resolve_guard"]
 
 #: The shortest wait of a message that is put back unrun, in milliseconds; it doubles with each.
 _FIRST_WAIT = 1_000
@@ -304,11 +304,12 @@ def resolve_guard(
     return guard
 
 
-_OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
+#: The actor options of idempotency.
+OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
 
 
 def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
-    for name in _OPTIONS:
+    for name in OPTIONS:
         if options.get(name) not in (None, False):
             raise ConfigurationError(
                 f"{where}: {name}: the broker has no Idempotency with a store. Pass one to install(): on RabbitMQ "

@@ -10,6 +10,7 @@ import dramatiq
 import pytest
 from dramatiq import pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
@@ -391,6 +392,19 @@ def test_a_bad_option_is_refused_at_declaration(options, said):
     with pytest.raises(ConfigurationError, match="actor 'ship'") as refused:
         stage.actor(lambda order_id: None, actor_name="ship", **options)
     assert said in str(refused.value)
+
+
+def test_its_options_are_known_where_it_is_the_only_one_of_the_bundle():
+    broker = StubBroker()
+    broker.add_middleware(Idempotency())
+    options = {
+        "idempotency_key": "{order_id}",
+        "idempotency_ttl": 1,
+        "max_crashes": 2,
+        "done_when": lambda order_id: False,
+    }
+    ship = dramatiq.actor(lambda order_id: None, actor_name="ship", broker=broker, **options)
+    assert Idempotency.state(ship, 7).state == "none"
 
 
 def test_a_coroutine_function_is_refused_on_an_actor_that_is_not_async():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dramatiq import Actor, Message
 
 from .. import _dramatiq, records
-from ..admission import Admission, Guard, checked_crashes, checked_duration, key_of, name_of
+from ..admission import OPTIONS, Admission, Guard, checked_crashes, checked_duration, key_of, name_of
 from ..claims import Claims, StoreDown
 from ..errors import ConfigurationError
 from ..rules import is_coroutine_callable
@@ -102,6 +102,10 @@ class Idempotency(PolicyMiddleware):
         self.on_store_error = on_store_error
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None
+
+    @property
+    def actor_options(self) -> set[str]:
+        return set(OPTIONS)
 
     def for_stub(self) -> Self:
         from ..stores.memory import MemoryStore
