@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import clock
 from .delivery import Delivery, GivenAway, Send, Settlement
-from .errors import Crashed, HandoffFailed, QueueTimeoutExceeded
+from .errors import HandoffFailed
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
 
@@ -194,7 +194,8 @@ def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided
             return
     policy = delivery.policy or wiring.policies.get(message.actor_name)
     if outcome in BAD_ENDINGS:
-        error = _stand_in(decided)
+        error = decided.exception
+        assert error is not None  # What ends badly without an error of the job's has one of ours.
         _settle_results(wiring, message, decided, error)
         _after_discard(wiring, message, delivery, error)
         if decided.exhausted:
@@ -214,16 +215,6 @@ def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided
         tags=None if policy is None else policy.tags,
     )
     wiring.publish(event, message)
-
-
-def _stand_in(decided: Settlement) -> BaseException:
-    if decided.exception is not None:
-        return decided.exception
-    if decided.outcome is Outcome.EXPIRED:
-        return QueueTimeoutExceeded("the message waited longer than its queue_timeout")
-    if decided.reason == "crashed":
-        return Crashed("the worker died in this job too often")
-    return HandoffFailed(f"ended as {decided.outcome.value}")
 
 
 def _settle_results(wiring: Wiring, message: MessageProxy, decided: Settlement, error: BaseException) -> None:

@@ -306,3 +306,9 @@ def test_a_coroutine_function_is_known_through_partials_and_objects():
     assert is_coroutine_callable(Waiter())
     assert not is_coroutine_callable(Waiter)
     assert not is_coroutine_callable(constant(1))
+
+
+@pytest.mark.parametrize("wait", [exponential, polynomial])
+def test_waits_are_equal_whatever_their_source_of_randomness(wait):
+    assert wait(random=lambda: 0.0) == wait(random=lambda: 1.0)
+    assert wait(jitter=0.1) != wait(jitter=0.2)

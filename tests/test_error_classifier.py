@@ -862,6 +862,43 @@ def test_a_next_stage_that_the_broker_will_not_take_is_dead_and_not_lost(impatie
     assert stage.reasons() == ["handoff_failed"]
 
 
+def test_on_retry_exhausted_that_can_not_be_told_is_said_and_changes_nothing(caplog):
+    stage = Stage()
+    always(stage, PaymentError(), retry_on={PaymentError: RetryPolicy(attempts=1)})
+    raw(stage, options={"on_retry_exhausted": "nobody"})
+    assert stage.run().reasons() == ["exhausted"]
+    assert "on_retry_exhausted 'nobody' could not be told" in caplog.text
+
+
+def test_a_failure_that_the_result_backend_will_not_store_is_said_and_changes_nothing(caplog, monkeypatch):
+    results = Results(backend=StubBackend(), store_results=True)
+    monkeypatch.setattr(results.backend, "store_exception", None)
+    stage = Stage(middleware=[results])
+    message = always(stage, PaymentError(), discard_on=PaymentError).send()
+    assert stage.run().outcomes() == ["discarded"]
+    assert f"The result of message {message.message_id} could not be stored." in caplog.text
+
+
+def test_a_group_whose_barrier_is_somewhere_else_calls_back_once():
+    class Elsewhere:
+        """A backend that is neither Dramatiq's for Redis nor the one in memory."""
+
+        def __init__(self):
+            self.kept = RateLimiterStubBackend()
+
+        def __getattr__(self, name):
+            return getattr(self.kept, name)
+
+    stage = Stage(middleware=[GroupCallbacks(Elsewhere())])
+    pay = failing(stage)
+    done = failing(stage, name="done")
+    members = group([pay.message(), pay.message()], broker=stage.broker)
+    members.add_completion_callback(done.message())
+    members.run()
+    assert stage.run().outcomes("pay") == ["succeeded", "succeeded"]
+    assert stage.outcomes("done") == ["succeeded"]
+
+
 def test_a_hand_off_given_up_at_shutdown_leaves_the_message_for_the_next_worker(impatient):
     stage = Stage()
     pay = failing(stage, PaymentError(), retry_on={PaymentError: SOON})

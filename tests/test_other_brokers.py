@@ -9,6 +9,7 @@ import dramatiq
 from dramatiq import Message, Worker
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.common import dq_name
+from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ErrorClassifier, RetryPolicy, install
 
@@ -86,3 +87,113 @@ def test_every_rule_works_and_a_dead_letter_without_a_reason_is_said_once(caplog
     assert set(broker.nacked) == {sent["value"], sent["connection"]}
     assert {sent[None], sent["key"]} < set(broker.acked)
     assert sum("carry no reason" in record.getMessage() for record in caplog.records) == 1
+
+
+def working(broker, done, count):
+    """What a worker makes of what is queued, and whether all its threads live at the end."""
+    worker = Worker(broker, worker_timeout=20, worker_threads=1)
+    worker.start()
+    try:
+        events = [done.get(timeout=10) for _ in range(count)]
+        assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
+    finally:
+        worker.stop()
+    return events
+
+
+def shop(broker, **rules):
+    done = Queue()
+    install(broker, error_classifier=ErrorClassifier(on_outcome=done.put, **rules))
+    return done, dramatiq.actor(lambda: None, actor_name="job", broker=broker)
+
+
+def test_a_message_of_the_wrong_shape_is_dead_and_the_next_one_runs():
+    broker = ListBroker()
+    done, job = shop(broker)
+    wrong = job.message().copy()
+    object.__setattr__(wrong, "options", [1])
+    broker.queues["default"].put(wrong.encode())
+    good = job.send()
+    events = working(broker, done, 2)
+    assert [(event.outcome, event.reason) for event in events] == [("dead", "malformed"), ("succeeded", None)]
+    assert (broker.nacked, broker.acked) == ([wrong.message_id], [good.message_id])
+
+
+def test_a_next_stage_that_is_no_message_is_dead_and_the_next_message_runs():
+    broker = ListBroker()
+    done, job = shop(broker)
+    wrong = job.send_with_options(pipe_target="nobody")
+    job.send()
+    events = working(broker, done, 2)
+    assert [(event.outcome, event.reason) for event in events] == [("dead", "malformed"), ("succeeded", None)]
+    assert broker.nacked == [wrong.message_id]
+
+
+def test_an_ack_that_meets_a_lost_connection_is_tried_again(monkeypatch):
+    monkeypatch.setattr("dramatiq.worker.POST_PROCESS_MESSAGE_RETRY_DELAY_SECS", 0.01)
+    broker = ListBroker()
+    done, job = shop(broker)
+    errors = [OSError("cut"), ConnectionClosed(OSError("cut"))]
+    stock = ListConsumer.ack
+
+    def ack(self, message):
+        if errors:
+            raise errors.pop()
+        stock(self, message)
+
+    monkeypatch.setattr(ListConsumer, "ack", ack)
+    first, second = job.send(), job.send()
+    events = working(broker, done, 2)
+    assert [event.outcome for event in events] == ["succeeded", "succeeded"]
+    assert broker.acked == [first.message_id, second.message_id]
+
+
+def test_a_consumer_that_loses_its_connection_is_begun_anew(monkeypatch):
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.01)
+    broker = ListBroker()
+    done, job = shop(broker)
+    errors = [OSError("cut"), ConnectionClosed(OSError("cut"))]
+    stock = ListConsumer.__next__
+
+    def take(self):
+        if errors and self.queue is broker.queues["default"]:
+            raise errors.pop()
+        return stock(self)
+
+    monkeypatch.setattr(ListConsumer, "__next__", take)
+    job.send()
+    assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
+
+
+def test_a_due_message_that_can_not_be_moved_is_said_and_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr("dramatiq_policies.consumer._MOVE_AGAIN", 10)
+    broker = ListBroker()
+    done, job = shop(broker)
+    errors = [ValueError("too large")]
+    stock = broker.enqueue
+
+    def enqueue(message, *, delay=None):
+        if errors and delay is None:
+            raise errors.pop()
+        return stock(message, delay=delay)
+
+    monkeypatch.setattr(broker, "enqueue", enqueue)
+    sent = job.send_with_options(delay=10)
+    (event,) = working(broker, done, 1)
+    assert (event.outcome, event.message_id) == ("succeeded", sent.message_id)
+    assert "A due message could not be moved out of 'default.DQ'" in caplog.text
+
+
+def test_a_consumer_that_can_not_put_back_or_close_is_said_and_the_worker_stops(monkeypatch, caplog):
+    broker = ListBroker()
+    done, job = shop(broker)
+
+    def fails(*args):
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(ListConsumer, "requeue", fails)
+    monkeypatch.setattr(ListConsumer, "close", fails)
+    job.send()
+    assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
+    assert "could not be put back on queue 'default': gone" in caplog.text
+    assert "The consumer of queue 'default' did not close cleanly: gone" in caplog.text

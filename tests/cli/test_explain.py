@@ -181,3 +181,64 @@ def make():
 """
     app = command.app("", broker=factory)
     assert explained(command, f"{app}:make:inner")["actor"] == "inner"
+
+
+MORE = """
+from dramatiq_policies import Idempotency
+
+@dramatiq.actor(max_retries=None)
+def endless(): pass
+
+@dramatiq.actor(retry_when=lambda retries, error: retries < 3)
+def asks(): pass
+
+@dramatiq.actor(throws=KeyError, max_retries=5, tags={"team": "shop"}, policy_exempt={"DP002": "it is a report"})
+def thrower(): pass
+
+@dramatiq.actor(discard_on=dramatiq.errors.DramatiqError, time_limit=float("inf"), done_when=lambda: True)
+def done(): pass
+
+@dramatiq.actor(idempotent=True)
+def once(): pass
+
+@dramatiq.actor(broker=StubBroker())
+def elsewhere(): pass
+"""
+
+
+@pytest.fixture
+def more(command):
+    return command.app(MORE)
+
+
+@pytest.mark.parametrize(
+    ("actor", "why"), [("endless", "max_retries is None"), ("asks", "retry_when decides each time")]
+)
+def test_what_is_retried_without_a_known_end_is_said_to_be(command, more, actor, why):
+    (answer,) = explained(command, f"{more}:{actor}", "ValueError")
+    assert (answer["outcome"], answer["complete"]) == ("retried", False)
+    assert why in answer["why"]
+    assert "how often and when can't be told beforehand" in command("explain", f"{more}:{actor}", "ValueError").stdout
+
+
+def test_an_error_in_throws_is_dead_at_once(command, more):
+    (answer,) = explained(command, f"{more}:thrower", "KeyError")
+    assert (answer["outcome"], answer["reason"]) == ("dead", "thrown")
+    assert "it is then in" in command("explain", f"{more}:thrower", "KeyError").stdout
+
+
+def test_dramatiq_s_retry_is_no_error_that_a_rule_discards(command, more):
+    assert explained(command, f"{more}:done", "dramatiq.errors.DramatiqError")[0]["outcome"] == "discarded"
+    assert explained(command, f"{more}:done", "dramatiq.errors.Retry")[0]["outcome"] == "retried"
+
+
+def test_an_actor_s_portrait_says_its_tags_and_exemptions_and_what_a_duplicate_does(command, more):
+    facts = command.json("explain", f"{more}:thrower")["facts"]
+    assert (facts["tags"], facts["exempt"]) == ("team=shop", "DP002: it is a report")
+    assert facts["a duplicate"] == "runs again: nothing in the actor's options stops it"
+    assert "done_when says" in command.json("explain", f"{more}:done")["facts"]["a duplicate"]
+    assert "only of this very message" in command.json("explain", f"{more}:once")["facts"]["a duplicate"]
+
+
+def test_an_actor_on_a_broker_without_the_bundle_is_refused(command, more):
+    assert "on a broker without the bundle" in command.refuses("explain", f"{more}:elsewhere", "KeyError")
