@@ -277,6 +277,14 @@ def test_all_claims_are_renewed_in_one_round_trip(claims, store):
     assert {store.get(f"k{number}").left for number in range(5)} == {LEASE + KEEP}
 
 
+def test_for_a_claim_that_was_renewed_the_store_is_asked_nothing_more(claims, store, monkeypatch):
+    ask(claims)
+    swaps = []
+    monkeypatch.setattr(store, "swap", lambda *arguments: swaps.append(arguments))
+    claims.renew()
+    assert (store.renewals, swaps) == ([["k"]], [])
+
+
 def test_a_claim_that_has_ended_is_renewed_no_more(claims, store):
     claims.conclude(ask(claims), DEAD)
     claims.renew()

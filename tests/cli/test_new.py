@@ -237,6 +237,24 @@ def test_all_that_is_missing_is_named_at_once(command, shop):
         ),
         ("shop.mail:InvalidEmail", "shop.mail:outbox", "is no exception class"),
         ("shop.mail:InvalidEmail", "shop.mail:MailTimeout", "stands under errors.transient too"),
+        ("{order_id}", "{order_id", "job.idempotency_key: a template over the arguments, got"),
+        ('"order_id: int"', '"*order_id"', "job.input: "),
+        (
+            'idempotency_key = "order-confirmation:{order_id}"',
+            'idempotent = "yes"',
+            "job.idempotent: true or false, got 'yes'",
+        ),
+        (
+            'idempotency_key = "order-confirmation:{order_id}"',
+            'done_when = "shop.mail:outbox"',
+            "job.done_when: 'shop.mail:outbox' can't be called",
+        ),
+        (
+            'idempotency_key = "order-confirmation:{order_id}"',
+            "done_when = 5",
+            'job.done_when: expected "module:Name", got 5',
+        ),
+        ("[job]", "job = 5", "expected the tables [job] and [errors]"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_refused(command, shop, old, new, said):
@@ -313,3 +331,11 @@ def test_where_nobody_answers_the_design_is_incomplete(command, shop):
     assert "job.trigger" in result.stderr
     assert "job.purpose" not in result.stderr
     assert not (shop / FILE).exists()
+
+
+def test_an_error_that_no_argument_builds_is_made_without_its_constructor(command, shop):
+    picky = "class Picky(Exception):\n    def __init__(self, *, code): self.code = code\n"
+    (shop / "shop" / "mail.py").write_text(MAIL + picky)
+    redesign(shop, ("shop.mail:InvalidEmail", "shop.mail:Picky"))
+    assert command("new", FILE, "--design", "design.toml").exit_code == 0
+    assert "Picky.__new__(Picky)" in (shop / TESTS).read_text()
