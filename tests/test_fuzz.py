@@ -183,13 +183,14 @@ class Deliveries(Middleware):
     """Counts what was put on the queues to be run within this test."""
 
     def __init__(self):
-        self.expected = 0
+        # One for each; threads append to it.
+        self.expected = []
 
-    def after_enqueue(self, broker, message, delay):
+    def before_enqueue(self, broker, message, delay):
         # Dramatiq's own move out of the delay queue delivers nothing new, and a long wait not within this test.
         moves = getattr(wiring_of(broker).moving, "on", False)
         if not moves and (delay or 0) < 1_000:
-            self.expected += 1
+            self.expected.append(message.message_id)
 
 
 class Place:
@@ -228,18 +229,19 @@ class Place:
         names = [f"good-{next(self.numbers)}" for _ in range(2)]
         good = [json.dumps({**FIELDS, "message_id": name, "args": [name]}).encode() for name in names]
         for queue, body in (("default", good[0]), *some, ("default", good[1])):
-            self.deliveries.expected += not waits_long(queue, body)
+            if not waits_long(queue, body):
+                self.deliveries.expected.append(body)
             self.stage.broker.queues[queue].put(body)
         self.stage.collected.wait_for(
-            lambda events: len(events) >= self.deliveries.expected and self.ran.issuperset(names),
+            lambda events: len(events) >= len(self.deliveries.expected) and self.ran.issuperset(names),
             f"an outcome for each of {some}",
             patience=10,
         )
         time.sleep(0.002)
-        assert len(self.stage.events) == self.deliveries.expected, self.stage.events
+        assert len(self.stage.events) == len(self.deliveries.expected), self.stage.events
         worker = self.stage.worker
         assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
-        self.deliveries.expected = 0
+        self.deliveries.expected.clear()
         self.stage.events.clear()
         self.ran.clear()
         for letters in self.stage.broker.dead_letters_by_queue.values():

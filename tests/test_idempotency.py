@@ -334,6 +334,28 @@ def test_done_when_completes_the_key():
     assert stage.reasons() == ["done", "completed"]
 
 
+def test_done_when_leaves_the_result_of_an_earlier_run_alone():
+    backend = StubBackend()
+    stage = Stage(middleware=[Results(backend=backend)])
+    ship = stage.actor(lambda order_id: "new", actor_name="ship", done_when=lambda order_id: True, store_results=True)
+    message = ship.message(7)
+    backend.store_result(message, "first", 60_000)
+    stage.broker.enqueue(message)
+    assert stage.run().reasons() == ["done"]
+    assert message.get_result(backend=backend) == "first"
+
+
+@pytest.mark.parametrize(("days", "remembered"), [([3, 2], 3), ([0, 0], 1)])
+def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(days, remembered):
+    day = 86_400_000
+    waits = [RetryPolicy(attempts=3, wait=number * day) for number in days]
+    stage = Stage()
+    rules = dict(zip([KeyError, OSError], waits, strict=True))
+    stage.actor(lambda order_id: None, actor_name="ship", idempotency_key="{order_id}", retry_on=rules).send(7)
+    stage.run()
+    assert stage.classifier.wiring.policies["ship"].guard.ttl == remembered * day
+
+
 def test_an_error_of_done_when_is_the_jobs_own():
     stage = Stage()
 

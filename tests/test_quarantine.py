@@ -64,6 +64,15 @@ def test_a_message_that_began_three_times_is_dead_and_says_why(options):
     assert "began 3 times" in failure["message"]
 
 
+def test_its_run_has_ended_and_a_copy_of_it_is_stale():
+    app = Crashing(**GUARDED)
+    message = app.job.message(7)
+    app.began(message, 3, key="7")
+    assert app.comes_back(message) == ("dead", "crashed")
+    assert app.comes_back(message) == ("duplicate", "stale")
+    assert len(app.stage.dead) == 1
+
+
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
 def test_it_runs_when_it_is_replayed(options):
     app = Crashing(**options)
