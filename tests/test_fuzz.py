@@ -201,7 +201,8 @@ class Place:
         extra = [Results(backend=ResultsBackend(), store_results=True), GroupCallbacks(LimitsBackend())]
         self.stage = Stage(
             middleware=[*extra, self.deliveries],
-            bundle={"idempotency": Idempotency(), "metrics": Metrics(client=PlainClient())},
+            # A message that finds its key taken waits for a quarter of the lease at most.
+            bundle={"idempotency": Idempotency(lease=2_000), "metrics": Metrics(client=PlainClient())},
             retry_on={KeyError: RetryPolicy(attempts=3, wait=0)},
             discard_on=LookupError,
             dead_letter_discards=True,
