@@ -11,7 +11,7 @@ from dramatiq import Message
 
 from .apps import OperationError, find_queue, known_queues
 from .letters import DeadLetter, Filter, read_letter, renewed
-from .piles import Pile, open_pile
+from .piles import open_pile
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -139,9 +139,7 @@ def replay(
 
     moved = Moved() if moved is None else moved
     for queue in _chosen(broker, queues):
-        with open_pile(broker, queue, dead=True) as pile:
-            letters = ((item, read_letter(broker, queue, item)) for item in pile)
-            _work(pile, letters, where, successor, moved, rate, limit, progress)
+        _work(broker, queue, True, where, successor, moved, rate, limit, progress)
     return moved
 
 
@@ -157,9 +155,7 @@ def purge(
     """Delete dead letters for good. Arguments and errors as for `replay`."""
     moved = Moved() if moved is None else moved
     for queue in _chosen(broker, queues):
-        with open_pile(broker, queue, dead=True) as pile:
-            letters = ((item, read_letter(broker, queue, item)) for item in pile)
-            _work(pile, letters, where, None, moved, None, limit, progress)
+        _work(broker, queue, True, where, None, moved, None, limit, progress)
     return moved
 
 
@@ -190,15 +186,14 @@ def move(
     def successor(letter: DeadLetter) -> Message[Any] | None:
         return None if letter.message is None else letter.message.copy(queue_name=to_queue)
 
-    with open_pile(broker, queue, dead=False) as pile:
-        letters = ((item, read_letter(broker, queue, item)) for item in pile)
-        _work(pile, letters, Filter(actor=actor), successor, moved, None, limit, progress)
+    _work(broker, queue, False, Filter(actor=actor), successor, moved, None, limit, progress)
     return moved
 
 
 def _work(
-    pile: Pile,
-    letters: Iterable[tuple[Any, DeadLetter]],
+    broker: Broker,
+    queue: str,
+    dead: bool,
     where: Filter | None,
     successor: Callable[[DeadLetter], Message[Any] | None] | None,
     moved: Moved,
@@ -206,25 +201,27 @@ def _work(
     limit: int | None,
     progress: Progress | None,
 ) -> None:
-    """Send the successor of each letter that is meant, or drop it where there is none to be."""
-    next_at = monotonic()
-    if limit is not None and moved.count >= limit:
-        return
-    for item, letter in letters:
-        moved.seen += 1
-        if where is None or where(letter):
-            message = None if successor is None else successor(letter)
-            if successor is not None and message is None:
-                moved.unreadable += 1
-            elif pile.drop(item) if message is None else pile.send(item, message):
-                moved.count += 1
-                if limit is not None and moved.count >= limit:
-                    return
-                if rate is not None:
-                    next_at = max(next_at + 1 / rate, monotonic())
-                    pile.wait(max(0.0, next_at - monotonic()))
-        if progress is not None:
-            progress(moved.seen, len(pile))
+    """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
+    with open_pile(broker, queue, dead=dead) as pile:
+        next_at = monotonic()
+        if limit is not None and moved.count >= limit:
+            return
+        for item in pile:
+            letter = read_letter(broker, queue, item)
+            moved.seen += 1
+            if where is None or where(letter):
+                message = None if successor is None else successor(letter)
+                if successor is not None and message is None:
+                    moved.unreadable += 1
+                elif pile.drop(item) if message is None else pile.send(item, message):
+                    moved.count += 1
+                    if limit is not None and moved.count >= limit:
+                        return
+                    if rate is not None:
+                        next_at = max(next_at + 1 / rate, monotonic())
+                        pile.wait(max(0.0, next_at - monotonic()))
+            if progress is not None:
+                progress(moved.seen, len(pile))
 
 
 def _chosen(broker: Broker, queues: Iterable[str]) -> list[str]:
