@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -23,8 +22,8 @@ from .backoff import bounds_of
 from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_name
 from .consumer import REDELIVERED
 from .delivery import Delivery, Send, Settlement
-from .durations import WEEK_MS, to_ms
-from .errors import ConfigurationError, Crashed, NoResult, UnknownRecord
+from .durations import WEEK_MS
+from .errors import ConfigurationError, Crashed, NoResult, UnknownRecord, checked_duration
 from .history import POLICIES, History, now_ms, run_of
 from .keys import checked_key, encodable, template_key
 from .outcomes import Outcome, logger
@@ -296,7 +295,7 @@ def resolve_guard(
     ttl, max_crashes = defaults
     declared = options.get("idempotency_ttl")
     if declared is not None:
-        ttl = checked_duration(where, "idempotency_ttl", declared)
+        ttl = checked_duration(where, "idempotency_ttl", declared, least=1)
     guard.ttl = max(ttl, _longest_wait(rules))
     if "max_crashes" in options:
         max_crashes = checked_crashes(where, options["max_crashes"])
@@ -321,16 +320,6 @@ def checked_crashes(where: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigurationError.of_option(where, "max_crashes", "an int of at least 1, or None", value)
     return value
-
-
-def checked_duration(where: str, option: str, value: int | timedelta) -> int:
-    try:
-        duration = to_ms(value)
-    except (TypeError, ValueError):
-        duration = 0
-    if duration < 1:
-        raise ConfigurationError.of_option(where, option, "milliseconds of at least 1, or a timedelta", value)
-    return duration
 
 
 def _longest_wait(rules: RuleSet) -> int:

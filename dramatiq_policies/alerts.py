@@ -10,8 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from .backoff import is_coroutine_callable
-from .durations import to_ms
-from .errors import ConfigurationError
+from .errors import ConfigurationError, checked_duration
 from .queues import QueueReading
 
 __all__ = ["OnAlert", "QueueAlert", "Threshold", "Watch", "tellers"]
@@ -55,13 +54,7 @@ class Threshold:
                 if type(value) is not int or value < 1:
                     raise ConfigurationError.of_option("Threshold", name, "a number of messages, at least 1", value)
                 continue
-            try:
-                limit = to_ms(value)
-            except (TypeError, ValueError):
-                limit = 0
-            if limit < 1:
-                raise ConfigurationError.of_option("Threshold", name, "milliseconds or a timedelta, more than 0", value)
-            object.__setattr__(self, name, limit)
+            object.__setattr__(self, name, checked_duration("Threshold", name, value, least=1))
         if not given:
             raise ConfigurationError("Threshold(): expected at least one of ready, oldest, stalled and dead.")
 

@@ -44,6 +44,7 @@ __all__ = [
     "TimeoutExceeded",
     "UnknownRecord",
     "Verdict",
+    "checked_duration",
 ]
 
 
@@ -63,6 +64,21 @@ class ConfigurationError(PolicyError, MiddlewareError):
         """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do."""
         message = f"{where}: {option}: expected {expected}, got {got!r}"
         return cls(f"{message}. {do}" if do else f"{message}.")
+
+
+def checked_duration(where: str, option: str, value: Any, *, least: int = 0) -> int:
+    """A declared duration in milliseconds.
+
+    Raises:
+      ConfigurationError: It is none, or shorter than ``least`` milliseconds.
+    """
+    try:
+        duration = to_ms(value)
+    except (TypeError, ValueError):
+        duration = -1
+    if duration < least:
+        raise ConfigurationError.of_option(where, option, f"milliseconds of at least {least}, or a timedelta", value)
+    return duration
 
 
 class QueueTimeoutExceeded(PolicyError):

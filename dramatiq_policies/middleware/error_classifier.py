@@ -14,8 +14,8 @@ from .. import clock
 from ..backoff import safe_wait
 from ..consumer import hold
 from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
-from ..durations import WEEK_MS, to_ms
-from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict
+from ..durations import WEEK_MS
+from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict, checked_duration
 from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
@@ -96,8 +96,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if type(max_attempts) is not int or max_attempts < 1:
             raise ConfigurationError.of_option(where, "max_attempts", "an int of at least 1", max_attempts)
         self.max_attempts = max_attempts
-        self.alert_interval = _duration(where, "alert_interval", alert_interval)
-        self.max_snooze = _duration(where, "max_snooze", max_snooze)
+        self.alert_interval = checked_duration(where, "alert_interval", alert_interval)
+        self.max_snooze = checked_duration(where, "max_snooze", max_snooze)
         if not isinstance(dead_letter_discards, bool):
             raise ConfigurationError.of_option(where, "dead_letter_discards", "True or False", dead_letter_discards)
         self.dead_letter_discards = dead_letter_discards
@@ -414,10 +414,3 @@ def _again(message: MessageProxy, history: History) -> Message[Any]:
     again: Message[Any] = message.copy(options={POLICIES: history.option()})
     again.options.pop("eta", None)
     return again
-
-
-def _duration(where: str, option: str, value: Any) -> int:
-    try:
-        return to_ms(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError.of_option(where, option, "milliseconds of at least 0, or a timedelta", value) from None

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
 
-from ..durations import to_ms
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, checked_duration
 from ..queues import reader_of
 from .base import PolicyMiddleware
 
@@ -70,8 +69,8 @@ class Heartbeat(PolicyMiddleware):
             self.path = Path(path)
         except TypeError:
             raise ConfigurationError.of_option("Heartbeat", "path", "the path of a file", path) from None
-        self.interval = _duration("interval", interval)
-        self.silence = _duration("silence", silence)
+        self.interval = checked_duration("Heartbeat", "interval", interval, least=1)
+        self.silence = checked_duration("Heartbeat", "silence", silence, least=1)
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -198,13 +197,3 @@ def _answers(broker: Broker) -> bool:
     finally:
         reader.close()
     return True
-
-
-def _duration(name: str, value: int | timedelta) -> int:
-    try:
-        duration = to_ms(value)
-    except (TypeError, ValueError):
-        duration = 0
-    if duration < 1:
-        raise ConfigurationError.of_option("Heartbeat", name, "milliseconds or a timedelta, more than 0", value)
-    return duration

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from dramatiq import Actor, Message
 
 from .. import _dramatiq, records
-from ..admission import OPTIONS, Admission, Guard, checked_crashes, checked_duration, key_of, name_of
+from ..admission import OPTIONS, Admission, Guard, checked_crashes, key_of, name_of
 from ..claims import Claims, StoreDown
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, checked_duration
 from ..rules import is_coroutine_callable
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
@@ -97,8 +97,8 @@ class Idempotency(PolicyMiddleware):
         if on_store_error not in ("retry", "run"):
             raise ConfigurationError.of_option(where, "on_store_error", '"retry" or "run"', on_store_error)
         self.store = store
-        self.lease = checked_duration(where, "lease", lease)
-        self.ttl = checked_duration(where, "ttl", ttl)
+        self.lease = checked_duration(where, "lease", lease, least=1)
+        self.ttl = checked_duration(where, "ttl", ttl, least=1)
         self.on_store_error = on_store_error
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None

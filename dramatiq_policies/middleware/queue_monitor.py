@@ -11,8 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
-from ..durations import to_ms
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, checked_duration
 from ..queues import QueueReader, QueueReading, reader_of
 from .base import PolicyMiddleware
 
@@ -71,14 +70,7 @@ class QueueMonitor(PolicyMiddleware):
         queue_prefix: str | None = None,
         in_workers: bool = True,
     ) -> None:
-        try:
-            self.interval = to_ms(interval)
-        except (TypeError, ValueError):
-            self.interval = 0
-        if self.interval < 1:
-            raise ConfigurationError.of_option(
-                "QueueMonitor", "interval", "milliseconds or a timedelta, more than 0", interval
-            )
+        self.interval = checked_duration("QueueMonitor", "interval", interval, least=1)
         if queue_prefix is not None and (type(queue_prefix) is not str or not queue_prefix):
             raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
         self.queue_prefix = queue_prefix
