@@ -56,6 +56,16 @@ def message_of(proxy: MessageProxy) -> Message[Any]:
     return proxy._message
 
 
+def keep_fields(proxy: MessageProxy, message: Message[Any]) -> None:
+    """Have a proxy keep the fields of its message, where it has none of its own.
+
+    Otherwise each look at one fails first and then asks the message: sixteen times on a message's way, which is a quarter
+    of what Dramatiq takes for all of it. They are never set again, for a message is frozen.
+    """
+    own = vars(proxy)
+    own.update({**vars(message), **own})
+
+
 def exception_of(proxy: MessageProxy) -> BaseException | None:
     """What the worker stuffed into the proxy."""
     return proxy._exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from queue import Empty, Queue
 
@@ -197,3 +198,37 @@ def test_a_consumer_that_can_not_put_back_or_close_is_said_and_the_worker_stops(
     assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
     assert "could not be put back on queue 'default': gone" in caplog.text
     assert "The consumer of queue 'default' did not close cleanly: gone" in caplog.text
+
+
+def test_a_proxy_keeps_its_message_s_fields_and_what_it_says_itself(monkeypatch):
+    asked, ran = [], Queue()
+    monkeypatch.setattr(
+        MessageProxy, "__getattr__", lambda self, name: asked.append(name) or getattr(self._message, name)
+    )
+
+    class Numbered(MessageProxy):
+        def __init__(self, message):
+            super().__init__(message)
+            self.message_id = "seven"
+
+    class NumberedConsumer(ListConsumer):
+        def __next__(self):
+            message = super().__next__()
+            return message and Numbered(message._message)
+
+    broker = ListBroker()
+    broker.consume = lambda queue_name, **options: NumberedConsumer(broker, queue_name)
+    install(broker, error_classifier=ErrorClassifier(on_outcome=ran.put))
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        pass
+
+    job.send()
+    worker = Worker(broker, worker_timeout=20, worker_threads=1)
+    worker.start()
+    ran.get(timeout=10)
+    worker.stop()
+
+    assert broker.acked == ["seven"]
+    assert not {field.name for field in dataclasses.fields(Message)}.intersection(asked)
