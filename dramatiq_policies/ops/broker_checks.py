@@ -6,13 +6,18 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import Retries, TimeLimit
+from dramatiq.middleware import Callbacks, Middleware, Retries, TimeLimit
+from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from .._dramatiq import is_stub_broker
 from ..middleware.base import PolicyMiddleware
+from ..middleware.composition import GroupCallbacks, Pipelines
 from ..middleware.error_classifier import ErrorClassifier
 from ..middleware.idempotency import Idempotency
 from ..middleware.queue_monitor import QueueMonitor
+from ..middleware.shutdown import ShutdownNotifications
 from ..middleware.timeout import Timeout
 from ..stores.memory import MemoryStore
 
@@ -33,16 +38,33 @@ def named(broker: Broker, name: str) -> Any:
     return None
 
 
+#: What ours takes the place of: both at once work against each other.
+_REPLACED: tuple[tuple[type[Middleware], type[Middleware]], ...] = ((Retries, ErrorClassifier), (TimeLimit, Timeout))
+#: What a subclass of ours takes the place of, but not where it is a user's own subclass.
+_WITH_HOLES: tuple[tuple[type[Middleware], type[Middleware]], ...] = (
+    (StockPipelines, Pipelines),
+    (StockGroupCallbacks, GroupCallbacks),
+    (StockShutdownNotifications, ShutdownNotifications),
+)
+_SENDING: tuple[type[Middleware], ...] = (Callbacks, StockPipelines)
+
+
 def _leftovers(broker: Broker) -> Found:
-    for middleware in broker.middleware:
-        for stock, ours in ((Retries, ErrorClassifier), (TimeLimit, Timeout)):
-            if isinstance(middleware, stock) and not isinstance(middleware, ours):
-                both = any(isinstance(other, ours) for other in broker.middleware)
-                if both:
-                    yield (
-                        "DP013",
-                        f"{type(middleware).__name__} is a {stock.__name__} and works against {ours.__name__}",
-                    )
+    for stock, ours in _REPLACED:
+        if any(isinstance(middleware, ours) for middleware in broker.middleware):
+            for name in _kept(broker, stock, ours):
+                yield "DP013", f"{name} is a {stock.__name__} and works against {ours.__name__}"
+    for stock, ours in _WITH_HOLES:
+        for name in _kept(broker, stock, ours):
+            yield "DP025", f"{name} is a {stock.__name__} of your own, and works as the stock one does"
+    for stock in _SENDING:
+        if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:
+            yield "DP013", f"The broker has two {stock.__name__}: what they send is sent twice"
+
+
+def _kept(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
+    found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
+    return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
 
 def _thresholds(broker: Broker) -> Found:

@@ -59,6 +59,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP022", "error", "the bundle is not on the broker", "Call install(broker) before the actors are declared"),
     Code("DP023", "error", "a rule's class can't be imported", "Mend its dotted path"),
     Code("DP024", "error", "idempotency remembers within one process", "Pass Idempotency(RedisStore.from_url(…))"),
+    Code("DP025", "warning", "a subclass of a stock middleware keeps its holes", "Derive it from ours, in dramatiq_policies.middleware.composition and .shutdown"),
     # What the servers say (--live).
     Code("DP101", "error", "Redis may evict messages", "Set maxmemory-policy noeviction"),
     Code("DP102", "error", "Redis keeps nothing on disk", "Turn on appendonly"),

@@ -185,6 +185,32 @@ dramatiq.set_broker(broker)
     assert report["findings"][0]["actor"] is None
 
 
+@pytest.mark.parametrize("name", ["Callbacks", "Pipelines"])
+def test_a_middleware_that_sends_everything_twice_is_found(command, name):
+    broker = f"""
+broker = StubBroker()
+broker.add_middleware(dramatiq.middleware.{name}())
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(job(), broker=broker), code=1)
+    assert codes(report) == ["DP013"]
+    assert f"two {name}" in report["findings"][0]["message"]
+
+
+@pytest.mark.parametrize("name", ["Pipelines", "ShutdownNotifications"])
+def test_a_subclass_of_a_stock_middleware_that_ours_can_t_replace_is_a_warning(command, name):
+    broker = f"""
+class Mine(dramatiq.middleware.{name}):
+    pass
+broker = StubBroker(middleware=[Mine()])
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(job(), broker=broker))
+    assert ("DP025", "warning") in {(finding["code"], finding["severity"]) for finding in report["findings"]}
+
+
 def test_an_application_without_the_bundle_is_told_so(command):
     app = command.app("@dramatiq.actor\ndef charge(): pass\n", broker="dramatiq.set_broker(StubBroker())\n")
     assert codes(command.json("check", app, code=1)) == ["DP022"]
