@@ -7,6 +7,7 @@ process dies, however it dies. Where Redis is at hand, a lease elects one for th
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -14,12 +15,17 @@ import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from .history import now_ms
 
-__all__ = ["CommandElection", "Election", "FleetElection"]
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+    from .wiring import Wiring
+
+__all__ = ["CommandElection", "Election", "FleetElection", "elect"]
 
 logger = logging.getLogger("dramatiq_policies.alerts")
 
@@ -228,3 +234,37 @@ class FleetElection(Election):
             self.client.hdel(f"{self.key}:notes", self.me)
             self._lease(keys=[self.key], args=[self.me, 0])
         self.client.connection_pool.disconnect()
+
+
+def elect(wiring: Wiring, interval: int) -> Election:
+    """The election of who watches a broker's queues: in the fleet, in this command, or of this process alone.
+
+    Parameters:
+      wiring: The broker's.
+      interval: How often each asks, in milliseconds.
+    """
+    fresh = max(1_000, 3 * interval)
+    queues = "\n".join(sorted(wiring.broker.get_declared_queues()))
+    name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
+    near = CommandElection(name, os.getppid(), fresh_ms=fresh) if wiring.in_command else Election(fresh)
+    at_hand = _redis_of(wiring.broker)
+    if at_hand is None:
+        return near
+    from .queues.redis import own_client
+
+    client, namespace = at_hand
+    try:
+        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+    except Exception:
+        logger.exception("%r can't be used for a lease: one process of each command watches the queues.", client)
+        return near
+
+
+def _redis_of(broker: Broker) -> tuple[Any, str] | None:
+    """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
+    for place in (broker, *(getattr(middleware, "store", None) for middleware in broker.middleware)):
+        # Of a RedisBroker every name that it does not know is a command of its server.
+        known = getattr(place, "__dict__", {})
+        if hasattr(known.get("client"), "connection_pool"):
+            return known["client"], str(known.get("namespace", "dramatiq"))
+    return None

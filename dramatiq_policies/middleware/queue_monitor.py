@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -28,13 +26,16 @@ __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 
 logger = logging.getLogger("dramatiq_policies.alerts")
 
+#: After so many readings in a row that fail, the elected one lets another try.
+_PATIENCE = 3
+
 
 class QueueMonitor(PolicyMiddleware):
     """Reads every queue at an interval, sends gauges, and tells when a threshold is reached.
 
     One process of each ``dramatiq`` command does it, elected among the command's worker processes; where Redis is at
     hand (a RedisBroker, or Idempotency with a RedisStore) one process of the whole fleet, by a lease that another takes
-    over within four intervals. The fleet is whoever has the same queues in the same namespace. A thread is started when
+    over within four intervals. One that can't read the queues three times in a row lets another try. The fleet is whoever has the same queues in the same namespace. A thread is started when
     a worker boots, and ends with it; no reading takes a message, nor does an outage of the broker end anything.
 
     A breach is told once, and again only after its value has come down to four fifths of the threshold.
@@ -94,7 +95,9 @@ class QueueMonitor(PolicyMiddleware):
         self._thread: threading.Thread | None = None
         self._watching = 0
         self._elected = False
-        self._failing = False
+        #: Readings in a row that have failed.
+        self._failed = 0
+        self._stands_back = False
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
@@ -143,7 +146,9 @@ class QueueMonitor(PolicyMiddleware):
           ConfigurationError: If the monitor is on no broker yet.
         """
         stop = threading.Event() if stop is None else stop
-        election = self._election()
+        from ..election import elect
+
+        election = elect(self._wiring(), self.interval)
         with self._reading:
             self._watching += 1
         try:
@@ -188,6 +193,9 @@ class QueueMonitor(PolicyMiddleware):
                     note["threads"] = sum(worker.worker_threads for worker in self._workers)
                     note["busy"] = sum(_busy(worker) for worker in self._workers)
                 election.post(note)
+                if self._stands_back:
+                    self._stands_back = False
+                    return
                 if not election.wins():
                     self._elected = False
                     return
@@ -205,8 +213,12 @@ class QueueMonitor(PolicyMiddleware):
             self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
             self._tell(news)
         except Exception as error:
-            if not self._failing:
-                self._failing = True
+            self._failed += 1
+            if self._failed % _PATIENCE == 0 and self._elected:
+                # Another process may reach the server: for one turn it is theirs to ask.
+                self._elected, self._stands_back = False, True
+                election.resign()
+            if self._failed == 1:
                 logger.error(  # noqa: TRY400  Its stack says nothing: a server is not there.
                     "The queues can't be read (%s: %s); trying again every %d ms.",
                     type(error).__name__,
@@ -214,8 +226,8 @@ class QueueMonitor(PolicyMiddleware):
                     self.interval,
                 )
         else:
-            if self._failing:
-                self._failing = False
+            if self._failed:
+                self._failed = 0
                 logger.info("The queues are read again.")
 
     def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
@@ -268,37 +280,7 @@ class QueueMonitor(PolicyMiddleware):
             raise ConfigurationError("This QueueMonitor is on no broker yet. Did you forget to install the bundle?")
         return self.attached_to
 
-    def _election(self) -> Election:
-        from ..election import CommandElection, Election, FleetElection
-
-        wiring = self._wiring()
-        fresh = max(1_000, 3 * self.interval)
-        queues = "\n".join(sorted(wiring.broker.get_declared_queues()))
-        name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
-        near = CommandElection(name, os.getppid(), fresh_ms=fresh) if wiring.in_command else Election(fresh)
-        at_hand = _redis_of(wiring.broker)
-        if at_hand is None:
-            return near
-        from ..queues.redis import own_client
-
-        client, namespace = at_hand
-        try:
-            return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
-        except Exception:
-            logger.exception("%r can't be used for a lease: one process of each command watches the queues.", client)
-            return near
-
 
 def _busy(worker: Worker) -> int:
     """How many of the worker's threads are at a message: those taken from its queue and not done."""
     return max(0, worker.work_queue.unfinished_tasks - worker.work_queue.qsize())
-
-
-def _redis_of(broker: Broker) -> tuple[Any, str] | None:
-    """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
-    for place in (broker, *(getattr(middleware, "store", None) for middleware in broker.middleware)):
-        # Of a RedisBroker every name that it does not know is a command of its server.
-        known = getattr(place, "__dict__", {})
-        if hasattr(known.get("client"), "connection_pool"):
-            return known["client"], str(known.get("namespace", "dramatiq"))
-    return None

@@ -9,7 +9,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dramatiq
 import pytest
@@ -295,34 +298,56 @@ def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: No
     assert "dramatiq_policies.queue_monitor" not in {thread.name for thread in threading.enumerate()}
 
 
+@contextmanager
+def watching(*brokers: Any, store: RedisStore, queue: str) -> Iterator[list[tuple[QueueMonitor, threading.Event]]]:
+    """A monitor for each broker, on a thread of its own, with its lease on the store's Redis."""
+    running, threads = [], []
+    for broker in brokers:
+        monitor, stop = QueueMonitor(interval=50), threading.Event()
+        install(broker, idempotency=Idempotency(store), queue_monitor=monitor)
+        broker.declare_queue(queue)
+        running.append((monitor, stop))
+        threads.append(threading.Thread(target=monitor.run_forever, args=(stop,)))
+    try:
+        for thread in threads:
+            thread.start()
+        yield running
+    finally:
+        for (_, stop), thread in zip(running, threads, strict=True):
+            stop.set()
+            thread.join(PATIENCE)
+
+
 def test_on_rabbitmq_the_lease_is_on_the_redis_of_a_store(
     rabbitmq_place: RabbitmqPlace, redis_client, redis_namespace: str
 ) -> None:
+    store = RedisStore(redis_client, namespace=redis_namespace)
     brokers = [rabbitmq_place.broker() for _ in range(2)]
-    monitors = []
-    for broker in brokers:
-        monitors.append(QueueMonitor(interval=50))
-        store = RedisStore(redis_client, namespace=redis_namespace)
-        install(broker, idempotency=Idempotency(store), queue_monitor=monitors[-1])
-        broker.declare_queue(rabbitmq_place.queue)
-    stops = [threading.Event() for _ in monitors]
-    threads = [
-        threading.Thread(target=monitor.run_forever, args=(stop,))
-        for monitor, stop in zip(monitors, stops, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        until(lambda: any(monitor._elected for monitor in monitors))
+    with watching(*brokers, store=store, queue=rabbitmq_place.queue) as running:
+        until(lambda: any(monitor._elected for monitor, _ in running))
         time.sleep(0.3)
-        elected = [monitor._elected for monitor in monitors]
+        elected = [monitor._elected for monitor, _ in running]
         assert elected.count(True) == 1
-        stops[elected.index(True)].set()
-        until(lambda: monitors[elected.index(False)]._elected)
-    finally:
-        for stop, thread in zip(stops, threads, strict=True):
-            stop.set()
-            thread.join(PATIENCE)
+        running[elected.index(True)][1].set()
+        until(lambda: running[elected.index(False)][0]._elected)
+
+
+def test_who_has_the_lease_and_reaches_no_queue_leaves_it_to_one_who_does(
+    rabbitmq_place: RabbitmqPlace, redis_client, redis_namespace: str
+) -> None:
+    store = RedisStore(redis_client, namespace=redis_namespace)
+    queue = rabbitmq_place.queue
+    with Proxy.before(rabbitmq_place.url) as proxy:
+        far, near = rabbitmq_place.broker(proxy.url), rabbitmq_place.broker()
+        with watching(far, store=store, queue=queue) as ((cut_off, _),):
+            until(lambda: cut_off._elected)
+            proxy.refuse()
+            proxy.cut()
+            with watching(near, store=store, queue=queue) as ((reading, _),):
+                until(lambda: reading._elected)
+                time.sleep(0.5)
+                assert (reading._elected, cut_off._elected) == (True, False)
+            proxy.accept()
 
 
 def test_the_heartbeat_stops_while_every_thread_of_one_process_is_stuck(place: Place, application: Watched) -> None:
