@@ -184,17 +184,35 @@ def is_worker_of(middleware: Middleware, worker: _worker.Worker) -> bool:
 
 
 class _InOrder(PriorityQueue[Any]):
-    """A worker's queue where messages of one priority stay in their order; before Dramatiq 2.2 they do not."""
+    """A worker's queue where messages of one priority stay in their order; before Dramatiq 2.2 they do not.
+
+    Without its locks: the thread that puts in is the one that takes out.
+    """
 
     def _init(self, maxsize: int) -> None:
         super()._init(maxsize)
         self._numbers = itertools.count()
 
-    def _put(self, item: Any) -> None:
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         heappush(self.queue, (eta_of(item), next(self._numbers), item))
 
-    def _get(self) -> Any:
+    def get_nowait(self) -> Any:
+        if not self.queue:
+            raise Empty
         return heappop(self.queue)[2]
+
+    def task_done(self) -> None:
+        pass
+
+
+class _NoLimit:
+    """Stands in for the semaphore that counts what a stub consumer has in hand, where it may have all."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
 
 
 class WorkerOnThisThread(_worker.Worker):
@@ -222,6 +240,7 @@ class WorkerOnThisThread(_worker.Worker):
         self.broker.emit_after("consumer_thread_boot", thread)
         thread.consumer = self.broker.consume(queue_name, prefetch=thread.prefetch, timeout=0)
         thread.delay_queue = thread.consumer.delayed  # type: ignore[attr-defined]
+        thread.consumer.inner.prefetch_semaphore = _NoLimit()  # type: ignore[attr-defined]
 
     def _add_worker(self) -> None:
         self.thread = _Thread(broker=self.hooks, consumers=self.consumers, work_queue=self.work_queue, worker_timeout=0)
