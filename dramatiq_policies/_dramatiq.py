@@ -6,7 +6,7 @@ Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from queue import Empty, PriorityQueue
 from typing import Any, cast
@@ -147,6 +147,24 @@ def rabbitmq_message(consumer: Any, method: Any, message: Message[Any]) -> Messa
 
     consumer.known_tags.add(method.delivery_tag)
     return _RabbitmqMessage(method.redelivered, method.delivery_tag, message)
+
+
+def take_rabbitmq_tag(consumer: Any, message: Any) -> int | None:
+    """The tag by which a RabbitMQ consumer acks a message, to be used once; None if it was."""
+    try:
+        consumer.known_tags.remove(message._tag)
+    except KeyError:
+        return None
+    return cast("int", message._tag)
+
+
+def rabbitmq_acks(consumer: Any) -> tuple[Callable[[int], object], Callable[[int], object]]:
+    """How a consumer's channel acks: one that leaves what it writes in the connection's buffer, and one that sends it all.
+
+    The first is pika's own inside of the second; without it there would be four calls of the system for each message.
+    """
+    channel = consumer.channel
+    return getattr(channel, "_impl", channel).basic_ack, channel.basic_ack
 
 
 def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class PolicyConsumer(Consumer):
     def finish(self, message: MessageProxy) -> None:
         """Ack it."""
         try:
-            self.inner.ack(message)
+            self.send_ack(message)
         except Exception as error:
             if not self.lost_connection(error):
                 raise
@@ -251,6 +251,10 @@ class PolicyConsumer(Consumer):
             self.report_malformed(error)
             return None
         return message
+
+    def send_ack(self, message: MessageProxy) -> None:
+        """Have the broker take a message off its queue."""
+        self.inner.ack(message)
 
     def put_back(self, messages: list[MessageProxy]) -> None:
         """Put messages that nobody has run back on the queue."""

@@ -23,6 +23,7 @@ from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
 from ..wiring import Wiring
+from .acks import SharedAcks
 
 __all__ = ["RabbitmqConsumer"]
 
@@ -39,6 +40,7 @@ class RabbitmqConsumer(PolicyConsumer):
         super().__init__(wiring, inner, queue_name)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
+        self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         wiring.held[queue_name] = self.held
 
     def held(self) -> int:
@@ -135,9 +137,16 @@ class RabbitmqConsumer(PolicyConsumer):
             return
         super().finish(message)
 
+    def send_ack(self, message: MessageProxy) -> None:
+        tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
+        if tag is None:
+            logger.warning("Message %s was acked already.", message.message_id)
+        else:
+            self.acks.put(tag)
+
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         self._enqueue(Send(moved))
-        self.inner.ack(message)
+        self.send_ack(message)
 
     def delay_queue(self) -> DelayQueue:
         # The server gives the delayed messages of a closed consumer out again.
