@@ -49,16 +49,17 @@ class Guard:
       asked: Whether it asks for anything at all.
       keyed: Whether it has a key; without one only ``done_when`` and the count of crashes are left.
       key_of: Makes the key; None for the message id. If ``call_key`` is given, it takes what the actor takes.
+      claims_at_once: Whether nothing of the user's runs before the claim.
       call_key: How a ``key_of`` that is code of the user's is called; None for a template.
       job, call: The actor's function with ``done_when`` before it, and how it is called; None without one.
       ttl: How long a completed key is remembered, in milliseconds.
       max_crashes: See `Idempotency`.
     """
 
-    __slots__ = ("asked", "call", "call_key", "job", "key_of", "keyed", "max_crashes", "ttl")
+    __slots__ = ("asked", "call", "call_key", "claims_at_once", "job", "key_of", "keyed", "max_crashes", "ttl")
 
     def __init__(self) -> None:
-        self.asked = self.keyed = False
+        self.asked = self.keyed = self.claims_at_once = False
         self.key_of: Callable[..., Any] | None = None
         self.call_key: Caller | None = None
         self.job: Callable[..., Any] | None = None
@@ -284,6 +285,7 @@ def resolve_guard(
         else:
             raise ConfigurationError.of_option(where, "idempotency_key", "a template or a callable", given)
     guard.keyed = bool(idempotent) or given is not None
+    guard.claims_at_once = guard.keyed and guard.call_key is None
     done_when = options.get("done_when")
     guard.asked = guard.keyed or done_when is not None
     if done_when is not None:

@@ -19,7 +19,7 @@ from dramatiq.common import q_name
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, ConnectionClosed
 
 from . import _dramatiq
-from .delivery import SUCCEEDED, Delivery, Send, Settlement
+from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
 from .history import now_ms
 from .outcomes import Outcome, OutcomeEvent
@@ -129,19 +129,25 @@ class PolicyConsumer(Consumer):
         if delivery is None:
             self.finish(message)
             return
-        owner, wiring = delivery.consumer, self.wiring
-        if (
-            delivery.settlement is SUCCEEDED
-            and delivery.steps is None
-            and delivery.claim is None
-            and not wiring.successes_observed
-        ):
+        owner, piggyback = delivery.consumer, self.wiring.piggyback
+        if piggyback is None:
+            owner.conclude(message, delivery)
+            return
+        if not piggyback.post(owner, message, delivery):
+            owner.conclude(message, delivery)
+        piggyback.look()
+
+    def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
+        """Settle a message that this consumer has delivered, and ack it."""
+        wiring = self.wiring
+        if delivery.claim is None and delivery.is_plain_success() and not wiring.successes_observed:
             if wiring.on_success and not delivery.settled:
                 delivery.settled = True
                 wiring.tell_success(delivery)
-            owner.finish(message)
-        elif settle(wiring, owner, message, delivery):
-            owner.finish(message)
+            if not delivery.acked:
+                self.finish(message)
+        elif settle(wiring, self, message, delivery):
+            self.finish(message)
 
     def nack(self, message: MessageProxy) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
@@ -202,6 +208,10 @@ class PolicyConsumer(Consumer):
     def completes(self, delivery: Delivery) -> bool:
         """Whether `hand_off` also completes the idempotency key, and acks, in one step."""
         return False
+
+    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+        """The command that completes the key of a plain success, for `Piggyback`; and whether it also acks."""
+        return delivery.claim.completion(), False
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
         """Move the message to the dead-letter queue; here unannotated, for how it is stored is not known."""

@@ -164,6 +164,10 @@ class Delivery:
             self.steps = []
         self.steps.append(step)
 
+    def is_plain_success(self) -> bool:
+        """Whether nothing follows from it but its ack."""
+        return self.settlement is SUCCEEDED and self.steps is None
+
     def is_remembered(self) -> bool:
         """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""
         claim, decided = self.claim, self.settlement

@@ -7,7 +7,7 @@ would. A call whose connection is lost is sent once more, so it must not matter 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha1
 from threading import Lock
 from typing import Any
@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError
 
 from .forks import after_fork
 
-__all__ = ["RoundTrips", "Script"]
+__all__ = ["Post", "RoundTrips", "Script"]
 
 _RAW: dict[str, Any] = {NEVER_DECODE: []}
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
@@ -59,12 +59,31 @@ class _Call:
         return self.answer
 
 
+class Post(_Call):
+    """A call that nobody waits for: it goes ahead of one that somebody waits for, who tells of its answer.
+
+    Parameters:
+      told: Called once with the answer, or the error, by the thread that sent it.
+    """
+
+    __slots__ = ("told",)
+
+    def __init__(self, command: Sequence[Any], told: Callable[[Any], object]) -> None:
+        super().__init__(command)
+        self.told = told
+
+    @property
+    def is_answered(self) -> bool:
+        return self.answer is not _UNANSWERED
+
+
 class _Turn:
     """One thread's calls; it sleeps until they are answered, or it is to send them and those that have come meanwhile."""
 
-    __slots__ = ("calls", "sends", "woken")
+    __slots__ = ("calls", "posts", "sends", "woken")
 
     def __init__(self, commands: Sequence[Sequence[Any]]) -> None:
+        self.posts: list[Post] = []
         self.calls = [_Call(command) for command in commands]
         #: The turns that this one sends, itself included.
         self.sends: list[_Turn] = []
@@ -84,6 +103,8 @@ class RoundTrips:
         self._lock = Lock()
         self._waiting: list[_Turn] = []
         self._sender: _Turn | None = None
+        #: Posts that no turn has taken along yet.
+        self.posted: list[Post] = []
         after_fork(self)
 
     def begin_anew(self) -> None:
@@ -91,21 +112,32 @@ class RoundTrips:
         # Kept, since giving it back to its pool takes that pool's lock.
         _of_parents.append(self._line)
         self._line = None
-        self._lock, self._waiting, self._sender = Lock(), [], None
+        self._lock, self._waiting, self._sender, self.posted = Lock(), [], None, []
 
-    def call(self, *command: Any) -> Any:
+    def post(self, post: Post) -> None:
+        """Leave a call for the next `together` with ``carries``, which the caller sees to."""
+        with self._lock:
+            self.posted.append(post)
+
+    def call(self, *command: Any, carries: bool = False) -> Any:
         """The answer to one command.
 
         Raises:
           redis.RedisError, OSError: As the client.
         """
-        return self.together([command])[0]
+        return self.together([command], carries=carries)[0]
 
-    def together(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """The answers to many commands in one round trip."""
+    def together(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
+        """The answers to many commands in one round trip; with ``carries`` what was posted goes ahead of them.
+
+        All that was posted before is answered then, also what another thread has taken along.
+        """
         turn = _Turn(commands)
         try:
             with self._lock:
+                if carries and self.posted:
+                    # In line before anybody who asks later, so that none of them is answered before it.
+                    turn.posts, self.posted = self.posted, []
                 if self._sender is None:
                     self._sender = turn
                 else:
@@ -115,9 +147,11 @@ class RoundTrips:
             if self._sender is turn:
                 with self._lock:
                     turn.sends, self._waiting = [turn, *self._waiting], []
-                self._send([call for one in turn.sends for call in one.calls])
+                self._send([call for one in turn.sends for call in (*one.posts, *one.calls)])
         finally:
             self._leave(turn)
+            for post in turn.posts:
+                post.told(post.answer)
         return [call.result() for call in turn.calls]
 
     def _leave(self, turn: _Turn) -> None:

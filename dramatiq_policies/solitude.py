@@ -30,6 +30,11 @@ class Solitude:
         self._alone: Any = None
         self._changed = Condition()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody is to be left alone now."""
+        return self._alone is None
+
     # On every job's way, so without the lock: who enters is seen first and looks then, who wants to be alone says so first
     # and looks then. So one of the two sees the other.
 

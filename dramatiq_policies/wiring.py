@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .middleware.shutdown import ShutdownNotifications
     from .middleware.timeout import StuckJob, Timeout
     from .options import ActorPolicy
+    from .piggyback import Piggyback
 
 __all__ = ["Observer", "Wiring", "wiring_of"]
 
@@ -68,6 +69,8 @@ class Wiring:
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: What lets jobs begin once, None without Idempotency.
         self.admission: Admission | None = None
+        #: What posts completions, None where that could be seen from outside.
+        self.piggyback: Piggyback | None = None
         #: The ttl and max_crashes of the Idempotency, None without one that has a store.
         self.guard_defaults: tuple[int, int | None] | None = None
         #: Dramatiq's ShutdownNotifications, in our version.

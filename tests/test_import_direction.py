@@ -28,7 +28,7 @@ LAYERS = [
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
     {"stores", "owners", "keys", "solitude"},
     {"claims"},
-    {"admission"},
+    {"admission", "piggyback"},
     {"middleware", "running"},
     {"contrib"},
     {"bundle", "_typed_actor"},

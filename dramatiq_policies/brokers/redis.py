@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Sequence
 from importlib import resources
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -195,9 +196,32 @@ class RedisConsumer(PolicyConsumer):
             self.beside_store = shares is not None and shares(self.client)
         return self.beside_store
 
+    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+        if not self.completes(delivery):
+            return super().completion(delivery)
+        return self._settling(delivery.message.options["redis_message_id"], completes=delivery.claim), True
+
+    def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
+        if delivery.acked and not delivery.settled:
+            # By the completion that was posted.
+            self._release(message)
+        super().conclude(message, delivery)
+
     def _settle(
         self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False, completes: Claim | None = None
     ) -> bool:
+        # With a claim on the line of the claims: they share round trips.
+        trips = self.trips if completes is None else self.store.trips
+        return bool(self._guarded(trips.call, *self._settling(redis_id, dead, sends, keep, completes)))
+
+    def _settling(
+        self,
+        redis_id: str,
+        dead: bytes = b"",
+        sends: Sequence[str | bytes] = (),
+        keep: bool = False,
+        completes: Claim | None = None,
+    ) -> tuple[Any, ...]:
         broker: Any = self.broker
         keys, completed, ttl, held = [broker.namespace], b"", 0, b""
         if completes is not None:
@@ -205,7 +229,7 @@ class RedisConsumer(PolicyConsumer):
             completed, ttl = completed_by(completes.record.message_id), completes.keep
             held = completes.value
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
-        return bool(self._guarded(self.trips.call, *_SETTLE.command(keys, args)))
+        return _SETTLE.command(keys, args)
 
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]

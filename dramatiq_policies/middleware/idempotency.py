@@ -132,6 +132,10 @@ class Idempotency(PolicyMiddleware):
         wiring = self.arrange(broker)
         if self.claims is None:
             return
+        if hasattr(self.store, "trips"):
+            from ..piggyback import Piggyback  # It needs redis.
+
+            wiring.piggyback = Piggyback(wiring, self.claims) if Piggyback.is_safe(wiring) else None
         if self._excuse_neighbours not in wiring.stuck_subscribers:
             wiring.stuck_subscribers.append(self._excuse_neighbours)
         warnings = getattr(self.store, "warnings", None)
@@ -141,6 +145,10 @@ class Idempotency(PolicyMiddleware):
                     alerts.warning(warning)
             except StoreDown:
                 pass  # Said already.
+
+    def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
+        if self.attached_to is not None and self.attached_to.piggyback is not None:
+            self.attached_to.piggyback.flush()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         if self.claims is not None:

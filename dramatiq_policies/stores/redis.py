@@ -39,7 +39,8 @@ class RedisStore:
     def __init__(self, client: Any = None, *, namespace: str = "idem") -> None:
         self.client = redis.Redis(**_client_arguments()) if client is None else client
         self.namespace = namespace
-        self._trips = RoundTrips(self.client)
+        #: What its calls share with one another, and with the acks of a Redis broker beside it.
+        self.trips = RoundTrips(self.client)
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = "idem", **arguments: Any) -> RedisStore:
@@ -62,28 +63,32 @@ class RedisStore:
         name = self.name_of(key)
         if expected is None and value is not None:
             # By far the most frequent call, and cheaper without a script.
-            if self._trips.call("SET", name, value, "NX", "PX", ttl):
+            if self.trips.call("SET", name, value, "NX", "PX", ttl, carries=True):
                 return None
             return self._read(name)
-        found = self._trips.call(*_SWAP.command([name], [expected or b"", value or b"", ttl]))
+        found = self.trips.call(*_SWAP.command([name], [expected or b"", value or b"", ttl]), carries=True)
         return None if found is None else Entry(found[0] or None, max(0, found[1]))
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
-        self._trips.call("SET", self.name_of(key), value, "PX", ttl)
+        self.trips.call(*self.putting(key, value, ttl))
+
+    def putting(self, key: str, value: bytes, ttl: int) -> tuple[Any, ...]:
+        """The command that `put` calls."""
+        return ("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
         return self._read(self.name_of(key))
 
     def _read(self, name: str) -> Entry:
-        found = self._trips.call(*_SWAP.command([name], ["read"]))
+        found = self.trips.call(*_SWAP.command([name], ["read"]))
         return Entry(found[0] or None, max(0, found[1]))
 
     def delete(self, key: str) -> bool:
-        return bool(self._trips.call("DEL", self.name_of(key)))
+        return bool(self.trips.call("DEL", self.name_of(key)))
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
         calls = [_SWAP.command([self.name_of(key)], [value, value, ttl]) for key, value, ttl in renewals]
-        return [answer is None for answer in self._trips.together(calls)]
+        return [answer is None for answer in self.trips.together(calls, carries=True)]
 
     def warnings(self) -> list[str]:
         """What is wrong with how the server is set up, as sentences. Connects."""
