@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from datetime import timedelta
@@ -614,3 +617,81 @@ def test_a_subscriber_of_the_users_gets_the_same_events():
 
     job.send()
     assert drain(broker).events == told
+
+
+def test_a_process_under_gevent_is_drained_as_any_other():
+    script = """
+        from gevent import monkey; monkey.patch_all()
+        import time
+        import dramatiq, gevent
+        from dramatiq.asyncio import get_event_loop_thread
+        from dramatiq.brokers.stub import StubBroker
+        from dramatiq.middleware import AsyncIO
+        from dramatiq_policies import Idempotency, RetryPolicy, TimeoutExceeded, constant, install
+        from dramatiq_policies.stores.memory import MemoryStore
+        from dramatiq_policies.testing import assert_crash_safe, crash, drain, fail, hang, stub
+
+        HOUR = 3_600_000
+        broker = StubBroker()
+        broker.add_middleware(AsyncIO())
+        install(broker, idempotency=Idempotency(MemoryStore()))
+        rules = {"broker": broker, "retry_on": {(ConnectionError, TimeoutExceeded): RetryPolicy(attempts=5, wait=constant(HOUR))}}
+        done = []
+
+        @dramatiq.actor(**rules, timeout=HOUR, idempotency_key="{number}")
+        def job(number):
+            time.sleep(0.001)
+            done.append(number)
+
+        @dramatiq.actor(**rules, timeout=50)
+        def slow():
+            if not done:
+                done.append("began")
+                time.sleep(10)
+
+        @dramatiq.actor(broker=broker)
+        async def of_a_loop():
+            done.append("async")
+
+        # Another greenlet sees the real clock, also while the drain waits in a job.
+        seen = []
+        def look():
+            for _ in range(5):
+                seen.append(dramatiq.common.current_millis() - time.time() * 1_000)
+                time.sleep(0.001)
+        other = gevent.spawn(look)
+
+        job.send(1)
+        job.send(1)
+        job.send_with_options(args=(2,), delay=24 * HOUR)
+        with fail(job, ConnectionError), hang(job, times=1), crash(job, after_effect=True):
+            run = drain(broker)
+        assert sorted(set(done)) == [1, 2], done
+        assert run.outcomes(job).count("succeeded") == 2, run
+        assert run.outcomes(job).count("duplicate") == 1, run
+        assert run.outcomes(job).count("retried") == 2, run
+        assert run.elapsed >= 24 * HOUR, run
+        other.join()
+        assert max(map(abs, seen)) < 60_000, seen
+
+        # What really takes too long is really interrupted.
+        done.clear()
+        slow.send()
+        drain(broker).assert_outcomes(slow, "retried", "succeeded")
+
+        done.clear()
+        of_a_loop.send()
+        drain(broker).assert_outcomes(of_a_loop, "succeeded")
+        assert done == ["async"] and get_event_loop_thread() is None
+
+        assert_crash_safe(job, 3, effects=lambda: set(done), reset=done.clear)
+        with stub(broker) as other:
+            job.send(4)
+            drain(other).assert_outcomes(job, "succeeded")
+        assert job.broker is broker
+        assert dramatiq.common.time is time.time
+        """
+    pytest.importorskip("gevent")
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr

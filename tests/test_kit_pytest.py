@@ -47,7 +47,9 @@ def run_pytest(tmp_path):
 
     def run(module, *args):
         (tmp_path / "test_app.py").write_text(textwrap.dedent(module))
-        path = os.pathsep.join([str(info.parent), str(Path(dramatiq_policies_root())), str(tmp_path)])
+        path = os.pathsep.join(
+            [str(info.parent), str(Path(dramatiq_policies_root())), str(tmp_path), os.environ.get("PYTHONPATH", "")]
+        )
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *args, str(tmp_path)],
             cwd=tmp_path,
@@ -166,3 +168,96 @@ def test_unittest_has_a_mixin(monkeypatch):
     unittest.defaultTestLoader.loadTestsFromTestCase(Case).run(result)
     assert (result.testsRun, len(result.errors)) == (2, 1)
     assert job.broker is dramatiq.get_broker()
+
+
+def test_it_works_in_the_processes_of_xdist(run_pytest):
+    done = run_pytest(
+        """
+        import os
+        import dramatiq, pytest
+        from app import Flaky, broker, job
+        from dramatiq_policies.testing import fail, stub
+
+        @pytest.fixture(autouse=True)
+        def all_is_put_back():
+            fn = job.fn
+            yield
+            assert os.environ["PYTEST_XDIST_WORKER"] in ("gw0", "gw1")
+            assert dramatiq.get_broker() is job.broker is broker
+            assert job.fn is fn
+
+        def run_job(drain):
+            job.send()
+            with fail(job, Flaky):
+                drain().assert_outcomes(job, "retried", "succeeded")
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_the_fixtures(stub_broker, drain, number):
+            run_job(drain)
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_stub(number):
+            from dramatiq_policies.testing import drain
+            with stub() as stub_broker:
+                run_job(lambda: drain(stub_broker))
+
+        @pytest.mark.xfail(strict=True, raises=ZeroDivisionError)
+        @pytest.mark.parametrize("number", range(6))
+        def test_that_raises(stub_broker, number):
+            raise ZeroDivisionError
+        """,
+        "-n2",
+    )
+    assert "12 passed, 6 xfailed" in done.stdout, done.stdout
+
+
+def test_async_tests_have_the_fixtures_and_drain_while_their_loop_runs(run_pytest):
+    done = run_pytest(
+        """
+        import asyncio
+        import dramatiq, pytest
+        from dramatiq.asyncio import get_event_loop_thread
+        from app import Flaky, broker, job
+        from dramatiq_policies.testing import fail
+
+        broker.add_middleware(dramatiq.middleware.AsyncIO())
+        loops = []
+
+        @dramatiq.actor
+        async def job_of_a_loop():
+            await asyncio.sleep(0)
+            loops.append(asyncio.get_running_loop())
+
+        @pytest.fixture
+        async def sent(stub_broker):
+            job.send()
+
+        @pytest.mark.asyncio
+        async def test_of_a_sync_actor(sent, drain):
+            with fail(job, Flaky):
+                drain().assert_outcomes(job, "retried", "succeeded")
+
+        @pytest.mark.asyncio
+        async def test_of_an_async_actor(stub_broker, drain):
+            mine = asyncio.get_running_loop()
+            other = asyncio.create_task(asyncio.sleep(0.01, "goes on"))
+            job_of_a_loop.send()
+            drain().assert_outcomes(job_of_a_loop, "succeeded")
+            assert loops and mine not in loops
+            assert asyncio.get_running_loop() is mine
+            assert get_event_loop_thread() is None
+            assert await other == "goes on"
+
+        @pytest.mark.asyncio
+        async def test_of_a_drain_beside_the_loop(stub_broker, drain):
+            job_of_a_loop.send()
+            run = await asyncio.to_thread(drain)
+            run.assert_outcomes(job_of_a_loop, "succeeded")
+
+        def test_all_is_put_back():
+            assert job.broker is job_of_a_loop.broker is dramatiq.get_broker() is broker
+        """,
+        "-o",
+        "asyncio_mode=auto",
+    )
+    assert "4 passed" in done.stdout, done.stdout

@@ -9,6 +9,7 @@ import sys
 import dramatiq
 import dramatiq.broker
 import pytest
+import redis.exceptions
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import Middleware
@@ -228,3 +229,87 @@ def test_the_orders_app_is_tested_with_nothing_changed_in_it(monkeypatch):
         assert len(app.gateway.sent) == 2
     finally:
         forget()
+
+
+@pytest.fixture
+def import_for_the_first_time(tmp_path, monkeypatch):
+    """Import a module of this source, which nobody has imported yet."""
+    names = []
+
+    def first(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        names.append(name)
+        return importlib.import_module(name)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield first
+    for name in names:
+        del sys.modules[name]
+
+
+JOBS = """
+import dramatiq
+
+@dramatiq.actor(retry_on=ConnectionError)
+def job_of_a_module():
+    pass
+
+class ClassOfAModule(dramatiq.GenericActor):
+    def perform(self):
+        pass
+"""
+
+
+def test_jobs_of_a_module_that_is_imported_meanwhile_belong_to_the_apps_broker_afterwards(
+    redis_broker, import_for_the_first_time
+):
+    with stub() as broker:
+        jobs = import_for_the_first_time("jobs_of_an_app", JOBS)
+
+        @dramatiq.actor
+        def of_the_test():
+            pass
+
+        jobs.job_of_a_module.send()
+        jobs.ClassOfAModule.send()
+        assert drain(broker).outcomes() == ["succeeded", "succeeded"]
+    assert jobs.job_of_a_module.broker is jobs.ClassOfAModule.__actor__.broker is redis_broker
+    assert set(redis_broker.actors) == {"job_of_a_module", "ClassOfAModule"}
+    for _ in range(2):
+        with stub() as broker, fail(jobs.job_of_a_module, ConnectionError):
+            jobs.job_of_a_module.send()
+            drain(broker).assert_outcomes(jobs.job_of_a_module, "retried", "succeeded")
+
+
+def test_they_are_also_after_a_stub_within_a_stub(redis_broker, import_for_the_first_time):
+    with stub(), stub():
+        jobs = import_for_the_first_time("jobs_of_an_app", JOBS)
+    assert jobs.job_of_a_module.broker is redis_broker
+
+
+APP = f"""
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq_policies import install
+
+broker = RedisBroker(url="{UNREACHABLE}")
+install(broker)
+dramatiq.set_broker(broker)
+
+@dramatiq.actor
+def job_of_an_app():
+    pass
+"""
+
+
+def test_an_app_that_sets_its_broker_meanwhile_keeps_it_and_the_next_stub_has_its_jobs(import_for_the_first_time):
+    with stub() as broker:
+        app = import_for_the_first_time("app_with_a_broker", APP)
+        with pytest.raises(redis.exceptions.ConnectionError):
+            app.job_of_an_app.send()
+        assert drain(broker).events == []
+    assert dramatiq.get_broker() is app.job_of_an_app.broker is app.broker
+    with stub() as broker:
+        app.job_of_an_app.send()
+        drain(broker).assert_outcomes(app.job_of_an_app, "succeeded")
+    assert app.job_of_an_app.broker is app.broker

@@ -44,6 +44,10 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
 
     A middleware of yours is on both brokers, and the same object. A rate limiter or a result backend that your code
     holds on to is still the one that it made.
+
+    Import the app before. An app that is imported for the first time meanwhile, and sets a global broker of its own, sends
+    through that one: it can't be lent any more. Where it has none of its own, the actors of its modules are lent, and
+    belong to the global broker afterwards; with none set, they stay on this StubBroker.
     """
     real = dramatiq.broker.global_broker if broker is None else broker
     stand_in = _fresh(real)
@@ -71,6 +75,17 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
             actor.broker, actor.fn = own, fn
         for put_back in reversed(undo):
             put_back()
+        if real is not None:
+            for actor in stand_in.actors.values():
+                if actor.broker is stand_in and _is_of_a_module(actor):
+                    actor.broker, actor.fn = real, unwrapped(actor.fn)
+                    real.declare_actor(actor)
+
+
+def _is_of_a_module(actor: Actor[..., Any]) -> bool:
+    """Whether it stays when a test is over: a module is imported once, while what a function declares is gone."""
+    fn = unwrapped(actor.fn)
+    return "<locals>" not in getattr(fn, "__qualname__", type(fn).__qualname__)
 
 
 def _fresh(broker: Broker | None) -> StubBroker:
