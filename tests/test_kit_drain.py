@@ -527,6 +527,15 @@ class TestRun:
             "  +1000 ms  job('flaky', loud=True)  attempt 2  succeeded",
         ]
 
+    def test_says_if_there_was_but_one_delivery_or_none(self, broker, actor):
+        @actor
+        def job():
+            pass
+
+        assert repr(drain(broker)) == "<Run: 0 deliveries in 0 ms>\n  nothing was queued"
+        job.send()
+        assert repr(drain(broker)).startswith("<Run: 1 delivery in 0 ms>\n")
+
     def test_says_what_did_happen_when_an_assertion_fails(self, run):
         with pytest.raises(AssertionError) as error:
             run.assert_outcomes("job", "succeeded")

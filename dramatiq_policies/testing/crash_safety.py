@@ -18,7 +18,8 @@ from dramatiq.asyncio import async_to_sync
 from ..coroutines import is_async
 from ..running import unwrapped
 from .draining import drain
-from .faults import die_in_job, in_place_of, redeliver
+from .faults import die_in_job, redeliver
+from .replacing import in_place_of
 from .stubbing import stub
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Collection
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -32,15 +31,13 @@ from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, OutcomeEvent
 from .bench import Bench, bench_of
 from .run import Entry, Run
-from .virtual_time import VirtualClock, clock_in_force
+from .virtual_time import VirtualStop
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
 
-#: How long, in virtual ms, what can't be reached is tried again before the worker is stopped.
-_PATIENCE = 600_000
 #: What a consumer thread waits for, in seconds, before it tries to reach its broker again.
 _RESTART = 3.0
 _LOGGERS = ("dramatiq_policies.outcomes", "dramatiq_policies.alerts")
@@ -145,7 +142,7 @@ class Drain:
             stack.callback(set_event_loop_thread, get_event_loop_thread())
             self._collect(stack)
             stack.callback(setattr, wiring, "stopping", wiring.stopping)
-            wiring.stopping = _VirtualStop(self.clock)
+            wiring.stopping = VirtualStop(self.clock)
             stack.callback(self._take_worker_off)
             stack.callback(self._worker.stop)
             self._worker.start()
@@ -292,25 +289,6 @@ class _Hooks:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.work.broker, name)
-
-
-class _VirtualStop(threading.Event):
-    """Says that a worker stops; waiting for it takes virtual time, and after a while it does stop."""
-
-    def __init__(self, clock: VirtualClock) -> None:
-        super().__init__()
-        self.clock = clock
-        self.waited = 0
-
-    def wait(self, timeout: float | None = None) -> bool:
-        if timeout is None or clock_in_force() is not self.clock:
-            return super().wait(timeout)
-        ms = round(timeout * 1_000)
-        self.clock.advance(ms)
-        self.waited += ms
-        if self.waited > _PATIENCE:
-            self.set()
-        return self.is_set()
 
 
 class _Records(logging.Handler):

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
 from dramatiq import Message, get_broker
-from dramatiq.asyncio import async_to_sync
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
-from ..bundle import arrange, resolve_actor
-from ..coroutines import is_async
+from ..bundle import arrange
 from ..delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
-from ..running import unwrapped
 from .bench import bench_of
 from .draining import WorkerDied, drain_in_progress
+from .replacing import around, in_place_of
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
@@ -51,57 +48,6 @@ class _Times:
                 return True
             self.left -= 1
             return self.left >= 0
-
-
-@contextmanager
-def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[None]:
-    """Have ``make(fn)`` run where the actor's own ``fn`` would, with the bundle around it, while it lasts."""
-    # Of a class-based actor the class is taken, too.
-    actor = getattr(actor, "__actor__", actor)
-    saved = actor.fn
-    actor.fn = make(unwrapped(saved))
-    _resolve_again(actor)
-    try:
-        yield
-    finally:
-        actor.fn = saved
-        _resolve_again(actor)
-
-
-def _resolve_again(actor: Actor[..., Any]) -> None:
-    """What the bundle knows of the actor's function (``done_when`` is asked before it) is of the one that it has now."""
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
-        wiring = arrange(actor.broker)
-        wiring.policies.pop(actor.actor_name, None)
-        resolve_actor(wiring, actor)
-
-
-def _around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:
-    """``fn``, sync or async as it is, with a call before it (told which, may return an awaitable) and one after it."""
-    if is_async(fn):
-        coroutine = fn.__wrapped__
-
-        @functools.wraps(coroutine)
-        async def run_async(*args: Any, **kwargs: Any) -> Any:
-            waits = before(True)
-            if waits is not None:
-                await waits
-            result = await coroutine(*args, **kwargs)
-            if after is not None:
-                after()
-            return result
-
-        return async_to_sync(run_async)
-
-    @functools.wraps(fn)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before(False)
-        result = fn(*args, **kwargs)
-        if after is not None:
-            after()
-        return result
-
-    return run
 
 
 def fail(
@@ -136,7 +82,7 @@ def fail(
         if counted.take():
             raise exception() if isinstance(exception, type) else exception.with_traceback(None)
 
-    return in_place_of(actor, lambda fn: _around(fn, before))
+    return in_place_of(actor, lambda fn: around(fn, before))
 
 
 def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextManager[None]:
@@ -171,7 +117,7 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
         while True:
             time.sleep(0.005)
 
-    return in_place_of(actor, lambda fn: _around(fn, before))
+    return in_place_of(actor, lambda fn: around(fn, before))
 
 
 def _let_time_out(delivery: Delivery) -> None:
@@ -202,8 +148,8 @@ def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool =
             die_in_job(where)
 
     if after_effect:
-        return in_place_of(actor, lambda fn: _around(fn, lambda _: None, die))
-    return in_place_of(actor, lambda fn: _around(fn, lambda _: die()))
+        return in_place_of(actor, lambda fn: around(fn, lambda _: None, die))
+    return in_place_of(actor, lambda fn: around(fn, lambda _: die()))
 
 
 def die_in_job(where: str) -> None:

@@ -177,7 +177,8 @@ class Run:
 
     def __repr__(self) -> str:
         lines = "".join(f"\n  {entry}" for entry in self.entries) or "\n  nothing was queued"
-        return f"<Run: {len(self.entries)} deliveries in {self.elapsed} ms>{lines}"
+        count = "1 delivery" if len(self.entries) == 1 else f"{len(self.entries)} deliveries"
+        return f"<Run: {count} in {self.elapsed} ms>{lines}"
 
 
 def _arguments(message: MessageProxy) -> str:

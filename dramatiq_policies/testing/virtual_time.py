@@ -15,7 +15,10 @@ from typing import Any
 
 from .. import _dramatiq, clock
 
-__all__ = ["VirtualClock", "clock_in_force"]
+__all__ = ["VirtualClock", "VirtualStop", "clock_in_force"]
+
+#: How long, in virtual ms, what can't be reached is tried again before the worker is stopped.
+_PATIENCE = 600_000
 
 _in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtual_clock", default=None)
 
@@ -67,6 +70,25 @@ class VirtualClock:
 def clock_in_force() -> VirtualClock | None:
     """The virtual clock that this thread, or this task, sees."""
     return _in_force.get()
+
+
+class VirtualStop(threading.Event):
+    """Says that a worker stops; waiting for it takes virtual time, and after a while it does stop."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.waited = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None or clock_in_force() is not self.clock:
+            return super().wait(timeout)
+        ms = round(timeout * 1_000)
+        self.clock.advance(ms)
+        self.waited += ms
+        if self.waited > _PATIENCE:
+            self.set()
+        return self.is_set()
 
 
 def _time() -> float:
