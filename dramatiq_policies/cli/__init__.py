@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ..ops import OperationError, one_line, redact
+from ..ops import OperationError, one_line
+from .base import seen_enough, shown
 from .check import check
 from .dead import dead
 from .explain import explain
@@ -25,10 +26,14 @@ _NO_COMMAND: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 class OneSentence(click.Group):
     """A group whose errors are one sentence on stderr, exit code 2."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        # Click itself would exit with 1.
+        with seen_enough():
+            return super().invoke(ctx)
+
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[call-overload]
-            sys.stdout.flush()
         except click.Abort:
             _fail("Interrupted.", 130)
         except _NO_COMMAND as error:
@@ -37,10 +42,6 @@ class OneSentence(click.Group):
             _fail(error.format_message(), 2)
         except OperationError as error:
             _fail(str(error), 2)
-        except BrokenPipeError:
-            # Whoever read our output has seen enough.
-            sys.stderr.close()
-            sys.exit(0)
         except Exception as error:
             logging.getLogger("dramatiq_policies").debug("", exc_info=True)
             _fail(one_line(error), 2)
@@ -48,7 +49,7 @@ class OneSentence(click.Group):
 
 
 def _fail(text: str, code: int) -> None:
-    click.echo(f"Error: {redact(' '.join(text.split()))}" if code == 2 else text, err=True)
+    click.echo(f"Error: {shown(' '.join(text.split()))}" if code == 2 else text, err=True)
     sys.exit(code)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -14,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .. import ops
 from ..ops import Moved, OperationError
 
 __all__ = [
     "age",
+    "as_json",
     "confirm",
     "console",
     "counted",
     "duration",
+    "finite",
     "format_option",
     "interruptible",
     "length",
@@ -31,6 +37,8 @@ __all__ = [
     "print_json_stream",
     "print_table",
     "progress_bar",
+    "seen_enough",
+    "shown",
     "table",
 ]
 
@@ -56,10 +64,26 @@ def format_option(*more: str) -> Callable[[F], F]:
     )
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # Rich would end the process.
+        raise BrokenPipeError
+
+
+@contextlib.contextmanager
+def seen_enough() -> Iterator[None]:
+    """Whoever reads our output may stop reading at any time (``| head``); what is left of it is then not said."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console of the terminal's width; into a pipe, of one so large that nothing is wrapped or cut."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
+    return _Console(
         file=stream,
         width=None if stream.isatty() else 10_000,
         highlight=False,
@@ -79,9 +103,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
         padding=(0, 2, 0, 0),
     )
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        number = column in right
+        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
-        made.add_row(*("-" if cell is None else cell if isinstance(cell, Text) else str(cell) for cell in row))
+        made.add_row(*("-" if cell is None else cell if isinstance(cell, Text) else Text(shown(cell)) for cell in row))
     return made
 
 
@@ -98,16 +123,41 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right:
         click.echo(line.rstrip())
 
 
+#: But for tabs and line ends. A terminal would do what they say, and anybody can put them into a message.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def shown(value: object) -> str:
+    """A value as it may be printed: without credentials, and control characters as their escapes."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", ops.redact(str(value)))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, without credentials in its texts."""
+    text = json.dumps(_redacted(value), indent=indent, ensure_ascii=False, default=str)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return ops.redact(value)
+    if isinstance(value, Mapping):
+        return {name: _redacted(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redacted(one) for one in value]
+    return value
+
+
 def print_json(value: Any) -> None:
     """One JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    click.echo(as_json(value, 2))
 
 
 def print_json_stream(values: Iterable[Any]) -> None:
     """A JSON array, an element a line, each printed as soon as it is there."""
     opening = "["
     for value in values:
-        click.echo(f"{opening}\n{json.dumps(value, ensure_ascii=False, default=str)}", nl=False)
+        click.echo(f"{opening}\n{as_json(value)}", nl=False)
         opening = ","
     click.echo("[]" if opening == "[" else "\n]")
 
@@ -144,9 +194,19 @@ def length(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     text = value.strip().lower()
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
     try:
-        return round(float(number) * _UNITS[text[len(number) :].strip() or "ms"])
-    except (KeyError, ValueError):
+        ms = round(float(number) * _UNITS[text[len(number) :].strip() or "ms"])
+        if ms < 0:
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
         raise click.BadParameter(f"{value!r} is no length of time; write 90s, 30m, 2h or 7d.", ctx, param) from None
+    return ms
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """The callback of an option that is a number, and neither infinite nor none."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number to go by.", ctx, param)
+    return value
 
 
 def parse_tags(tags: Sequence[str]) -> dict[str, str]:
@@ -200,6 +260,7 @@ def confirm(question: str) -> None:
     try:
         agreed = click.confirm(question, err=True)
     except click.Abort:
+        click.echo(err=True)
         raise OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None
     if not agreed:
         click.echo("Nothing was done.", err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import sys
@@ -17,6 +16,7 @@ from rich.text import Text
 from .. import ops
 from ..queues import reader_of
 from .base import (
+    as_json,
     console,
     counted,
     duration,
@@ -27,8 +27,10 @@ from .base import (
     print_json,
     print_table,
     progress_bar,
+    seen_enough,
 )
 from .base import table as make_table
+from .completion import actor_names, queue_names
 
 __all__ = ["monitor", "queues"]
 
@@ -55,7 +57,9 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
 @queues.command()
 @click.argument("app")
 @path_option
-@click.option("-q", "--queue", "names", multiple=True, help="Only this queue; may be repeated.")
+@click.option(
+    "-q", "--queue", "names", multiple=True, shell_complete=queue_names, help="Only this queue; may be repeated."
+)
 @click.option(
     "-w", "--watch", is_flag=True, help="Again and again, until interrupted; adds the change of ready a second."
 )
@@ -76,13 +80,14 @@ def show(
         _watch(broker, names, interval, form)
         return 0
     states = ops.read_queues(broker, names)
-    if form == "json":
-        print_json([state.asdict() for state in states])
-    else:
-        print_table(_COLUMNS, [_row(state) for state in states], right=_COLUMNS[1:])
-        for state in states:
-            for breach in state.breaches:
-                click.echo(str(breach), err=True)
+    with seen_enough():
+        if form == "json":
+            print_json([state.asdict() for state in states])
+        else:
+            print_table(_COLUMNS, [_row(state) for state in states], right=_COLUMNS[1:])
+            for state in states:
+                for breach in state.breaches:
+                    click.echo(str(breach), err=True)
     return 1 if fail_on_breach and any(state.breaches for state in states) else 0
 
 
@@ -112,7 +117,7 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
                 if form == "json":
                     for state in states:
                         found = {**state.asdict(), "ready_per_second": changes[state.reading.queue]}
-                        click.echo(json.dumps(found, ensure_ascii=False))
+                        click.echo(as_json(found))
                     sys.stdout.flush()
                 else:
                     rows = [[*_row(state), _signed(changes[state.reading.queue])] for state in states]
@@ -144,9 +149,9 @@ def _signed(change: float | None) -> str | None:
 
 @queues.command()
 @click.argument("app")
-@click.argument("queue")
-@click.option("--to", "target", required=True, metavar="QUEUE", help="Where to.")
-@click.option("--actor", help="Only this actor's messages.")
+@click.argument("queue", shell_complete=queue_names)
+@click.option("--to", "target", required=True, metavar="QUEUE", shell_complete=queue_names, help="Where to.")
+@click.option("--actor", shell_complete=actor_names, help="Only this actor's messages.")
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @path_option
 @format_option()

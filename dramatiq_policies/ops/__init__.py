@@ -6,7 +6,8 @@ from .apps import OperationError, find_actor, find_queue, known_queues, load_bro
 from .checks import Settings, check_actor, check_broker
 from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
 from .designs import Design, IncompleteDesign, parse_design
-from .explanations import Attempt, Explanation, explain, find_exception
+from .exceptions import find_exception
+from .explanations import Attempt, Explanation, explain
 from .findings import CODES, Code, Finding
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .keys import forget_key, key_state, read_arguments

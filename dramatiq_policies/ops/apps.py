@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import os
+import pkgutil
 import re
 import sys
 import traceback
@@ -48,8 +49,14 @@ class StandIn(StubBroker):
     """Stands in where a module of jobs alone is looked at, and no broker is set."""
 
 
-#: ``scheme://user:password@`` and ``?password=``, wherever they stand in a text.
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=[?&]password=)[^&\s'\"]+", re.IGNORECASE)
+#: ``scheme://user:password@`` and ``?password=``, wherever they stand in a text; a slash in a password that nobody has
+#: quoted, too, and what urllib takes for a port then.
+_CREDENTIALS = re.compile(
+    r"(?<=://)(?:[^/\s'\"]*|[^/\s'\":]*:(?!\d{1,5}[/?#])[^\s'\"]*)@"
+    r"|(?<=[?&]password=)[^&\s'\"]+"
+    r"|(?<=Port could not be cast to integer value as )'.*'",
+    re.IGNORECASE,
+)
 
 
 def redact(text: str) -> str:
@@ -166,9 +173,25 @@ def _importing(app: str) -> Any:
     except OperationError:
         raise
     except (Exception, SystemExit) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        # The application's own line, rather than that of a library which it calls.
+        own = [frame for frame in frames if not os.path.relpath(frame.filename).startswith("..")]
+        where = (own or frames)[-1]
         place = "" if "importlib" in where.filename else f" ({os.path.relpath(where.filename)}, line {where.lineno})"
-        raise OperationError(f"{app!r} can't be imported: {one_line(error)}{place}") from None
+        raise OperationError(f"{app!r} can't be imported: {one_line(error)}{place}{_near(app, error)}") from None
+
+
+def _near(app: str, error: BaseException) -> str:
+    """The names that come near, where it is the application's module itself, or a package of it, that is not there."""
+    module = app.partition(":")[0]
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is None or not f"{module}.".startswith(f"{missing}."):
+        return ""
+    package = missing.rpartition(".")[0]
+    installed = (sys.prefix, sys.base_prefix)
+    folders = sys.modules[package].__path__ if package else [one for one in sys.path if not one.startswith(installed)]
+    known = [f"{package}.{found.name}".lstrip(".") for found in pkgutil.iter_modules(folders)]
+    return meant(missing, known).removesuffix(".")
 
 
 def extend_path(path: Iterable[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
 from ..wiring import Wiring, wiring_of
 from .broker_checks import OF_BROKERS, Found, named
+from .declarations import purpose_of, source_of
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..options import ActorPolicy
 
-__all__ = ["Settings", "check_actor", "check_broker", "purpose_of", "retry_horizon", "source_of"]
+__all__ = ["Settings", "check_actor", "check_broker", "retry_horizon"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,20 +104,6 @@ def _finding(code: str, actor: Actor[..., Any] | None, text: str) -> Finding:
     )
 
 
-def source_of(actor: Actor[..., Any]) -> tuple[str | None, int | None]:
-    """The file, from the current folder, and the line of an actor's function or class."""
-    fn: Any = inspect.unwrap(actor.fn)
-    try:
-        if hasattr(fn, "__code__"):
-            file, line = fn.__code__.co_filename, fn.__code__.co_firstlineno
-        else:
-            file, line = str(inspect.getsourcefile(type(fn))), inspect.getsourcelines(type(fn))[1]
-    except (OSError, TypeError):
-        return None, None
-    near = os.path.relpath(file)
-    return (file if near.startswith("..") else near), line
-
-
 def _design(job: _Job) -> Found:
     declared = {rule.verb for rule in job.policy.rules.rules}
     if Verb.RETRY not in declared and "retry_on" not in job.options:
@@ -149,19 +135,6 @@ def _uncapped(job: _Job) -> Found:
         yield "DP003", "retry_when decides alone on errors that no rule names, and knows no cap"
     elif job.options.get("max_retries", classifier.max_retries) is None:
         yield "DP003", "max_retries is None, and errors that no rule names are retried without end"
-
-
-def purpose_of(actor: Actor[..., Any]) -> str | None:
-    """The docstring of an actor's function; of a class or its ``perform``, their own."""
-    fn: Any = inspect.unwrap(actor.fn)
-    if hasattr(fn, "__code__"):
-        return inspect.getdoc(fn)
-    # Not what a class inherits: GenericActor's own docstring says nothing of the job.
-    for part in (type(fn), vars(type(fn)).get("perform")):
-        text = getattr(part, "__dict__", {}).get("__doc__") or (part.__doc__ if inspect.isfunction(part) else None)
-        if text:
-            return str(text)
-    return None
 
 
 def _memory(job: _Job) -> Found:

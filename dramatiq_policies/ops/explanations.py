@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import RateLimitExceeded, Retry
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..options import ActorPolicy
 
-__all__ = ["Attempt", "Explanation", "explain", "find_exception", "policy_of", "predicate_name", "unnamed"]
+__all__ = ["Attempt", "Explanation", "explain", "policy_of", "predicate_name", "unnamed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,25 +280,3 @@ def predicate_name(rule: Rule) -> str | None:
     code = getattr(predicate, "__code__", None)
     name = getattr(predicate, "__qualname__", type(predicate).__qualname__)
     return f"{name} (line {code.co_firstlineno})" if code is not None and "<lambda>" in name else str(name)
-
-
-def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
-    """The class that a name means: ``module:Class``, ``module.Class``, or a bare name that the actor's module, one of
-    its rules or Python itself knows.
-
-    Raises:
-      OperationError: If there is none.
-    """
-    module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    if module:
-        try:
-            found: Any = functools.reduce(getattr, attribute.split("."), import_module(module))
-        except Exception as error:
-            raise OperationError(f"{name!r} can't be imported: {error}") from None
-    else:
-        known = {rule.resolve().__name__: rule.resolve() for rule in policy_of(actor).rules.rules}
-        places = (getattr(actor.fn, "__globals__", {}), vars(import_module(actor.fn.__module__)), known, vars(builtins))
-        found = next((place[attribute] for place in places if attribute in place), None)
-    if not (isinstance(found, type) and issubclass(found, BaseException)):
-        raise OperationError(f"{name!r} is no exception class; write it as module:Class.")
-    return found

@@ -1,0 +1,188 @@
+"""What a terminal, a pipe and a shell get: no secrets, nothing that a terminal obeys, names at a Tab."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from dramatiq_policies import ops
+from dramatiq_policies.cli import main
+from dramatiq_policies.cli.base import table
+
+from .test_check import READY
+from .test_command import run
+from .test_dead import APP
+
+ROOT = Path(__file__).parents[2]
+MANY = APP + "for n in range(3_000): bury(send_mail, f'x{n}')\n"
+HOSTILE = APP + (
+    "bury(send_mail, 'evil\\x1b[2J', exception='app.\\x1b]0;gone\\x07', text='at \\x9b31m redis://u:pass@h/\\x1b[31m')\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://user:secret@db/0", "redis://***@db/0"),
+        ("redis://:se/cr@et@db:6379/0 is away", "redis://***@db:6379/0 is away"),
+        ("http://host:8080/users/ada@example.com", "http://host:8080/users/ada@example.com"),
+        ("redis://db/0?password=secret&db=1", "redis://db/0?password=***&db=1"),
+        ("Port could not be cast to integer value as 'se'", "Port could not be cast to integer value as ***"),
+        ("mail to ada@example.com", "mail to ada@example.com"),
+    ],
+)
+def test_credentials_are_masked_and_nothing_else(text, shown):
+    assert ops.redact(text) == shown
+
+
+def test_a_password_in_the_url_of_a_broker_is_not_told_by_the_error_that_it_causes(command):
+    broker = (
+        'from dramatiq.brokers.redis import RedisBroker\nbroker = RedisBroker(url="redis://u:s3c/r3t@127.0.0.1:1/0")\n'
+    )
+    app = command.app("", broker=broker)
+    line = command.refuses("check", app)
+    assert "s3c" not in line
+    assert line.endswith(f"({app}.py, line 7)")
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_no_message_talks_to_the_terminal_or_tells_a_password(command, form):
+    app = command.app(HOSTILE)
+    for args in (["list", app], ["summary", app], ["show", app, "evil\x1b[2J", "--args"]):
+        shown = command("dead", *args, "--format", form)
+        assert shown.exit_code == 0
+        assert not set("\x1b\x07\x9b") & set(shown.output)
+        assert "pass@" not in shown.output
+
+
+@pytest.mark.parametrize(
+    "args", [["dead", "list"], ["dead", "list", "--format", "json"], ["dead", "replay", "--dry-run"]]
+)
+def test_whoever_reads_only_the_beginning_ends_it_in_silence(command, args):
+    name = command.app(MANY)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *args, name],
+        cwd=command.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_gate_whose_output_nobody_reads_stays_shut(command):
+    name = command.app("@dramatiq.actor\ndef charge(): pass\n")
+    failed = run(
+        command.folder,
+        "check",
+        name,
+        before="sys.stdout.close(); import os; r, w = os.pipe(); os.close(r)\n"
+        "os.dup2(w, 1); sys.stdout = open(1, 'w')\n",
+    )
+    assert (failed.returncode, failed.stderr) == (1, "")
+
+
+def test_a_length_of_time_is_finite_and_not_negative(command):
+    app = command.app(APP)
+    for wrong in ("-5m", "1e999", "nan", "inf", "5 parsecs", ""):
+        assert "no length of time" in command.refuses("dead", "list", app, f"--older-than={wrong}")
+    for wrong in ("nan", "inf", "0"):
+        command.refuses("dead", "replay", app, "--yes", "--rate", wrong)
+
+
+def test_wrong_names_are_answered_with_those_that_come_near(command):
+    (command.folder / "shop").mkdir()
+    (command.folder / "shop" / "__init__.py").touch()
+    (command.folder / "shop" / "jobs.py").write_text("")
+    assert command.refuses("check", "shpo.jobs").endswith("No module named 'shpo'; did you mean 'shop'?")
+    assert command.refuses("check", "shop.job").endswith("No module named 'shop.job'; did you mean 'shop.jobs'?")
+    app = command.app("class MailDown(Exception): ...\n" + READY)
+    assert command.refuses("explain", f"{app}:send_mail", "MailDwn").endswith("did you mean 'MailDown'?")
+    assert command.refuses("explain", f"{app}:send_mail", "xyz").endswith("write it as module:Class.")
+
+
+def test_nobody_there_to_say_yes_is_a_sentence_of_its_own(command):
+    asked = command("dead", "purge", command.app(APP), answers="")
+    assert asked.stderr.splitlines()[-1] == "Error: Nothing was done: nobody said yes, and there is no --yes."
+
+
+def test_numbers_are_whole_however_narrow_the_terminal_is():
+    narrow = Console(width=24)
+    with narrow.capture() as captured:
+        narrow.print(table(["queue", "ready"], [["a_queue_with_a_long_name", 12_345_678]], right=["ready"]))
+    assert "12345678" in captured.get()
+
+
+# --- at a Tab ---------------------------------------------------------------------------------------------------------
+
+
+def completions(shell, *words):
+    """What the command tells the script that Click has written for a shell."""
+    line = " ".join(["dramatiq-policies", *words])
+    env = {"_DRAMATIQ_POLICIES_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+    if shell == "fish":
+        env["COMP_CWORD"] = words[-1]
+    told = CliRunner().invoke(main, [], prog_name="dramatiq-policies", env=env).stdout
+    return [line.rpartition(",")[2] for line in told.splitlines() if line]
+
+
+def test_bash_offers_commands_options_queues_and_actors(command):
+    app = command.app(APP)
+    assert completions("bash", "de") == ["dead"]
+    assert completions("bash", "dead", "re") == ["replay"]
+    assert completions("bash", "dead", "replay", "--to") == ["--to-queue"]
+    assert completions("bash", "dead", "list", app, "--queue", "") == ["import", "mail"]
+    assert completions("bash", "dead", "list", app, "--actor", "s") == ["send_mail"]
+    assert completions("bash", "dead", "replay", app, "--to-queue", "i") == ["import"]
+    assert completions("bash", "queues", "move", app, "m") == ["mail"]
+    assert completions("bash", "dead", "list", "no_such_app", "--queue", "") == []
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_are_told_the_same(command, shell):
+    app = command.app(APP)
+    assert "mail" in completions(shell, "dead", "list", app, "--queue", "m")
+    script = (
+        CliRunner()
+        .invoke(main, [], prog_name="dramatiq-policies", env={"_DRAMATIQ_POLICIES_COMPLETE": f"{shell}_source"})
+        .stdout
+    )
+    assert f"_DRAMATIQ_POLICIES_COMPLETE={shell}_complete" in script
+
+
+def test_the_line_of_the_docs_makes_a_real_bash_complete(command):
+    app = command.app(APP)
+    program = command.folder / "dramatiq-policies"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m dramatiq_policies "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    (line,) = [
+        part.partition("`")[0]
+        for part in (ROOT / "docs" / "operating.md").read_text().split("`")
+        if part.startswith('eval "$(_DRAMATIQ_POLICIES_COMPLETE=bash_source')
+    ]
+    asked = f"""{line}
+COMP_WORDS=(dramatiq-policies dead list {app} --queue i)
+COMP_CWORD=5
+_dramatiq_policies_completion dramatiq-policies
+echo "${{COMPREPLY[@]}}"
+"""
+    path = f"{command.folder}:{os.environ['PATH']}"
+    answered = subprocess.run(
+        ["bash", "-c", asked],
+        cwd=command.folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (answered.stdout, answered.stderr) == ("import\n", "")
