@@ -1,0 +1,72 @@
+"""docs/index.md, followed by copy and paste in an empty folder, on both brokers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dramatiq_policies
+
+from .places import until
+
+PACKAGE = Path(dramatiq_policies.__file__).parents[1]
+PAGE = (Path(__file__).parents[2] / "docs" / "index.md").read_text()
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("server", ["redis", "rabbitmq"])
+def test_the_page_does_what_it_says(server, request, tmp_path, unique_queue):
+    (_, install), (_, jobs), (_, worker), (_, sends), (_, test) = BLOCK.findall(PAGE)
+    assert install.startswith("pip install")
+    # The servers are shared: a queue of our own is the one thing that a reader types otherwise.
+    (tmp_path / "jobs.py").write_text(jobs.replace('"mail"', repr(unique_queue)))
+    (tmp_path / "test_jobs.py").write_text(test)
+    environment = {
+        **os.environ,
+        "BROKER_URL": request.getfixturevalue(f"{server}_url"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{PACKAGE}:{tmp_path}",
+    }
+    log = tmp_path / "log"
+    export, command = worker.strip().splitlines()
+    assert export.startswith("export BROKER_URL=redis://")
+    with log.open("wb") as stream:
+        running = subprocess.Popen(
+            command.split(), cwd=tmp_path, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        subprocess.run(sends, shell=True, cwd=tmp_path, env=environment, check=True)
+        until(lambda: re.search(r"^sent 7$", log.read_text(), re.MULTILINE), timeout=60, describe=log.read_text)
+        until(lambda: "NoSuchOrder" in log.read_text() and "Busy" in log.read_text(), describe=log.read_text)
+    finally:
+        running.send_signal(signal.SIGTERM)
+        running.wait(30)
+    shown = [line for line in log.read_text().splitlines() if unique_queue not in line]
+    assert not [line for line in shown if "ERROR" in line or "CRITICAL" in line]
+
+    pytest_ = [
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "-p",
+        "dramatiq_policies.testing.pytest_plugin",
+    ]
+    environment["BROKER_URL"] = "stub://"
+    done = subprocess.run(
+        [*pytest_, "-p", "no:dramatiq_policies", str(tmp_path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout
