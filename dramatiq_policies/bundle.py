@@ -17,7 +17,7 @@ from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
 from .admission import resolve_guard
-from .brokers import wrap_consumer
+from .brokers import explain_unsendable, wrap_consumer
 from .errors import ConfigurationError
 from .middleware.base import PolicyMiddleware
 from .middleware.composition import GroupCallbacks, Pipelines, storing
@@ -155,6 +155,7 @@ def arrange(broker: Broker) -> Wiring:
         if not wiring.attached_to_consume:
             wiring.attached_to_consume = True
             _wrap_consume(wiring)
+            explain_unsendable(broker)
         wiring.arranged = broker.middleware
         wiring.arranged_length = len(broker.middleware)
         _resolve_actors(wiring)

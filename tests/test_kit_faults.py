@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import functools
 import time
 
@@ -496,6 +497,11 @@ class TestPerform:
     def test_has_no_outcome_when_the_worker_dies(self, job):
         with crash(job), pytest.raises(AssertionError, match="worker died"):
             perform(job, 1)
+
+
+def test_a_stub_broker_names_the_argument_that_can_not_be_sent_also_before_it_is_drained(job):
+    with pytest.raises(TypeError, match=r"'number' of a message to 'job'.*is not JSON"):
+        job.send(dt.date(2024, 5, 1))
 
 
 def test_a_class_based_actor_fails_and_its_key_is_over_what_its_perform_takes(broker, monkeypatch):

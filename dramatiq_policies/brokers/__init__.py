@@ -9,9 +9,11 @@ from .. import _dramatiq
 from ..consumer import PolicyConsumer
 
 if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
     from ..wiring import Wiring
 
-__all__ = ["wrap_consumer"]
+__all__ = ["explain_unsendable", "wrap_consumer"]
 
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
@@ -36,3 +38,11 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer
             type(wiring.broker).__name__,
         )
     return PolicyConsumer(wiring, inner, queue_name)
+
+
+def explain_unsendable(broker: Broker) -> None:
+    """Have a broker for tests name the argument to blame where a message can't be encoded; any other is left as it is."""
+    if _dramatiq.is_stub_broker(broker):
+        from . import stub
+
+        stub.explain_unsendable(broker)

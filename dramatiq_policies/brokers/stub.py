@@ -1,18 +1,20 @@
-"""The consumer on a StubBroker."""
+"""The consumer on a StubBroker, and what the broker says of arguments that can't be sent."""
 
 from __future__ import annotations
 
-from functools import partial
+import inspect
+from functools import partial, wraps
 from typing import Any
 
 from dramatiq import Message
-from dramatiq.broker import MessageProxy
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.message import get_encoder
 
 from .. import _dramatiq
 from ..consumer import PolicyConsumer
 from ..errors import MalformedMessage
 
-__all__ = ["StubConsumer"]
+__all__ = ["StubConsumer", "explain_unsendable"]
 
 
 class StubConsumer(PolicyConsumer):
@@ -66,3 +68,50 @@ class StubConsumer(PolicyConsumer):
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         self.broker.enqueue(moved)
         self.finish(message)
+
+
+def explain_unsendable(broker: Broker) -> None:
+    """Have a StubBroker name the argument to blame where a message can't be encoded."""
+    stock = broker.enqueue
+
+    @wraps(stock)
+    def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        try:
+            return stock(message, delay=delay)
+        except Exception as error:
+            _explain(broker, message, error)
+            raise
+
+    broker.enqueue = enqueue  # type: ignore[method-assign]
+
+
+def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
+    """If a message can't be encoded, say which of its arguments is to blame.
+
+    Raises:
+      TypeError: It can't be encoded.
+    """
+    for name, value in _named(broker, message):
+        try:
+            get_encoder().encode({"value": value})
+        except Exception as reason:
+            raise TypeError(
+                f"The argument {name!r} of a message to {message.actor_name!r} can't be sent: {reason}. "
+                f"It is a {type(value).__name__}: {value!r:.200}. Send ids and plain values."
+            ) from error
+
+
+def _named(broker: Broker, message: Message[Any]) -> list[tuple[str, Any]]:
+    """A message's arguments with the names that its actor has for them, and its options."""
+    options = [(f"{name} (an option)", value) for name, value in message.options.items()]
+    numbered = [(str(number), value) for number, value in enumerate(message.args)]
+    named = [*message.kwargs.items()]
+    actor = broker.actors.get(message.actor_name)
+    if actor is not None:
+        try:
+            bound = inspect.signature(actor.fn).bind(*message.args, **message.kwargs)
+        except (TypeError, ValueError):
+            pass
+        else:
+            numbered, named = [], [*bound.arguments.items()]
+    return [*numbered, *named, *options]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from dramatiq import Message
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.message import get_encoder
 
 from ..bundle import arrange
 from ..claims import StoreDown
@@ -37,19 +35,12 @@ class Bench:
 
         def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
             if clock_in_force() is clock:
-                return send(message, delay)
+                return stock(message, delay=delay)
             with clock.in_force():
                 if message.message_timestamp >= began:
                     # Made just now, by the real clock.
                     message = message.copy(message_timestamp=clock.now)
-                return send(message, delay)
-
-        def send(message: Message[Any], delay: int | None) -> Message[Any]:
-            try:
                 return stock(message, delay=delay)
-            except Exception as error:
-                explain_unsendable(broker, message, error)
-                raise
 
         broker.enqueue = enqueue  # type: ignore[method-assign]
 
@@ -88,35 +79,3 @@ def bench_of(broker: Broker) -> Bench:
             )
         bench = vars(broker)[_ATTRIBUTE] = Bench(broker, arrange(broker))
     return bench
-
-
-def explain_unsendable(broker: Broker, message: Message[Any], error: Exception) -> None:
-    """If a message can't be encoded, say which of its arguments is to blame.
-
-    Raises:
-      TypeError: It can't be encoded.
-    """
-    for name, value in _named(broker, message):
-        try:
-            get_encoder().encode({"value": value})
-        except Exception as reason:
-            raise TypeError(
-                f"The argument {name!r} of a message to {message.actor_name!r} can't be sent: {reason}. "
-                f"It is a {type(value).__name__}: {value!r:.200}. Send ids and plain values."
-            ) from error
-
-
-def _named(broker: Broker, message: Message[Any]) -> list[tuple[str, Any]]:
-    """A message's arguments with the names that its actor has for them, and its options."""
-    options = [(f"{name} (an option)", value) for name, value in message.options.items()]
-    numbered = [(str(number), value) for number, value in enumerate(message.args)]
-    named = [*message.kwargs.items()]
-    actor = broker.actors.get(message.actor_name)
-    if actor is not None:
-        try:
-            bound = inspect.signature(actor.fn).bind(*message.args, **message.kwargs)
-        except (TypeError, ValueError):
-            pass
-        else:
-            numbered, named = [], [*bound.arguments.items()]
-    return [*numbered, *named, *options]
