@@ -19,7 +19,6 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -84,7 +83,7 @@ class Claim:
             return  # Put back unrun. Handed on again, it would find the same, without end.
         options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
         due = None if send.delay is None else now_ms() + send.delay
-        record = replace(self.record, state=records.ENDING, follow={"options": options, "due": due})
+        record = self.record._replace(state=records.ENDING, follow={"options": options, "due": due})
         value = record.encode()
         claims = self.claims
         try:
@@ -177,7 +176,7 @@ class Claims:
                 action = records.decide(stored, found.left, request)
                 if isinstance(action, records.Crashed) and stored is not None and found.value is not None:
                     # Another process' token may also be that of a run here.
-                    record = replace(stored, message_id=request.message_id, run=request.run, token="")
+                    record = stored._replace(message_id=request.message_id, run=request.run, token="")
                     return Quarantined(Claim(self, name, record, found.value, keyed, keep), action.starts)
                 expected = found.value
             return records.Defer(self.lease)
@@ -194,7 +193,7 @@ class Claims:
             return None
         record = Record.decode(value)
         if record.token in _unborn and record.owner == owners.this_process():
-            return replace(record, starts=record.starts - 1)
+            return record._replace(starts=record.starts - 1)
         return record
 
     def excuse(self, delivery: Delivery) -> None:
@@ -202,7 +201,7 @@ class Claims:
         claim: Claim | None = delivery.claim
         try:
             if claim is not None:
-                value = replace(claim.record, starts=claim.record.starts - 1).encode()
+                value = claim.record._replace(starts=claim.record.starts - 1).encode()
                 self.ask(partial(self.store.swap, claim.name, claim.value, value, self.lease + claim.keep))
                 return
             # Without a key nothing is held: its lease is over as soon as it is written.

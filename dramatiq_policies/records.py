@@ -13,8 +13,8 @@ import json
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from .errors import UnknownRecord
@@ -25,6 +25,7 @@ _VERSION = b"\x01"
 _KEPT = 8
 # json.dumps() makes an encoder for each call.
 _json = json.JSONEncoder(separators=(",", ":")).encode
+_quoted = json.encoder.encode_basestring_ascii
 #: A uuid as Dramatiq writes it, which can be written anew from its bytes.
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
@@ -33,8 +34,7 @@ RUNNING, ENDING, WAITING, FREE = "running", "ending", "waiting", "free"
 COMPLETED = "completed"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What is known of one key.
 
     Attributes:
@@ -64,20 +64,16 @@ class Record:
     def encode(self) -> bytes:
         if self.state == COMPLETED:
             return completed_by(self.message_id)
-        fields = {
-            "s": self.state,
-            "m": self.message_id,
-            "n": self.run,
-            "o": self.owner,
-            "t": self.token,
-            "b": self.since,
-            "c": self.starts,
-            "k": self.keep,
-            "e": self.ended,
-        }
-        if self.follow is not None:
-            fields["f"] = self.follow
-        return _VERSION + _json(fields).encode()
+        # One is written for each job: by hand it takes a quarter of the time.
+        ended = _json(self.ended) if self.ended else "[]"
+        follow = "" if self.follow is None else f',"f":{_json(self.follow)}'
+        return (
+            _VERSION
+            + (
+                f'{{"s":{_quoted(self.state)},"m":{_quoted(self.message_id)},"n":{self.run},"o":{_quoted(self.owner)},'
+                f'"t":{_quoted(self.token)},"b":{self.since},"c":{self.starts},"k":{self.keep},"e":{ended}{follow}}}'
+            ).encode()
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
@@ -120,8 +116,7 @@ def completed_by(message_id: str) -> bytes:
     return _VERSION + b"c" + message_id.encode(errors="surrogatepass")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A message that asks for its key.
 
     Attributes:
@@ -235,4 +230,4 @@ def released(record: Record, state: str, *, ended: bool, keep: int) -> Record | 
     runs = record.having_ended() if ended else record.ended
     if state == FREE and not runs:
         return None
-    return replace(record, state=state, owner="", token="", ended=runs, keep=keep, follow=None)
+    return record._replace(state=state, owner="", token="", ended=runs, keep=keep, follow=None)

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -447,4 +446,4 @@ def test_a_start_without_a_key_that_is_excused_does_not_count_either(claims, sto
 def test_a_record_of_an_owner_that_nobody_can_read_is_of_nobody_certainly_dead():
     assert not is_dead(Record(records.RUNNING, "m", owner=""))
     assert not is_dead(Record(records.RUNNING, "m", owner="host:pid:place:start"))
-    assert not is_dead(replace(Record(records.RUNNING, "m"), owner="nonsense"))
+    assert not is_dead(Record(records.RUNNING, "m", owner="nonsense"))

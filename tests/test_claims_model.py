@@ -289,7 +289,7 @@ class Simulation:
         try:
             answer = self._ask(worker, message, request)
             if isinstance(answer, records.Take):
-                answer = self._ask(worker, message, records.replace(request, alone=True))
+                answer = self._ask(worker, message, request._replace(alone=True))
         except StoreDown:
             answer = records.Defer(1_000)
         held.stage = PUT_BACK

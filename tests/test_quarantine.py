@@ -110,7 +110,7 @@ def test_without_a_key_the_start_before_the_first_redelivery_counts_as_one(max_c
         answer = swap(key, expected, value, ttl)
         if key == name and value is not None and answer is None:
             dead = records.Record.decode(value)
-            put(key, records.replace(dead, owner=app.owner).encode(), ttl)
+            put(key, dead._replace(owner=app.owner).encode(), ttl)
         return answer
 
     app.store.swap = swap_and_die

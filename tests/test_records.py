@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -209,7 +208,7 @@ def test_a_run_that_ended_is_stale_from_then_on(record, keep):
     after = released(record, FREE, ended=True, keep=keep)
     request = Request(record.message_id, record.run, GONE)
     assert decide(after, 0, request) == Skip("stale")
-    claim = taken(Take(1, after.ended), replace(request, message_id="next"), owner="o", token="t", since=0, keep=keep)
+    claim = taken(Take(1, after.ended), request._replace(message_id="next"), owner="o", token="t", since=0, keep=keep)
     assert decide(claim, 0, request) == Skip("stale") or record.message_id == "next"
 
 
