@@ -508,6 +508,7 @@ def near_the_deadline_at_a_call(until, result, seen):
     return result
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("job", [near_the_deadline, near_the_deadline_at_a_call])
 def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(quick_switches, job):
     calls = 5_000
@@ -518,6 +519,7 @@ def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(qu
     assert set(ends) == {"result", "timeout"}
 
 
+@pytest.mark.untraced
 def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
     calls = 3_000
     found = run_on_threads(8, lambda _: hammer(interrupts.call, near_the_deadline, calls, on_shutdown=True))
@@ -527,6 +529,7 @@ def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
     assert set(ends) == {"result", "timeout", "shutdown"}
 
 
+@pytest.mark.untraced
 def test_the_same_with_async_jobs(quick_switches, shutdowns, event_loop):
     async def job(until, result, seen):
         try:
@@ -625,6 +628,7 @@ def sabotage(moments, *, raised, error=None):
     return end, saboteur.used, saboteur.count
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("raised", [False, True], ids=["set", "raised"])
 @pytest.mark.parametrize("fails", [False, True], ids=["returned", "failed"])
 def test_an_interrupt_between_any_two_instructions_after_the_job_s_end_is_dropped(raised, fails):
@@ -743,6 +747,7 @@ def test_so_are_two_interrupts_between_any_statements(instrumented, fails):
 # --- stuck jobs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 def test_a_job_that_goes_on_is_reported_once_with_its_stack():
     watching = Watching()
 

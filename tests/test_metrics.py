@@ -265,6 +265,7 @@ def test_a_client_that_hangs_holds_up_one_job_at_most():
 # --- stuck jobs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("metrics_first", [True, False])
 def test_a_stuck_job_is_counted_whoever_came_first(metrics_first):
     client, timeout = PlainClient(), Timeout(default=50, grace=50)
@@ -300,6 +301,7 @@ def test_a_stuck_job_has_its_actor_s_tags():
     assert client.calls == [("c", "jobs.stuck", 1, ["team:finance", "actor:report", "queue:default"])]
 
 
+@pytest.mark.untraced
 def test_a_stuck_job_is_counted_before_its_process_ends(server):
     script = textwrap.dedent("""
         import dramatiq, time

@@ -544,6 +544,7 @@ def test_a_lower_event_level_makes_no_event_of_a_retry(sentry):
 # --- stuck jobs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 def test_a_stuck_job_is_reported_once_with_where_it_is(either):
     sentry = either()
     stage = stage_with(bundle={"timeout": Timeout(default=50, grace=50)})
@@ -602,7 +603,11 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "kind"), [("fails", 0, "OSError"), ("stuck", 70, "StuckJob")], ids=["a failure", "a stuck job"]
+    ("how", "code", "kind"),
+    [
+        pytest.param("fails", 0, "OSError", id="a failure"),
+        pytest.param("stuck", 70, "StuckJob", id="a stuck job", marks=pytest.mark.untraced),
+    ],
 )
 def test_it_reaches_a_server_before_the_process_ends(endpoint, how, code, kind):
     environment = {**os.environ, "SENTRY_DSN": f"http://key@127.0.0.1:{endpoint.server_port}/1", "HOW": how}

@@ -349,6 +349,7 @@ APP = """
 """
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("hang", ["", "1"], ids=["", "a subscriber hangs"])
 def test_exit_ends_the_worker_process_at_once_and_the_command_with_its_code(tmp_path, hang):
     """The real command: its master stops the other processes, and exits with the code of the one that ended."""

@@ -49,6 +49,7 @@ def application(place: Place, tmp_path: Path):
     one.close()
 
 
+@pytest.mark.untraced
 def test_the_jobs_of_a_process_that_ends_for_a_stuck_one_are_delivered_again(
     place: Place, application: Application
 ) -> None:
@@ -176,6 +177,7 @@ def neighbour():
 """
 
 
+@pytest.mark.untraced
 def test_the_quarantine_blames_the_stuck_job_and_not_its_neighbours(redis_place: RedisPlace, tmp_path: Path) -> None:
     application = Application(redis_place, tmp_path)
     application.module.write_text(BLAMED.format(namespace=redis_place.namespace, queue=redis_place.queue))
