@@ -28,6 +28,7 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.records import completed_by
 from dramatiq_policies.stores.memory import MemoryStore
+from dramatiq_policies.stores.redis import RedisStore
 
 from .support import Stage
 
@@ -836,3 +837,34 @@ def test_a_record_of_an_unknown_version_makes_the_message_wait_and_never_run(cap
         stage.drain()
     assert ship.runs == [(7, 1)]
     assert any("this version of dramatiq_policies" in record.message for record in caplog.records)
+
+
+def test_memory_forgets_what_has_lapsed_as_it_grows():
+    now = 0.0
+    store = MemoryStore(clock=lambda: now)
+    for number in range(1_000):
+        store.put(f"old {number}", b"x", 1_000)
+    now = 2.0
+    for number in range(100):
+        store.put(f"new {number}", b"x", 1_000)
+    assert len(store._entries) < 200
+    assert store.get("new 0").value == b"x"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"maxmemory": 10, "maxmemory_policy": "allkeys-lru"}, 1),
+        ({"maxmemory": 10, "maxmemory_policy": "noeviction"}, 0),
+        ({"maxmemory": 0, "maxmemory_policy": "allkeys-lru"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_redis_that_may_evict_keys_is_warned_of(settings, said):
+    class Client:
+        def info(self, section):
+            return settings
+
+    warnings = RedisStore(Client()).warnings()
+    assert len(warnings) == said
+    assert all("allkeys-lru" in warning and "noeviction" in warning for warning in warnings)

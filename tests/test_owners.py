@@ -109,3 +109,15 @@ def test_a_forked_child_is_another_owner():
     assert parent_is_dead == "False"
     assert owner.rsplit(":", 3)[1] == str(child)
     assert owners.is_dead(owner)
+
+
+def test_where_nothing_says_which_machine_this_is_nobody_is_certainly_dead(monkeypatch):
+    owner = changed(owners.this_process(), pid=2**22 + 1)
+    assert owners.is_dead(owner)
+
+    def unreadable(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert owners._place() == ""
+    assert owners._stat(os.getpid()) == ("", "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dramatiq_policies.ops import CODES, find_actor
+from dramatiq_policies.ops import CODES, check_actor, find_actor, load_broker
 from dramatiq_policies.testing import assert_job_ready
 
 ROOT = Path(__file__).parents[2]
@@ -425,3 +425,21 @@ def test_json_is_what_it_says_it_is(command):
 def test_each_code_is_documented():
     page = (ROOT / "docs" / "checks.md").read_text()
     assert re.findall(r"^\| (DP\d+) \|", page, re.MULTILINE) == list(CODES)
+
+
+def test_settings_that_can_not_be_read_are_one_sentence(command):
+    app = command.app(READY)
+    (command.folder / "old.json").write_text('{"findings": [{"code": "DP001"}]}')
+    assert "The baseline old.json can't be read" in command.refuses("check", app, "--baseline", "old.json")
+    (command.folder / "pyproject.toml").write_text("[tool.dramatiq_policies")
+    assert "pyproject.toml can't be read" in command.refuses("check", app)
+
+
+def test_an_actor_that_was_declared_before_the_bundle_came_is_found_out(command):
+    late = "import dramatiq\nfrom dramatiq.brokers.stub import StubBroker\n"
+    late += (
+        "broker = StubBroker()\n\n@dramatiq.actor(broker=broker)\ndef charge(): pass\n\ndramatiq.set_broker(broker)\n"
+    )
+    (command.folder / "app_bare.py").write_text(late)
+    (actor,) = load_broker("app_bare").actors.values()
+    assert [finding.code for finding in check_actor(actor)] == ["DP022"]

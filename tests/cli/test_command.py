@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from dramatiq_policies import ops
+from dramatiq_policies.cli.base import duration
+
 from .test_check import READY
 
 ROOT = Path(__file__).parents[2]
@@ -53,3 +58,58 @@ def test_the_example_passes_its_own_gate(monkeypatch):
     monkeypatch.setenv("BROKER_URL", "stub://")
     checked = run(ROOT, "check", "examples.orders.app", "--strict", "--require-tag", "team")
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("ms", "said"),
+    [
+        (None, "-"),
+        (850, "850 ms"),
+        (1_500, "1.5 s"),
+        (59_600, "59.6 s"),
+        (125_000, "2 m 5 s"),
+        (12_000_000, "3 h 20 m"),
+        (7 * 86_400_000, "7 d"),
+    ],
+)
+def test_a_length_of_time_is_said_as_a_person_would(ms, said):
+    assert duration(ms) == said
+
+
+def test_a_reader_that_has_seen_enough_is_told_nothing_more(command):
+    bare = command.app("@dramatiq.actor\ndef charge(): pass\n")
+    code = (
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\ninput()\nmain()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "check", bare],
+        cwd=command.folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), said) == (1, b"")
+
+
+def test_ctrl_c_is_one_word(command, monkeypatch):
+    monkeypatch.setattr(ops, "load_broker", interrupted)
+    result = command("queues", command.app(READY))
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "Interrupted.")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch):
+    monkeypatch.setattr(ops, "load_broker", broken)
+    assert command.refuses("queues", command.app(READY)) == "Error: ZeroDivisionError: by nothing"
+
+
+def broken(*args, **kwargs):
+    raise ZeroDivisionError("by\nnothing")

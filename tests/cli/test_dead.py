@@ -264,3 +264,15 @@ def test_a_moved_message_is_the_same_in_another_queue(command, app, broker):
     assert {m.queue_name for m in queued(broker, "import")} == {"import"}
     assert [m.message_id for m in queued(broker, "mail")] == [other.message_id]
     assert broker.queues["mail"].unfinished_tasks == 1
+
+
+def test_where_nothing_is_dead_it_says_so(command, app):
+    elsewhere = ("--tag", "team=none")
+    assert command("dead", "summary", app, *elsewhere).stdout == "No dead letters.\n"
+    listed = command("dead", "list", app, *elsewhere)
+    assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "No dead letters.\n")
+
+
+def test_an_actor_that_nobody_declared_and_no_letter_names_is_refused(command, app):
+    for name in ("summary", "list"):
+        assert "no actor 'send_fax'" in command.refuses("dead", name, app, "--actor", "send_fax")

@@ -242,3 +242,22 @@ def test_an_actor_s_portrait_says_its_tags_and_exemptions_and_what_a_duplicate_d
 
 def test_an_actor_on_a_broker_without_the_bundle_is_refused(command, more):
     assert "on a broker without the bundle" in command.refuses("explain", f"{more}:elsewhere", "KeyError")
+
+
+def test_where_unclassified_decides_it_is_named(command):
+    app = command.app(
+        "@dramatiq.actor(throws=KeyError)\ndef pay(): pass\n",
+        broker="broker = StubBroker()\n"
+        "rules = ErrorClassifier(unclassified=RetryPolicy(attempts=2, wait=constant(1_000)))\n"
+        "install(broker, error_classifier=rules)\ndramatiq.set_broker(broker)\n",
+    )
+    (answer,) = explained(command, f"{app}:pay", "ValueError")
+    assert "unclassified= does" in answer["why"]
+    assert len(answer["attempts"]) == 2
+    assert explained(command, f"{app}:pay", "KeyError")[0]["reason"] == "thrown"
+
+
+def test_an_error_that_no_rule_names_is_dead_at_once_without_retries(command):
+    app = command.app("@dramatiq.actor(max_retries=0)\ndef pay(): pass\n")
+    (answer,) = explained(command, f"{app}:pay", "ValueError")
+    assert (answer["outcome"], answer["reason"]) == ("dead", "unclassified")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dramatiq import Message
 
-from dramatiq_policies import ops
+from dramatiq_policies import Idempotency, ops
 from dramatiq_policies.testing import drain, fail, redeliver
 
 APP = """
@@ -82,3 +82,16 @@ def test_a_replay_runs_though_the_key_remembers_that_the_earlier_run_has_ended(c
 def test_an_actor_without_idempotency_is_said_to_have_none(command, app):
     assert "plain" in command.refuses("keys", "show", f"{app}:plain")
     assert command.refuses("keys", "show", f"{app}:send_mail", "1", "2", "3", "4").startswith("Error: ")
+
+
+def test_a_store_that_is_down_is_one_sentence(command, app, monkeypatch):
+    broker = ops.load_broker(app)
+    (idempotency,) = (middleware for middleware in broker.middleware if isinstance(middleware, Idempotency))
+
+    def down(key):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(idempotency.store, "get", down)
+    line = command.refuses("keys", "show", f"{app}:send_mail", 7)
+    assert line.startswith("Error: The store can't be asked: ")
+    assert "refused" in line

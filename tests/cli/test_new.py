@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -339,3 +340,19 @@ def test_an_error_that_no_argument_builds_is_made_without_its_constructor(comman
     redesign(shop, ("shop.mail:InvalidEmail", "shop.mail:Picky"))
     assert command("new", FILE, "--design", "design.toml").exit_code == 0
     assert "Picky.__new__(Picky)" in (shop / TESTS).read_text()
+
+
+def test_of_two_errors_with_one_name_the_second_goes_by_its_module(command, shop):
+    (shop / "shop" / "letters.py").write_text("class InvalidEmail(Exception): pass\n")
+    redesign(shop, ('"shop.mail:RateLimited", ', '"shop.letters:InvalidEmail", '))
+    assert command("new", FILE, "--design", "design.toml").exit_code == 0
+    text = (shop / FILE).read_text()
+    compile(text, FILE, "exec")
+    assert "from shop.letters import InvalidEmail\n" in text
+    assert "import shop.mail\n" in text
+    assert "discard_on=shop.mail.InvalidEmail," in text
+
+
+def test_a_folder_src_is_no_part_of_the_module(command, shop):
+    command("new", f"src/{FILE}", "--design", "design.toml")
+    assert "from shop.jobs.send_confirmation import send_confirmation" in (shop / TESTS).read_text()

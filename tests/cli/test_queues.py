@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
+from dramatiq_policies.queues.stub import StubReader
 
 ROOT = Path(__file__).parents[2]
 BROKER = """
@@ -120,3 +122,13 @@ def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
         process.send_signal(signal.SIGTERM)
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_a_broker_that_can_not_be_read_is_one_sentence(command, app, monkeypatch):
+    def lost(*args):
+        raise ConnectionClosed("no route to redis://user:secret@host/")
+
+    monkeypatch.setattr(StubReader, "read_all", lost)
+    line = command.refuses("queues", app)
+    assert line.startswith("Error: The broker can't be read: no route to redis://")
+    assert "secret" not in line
