@@ -807,6 +807,21 @@ def test_on_retry_exhausted_is_told_when_a_rule_is_exhausted():
     assert told == [("pay", {"retries": 2, "max_retries": 2})]
 
 
+def test_an_error_that_no_decision_can_be_made_on_is_a_dead_letter_that_says_so(monkeypatch, caplog):
+    stage = Stage()
+    always(stage, PaymentError("declined")).send()
+
+    def broken(*args):
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(stage.classifier, "_decide", broken)
+    stage.run()
+    assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
+    assert "ZeroDivisionError: by nothing" in str(stage.events[0].exception)
+    assert len(stage.dead) == 1
+    assert "No decision could be made on message" in caplog.text
+
+
 # The hand-off.
 
 
@@ -944,6 +959,14 @@ def test_a_job_that_shutdown_interrupts_comes_back_and_has_used_no_attempt():
     stage.run()
     assert stage.outcomes() == ["interrupted", "succeeded"]
     assert [event.attempt for event in stage.events] == [1, 1]
+
+
+def test_a_job_that_shutdown_interrupts_and_that_may_not_be_retried_is_dead():
+    stage = Stage(middleware=[], broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries()]))
+    always(stage, Shutdown(), max_retries=0).send()
+    stage.run()
+    assert (stage.outcomes(), stage.reasons()) == (["dead"], ["unclassified"])
+    assert len(stage.dead) == 1
 
 
 # The job's own view.
