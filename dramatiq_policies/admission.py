@@ -19,6 +19,7 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from . import coroutines, interrupts, records
 from .backoff import bounds_of
+from .callables import is_coroutine_callable
 from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_name
 from .consumer import REDELIVERED
 from .delivery import Delivery, Send, Settlement
@@ -27,7 +28,7 @@ from .errors import ConfigurationError, Crashed, NoResult, UnknownRecord, checke
 from .history import POLICIES, History, now_ms, run_of
 from .keys import checked_key, encodable, template_key
 from .outcomes import Outcome, logger
-from .rules import RuleSet, is_coroutine_callable
+from .rules import RuleSet
 
 if TYPE_CHECKING:
     from dramatiq import Actor

@@ -9,7 +9,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from .backoff import is_coroutine_callable
+from .callables import is_coroutine_callable
 from .errors import ConfigurationError, checked_duration
 from .queues import QueueReading
 

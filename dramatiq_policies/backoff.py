@@ -8,27 +8,25 @@ values, which compare, print and pickle as what was declared; ``bounds(attempt)`
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import math
 import random as _random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
+from .asked import asked_seconds
+from .callables import accepts, is_coroutine_callable
 from .durations import WEEK_MS, Duration, to_ms
 from .errors import ConfigurationError
 
 __all__ = [
     "Wait",
-    "accepts",
     "as_wait",
     "bounds_of",
     "constant",
     "exponential",
-    "is_coroutine_callable",
     "polynomial",
     "retry_after",
     "safe_wait",
@@ -212,18 +210,11 @@ class _RetryAfter(_Declared):
         return 0, max(min(self.maximum, WEEK_MS), bounds_of(self.fallback, attempt)[1])
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
-        for value in _asked_of(exception):
-            wait = self._wait(value)
-            if wait is not None:
-                return wait
-        return safe_wait(self.fallback, attempt, exception)
-
-    def _wait(self, value: Any) -> int | None:
-        seconds = _seconds(value, self.now)
-        if seconds is None or math.isnan(seconds):
-            return None
+        seconds = asked_seconds(exception, self.now)
+        if seconds is None:
+            return safe_wait(self.fallback, attempt, exception)
         # Rounded up: a server that says two seconds means no less.
-        return min(self.maximum, WEEK_MS, math.ceil(max(0.0, min(seconds, 1e9)) * 1_000))
+        return min(self.maximum, WEEK_MS, math.ceil(seconds * 1_000))
 
 
 def retry_after(
@@ -271,58 +262,6 @@ def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
     return wait.bounds(attempt) if isinstance(wait, (_Growing, _Constant, _RetryAfter)) else (0, WEEK_MS)
 
 
-def _asked_of(exception: BaseException) -> Iterable[Any]:
-    yield _quietly(lambda: exception.retry_after)  # type: ignore[attr-defined]
-    yield _quietly(lambda: _header(exception.response.headers))  # type: ignore[attr-defined]
-    yield _quietly(lambda: _header(exception.headers))  # type: ignore[attr-defined]
-
-
-def _http_date(text: str) -> datetime:
-    from email.utils import parsedate_to_datetime  # a fifth of what importing us would cost
-
-    return parsedate_to_datetime(text.strip())
-
-
-def _quietly(read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception:
-        return None
-
-
-def _header(headers: Any) -> Any:
-    items = headers.items() if isinstance(headers, Mapping) or hasattr(headers, "items") else headers
-    for name, value in items:
-        text = name.decode("latin-1") if isinstance(name, bytes) else name
-        if isinstance(text, str) and text.lower() == "retry-after":
-            return value
-    return None
-
-
-def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
-    if isinstance(value, bytes):
-        value = value.decode("latin-1")
-    if isinstance(value, str):
-        try:
-            # More digits than a float holds are a long time, and no infinity.
-            value = float(value) if "inf" in value.lower() else min(float(value), 1e9)
-        except ValueError:
-            value = _quietly(lambda text=value: _http_date(text))  # type: ignore[misc]
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, datetime):
-        when = value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)
-        left: timedelta | None = _quietly(lambda: when - now())
-        return None if left is None else left.total_seconds()
-    if isinstance(value, (int, float)):
-        if isinstance(value, float) and math.isinf(value):
-            return None
-        return float(max(0, min(value, 10**9)))
-    return None
-
-
 def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     """What the wait says, in whole milliseconds, at most seven days.
 
@@ -333,29 +272,6 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     except Exception:
         logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
-
-
-def is_coroutine_callable(fn: Any) -> bool:
-    """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(type(fn), "__call__", None)  # noqa: B004 - not whether it can be called
-    )
-
-
-def accepts(fn: Callable[..., Any], count: int) -> bool:
-    """Whether it can be called with so many positional arguments; True where a callable does not say."""
-    try:
-        # A decorator may take other arguments than what it wraps.
-        signature = inspect.signature(fn, follow_wrapped=False)
-    except (TypeError, ValueError):
-        return True
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        return False
-    return True
 
 
 def _duration(where: str, name: str, value: Any) -> int:

@@ -7,8 +7,10 @@ from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from .callables import is_coroutine_callable
+from .declarations import parse_rules
 from .errors import ConfigurationError
-from .rules import RetryPolicy, Rule, RuleSet, When, is_coroutine_callable, parse_rules
+from .rules import RetryPolicy, Rule, RuleSet, When
 
 if TYPE_CHECKING:
     from dramatiq import Actor

@@ -7,23 +7,22 @@ For one class the actor's rules come before the broker's, and within each a ``wh
 from __future__ import annotations
 
 import builtins
-import functools
 import inspect
 import logging
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-from .backoff import Wait, accepts, as_wait, exponential, is_coroutine_callable
+from .backoff import Wait, as_wait, exponential
+from .callables import accepts, is_coroutine_callable
 from .durations import to_ms
 from .errors import ConfigurationError
 
-__all__ = ["RetryPolicy", "Rule", "RuleSet", "Verb", "When", "is_coroutine_callable", "parse_rules", "when"]
+__all__ = ["Owner", "RetryPolicy", "Rule", "RuleSet", "Verb", "When", "refuse_twice", "when"]
 
 logger = logging.getLogger("dramatiq_policies.rules")
 
@@ -150,104 +149,8 @@ class Rule:
             return False
 
 
-def parse_rules(
-    where: str, owner: Owner, *, retry_on: Any = None, discard_on: Any = None, alert_on: Any = None
-) -> tuple[Rule, ...]:
-    """The rules that an actor, or a broker, declares.
-
-    Raises:
-      ConfigurationError: If one is wrong, or the same bare class stands under two verbs or twice.
-    """
-    rules: list[Rule] = []
-    used: Counter[str] = Counter()
-    for verb, declared in ((Verb.RETRY, retry_on), (Verb.DISCARD, discard_on), (Verb.ALERT, alert_on)):
-        option = f"{verb.value}_on"
-        for targets, policy in _entries(where, option, verb, declared):
-            conditions = list(_flatten(where, option, targets, owner))
-            together = isinstance(declared, Mapping)
-            for counted in [conditions] if together else [[condition] for condition in conditions]:
-                # Sorted, since a frozenset has no order that two processes agree on.
-                name = "|".join(sorted(_id(target, predicate, owner) for target, predicate in counted))
-                used[name] += 1
-                # Two lambdas on one class have the same name.
-                unique = name if used[name] == 1 else f"{name}#{used[name]}"
-                rules.extend(
-                    Rule(verb, target, predicate, policy, unique, owner, where) for target, predicate in counted
-                )
-    _refuse_twice(rules)
-    return tuple(rules)
-
-
-def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tuple[Any, RetryPolicy | None]]:
-    if declared is None:
-        return
-    if isinstance(declared, Mapping):
-        if verb is not Verb.RETRY:
-            raise ConfigurationError.of_option(
-                where, option, "an exception class or a tuple of them", declared, "Only retry_on takes a mapping"
-            )
-        for targets, given in declared.items():
-            if type(given) is int and given < 1:
-                raise ConfigurationError.of_option(where, option, "at least 1 attempt", given)
-            policy = RetryPolicy(attempts=given) if type(given) is int else given
-            if not isinstance(policy, RetryPolicy):
-                raise ConfigurationError.of_option(
-                    where, option, "a RetryPolicy or a number of attempts for each class", policy
-                )
-            yield targets, policy
-    else:
-        yield declared, RetryPolicy() if verb is Verb.RETRY else None
-
-
-def _flatten(
-    where: str, option: str, declared: Any, owner: Owner
-) -> Iterator[tuple[type[BaseException] | str, Callable[[Any], object] | None]]:
-    if isinstance(declared, (tuple, list, set, frozenset)):
-        for one in declared:
-            yield from _flatten(where, option, one, owner)
-    elif isinstance(declared, When):
-        for target, inner in _flatten(where, option, declared.exceptions, owner):
-            if inner is not None:
-                raise ConfigurationError.of_option(where, option, "one when() around a class", declared)
-            yield target, declared.predicate
-    elif (isinstance(declared, type) and issubclass(declared, BaseException)) or (
-        isinstance(declared, str) and owner == "broker"
-    ):
-        yield declared, None
-    else:
-        raise ConfigurationError.of_option(
-            where,
-            option,
-            "an exception class, when(class, predicate), or a tuple or list of them",
-            declared,
-            _advice(declared),
-        )
-
-
-def _advice(got: Any) -> str:
-    if isinstance(got, BaseException):
-        return f"Name the class {type(got).__name__}, not an instance of it"
-    if isinstance(got, str):
-        return "Import the class; only a broker's rules may be dotted paths"
-    if isinstance(got, Mapping):
-        return "A mapping stands alone: retry_on={SomeError: RetryPolicy()}"
-    if callable(got) and not isinstance(got, type):
-        return "To narrow a class by a function write when(SomeError, function)"
-    return "Did you mean a class that derives from Exception?"
-
-
-def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None, owner: Owner) -> str:
-    name = target.replace(":", ".") if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
-    if predicate is None:
-        return name
-    while isinstance(predicate, functools.partial):
-        predicate = predicate.func
-    # An actor's lambda and the broker's on one class are two rules, and both are tried.
-    mark = "?" if owner == "actor" else "??"
-    return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
-
-
-def _refuse_twice(rules: Iterable[Rule]) -> None:
+def refuse_twice(rules: Iterable[Rule]) -> None:
+    """Raise a `ConfigurationError` if one bare class stands under two verbs, or twice."""
     seen: dict[type[BaseException] | str, Rule] = {}
     for rule in rules:
         if rule.predicate is None:
@@ -293,7 +196,7 @@ class RuleSet:
         for rule in self.rules:
             rule.resolve()
         for owner in get_args(Owner):
-            _refuse_twice(rule for rule in self.rules if rule.owner == owner)
+            refuse_twice(rule for rule in self.rules if rule.owner == owner)
 
     def unreachable(self) -> tuple[Rule, ...]:
         """The rules that never decide, because another one on the same class always comes before.

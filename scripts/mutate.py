@@ -29,7 +29,9 @@ PACKAGE = "dramatiq_policies"
 #: The tests of each module, the quick ones first.
 TESTS = {
     "rules": ["test_rules", "test_error_classifier"],
+    "declarations": ["test_rules", "test_error_classifier"],
     "backoff": ["test_backoff", "test_error_classifier"],
+    "asked": ["test_backoff"],
     "middleware/error_classifier": ["test_error_classifier", "test_kit_stub", "test_idempotency"],
     "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
     "claims": ["test_claims", "test_claims_model", "test_quarantine", "test_idempotency"],

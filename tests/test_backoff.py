@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_policies import ConfigurationError, constant, exponential, polynomial, retry_after
-from dramatiq_policies.backoff import bounds_of, is_coroutine_callable, safe_wait
+from dramatiq_policies.backoff import bounds_of, safe_wait
+from dramatiq_policies.callables import is_coroutine_callable
 from dramatiq_policies.durations import WEEK_MS
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)

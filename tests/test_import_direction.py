@@ -13,11 +13,12 @@ PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
     {"_dramatiq", "clock", "durations", "forks", "round_trips"},
-    {"errors"},
+    {"errors", "callables", "asked"},
     {"_udp"},
     {"statsd"},
     {"backoff"},
     {"rules"},
+    {"declarations"},
     {"outcomes"},
     {"history", "delivery", "shape", "options"},
     {"wiring"},
@@ -70,7 +71,7 @@ def test_each_module_imports_only_from_its_own_layer_or_below():
 
 
 def test_rules_and_backoff_know_nothing_of_dramatiq():
-    for name in ("rules", "backoff", "durations"):
+    for name in ("rules", "declarations", "backoff", "asked", "durations"):
         assert "dramatiq" not in {
             alias.name.split(".")[0]
             for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dramatiq_policies import ConfigurationError, RetryPolicy, constant, when
-from dramatiq_policies.rules import RuleSet, Verb, parse_rules
+from dramatiq_policies.declarations import parse_rules
+from dramatiq_policies.rules import RuleSet, Verb
 
 try:
     Group = builtins.ExceptionGroup

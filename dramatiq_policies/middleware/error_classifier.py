@@ -13,6 +13,7 @@ from dramatiq.middleware import Retries, Shutdown
 from .. import clock
 from ..backoff import safe_wait
 from ..consumer import hold
+from ..declarations import parse_rules
 from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict, checked_duration
@@ -20,7 +21,7 @@ from ..history import POLICIES, History, now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
-from ..rules import RetryPolicy, RuleSet, Verb, parse_rules
+from ..rules import RetryPolicy, RuleSet, Verb
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
 

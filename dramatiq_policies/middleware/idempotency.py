@@ -13,9 +13,9 @@ from dramatiq import Actor, Message
 
 from .. import _dramatiq, records
 from ..admission import OPTIONS, Admission, Guard, checked_crashes, key_of, name_of
+from ..callables import is_coroutine_callable
 from ..claims import Claims, StoreDown
 from ..errors import ConfigurationError, checked_duration
-from ..rules import is_coroutine_callable
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dramatiq.middleware import Middleware, TimeLimit
 
 from .. import interrupts
-from ..backoff import is_coroutine_callable
+from ..callables import is_coroutine_callable
 from ..delivery import READY_AT, RUNNING
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError
