@@ -20,7 +20,7 @@ from ..ops import (
 )
 from ..ops.apps import StandIn
 from ..ops.findings import Finding
-from ..ops.gate import BASELINE, checked_reason
+from ..ops.gate import BASELINE, checked_reason, missing_extra
 from .base import console, counted, format_option, length, path_option, print_json, seen_enough
 
 __all__ = ["check"]
@@ -81,29 +81,40 @@ def check(
     settings = Settings(
         required_tags=require_tag, shutdown_timeout_ms=worker_shutdown_timeout, consumer_timeout_ms=consumer_timeout
     )
-    broker = load_broker(app, path, stand_in=True)
-    findings, facts = check_live(broker) if live else ((), None)
     known = frozenset() if writing else read_baseline(baseline)
+    try:
+        broker = load_broker(app, path, stand_in=True)
+    except OperationError as error:
+        missing = missing_extra(error)
+        if missing is None or writing:
+            raise
+        _show(form, missing, 0, missing.failed(), None)
+        return 1
+    findings, facts = check_live(broker) if live else ((), None)
     report = gate(broker, settings, exemptions=exemptions, baseline=known, live=findings)
     if writing:
         count = write_baseline(baseline, report)
         click.echo(f"{count} findings are in {baseline} and no longer fail.")
         return 0
     failed = report.failed(strict=strict)
+    _show(form, report, len(broker.actors), failed, facts)
+    if form == "human" and isinstance(broker, StandIn):
+        click.echo("No broker is set: the actors were declared on one that stands in.", err=True)
+    return 1 if failed else 0
+
+
+def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str, Any] | None) -> None:
     # The verdict does not depend on who reads it.
     with seen_enough():
         if form == "json":
-            print_json({**_as_json(report, len(broker.actors), failed), **({} if facts is None else {"live": facts})})
+            print_json({**_as_json(report, actors, failed), **({} if facts is None else {"live": facts})})
         elif form == "github":
             for finding in report.findings:
                 click.echo(_annotation(finding))
         else:
-            _print(report, len(broker.actors), failed)
-            if isinstance(broker, StandIn):
-                click.echo("No broker is set: the actors were declared on one that stands in.", err=True)
+            _print(report, actors, failed)
             if facts is not None:
                 _print_facts(facts)
-    return 1 if failed else 0
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

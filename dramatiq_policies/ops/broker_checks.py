@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -77,23 +76,6 @@ def _thresholds(broker: Broker) -> Found:
             yield "DP019", f"The queue {queue!r} has no threshold"
 
 
-_EXTRAS = {"Metrics": ("statsd", "statsd"), "SentryReporter": ("sentry_sdk", "sentry")}
-
-
-def _extras(broker: Broker) -> Found:
-    for name, (module, extra) in _EXTRAS.items():
-        middleware = named(broker, name)
-        if middleware is not None and getattr(middleware, "client", None) is None and not _installed(module):
-            yield "DP021", f'{name} needs {module}: pip install "dramatiq-policies[{extra}]"'
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _memory_store(broker: Broker) -> Found:
     idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
     if idempotency is not None and isinstance(idempotency.store, MemoryStore) and not is_stub_broker(broker):
@@ -103,6 +85,5 @@ def _memory_store(broker: Broker) -> Found:
 OF_BROKERS: tuple[Callable[[Broker], Found], ...] = (
     _leftovers,
     _thresholds,
-    _extras,
     _memory_store,
 )

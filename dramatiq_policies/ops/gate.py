@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from dramatiq import Actor
     from dramatiq.broker import Broker
 
-__all__ = ["BASELINE", "Report", "assert_job_ready", "gate", "read_baseline", "read_exemptions", "write_baseline"]
+__all__ = [
+    "BASELINE",
+    "Report",
+    "assert_job_ready",
+    "gate",
+    "missing_extra",
+    "read_baseline",
+    "read_exemptions",
+    "write_baseline",
+]
 
 #: Where the baseline is kept.
 BASELINE = ".dramatiq-policies-baseline.json"
@@ -78,6 +87,15 @@ def gate(
             counting.append(finding)
     fixed = baseline - {(finding.code, finding.actor) for finding in found}
     return Report(tuple(counting), tuple(exempt), tuple(known), tuple(sorted(fixed, key=str)))
+
+
+def missing_extra(error: OperationError) -> Report | None:
+    """What the gate says of an application that can't be imported since an extra of ours is not installed; None if that
+    is not why."""
+    if 'pip install "dramatiq-policies[' not in str(error):
+        return None
+    code = CODES["DP021"]
+    return Report((Finding(code=code.code, severity=code.severity, actor=None, message=str(error), fix=code.fix),))
 
 
 def _reason(broker: Broker, finding: Finding, reasons: Exemptions) -> str | None:

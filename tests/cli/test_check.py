@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,22 @@ dramatiq.set_broker(broker)
 """
     report = command.json("check", command.app(job(), broker=broker))
     assert ("DP025", "warning") in {(finding["code"], finding["severity"]) for finding in report["findings"]}
+
+
+def test_an_extra_that_is_not_installed_is_found_with_its_pip_line(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsd", None)
+    broker = """
+from dramatiq_policies import Metrics
+broker = StubBroker()
+install(broker, metrics=Metrics(%s))
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(job(), broker=broker % ""), code=1)
+    assert codes(report) == ["DP021"]
+    assert 'pip install "dramatiq-policies[statsd]"' in report["findings"][0]["message"]
+    # A client of the user's own needs none.
+    client = "type('Dog', (), dict.fromkeys(('timing', 'increment', 'gauge', 'histogram', 'distribution'), print))()"
+    assert codes(command.json("check", command.app(job(), broker=broker % client))) == []
 
 
 def test_an_application_without_the_bundle_is_told_so(command):
