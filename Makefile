@@ -9,7 +9,7 @@ DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 
-.PHONY: demo test unit coverage fuzz mutants lint bench chaos dramatiq-suite docs release-check clean
+.PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite docs release-check clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -38,9 +38,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed  ## a first look; benchmarks/README.md has the long form
-	$(BIN)/python -m benchmarks.pipeline_cpu
-	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain --short
+bench: $(VENV)/installed  ## beside bare and stock Dramatiq, Celery and Sidekiq, in minutes: ARGS=--long for an hour
+	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain $(ARGS)
+
+bench-curves: $(VENV)/installed  ## threads, processes, queue, payload, keys, memory, …: ARGS="threads keys" for a few
+	$(WITH_SERVICES) $(BIN)/python -m benchmarks.curves $(ARGS)
 
 chaos: $(VENV)/installed  ## workers and servers killed at random: CHAOS_JOBS=20000 for longer, CHAOS_SEED=1 for the same again
 	$(BIN)/python -m tests.chaos

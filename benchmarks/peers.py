@@ -1,7 +1,7 @@
-"""The same jobs on Celery and on Sidekiq with Active Job: one process, eight threads, the same Redis.
+"""The same jobs on Celery and on Sidekiq with Active Job: one process, eight threads, the same servers.
 
-Measured by ``benchmarks.drain --variants stock bundle celery sidekiq``, each in a process of its own. Celery is to be
-installed with pip, Sidekiq and Active Job with ``apt-get install ruby-sidekiq ruby-activejob``.
+Each in a process of its own, beside ours in ``benchmarks.drain``. Celery comes with the extra ``bench``, Sidekiq and Active
+Job with ``apt-get install ruby-sidekiq ruby-activejob``; Sidekiq is on Redis only.
 """
 
 from __future__ import annotations
@@ -12,22 +12,33 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .variants import ATTEMPTS, FAILURES, REDIS_URL, Permanent, Transient, Workload
+from .variants import ATTEMPTS, FAILURES, RABBITMQ_URL, REDIS_URL, Permanent, Transient, Workload
 
-__all__ = ["PEERS", "available"]
+__all__ = ["PEERS", "available", "peer_versions"]
 
-THREADS = 8
 PEERS = ("celery", "sidekiq")
 
 
 def available(peer: str) -> bool:
     """Whether it can be measured here."""
     return importlib.util.find_spec("celery") is not None if peer == "celery" else shutil.which("sidekiq") is not None
+
+
+def peer_versions(variants: list[str]) -> dict[str, str | None]:
+    """Of those that are measured."""
+    found: dict[str, str | None] = {}
+    if "celery" in variants:
+        found["celery"] = version("celery")
+    if "sidekiq" in variants:
+        code = "require 'sidekiq'; require 'active_job'; puts [RUBY_VERSION, Sidekiq::VERSION, ActiveJob.version].join(' ')"
+        ruby = subprocess.run(["ruby", "-e", code], capture_output=True, text=True, check=True).stdout.split()
+        found.update(zip(("ruby", "sidekiq", "activejob"), ruby, strict=True))
+    return found
 
 
 def drain_celery(settings: dict[str, Any]) -> None:
@@ -47,23 +58,27 @@ def drain_celery(settings: dict[str, Any]) -> None:
             "rate": jobs / (last - first),
             "cpu_us": (last_cpu - first_cpu) / jobs * 1e6,
             "enqueue_rate": jobs / enqueued,
-            "runs": workload.runs,
         }
         print(json.dumps(measured), flush=True)
         os._exit(0)
 
     workload = Workload(settings["jobs"], settings["failures"], on_first=mark, on_last=on_last)
-    app = Celery("peer", broker=REDIS_URL)
+    app = Celery("peer", broker=REDIS_URL if settings["broker"] == "redis" else RABBITMQ_URL + "//")
     app.conf.update(
         task_ignore_result=True,
         task_acks_late=True,
         task_default_queue=settings["name"],
+        worker_enable_remote_control=False,  # leaves queues behind
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
     )
+    if settings["broker"] == "redis":
+        app.conf.broker_transport_options = {
+            f"{key}_key": f"{settings['name']}:{key}" for key in ("unacked", "unacked_index", "unacked_mutex")
+        }
     if settings["prefetch"] != "default":
-        app.conf.worker_prefetch_multiplier = int(settings["prefetch"]) // THREADS
+        app.conf.worker_prefetch_multiplier = int(settings["prefetch"]) // settings["threads"]
 
     @app.task(
         autoretry_for=(Transient,),
@@ -80,7 +95,7 @@ def drain_celery(settings: dict[str, Any]) -> None:
         job.delay(number)
     enqueued = time.perf_counter() - began
     app.Worker(
-        pool="threads", concurrency=THREADS, loglevel="CRITICAL", without_gossip=True, without_mingle=True
+        pool="threads", concurrency=settings["threads"], loglevel="CRITICAL", without_gossip=True, without_mingle=True
     ).start()
 
 
@@ -96,11 +111,11 @@ def drain_sidekiq(settings: dict[str, Any]) -> None:
         "FAIL_PERMANENT": str(permanent),
     }
     script = str(Path(__file__).with_name("sidekiq_job.rb"))
-    command = ["sidekiq", "-r", script, "-c", str(THREADS), "-q", settings["name"]]
+    command = ["sidekiq", "-r", script, "-c", str(settings["threads"]), "-q", settings["name"]]
     pushed = _output_of(["ruby", "-r", script, "-e", "push_all"], environment)
     drained = _output_of(command, environment)
     measured = next(json.loads(line) for line in drained.splitlines() if line.startswith('{"rate"'))
-    print(json.dumps({**measured, **json.loads(pushed), "runs": settings["jobs"]}), flush=True)
+    print(json.dumps({**measured, **json.loads(pushed)}), flush=True)
 
 
 def _output_of(command: list[str], environment: dict[str, str]) -> str:
@@ -116,8 +131,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--measure", required=True)
     settings = json.loads(parser.parse_args().measure)
-    if settings["broker"] != "redis":
-        sys.exit("the peers are measured on Redis")
     {"celery": drain_celery, "sidekiq": drain_sidekiq}[settings["variant"]](settings)
 
 

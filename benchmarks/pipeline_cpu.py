@@ -22,7 +22,7 @@ from dramatiq.worker import ConsumerThread, WorkerThread
 
 from . import rounds
 from .rounds import MeasurementFailed, Spread
-from .variants import FAILURES, VARIANTS, Workload, choose
+from .variants import FAILURES, VARIANTS, Workload
 
 QUEUE = "bench"
 BATCH = 50
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline_cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="fewer messages and rounds: seconds")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="default: all but control")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["bare", "stock", "bundle", "full"])
     parser.add_argument("--failures", nargs="+", choices=tuple(FAILURES), default=list(FAILURES))
     parser.add_argument("--messages", type=int, help=f"messages per measurement, a multiple of {BATCH} (20,000)")
     parser.add_argument("--rounds", type=int, help="rounds (9)")
@@ -115,8 +115,6 @@ def parse() -> argparse.Namespace:
         options.rounds = 3 if options.short else 9
     if options.messages < BATCH or options.messages % BATCH or options.rounds < 1:
         parser.error(f"expected at least 1 round and a multiple of {BATCH} messages")
-    if options.measure is None:
-        options.variants = choose(parser, options.variants)
     return options
 
 

@@ -17,6 +17,8 @@ from typing import Any
 __all__ = [
     "MeasurementFailed",
     "Spread",
+    "collect",
+    "failures",
     "format_ratio",
     "format_table",
     "interleave",
@@ -30,6 +32,10 @@ __all__ = [
 
 REFERENCE = "stock"
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+#: What went wrong, of measurements that a run goes on without.
+failures: list[str] = []
 
 
 class MeasurementFailed(Exception):
@@ -53,6 +59,17 @@ def measure(module: str, settings: Mapping[str, Any], *, env: Mapping[str, str |
     if done.returncode:
         raise MeasurementFailed(f"{settings}: exit status {done.returncode}\n{done.stderr[-2_000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def collect(measurements: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All of them, or with Ctrl-C those that there are."""
+    collected = []
+    try:
+        for measurement in measurements:
+            collected.append(measurement)  # noqa: PERF402 - what there is must be kept
+    except KeyboardInterrupt:
+        print("\nstopped early", file=sys.stderr)
+    return collected
 
 
 def interleave(variants: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
@@ -87,18 +104,20 @@ class Spread:
         return f"{self.median:{spec}} [{self.low:{spec}} … {self.high:{spec}}]"
 
 
-def ratios(measurements: Iterable[Mapping[str, Any]], variant: str, key: str) -> Spread | None:
+def ratios(
+    measurements: Iterable[Mapping[str, Any]], variant: str, key: str, *, reference: str = REFERENCE
+) -> Spread | None:
     """The ratio of ``variant`` to stock in each round that has both, as a spread; None without any."""
     by_round: dict[int, dict[str, float]] = {}
     for measurement in measurements:
         by_round.setdefault(measurement["round"], {})[measurement["variant"]] = measurement[key]
-    values = [one[variant] / one[REFERENCE] for one in by_round.values() if variant in one and REFERENCE in one]
+    values = [one[variant] / one[reference] for one in by_round.values() if variant in one and reference in one]
     return Spread(values) if values else None
 
 
-def format_ratio(ratio: Spread | None, variant: str) -> str:
+def format_ratio(ratio: Spread | None, variant: str, *, reference: str = REFERENCE) -> str:
     """A ratio for a table; nothing for stock's ratio to itself."""
-    return "" if ratio is None or variant == REFERENCE else f"{ratio:.2f}"
+    return "" if ratio is None or variant == reference else f"{ratio:.2f}"
 
 
 def machine() -> dict[str, Any]:
@@ -145,10 +164,17 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: str, benchmark: str, **content: Any) -> None:
-    """Write what was measured, with date and machine."""
+def write_json(path: str | Path, benchmark: str, *, measurements: Sequence[Any], **content: Any) -> None:
+    """Write what was measured, one measurement a line, with the date."""
     record = {"benchmark": benchmark, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **content}
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n  ".join(json.dumps(_rounded(measurement)) for measurement in measurements)
+    text = json.dumps(record, indent=1).removesuffix("\n}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(f'{text},\n "measurements": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+
+
+def _rounded(measurement: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 2) if isinstance(value, float) else value for key, value in measurement.items()}
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

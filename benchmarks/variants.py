@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import socket
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +12,10 @@ from typing import Any
 
 import dramatiq
 
-__all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload", "choose"]
+__all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload"]
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
+RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
 
 #: Shares of jobs that fail once and are tried again, and that fail for good.
 FAILURES: dict[str, tuple[float, float]] = {"none": (0.0, 0.0), "mixed": (0.10, 0.05)}
@@ -80,7 +79,8 @@ def _idempotent(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
     from dramatiq_policies import Idempotency, install
 
     broker = make()
-    return install(broker, idempotency=Idempotency(_store(broker), ttl=600_000))
+    lease = int(os.environ.get("BENCH_LEASE", "60000"))
+    return install(broker, idempotency=Idempotency(_store(broker), ttl=600_000, lease=lease))
 
 
 def _installed(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
@@ -150,22 +150,6 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def choose(
-    parser: argparse.ArgumentParser,
-    asked: list[str] | None,
-    leave_out: tuple[str, ...] = ("control", "installed", "naive", "idempotent"),
-) -> list[str]:
-    """The variants that were asked for, or all but ``leave_out``; the bundle only if the library can be imported."""
-    try:
-        from dramatiq_policies import RetryPolicy, constant, install  # noqa: F401
-    except ImportError as error:
-        if {"bundle", "full", "installed", "naive", "idempotent"}.intersection(asked or ()):
-            parser.error(f"there is no bundle to measure: {error}")
-        print(f"measuring without the bundle: {error}", file=sys.stderr)
-        leave_out += ("bundle", "full")
-    return asked or [variant for variant in VARIANTS if variant not in leave_out]
-
-
 class Workload:
     """``jobs`` jobs that do nothing, or fail as ``failures`` says, always the same ones.
 
@@ -194,12 +178,12 @@ class Workload:
         self._ended = itertools.count(1)
         self.runs = 0
 
-    def declare(self, variant: Variant, broker: dramatiq.Broker, queue_name: str) -> Callable[[int], object]:
-        """Declare the job as an actor; returns what enqueues the job of a number."""
+    def declare(self, variant: Variant, broker: dramatiq.Broker, queue_name: str) -> Callable[..., object]:
+        """Declare the job as an actor; returns what enqueues the job of a number, with a payload or without."""
         declare = dramatiq.actor(broker=broker, actor_name="job", queue_name=queue_name, **variant.options())
         return declare(self.run).send
 
-    def run(self, number: int) -> None:
+    def run(self, number: int, payload: str = "") -> None:
         """The job."""
         started = next(self._started)
         if started == 1:
