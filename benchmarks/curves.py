@@ -16,6 +16,7 @@ from typing import Any
 
 from . import rounds
 from .measurement import measure, queue_of_its_own, server_versions
+from .rounds import Spread
 
 #: Enough that a worker on Redis need not wait for its next poll.
 AHEAD: dict[str, Any] = {"prefetch": 64}
@@ -143,6 +144,24 @@ def run(curve: Curve, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 end_line()
 
 
+def table(curve: Curve, measurements: list[dict[str, Any]]) -> str:
+    """Medians and ratios as text."""
+    rows = []
+    at: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for measurement in measurements:
+        if "rate" in measurement:
+            at.setdefault((measurement["broker"], measurement["point"]), []).append(measurement)
+    for (broker, point), there in at.items():
+        for variant in curve.variants:
+            if rates := [one["rate"] for one in there if one["variant"] == variant]:
+                of_stock = rounds.format_ratio(rounds.ratios(there, variant, "rate"), variant)
+                of_bundle = rounds.format_ratio(
+                    rounds.ratios(there, variant, "rate", reference="bundle"), variant, reference="bundle"
+                )
+                rows.append((broker, str(point), variant, f"{Spread(rates).median:,.0f}", of_stock, of_bundle))
+    return rounds.format_table(("broker", curve.axis, "variant", "jobs/s", "of stock", "of bundle"), rows)
+
+
 def main() -> int:
     """Measure, and write a JSON for each curve."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__.splitlines()[0])
@@ -159,6 +178,7 @@ def main() -> int:
         servers = server_versions(sorted({*curve.brokers, "redis"}))
         machine = rounds.machine()
         measurements = rounds.collect(run(curve, options))
+        print(table(curve, measurements))
         rounds.write_json(
             options.json_dir / f"{name}.json",
             name,
