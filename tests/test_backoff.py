@@ -215,6 +215,11 @@ def test_the_errors_own_headers_count_where_it_has_no_response():
     assert retry_after()(1, error) == 3_000
 
 
+@pytest.mark.parametrize("nothing", ["nan", float("nan"), float("inf"), "inf", True])
+def test_what_is_no_length_of_time_is_not_asked_for(nothing):
+    assert retry_after(fallback=7)(1, asking(nothing)) == 7
+
+
 def test_what_is_unreadable_in_one_place_is_looked_for_in_the_next():
     error = asked_by_header({"Retry-After": "3"})
     error.retry_after = "when it suits you"
