@@ -20,7 +20,7 @@ def asked_seconds(exception: BaseException, now: Callable[[], datetime]) -> floa
     """
     for value in _asked_of(exception):
         seconds = _seconds(value, now)
-        if seconds is not None and not math.isnan(seconds):
+        if seconds is not None:
             return max(0.0, min(seconds, _MOST))
     return None
 
@@ -71,7 +71,7 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         left: timedelta | None = _quietly(lambda: when - now())
         return None if left is None else left.total_seconds()
     if isinstance(value, (int, float)):
-        if isinstance(value, float) and math.isinf(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return None
         return float(max(0, min(value, _MOST)))
     return None
