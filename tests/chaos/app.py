@@ -23,8 +23,12 @@ from dramatiq_policies import ErrorClassifier, Idempotency, RetryPolicy, constan
 from dramatiq_policies.stores.redis import RedisStore
 from dramatiq_policies.wiring import wiring_of
 
+from .clients import redis_client
+
 LEDGER = os.open(os.environ["CHAOS_LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 STORE = os.environ["CHAOS_STORE"]
+#: Seconds that one in ten of the plain jobs takes at most.
+LATE = float(os.environ.get("CHAOS_LATE") or 0)
 
 numbers = itertools.count(1)
 #: The run of each message that has begun here.
@@ -58,22 +62,24 @@ def on_success(delivery: Any) -> None:
 
 def make_broker() -> Any:
     url = os.environ["CHAOS_URL"]
-    if os.environ["CHAOS_BROKER"] == "redis":
-        from dramatiq.brokers.redis import RedisBroker
-
-        broker: Any = RedisBroker(url=url, heartbeat_timeout=int(os.environ["CHAOS_HEARTBEAT_TIMEOUT"]))
-    else:
+    if url.startswith("amqp"):
         from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-        broker = RabbitmqBroker(url=url, confirm_delivery=True)
-    broker.add_middleware(Results(backend=RedisBackend(url=STORE)))
-    broker.add_middleware(GroupCallbacks(Barriers(url=STORE)))
+        nodes = url.split(";")
+        random.shuffle(nodes)  # the first that answers is taken
+        broker: Any = RabbitmqBroker(url=nodes, confirm_delivery=True)
+    else:
+        from dramatiq.brokers.redis import RedisBroker
+
+        broker = RedisBroker(client=redis_client(url), heartbeat_timeout=int(os.environ["CHAOS_HEARTBEAT_TIMEOUT"]))
+    broker.add_middleware(Results(backend=RedisBackend(client=redis_client(STORE))))
+    broker.add_middleware(GroupCallbacks(Barriers(client=redis_client(STORE))))
     # Where successes are subscribed to, completions don't ride on the claims of the next jobs: half of the workers do either.
     posts = os.getpid() % 2 == 0
     install(
         broker,
         error_classifier=ErrorClassifier(on_outcome=None if posts else on_outcome),
-        idempotency=Idempotency(RedisStore.from_url(STORE), lease=int(os.environ["CHAOS_LEASE"])),
+        idempotency=Idempotency(RedisStore.beside(redis_client(STORE)), lease=int(os.environ["CHAOS_LEASE"])),
     )
     if posts:
         wiring = wiring_of(broker)
@@ -110,7 +116,8 @@ once: Any = {"queue_name": "jobs", "idempotency_key": "{number}"}
 @dramatiq.actor(**once)
 def plain(number: int) -> None:
     with running("plain", number):
-        pass
+        if number % 10 == 9:
+            time.sleep(random.uniform(0, LATE))
 
 
 @dramatiq.actor(retry_on={Transient: RetryPolicy(attempts=10, wait=constant(300))}, **once)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent.parent
 class Group:
     """One ``dramatiq`` command and a thread that starts it again, as an operator's supervisor would."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path, processes: int) -> None:
+    def __init__(self, environment: Mapping[str, str], log: Path, processes: int, options: Sequence[str] = ()) -> None:
         self.environment = environment
         self.log = log
-        self.command = ["dramatiq", "tests.chaos.app", "--processes", str(processes), "--threads", "4"]
+        self.command = ["dramatiq", "tests.chaos.app", "--processes", str(processes), "--threads", "4", *options]
         self.process = self._start()
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep)

@@ -32,15 +32,19 @@ class Run:
 
 
 class Freeze(NamedTuple):
-    """A process that was stopped for longer than its claims last."""
+    """A time in which what was written could not count: a process was stopped for longer than its claims last.
 
-    process: int
+    Attributes:
+      process: Which; None for all, when the store has lost what it took in that time.
+    """
+
+    process: int | None
     since: float
     until: float
 
     def hit(self, run: Run) -> bool:
         over = run.concluded
-        return run.process == self.process and run.begun <= self.until and (over is None or over >= self.since)
+        return self.process in (None, run.process) and run.begun <= self.until and (over is None or over >= self.since)
 
 
 @dataclass

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import signal
-import threading
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dramatiq import Message, group, pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
-from dramatiq.middleware import GroupCallbacks
-from dramatiq.rate_limits.backends import RedisBackend as Barriers
 
+from tests.proxy import Proxy
+
+from .clients import redis_client
+from .clusters import RabbitmqCluster, RedisBehindSentinel
+from .faults import LEASE, Faults, until
 from .fleet import Group
-from .ledger import Freeze, Ledger, Verdict, judge
-from .servers import RabbitmqServer, RedisServer, Server
+from .ledger import Ledger, Verdict, judge
+from .sender import PATIENCE, Sender
+from .servers import RabbitmqServer, RedisServer
 
-#: Milliseconds. Short, so that what comes back comes back soon.
-LEASE = 4_000
 HEARTBEAT_TIMEOUT = 2_000
-#: Jobs a second. Half of the threads are busy, so that an outage is caught up with.
-RATE = 50
-#: Seconds that the rest may take once the last fault is over.
-PATIENCE = 60.0
+#: Of Debian's package `faketime`.
+FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,17 @@ class Scenario:
     Attributes:
       faults: The faults, one of which happens every ``pause`` seconds or so.
       pause: The shortest and the longest time between two faults, in seconds.
+      late: Seconds that some of the jobs take at most; a worker that is told to stop waits for one second.
+      replicas: How many of Redis' replicas must have a message before it counts as sent.
+      loses: What is set wrongly here, so that jobs are lost or doubled, and the docs say so; empty if nothing is.
     """
 
     name: str
     faults: tuple[str, ...]
     pause: tuple[float, float] = (1.0, 3.0)
+    late: float = 0.0
+    replicas: int = 0
+    loses: str = ""
 
 
 @dataclass
@@ -84,169 +87,84 @@ class Report:
         )
 
 
-class Sender:
-    """Sends nearly every job twice, and again where a broker did not say that it has it.
-
-    Attributes:
-      expected: The keys whose effects must be made.
-      doomed: The ids of the messages that must end as dead letters.
-      jobs: How many jobs were sent: as many as were wanted, and on until `enough` is set.
-    """
-
-    def __init__(self, broker: Any, store: str, jobs: int) -> None:
-        self.broker = broker
-        broker.add_middleware(GroupCallbacks(Barriers(url=store)))
-        broker.declare_queue("jobs")
-        self.wanted = jobs
-        self.enough = threading.Event()
-        self.expected: list[str] = []
-        self.doomed: list[str] = []
-        self.jobs = 0
-        self.failed: BaseException | None = None
-        self.thread = threading.Thread(target=self._send_all)
-
-    def _send_all(self) -> None:
-        started = time.monotonic()
-        try:
-            while self.jobs < self.wanted or not self.enough.is_set():
-                self._send_job(self.jobs)
-                time.sleep(max(0.0, started + self.jobs / RATE - time.monotonic()))
-        except BaseException as error:
-            self.failed = error
-
-    def _send_job(self, number: int) -> None:
-        kind = number % 20
-        self.jobs += 1
-        if kind in (0, 1, 2):
-            self._twice("flaky", number)
-        elif kind == 3:
-            self.doomed += self._twice("hopeless", number, effect=False)
-        elif kind in (4, 5):
-            self._expect("first", number)
-            self._expect("second", number)
-            for _ in range(1 if kind == 5 else 2):
-                self._insist(lambda: pipeline([message("first", number), message("second")], broker=self.broker).run())
-        elif kind == 6:
-            members = range(number * 1_000, number * 1_000 + 3)
-            self._expect("together", number)
-            for one in members:
-                self._expect("member", one)
-            for _ in range(2):
-
-                def run() -> None:
-                    some = group([message("member", one) for one in members], broker=self.broker)
-                    some.add_completion_callback(message("together", number))
-                    some.run()
-
-                self._insist(run)
-        elif kind == 7:
-            self._once("unguarded", number)
-        elif kind == 8:
-            # A twin could stand in for what is lost; these have none.
-            self._once("flaky", number)
-        else:
-            self._twice("plain", number)
-
-    def _expect(self, actor: str, number: int) -> None:
-        self.expected.append(f"{actor}:{number}")
-
-    def _once(self, actor: str, number: int) -> None:
-        self._expect(actor, number)
-        one = message(actor, number)
-        self._insist(lambda: self.broker.enqueue(one))
-
-    def _twice(self, actor: str, number: int, *, effect: bool = True) -> list[str]:
-        if effect:
-            self._expect(actor, number)
-        sent = []
-        for _ in range(2):
-            one = message(actor, number)
-            self._insist(lambda one=one: self.broker.enqueue(one))
-            sent.append(one.message_id)
-        return sent
-
-    def _insist(self, send: Callable[[], Any]) -> None:
-        give_up = time.monotonic() + PATIENCE
-        while True:
-            try:
-                send()
-                return
-            except Exception:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.1)
-
-
-def until(condition: Callable[[], Any], patience: float) -> Any:
-    """Wait until the condition holds or patience ends; what it returned last."""
-    give_up = time.monotonic() + patience
-    while not (found := condition()) and time.monotonic() < give_up:
-        time.sleep(0.05)
-    return found
-
-
-def message(actor: str, *args: object) -> Message[Any]:
-    return Message("jobs", actor, args, {}, {})
-
-
-class Chaos:
+class Chaos(Faults):
     """The servers, the workers and their failures.
 
     Parameters:
-      kind: Which broker.
+      kind: Which broker: ``redis``, ``sentinel``, ``rabbitmq`` or ``cluster``.
       folder: Where all is kept: data, ledger, logs.
       seed: Decides which faults happen when, and to whom.
       processes: Of each of the two groups.
     """
 
     def __init__(self, kind: str, folder: Path, seed: int, *, processes: int = 1) -> None:
+        super().__init__(folder, seed)
         self.kind = kind
-        self.folder = folder
-        self.random = random.Random(seed)
         self.seed = seed
         self.processes = processes
-        self.ledger = folder / "ledger"
-        self.freezes: list[Freeze] = []
-        self.faults: Counter[str] = Counter()
-        self.groups: list[Group] = []
 
     @contextlib.contextmanager
-    def servers(self) -> Iterator[None]:
+    def servers(self, scenario: Scenario) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            self.store = RedisServer(self.folder / "redis")
-            stack.callback(self.store.close)
-            self.store.start()
-            self.broker: Any = self.store
+
+            def started(server: Any) -> Any:
+                stack.callback(server.close)
+                server.start()
+                return server
+
+            if "fill_disk" in scenario.faults and self.kind == "redis":
+                stack.enter_context(_disk(self.folder / "redis"))
+            if self.kind == "sentinel":
+                self.broker = self.store = started(RedisBehindSentinel(self.folder / "sentinel"))
+            else:
+                self.broker = self.store = started(RedisServer(self.folder / "redis" / "data"))
             if self.kind == "rabbitmq":
-                self.broker = RabbitmqServer(self.folder / "rabbitmq")
-                stack.callback(self.broker.close)
-                self.broker.start()
+                self.broker = started(RabbitmqServer(self.folder / "rabbitmq"))
+            elif self.kind == "cluster":
+                self.broker = started(RabbitmqCluster(self.folder / "rabbitmq"))
             yield
 
     def producer(self) -> Any:
-        if self.kind == "rabbitmq":
+        if self.broker.url.startswith("amqp"):
             return RabbitmqBroker(url=self.broker.url, confirm_delivery=True, middleware=[])
-        return RedisBroker(url=self.broker.url, middleware=[])
+        return RedisBroker(client=redis_client(self.broker.url), middleware=[])
+
+    def start_workers(self, scenario: Scenario) -> None:
+        urls = {"CHAOS_URL": self.broker.url, "CHAOS_STORE": self.store.url}
+        if any(fault.endswith("_network") for fault in scenario.faults):
+            proxies = {url: Proxy.before(url) for url in set(urls.values())}
+            self.proxies = list(proxies.values())
+            urls = {name: proxies[url].url for name, url in urls.items()}
+        environment = {
+            **os.environ,
+            **urls,
+            "CHAOS_LEDGER": str(self.ledger),
+            "CHAOS_LEASE": str(LEASE),
+            "CHAOS_LATE": str(scenario.late),
+            "CHAOS_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT),
+        }
+        wrong_clock = {}
+        if "step_clock" in scenario.faults:
+            self.set_clock(0)
+            wrong_clock = {
+                "LD_PRELOAD": str(FAKETIME),
+                "FAKETIME_TIMESTAMP_FILE": str(self.clock),
+                "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
+        options = ["--worker-shutdown-timeout", "1000"] if scenario.late else []
+        for number, own in enumerate(({}, wrong_clock)):
+            log = self.folder / f"workers-{number}.log"
+            self.groups.append(Group({**environment, **own}, log, self.processes, options))
 
     def run(self, scenario: Scenario, jobs: int) -> Report:
         """Send that many jobs while faults happen, wait until all is done, and judge."""
         self.folder.mkdir(exist_ok=True)
         self.ledger.touch()
-        with self.servers():
-            sender = Sender(self.producer(), self.store.url, jobs)
-            environment = {
-                **os.environ,
-                "CHAOS_BROKER": self.kind,
-                "CHAOS_URL": self.broker.url,
-                "CHAOS_STORE": self.store.url,
-                "CHAOS_LEDGER": str(self.ledger),
-                "CHAOS_LEASE": str(LEASE),
-                "CHAOS_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT),
-            }
-            self.groups = [
-                Group(environment, self.folder / f"workers-{number}.log", self.processes) for number in range(2)
-            ]
+        with self.servers(scenario):
+            sender = Sender(self.producer(), self.store.url, jobs, replicas=scenario.replicas)
             try:
+                self.start_workers(scenario)
                 sender.thread.start()
                 until(lambda: self._at_work(2), PATIENCE)
                 deck: list[str] = []
@@ -262,11 +180,13 @@ class Chaos:
                 over = time.monotonic()
                 if sender.failed is not None:
                     raise sender.failed
-                self.wait(sender)
+                self.wait(sender, 15.0 if scenario.loses else PATIENCE)
                 drained = max(0.0, Ledger.read(self.ledger).last - over)
             finally:
                 sender.enough.set()
                 unclean = sum(not one.close(20) for one in self.groups)
+                for proxy in self.proxies:
+                    proxy.close()
                 sender.thread.join()
                 sender.broker.close()
             ledger = Ledger.read(self.ledger)
@@ -283,11 +203,11 @@ class Chaos:
                 outcomes=ledger.outcomes,
             )
 
-    def wait(self, sender: Sender) -> None:
+    def wait(self, sender: Sender, patience: float) -> None:
         """Until nothing is left to be done, or for as long as that may take."""
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + patience
         # What waits in a worker of RabbitMQ can't be counted there: a deferral, of a quarter of the lease at most.
-        calm = 0.3 if self.kind == "redis" else LEASE / 4_000 + 1.5
+        calm = LEASE / 4_000 + 1.5 if self.broker.url.startswith("amqp") else 0.3
         since = time.monotonic()
         size = -1
         while time.monotonic() < give_up and time.monotonic() - since < calm:
@@ -299,84 +219,13 @@ class Chaos:
         effects = Ledger.read(self.ledger).effects()
         return all(effects[key] for key in sender.expected)
 
-    # Faults.
 
-    def fail(self, fault: str) -> None:
-        self.faults[fault] += 1
-        self.say(fault)
-        getattr(self, f"_{fault}")()
-
-    def say(self, text: str) -> None:
-        with (self.folder / "faults").open("a") as stream:
-            stream.write(f"{time.monotonic()} {text}\n")
-
-    def _at_work(self, count: int) -> list[int]:
-        """The worker processes whose jobs have begun; none if they are fewer than that."""
-        begun = {run.process for run in Ledger.read(self.ledger).runs.values()}
-        workers = [pid for one in self.groups for pid in one.workers() if pid in begun]
-        return workers if len(workers) >= count else []
-
-    def _a_worker(self) -> int | None:
-        workers = until(lambda: self._at_work(1), 10.0)
-        return self.random.choice(workers) if workers else None
-
-    def _kill_worker(self) -> None:
-        if (pid := self._a_worker()) is not None:
-            _signal(pid, signal.SIGKILL)
-
-    def _kill_group(self) -> None:
-        self.random.choice(self.groups).kill()
-
-    def _terminate(self) -> None:
-        self.random.choice(self.groups).terminate()
-
-    def _pause(self) -> None:
-        """Stop a worker for less than its claims last."""
-        self._stop_for(self.random.uniform(0.2, LEASE / 4_000))
-
-    def _freeze(self) -> None:
-        """Stop a worker for longer than its claims last: what it runs is begun by another."""
-        since = time.monotonic()
-        pid = self._stop_for(LEASE / 1_000 + self.random.uniform(1, 2))
-        if pid is not None:
-            self.freezes.append(Freeze(pid, since, time.monotonic()))
-
-    def _stop_for(self, seconds: float) -> int | None:
-        pid = self._a_worker()
-        if pid is None or not _signal(pid, signal.SIGSTOP):
-            return None
-        time.sleep(seconds)
-        _signal(pid, signal.SIGCONT)
-        return pid
-
-    def _restart_broker(self) -> None:
-        self._restart(self.broker)
-
-    def _restart_store(self) -> None:
-        self._restart(self.store)
-
-    def _hang_store(self) -> None:
-        """The store's server takes connections and answers nothing."""
-        self.store.signal(signal.SIGSTOP)
-        time.sleep(self.random.uniform(1.0, LEASE / 2_000))
-        self.store.signal(signal.SIGCONT)
-
-    def _fill_store(self) -> None:
-        """The store refuses writes, as one at its ``maxmemory`` does under the policy ``noeviction``."""
-        with self.store.client() as client:
-            client.config_set("maxmemory", "1mb")
-            time.sleep(self.random.uniform(0.5, 2.0))
-            client.config_set("maxmemory", "0")
-
-    def _restart(self, server: Server) -> None:
-        server.kill()
-        time.sleep(self.random.uniform(0.0, 0.7))
-        server.start()
-
-
-def _signal(pid: int, number: int) -> bool:
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """A small disk of its own, which only root can make."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "dramatiq-chaos", str(folder)], check=True)
     try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

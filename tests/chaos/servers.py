@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,28 @@ class Server:
             self.kill()
 
 
-class RedisServer(Server):
+class RedisQueues:
+    """What Dramatiq keeps in a Redis."""
+
+    def client(self) -> redis.Redis:
+        raise NotImplementedError
+
+    def waiting(self) -> int:
+        """How many messages are in the queues, also those that a worker has taken and not acked."""
+        with self.client() as client:
+            return sum(client.hlen(f"dramatiq:{queue}.msgs") + client.llen(f"dramatiq:{queue}") for queue in QUEUES)
+
+    def left(self) -> int:
+        return self.waiting()
+
+    def letters(self) -> list[Message[Any]]:
+        with self.client() as client:
+            return [Message.decode(body) for body in client.hvals("dramatiq:jobs.XQ.msgs")]
+
+
+class RedisServer(RedisQueues, Server):
     """Redis that has written to disk what it has answered."""
 
-    kind = "redis"
     service = with_services.REDIS
     options: tuple[str, ...] = ()
 
@@ -105,39 +124,35 @@ class RedisServer(Server):
             except redis.RedisError:
                 return False  # it is reading its data
 
-    def waiting(self) -> int:
-        """How many messages are in the queues, also those that a worker has taken and not acked."""
-        with self.client() as client:
-            return sum(client.hlen(f"dramatiq:{queue}.msgs") + client.llen(f"dramatiq:{queue}") for queue in QUEUES)
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Its data cannot grow; a Redis that has to write what it answers then ends, and a supervisor starts it again."""
+        filler = self.folder / "filler"
+        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(4_096))
+        yield
+        filler.unlink()
+        assert self.process is not None
+        if self.process.poll() is not None:
+            self.start()
 
-    left = waiting
 
-    def letters(self) -> list[Message[Any]]:
-        with self.client() as client:
-            return [Message.decode(body) for body in client.hvals("dramatiq:jobs.XQ.msgs")]
+class RabbitmqQueues:
+    """What Dramatiq keeps in a RabbitMQ.
 
+    Attributes:
+      url: One, or one for each node, between semicolons.
+    """
 
-class RabbitmqServer(Server):
-    """A RabbitMQ node of its own."""
+    url: str
 
-    kind = "rabbitmq"
-    service = with_services.RABBITMQ
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.epmd_port = free_port()
-        self.environment = with_services.rabbitmq_environment(folder, self.port, self.epmd_port)
-
-    def command(self) -> tuple[list[str], Mapping[str, str]]:
-        return [self.binary], self.environment
-
-    def close(self) -> None:
-        super().close()
-        with_services.stop_epmd(self.epmd_port)
+    def _connection(self) -> pika.BlockingConnection:
+        return pika.BlockingConnection([pika.URLParameters(url) for url in self.url.split(";")])
 
     def _drain(self, *queues: str, take: bool) -> list[bytes]:
         found = []
-        with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+        with self._connection() as connection:
             channel = connection.channel()
             for queue in queues:
                 while True:
@@ -149,7 +164,7 @@ class RabbitmqServer(Server):
 
     def waiting(self) -> int:
         """How many messages no worker has taken."""
-        with pika.BlockingConnection(pika.URLParameters(self.url)) as connection:
+        with self._connection() as connection:
             channel = connection.channel()
             return sum(channel.queue_declare(queue, passive=True).method.message_count for queue in QUEUES)
 
@@ -159,3 +174,36 @@ class RabbitmqServer(Server):
 
     def letters(self) -> list[Message[Any]]:
         return [Message.decode(body) for body in self._drain("jobs.XQ", take=False)]
+
+
+class RabbitmqServer(RabbitmqQueues, Server):
+    """A RabbitMQ node of its own."""
+
+    service = with_services.RABBITMQ
+
+    def __init__(self, folder: Path, epmd_port: int | None = None) -> None:
+        super().__init__(folder)
+        self.epmd_port = free_port() if epmd_port is None else epmd_port
+        self.environment = with_services.rabbitmq_environment(folder, self.port, self.epmd_port)
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        return [self.binary], self.environment
+
+    def close(self) -> None:
+        super().close()
+        with_services.stop_epmd(self.epmd_port)
+
+    def control(self, *arguments: str) -> str:
+        """What ``rabbitmqctl`` says."""
+        tool = Path(self.binary).resolve().with_name("rabbitmqctl")
+        done = subprocess.run(
+            [str(tool), "--quiet", *arguments], env=self.environment, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """It takes no messages, as when less than its limit is free."""
+        self.control("set_disk_free_limit", "100000GB")
+        yield
+        self.control("set_disk_free_limit", "1MB")

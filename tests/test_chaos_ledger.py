@@ -1,0 +1,64 @@
+"""The judge of `make chaos`: what it must not overlook, and what it must excuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.ledger import Freeze, Ledger, Verdict, judge
+
+
+@pytest.fixture
+def verdict(tmp_path: Path) -> Any:
+    def of(*lines: str, freezes: tuple[Freeze, ...] = ()) -> Verdict:
+        path = tmp_path / "ledger"
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return judge(Ledger.read(path), ["plain:1"], [], [], freezes)
+
+    return of
+
+
+def run(name: str, since: float, *, process: int = 1, concluded: bool = True) -> list[str]:
+    lines = [f"{since} {process} begin {name} plain:1 id-{name} 1", f"{since + 0.1} {process} effect {name}"]
+    if concluded:
+        lines += [
+            f"{since + 0.2} {process} end {name}",
+            f"{since + 0.3} {process} outcome {name} plain id-{name} success -",
+        ]
+    return lines
+
+
+def test_one_whole_run_is_well(verdict: Any) -> None:
+    assert verdict(*run("a", 1.0)).wrong == {}
+
+
+def test_a_job_without_an_effect_is_lost(verdict: Any) -> None:
+    assert verdict("1.0 1 begin a plain:1 id-a 1").wrong == {"lost": ["plain:1"]}
+
+
+def test_two_whole_runs_have_no_excuse(verdict: Any) -> None:
+    found = verdict(*run("a", 1.0), *run("b", 2.0))
+    assert found.wrong == {"excess": ["plain:1"], "doubled": ["1 > 0"]}
+
+
+def test_two_runs_side_by_side_have_no_excuse(verdict: Any) -> None:
+    assert "beside" in verdict(*run("a", 1.0), *run("b", 1.05, process=2)).wrong
+
+
+def test_a_run_that_a_kill_cut_short_excuses_the_next(verdict: Any) -> None:
+    found = verdict(*run("a", 1.0, concluded=False), *run("b", 2.0))
+    assert (found.wrong, found.doubled, found.bound) == ({}, 1, 1)
+
+
+def test_a_freeze_excuses_the_runs_of_its_process_alone(verdict: Any) -> None:
+    lines = [*run("a", 1.0, process=1), *run("b", 2.0, process=2)]
+    assert verdict(*lines, freezes=(Freeze(1, 1.0, 1.2),)).wrong == {}
+    assert verdict(*lines, freezes=(Freeze(3, 1.0, 1.2),)).wrong != {}
+
+
+def test_what_the_store_lost_excuses_the_runs_of_that_time_in_all_processes(verdict: Any) -> None:
+    lines = [*run("a", 1.0, process=1), *run("b", 2.0, process=2)]
+    assert verdict(*lines, freezes=(Freeze(None, 0.9, 1.2),)).wrong == {}
+    assert verdict(*lines, freezes=(Freeze(None, 5.0, 6.0),)).wrong != {}
