@@ -45,7 +45,9 @@ SCENARIOS = {
     "sentinel": (
         Scenario("failover", ("fail_over",), replicas=1),
         Scenario("unwaited", ("fail_over",), loses="sends that wait for no replica"),
-        Scenario("mixed", (*KILLS, "terminate", "pause", "fail_over"), replicas=1),
+        Scenario("split", ("hang_master",), replicas=1, min_replicas=1),
+        Scenario("two-masters", ("hang_master",), replicas=1, loses="no min-replicas-to-write"),
+        Scenario("mixed", (*KILLS, "terminate", "pause", "fail_over", "hang_master"), replicas=1, min_replicas=1),
     ),
     "rabbitmq": (
         *ANYWHERE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 from scripts import with_services
 from scripts.with_services import LOCALHOST, free_port
 
-from .clients import redis_client
+from .clients import SOCKET_TIMEOUT, redis_client
 from .servers import STARTUP, RabbitmqQueues, RabbitmqServer, RedisQueues, RedisServer, Server
 
 VHOST = "chaos"
@@ -83,17 +84,24 @@ class SentinelServer(RedisServer):
 
 
 class RedisBehindSentinel(RedisQueues):
-    """A master, two replicas and one sentinel."""
+    """A master, two replicas and one sentinel.
 
-    def __init__(self, folder: Path) -> None:
+    Parameters:
+      min_replicas: Without how many replicas a master takes no writes.
+    """
+
+    def __init__(self, folder: Path, min_replicas: int = 0) -> None:
+        self.options = (
+            *("--repl-diskless-sync-delay", "0"),
+            *("--min-replicas-to-write", str(min_replicas), "--min-replicas-max-lag", "2"),
+        )
         self.nodes = [RedisServer(folder / f"redis-{number}") for number in range(NODES)]
         self.sentinel = SentinelServer(folder / "sentinel")
         self.url = f"sentinel://{LOCALHOST}:{self.sentinel.port}/chaos"
 
     def start(self) -> None:
         master = self.nodes[0]
-        for node in self.nodes:
-            node.options = ("--repl-diskless-sync-delay", "0")
+        master.options = self.options
         master.start()
         for replica in self.nodes[1:]:
             self._follow(replica, master.port)
@@ -106,7 +114,7 @@ class RedisBehindSentinel(RedisQueues):
         self._until(lambda: len(self._ask().discover_slaves("chaos")) == NODES - 1)
 
     def _follow(self, node: RedisServer, master: int) -> None:
-        node.options = (*node.options[:2], "--replicaof", LOCALHOST, str(master))
+        node.options = (*self.options, "--replicaof", LOCALHOST, str(master))
         node.start()
         self._until(lambda: self._info(node)["master_link_status"] == "up")
 
@@ -142,7 +150,7 @@ class RedisBehindSentinel(RedisQueues):
         Returns:
           When it died, by ``time.monotonic()``.
         """
-        old = next(node for node in self.nodes if node.port == self._master())
+        old = self._current()
         self._let_in(old, "wrong")
         with old.client() as client:
             client.execute_command("CLIENT", "KILL", "TYPE", "replica")
@@ -154,6 +162,19 @@ class RedisBehindSentinel(RedisQueues):
         self._follow(old, self._master())
         self._until(lambda: self._info_of_master()["connected_slaves"] == NODES - 1)
         return died
+
+    def hang(self) -> None:
+        """The master stands still until clients know another, and then goes on until the sentinel demotes it."""
+        old = self._current()
+        old.signal(signal.SIGSTOP)
+        self._until(lambda: self._master() not in (0, old.port))
+        # What was sent to it has no answer by now: a client that gets one believes it.
+        time.sleep(SOCKET_TIMEOUT + 0.5)
+        old.signal(signal.SIGCONT)
+        self._until(lambda: self._info_of_master()["connected_slaves"] == NODES - 1)
+
+    def _current(self) -> RedisServer:
+        return next(node for node in self.nodes if node.port == self._master())
 
     def _let_in(self, master: RedisServer, password: str) -> None:
         """What the replicas say to their master when they connect, who knows of no password."""

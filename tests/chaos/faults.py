@@ -177,6 +177,12 @@ class Faults:
         # A second for what it has answered last: a claim, whose job then begins.
         self.freezes.append(Freeze(None, since, died + 1.0))
 
+    def _hang_master(self) -> None:
+        """There are two masters for a while, one of which nobody hears of."""
+        since = time.monotonic()
+        self.broker.hang()
+        self.freezes.append(Freeze(None, since, time.monotonic()))
+
     def _restart(self, server: Server) -> None:
         server.kill()
         time.sleep(self.random.uniform(0.0, 0.7))

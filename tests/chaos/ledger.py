@@ -148,11 +148,14 @@ def judge(
     guarded = {key: runs for key, runs in by_key.items() if not key.startswith("unguarded:")}
     begun_in_vain = Counter(run.message_id for run in ledger.runs.values() if cut(run))
     dead = Counter(dict.fromkeys(doomed, -1))
+    store_lost_some = any(freeze.process is None for freeze in freezes)
     wrongly_dead, quarantined = [], set()
     for letter in letters:
         failure = letter.options["failure"]
         if failure["reason"] == "crashed" and begun_in_vain[letter.message_id] >= 3:
             quarantined.add(f"{letter.actor_name}:{letter.args[0]}")
+        elif failure["reason"] == "no_result" and store_lost_some and effects[f"second:{letter.args[0]}"]:
+            pass  # a duplicate whose twin's result went with the store, and whose twin has moved on
         elif letter.message_id in dead:
             dead[letter.message_id] += 1
         else:
