@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -63,6 +64,7 @@ SCENARIOS = {
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped, too
     jobs = int(os.environ.get("CHAOS_JOBS") or 600)
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
     only = os.environ.get("CHAOS_ONLY", "").split(",") if os.environ.get("CHAOS_ONLY") else None
