@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dramatiq import Message
 
 from tests.chaos.ledger import Freeze, Ledger, Verdict, judge
 
 
 @pytest.fixture
 def verdict(tmp_path: Path) -> Any:
-    def of(*lines: str, freezes: tuple[Freeze, ...] = ()) -> Verdict:
+    def of(*lines: str, freezes: tuple[Freeze, ...] = (), letters: tuple[Any, ...] = ()) -> Verdict:
         path = tmp_path / "ledger"
         path.write_text("".join(f"{line}\n" for line in lines))
-        return judge(Ledger.read(path), ["plain:1"], [], [], freezes)
+        return judge(Ledger.read(path), ["plain:1"], [], letters, freezes)
 
     return of
 
@@ -62,3 +63,15 @@ def test_what_the_store_lost_excuses_the_runs_of_that_time_in_all_processes(verd
     lines = [*run("a", 1.0, process=1), *run("b", 2.0, process=2)]
     assert verdict(*lines, freezes=(Freeze(None, 0.9, 1.2),)).wrong == {}
     assert verdict(*lines, freezes=(Freeze(None, 5.0, 6.0),)).wrong != {}
+
+
+def test_a_dead_letter_without_a_result_is_excused_where_the_store_lost_some_and_the_twin_moved_on(
+    verdict: Any,
+) -> None:
+    failure = {"outcome": "dead", "reason": "no_result"}
+    letter = Message("jobs", "first", (1,), {}, {"failure": failure})
+    moved_on = [line.replace("plain:1", "second:1") for line in run("b", 1.0)]
+    lines, lost_some = run("a", 1.0), (Freeze(None, 0.0, 0.5),)
+    assert verdict(*lines, *moved_on, letters=(letter,), freezes=lost_some).wrong == {}
+    assert "dead" in verdict(*lines, *moved_on, letters=(letter,)).wrong
+    assert "dead" in verdict(*lines, letters=(letter,), freezes=lost_some).wrong
