@@ -62,9 +62,9 @@ def test_the_place_is_of_the_host_the_boot_and_the_namespace_of_pids(monkeypatch
     if what == "hostname":
         monkeypatch.setattr(owners.socket, "gethostname", lambda: "elsewhere")
     elif what == "namespace":
-        monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[1]"))
+        monkeypatch.setattr(owners.os, "readlink", lambda path: "pid:[1]")
     else:
-        monkeypatch.setattr(Path, "read_text", lambda self: "another boot\n")
+        monkeypatch.setattr(owners, "_read", lambda path: "another boot\n")
     assert owners._place() != before
 
 
@@ -118,6 +118,6 @@ def test_where_nothing_says_which_machine_this_is_nobody_is_certainly_dead(monke
     def unreadable(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr(owners, "_read", unreadable)
     assert owners._place() == ""
     assert owners._stat(os.getpid()) == ("", "")

@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
@@ -18,6 +17,8 @@ from ..queues import reader_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dramatiq import Worker
     from dramatiq.broker import Broker
     from typing_extensions import Self
@@ -61,6 +62,8 @@ class Heartbeat(PolicyMiddleware):
         *,
         silence: int | timedelta = 300_000,
     ) -> None:
+        from pathlib import Path  # see owners.py
+
         if path is None:
             import tempfile
 
