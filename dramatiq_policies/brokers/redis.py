@@ -62,7 +62,7 @@ class RedisConsumer(PolicyConsumer):
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()
         self.held = wiring.in_flight.setdefault(queue_name, set())
-        #: The ids whose jobs are over, and whose ack failed and is tried again: they take no place any more.
+        #: The ids whose jobs are over, and whose acks are on their way or tried again: they take no place any more.
         self.done: set[str] = set()
         #: The store of the claims that were seen last, and whether it is on this server.
         self.store: Any = None
@@ -128,7 +128,7 @@ class RedisConsumer(PolicyConsumer):
         return False
 
     def finish(self, message: MessageProxy) -> None:
-        redis_id = message.options["redis_message_id"]
+        redis_id = self._over(message)
         try:
             if "do_ack" in vars(self.broker):
                 # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
@@ -136,7 +136,6 @@ class RedisConsumer(PolicyConsumer):
             else:
                 self._settle(redis_id, b"", [])
         except BrokerConnectionError as error:
-            self.done.add(redis_id)
             if not self.wiring.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
@@ -149,22 +148,18 @@ class RedisConsumer(PolicyConsumer):
             if step.encoded is None:
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
-        redis_id = message.options["redis_message_id"]
-        try:
-            claim, at_once = delivery.claim, self.completes(delivery)
-            # Elsewhere a completion is remembered between hand-off and ack.
-            keep = not at_once and delivery.is_remembered()
-            body = b"" if dead is None else dead.encode()
-            if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
-                raise GivenAway
-            if at_once:
-                delivery.claim = claim.completed()
-            steps, delivery.steps = delivery.steps, None
-            if dead is not None:
-                self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
-        except Exception:
-            self.done.add(redis_id)
-            raise
+        redis_id = self._over(message)
+        claim, at_once = delivery.claim, self.completes(delivery)
+        # Elsewhere a completion is remembered between hand-off and ack.
+        keep = not at_once and delivery.is_remembered()
+        body = b"" if dead is None else dead.encode()
+        if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
+            raise GivenAway
+        if at_once:
+            delivery.claim = claim.completed()
+        steps, delivery.steps = delivery.steps, None
+        if dead is not None:
+            self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         delivery.acked = not keep
         for step in steps or ():
             assert isinstance(step, Send)
@@ -199,7 +194,7 @@ class RedisConsumer(PolicyConsumer):
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         if not self.completes(delivery):
             return super().completion(delivery)
-        return self._settling(delivery.message.options["redis_message_id"], completes=delivery.claim), True
+        return self._settling(self._over(delivery.message), completes=delivery.claim), True
 
     def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
         if delivery.acked and not delivery.settled:
@@ -249,12 +244,18 @@ class RedisConsumer(PolicyConsumer):
     def lost_connection(self, error: Exception) -> bool:
         return isinstance(error, redis.RedisError) or super().lost_connection(error)
 
-    def _release(self, message: MessageProxy) -> None:
-        held, redis_id = self.held, message.options["redis_message_id"]
-        held.discard(redis_id)
-        self.done.discard(redis_id)
-        if len(held) <= self.prefetch >> 1:
+    def _over(self, message: MessageProxy | Message[Any]) -> str:
+        """Its job is over, so another may take its place."""
+        redis_id: str = message.options["redis_message_id"]
+        self.done.add(redis_id)
+        if len(self.held) - len(self.done) <= self.prefetch >> 1:
             self.room.set()
+        return redis_id
+
+    def _release(self, message: MessageProxy) -> None:
+        redis_id = message.options["redis_message_id"]
+        self.held.discard(redis_id)
+        self.done.discard(redis_id)
 
     def _dead_letter_raw(self, data: bytes, error: Exception) -> None:
         """Move a body that can't be read to the dead letters. Its id stands in it, or must be looked for."""
