@@ -128,14 +128,15 @@ class RedisConsumer(PolicyConsumer):
         return False
 
     def finish(self, message: MessageProxy) -> None:
-        redis_id = self._over(message)
+        redis_id = message.options["redis_message_id"]
         try:
             if "do_ack" in vars(self.broker):
                 # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
                 self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
             else:
-                self._settle(redis_id, b"", [])
+                self._settle(self._over(message), b"", [])
         except BrokerConnectionError as error:
+            self.done.add(redis_id)
             if not self.wiring.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)

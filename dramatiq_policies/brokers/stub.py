@@ -8,6 +8,7 @@ from typing import Any
 
 from dramatiq import Message
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.errors import DramatiqError
 from dramatiq.message import get_encoder
 
 from .. import _dramatiq
@@ -78,6 +79,8 @@ def explain_unsendable(broker: Broker) -> None:
     def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         try:
             return stock(message, delay=delay)
+        except DramatiqError:
+            raise  # The broker would not have it, whatever is in it.
         except Exception as error:
             _explain(broker, message, error)
             raise
