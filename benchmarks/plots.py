@@ -88,7 +88,7 @@ def draw_memory(record: dict[str, Any]) -> Any:
 def draw_curve(record: dict[str, Any]) -> Any:
     """A panel per broker: medians, and quartiles as a band; for keys one more with the bytes that each takes."""
     curve = CURVES[record["benchmark"]]
-    key = "enqueue_rate" if record["benchmark"] == "confirms" else "rate"
+    key, label = ("enqueue_rate", "messages sent/s") if record["benchmark"] == "confirms" else ("rate", "jobs/s")
     measurements = record["measurements"]
     grown = [one for one in measurements if "used_bytes" in one]
     panels = len(curve.brokers) + bool(grown)
@@ -112,7 +112,7 @@ def draw_curve(record: dict[str, Any]) -> Any:
                 alpha=0.15,
             )
         _scale(axis, points)
-        axis.set(xlabel=curve.axis, ylabel="jobs/s", title=NAMES[broker])
+        axis.set(xlabel=curve.axis, ylabel=label, title=NAMES[broker])
         axis.set_ylim(bottom=0)
     axes[0][0].legend(fontsize=8)
     if grown:
@@ -170,7 +170,7 @@ def draw(path: Path, folder: Path) -> Path:
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}):  # fmt: skip
         figure = {"drain": draw_drain, "memory": draw_memory}.get(name, draw_curve)(record)
         width, height = figure.get_size_inches()
-        text = textwrap.wrap(caption(record), int(width * 20))
+        text = textwrap.wrap(caption(record), int(width * 20), break_on_hyphens=False)
         figure.set_size_inches(width, height + 0.16 * len(text))
         below = 0.16 * len(text) / (height + 0.16 * len(text)) + 0.02
         figure.tight_layout(rect=(0, below, 1, 1))
