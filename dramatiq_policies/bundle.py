@@ -16,9 +16,9 @@ from dramatiq.results import Results as StockResults
 from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
-from .admission import resolve_guard
 from .brokers import explain_unsendable, wrap_consumer
 from .errors import ConfigurationError
+from .guards import resolve_guard
 from .middleware.base import PolicyMiddleware
 from .middleware.composition import GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger

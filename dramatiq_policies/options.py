@@ -15,7 +15,7 @@ from .rules import RetryPolicy, Rule, RuleSet, When
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-    from .admission import Guard
+    from .guards import Guard
 
 __all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.middleware import SkipMessage
 
 from . import interrupts
-from .admission import Done, key_of
 from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
 from .errors import QueueTimeoutExceeded
+from .guards import Done, key_of
 from .history import now_ms
 from .middleware.timeout import CLOSE, expired_after, limit_for, warn_if_close
 from .outcomes import Outcome
@@ -23,7 +23,8 @@ from .outcomes import Outcome
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-    from .admission import Admission, Guard
+    from .admission import Admission
+    from .guards import Guard
     from .interrupts import Caller
     from .wiring import Wiring
 

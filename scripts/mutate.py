@@ -35,6 +35,7 @@ TESTS = {
     "middleware/error_classifier": ["test_error_classifier", "test_kit_stub", "test_idempotency"],
     "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
     "claims": ["test_claims", "test_claims_model", "test_quarantine", "test_idempotency"],
+    "guards": ["test_idempotency", "test_quarantine"],
     "admission": ["test_quarantine", "test_idempotency"],
 }
 _COMPARISONS = {

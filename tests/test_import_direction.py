@@ -28,7 +28,7 @@ LAYERS = [
     {"brokers", "records"},
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
     {"stores", "owners", "keys", "solitude"},
-    {"claims"},
+    {"claims", "guards"},
     {"admission", "piggyback"},
     {"middleware", "running"},
     {"contrib"},

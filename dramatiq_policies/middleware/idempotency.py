@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from dramatiq import Actor, Message
 
 from .. import _dramatiq, records
-from ..admission import OPTIONS, Admission, Guard, checked_crashes, key_of, name_of
+from ..admission import Admission
 from ..callables import is_coroutine_callable
 from ..claims import Claims, StoreDown
 from ..errors import ConfigurationError, checked_duration
+from ..guards import OPTIONS, Guard, checked_crashes, key_of, name_of
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 

@@ -1,0 +1,191 @@
+"""What an actor declares about running once: checked at its declaration, with the key of each of its messages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.asyncio import async_to_sync
+from dramatiq.middleware import SkipMessage
+
+from . import coroutines, interrupts
+from .backoff import bounds_of
+from .callables import is_coroutine_callable
+from .durations import WEEK_MS
+from .errors import ConfigurationError, checked_duration
+from .keys import checked_key, encodable, template_key
+from .rules import RuleSet
+
+if TYPE_CHECKING:
+    from dramatiq import Actor, Message
+
+    from .interrupts import Caller
+
+__all__ = ["OPTIONS", "Done", "Guard", "checked_crashes", "key_of", "name_of", "resolve_guard"]
+
+#: The actor options of idempotency.
+OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
+
+
+class Guard:
+    """What an actor declares about running once.
+
+    Attributes:
+      asked: Whether it asks for anything at all.
+      keyed: Whether it has a key; without one only ``done_when`` and the count of crashes are left.
+      key_of: Makes the key; None for the message id. If ``call_key`` is given, it takes what the actor takes.
+      claims_at_once: Whether nothing of the user's runs before the claim.
+      call_key: How a ``key_of`` that is code of the user's is called; None for a template.
+      job, call: The actor's function with ``done_when`` before it, and how it is called; None without one.
+      ttl: How long a completed key is remembered, in milliseconds.
+      max_crashes: See `Idempotency`.
+    """
+
+    __slots__ = ("asked", "call", "call_key", "claims_at_once", "job", "key_of", "keyed", "max_crashes", "ttl")
+
+    def __init__(self) -> None:
+        self.asked = self.keyed = self.claims_at_once = False
+        self.key_of: Callable[..., Any] | None = None
+        self.call_key: Caller | None = None
+        self.job: Callable[..., Any] | None = None
+        self.call: Caller | None = None
+        self.ttl = 0
+        self.max_crashes: int | None = None
+
+
+class Done(SkipMessage):
+    """``done_when`` said that there is nothing left to do."""
+
+
+def name_of(actor_name: str, key: str) -> str:
+    """The register of an actor's key."""
+    return encodable(f"{actor_name}\0{key}")
+
+
+def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str | None:
+    """The key of a message: its own, or what the actor's makes of its arguments; None if it has none.
+
+    ``call`` calls code of the user's with what the actor was called with.
+    """
+    own = message.options.get("idempotency_key")
+    if own is not None:
+        return checked_key(own)
+    if not guard.keyed:
+        return None
+    if guard.key_of is None:
+        return message.message_id
+    if guard.call_key is not None:
+        return checked_key(call(guard.key_of))
+    return checked_key(guard.key_of(message.args, message.kwargs))
+
+
+def resolve_guard(
+    where: str, actor: Actor[..., Any], rules: RuleSet, defaults: tuple[int, int | None] | None
+) -> Guard | None:
+    """Check an actor's options of idempotency.
+
+    Parameters:
+      defaults: The broker's ttl and max_crashes; None if it has no Idempotency.
+
+    Raises:
+      ConfigurationError: An option makes no sense, or there is no Idempotency to serve it.
+    """
+    options = actor.options
+    if defaults is None:
+        _refuse_any(where, options)
+        return None
+    guard = Guard()
+    fn: Any = getattr(actor.fn, "dramatiq_policies_wraps", actor.fn)
+    idempotent = options.get("idempotent")
+    if not (idempotent is None or isinstance(idempotent, bool)):
+        raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)
+    given = options.get("idempotency_key")
+    if given is not None:
+        if isinstance(given, str):
+            guard.key_of = template_key(where, given, fn)
+        elif callable(given):
+            guard.key_of, guard.call_key = _of_users(where, "idempotency_key", given, fn)
+        else:
+            raise ConfigurationError.of_option(where, "idempotency_key", "a template or a callable", given)
+    guard.keyed = bool(idempotent) or given is not None
+    guard.claims_at_once = guard.keyed and guard.call_key is None
+    done_when = options.get("done_when")
+    guard.asked = guard.keyed or done_when is not None
+    if done_when is not None:
+        if not callable(done_when):
+            raise ConfigurationError.of_option(where, "done_when", "a callable", done_when)
+        _refuse_async(where, "done_when", done_when, fn)
+        guard.job = _with_done_when(fn, done_when)
+        guard.call = interrupts.caller(guard.job)
+    ttl, max_crashes = defaults
+    declared = options.get("idempotency_ttl")
+    if declared is not None:
+        ttl = checked_duration(where, "idempotency_ttl", declared, least=1)
+    guard.ttl = max(ttl, _longest_wait(rules))
+    if "max_crashes" in options:
+        max_crashes = checked_crashes(where, options["max_crashes"])
+    guard.max_crashes = max_crashes
+    return guard
+
+
+def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
+    for name in OPTIONS:
+        if options.get(name) not in (None, False):
+            raise ConfigurationError(
+                f"{where}: {name}: the broker has no Idempotency with a store. Pass one to install(): on RabbitMQ "
+                "install(broker, idempotency=Idempotency(RedisStore.from_url(…)))."
+            )
+
+
+def checked_crashes(where: str, value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigurationError.of_option(where, "max_crashes", "an int of at least 1, or None", value)
+    return value
+
+
+def _longest_wait(rules: RuleSet) -> int:
+    """The longest wait between two runs that rules which retry allow, in milliseconds."""
+    longest = 0
+    for policy in rules.retry_policies():
+        bounds = [bounds_of(policy.wait, attempt)[1] for attempt in range(1, min(policy.attempts, 100))]
+        longest = max([longest, *bounds])
+    return min(longest, WEEK_MS)
+
+
+def _refuse_async(where: str, option: str, given: Any, fn: Any) -> None:
+    if is_coroutine_callable(given) and not coroutines.is_async(fn):
+        raise ConfigurationError.of_option(
+            where, option, "a plain function", given, "A coroutine function works on an async actor only"
+        )
+
+
+def _of_users(where: str, option: str, given: Callable[..., Any], fn: Any) -> tuple[Callable[..., Any], Caller]:
+    _refuse_async(where, option, given, fn)
+    run = async_to_sync(given) if is_coroutine_callable(given) else given
+    return run, interrupts.caller(run)
+
+
+def _with_done_when(fn: Any, done_when: Callable[..., Any]) -> Callable[..., Any]:
+    """The job, which asks first whether it has been done: inside its timeout, and on the loop of an async actor."""
+    if coroutines.is_async(fn):
+        coroutine = fn.__wrapped__
+
+        @functools.wraps(coroutine)
+        async def ask_and_run(*args: Any, **kwargs: Any) -> Any:
+            done = done_when(*args, **kwargs)
+            if inspect.isawaitable(done):
+                done = await done
+            if done:
+                raise Done
+            return await coroutine(*args, **kwargs)
+
+        return async_to_sync(ask_and_run)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if done_when(*args, **kwargs):
+            raise Done
+        return fn(*args, **kwargs)
+
+    return run
