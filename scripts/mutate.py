@@ -32,6 +32,7 @@ TESTS = {
     "declarations": ["test_rules", "test_error_classifier"],
     "backoff": ["test_backoff", "test_error_classifier"],
     "asked": ["test_backoff"],
+    "decisions": ["test_error_classifier", "test_kit_stub", "test_idempotency"],
     "middleware/error_classifier": ["test_error_classifier", "test_kit_stub", "test_idempotency"],
     "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
     "claims": ["test_claims", "test_claims_model", "test_quarantine", "test_idempotency"],

@@ -814,7 +814,7 @@ def test_an_error_that_no_decision_can_be_made_on_is_a_dead_letter_that_says_so(
     def broken(*args):
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(stage.classifier, "_decide", broken)
+    monkeypatch.setattr("dramatiq_policies.middleware.error_classifier.decide", broken)
     stage.run()
     assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
     assert "ZeroDivisionError: by nothing" in str(stage.events[0].exception)

@@ -22,7 +22,7 @@ LAYERS = [
     {"outcomes"},
     {"history", "delivery", "shape", "options"},
     {"wiring"},
-    {"settlement", "queues", "election"},
+    {"settlement", "decisions", "queues", "election"},
     {"alerts"},
     {"consumer"},
     {"brokers", "records"},

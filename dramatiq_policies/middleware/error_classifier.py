@@ -1,4 +1,4 @@
-"""Decides what becomes of a message: retry, discard, alert, or the dead letters."""
+"""The middleware that decides what becomes of a message: its settings, its hooks, and what it logs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.errors import RateLimitExceeded, Retry
-from dramatiq.middleware import Retries, Shutdown
+from dramatiq.middleware import Retries
 
 from .. import clock
-from ..backoff import safe_wait
 from ..consumer import hold
+from ..decisions import decide
 from ..declarations import parse_rules
-from ..delivery import READY, SUCCEEDED, Delivery, Recorder, Send, Settlement, current
+from ..delivery import READY, SUCCEEDED, Delivery, Settlement, current
 from ..durations import WEEK_MS
-from ..errors import ConfigurationError, HandoffFailed, Snooze, Verdict, checked_duration
-from ..history import POLICIES, History, now_ms
+from ..errors import ConfigurationError, HandoffFailed, checked_duration
+from ..history import now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
-from ..rules import RetryPolicy, RuleSet, Verb
+from ..rules import RetryPolicy, RuleSet
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
 
@@ -41,7 +40,6 @@ _stock_lines = logging.getLogger("dramatiq_policies.stock")
 _stock_lines.setLevel(logging.ERROR)
 
 _DEFAULTS = {"max_retries": 20, "min_backoff": None, "max_backoff": None, "retry_when": None}
-_UNCLASSIFIED = "unclassified"
 
 
 class ErrorClassifier(PolicyMiddleware, Retries):
@@ -170,7 +168,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=True) if message.failed else SUCCEEDED
         else:
             try:
-                delivery.settlement = self._decide(broker, delivery, message, cause_of(exception))
+                delivery.settlement = decide(self, broker, delivery, message, cause_of(exception))
             except Exception as error:
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
                 stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
@@ -211,149 +209,6 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if self.wiring.fatal is not None and self.wiring.in_command:
             # What dramatiq exits with when its broker can't be reached.
             raise SystemExit(3)
-
-    # Decisions.
-
-    def _decide(self, broker: Broker, delivery: Delivery, message: MessageProxy, error: BaseException) -> Settlement:
-        history = History(message.options)
-        if isinstance(error, Shutdown):
-            return self._interrupted(delivery, message, history, error)
-        if isinstance(error, Verdict):
-            return self._obey(delivery, message, history, error)
-        policy = delivery.policy
-        rule = None if policy is None else policy.rules.match(error)
-        if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
-            rule = None
-        elif rule is None and self.unclassified is not None and not self._is_stock(delivery, message, error):
-            return self._retry(delivery, message, history, error, self.unclassified, _UNCLASSIFIED)
-        if rule is None:
-            return self._by_stock_options(broker, delivery, message, history, error)
-        if rule.policy is not None:
-            return self._retry(delivery, message, history, error, rule.policy, rule.id)
-        history.failed(error, now_ms(), None)
-        message.options[POLICIES] = history.option()
-        if rule.verb is Verb.DISCARD:
-            return self._discarded(delivery, history, error, rule.id)
-        return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
-
-    def _is_stock(self, delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
-        if isinstance(error, (RateLimitExceeded, Retry)):
-            return True
-        throws: Any = None if delivery.policy is None else delivery.policy.options.get("throws")
-        return bool(throws) and isinstance(error, throws)
-
-    def _interrupted(
-        self, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
-    ) -> Settlement:
-        declared = {} if delivery.policy is None else delivery.policy.options
-        if message.options.get("max_retries", declared.get("max_retries", self.max_retries)) == 0:
-            return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
-        delivery.hand_on(Send(_again(message, history)))
-        return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
-
-    def _obey(self, delivery: Delivery, message: MessageProxy, history: History, verdict: Verdict) -> Settlement:
-        now = now_ms()
-        if not isinstance(verdict, Snooze):
-            history.failed(verdict, now, None)
-            message.options[POLICIES] = history.option()
-            return self._discarded(delivery, history, verdict, None)
-        if history.snoozed_since is None:
-            history.snoozed_since = now
-        left = history.snoozed_since + self.max_snooze - now
-        if left <= 0:
-            return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
-        history.snoozes += 1
-        delay = min(verdict.delay, left, WEEK_MS)
-        delivery.hand_on(Send(_again(message, history), delay or None))
-        return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
-
-    def _discarded(
-        self,
-        delivery: Delivery,
-        history: History,
-        error: BaseException,
-        rule_id: str | None,
-        reason: str | None = None,
-    ) -> Settlement:
-        keep = self.dead_letter_discards
-        if delivery.policy is not None and delivery.policy.dead_letter_discards is not None:
-            keep = delivery.policy.dead_letter_discards
-        return Settlement(
-            Outcome.DISCARDED,
-            reason,
-            exception=error,
-            rule=rule_id,
-            attempt=history.attempt,
-            dead_letter=keep,
-            exhausted=reason is not None,
-        )
-
-    def _retry(
-        self,
-        delivery: Delivery,
-        message: MessageProxy,
-        history: History,
-        error: BaseException,
-        policy: RetryPolicy,
-        rule_id: str,
-    ) -> Settlement:
-        now = now_ms()
-        number, first = history.count(rule_id, now)
-        highest = max(
-            self.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts
-        )
-        exhausted = number >= policy.attempts or history.total >= highest
-        delay = 0
-        if not exhausted:
-            if isinstance(error, Retry) and error.delay is not None:
-                delay = safe_wait(lambda attempt, exception: error.delay or 0, number, error)
-            else:
-                delay = safe_wait(policy.wait, number, error)  # type: ignore[arg-type]
-            exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
-        history.failed(error, now, None if exhausted else delay)
-        if not exhausted:
-            delivery.hand_on(Send(_again(message, history), delay or None))
-            return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
-        message.options[POLICIES] = history.option()
-        if policy.then == "discard":
-            return self._discarded(delivery, history, error, rule_id, "exhausted")
-        return Settlement(
-            Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
-            "exhausted",
-            exception=error,
-            rule=rule_id,
-            attempt=history.attempt,
-            dead_letter=True,
-            exhausted=True,
-        )
-
-    def _by_stock_options(
-        self, broker: Broker, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
-    ) -> Settlement:
-        """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
-        recorder = Recorder(broker)
-        retries = message.options.get("retries", 0)
-        try:
-            Retries.after_process_message(self, recorder, message, exception=error)
-        except Exception:
-            if not message.failed:
-                raise
-            logger.exception("on_retry_exhausted could not be told of message %s.", message.message_id)
-        now = now_ms()
-        if not message.failed:
-            send = recorder.sends[0]
-            delay = max(0, int(send.delay or 0))
-            history.failed(error, now, delay)
-            delivery.hand_on(Send(_again(message, history), delay or None))
-            return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
-        history.failed(error, now, None)
-        message.options[POLICIES] = history.option()
-        declared = {} if delivery.policy is None else delivery.policy.options
-        throws = declared.get("throws")
-        reason = "exhausted" if retries else _UNCLASSIFIED
-        if throws and isinstance(error, throws):
-            reason = "thrown"
-        return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
     # Records.
 
@@ -407,11 +262,3 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             extra=extra_of(event, message),
             exc_info=None if repeated else error,
         )
-
-
-def _again(message: MessageProxy, history: History) -> Message[Any]:
-    """The message for its next run: what it carries of its past, and no time at which it is due."""
-    history.deferrals = 0
-    again: Message[Any] = message.copy(options={POLICIES: history.option()})
-    again.options.pop("eta", None)
-    return again

@@ -1,0 +1,195 @@
+"""The decision on a job that failed: retry, discard, alert, or the dead letters.
+
+Called by `ErrorClassifier`, whose settings it reads. `settlement` does what is decided here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.errors import RateLimitExceeded, Retry
+from dramatiq.middleware import Retries, Shutdown
+
+from .backoff import safe_wait
+from .delivery import Delivery, Recorder, Send, Settlement
+from .durations import WEEK_MS
+from .errors import Snooze, Verdict
+from .history import POLICIES, History, now_ms
+from .outcomes import Outcome, logger
+from .rules import RetryPolicy, Verb
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import Broker, MessageProxy
+
+    from .middleware.error_classifier import ErrorClassifier
+
+__all__ = ["decide"]
+
+_UNCLASSIFIED = "unclassified"
+
+
+def decide(
+    classifier: ErrorClassifier, broker: Broker, delivery: Delivery, message: MessageProxy, error: BaseException
+) -> Settlement:
+    """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
+    history = History(message.options)
+    if isinstance(error, Shutdown):
+        return _interrupted(classifier, delivery, message, history, error)
+    if isinstance(error, Verdict):
+        return _obey(classifier, delivery, message, history, error)
+    policy = delivery.policy
+    rule = None if policy is None else policy.rules.match(error)
+    if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
+        rule = None
+    elif rule is None and classifier.unclassified is not None and not _is_stock(delivery, message, error):
+        return _retry(classifier, delivery, message, history, error, classifier.unclassified, _UNCLASSIFIED)
+    if rule is None:
+        return _by_stock_options(classifier, broker, delivery, message, history, error)
+    if rule.policy is not None:
+        return _retry(classifier, delivery, message, history, error, rule.policy, rule.id)
+    history.failed(error, now_ms(), None)
+    message.options[POLICIES] = history.option()
+    if rule.verb is Verb.DISCARD:
+        return _discarded(classifier, delivery, history, error, rule.id)
+    return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
+
+
+def _is_stock(delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
+    if isinstance(error, (RateLimitExceeded, Retry)):
+        return True
+    throws: Any = None if delivery.policy is None else delivery.policy.options.get("throws")
+    return bool(throws) and isinstance(error, throws)
+
+
+def _interrupted(
+    classifier: ErrorClassifier, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
+) -> Settlement:
+    declared = {} if delivery.policy is None else delivery.policy.options
+    if message.options.get("max_retries", declared.get("max_retries", classifier.max_retries)) == 0:
+        return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
+    delivery.hand_on(Send(_again(message, history)))
+    return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
+
+
+def _obey(
+    classifier: ErrorClassifier, delivery: Delivery, message: MessageProxy, history: History, verdict: Verdict
+) -> Settlement:
+    now = now_ms()
+    if not isinstance(verdict, Snooze):
+        history.failed(verdict, now, None)
+        message.options[POLICIES] = history.option()
+        return _discarded(classifier, delivery, history, verdict, None)
+    if history.snoozed_since is None:
+        history.snoozed_since = now
+    left = history.snoozed_since + classifier.max_snooze - now
+    if left <= 0:
+        return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
+    history.snoozes += 1
+    delay = min(verdict.delay, left, WEEK_MS)
+    delivery.hand_on(Send(_again(message, history), delay or None))
+    return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
+
+
+def _discarded(
+    classifier: ErrorClassifier,
+    delivery: Delivery,
+    history: History,
+    error: BaseException,
+    rule_id: str | None,
+    reason: str | None = None,
+) -> Settlement:
+    keep = classifier.dead_letter_discards
+    if delivery.policy is not None and delivery.policy.dead_letter_discards is not None:
+        keep = delivery.policy.dead_letter_discards
+    return Settlement(
+        Outcome.DISCARDED,
+        reason,
+        exception=error,
+        rule=rule_id,
+        attempt=history.attempt,
+        dead_letter=keep,
+        exhausted=reason is not None,
+    )
+
+
+def _retry(
+    classifier: ErrorClassifier,
+    delivery: Delivery,
+    message: MessageProxy,
+    history: History,
+    error: BaseException,
+    policy: RetryPolicy,
+    rule_id: str,
+) -> Settlement:
+    now = now_ms()
+    number, first = history.count(rule_id, now)
+    highest = max(
+        classifier.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts
+    )
+    exhausted = number >= policy.attempts or history.total >= highest
+    delay = 0
+    if not exhausted:
+        if isinstance(error, Retry) and error.delay is not None:
+            delay = safe_wait(lambda attempt, exception: error.delay or 0, number, error)
+        else:
+            delay = safe_wait(policy.wait, number, error)  # type: ignore[arg-type]
+        exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
+    history.failed(error, now, None if exhausted else delay)
+    if not exhausted:
+        delivery.hand_on(Send(_again(message, history), delay or None))
+        return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
+    message.options[POLICIES] = history.option()
+    if policy.then == "discard":
+        return _discarded(classifier, delivery, history, error, rule_id, "exhausted")
+    return Settlement(
+        Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
+        "exhausted",
+        exception=error,
+        rule=rule_id,
+        attempt=history.attempt,
+        dead_letter=True,
+        exhausted=True,
+    )
+
+
+def _by_stock_options(
+    classifier: ErrorClassifier,
+    broker: Broker,
+    delivery: Delivery,
+    message: MessageProxy,
+    history: History,
+    error: BaseException,
+) -> Settlement:
+    """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
+    recorder = Recorder(broker)
+    retries = message.options.get("retries", 0)
+    try:
+        Retries.after_process_message(classifier, recorder, message, exception=error)
+    except Exception:
+        if not message.failed:
+            raise
+        logger.exception("on_retry_exhausted could not be told of message %s.", message.message_id)
+    now = now_ms()
+    if not message.failed:
+        send = recorder.sends[0]
+        delay = max(0, int(send.delay or 0))
+        history.failed(error, now, delay)
+        delivery.hand_on(Send(_again(message, history), delay or None))
+        return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
+    history.failed(error, now, None)
+    message.options[POLICIES] = history.option()
+    declared = {} if delivery.policy is None else delivery.policy.options
+    throws = declared.get("throws")
+    reason = "exhausted" if retries else _UNCLASSIFIED
+    if throws and isinstance(error, throws):
+        reason = "thrown"
+    return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+
+
+def _again(message: MessageProxy, history: History) -> Message[Any]:
+    """The message for its next run: what it carries of its past, and no time at which it is due."""
+    history.deferrals = 0
+    again: Message[Any] = message.copy(options={POLICIES: history.option()})
+    again.options.pop("eta", None)
+    return again
