@@ -27,7 +27,8 @@ from dramatiq.middleware import TimeLimitExceeded
 from dramatiq.middleware.time_limit import TimeLimit
 
 from dramatiq_policies import interrupts
-from dramatiq_policies.middleware.timeout import Timeout, limit_for
+from dramatiq_policies.limits import limit_for
+from dramatiq_policies.middleware.timeout import Timeout
 
 Call = Callable[[Callable[[], None], float], None]
 

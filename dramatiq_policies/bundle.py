@@ -19,6 +19,7 @@ from . import _dramatiq
 from .brokers import explain_unsendable, wrap_consumer
 from .errors import ConfigurationError
 from .guards import resolve_guard
+from .limits import validate
 from .middleware.base import PolicyMiddleware
 from .middleware.composition import GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger
@@ -30,7 +31,7 @@ from .middleware.prometheus import count_retries_of
 from .middleware.queue_monitor import QueueMonitor
 from .middleware.sentry import SentryReporter
 from .middleware.shutdown import ShutdownNotifications
-from .middleware.timeout import Timeout, validate
+from .middleware.timeout import Timeout
 from .options import ActorPolicy
 from .running import wrap_actor
 from .wiring import Wiring, wiring_of

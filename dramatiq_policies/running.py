@@ -17,7 +17,7 @@ from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
 from .errors import QueueTimeoutExceeded
 from .guards import Done, key_of
 from .history import now_ms
-from .middleware.timeout import CLOSE, expired_after, limit_for, warn_if_close
+from .limits import CLOSE, expired_after, limit_for, warn_if_close
 from .outcomes import Outcome
 
 if TYPE_CHECKING:

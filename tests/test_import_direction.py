@@ -22,7 +22,7 @@ LAYERS = [
     {"outcomes"},
     {"history", "delivery", "shape", "options"},
     {"wiring"},
-    {"settlement", "decisions", "queues", "election"},
+    {"settlement", "decisions", "limits", "queues", "election"},
     {"alerts"},
     {"consumer"},
     {"brokers", "records"},

@@ -17,19 +17,12 @@ from dramatiq import Message
 from dramatiq.middleware import Middleware, TimeLimit
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
-from dramatiq_policies import interrupts
+from dramatiq_policies import interrupts, limits
 from dramatiq_policies.delivery import RAN, RUNNING, Delivery
 from dramatiq_policies.errors import ConfigurationError
-from dramatiq_policies.middleware import timeout as timeout_module
+from dramatiq_policies.limits import expired_after, limit_for, validate, warn_if_close
 from dramatiq_policies.middleware.shutdown import ShutdownNotifications
-from dramatiq_policies.middleware.timeout import (
-    StuckJob,
-    Timeout,
-    expired_after,
-    limit_for,
-    validate,
-    warn_if_close,
-)
+from dramatiq_policies.middleware.timeout import STUCK_EXIT_CODE, StuckJob, Timeout
 
 INF = float("inf")
 NO_DURATIONS = [0, -1, -0.5, float("nan"), True, False, "30", "x", [], {}, 10**400, -INF, timedelta(0)]
@@ -37,7 +30,7 @@ NO_DURATIONS = [0, -1, -0.5, float("nan"), True, False, "30", "x", [], {}, 10**4
 
 @pytest.fixture(autouse=True)
 def warned_anew():
-    timeout_module._warned.clear()
+    limits._warned.clear()
 
 
 def message(timestamp=1_700_000_000_000, **options):
@@ -366,7 +359,7 @@ def test_exit_ends_the_worker_process_at_once_and_the_command_with_its_code(tmp_
         timeout=60,
         check=False,
     )
-    assert result.returncode == timeout_module.STUCK_EXIT_CODE, result.stderr
+    assert result.returncode == STUCK_EXIT_CODE, result.stderr
     assert time.monotonic() - start < 30
     assert (tmp_path / "notes").read_text() == "stuck is stuck\n"
     assert "the neighbour ended" not in result.stderr
