@@ -45,11 +45,9 @@ The timer
 
 One daemon thread per process looks at one slot per worker thread; there is no queue of deadlines, in which jobs that end
 early would leave stale entries for as long as their timeouts. It sleeps until the earliest deadline. A worker that arms
-a deadline writes its slot (under the slot's lock) and then reads when the timer will wake; the timer first says that
-everybody is to wake it, then reads the slots (under the same locks), and then says when it will wake. So for each slot,
-either the timer sees the new deadline, or the worker sees that it must wake the timer. A deadline that is no
-earlier costs no wake-up. One whose job has ended is slept for all the same, so that the next job's is no earlier; after
-it an idle process sleeps without end.
+a deadline writes its slot, and the timer reads it, under the slot's lock: `timer` says why none is overlooked. A deadline
+that is no earlier costs no wake-up. One whose job has ended is slept for all the same, so that the next job's is no
+earlier; after it an idle process sleeps without end.
 
 It starts at the first deadline, hence after the fork, and a forked child begins anew. In the child nobody will
 interrupt a job that was running in the parent when it forked.
@@ -78,6 +76,7 @@ from dramatiq.middleware import Shutdown
 from dramatiq.threading import Interrupt, is_gevent_active
 
 from .errors import TimeoutExceeded
+from .timer import Timer
 
 __all__ = ["Caller", "Watch", "call", "caller", "reset", "shutdown", "supported"]
 
@@ -225,64 +224,17 @@ class Slot:
                     return
 
 
-class Timer:
-    """The thread that attends to runs when they are due."""
-
-    def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        #: When the thread will look at the slots; who has an earlier deadline must `wake` it.
-        self.wakes_at = inf
-        self._starting = Lock()
-        self._stopped = False
-        # Held but for the moment between a wake-up and its notice.
-        self._bell = Lock()
-        self._bell.acquire()
-
-    def start(self) -> bool:
-        """Start the thread unless it runs; whether it does."""
-        with self._starting:
-            if self.thread is None:
-                thread = threading.Thread(target=self._run, name="dramatiq_policies-timer", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # No more threads, or the process is ending.
-                    logger.exception("No timeout is in force: the timer could not be started.")
-                else:
-                    self.thread = thread
-            return self.thread is not None
-
-    def stop(self) -> None:
-        self._stopped = True
-        self.wake()
-
-    def wake(self) -> None:
-        try:
-            self._bell.release()
-        except RuntimeError:
-            pass  # Somebody else has just done so.
-
-    def _run(self) -> None:
-        while not self._stopped:
-            self.wakes_at = inf
-            try:
-                earliest = min([slot.attend() for slot in _slots.copy().values()], default=inf)
-            except Exception:
-                logger.exception("The timer of the timeouts failed; it goes on in a second.")
-                earliest = monotonic() + 1
-            self.wakes_at = earliest
-            if earliest == inf:
-                self._bell.acquire()
-            else:
-                self._bell.acquire(timeout=min(max(0.0, earliest - monotonic()), threading.TIMEOUT_MAX))
-
-
 class _OfThisThread(threading.local):
     slot: Slot | None = None
 
 
+def _attend() -> float:
+    return min([slot.attend() for slot in _slots.copy().values()], default=inf)
+
+
 _slots: dict[int, Slot] = {}
 _mine = _OfThisThread()
-_timer = Timer()
+_timer = Timer(_attend)
 
 
 def call(
@@ -483,7 +435,7 @@ def _begin_anew() -> None:
     global _slots, _mine, _timer  # noqa: PLW0603 - an object around them would cost every job two look-ups more
     _slots = {}
     _mine = _OfThisThread()
-    _timer = Timer()
+    _timer = Timer(_attend)
 
 
 def _after_fork_in_child() -> None:
