@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random as _random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
@@ -284,7 +285,8 @@ def _duration(where: str, name: str, value: Any) -> int:
 
 
 def _number(where: str, name: str, value: Any, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+    # An int can be finite and beyond what a float holds.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= sys.float_info.max:
         raise ConfigurationError.of_option(where, name, f"a number of at least {least}", value)
     return value
 

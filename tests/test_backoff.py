@@ -163,6 +163,7 @@ def test_processes_forked_from_one_draw_differently():
         (lambda: exponential(maximum="1h"), "maximum"),
         (lambda: exponential(factor=0.5), "factor"),
         (lambda: exponential(factor=float("nan")), "factor"),
+        (lambda: exponential(factor=10**400), "factor"),
         (lambda: exponential(jitter=1.5), "jitter"),
         (lambda: exponential(jitter=True), "jitter"),
         (lambda: polynomial(power=-1), "power"),

@@ -62,6 +62,8 @@ install(
 dramatiq.set_broker(broker)
 
 def die():
+    # Dramatiq's command waits for ever if a worker dies while it says that it has booted.
+    time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 
 def once(word):

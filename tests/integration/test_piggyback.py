@@ -54,13 +54,13 @@ class Shop:
 
     @contextlib.contextmanager
     def working(self, threads: int = 1) -> Iterator[Worker]:
-        """Work on what was sent, once all of it is in the worker's hands."""
+        """Work on what was sent; a single thread begins once all of it is in the worker's hands."""
 
         worker = Worker(self.broker, worker_timeout=100, worker_threads=threads)
         worker.start()
         try:
             self.gate.entered.wait(10)
-            until(lambda: worker.work_queue.qsize() >= len(self.sent) - threads + 1)
+            until(lambda: threads > 1 or worker.work_queue.qsize() >= len(self.sent))
             self.gate.open.set()
             yield worker
         finally:
