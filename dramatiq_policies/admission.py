@@ -6,6 +6,7 @@ delivery, or raises SkipMessage with the decision on it.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -52,6 +53,8 @@ class Admission:
           SkipMessage: The job is not to run now; the decision is on the delivery.
         """
         message = delivery.message
+        if delivery.redelivered and (left := self.wiring.booting_until - time.monotonic()) > 0:
+            time.sleep(left)
         if key is None:
             if not delivery.redelivered or guard.max_crashes is None:
                 return

@@ -69,7 +69,9 @@ def _run(
         limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
     admission, guard, piggyback = wiring.admission, None if policy is None else policy.guard, wiring.piggyback
-    if piggyback is not None and not (guard is not None and guard.claims_at_once and piggyback.claims.solitude.is_open):
+    if piggyback is not None and not (
+        guard is not None and guard.claims_at_once and not delivery.redelivered and piggyback.claims.solitude.is_open
+    ):
         piggyback.flush()
     if admission is None or guard is None:
         return _call(wiring, delivery, call, fn, args, kwargs)

@@ -59,6 +59,9 @@ class Wiring:
         self.polled: dict[str, float] | None = None
         self.fatal: str | None = None
         self.in_command = False
+        #: Until when, in monotonic seconds, no job begins that may be what kills its worker: Dramatiq's command waits for ever
+        #: for a worker process that dies while it says that it has booted.
+        self.booting_until = 0.0
         #: Taken by the consumer that says that this broker's storage is not known, and never given back.
         self.unknown_storage_said = threading.Lock()
         #: The middleware that says how long jobs may run, None without one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import dramatiq.worker
+import pytest
 from dramatiq.broker import MessageProxy
 
 from dramatiq_policies.testing import pytest_plugin
@@ -26,3 +27,9 @@ if not hasattr(dramatiq.worker, "_WorkQueueItem"):
 def pytest_configure(config):
     if not config.pluginmanager.is_registered(pytest_plugin):
         config.pluginmanager.register(pytest_plugin, "dramatiq_policies")
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A worker of a test is in no command that could wait for it, whatever hooks were called: nothing is held back."""
+    monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import pytest
 from dramatiq import pipeline
@@ -13,6 +14,7 @@ from dramatiq.results.backends import StubBackend
 from dramatiq_policies import Idempotency, Timeout, owners, records
 from dramatiq_policies.claims import uncounted_name
 from dramatiq_policies.stores.memory import MemoryStore
+from dramatiq_policies.wiring import wiring_of
 
 from .support import Stage
 
@@ -264,3 +266,24 @@ def test_a_pipeline_goes_on_though_its_result_could_not_be_read_when_done_when_s
     stage.run()
     assert told == [("ann",)]
     assert stage.reasons()[:2] == ["store_down", "done"]
+
+
+def test_what_may_have_killed_a_worker_begins_only_when_the_command_knows_that_the_next_one_has_booted(monkeypatch):
+    """Dramatiq's command waits for ever for a worker process that dies while it says that it has booted."""
+    monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0.3)
+    app = Crashing()
+    wiring_of(app.stage.broker).in_command = True
+    began = time.monotonic()
+    message = app.job.message(7)
+    assert app.comes_back(message) == ("succeeded", None)
+    assert time.monotonic() - began >= 0.3
+
+
+def test_other_jobs_begin_at_once():
+    app = Crashing()
+    wiring_of(app.stage.broker).in_command = True
+    began = time.monotonic()
+    app.job.send(7)
+    app.stage.run()
+    assert app.stage.outcomes() == ["succeeded"]
+    assert time.monotonic() - began < 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Idempotency", "KeyState"]
 
 alerts = logging.getLogger("dramatiq_policies.alerts")
+
+#: How long, in seconds, a worker process is left to say that it has booted, before it begins what may kill it.
+_BOOTING = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,11 @@ class Idempotency(PolicyMiddleware):
         wiring.admission = Admission(wiring, self.claims, run_without_store=self.on_store_error == "run")
         wiring.guard_defaults = (self.ttl, self.max_crashes)
         wiring.policies.clear()
+
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        wiring = self.arrange(broker)
+        if wiring.in_command:
+            wiring.booting_until = time.monotonic() + _BOOTING
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         wiring = self.arrange(broker)
