@@ -37,6 +37,7 @@ class Shop:
         self.told: list[str] = []
         wiring = wiring_of(self.broker)
         wiring.on_success = (*wiring.on_success, lambda delivery: self.told.append(delivery.message.message_id))
+        self.ran: list[int] = []
         self.gate = Gate()
         self.sent: list[dramatiq.Message[Any]] = []
 
@@ -51,6 +52,17 @@ class Shop:
 
     def send(self, actor: Any, *args: Any) -> None:
         self.sent.append(actor.send(*args))
+
+    def send_jobs(self, count: int) -> Any:
+        """The actor of so many jobs with a key each, all sent."""
+
+        @self.actor(idempotency_key="{number}")
+        def job(number: int) -> None:
+            self.ran.append(number)
+
+        for number in range(count):
+            self.send(job, number)
+        return job
 
     @contextlib.contextmanager
     def working(self, threads: int = 1) -> Iterator[Worker]:
@@ -110,12 +122,7 @@ def state(actor: Any, number: int) -> str:
 
 def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..., Shop], trips: list[Any]) -> None:
     shop = make_shop()
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None: ...
-
-    for number in range(12):
-        shop.send(job, number)
+    job = shop.send_jobs(12)
     shop.work_until_all_are_done()
     with_claims = [trip for trip in trips if len(trip) == 2]
     assert len(with_claims) == 11, trips  # The first has nothing to carry, and the last has nobody to go with.
@@ -124,16 +131,9 @@ def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..
 
 def test_the_threads_of_a_worker_carry_for_one_another(make_shop: Callable[..., Shop]) -> None:
     shop = make_shop()
-    ran = []
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None:
-        ran.append(number)
-
-    for number in range(50):
-        shop.send(job, number)
+    job = shop.send_jobs(50)
     shop.work_until_all_are_done(threads=4)
-    assert sorted(ran) == list(range(50))
+    assert sorted(shop.ran) == list(range(50))
     assert all(state(job, number) == "completed" for number in range(50))
 
 
@@ -235,12 +235,6 @@ def test_a_connection_that_is_lost_under_a_completion(
 ) -> None:
     """Nobody knows whether it was carried out: it is said again, and nothing runs or counts twice."""
     shop = make_shop()
-    ran: list[int] = []
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None:
-        ran.append(number)
-
     failed: list[bool] = []
     stock = RoundTrips._exchange
 
@@ -251,12 +245,11 @@ def test_a_connection_that_is_lost_under_a_completion(
             raise redis.ConnectionError("the answer was lost")
 
     monkeypatch.setattr(RoundTrips, "_exchange", failing)
-    for number in range(6):
-        shop.send(job, number)
+    shop.send_jobs(6)
     with shop.working():
         until(lambda: len(shop.told) >= 7, timeout=40, describe=lambda: shop.told)
     assert len(failed) == 3
-    assert sorted(ran) == list(range(6))
+    assert sorted(shop.ran) == list(range(6))
     assert len(set(shop.told)) == len(shop.told)
     assert shop.place.left() == []
 
@@ -266,12 +259,7 @@ def test_nothing_is_posted_past_a_hook_of_the_users(
     make_shop: Callable[..., Shop], hook: str, trips: list[Any]
 ) -> None:
     shop = make_shop(type("Own", (dramatiq.Middleware,), {hook: lambda self, *args: None})())
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None: ...
-
-    for number in range(3):
-        shop.send(job, number)
+    shop.send_jobs(3)
     shop.work_until_all_are_done()
     assert {len(trip) for trip in trips} == {1}
 
@@ -280,12 +268,7 @@ def test_who_is_told_of_successes_is_told_by_the_thread_that_had_them(
     make_shop: Callable[..., Shop], trips: list[Any]
 ) -> None:
     shop = make_shop(on_outcome=lambda event: None)
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None: ...
-
-    for number in range(3):
-        shop.send(job, number)
+    shop.send_jobs(3)
     shop.work_until_all_are_done()
     assert {len(trip) for trip in trips} == {1}
 
@@ -294,12 +277,7 @@ def test_on_one_redis_the_ack_rides_along(redis_place: RedisPlace, trips: list[A
     broker = redis_place.broker()
     store = RedisStore.beside(broker.client, namespace=f"{redis_place.namespace}:idem-{uuid.uuid4().hex}")
     shop = Shop(redis_place, store, [])
-
-    @shop.actor(idempotency_key="{number}")
-    def job(number: int) -> None: ...
-
-    for number in range(4):
-        shop.send(job, number)
+    shop.send_jobs(4)
     shop.work_until_all_are_done()
     assert trips.count(["EVALSHA", "SET"]) == 3, trips
     # The last one's, and the opener's, which has no key.
