@@ -249,14 +249,19 @@ class RedisConsumer(PolicyConsumer):
         """Its job is over, so another may take its place."""
         redis_id: str = message.options["redis_message_id"]
         self.done.add(redis_id)
-        if len(self.held) - len(self.done) <= self.prefetch >> 1:
-            self.room.set()
+        self._look_for_room()
         return redis_id
 
     def _release(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
         self.held.discard(redis_id)
         self.done.discard(redis_id)
+        # One that was abandoned, or acked by somebody's own `do_ack`, was in no `_over`.
+        self._look_for_room()
+
+    def _look_for_room(self) -> None:
+        if len(self.held) - len(self.done) <= self.prefetch >> 1:
+            self.room.set()
 
     def _dead_letter_raw(self, data: bytes, error: Exception) -> None:
         """Move a body that can't be read to the dead letters. Its id stands in it, or must be looked for."""

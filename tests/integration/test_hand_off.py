@@ -625,6 +625,25 @@ def test_an_ack_that_fails_is_tried_again(
     assert redis_place.left() == []
 
 
+def test_an_ack_by_somebodys_own_function_lets_the_consumer_fetch_at_once(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    app.broker.do_ack = app.broker.do_ack  # An instrumentation's, on the instance.
+
+    @app.actor
+    def job():
+        pass
+
+    for _ in range(60):
+        job.send()
+    worker = Worker(app.broker, worker_timeout=10_000, worker_threads=1)
+    worker.start()
+    try:
+        # Two at a time are prefetched: 30 fetches, each of which would wait for 10 s.
+        app.wait_for(*["succeeded"] * 60)
+    finally:
+        worker.stop(30_000)
+
+
 def test_a_server_that_answers_too_late(redis_place: RedisPlace) -> None:
     """The client's own time limit strikes in fetch, ack and hand-off alike."""
     with Proxy.before(redis_place.url) as proxy:
