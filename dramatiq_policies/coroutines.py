@@ -26,7 +26,8 @@ from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thre
 from dramatiq.middleware import Shutdown
 
 from .errors import TimeoutExceeded
-from .interrupts import Tokens, Watch, arm, frame_of, slot_of_this_thread
+from .interrupts import arm, slot_of_this_thread
+from .slots import Tokens, Watch, frame_of
 
 __all__ = ["call", "is_async"]
 

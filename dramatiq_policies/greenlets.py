@@ -20,7 +20,8 @@ import gevent
 from dramatiq.middleware import Shutdown
 
 from .errors import TimeoutExceeded
-from .interrupts import Watch, cause_of, report_apart
+from .interrupts import cause_of
+from .slots import Watch, report_apart
 
 __all__ = ["call", "shutdown"]
 

@@ -1,8 +1,8 @@
 """Interrupting a job, and nothing but a job.
 
 `call` runs an actor's function on a worker thread, and while it runs, and only then, a deadline or the worker's shutdown
-may raise an exception in it. `coroutines` does the same for async actors and `greenlets` under gevent; what they share
-(slots, the timer, `shutdown`) is here.
+may raise an exception in it. `coroutines` does the same for async actors and `greenlets` under gevent. What runs on each
+thread is kept in `slots`; the timer and `shutdown`, which interrupt it there, are here.
 
 Why no interrupt ever leaves `call`
 -----------------------------------
@@ -58,59 +58,25 @@ A job that begins after `shutdown` is not interrupted, as with Dramatiq's own ``
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from math import inf
 from threading import Lock, get_ident
-from time import monotonic, sleep
-from traceback import format_stack
-from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from dramatiq.middleware import Shutdown
 from dramatiq.threading import Interrupt, is_gevent_active
 
 from .errors import TimeoutExceeded
+from .slots import Slot, Target, Tokens, Watch, supported
 from .timer import Timer
 
-__all__ = ["Caller", "Watch", "call", "caller", "reset", "shutdown", "supported"]
+__all__ = ["Caller", "call", "caller", "end_timer", "reset", "shutdown", "timer_runs"]
 
 R = TypeVar("R")
 
-logger = logging.getLogger("dramatiq_policies.interrupts")
-
 _gevent_is_active: Callable[[], bool] = is_gevent_active
-
-#: Sets an exception in a thread, by its identifier and the exception's class.
-_set_exception: Callable[[int, Any], int] | None
-try:
-    _set_exception = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
-        ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
-    )
-except AttributeError:  # PyPy, and whoever drops it
-    _set_exception = None
-
-
-class _Drained(BaseException):
-    """Set and raised in place of an interrupt that came too late."""
-
-
-class Watch(Protocol):
-    """Who is told of a job that goes on after its interrupt.
-
-    Attributes:
-      grace: How long after the deadline, in seconds.
-    """
-
-    grace: float
-
-    def stuck(self, job: Any, stack: str) -> object:
-        """Called once for the run, on a thread of its own, with what `call` was given as ``job`` and its stack."""
 
 
 class Caller(Protocol):
@@ -128,100 +94,6 @@ class Caller(Protocol):
         watch: Watch | None = None,
         job: Any = None,
     ) -> R: ...
-
-
-class Target(Protocol):
-    """A job that is not interrupted by raising in its worker thread."""
-
-    def interrupt(self, exception: type[BaseException]) -> None:
-        """See to it that ``exception`` ends the job. Must not wait for anything."""
-
-    def stack(self) -> str:
-        """Where the job is."""
-
-
-#: The interrupts of one call that nobody has used yet, by their classes. Taken by ``pop(…, None)``.
-Tokens = dict[type[BaseException], bool]
-
-
-class Slot:
-    """What runs on one worker thread.
-
-    Its thread writes it when a job begins, under the lock, and the timer while it goes on, under the lock. When the job
-    ends, only ``tokens`` and ``job`` are unset, without the lock.
-
-    Attributes:
-      tokens: Those of the call that goes on, and its identity; None between jobs.
-      due: When the timer must look at it again, by the monotonic clock.
-      exception: What is raised at the deadline; None when it was.
-    """
-
-    __slots__ = ("due", "exception", "job", "lock", "target", "thread_id", "tokens", "watch")
-
-    def __init__(self, thread_id: int) -> None:
-        self.thread_id = thread_id
-        self.lock = Lock()
-        self.tokens: Tokens | None = None
-        self.due = inf
-        self.exception: type[BaseException] | None = None
-        self.watch: Watch | None = None
-        self.job: Any = None
-        self.target: Target | None = None
-
-    def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
-        """Raise it in the job whose tokens these are, unless that has ended or has had it. The lock is held."""
-        if tokens.pop(exception, None) is None:
-            return
-        if self.target is not None:
-            self.target.interrupt(exception)
-        elif _set_exception is not None:
-            _set_exception(self.thread_id, exception)
-
-    def attend(self) -> float:
-        """Do what is due, and say when the next thing is. Only the timer calls it."""
-        with self.lock:
-            if self.due > monotonic():
-                # If that job has ended, too: the next one would wake the timer, only to end before it has looked.
-                return self.due
-            tokens = self.tokens
-            if tokens is None:
-                return inf
-            watch = self.watch
-            if self.exception is not None:
-                self.interrupt(tokens, self.exception)
-                self.exception = None
-                self.due = inf if watch is None else self.due + watch.grace
-                return self.due
-            self.due = inf
-            job = self.job
-        if watch is not None:
-            report_apart(lambda: self.report(tokens, watch, job))
-        return inf
-
-    def report(self, tokens: Tokens, watch: Watch, job: Any) -> None:
-        """Say that a job is stuck, unless it has ended."""
-        target = self.target
-        stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()
-        if self.tokens is tokens:
-            watch.stuck(job, stack)
-
-    def disarm(self, tokens: Tokens) -> None:
-        """Let the job be interrupted no more, and leave nothing pending.
-
-        May be cut short by an interrupt, and done again.
-        """
-        self.tokens = self.job = None
-        tokens.clear()
-        if self.target is None and _set_exception is not None:
-            while self.lock.locked():
-                sleep(0.0001)
-            while True:
-                try:
-                    _set_exception(self.thread_id, _Drained)
-                    for _ in range(100):
-                        pass
-                except _Drained:
-                    return
 
 
 class _OfThisThread(threading.local):
@@ -337,7 +209,6 @@ def reset() -> None:
     """End the timer's thread; the next job starts another. For tests, and only while no job runs."""
     _timer.stop()
     _begin_anew()
-    _say_unsupported.cache_clear()
 
 
 def timer_runs() -> bool:
@@ -353,22 +224,6 @@ def end_timer() -> None:
     _timer.stop()
     _begin_anew()
     thread.join()
-
-
-def supported() -> bool:
-    """Whether threads can be interrupted here; says so once in a process where they can't."""
-    if _set_exception is None:
-        _say_unsupported()
-    return _set_exception is not None
-
-
-@cache
-def _say_unsupported() -> None:
-    logger.warning(
-        "Timeouts and shutdowns can't interrupt jobs on this platform (%s): only async actors are cancelled, other jobs "
-        "that run past their timeout are reported.",
-        sys.implementation.name,
-    )
 
 
 def slot_of_this_thread() -> Slot:
@@ -410,25 +265,6 @@ def cause_of(error: BaseException) -> BaseException:
     if type(error) is RuntimeError and isinstance(error.__cause__, Interrupt):
         return error.__cause__
     return error
-
-
-def frame_of(thread_id: int) -> FrameType | None:
-    """What a thread executes; None if it has ended."""
-    return sys._current_frames().get(thread_id)  # noqa: SLF001 - documented in spite of its name
-
-
-def report_apart(report: Callable[[], object]) -> None:
-    # What is told (logs, the network, code of the user's) must not hold up the other jobs' deadlines.
-    def guarded() -> None:
-        try:
-            report()
-        except Exception:
-            logger.exception("A stuck job could not be reported.")
-
-    try:
-        threading.Thread(target=guarded, name="dramatiq_policies-stuck", daemon=True).start()
-    except RuntimeError:
-        guarded()
 
 
 def _begin_anew() -> None:

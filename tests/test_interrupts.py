@@ -21,7 +21,7 @@ import pytest
 from dramatiq.asyncio import EventLoopThread, async_to_sync, set_event_loop_thread
 from dramatiq.middleware import Shutdown, TimeLimitExceeded
 
-from dramatiq_policies import coroutines, interrupts
+from dramatiq_policies import coroutines, interrupts, slots
 from dramatiq_policies.delivery import RUNNING, Delivery, current, current_job
 from dramatiq_policies.errors import TimeoutExceeded
 
@@ -251,8 +251,8 @@ def test_one_timer_thread_serves_all():
 
 def test_the_timer_sleeps_through_jobs_that_end_in_time(monkeypatch):
     looks = []
-    attend = interrupts.Slot.attend
-    monkeypatch.setattr(interrupts.Slot, "attend", lambda slot: looks.append(1) or attend(slot))
+    attend = slots.Slot.attend
+    monkeypatch.setattr(slots.Slot, "attend", lambda slot: looks.append(1) or attend(slot))
     for _ in range(100):
         interrupts.call(time.sleep, (0.001,), {}, deadline=in_ms(60_000))
     assert len(looks) < 10
@@ -270,7 +270,7 @@ def test_an_earlier_deadline_wakes_the_timer():
 
 
 def test_the_timer_survives_an_error_of_its_own(monkeypatch, caplog):
-    attend = interrupts.Slot.attend
+    attend = slots.Slot.attend
     errors = [ValueError("once")]
 
     def failing(slot):
@@ -278,7 +278,7 @@ def test_the_timer_survives_an_error_of_its_own(monkeypatch, caplog):
             raise errors.pop()
         return attend(slot)
 
-    monkeypatch.setattr(interrupts.Slot, "attend", failing)
+    monkeypatch.setattr(slots.Slot, "attend", failing)
     with pytest.raises(TimeoutExceeded):
         interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10))
     assert "The timer of the timeouts failed" in caplog.text
@@ -358,13 +358,14 @@ def run_script(script):
 
 
 def test_where_threads_can_t_be_interrupted_it_says_so_once_and_reports(monkeypatch, caplog):
-    monkeypatch.setattr(interrupts, "_set_exception", None)
+    monkeypatch.setattr(slots, "_set_exception", None)
+    slots._say_unsupported.cache_clear()
     interrupts.reset()
     for _ in range(3):
         watching = Watching(grace=0.01)
         assert interrupts.call(watching.told.wait, (10,), {}, deadline=in_ms(10), watch=watching, job="job")
         assert [job for job, _ in watching.seen] == ["job"]
-    assert not interrupts.supported()
+    assert not slots.supported()
     assert [r.levelname for r in caplog.records if "can't interrupt" in r.message] == ["WARNING"]
 
 
@@ -548,7 +549,7 @@ def test_the_same_with_async_jobs(quick_switches, shutdowns, event_loop):
     assert set(ends) == {"result", "timeout", "shutdown"}
 
 
-OURS = {interrupts.call.__code__, interrupts.Slot.disarm.__code__}
+OURS = {interrupts.call.__code__, slots.Slot.disarm.__code__}
 
 
 class Saboteur:
@@ -677,15 +678,19 @@ class Instrument(ast.NodeTransformer):
 
 @pytest.fixture(scope="module")
 def instrumented():
-    """`interrupts`, with a hook between any two statements that may raise."""
-    tree = Instrument().visit(ast.parse(inspect.getsource(interrupts)))
-    module = types.ModuleType("dramatiq_policies.interrupts_instrumented")
-    module.__dict__.update(__package__="dramatiq_policies", strike=lambda: None)
-    sys.modules[module.__name__] = module
-    exec(compile(ast.fix_missing_locations(tree), interrupts.__file__, "exec"), module.__dict__)
-    yield module
-    module.reset()
-    del sys.modules[module.__name__]
+    """`interrupts`, over `slots`, with a hook between any two statements that may raise."""
+    copies = []
+    for original in (slots, interrupts):
+        tree = Instrument().visit(ast.parse(inspect.getsource(original)))
+        copy = types.ModuleType(f"{original.__name__}_instrumented")
+        copy.__dict__.update(__package__="dramatiq_policies", strike=lambda: None)
+        exec(compile(ast.fix_missing_locations(tree), original.__file__, "exec"), copy.__dict__)
+        copies.append(copy)
+    copy_of_slots, copy = copies
+    copy.Slot = copy_of_slots.Slot
+    copy_of_slots.strike = lambda: copy.strike()  # noqa: PLW0108 - that of the moment
+    yield copy
+    copy.reset()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returned", "failed"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dramatiq.middleware import Middleware
 from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
 
-from .. import interrupts
+from .. import interrupts, slots
 from ..consumer import hold
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ShutdownNotifications(_ShutdownNotifications):
     after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
 
     def after_process_boot(self, broker: Broker) -> None:
-        interrupts.supported()
+        slots.supported()
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")

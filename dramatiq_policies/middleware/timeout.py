@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dramatiq.middleware import Middleware, TimeLimit
 
-from .. import interrupts
+from .. import slots
 from ..callables import is_coroutine_callable
 from ..delivery import RUNNING
 from ..durations import WEEK_MS
@@ -156,7 +156,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def after_process_boot(self, broker: Broker) -> None:
         super().after_process_boot(broker)
-        interrupts.supported()
+        slots.supported()
 
     def take_over(self, stock: TimeLimit) -> None:
         """Keep the limit of the TimeLimit that was on the broker, where none was given."""
