@@ -16,7 +16,7 @@ from .callables import is_coroutine_callable
 from .durations import WEEK_MS
 from .errors import ConfigurationError, checked_duration
 from .keys import checked_key, encodable, template_key
-from .rules import RuleSet
+from .rule_set import RuleSet
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Message

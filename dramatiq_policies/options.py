@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .callables import is_coroutine_callable
 from .declarations import parse_rules
 from .errors import ConfigurationError
-from .rules import RetryPolicy, Rule, RuleSet, When
+from .rule_set import RuleSet
+from .rules import RetryPolicy, Rule, When
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -138,7 +139,7 @@ class ActorPolicy:
         use_broker_rules = options.get("broker_rules", True)
         _expect_bool(where, "broker_rules", use_broker_rules)
         self.rules = RuleSet(own, broker_rules if use_broker_rules else ())
-        self.max_attempts = self.rules.max_attempts or 0
+        self.max_attempts = self.rules.max_attempts
         self.tags = _strings(where, "tags", options.get("tags"))
         self.exempt = _strings(where, "policy_exempt", options.get("policy_exempt")) or {}
         if not all(reason.strip() for reason in self.exempt.values()):

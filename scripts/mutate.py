@@ -29,6 +29,7 @@ PACKAGE = "dramatiq_policies"
 #: The tests of each module, the quick ones first.
 TESTS = {
     "rules": ["test_rules", "test_error_classifier"],
+    "rule_set": ["test_rules", "test_error_classifier"],
     "declarations": ["test_rules", "test_error_classifier"],
     "backoff": ["test_backoff", "test_error_classifier"],
     "asked": ["test_backoff"],

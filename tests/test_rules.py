@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dramatiq_policies import ConfigurationError, RetryPolicy, constant, when
 from dramatiq_policies.declarations import parse_rules
-from dramatiq_policies.rules import RuleSet, Verb
+from dramatiq_policies.rule_set import RuleSet
+from dramatiq_policies.rules import Verb
 
 try:
     Group = builtins.ExceptionGroup
@@ -448,4 +449,4 @@ def test_a_rule_for_the_group_itself_counts_where_no_leaf_is_named():
 
 def test_the_highest_number_of_attempts_is_known():
     assert RuleSet(actor_rules(retry_on={Left: 3, Right: 8})).max_attempts == 8
-    assert RuleSet(actor_rules(discard_on=Left)).max_attempts is None
+    assert RuleSet(actor_rules(discard_on=Left)).max_attempts == 0

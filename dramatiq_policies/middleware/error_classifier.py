@@ -20,7 +20,8 @@ from ..history import now_ms
 from ..interrupts import cause_of
 from ..options import ACTOR_OPTIONS, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
-from ..rules import RetryPolicy, RuleSet
+from ..rule_set import RuleSet
+from ..rules import RetryPolicy
 from ..shape import timedeltas_to_ms
 from .base import PolicyMiddleware
 
