@@ -7,7 +7,6 @@ thread would, and is shut down again. When nothing is ready, the virtual clock g
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Collection
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -28,8 +27,8 @@ from ..consumer import REDELIVERED
 from ..delivery import current
 from ..durations import to_ms
 from ..errors import ConfigurationError
-from ..outcomes import BAD_ENDINGS, OutcomeEvent
 from .bench import Bench, bench_of
+from .collecting import collecting
 from .run import Entry, Run
 from .virtual_time import VirtualStop
 
@@ -40,7 +39,6 @@ __all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
 
 #: What a consumer thread waits for, in seconds, before it tries to reach its broker again.
 _RESTART = 3.0
-_LOGGERS = ("dramatiq_policies.outcomes", "dramatiq_policies.alerts")
 
 _in_progress: ContextVar[Drain | None] = ContextVar("dramatiq_policies_drain", default=None)
 
@@ -140,7 +138,7 @@ class Drain:
             if not interrupts.timer_runs():
                 stack.callback(interrupts.end_timer)
             stack.callback(set_event_loop_thread, get_event_loop_thread())
-            self._collect(stack)
+            self._stalled = stack.enter_context(collecting(self.run, bench, lambda: _in_progress.get() is self))
             stack.callback(setattr, wiring, "stopping", wiring.stopping)
             wiring.stopping = VirtualStop(self.clock)
             stack.callback(self._take_worker_off)
@@ -161,31 +159,6 @@ class Drain:
         if self.clock.skipped == 0:
             sent = [message.message_timestamp for message in self.bench.delayed()]
             self.clock.now = min([self.clock.now, *(at for at in sent if at > self.clock.now - 60_000)])
-
-    def _collect(self, stack: ExitStack) -> None:
-        run, wiring = self.run, self.bench.wiring
-        entries, stalled, clock, began = run.entries, self._stalled, self.clock, self._began
-
-        def observe(event: OutcomeEvent, message: MessageProxy | None) -> None:
-            entries.append(Entry(clock.now - began, event, message))
-            if event.reason == "store_down":
-                stalled.add(str(event.message_id))
-            else:
-                stalled.discard(str(event.message_id))
-
-        wiring.observe(self, observe)
-        stack.callback(wiring.forget, self)
-        letters = self.broker.dead_letters_by_queue
-        before = {name: len(queue) for name, queue in letters.items()}
-
-        def collect_dead() -> None:
-            run.dead += [letter for name, queue in letters.items() for letter in queue[before.get(name, 0) :]]
-
-        stack.callback(collect_dead)
-        handler = _Records(self, run.logs)
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(handler)
-            stack.callback(logging.getLogger(name).removeHandler, handler)
 
     def _take_worker_off(self) -> None:
         # In place: the list is the one that the bundle has put in order.
@@ -289,19 +262,3 @@ class _Hooks:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.work.broker, name)
-
-
-class _Records(logging.Handler):
-    """Keeps the records of bad endings."""
-
-    def __init__(self, work: Drain, records: list[logging.LogRecord]) -> None:
-        super().__init__()
-        self.work = work
-        self.records = records
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if _in_progress.get() is self.work and getattr(record, "outcome", None) in _BAD:
-            self.records.append(record)
-
-
-_BAD = frozenset(outcome.value for outcome in BAD_ENDINGS)
