@@ -145,7 +145,7 @@ Contract.__test__ = False
 
 @pytest.mark.parametrize("what", SABOTAGE)
 def test_a_store_that_breaks_the_contract_fails_it(what, monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.testing.store_contract._CHILD_ENDS_WITHIN", 0.5)
+    monkeypatch.setattr("dramatiq_policies.testing.stress.CHILD_ENDS_WITHIN", 0.5)
     made = type("Broken", (MemoryStore,), SABOTAGE[what])
     contract = Contract()
     for name, test in inspect.getmembers(contract, inspect.ismethod):

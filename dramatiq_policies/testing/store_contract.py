@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
-from unittest import mock
+from typing import Any
 
-from ..claims import Claim, Claims
-from ..delivery import Settlement
-from ..outcomes import Outcome
-from ..records import Defer, Record, Request, Skip
 from ..stores import Entry, IdempotencyStore, Renewal
+from .claims_contract import ClaimsContract
+from .stress import THREADS, at_once, clock_wrong_by, in_a_child
 
 __all__ = ["IdempotencyStoreContract"]
 
-T = TypeVar("T")
-
 _LONG = 60_000
-_THREADS = 100
-#: In seconds.
-_CHILD_ENDS_WITHIN = 10.0
 _EVERY_BYTE = bytes(range(256))
 _KEYS = ("k", "K", "k ", "k\0", "\0k", "actor\0order:7", "é€😀", "a\nb", "%_*?[]{}", "k" * 2_000)
 
 
-class IdempotencyStoreContract:
+class IdempotencyStoreContract(ClaimsContract):
     """Tests for pytest: derive from it, and provide the fixture ``store``, empty at the beginning of each test::
 
         class TestMyStore(IdempotencyStoreContract):
@@ -48,13 +33,8 @@ class IdempotencyStoreContract:
         can't bear more.
     """
 
-    short = 400
     shared = True
     busy = 0
-
-    def pass_time(self, store: Any, ms: int) -> None:
-        """Let as many milliseconds go by for the store; override it where its clock can be moved."""
-        time.sleep(ms / 1_000)
 
     # Registers.
 
@@ -172,11 +152,11 @@ class IdempotencyStoreContract:
 
     def test_the_callers_clocks_do_not_matter(self, store: IdempotencyStore) -> None:
         for key, ahead in (("behind", -3_600), ("ahead", 3_600)):
-            with _clock_wrong_by(ahead):
+            with clock_wrong_by(ahead):
                 assert store.swap(key, None, b"one", _LONG) is None
                 _holds(store, key, b"one", _LONG)
             _holds(store, key, b"one", _LONG)
-        with _clock_wrong_by(3_600):
+        with clock_wrong_by(3_600):
             for key in ("behind", "ahead"):
                 _holds(store, key, b"one", _LONG)
 
@@ -203,7 +183,7 @@ class IdempotencyStoreContract:
             def take(number: int, key: str = key) -> Entry | None:
                 return store.swap(key, None, b"%d" % number, _LONG)
 
-            answers = _at_once(take)
+            answers = at_once(take)
             winners = [number for number, answer in enumerate(answers) if answer is None]
             assert len(winners) == 1, winners
             # A loser may have looked before the winner wrote only if it says so.
@@ -223,8 +203,8 @@ class IdempotencyStoreContract:
                 expected = found.value
             raise AssertionError("never written")
 
-        _at_once(increment)
-        assert store.get("k").value == b"%d" % _THREADS
+        at_once(increment)
+        assert store.get("k").value == b"%d" % THREADS
 
     def test_a_hundred_threads_with_a_register_each_do_not_disturb_one_another(self, store: IdempotencyStore) -> None:
         def live(number: int) -> list[Any]:
@@ -239,7 +219,7 @@ class IdempotencyStoreContract:
                 store.get(key),
             ]
 
-        assert _at_once(live) == [[None, True, [True], None, True, True, Entry(None, 0)]] * _THREADS
+        assert at_once(live) == [[None, True, [True], None, True, True, Entry(None, 0)]] * THREADS
 
     def test_a_forked_child_uses_it_too_and_so_does_the_parent_afterwards(self, store: IdempotencyStore) -> None:
         store.put("k", b"parent", _LONG)
@@ -249,13 +229,13 @@ class IdempotencyStoreContract:
             while not done.is_set():
                 store.put(f"busy{number}", b"one", _LONG)
 
-        _at_once(lambda number: store.put(f"idle{number}", b"one", _LONG))
+        at_once(lambda number: store.put(f"idle{number}", b"one", _LONG))
         threads = [threading.Thread(target=hammer, args=(number,)) for number in range(self.busy)]
         for thread in threads:
             thread.start()
         try:
             for number in range(5):
-                _in_a_child(lambda number=number: _use_in_child(store, number))  # type: ignore[misc]
+                in_a_child(lambda number=number: _use_in_child(store, number))  # type: ignore[misc]
         finally:
             done.set()
             for thread in threads:
@@ -264,100 +244,6 @@ class IdempotencyStoreContract:
             assert store.get(f"child{number}").value == (b"child" if self.shared else None)
         _holds(store, "k", b"parent", _LONG)
 
-    # Claims over it, as a worker makes them.
-
-    def test_of_many_messages_with_one_key_one_runs_and_the_others_wait(self, store: IdempotencyStore) -> None:
-        with _claims(store, _LONG) as claim:
-            answers = _at_once(lambda number: claim(f"m{number}"))
-            winners = [answer for answer in answers if isinstance(answer, Claim)]
-            assert len(winners) == 1
-            assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, Defer))
-            assert sum(isinstance(answer, Defer) for answer in answers) == _THREADS - 1
-            winners[0].conclude(_SUCCEEDED)
-            winner = winners[0].record.message_id
-            assert set(_at_once(lambda number: claim(f"m{number}"))) == {Skip("completed", winner), Skip("completed")}
-
-    def test_of_many_copies_of_a_dead_workers_message_one_takes_over_at_once(self, store: IdempotencyStore) -> None:
-        with _claims(store, _LONG) as claim:
-            first = claim("m")
-            assert isinstance(first, Claim)
-
-            def is_first(record: Record) -> bool:
-                return record.token == first.record.token
-
-            answers = _at_once(lambda _: claim("m", is_dead=is_first))
-            (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
-            assert taken.record.starts == 2
-            # What the first one still says is said too late.
-            first.conclude(_DEAD)
-            assert store.get("key").value == taken.value
-
-    def test_a_claim_is_another_messages_once_its_lease_has_ended(self, store: IdempotencyStore) -> None:
-        with _claims(store, self.short) as claim:
-            first = claim("m")
-            assert isinstance(first, Claim)
-            first.claims.close()  # Nobody renews it.
-            assert isinstance(claim.unrenewed("other"), Defer)
-            self.pass_time(store, self.short + 50)
-            second = claim.unrenewed("other")
-            assert isinstance(second, Claim)
-            first.conclude(_DEAD)
-            assert store.get("key").value == second.value
-
-    def test_a_claim_lasts_as_long_as_it_is_renewed(self, store: IdempotencyStore) -> None:
-        with _claims(store, self.short) as claim:
-            first = claim("m")
-            assert isinstance(first, Claim)
-            for _ in range(6):
-                self.pass_time(store, self.short // 3)
-                first.claims.renew()
-                assert isinstance(claim("other"), Defer)
-            store.delete("key")
-            first.claims.renew()
-            assert store.get("key").value == first.value
-
-    def test_a_copy_of_a_run_that_has_ended_is_stale_before_during_and_after_the_retry(
-        self, store: IdempotencyStore
-    ) -> None:
-        with _claims(store, _LONG) as claim:
-            first = claim("m")
-            assert isinstance(first, Claim)
-            first.conclude(Settlement(Outcome.RETRIED, delay_ms=1_000))
-            assert claim("m") == Skip("stale")
-            assert isinstance(claim("other"), Defer)
-            retry = claim("m", run=1)
-            assert isinstance(retry, Claim)
-            assert claim("m") == Skip("stale")
-            retry.conclude(_DEAD)
-            assert [claim("m"), claim("m", run=1)] == [Skip("stale")] * 2
-            assert isinstance(claim("other"), Claim)
-
-
-_SUCCEEDED = Settlement(Outcome.SUCCEEDED)
-_DEAD = Settlement(Outcome.DEAD, "exhausted")
-
-
-class _Claiming:
-    def __init__(self, claims: Claims) -> None:
-        self.claims = claims
-
-    def __call__(self, message_id: str, run: int = 0, is_dead: Callable[[Record], bool] = lambda record: False) -> Any:
-        return self.claims.claim("key", Request(message_id, run, is_dead), keyed=True, keep=10 * _LONG)
-
-    def unrenewed(self, message_id: str) -> Any:
-        answer = self(message_id)
-        self.claims.close()
-        return answer
-
-
-@contextmanager
-def _claims(store: IdempotencyStore, lease: int) -> Iterator[_Claiming]:
-    claims = Claims(store, lease)
-    try:
-        yield _Claiming(claims)
-    finally:
-        claims.close()
-
 
 def _holds(store: IdempotencyStore, key: str, value: bytes, ttl: int) -> None:
     found = store.get(key)
@@ -365,54 +251,7 @@ def _holds(store: IdempotencyStore, key: str, value: bytes, ttl: int) -> None:
     assert ttl - 10_000 < found.left <= ttl
 
 
-def _at_once(call: Callable[[int], T]) -> list[T]:
-    """What a hundred threads get that begin at the same moment."""
-    barrier = threading.Barrier(_THREADS)
-
-    def begin(number: int) -> T:
-        barrier.wait()
-        return call(number)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(begin, range(_THREADS)))
-
-
-@contextmanager
-def _clock_wrong_by(seconds: int) -> Iterator[None]:
-    right = time.time
-    wrong = mock.patch.multiple(
-        time, time=lambda: right() + seconds, time_ns=lambda: round((right() + seconds) * 1_000_000_000)
-    )
-    with wrong:
-        yield
-
-
 def _use_in_child(store: IdempotencyStore, number: int) -> None:
     assert store.get("k").value == b"parent"
     assert store.swap(f"child{number}", None, b"child", _LONG) is None
     assert store.renew([Renewal(f"child{number}", b"child", _LONG)]) == [True]
-
-
-def _in_a_child(work: Callable[[], None]) -> None:
-    """Have it done by a forked child, within ten seconds."""
-    if not hasattr(os, "fork"):
-        return
-    with warnings.catch_warnings():
-        # Of a fork beside other threads, which is the point.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + _CHILD_ENDS_WITHIN
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise AssertionError("the store hangs in a forked child")
-        time.sleep(0.005)
-    assert ended[1] == 0, "the store failed in a forked child"

@@ -1,0 +1,119 @@
+"""What must hold of claims over any idempotency store, as tests: the part of `store_contract` that needs more than a store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..claims import Claim, Claims
+from ..delivery import Settlement
+from ..outcomes import Outcome
+from ..records import Defer, Record, Request, Skip
+from ..stores import IdempotencyStore
+from .stress import THREADS, at_once
+
+__all__ = ["ClaimsContract"]
+
+_LONG = 60_000
+_SUCCEEDED = Settlement(Outcome.SUCCEEDED)
+_DEAD = Settlement(Outcome.DEAD, "exhausted")
+
+
+class ClaimsContract:
+    """Claims as a worker makes them, of messages with one key. See `IdempotencyStoreContract`, which has these tests too."""
+
+    short = 400
+
+    def pass_time(self, store: Any, ms: int) -> None:
+        """Let as many milliseconds go by for the store; override it where its clock can be moved."""
+        time.sleep(ms / 1_000)
+
+    def test_of_many_messages_with_one_key_one_runs_and_the_others_wait(self, store: IdempotencyStore) -> None:
+        with _claims(store, _LONG) as claim:
+            answers = at_once(lambda number: claim(f"m{number}"))
+            winners = [answer for answer in answers if isinstance(answer, Claim)]
+            assert len(winners) == 1
+            assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, Defer))
+            assert sum(isinstance(answer, Defer) for answer in answers) == THREADS - 1
+            winners[0].conclude(_SUCCEEDED)
+            winner = winners[0].record.message_id
+            assert set(at_once(lambda number: claim(f"m{number}"))) == {Skip("completed", winner), Skip("completed")}
+
+    def test_of_many_copies_of_a_dead_workers_message_one_takes_over_at_once(self, store: IdempotencyStore) -> None:
+        with _claims(store, _LONG) as claim:
+            first = claim("m")
+            assert isinstance(first, Claim)
+
+            def is_first(record: Record) -> bool:
+                return record.token == first.record.token
+
+            answers = at_once(lambda _: claim("m", is_dead=is_first))
+            (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
+            assert taken.record.starts == 2
+            # What the first one still says is said too late.
+            first.conclude(_DEAD)
+            assert store.get("key").value == taken.value
+
+    def test_a_claim_is_another_messages_once_its_lease_has_ended(self, store: IdempotencyStore) -> None:
+        with _claims(store, self.short) as claim:
+            first = claim("m")
+            assert isinstance(first, Claim)
+            first.claims.close()  # Nobody renews it.
+            assert isinstance(claim.unrenewed("other"), Defer)
+            self.pass_time(store, self.short + 50)
+            second = claim.unrenewed("other")
+            assert isinstance(second, Claim)
+            first.conclude(_DEAD)
+            assert store.get("key").value == second.value
+
+    def test_a_claim_lasts_as_long_as_it_is_renewed(self, store: IdempotencyStore) -> None:
+        with _claims(store, self.short) as claim:
+            first = claim("m")
+            assert isinstance(first, Claim)
+            for _ in range(6):
+                self.pass_time(store, self.short // 3)
+                first.claims.renew()
+                assert isinstance(claim("other"), Defer)
+            store.delete("key")
+            first.claims.renew()
+            assert store.get("key").value == first.value
+
+    def test_a_copy_of_a_run_that_has_ended_is_stale_before_during_and_after_the_retry(
+        self, store: IdempotencyStore
+    ) -> None:
+        with _claims(store, _LONG) as claim:
+            first = claim("m")
+            assert isinstance(first, Claim)
+            first.conclude(Settlement(Outcome.RETRIED, delay_ms=1_000))
+            assert claim("m") == Skip("stale")
+            assert isinstance(claim("other"), Defer)
+            retry = claim("m", run=1)
+            assert isinstance(retry, Claim)
+            assert claim("m") == Skip("stale")
+            retry.conclude(_DEAD)
+            assert [claim("m"), claim("m", run=1)] == [Skip("stale")] * 2
+            assert isinstance(claim("other"), Claim)
+
+
+class _Claiming:
+    def __init__(self, claims: Claims) -> None:
+        self.claims = claims
+
+    def __call__(self, message_id: str, run: int = 0, is_dead: Callable[[Record], bool] = lambda record: False) -> Any:
+        return self.claims.claim("key", Request(message_id, run, is_dead), keyed=True, keep=10 * _LONG)
+
+    def unrenewed(self, message_id: str) -> Any:
+        answer = self(message_id)
+        self.claims.close()
+        return answer
+
+
+@contextmanager
+def _claims(store: IdempotencyStore, lease: int) -> Iterator[_Claiming]:
+    claims = Claims(store, lease)
+    try:
+        yield _Claiming(claims)
+    finally:
+        claims.close()

@@ -1,0 +1,69 @@
+"""What a store is put through: a hundred threads at once, clocks that are wrong, forked children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+from unittest import mock
+
+__all__ = ["THREADS", "at_once", "clock_wrong_by", "in_a_child"]
+
+T = TypeVar("T")
+
+THREADS = 100
+#: In seconds.
+CHILD_ENDS_WITHIN = 10.0
+
+
+def at_once(call: Callable[[int], T]) -> list[T]:
+    """What a hundred threads get that begin at the same moment."""
+    barrier = threading.Barrier(THREADS)
+
+    def begin(number: int) -> T:
+        barrier.wait()
+        return call(number)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(begin, range(THREADS)))
+
+
+@contextmanager
+def clock_wrong_by(seconds: int) -> Iterator[None]:
+    right = time.time
+    wrong = mock.patch.multiple(
+        time, time=lambda: right() + seconds, time_ns=lambda: round((right() + seconds) * 1_000_000_000)
+    )
+    with wrong:
+        yield
+
+
+def in_a_child(work: Callable[[], None]) -> None:
+    """Have it done by a forked child, within ten seconds."""
+    if not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        # Of a fork beside other threads, which is the point.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + CHILD_ENDS_WITHIN
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError("the store hangs in a forked child")
+        time.sleep(0.005)
+    assert ended[1] == 0, "the store failed in a forked child"
