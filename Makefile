@@ -31,7 +31,7 @@ fuzz: $(VENV)/installed  ## rubbish of every kind for ten minutes; FUZZ_SECONDS=
 	$(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
 
 mutants: $(VENV)/installed  ## small sabotage that the tests should notice: ARGS="--count 100 rules" for more of one module
-	$(BIN)/python scripts/mutate.py $(ARGS)
+	$(WITH_SERVICES) $(BIN)/python scripts/mutate.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
