@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -45,7 +45,7 @@ def _quietly(read: Callable[[], Any]) -> Any:
 
 
 def _header(headers: Any) -> Any:
-    items = headers.items() if isinstance(headers, Mapping) or hasattr(headers, "items") else headers
+    items = headers.items() if hasattr(headers, "items") else headers
     for name, value in items:
         text = name.decode("latin-1") if isinstance(name, bytes) else name
         if isinstance(text, str) and text.lower() == "retry-after":
@@ -62,7 +62,7 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
             value = float(value) if "inf" in value.lower() else min(float(value), _MOST)
         except ValueError:
             value = _quietly(lambda text=value: _http_date(text))  # type: ignore[misc]
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool):
         return None
     if isinstance(value, timedelta):
         return value.total_seconds()
@@ -71,7 +71,6 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         left: timedelta | None = _quietly(lambda: when - now())
         return None if left is None else left.total_seconds()
     if isinstance(value, (int, float)):
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return float(max(0, min(value, _MOST)))
+        # An int may be more than a float holds.
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     return None

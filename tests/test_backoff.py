@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import email.message
 import functools
 import logging
 import pickle
 import subprocess
 import sys
-from datetime import datetime, timedelta, timezone
+import urllib.error
+from datetime import datetime, timedelta, timezone, tzinfo
 from email.utils import format_datetime
 
 import pytest
@@ -210,6 +212,16 @@ def test_retry_after_waits_as_long_as_it_is_asked_to_and_never_less(error):
     assert 7_000 - 1 <= retry_after(now=lambda: NOW)(1, error) <= 7_000
 
 
+def test_headers_need_be_no_mapping_as_those_of_urllib_are_not():
+    headers = email.message.Message()
+    headers["Retry-After"] = "3"
+    assert retry_after()(1, urllib.error.HTTPError("http://mail", 429, "", headers, None)) == 3_000
+
+
+def test_a_header_whose_name_is_no_text_is_passed_over():
+    assert retry_after()(1, asked_by_header({None: "5", "Retry-After": "3"})) == 3_000
+
+
 def test_the_errors_own_headers_count_where_it_has_no_response():
     error = ValueError()
     error.headers = {"Retry-After": "3"}
@@ -219,6 +231,10 @@ def test_the_errors_own_headers_count_where_it_has_no_response():
 @pytest.mark.parametrize("nothing", ["nan", float("nan"), float("inf"), "inf", True])
 def test_what_is_no_length_of_time_is_not_asked_for(nothing):
     assert retry_after(fallback=7)(1, asking(nothing)) == 7
+
+
+def test_a_time_in_a_zone_that_is_none_is_not_asked_for():
+    assert retry_after(fallback=7)(1, asking(NOW.replace(tzinfo=tzinfo()))) == 7
 
 
 def test_what_is_unreadable_in_one_place_is_looked_for_in_the_next():
@@ -311,6 +327,7 @@ def test_a_coroutine_function_is_known_through_partials_and_objects():
     assert is_coroutine_callable(coroutine_wait)
     assert is_coroutine_callable(functools.partial(functools.partial(coroutine_wait, 1), None))
     assert is_coroutine_callable(Waiter())
+    assert is_coroutine_callable(functools.partial(Waiter(), 1))
     assert not is_coroutine_callable(Waiter)
     assert not is_coroutine_callable(constant(1))
 
