@@ -42,6 +42,7 @@ TESTS = {
     "durations": ["test_durations", "test_backoff"],
     "rules": ["test_rules", "test_error_classifier"],
     "rule_set": ["test_rules", "test_error_classifier"],
+    "rule_set": ["test_rules", "test_error_classifier"],
     "declarations": ["test_rules", "test_error_classifier"],
     "outcomes": ["test_discard_logger", "test_error_classifier"],
     "history": ["test_records", "test_kit_stub", "test_error_classifier", "test_quarantine"],

@@ -249,7 +249,13 @@ def test_a_policy_takes_timedeltas_and_plain_milliseconds():
 
 
 def test_a_predicate_that_does_not_say_what_it_takes_is_taken():
-    for predicate in (bool, attrgetter("args"), functools.partial(isinstance, Left())):
+    class Odd:
+        __signature__ = "(error)"
+
+        def __call__(self, error):
+            return True
+
+    for predicate in (bool, attrgetter("args"), functools.partial(isinstance, Left()), Odd()):
         when(Left, predicate)
 
 
