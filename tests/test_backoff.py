@@ -67,6 +67,13 @@ def test_jitter_is_a_share_of_the_wait_added_on_top_also_of_the_maximum():
     assert waits(wait, 4) == [1_500, 3_000, 6_000, 6_000]
 
 
+def test_an_attempt_before_the_first_waits_as_the_first():
+    def patient(attempt, exception):
+        return exponential(initial=1_000, jitter=0)(attempt - 3, exception)
+
+    assert waits(patient) == [1_000, 1_000, 1_000, 1_000, 2_000, 4_000]
+
+
 def test_a_wait_that_starts_at_zero_stays_there():
     assert exponential(initial=0)(5_000, ERROR) == 0
     assert polynomial(scale=0, offset=7, jitter=0)(10**400, ERROR) == 7
@@ -100,6 +107,7 @@ def test_nothing_is_too_large_to_be_bounded_by_a_week():
     for wait in (
         exponential(maximum=10**400),
         exponential(initial=10**400),
+        exponential(factor=sys.float_info.max),
         polynomial(scale=10**400, maximum=10**400),
         constant(10**400),
         retry_after(fallback=1, maximum=10**400),
@@ -166,7 +174,10 @@ def test_processes_forked_from_one_draw_differently():
         (lambda: exponential(factor=0.5), "factor"),
         (lambda: exponential(factor=float("nan")), "factor"),
         (lambda: exponential(factor=10**400), "factor"),
+        (lambda: exponential(factor="2"), "factor"),
+        (lambda: exponential(factor=True), "factor"),
         (lambda: exponential(jitter=1.5), "jitter"),
+        (lambda: exponential(jitter="15%"), "jitter"),
         (lambda: exponential(jitter=True), "jitter"),
         (lambda: polynomial(power=-1), "power"),
         (lambda: polynomial(scale=None), "scale"),
@@ -247,6 +258,10 @@ def test_a_time_that_has_passed_is_no_wait_at_all():
     wait = retry_after(now=lambda: NOW)
     assert wait(1, asking(NOW - timedelta(days=1))) == 0
     assert wait(1, asking(-5)) == 0
+
+
+def test_a_date_is_counted_from_now():
+    assert 50_000 < retry_after()(1, asking(datetime.now(timezone.utc) + timedelta(minutes=1))) <= 60_000
 
 
 def test_no_more_than_the_maximum_is_granted():
