@@ -191,14 +191,9 @@ def clock_places() -> list[tuple[Any, str]]:
     return [(module, "time") for module in (common, message, retries, bucket, window, limits, results)]
 
 
-def is_worker_middleware(middleware: Middleware) -> bool:
-    """Whether it is what a worker puts on its broker to hear of new queues, and never takes off."""
-    return type(middleware) is _worker._WorkerMiddleware
-
-
-def is_worker_of(middleware: Middleware, worker: _worker.Worker) -> bool:
-    """Whether it is what this worker has put on its broker."""
-    return isinstance(middleware, _worker._WorkerMiddleware) and middleware.worker is worker
+def worker_behind(middleware: Middleware) -> _worker.Worker | None:
+    """The worker that has put this on its broker, to hear of new queues; it never takes it off. None behind all else."""
+    return middleware.worker if isinstance(middleware, _worker._WorkerMiddleware) else None
 
 
 class _InOrder(PriorityQueue[Any]):

@@ -163,7 +163,7 @@ class Drain:
     def _take_worker_off(self) -> None:
         # In place: the list is the one that the bundle has put in order.
         middleware = self.broker.middleware
-        middleware[:] = [one for one in middleware if not _dramatiq.is_worker_of(one, self._worker)]
+        middleware[:] = [one for one in middleware if _dramatiq.worker_behind(one) is not self._worker]
 
     def step(self, limit: int | None = None) -> bool:
         """Run the next message; False if there is none, or none before the virtual time ``limit``."""

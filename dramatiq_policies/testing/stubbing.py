@@ -95,7 +95,7 @@ def _fresh(broker: Broker | None) -> StubBroker:
         arrange(broker)
     stand_in = StubBroker(middleware=[])
     stand_in.middleware = [
-        _for_stub(middleware) for middleware in broker.middleware if not _dramatiq.is_worker_middleware(middleware)
+        _for_stub(middleware) for middleware in broker.middleware if _dramatiq.worker_behind(middleware) is None
     ]
     for middleware in stand_in.middleware:
         _dramatiq.add_options(stand_in, middleware)
