@@ -114,14 +114,6 @@ def is_stub_broker(broker: Broker) -> bool:
     return isinstance(broker, _stub.StubBroker)
 
 
-def is_redis_broker(broker: Broker) -> bool:
-    try:
-        from dramatiq.brokers.redis import RedisBroker
-    except ImportError:
-        return False
-    return isinstance(broker, RedisBroker)
-
-
 def is_redis_consumer(consumer: Consumer) -> bool:
     try:
         from dramatiq.brokers.redis import _RedisConsumer

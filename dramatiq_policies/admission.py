@@ -59,19 +59,16 @@ class Admission:
             if not delivery.redelivered or guard.max_crashes is None:
                 return
             # The start that was not counted is the first, if there was one: a single start is never refused for it.
-            name, keep = uncounted_name(message.message_id), guard.ttl
-            starts = min(2, guard.max_crashes)
+            name, starts = uncounted_name(message.message_id), min(2, guard.max_crashes)
         else:
-            name, starts, keep = name_of(message.actor_name, key), 1, guard.ttl
+            name, starts = name_of(message.actor_name, key), 1
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
         try:
-            answer = self.claims.claim(name, request, keyed=key is not None, keep=keep)
+            answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl)
             if isinstance(answer, records.Take):
                 self.claims.solitude.make_alone(delivery)
-                request = records.Request(
-                    message.message_id, request.run, is_dead, guard.max_crashes, starts, alone=True
-                )
-                answer = self.claims.claim(name, request, keyed=key is not None, keep=keep)
+                request = request._replace(alone=True)
+                answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s waits: %s", message.message_id, message.actor_name, error)
             self._defer(delivery, "store_down", None)

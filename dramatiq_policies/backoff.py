@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from .asked import asked_seconds
 from .callables import accepts, is_coroutine_callable
 from .durations import WEEK_MS, Duration, to_ms
-from .errors import ConfigurationError
+from .errors import ConfigurationError, checked_duration
 
 __all__ = [
     "Wait",
@@ -144,8 +144,8 @@ def exponential(
     """
     where = "exponential()"
     return _Exponential(
-        initial=_duration(where, "initial", initial),
-        maximum=_duration(where, "maximum", maximum),
+        initial=checked_duration(where, "initial", initial),
+        maximum=checked_duration(where, "maximum", maximum),
         factor=_number(where, "factor", factor, 1),
         jitter=_share(where, jitter),
         random=random,
@@ -177,9 +177,9 @@ def polynomial(
     where = "polynomial()"
     return _Polynomial(
         power=_number(where, "power", power, 0),
-        scale=_duration(where, "scale", scale),
-        offset=_duration(where, "offset", offset),
-        maximum=_duration(where, "maximum", maximum),
+        scale=checked_duration(where, "scale", scale),
+        offset=checked_duration(where, "offset", offset),
+        maximum=checked_duration(where, "maximum", maximum),
         jitter=_share(where, jitter),
         random=random,
     )
@@ -191,7 +191,7 @@ def constant(ms: Duration) -> _Constant:
     Raises:
       ConfigurationError: If it is no duration.
     """
-    return _Constant(_duration("constant()", "ms", ms))
+    return _Constant(checked_duration("constant()", "ms", ms))
 
 
 def _now() -> datetime:
@@ -239,7 +239,7 @@ def retry_after(
     """
     where = "retry_after()"
     chosen = exponential() if fallback is None else as_wait(where, "fallback", fallback)
-    return _RetryAfter(chosen, _duration(where, "maximum", maximum), now)
+    return _RetryAfter(chosen, checked_duration(where, "maximum", maximum), now)
 
 
 def as_wait(where: str, option: str, value: Any) -> Wait:
@@ -249,7 +249,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
       ConfigurationError: If it is neither a duration nor a plain callable that takes two arguments.
     """
     if isinstance(value, (int, float, timedelta)):
-        return _Constant(_duration(where, option, value))
+        return _Constant(checked_duration(where, option, value))
     if not callable(value) or is_coroutine_callable(value) or not accepts(value, 2):
         raise ConfigurationError.of_option(
             where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value
@@ -273,15 +273,6 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     except Exception:
         logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
-
-
-def _duration(where: str, name: str, value: Any) -> int:
-    try:
-        return to_ms(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError.of_option(
-            where, name, "at least 0 milliseconds, or a timedelta", value, "Durations are never seconds"
-        ) from None
 
 
 def _number(where: str, name: str, value: Any, least: float) -> float:

@@ -42,7 +42,7 @@ def decide(
     rule = None if policy is None else policy.rules.match(error)
     if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
         rule = None
-    elif rule is None and classifier.unclassified is not None and not _is_stock(delivery, message, error):
+    elif rule is None and classifier.unclassified is not None and not _is_stock(delivery, error):
         return _retry(classifier, delivery, message, history, error, classifier.unclassified, _UNCLASSIFIED)
     if rule is None:
         return _by_stock_options(classifier, broker, delivery, message, history, error)
@@ -55,9 +55,12 @@ def decide(
     return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
 
-def _is_stock(delivery: Delivery, message: MessageProxy, error: BaseException) -> bool:
-    if isinstance(error, (RateLimitExceeded, Retry)):
-        return True
+def _is_stock(delivery: Delivery, error: BaseException) -> bool:
+    """Whether it is left to the stock options, whatever ``unclassified`` says."""
+    return isinstance(error, (RateLimitExceeded, Retry)) or _is_thrown(delivery, error)
+
+
+def _is_thrown(delivery: Delivery, error: BaseException) -> bool:
     throws: Any = None if delivery.policy is None else delivery.policy.options.get("throws")
     return bool(throws) and isinstance(error, throws)
 
@@ -179,11 +182,7 @@ def _by_stock_options(
         return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
     history.failed(error, now, None)
     message.options[POLICIES] = history.option()
-    declared = {} if delivery.policy is None else delivery.policy.options
-    throws = declared.get("throws")
-    reason = "exhausted" if retries else _UNCLASSIFIED
-    if throws and isinstance(error, throws):
-        reason = "thrown"
+    reason = "thrown" if _is_thrown(delivery, error) else "exhausted" if retries else _UNCLASSIFIED
     return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ConfigurationError
 
-__all__ = ["checked_key", "encodable", "signature_of", "template_key"]
+__all__ = ["checked_key", "encodable", "roots_of", "signature_of", "template_key"]
 
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -28,7 +28,7 @@ def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any],
     """
     option = "idempotency_key"
     try:
-        roots = set(_roots(template))
+        roots = set(roots_of(template))
     except ValueError as error:
         raise ConfigurationError.of_option(where, option, f"a template ({error})", template) from None
     signature = signature_of(fn)
@@ -59,12 +59,12 @@ def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any],
     return key
 
 
-def _roots(template: str) -> Iterator[str]:
+def roots_of(template: str) -> Iterator[str]:
     """The arguments that a template names, also in a field's format."""
     for _, field, form, _ in string.Formatter().parse(template):
         if field is not None:
             yield field.partition(".")[0].partition("[")[0]
-            yield from _roots(form or "")
+            yield from roots_of(form or "")
 
 
 def checked_key(key: Any) -> str:

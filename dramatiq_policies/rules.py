@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from .backoff import Wait, as_wait, exponential
 from .callables import accepts, is_coroutine_callable
-from .durations import to_ms
-from .errors import ConfigurationError
+from .errors import ConfigurationError, checked_duration
 
 __all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "refuse_twice", "when"]
 
@@ -62,12 +61,7 @@ class RetryPolicy:
             raise ConfigurationError.of_option(where, "attempts", "an int of at least 1", self.attempts)
         object.__setattr__(self, "wait", as_wait(where, "wait", self.wait))
         if self.max_elapsed is not None:
-            try:
-                object.__setattr__(self, "max_elapsed", to_ms(self.max_elapsed))
-            except (TypeError, ValueError):
-                raise ConfigurationError.of_option(
-                    where, "max_elapsed", "milliseconds, a timedelta or None", self.max_elapsed
-                ) from None
+            object.__setattr__(self, "max_elapsed", checked_duration(where, "max_elapsed", self.max_elapsed))
         if self.then not in ("dead", "discard", "alert"):
             raise ConfigurationError.of_option(where, "then", "'dead', 'discard' or 'alert'", self.then)
 

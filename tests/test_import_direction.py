@@ -12,7 +12,7 @@ import dramatiq_policies
 PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
-    {"_dramatiq", "clock", "durations", "forks", "round_trips", "slots", "timer"},
+    {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "round_trips", "slots", "timer"},
     {"errors", "callables", "asked"},
     {"_udp"},
     {"statsd"},

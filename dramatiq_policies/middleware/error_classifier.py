@@ -13,7 +13,7 @@ from .. import clock
 from ..consumer import hold
 from ..decisions import decide
 from ..declarations import parse_rules
-from ..delivery import READY, SUCCEEDED, Delivery, Settlement, current
+from ..delivery import READY, READY_AT, SUCCEEDED, Delivery, Settlement, current
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..history import now_ms
@@ -148,7 +148,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             # Out of the delay queue: it became ready when its time came, not now.
             return
         options = message.options
-        options["ready_at"] = now_ms() + int(delay or 0)
+        options[READY_AT] = now_ms() + int(delay or 0)
         timedeltas_to_ms(options)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:

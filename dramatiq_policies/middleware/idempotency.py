@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dramatiq import Actor, Message
 
-from .. import _dramatiq, records
+from .. import records
 from ..admission import Admission
+from ..broker_kinds import kind_of
 from ..callables import is_coroutine_callable
 from ..claims import Claims, StoreDown
 from ..errors import ConfigurationError, checked_duration
@@ -122,7 +123,7 @@ class Idempotency(PolicyMiddleware):
     @staticmethod
     def has_default_store(broker: Broker) -> bool:
         """Whether it needs no store there."""
-        return _dramatiq.is_stub_broker(broker) or _dramatiq.is_redis_broker(broker)
+        return kind_of(broker) in ("stub", "redis")
 
     def attach(self, wiring: Wiring) -> None:
         store = self.store = _default_store(wiring.broker) if self.store is None else self.store
@@ -253,11 +254,12 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _default_store(broker: Broker) -> IdempotencyStore | None:
-    if _dramatiq.is_stub_broker(broker):
+    kind = kind_of(broker)
+    if kind == "stub":
         from ..stores.memory import MemoryStore
 
         return MemoryStore()
-    if _dramatiq.is_redis_broker(broker):
+    if kind == "redis":
         from ..stores.redis import RedisStore
 
         given: Any = broker

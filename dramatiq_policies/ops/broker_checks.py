@@ -10,7 +10,7 @@ from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
-from .._dramatiq import is_stub_broker
+from ..broker_kinds import kind_of
 from ..middleware.base import PolicyMiddleware
 from ..middleware.composition import GroupCallbacks, Pipelines
 from ..middleware.error_classifier import ErrorClassifier
@@ -78,7 +78,7 @@ def _thresholds(broker: Broker) -> Found:
 
 def _memory_store(broker: Broker) -> Found:
     idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
-    if idempotency is not None and isinstance(idempotency.store, MemoryStore) and not is_stub_broker(broker):
+    if idempotency is not None and isinstance(idempotency.store, MemoryStore) and kind_of(broker) != "stub":
         yield "DP024", "Idempotency has a MemoryStore"
 
 

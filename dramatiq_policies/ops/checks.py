@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.middleware import AsyncIO
 
 from ..backoff import bounds_of
+from ..broker_kinds import kind_of
 from ..durations import to_ms
 from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware
@@ -210,7 +211,7 @@ def _clocks(job: _Job) -> Found:
             "DP015",
             f"It may run for {timeout:.0f} ms; a worker that shuts down waits {settings.shutdown_timeout_ms} ms",
         )
-    if type(job.wiring.broker).__name__ == "RabbitmqBroker" and timeout > settings.consumer_timeout_ms:
+    if kind_of(job.wiring.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
         yield (
             "DP017",
             (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from ..durations import WEEK_MS
+from ..keys import roots_of
 from .apps import OperationError, one_line
 
 __all__ = ["Argument", "Design", "IncompleteDesign", "Named", "parse_design"]
@@ -167,9 +167,7 @@ def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], proble
     if key is not None:
         names = {argument.name for argument in arguments}
         try:
-            fields = {
-                field.partition(".")[0].partition("[")[0] for _, field, _, _ in string.Formatter().parse(key) if field
-            }
+            fields = set(roots_of(key))
         except (TypeError, ValueError):
             problems.append(f"job.idempotency_key: a template over the arguments, got {key!r}")
         else:

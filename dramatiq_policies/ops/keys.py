@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..keys import signature_of
 from ..middleware.idempotency import Idempotency, KeyState
 from .apps import OperationError, one_line
 
@@ -43,15 +43,14 @@ def _asking(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     """Arguments from a command line: JSON where they are, else text; text for those annotated ``str``; ``name=value``
     for keywords."""
-    fn: Any = inspect.unwrap(actor.fn)
-    signature = inspect.signature(getattr(fn, "perform", fn))
-    parameters = list(signature.parameters.values())
+    known = signature_of(actor.fn).parameters
+    parameters = list(known.values())
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for text in texts:
         name, found, value = text.partition("=")
-        if found and name in signature.parameters:
-            kwargs[name] = _value(value, signature.parameters[name].annotation)
+        if found and name in known:
+            kwargs[name] = _value(value, known[name].annotation)
         else:
             at = len(args)
             args.append(_value(text, parameters[at].annotation if at < len(parameters) else None))

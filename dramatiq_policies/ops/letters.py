@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dramatiq import Message
 from dramatiq.message import generate_unique_id
 
-from ..history import FAILURE, POLICIES, now_ms
+from ..delivery import READY_AT
+from ..history import FAILURE, POLICIES, History, now_ms
 from ..shape import check_shape, is_number
 from ..wiring import wiring_of
 
@@ -18,14 +19,10 @@ if TYPE_CHECKING:
 
     from .piles import Item
 
-__all__ = ["DeadLetter", "Filter", "read_letter", "renewed", "replays_of"]
+__all__ = ["DeadLetter", "Filter", "read_letter", "renewed"]
 
 #: What a message carries of its past, and must not carry into a replay.
-PAST = frozenset(
-    {"eta", FAILURE, POLICIES, "ready_at", "redis_message_id", "requeue_timestamp", "retries", "traceback"}
-)
-#: Our counter of how often a message was replayed, within the option ``policies``.
-REPLAYS = "replays"
+PAST = frozenset({"eta", FAILURE, POLICIES, READY_AT, "redis_message_id", "requeue_timestamp", "retries", "traceback"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +123,7 @@ def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
         traceback=_text(failure.get("traceback")),
         attempts=failure["attempts"] if type(failure.get("attempts")) is int else None,
         failed_at=int(failed_at) if is_number(failed_at) else item.at_ms,
-        replays=replays_of(options),
+        replays=History(options).replays,
         tags=tags if isinstance(tags, dict) else ((policy.tags or {}) if policy is not None else {}),
         history=tuple(run for run in history if isinstance(run, dict)) if isinstance(history, list) else (),
         message=message,
@@ -149,20 +146,13 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def replays_of(options: Mapping[str, Any]) -> int:
-    """How often a message was replayed."""
-    carried = options.get(POLICIES)
-    count = carried.get(REPLAYS) if isinstance(carried, dict) else None
-    return count if type(count) is int and count > 0 else 0
-
-
 def renewed(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
     """The message for its replay: without its past, made now, and counting one replay more.
 
     The count is part of the run's identity: what remembers that the earlier run has ended lets this one run.
     """
     options = {name: value for name, value in message.options.items() if name not in PAST}
-    options[POLICIES] = {REPLAYS: replays_of(message.options) + 1}
+    options[POLICIES] = {"replays": History(message.options).replays + 1}
     return Message(
         queue_name=queue,
         actor_name=message.actor_name,

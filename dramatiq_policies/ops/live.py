@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import dq_name, xq_name
 
 from .. import _dramatiq
+from ..broker_kinds import kind_of
 from ..middleware.idempotency import Idempotency
 from .apps import OperationError, known_queues, one_line, redact
 from .findings import CODES, Finding
-from .piles import kind_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import ConnectionClosed
 
 from ..alerts import QueueAlert
+from ..broker_kinds import kind_of
 from ..middleware.queue_monitor import QueueMonitor
 from ..queues import QueueReader, QueueReading, reader_of
 from .apps import OperationError, find_queue, redact
-from .piles import kind_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker

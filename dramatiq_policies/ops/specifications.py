@@ -173,7 +173,6 @@ def _times_out(design: Design) -> str:
 
 
 def _crashes(design: Design) -> str:
-    names = ", ".join("*EXAMPLE.values()" for _ in (design.arguments or ())[:1])
-    given = f"{names}, " if names else ""
+    given = "*EXAMPLE.values(), " if design.arguments else ""
     return f"""def test_a_crash_at_any_line_leaves_no_other_effect():
     assert_crash_safe(JOB, {given}effects=effects, reset=reset)"""

@@ -25,8 +25,7 @@ from dramatiq.threading import Interrupt
 from .. import _dramatiq, interrupts
 from ..consumer import REDELIVERED
 from ..delivery import current
-from ..durations import to_ms
-from ..errors import ConfigurationError
+from ..errors import checked_duration
 from .bench import Bench, bench_of
 from .collecting import collecting
 from .run import Entry, Run
@@ -71,7 +70,7 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
     is raised here.
     """
     bench = bench_of(broker)
-    limit = None if until is None else _limit(until)
+    limit = None if until is None else checked_duration("drain()", "until", until)
     with Drain(bench) as work:
         if limit is not None:
             limit += bench.clock.now
@@ -86,15 +85,6 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
                     "If all of them are meant, give drain() a higher max_runs."
                 )
     return work.run
-
-
-def _limit(until: int | timedelta) -> int:
-    try:
-        return to_ms(until)
-    except (TypeError, ValueError):
-        raise ConfigurationError.of_option(
-            "drain()", "until", "milliseconds of at least 0, or a timedelta", until
-        ) from None
 
 
 def drain_in_progress() -> Drain | None:

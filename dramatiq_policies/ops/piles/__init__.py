@@ -11,20 +11,20 @@ The contract of every pile, in words:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...broker_kinds import kind_of
 from ..apps import OperationError
 
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker
 
-__all__ = ["Item", "Pile", "kind_of", "open_pile"]
+__all__ = ["Item", "Pile", "open_pile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +74,3 @@ def open_pile(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManag
         raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
     opening = import_module(f"{__name__}.{kind}").open_pile
     return opening(broker, queue, dead=dead)  # type: ignore[no-any-return]
-
-
-def kind_of(broker: Broker) -> str | None:
-    """``stub``, ``redis`` or ``rabbitmq``; None for any other broker."""
-    # Who has such a broker has imported its module.
-    for module, name in _KNOWN:
-        loaded = sys.modules.get(module)
-        if loaded is not None and isinstance(broker, getattr(loaded, name)):
-            return module.rpartition(".")[2]
-    return None
-
-
-_KNOWN = (
-    ("dramatiq.brokers.stub", "StubBroker"),
-    ("dramatiq.brokers.redis", "RedisBroker"),
-    ("dramatiq.brokers.rabbitmq", "RabbitmqBroker"),
-)
