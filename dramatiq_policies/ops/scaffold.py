@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .apps import OperationError
 from .designs import Design, Named
-from .sources import WIDTH, Imports, called, quoted, sentence
+from .sources import WIDTH, Imports, called, prose, quoted, sentence
 from .specifications import render_tests
 
 __all__ = ["module_name", "render_conftest", "render_job", "scaffold"]
@@ -84,7 +84,7 @@ def _app_of(file: Path) -> str | None:
 def render_job(design: Design, name: str) -> str:
     """The module of the job."""
     imports, ours = Imports(), Imports()
-    options = [f'queue_name="{design.queue}"']
+    options = [f"queue_name={quoted(design.queue)}"]
     if design.transient:
         ours.add("dramatiq_policies", "RetryPolicy")
         rows = "".join(f"        {called(imports, one)}: RetryPolicy(attempts=5),\n" for one in design.transient)
@@ -118,11 +118,11 @@ def render_job(design: Design, name: str) -> str:
 def _docstring(design: Design) -> str:
     summary = sentence(design.purpose)
     body = [
-        textwrap.fill(f"{label}: {text}", 80 - 4)
+        textwrap.fill(f"{label}: {prose(text)}", 80 - 4)
         for label, text in (("Trigger", design.trigger), ("Effect", design.effect))
     ]
     whole = f'"""{textwrap.fill(summary, 80 - 7)}\n\n' + "\n".join(body) + '\n"""'
-    return textwrap.indent(whole.replace("\\", "\\\\"), "    ")
+    return textwrap.indent(whole, "    ")
 
 
 def _listed(imports: Imports, named: tuple[Named, ...]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from .designs import Named
 
-__all__ = ["WIDTH", "Imports", "called", "quoted", "sentence"]
+__all__ = ["WIDTH", "Imports", "called", "prose", "quoted", "sentence"]
 
 
 class Imports:
@@ -55,11 +57,16 @@ def called(imports: Imports, named: Named) -> str:
 
 def quoted(text: str) -> str:
     """A string literal."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(text, ensure_ascii=False)
+
+
+def prose(text: str) -> str:
+    """The text on one line, as it may stand in a docstring."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"""', "'''")
 
 
 def sentence(text: str) -> str:
-    """The text as a sentence, safe within a docstring."""
-    text = " ".join(text.replace('"""', "'''").split())
+    """The text as a sentence, as it may stand in a docstring."""
+    text = prose(text)
     text = text[0].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."

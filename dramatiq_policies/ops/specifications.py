@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .designs import Design, Named
-from .sources import WIDTH, Imports, called, sentence
+from .sources import WIDTH, Imports, called, prose, sentence
 
 __all__ = ["render_tests"]
 
@@ -68,7 +68,7 @@ def _exploded(found: re.Match[str]) -> str:
 
 
 def _effects(design: Design) -> str:
-    effect = textwrap.fill(f"To be written: return {design.effect.rstrip('.')}.", 76).replace("\n", "\n    ")
+    effect = textwrap.fill(f"To be written: return {prose(design.effect).rstrip('.')}.", 76).replace("\n", "\n    ")
     return f'''def effects():
     """What the job has changed in the world, so that the tests can compare it.
 

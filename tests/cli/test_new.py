@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -277,6 +280,23 @@ def test_no_errors_is_an_answer(command, shop):
     text = (shop / FILE).read_text()
     assert "retry_on=(),\n    discard_on=(),\n    idempotent=True," in text
     assert run(shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation").returncode == 0
+
+
+def test_answers_may_hold_what_python_takes_for_its_own(command, shop):
+    strange = 'a \\d, a "quoted" word, a """ and a backslash at last \\'
+    old = {"purpose": "the customer learns that the order was taken", "trigger": "the checkout, after its transaction"}
+    old |= {"effect": "one e-mail", "criticality": "high", "queue": "mail"}
+    answers = {**dict.fromkeys(old, strange), "criticality": f"high\n{strange}"}
+    redesign(shop, *((f'{name} = "{text}"', f"{name} = {json.dumps(answers[name])}") for name, text in old.items()))
+    result = command("new", FILE, "--design", "design.toml")
+    assert result.exit_code == 0, result.output
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # An escape that is none is a warning.
+        job, tests = (ast.parse((shop / file).read_text()) for file in (FILE, TESTS))
+    options = {one.arg: one.value for one in job.body[-1].decorator_list[0].keywords}
+    assert ast.literal_eval(options["queue_name"]) == strange
+    assert ast.literal_eval(options["tags"]) == {"criticality": answers["criticality"]}
+    assert "\\d" in ast.get_docstring(tests)
 
 
 def test_nothing_is_ever_overwritten(command, shop):
