@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
-from .asked import asked_seconds
 from .callables import accepts, is_coroutine_callable
 from .durations import WEEK_MS, Duration, to_ms
 from .errors import ConfigurationError, checked_duration
+from .retry_after_header import asked_seconds
 
 __all__ = [
     "Wait",

@@ -69,13 +69,13 @@ def install(
       broker: Any broker; before its actors are declared, for their options are unknown before.
       error_classifier: None means one with its defaults, which keeps the settings of the stock ``Retries``.
       timeout: None means one with its defaults, which keeps the limit of the stock ``TimeLimit``.
+      idempotency: None means one with its defaults where it finds a store (on a RedisBroker or a StubBroker), and none
+        elsewhere; False none.
       discard_logger: None means one with its defaults, False none.
       metrics: None means none.
       sentry: None means none.
       queue_monitor: None means none.
       heartbeat: None means none.
-      idempotency: None means one with its defaults where it finds a store (on a RedisBroker or a StubBroker), and none
-        elsewhere; False none.
 
     Raises:
       ConfigurationError: If the bundle is on this broker already, or an argument is of the wrong kind.
@@ -252,7 +252,7 @@ def resolve_actor(wiring: Wiring, actor: Any) -> None:
         known is not None
         and known.options is actor.options
         and known.timeout is wiring.timeout
-        and (known.guarded_by is wiring.admission)
+        and known.guarded_by is wiring.admission
     ):
         return
     classifier = next(m for m in wiring.attached if isinstance(m, ErrorClassifier))

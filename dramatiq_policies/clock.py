@@ -1,7 +1,8 @@
 """The clocks that the bundle looks at.
 
-Always called as ``clock.time()``, ``clock.monotonic()`` and ``clock.sleep()``, and never imported by name: the test kit puts its virtual clock
-here while it drains a broker. How long a job has run, and when it is interrupted, is measured by the real clock.
+Always called as ``clock.time()``, ``clock.monotonic()`` and ``clock.sleep()``, and never imported by name: the test kit
+puts its virtual clock here while it drains a broker. How long a job has run, and when it is interrupted, is measured by
+the real clock.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def is_dead(owner: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
+    except (OverflowError, ValueError):
+        return False  # No process has such a number: nobody of ours has written that.
     except OSError:
         pass  # Somebody else's, but there.
     state, started = _stat(int(pid))

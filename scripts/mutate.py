@@ -36,12 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dramatiq_policies"
 #: The tests of each module, the quick ones first.
 TESTS = {
-    "asked": ["test_backoff"],
+    "retry_after_header": ["test_backoff"],
     "backoff": ["test_backoff", "test_error_classifier"],
     "callables": ["test_backoff", "test_rules", "test_error_classifier", "test_keys"],
     "durations": ["test_durations", "test_backoff"],
     "rules": ["test_rules", "test_error_classifier"],
-    "rule_set": ["test_rules", "test_error_classifier"],
     "rule_set": ["test_rules", "test_error_classifier"],
     "declarations": ["test_rules", "test_error_classifier"],
     "outcomes": ["test_discard_logger", "test_error_classifier"],

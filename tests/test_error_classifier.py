@@ -33,6 +33,8 @@ from dramatiq_policies import (
     ErrorClassifier,
     HandoffFailed,
     Idempotency,
+    Outcome,
+    OutcomeEvent,
     QueueTimeoutExceeded,
     RetryPolicy,
     Snooze,
@@ -212,6 +214,14 @@ def test_repeats_of_an_alert_within_the_interval_fire_once(interval, fired, capl
     assert stage.run().outcomes() == ["alerted"] * 3
     levels = [r.levelno for r in caplog.records if r.getMessage().startswith("alerted")]
     assert sorted(levels) == [logging.WARNING] * (3 - fired) + [logging.CRITICAL] * fired
+
+
+def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
+    classifier = Stage().classifier
+    for number in range(2_000):
+        error = type(f"MissingKey{number}", (MissingKey,), {})()
+        classifier._alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), None)
+    assert len(classifier._alerted) <= 1_000
 
 
 @pytest.mark.parametrize(

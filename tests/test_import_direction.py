@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
     {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "round_trips", "slots", "timer"},
-    {"errors", "callables", "asked"},
+    {"errors", "callables", "retry_after_header"},
     {"_udp"},
     {"statsd"},
     {"backoff"},
@@ -23,7 +25,7 @@ LAYERS = [
     {"history", "delivery", "shape", "options"},
     {"wiring"},
     {"settlement", "decisions", "limits", "queues", "election"},
-    {"alerts"},
+    {"queue_alerts"},
     {"consumer"},
     {"brokers", "records"},
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
@@ -70,8 +72,20 @@ def test_each_module_imports_only_from_its_own_layer_or_below():
     assert wrong == []
 
 
+def test_the_page_on_the_design_names_modules_that_exist_in_this_order():
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    table, _, order = page.partition("## Import direction")
+    named = set(re.findall(r"[\w/]+\.(?:py|lua)\b|(?<=`)[\w/]+/(?=`)", table))
+    assert len(named) > 30
+    scripts = {path.name for path in PACKAGE.rglob("*.lua")}
+    assert {name for name in named - scripts if not (PACKAGE / name).exists()} == set()
+    groups = [re.findall(r"\w+", group) for group in order.partition(". A test")[0].split("<-")]
+    levels = [[LEVEL[name] for name in group] for group in groups]
+    assert all(max(lower) < min(upper) for lower, upper in itertools.pairwise(levels))
+
+
 def test_rules_and_backoff_know_nothing_of_dramatiq():
-    for name in ("rules", "rule_set", "declarations", "backoff", "asked", "durations"):
+    for name in ("rules", "rule_set", "declarations", "backoff", "retry_after_header", "durations"):
         assert "dramatiq" not in {
             alias.name.split(".")[0]
             for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))

@@ -51,6 +51,11 @@ def test_another_process_with_the_same_pid_is_not_taken_for_the_owner():
     assert owners.is_dead(changed(owners.this_process(), start=start - 1))
 
 
+@pytest.mark.parametrize("pid", [10**20, "9" * 5_000])
+def test_of_a_number_that_no_process_has_nothing_is_certain(pid):
+    assert not owners.is_dead(changed(owners.this_process(), pid=pid))
+
+
 @pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()])
 def test_of_a_process_in_another_container_or_before_a_reboot_nothing_is_certain(pid):
     assert not owners.is_dead(changed(owners.this_process(), pid=pid, place="0123456789ab", start=1))

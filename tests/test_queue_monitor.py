@@ -16,8 +16,8 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ConfigurationError, Metrics, QueueAlert, QueueMonitor, Threshold, install
-from dramatiq_policies.alerts import Watch
 from dramatiq_policies.election import Election
+from dramatiq_policies.queue_alerts import Watch
 from dramatiq_policies.queues import QueueReading
 from dramatiq_policies.testing import drain, stub
 

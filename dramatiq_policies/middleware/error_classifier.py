@@ -40,6 +40,8 @@ alerts = logging.getLogger("dramatiq_policies.alerts")
 _stock_lines = logging.getLogger("dramatiq_policies.stock")
 _stock_lines.setLevel(logging.ERROR)
 
+#: Of how many pairs of actor and exception it is remembered that they have alerted.
+_REMEMBERED = 1_000
 _DEFAULTS = {"max_retries": 20, "min_backoff": None, "max_backoff": None, "retry_when": None}
 
 
@@ -250,6 +252,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         last = self._alerted.get(key)
         repeated = last is not None and (now - last) * 1_000 < self.alert_interval
         if not repeated:
+            if len(self._alerted) >= _REMEMBERED:
+                # Somebody makes classes as he goes; they must not pile up here.
+                self._alerted.clear()
             self._alerted[key] = now
         (logger if repeated else alerts).log(
             logging.WARNING if repeated else logging.CRITICAL,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..errors import ConfigurationError, checked_duration
+from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..queues import QueueReader, QueueReading, reader_of
 from .base import PolicyMiddleware
 
@@ -35,8 +35,9 @@ class QueueMonitor(PolicyMiddleware):
 
     One process of each ``dramatiq`` command does it, elected among the command's worker processes; where Redis is at
     hand (a RedisBroker, or Idempotency with a RedisStore) one process of the whole fleet, by a lease that another takes
-    over within four intervals. One that can't read the queues three times in a row lets another try. The fleet is whoever has the same queues in the same namespace. A thread is started when
-    a worker boots, and ends with it; no reading takes a message, nor does an outage of the broker end anything.
+    over within four intervals. The fleet is whoever has the same queues in the same namespace. One that can't read the
+    queues three times in a row lets another try. A thread is started when a worker boots, and ends with it; no reading
+    takes a message, nor does an outage of the broker end anything.
 
     A breach is told once, and again only after its value has come down to four fifths of the threshold.
 

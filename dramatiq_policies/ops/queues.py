@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import ConnectionClosed
 
-from ..alerts import QueueAlert
 from ..broker_kinds import kind_of
 from ..middleware.queue_monitor import QueueMonitor
+from ..queue_alerts import QueueAlert
 from ..queues import QueueReader, QueueReading, reader_of
 from .apps import OperationError, find_queue, redact
 

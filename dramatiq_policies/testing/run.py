@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..outcomes import Outcome, OutcomeEvent, text_of
-from .recorded import values_of
+from .metrics import values_of
 
 if TYPE_CHECKING:
     from dramatiq import Actor

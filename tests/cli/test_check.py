@@ -356,10 +356,12 @@ dramatiq.set_broker(broker)
     assert "secret" not in result.output
 
 
-def test_a_timeout_beyond_rabbitmq_s_patience_is_found_there_only(command):
-    broker = """
+@pytest.mark.parametrize("of", ["RabbitmqBroker", "OurBroker"])
+def test_a_timeout_beyond_rabbitmq_s_patience_is_found_there_only(command, of):
+    broker = f"""
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
-broker = RabbitmqBroker(url="amqp://guest:guest@127.0.0.1:1")
+class OurBroker(RabbitmqBroker): pass
+broker = {of}(url="amqp://guest:guest@127.0.0.1:1")
 install(broker)
 dramatiq.set_broker(broker)
 """
