@@ -14,6 +14,8 @@ import pytest
 import sentry_sdk
 from dramatiq.brokers.stub import StubBroker
 
+import dramatiq_policies
+from dramatiq_policies import errors
 from examples.orders import gateway
 from examples.orders.shop import OrderNotFound
 
@@ -114,3 +116,9 @@ def test_every_test_that_shows_a_promise_is_there():
     assert len(named) > 10
     missing = [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
     assert missing == []
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    named = {*re.findall(r"^::: dramatiq_policies\.(\w+)$", page, re.MULTILINE), *errors.__all__}
+    assert set(dramatiq_policies.__all__) - named == {"actor"}  # a function of Dramatiq's
