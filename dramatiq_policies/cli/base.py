@@ -179,9 +179,12 @@ def duration(ms: float | None) -> str:
     return f"{whole} s"
 
 
-def age(ms: float | None) -> str:
-    """A time in ms since the epoch as local date and time."""
-    return "-" if ms is None else datetime.fromtimestamp(ms / 1_000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+def age(ms: Any) -> str:
+    """A time in ms since the epoch as local date and time; anybody may have written it, and what is none is ``-``."""
+    try:
+        return datetime.fromtimestamp(ms / 1_000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "-"
 
 
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}

@@ -276,3 +276,15 @@ def test_where_nothing_is_dead_it_says_so(command, app):
 def test_an_actor_that_nobody_declared_and_no_letter_names_is_refused(command, app):
     for name in ("summary", "list"):
         assert "no actor 'send_fax'" in command.refuses("dead", name, app, "--actor", "send_fax")
+
+
+@pytest.mark.parametrize("failed_at", [10**18, -(10**18), 1e300])
+def test_a_time_that_no_calendar_has_does_not_keep_the_others_from_being_shown(command, failed_at):
+    strange = APP + f'failure = {{"outcome": "dead", "failed_at": {failed_at}, "history": [{{"failed_at": "?"}}]}}\n'
+    app = command.app(strange + 'bury(send_mail, "m4", failure=failure)\n')
+    for given in (("summary", app), ("list", app), ("show", app, "m4")):
+        result = command("dead", *given)
+        assert result.exit_code == 0, result.output
+    listed = command("dead", "list", app).stdout.splitlines()
+    assert len(listed) == 5
+    assert any(line.startswith("-  m4") for line in listed)
