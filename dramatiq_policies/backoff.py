@@ -73,8 +73,6 @@ class _Growing(_Declared):
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
         shortest, longest = self.bounds(attempt)
-        if shortest == longest:
-            return shortest
         return shortest + round((longest - shortest) * (self.random or _random.random)())
 
 

@@ -134,6 +134,7 @@ def test_the_bounds_of_any_wait_are_known_as_far_as_they_can_be():
     assert bounds_of(constant(5), 3) == (5, 5)
     assert bounds_of(retry_after(fallback=5, maximum=60_000), 1) == (0, 60_000)
     assert bounds_of(retry_after(fallback=90_000, maximum=60_000), 1) == (0, 90_000)
+    assert bounds_of(retry_after(fallback=exponential(1_000, jitter=0.5), maximum=0), 2) == (0, 3_000)
     assert bounds_of(lambda attempt, exception: 5, 1) == (0, WEEK_MS)
 
 
@@ -178,10 +179,12 @@ def test_processes_forked_from_one_draw_differently():
         (lambda: exponential(factor=True), "factor"),
         (lambda: exponential(jitter=1.5), "jitter"),
         (lambda: exponential(jitter="15%"), "jitter"),
+        (lambda: exponential(jitter=-0.1), "jitter"),
         (lambda: exponential(jitter=True), "jitter"),
         (lambda: polynomial(power=-1), "power"),
         (lambda: polynomial(scale=None), "scale"),
         (lambda: polynomial(offset=-5), "offset"),
+        (lambda: polynomial(maximum=-5), "maximum"),
         (lambda: constant(-1), "ms"),
         (lambda: constant(float("inf")), "ms"),
         (lambda: retry_after(maximum=-1), "maximum"),
@@ -351,3 +354,7 @@ def test_a_coroutine_function_is_known_through_partials_and_objects():
 def test_waits_are_equal_whatever_their_source_of_randomness(wait):
     assert wait(random=lambda: 0.0) == wait(random=lambda: 1.0)
     assert wait(jitter=0.1) != wait(jitter=0.2)
+
+
+def test_waits_are_equal_whatever_their_clock():
+    assert retry_after(now=lambda: NOW) == retry_after()
