@@ -238,14 +238,14 @@ class Run:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
                 self._status = status
-                self._kill()
+                self.kill()
             elif time.monotonic() > self._until:
                 self.hung = True
-                self._kill()
+                self.kill()
                 _, self._status = os.waitpid(self._pid, 0)
         return self._status is not None
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         try:
             os.killpg(self._pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -277,21 +277,25 @@ def sabotage(module: str, copies: list[Path], options: argparse.Namespace) -> bo
     tried = survived = hung = 0
     waiting: Iterator[str] = iter(names)
     running: dict[Path, tuple[str, Run]] = {}
-    while True:
-        for copied in copies:
-            if copied not in running and _cpu() < options.cpu and (name := next(waiting, None)):
-                (copied / inside).write_text(every[name][0])
-                running[copied] = name, Run(copied, TESTS[module], patience)
-        if not running:
-            break
-        time.sleep(0.01)
-        for copied, (name, run) in list(running.items()):
-            if run.is_over():
-                del running[copied]
-                tried, survived, hung = tried + 1, survived + run.passes(), hung + run.hung
-                if run.passes() or options.verbose:
-                    end = "survived" if run.passes() else f"killed by {run.noticed_by()}"
-                    print(f"  {module}:{name}  {every[name][1]}  {end}", flush=True)
+    try:
+        while True:
+            for copied in copies:
+                if copied not in running and _cpu() < options.cpu and (name := next(waiting, None)):
+                    (copied / inside).write_text(every[name][0])
+                    running[copied] = name, Run(copied, TESTS[module], patience)
+            if not running:
+                break
+            time.sleep(0.01)
+            for copied, (name, run) in list(running.items()):
+                if run.is_over():
+                    del running[copied]
+                    tried, survived, hung = tried + 1, survived + run.passes(), hung + run.hung
+                    if run.passes() or options.verbose:
+                        end = "survived" if run.passes() else f"killed by {run.noticed_by()}"
+                        print(f"  {module}:{name}  {every[name][1]}  {end}", flush=True)
+    finally:
+        for _, run in running.values():
+            run.kill()
     for copied in copies:
         (copied / inside).write_text(source)
     print(f"{module}: {tried} of {len(every)} mutants tried, {survived} survived, {hung} hung", flush=True)
