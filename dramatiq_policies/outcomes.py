@@ -30,8 +30,6 @@ class Outcome(str, Enum):
     def __str__(self) -> str:
         return self.value
 
-    __format__ = str.__format__  # type: ignore[assignment]
-
 
 #: The outcomes after which a message has ended badly for good.
 BAD_ENDINGS = frozenset({Outcome.DISCARDED, Outcome.ALERTED, Outcome.DEAD, Outcome.EXPIRED})
