@@ -357,24 +357,14 @@ def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(da
     assert stage.classifier.wiring.policies["ship"].guard.ttl == remembered * day
 
 
-def test_an_error_of_done_when_is_the_jobs_own():
+@pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
+def test_an_error_of_done_when_and_of_what_makes_the_key_is_the_jobs_own(option):
     stage = Stage()
 
     def broken(order_id):
         raise Permanent(order_id)
 
-    stage.actor(lambda order_id: None, actor_name="ship", done_when=broken, discard_on=Permanent).send(7)
-    stage.run()
-    assert stage.outcomes() == ["discarded"]
-
-
-def test_an_error_of_the_key_is_the_jobs_own_and_nothing_is_claimed():
-    stage = Stage()
-
-    def broken(order_id):
-        raise Permanent(order_id)
-
-    stage.actor(lambda order_id: None, actor_name="ship", idempotency_key=broken, discard_on=Permanent).send(7)
+    stage.actor(lambda order_id: None, actor_name="ship", discard_on=Permanent, **{option: broken}).send(7)
     stage.run()
     assert stage.outcomes() == ["discarded"]
 

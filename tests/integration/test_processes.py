@@ -231,10 +231,8 @@ def test_a_killed_worker_s_job_is_delivered_again(place: Place, make) -> None:
     assert place.dead() == []
 
 
-def test_a_password_that_redis_refuses_ends_the_process(redis_place: RedisPlace, tmp_path: Path) -> None:
-    application = Application(redis_place, tmp_path)
-    scheme, _, rest = redis_place.url.partition("://")
-    application.environment["APP_URL"] = f"{scheme}://nobody:wrong@{rest.rpartition('@')[2]}"
+def ends_for_good(application: Application) -> None:
+    """It says once that Redis refuses it, and ends."""
     try:
         process = application.start()
         assert process.wait(20) == 3, application.log.read_text()
@@ -242,18 +240,19 @@ def test_a_password_that_redis_refuses_ends_the_process(redis_place: RedisPlace,
         application.close()
     refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]
     assert len(refused) == 1, application.log.read_text()
+
+
+def test_a_password_that_redis_refuses_ends_the_process(redis_place: RedisPlace, tmp_path: Path) -> None:
+    application = Application(redis_place, tmp_path)
+    scheme, _, rest = redis_place.url.partition("://")
+    application.environment["APP_URL"] = f"{scheme}://nobody:wrong@{rest.rpartition('@')[2]}"
+    ends_for_good(application)
 
 
 def test_a_key_of_the_wrong_type_ends_the_process(redis_place: RedisPlace, tmp_path: Path) -> None:
     application = Application(redis_place, tmp_path)
     redis_place.client.set(redis_place.key(redis_place.queue), "somebody's string")
-    try:
-        process = application.start()
-        assert process.wait(20) == 3, application.log.read_text()
-    finally:
-        application.close()
-    refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]
-    assert len(refused) == 1, application.log.read_text()
+    ends_for_good(application)
 
 
 def test_a_killed_worker_loses_no_message_whatever_it_did(rabbitmq_place: RabbitmqPlace, tmp_path: Path) -> None:
