@@ -53,7 +53,6 @@ def call(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    exception: type[BaseException] = TimeoutExceeded,
     watch: Watch | None = None,
     job: Any = None,
 ) -> R:
@@ -66,10 +65,10 @@ def call(
         # Where it can't run, Dramatiq says why.
         return fn(*args, **kwargs)
     run = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
-    tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
+    tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     try:
         due = inf if deadline is None else deadline
-        arm(slot, tokens, run, due=due, exception=exception, watch=watch, job=job)
+        arm(slot, tokens, run, due=due, watch=watch, job=job)
         # The loop runs it in a copy of this thread's context.
         thread.loop.call_soon_threadsafe(run.start)
         return cast("R", run.wait())

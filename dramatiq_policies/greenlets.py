@@ -32,7 +32,6 @@ class _Run:
     __slots__ = (
         "_context",
         "_deadline",
-        "_exception",
         "_greenlet",
         "_job",
         "_loop",
@@ -42,12 +41,9 @@ class _Run:
         "on_shutdown",
     )
 
-    def __init__(
-        self, deadline: float | None, on_shutdown: bool, exception: type[BaseException], watch: Watch | None, job: Any
-    ) -> None:
+    def __init__(self, deadline: float | None, on_shutdown: bool, watch: Watch | None, job: Any) -> None:
         self.on_shutdown = on_shutdown
         self._deadline = deadline
-        self._exception = exception
         self._watch = watch
         self._job = job
         self._over = False
@@ -80,7 +76,7 @@ class _Run:
             return
         if self._watch is not None:
             self._start_timer(self._deadline + self._watch.grace, self._report)
-        self._throw(self._exception)
+        self._throw(TimeoutExceeded)
 
     def _throw(self, exception: type[BaseException]) -> None:
         if not self._over:
@@ -109,7 +105,6 @@ def call(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    exception: type[BaseException] = TimeoutExceeded,
     watch: Watch | None = None,
     job: Any = None,
 ) -> R:
@@ -117,7 +112,7 @@ def call(
     greenlet = gevent.getcurrent()
     if (deadline is None and not on_shutdown) or greenlet in _runs:
         return fn(*args, **kwargs)
-    run = _runs[greenlet] = _Run(deadline, on_shutdown, exception, watch, job)
+    run = _runs[greenlet] = _Run(deadline, on_shutdown, watch, job)
     try:
         return fn(*args, **kwargs)
     except RuntimeError as error:

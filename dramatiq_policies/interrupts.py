@@ -90,7 +90,6 @@ class Caller(Protocol):
         *,
         deadline: float | None = None,
         on_shutdown: bool = False,
-        exception: type[BaseException] = TimeoutExceeded,
         watch: Watch | None = None,
         job: Any = None,
     ) -> R: ...
@@ -116,16 +115,14 @@ def call(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    exception: type[BaseException] = TimeoutExceeded,
     watch: Watch | None = None,
     job: Any = None,
 ) -> R:
     """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it when it must end.
 
     Parameters:
-      deadline: By ``time.monotonic()``, when ``exception`` is raised in it; None for never.
+      deadline: By ``time.monotonic()``, when `TimeoutExceeded` is raised in it; None for never.
       on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in it.
-      exception: A class that can be made without arguments.
       watch: Who is told if it goes on after the deadline; None for nobody.
       job: What the watch is told that it is.
 
@@ -139,7 +136,7 @@ def call(
     slot = _mine.slot or slot_of_this_thread()
     if slot.tokens is not None:
         return fn(*args, **kwargs)
-    tokens: Tokens = {exception: True, Shutdown: True} if on_shutdown else {exception: True}
+    tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     returned = False
     error: BaseException | None = None
     try:
@@ -148,7 +145,7 @@ def call(
                 with slot.lock:
                     slot.tokens = tokens
                     slot.due = deadline
-                    slot.exception = exception
+                    slot.timed_out = False
                     slot.watch = watch
                     slot.job = job
                     slot.target = None
@@ -159,7 +156,7 @@ def call(
             except BaseException as raised:
                 error = raised
             slot.tokens = slot.job = None
-            if tokens.pop(exception, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
+            if tokens.pop(TimeoutExceeded, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
                 slot.disarm(tokens)
         except BaseException as late:  # The first interrupt, one line late: see the module's docstring.
             if not returned and error is None:
@@ -243,7 +240,6 @@ def arm(
     target: Target,
     *,
     due: float,
-    exception: type[BaseException],
     watch: Watch | None,
     job: Any,
 ) -> None:
@@ -251,7 +247,7 @@ def arm(
     with slot.lock:
         slot.tokens = tokens
         slot.due = due
-        slot.exception = exception
+        slot.timed_out = False
         slot.watch = watch
         slot.job = job
         slot.target = target

@@ -18,6 +18,8 @@ from traceback import format_stack
 from types import FrameType
 from typing import Any, Protocol
 
+from .errors import TimeoutExceeded
+
 __all__ = ["Slot", "Target", "Tokens", "Watch", "frame_of", "report_apart", "supported"]
 
 logger = logging.getLogger("dramatiq_policies.interrupts")
@@ -72,17 +74,17 @@ class Slot:
     Attributes:
       tokens: Those of the call that goes on, and its identity; None between jobs.
       due: When the timer must look at it again, by the monotonic clock.
-      exception: What is raised at the deadline; None when it was.
+      timed_out: Whether its deadline was seen to.
     """
 
-    __slots__ = ("due", "exception", "job", "lock", "target", "thread_id", "tokens", "watch")
+    __slots__ = ("due", "job", "lock", "target", "thread_id", "timed_out", "tokens", "watch")
 
     def __init__(self, thread_id: int) -> None:
         self.thread_id = thread_id
         self.lock = Lock()
         self.tokens: Tokens | None = None
         self.due = inf
-        self.exception: type[BaseException] | None = None
+        self.timed_out = False
         self.watch: Watch | None = None
         self.job: Any = None
         self.target: Target | None = None
@@ -106,9 +108,9 @@ class Slot:
             if tokens is None:
                 return inf
             watch = self.watch
-            if self.exception is not None:
-                self.interrupt(tokens, self.exception)
-                self.exception = None
+            if not self.timed_out:
+                self.interrupt(tokens, TimeoutExceeded)
+                self.timed_out = True
                 self.due = inf if watch is None else self.due + watch.grace
                 return self.due
             self.due = inf

@@ -26,7 +26,7 @@ class Bench:
     def __init__(self, broker: StubBroker, wiring: Wiring) -> None:
         self.broker = broker
         self.wiring = wiring
-        self.clock = VirtualClock(passed=self._renew_leases)
+        self.clock = VirtualClock(self._renew_leases)
         self.draining = False
         #: Whether the idempotency store is down for good: what waits for it waits in vain.
         self.store_is_down = False

@@ -27,17 +27,17 @@ class VirtualClock:
     """The time on one broker.
 
     Parameters:
-      now: Where it begins; None, the default, for the real time.
       passed: Called whenever time has gone by.
 
     Attributes:
-      now: Milliseconds since the epoch. It stands still but for `advance`, so that what is computed from it is exact.
+      now: Milliseconds since the epoch. It begins at the real time, and stands still but for `advance`, so that what is
+        computed from it is exact.
       skipped: How many milliseconds it was advanced in all. Its monotonic clock is the real one plus these, so that
         what really takes time is seen to.
     """
 
-    def __init__(self, now: int | None = None, passed: Callable[[], object] = lambda: None) -> None:
-        self.now = int(real.time() * 1_000) if now is None else now
+    def __init__(self, passed: Callable[[], object]) -> None:
+        self.now = int(real.time() * 1_000)
         self.skipped = 0
         self._passed = passed
 
