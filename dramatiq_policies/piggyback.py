@@ -47,12 +47,14 @@ class Piggyback:
     """What the worker threads of one broker have posted.
 
     Parameters:
-      claims: Whose store it is; nothing is posted to one that has no round trips to share.
+      claims: Whose store it is.
+      trips: What the store shares its round trips by.
     """
 
-    def __init__(self, wiring: Wiring, claims: Claims) -> None:
+    def __init__(self, wiring: Wiring, claims: Claims, trips: RoundTrips) -> None:
         self.wiring = wiring
         self.claims = claims
+        self.trips = trips
         self._last = threading.local()
 
     @staticmethod
@@ -65,10 +67,6 @@ class Piggyback:
             for hook in _HOOKS
         )
 
-    @property
-    def _trips(self) -> RoundTrips | None:
-        return getattr(self.claims.store, "trips", None)
-
     def post(self, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
         """Post the completion of a plain success, if somebody is to carry it soon.
 
@@ -77,8 +75,7 @@ class Piggyback:
         """
         if not delivery.is_remembered() or not delivery.is_plain_success() or self.wiring.successes_observed:
             return False
-        trips = self._trips
-        if trips is None or not _has_more(threading.current_thread()):
+        if not _has_more(threading.current_thread()):
             return False
         command, acks = consumer.completion(delivery)
 
@@ -89,7 +86,7 @@ class Piggyback:
             self._settle(consumer, message, delivery)
 
         self._last.post = post = Post(command, told)
-        trips.post(post)
+        self.trips.post(post)
         return True
 
     def _settle(self, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> None:
@@ -106,16 +103,14 @@ class Piggyback:
 
     def look(self) -> None:
         """After an ack: if no message waits for a thread, nobody else will carry what was posted."""
-        trips = self._trips
-        if trips is not None and trips.posted and not _has_more(threading.current_thread()):
+        if self.trips.posted and not _has_more(threading.current_thread()):
             self.flush()
 
     def flush(self) -> None:
         """Send what was posted, and wait until all that this thread has posted is answered."""
-        trips = self._trips
         last: Post | None = getattr(self._last, "post", None)
-        if trips is not None and (trips.posted or not (last is None or last.is_answered)):
-            trips.together((), carries=True)
+        if self.trips.posted or not (last is None or last.is_answered):
+            self.trips.together((), carries=True)
 
 
 def _has_more(thread: Any) -> bool:

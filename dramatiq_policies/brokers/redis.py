@@ -260,7 +260,8 @@ class RedisConsumer(PolicyConsumer):
         self._look_for_room()
 
     def _look_for_room(self) -> None:
-        if len(self.held) - len(self.done) <= self.prefetch >> 1:
+        # Looked at first, since to set it takes a lock. Whoever waits for it clears it, and then looks for room once more.
+        if not self.room.is_set() and len(self.held) - len(self.done) <= self.prefetch >> 1:
             self.room.set()
 
     def _dead_letter_raw(self, data: bytes, error: Exception) -> None:

@@ -143,10 +143,11 @@ class Idempotency(PolicyMiddleware):
         wiring = self.arrange(broker)
         if self.claims is None:
             return
-        if hasattr(self.store, "trips"):
+        trips = getattr(self.store, "trips", None)
+        if trips is not None:
             from ..piggyback import Piggyback  # It needs redis.
 
-            wiring.piggyback = Piggyback(wiring, self.claims) if Piggyback.is_safe(wiring) else None
+            wiring.piggyback = Piggyback(wiring, self.claims, trips) if Piggyback.is_safe(wiring) else None
         if self._excuse_neighbours not in wiring.stuck_subscribers:
             wiring.stuck_subscribers.append(self._excuse_neighbours)
         warnings = getattr(self.store, "warnings", None)

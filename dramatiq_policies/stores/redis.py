@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from importlib import resources
 from typing import Any
@@ -112,7 +113,12 @@ class RedisStore:
 
     def name_of(self, key: str) -> str:
         """The name of a register on the server."""
-        return f"{self.namespace}:{urlsafe_b64encode(blake2b(key.encode(), digest_size=15).digest()).decode()}"
+        return f"{self.namespace}:{_digest(key)}"
+
+
+@lru_cache(maxsize=1024)  # Each is wanted twice, for the claim and for the completion.
+def _digest(key: str) -> str:
+    return urlsafe_b64encode(blake2b(key.encode(), digest_size=15).digest()).decode()
 
 
 def _client_arguments() -> dict[str, Any]:

@@ -37,6 +37,13 @@ class TestOverAClientThatDecodes(OnRedis):
             yield RedisStore(client, namespace=redis_namespace)
 
 
+class TestWithoutHiredis(OnRedis):
+    @pytest.fixture
+    def store(self, redis_url: str, redis_namespace: str, monkeypatch: pytest.MonkeyPatch) -> RedisStore:
+        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+        return RedisStore.from_url(redis_url, namespace=redis_namespace)
+
+
 class TestMadeFromAUrl(OnRedis):
     @pytest.fixture
     def store(self, redis_url: str, redis_namespace: str) -> RedisStore:
