@@ -54,7 +54,9 @@ def test_a_record_is_read_as_it_was_written(record):
 
 @given(st.text(st.characters(exclude_categories=()) | st.sampled_from("\ud800\0é")) | st.uuids().map(str))
 def test_a_completed_key_names_the_message_whatever_its_id_is(message_id):
-    assert Record.decode(completed_by(message_id)) == Record("completed", message_id)
+    completed = Record("completed", message_id)
+    assert completed.encode() == completed_by(message_id)
+    assert Record.decode(completed.encode()) == completed
 
 
 def test_a_completed_key_takes_18_bytes():
@@ -177,6 +179,12 @@ TABLE = {
         LEFT,
         GONE,
         HandOnAgain(RETRY),
+    ),
+    "it was being ended by a dead one that did not say how: there is nothing to hand on": (
+        mine(ENDING),
+        LEFT,
+        GONE,
+        HandOnAgain({}),
     ),
 }
 
