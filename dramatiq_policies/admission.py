@@ -166,7 +166,6 @@ class Admission:
         wait = max(_LEAST_WAIT, wait if left is None else min(wait, left))
         history.deferrals += 1
         again: Message[Any] = message.copy(options={POLICIES: history.option()})
-        again.options.pop("eta", None)
         if delivery.redelivered:
             # Still what counts a start of a message without a key.
             again.options[REDELIVERED] = True

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
     from .middleware.error_classifier import ErrorClassifier
+    from .options import ActorPolicy
 
 __all__ = ["decide"]
 
@@ -30,59 +31,72 @@ _UNCLASSIFIED = "unclassified"
 
 
 def decide(
-    classifier: ErrorClassifier, broker: Broker, delivery: Delivery, message: MessageProxy, error: BaseException
+    classifier: ErrorClassifier,
+    broker: Broker,
+    delivery: Delivery,
+    declared: ActorPolicy,
+    message: MessageProxy,
+    error: BaseException,
 ) -> Settlement:
     """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
     history = History(message.options)
     if isinstance(error, Shutdown):
-        return _interrupted(classifier, delivery, message, history, error)
+        return _interrupted(classifier, delivery, declared, message, history, error)
     if isinstance(error, Verdict):
-        return _obey(classifier, delivery, message, history, error)
-    policy = delivery.policy
-    rule = None if policy is None else policy.rules.match(error)
+        return _obey(classifier, delivery, declared, message, history, error)
+    rule = declared.rules.match(error)
     if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
         rule = None
-    elif rule is None and classifier.unclassified is not None and not _is_stock(delivery, error):
-        return _retry(classifier, delivery, message, history, error, classifier.unclassified, _UNCLASSIFIED)
+    elif rule is None and classifier.unclassified is not None and not _is_stock(declared, error):
+        return _retry(classifier, delivery, declared, message, history, error, classifier.unclassified, _UNCLASSIFIED)
     if rule is None:
-        return _by_stock_options(classifier, broker, delivery, message, history, error)
+        return _by_stock_options(classifier, broker, delivery, declared, message, history, error)
     if rule.policy is not None:
-        return _retry(classifier, delivery, message, history, error, rule.policy, rule.id)
+        return _retry(classifier, delivery, declared, message, history, error, rule.policy, rule.id)
     history.failed(error, now_ms(), None)
     message.options[POLICIES] = history.option()
     if rule.verb is Verb.DISCARD:
-        return _discarded(classifier, delivery, history, error, rule.id)
+        return _discarded(classifier, declared, history, error, rule.id)
     return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
 
-def _is_stock(delivery: Delivery, error: BaseException) -> bool:
+def _is_stock(declared: ActorPolicy, error: BaseException) -> bool:
     """Whether it is left to the stock options, whatever ``unclassified`` says."""
-    return isinstance(error, (RateLimitExceeded, Retry)) or _is_thrown(delivery, error)
+    return isinstance(error, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
 
 
-def _is_thrown(delivery: Delivery, error: BaseException) -> bool:
-    throws: Any = None if delivery.policy is None else delivery.policy.options.get("throws")
+def _is_thrown(declared: ActorPolicy, error: BaseException) -> bool:
+    throws: Any = declared.options.get("throws")
     return bool(throws) and isinstance(error, throws)
 
 
 def _interrupted(
-    classifier: ErrorClassifier, delivery: Delivery, message: MessageProxy, history: History, error: BaseException
+    classifier: ErrorClassifier,
+    delivery: Delivery,
+    declared: ActorPolicy,
+    message: MessageProxy,
+    history: History,
+    error: BaseException,
 ) -> Settlement:
-    declared = {} if delivery.policy is None else delivery.policy.options
-    if message.options.get("max_retries", declared.get("max_retries", classifier.max_retries)) == 0:
+    if message.options.get("max_retries", declared.options.get("max_retries", classifier.max_retries)) == 0:
         return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
     delivery.hand_on(Send(_again(message, history)))
     return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
 
 
 def _obey(
-    classifier: ErrorClassifier, delivery: Delivery, message: MessageProxy, history: History, verdict: Verdict
+    classifier: ErrorClassifier,
+    delivery: Delivery,
+    declared: ActorPolicy,
+    message: MessageProxy,
+    history: History,
+    verdict: Verdict,
 ) -> Settlement:
     now = now_ms()
     if not isinstance(verdict, Snooze):
         history.failed(verdict, now, None)
         message.options[POLICIES] = history.option()
-        return _discarded(classifier, delivery, history, verdict, None)
+        return _discarded(classifier, declared, history, verdict, None)
     if history.snoozed_since is None:
         history.snoozed_since = now
     left = history.snoozed_since + classifier.max_snooze - now
@@ -96,15 +110,15 @@ def _obey(
 
 def _discarded(
     classifier: ErrorClassifier,
-    delivery: Delivery,
+    declared: ActorPolicy,
     history: History,
     error: BaseException,
     rule_id: str | None,
     reason: str | None = None,
 ) -> Settlement:
-    keep = classifier.dead_letter_discards
-    if delivery.policy is not None and delivery.policy.dead_letter_discards is not None:
-        keep = delivery.policy.dead_letter_discards
+    keep = declared.dead_letter_discards
+    if keep is None:
+        keep = classifier.dead_letter_discards
     return Settlement(
         Outcome.DISCARDED,
         reason,
@@ -119,6 +133,7 @@ def _discarded(
 def _retry(
     classifier: ErrorClassifier,
     delivery: Delivery,
+    declared: ActorPolicy,
     message: MessageProxy,
     history: History,
     error: BaseException,
@@ -127,9 +142,7 @@ def _retry(
 ) -> Settlement:
     now = now_ms()
     number, first = history.count(rule_id, now)
-    highest = max(
-        classifier.max_attempts, policy.attempts, 0 if delivery.policy is None else delivery.policy.max_attempts
-    )
+    highest = max(classifier.max_attempts, policy.attempts, declared.max_attempts)
     exhausted = number >= policy.attempts or history.total >= highest
     delay = 0
     if not exhausted:
@@ -144,7 +157,7 @@ def _retry(
         return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
     message.options[POLICIES] = history.option()
     if policy.then == "discard":
-        return _discarded(classifier, delivery, history, error, rule_id, "exhausted")
+        return _discarded(classifier, declared, history, error, rule_id, "exhausted")
     return Settlement(
         Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
         "exhausted",
@@ -160,6 +173,7 @@ def _by_stock_options(
     classifier: ErrorClassifier,
     broker: Broker,
     delivery: Delivery,
+    declared: ActorPolicy,
     message: MessageProxy,
     history: History,
     error: BaseException,
@@ -182,13 +196,12 @@ def _by_stock_options(
         return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
     history.failed(error, now, None)
     message.options[POLICIES] = history.option()
-    reason = "thrown" if _is_thrown(delivery, error) else "exhausted" if retries else _UNCLASSIFIED
+    reason = "thrown" if _is_thrown(declared, error) else "exhausted" if retries else _UNCLASSIFIED
     return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
 
 def _again(message: MessageProxy, history: History) -> Message[Any]:
-    """The message for its next run: what it carries of its past, and no time at which it is due."""
+    """The message for its next run, with what it carries of its past."""
     history.deferrals = 0
     again: Message[Any] = message.copy(options={POLICIES: history.option()})
-    again.options.pop("eta", None)
     return again

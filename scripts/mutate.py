@@ -5,8 +5,9 @@
     python scripts/mutate.py --only rules:41:2                 # one again, as the list of survivors names it
     python scripts/mutate.py --verbose rules                   # and which test noticed each
 
-Works on copies of the checkout. A mutant counts as killed when a test fails or hangs. What survives is either a change
-that means the same, or a test that is missing: read each.
+Works on copies of the checkout. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
+killed when one of them fails or hangs. What survives is either a change that means the same, or a test that is missing:
+read each. What only a process started by a test runs counts as run by none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import json
 import os
 import random
 import re
@@ -25,9 +27,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Imported once here, by no process that is forked: they take longer than most tests.
+import coverage
 import dramatiq.brokers.redis  # noqa: F401
 import hypothesis.strategies  # noqa: F401
 import pytest
@@ -157,24 +160,44 @@ def _uninteresting(node: ast.AST) -> bool:
     return text.startswith(("logger", "alerts", "__all__", "__slots__", "if TYPE_CHECKING"))
 
 
-def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
-    """Every place in a tree where a node stands, but for annotations: its parent, the field, its index there."""
+class Mutant(NamedTuple):
+    source: str
+    change: str
+    #: What tells the tests that run it; None if it is run by an import.
+    lines: range | None
+
+
+def places(
+    node: ast.AST, lines: range | None = None, *, called: bool = False
+) -> Iterator[tuple[ast.AST, str, int | None, range | None]]:
+    """Every place in a tree where a node stands, but for annotations: its parent, the field, its index there.
+
+    And the lines of its statement, without the body of that; None outside functions.
+    """
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or (
             isinstance(node, ast.JoinedStr) and field == "values"
         ):
             continue
+        inside = called or (isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and field == "body")
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST) and not _uninteresting(child):
-                yield node, field, index
-                yield from places(child)
+                its = _header(child) if inside and isinstance(child, (ast.stmt, ast.ExceptHandler)) else lines
+                yield node, field, index, its
+                yield from places(child, its, called=inside)
 
 
-def mutants(source: str) -> dict[str, tuple[str, str]]:
-    """By line and number each mutant's source, and what it changes."""
+def _header(statement: Any) -> range:
+    body = getattr(statement, "body", None)
+    last = max(statement.lineno, body[0].lineno - 1) if body else statement.end_lineno
+    return range(statement.lineno, last + 1)
+
+
+def mutants(source: str) -> dict[str, Mutant]:
+    """All, by line and number."""
     tree = ast.parse(source)
-    found: dict[str, tuple[str, str]] = {}
-    for parent, field, index in list(places(tree)):
+    found: dict[str, Mutant] = {}
+    for parent, field, index, lines in list(places(tree)):
         held = getattr(parent, field)
         original = held if index is None else held[index]
         for other in changes(original):
@@ -186,7 +209,8 @@ def mutants(source: str) -> dict[str, tuple[str, str]]:
             ast.fix_missing_locations(tree)
             line = original.lineno
             number = sum(1 for name in found if name.startswith(f"{line}:"))
-            found[f"{line}:{number}"] = (ast.unparse(tree), f"{_shown(original)}  ->  {_shown(other)}")
+            change = f"{_shown(original)}  ->  {_shown(other)}"
+            found[f"{line}:{number}"] = Mutant(ast.unparse(tree), change, lines)
             if index is None:
                 setattr(parent, field, original)
             else:
@@ -198,24 +222,53 @@ def _shown(node: ast.AST) -> str:
     return ast.unparse(node).splitlines()[0][:70]
 
 
+class Watch:
+    """A plugin of pytest that notes how long each test takes, and which lines of a module it runs."""
+
+    def __init__(self, module: Path) -> None:
+        self.module = module
+        self.seconds: dict[str, float] = {}
+        self.coverage = coverage.Coverage(data_file=None, include=[str(module)], config_file=False)
+        self.coverage.start()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        self.coverage.switch_context(_test_of(item.nodeid))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = _test_of(report.nodeid)
+        self.seconds[test] = self.seconds.get(test, 0.0) + report.duration
+
+    def write(self, path: Path) -> None:
+        self.coverage.stop()
+        lines = self.coverage.get_data().contexts_by_lineno(str(self.module))
+        path.write_text(json.dumps([self.seconds, lines]))
+
+
+def _test_of(nodeid: str) -> str:
+    # The ids of parameters may hold an address in memory.
+    return nodeid.partition("[")[0]
+
+
 class Run:
     """A run of some tests on a copy, in a process that was forked from this one: what does not change is imported already.
 
     Parameters:
       patience: After how many seconds it hangs.
-      keeps: Whether compiled modules are kept for later runs.
+      watched: The module of which it is noted who runs which line. Then compiled modules are kept for later runs.
     """
 
-    def __init__(self, copied: Path, tests: list[str], patience: float, *, keeps: bool = False) -> None:
+    def __init__(self, copied: Path, tests: list[str], patience: float, *, watched: Path | None = None) -> None:
         self.output = copied / "output.txt"
+        self.notes = copied / "notes.json"
         self.hung = False
         self._status: int | None = None
         self._until = time.monotonic() + patience
         self._pid = os.fork()
         if self._pid == 0:
-            self._child(copied, tests, keeps)
+            self._child(copied, tests, watched)
 
-    def _child(self, copied: Path, tests: list[str], keeps: bool) -> None:
+    def _child(self, copied: Path, tests: list[str], watched: Path | None) -> None:
         try:
             os.setsid()
             os.chdir(copied)
@@ -223,13 +276,17 @@ class Run:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.path.insert(0, str(copied))
-            sys.dont_write_bytecode = not keeps
-            os.environ |= {"PYTHONPATH": str(copied), "PYTHONDONTWRITEBYTECODE": "" if keeps else "1"}
+            sys.dont_write_bytecode = watched is None
+            os.environ |= {"PYTHONPATH": str(copied), "PYTHONDONTWRITEBYTECODE": "1" if watched is None else ""}
             os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
             options = ["-x", "-q", "--no-header", "--tb=no", "--hypothesis-seed=0"]
             for plugin in ("no:cacheprovider", "pytest_timeout", "_hypothesis_pytestplugin"):
                 options += ["-p", plugin]
-            os._exit(int(pytest.main([*options, *(f"tests/{name}.py" for name in tests)])))
+            watch = None if watched is None else Watch(watched)
+            status = int(pytest.main([*options, *tests], plugins=[] if watch is None else [watch]))
+            if watch is not None:
+                watch.write(self.notes)
+            os._exit(status)
         finally:
             os._exit(1)
 
@@ -263,26 +320,57 @@ class Run:
         return "hung" if self.hung else next(named, "did not run")[:150]
 
 
-def sabotage(module: str, copies: list[Path], options: argparse.Namespace) -> bool:
-    """Try a module's mutants, one at a time on each copy; False if there is no telling."""
+class Tests:
+    """The tests of a module that pass while nothing is changed, and who of them runs which line."""
+
+    def __init__(self, copied: Path, inside: Path, names: list[str]) -> None:
+        path = copied / inside
+        run = Run(copied, [f"tests/{name}.py" for name in names], 900, watched=path)
+        if not run.passes():
+            raise SystemExit(f"{inside}: its tests fail without any change: {run.noticed_by()}")
+        # A change of the same length within the same second would not be seen.
+        for compiled in path.parent.glob(f"__pycache__/{inside.stem}.*"):
+            compiled.unlink()
+        self._seconds, self._lines = json.loads(run.notes.read_text())
+        path.write_text(ast.unparse(ast.parse(path.read_text())))
+        run = Run(copied, *self.of(None))
+        if not run.passes():
+            raise SystemExit(f"{inside}: its tests fail when the quickest come first: {run.noticed_by()}")
+
+    def of(self, lines: range | None) -> tuple[list[str], float]:
+        """The tests that run these lines, the quickest first, and after how many seconds they hang."""
+        if lines is None:
+            tests = set(self._seconds)
+        else:
+            tests = {test for line in lines for test in self._lines.get(str(line), ()) if test}
+        return sorted(tests, key=self._seconds.__getitem__), 5 * sum(self._seconds[test] for test in tests) + 60
+
+
+def sabotage(module: str, scratch: Path, options: argparse.Namespace) -> None:
+    """Try a module's mutants, one at a time on each copy of the checkout."""
     inside = Path(PACKAGE, f"{module}.py")
-    source = (copies[0] / inside).read_text()
-    every = mutants(source)
+    every = mutants((ROOT / inside).read_text())
     names = random.Random(options.seed).sample(sorted(every), min(options.count, len(every)))
     if options.only:
         names = [options.only.split(":", 1)[1]]
-    patience = _unchanged(inside, copies, TESTS[module])
-    if patience is None:
-        return False
-    tried = survived = hung = 0
-    waiting: Iterator[str] = iter(names)
+    copies = [scratch / module / str(number) for number in range(options.jobs)]
+    shutil.copytree(ROOT, copies[0], ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__"))
+    tests = Tests(copies[0], inside, TESTS[module])
+    for copied in copies[1:]:
+        shutil.copytree(copies[0], copied)
+    unseen = [name for name in names if not tests.of(every[name].lines)[0]]
+    for name in unseen:
+        print(f"  {module}:{name}  {every[name].change}  survived: no test runs it", flush=True)
+    tried = survived = len(unseen)
+    hung = 0
+    waiting: Iterator[str] = iter([name for name in names if name not in unseen])
     running: dict[Path, tuple[str, Run]] = {}
     try:
         while True:
             for copied in copies:
                 if copied not in running and _cpu() < options.cpu and (name := next(waiting, None)):
-                    (copied / inside).write_text(every[name][0])
-                    running[copied] = name, Run(copied, TESTS[module], patience)
+                    (copied / inside).write_text(every[name].source)
+                    running[copied] = name, Run(copied, *tests.of(every[name].lines))
             if not running:
                 break
             time.sleep(0.01)
@@ -292,31 +380,11 @@ def sabotage(module: str, copies: list[Path], options: argparse.Namespace) -> bo
                     tried, survived, hung = tried + 1, survived + run.passes(), hung + run.hung
                     if run.passes() or options.verbose:
                         end = "survived" if run.passes() else f"killed by {run.noticed_by()}"
-                        print(f"  {module}:{name}  {every[name][1]}  {end}", flush=True)
+                        print(f"  {module}:{name}  {every[name].change}  {end}", flush=True)
     finally:
         for _, run in running.values():
             run.kill()
-    for copied in copies:
-        (copied / inside).write_text(source)
     print(f"{module}: {tried} of {len(every)} mutants tried, {survived} survived, {hung} hung", flush=True)
-    return True
-
-
-def _unchanged(inside: Path, copies: list[Path], tests: list[str]) -> float | None:
-    """After how many seconds tests hang; None, and that is said, if they fail on what is no mutant."""
-    began = time.monotonic()
-    for copied in copies:
-        (copied / inside).write_text(ast.unparse(ast.parse((copied / inside).read_text())))
-    runs = [Run(copied, tests, 600, keeps=True) for copied in copies]
-    failed = [run for run in runs if not run.passes()]
-    if failed:
-        print(f"{inside}: its tests fail without any change: {failed[0].noticed_by()}")
-        return None
-    for copied in copies:
-        # A change of the same length within the same second would not be seen.
-        for compiled in (copied / inside).parent.glob(f"__pycache__/{inside.stem}.*"):
-            compiled.unlink()
-    return 3 * (time.monotonic() - began) + 20
 
 
 def _cpu() -> float:
@@ -324,7 +392,7 @@ def _cpu() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; default all")
     parser.add_argument("--count", type=int, default=25, help="mutants of each module, drawn at random")
@@ -338,14 +406,10 @@ def main() -> int:
     if options.only:
         chosen = [options.only.split(":", 1)[0]]
     with tempfile.TemporaryDirectory() as scratch:
-        copies = [Path(scratch, str(number)) for number in range(options.jobs)]
-        for copied in copies:
-            shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__"))
-        if not all(sabotage(module, copies, options) for module in chosen):
-            return 1
-        print(f"{_cpu():.0f} s of CPU")
-    return 0
+        for module in chosen:
+            sabotage(module, Path(scratch), options)
+    print(f"{_cpu():.0f} s of CPU")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,6 +17,7 @@ from dramatiq.middleware import (
     AsyncIO,
     GroupCallbacks,
     Middleware,
+    MiddlewareError,
     Retries,
     Shutdown,
     ShutdownNotifications,
@@ -174,6 +175,17 @@ def test_a_retry_that_would_start_after_max_elapsed_is_not_scheduled():
     assert stage.reasons() == ["exhausted"]
 
 
+@pytest.mark.parametrize(
+    ("ago", "outcomes"), [(0, ["retried", "dead"]), (50_000, ["retried", "dead"]), (61_000, ["dead"])]
+)
+def test_max_elapsed_counts_from_the_rules_first_failure(ago, outcomes):
+    stage = Stage()
+    always(stage, PaymentError(), retry_on={PaymentError: RetryPolicy(attempts=3, wait=0, max_elapsed=60_000)})
+    failed_first = int(time.time() * 1_000) - ago
+    raw(stage, options={"policies": {"runs": {f"{__name__}.PaymentError": [1, failed_first]}, "total": 1}})
+    assert stage.run().outcomes() == outcomes
+
+
 def test_an_error_of_a_discard_rule_is_gone():
     stage = outcomes_of(CardDeclined("no"), retry_on=PaymentError, discard_on=CardDeclined)
     assert stage.outcomes() == ["discarded"]
@@ -212,8 +224,11 @@ def test_repeats_of_an_alert_within_the_interval_fire_once(interval, fired, capl
     for _ in range(3):
         pay.send()
     assert stage.run().outcomes() == ["alerted"] * 3
-    levels = [r.levelno for r in caplog.records if r.getMessage().startswith("alerted")]
-    assert sorted(levels) == [logging.WARNING] * (3 - fired) + [logging.CRITICAL] * fired
+    records = [r for r in caplog.records if r.getMessage().startswith("alerted")]
+    assert sorted(r.levelno for r in records) == [logging.WARNING] * (3 - fired) + [logging.CRITICAL] * fired
+    # A repeat says so, and leaves the stack to the first one.
+    assert [bool(r.exc_info) for r in records] == [r.levelno == logging.CRITICAL for r in records]
+    assert ["alerted again" in r.getMessage() for r in records] == [r.levelno == logging.WARNING for r in records]
 
 
 def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
@@ -250,6 +265,12 @@ def test_an_error_in_stock_throws_is_dead_as_thrown():
     for throws in (OSError, (OSError,), [OSError]):
         stage = outcomes_of(OSError(), throws=throws)
         assert (stage.outcomes(), stage.reasons()) == (["dead"], ["thrown"])
+
+
+def test_an_error_that_throws_does_not_name_is_not_thrown():
+    assert outcomes_of(PaymentError(), throws=OSError, max_retries=0).reasons() == ["unclassified"]
+    stage = outcomes_of(PaymentError(), throws=OSError, max_retries=1, min_backoff=1, max_backoff=1)
+    assert stage.reasons() == [None, "exhausted"]
 
 
 def test_unclassified_replaces_the_stock_options():
@@ -390,6 +411,50 @@ def test_no_snooze_is_longer_than_dramatiq_can_delay():
     assert stage.events[0].delay_ms == 7 * 86_400_000
 
 
+@pytest.mark.parametrize(
+    ("error", "declared", "delay"),
+    [
+        (PaymentError(), {"retry_on": {PaymentError: RetryPolicy(wait=5)}}, 5),
+        (PaymentError(), {"retry_on": {PaymentError: RetryPolicy(wait=0)}}, 0),
+        (Retry(delay=5), {}, 5),
+        (Retry(delay=0), {}, 0),
+        (Snooze(5), {}, 5),
+        (Snooze(0), {}, 0),
+    ],
+)
+def test_what_is_put_back_waits_for_as_long_as_its_record_says_and_without_a_wait_is_ready_at_once(
+    error, declared, delay
+):
+    stage = Stage()
+    actor = failing(stage, error, **declared)
+    enqueue, delays = stage.broker.enqueue, []
+
+    def noted(message, *, delay=None):
+        delays.append(delay)
+        return enqueue(message, delay=delay)
+
+    stage.broker.enqueue = noted
+    actor.send()
+    stage.run()
+    # The last is the move out of the delay queue.
+    assert delays == ([None, delay, None] if delay else [None, None])
+    assert stage.events[0].delay_ms == delay
+
+
+def test_a_message_that_ran_has_no_deferrals_any_more():
+    carried = []
+
+    class Noting(Middleware):
+        def before_process_message(self, broker, message):
+            carried.append(message.options["policies"].get("deferrals"))
+
+    stage = Stage(middleware=[Noting()])
+    failing(stage, PaymentError(), retry_on={PaymentError: SOON})
+    raw(stage, options={"policies": {"deferrals": 3}})
+    stage.run()
+    assert carried == [3, None]
+
+
 def test_retry_with_a_delay_is_honoured():
     stage = Stage()
     failing(stage, Retry(delay=7)).send()
@@ -402,6 +467,12 @@ def test_retry_with_a_delay_is_honoured_where_a_rule_names_it():
     failing(stage, Retry(delay=7), Retry(), retry_on={Exception: RetryPolicy(wait=3)}).send()
     assert stage.run().outcomes() == ["retried", "retried", "succeeded"]
     assert [event.delay_ms for event in stage.events] == [7, 3, None]
+
+
+def test_retry_is_no_error_that_a_rule_for_any_could_discard():
+    stage = Stage()
+    failing(stage, Retry(delay=1), discard_on=Exception).send()
+    assert stage.run().outcomes() == ["retried", "succeeded"]
 
 
 def test_a_rate_limit_without_a_rule_is_as_stock_has_it():
@@ -678,6 +749,13 @@ def test_a_dead_letter_says_why():
     json.loads(letter.encode())
 
 
+def test_a_dead_letter_of_the_stock_retries_has_its_history_too():
+    stage = outcomes_of(PaymentError("no"), max_retries=1, min_backoff=5, max_backoff=5)
+    (failure,) = stage.failures()
+    waited = stage.events[0].delay_ms
+    assert [(run["attempt"], run["delay_ms"]) for run in failure["history"]] == [(1, waited), (2, None)]
+
+
 def test_a_dead_letter_has_its_actors_tags():
     stage = Stage()
     failing(stage, CardDeclined, alert_on=CardDeclined, tags={"team": "billing"}).send()
@@ -832,6 +910,44 @@ def test_an_error_that_no_decision_can_be_made_on_is_a_dead_letter_that_says_so(
     assert "No decision could be made on message" in caplog.text
 
 
+def test_a_retry_when_that_raises_leaves_a_dead_letter_that_says_so():
+    stage = outcomes_of(PaymentError(), retry_when=lambda retries, error: 1 // 0)
+    assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
+    assert "ZeroDivisionError" in str(stage.events[0].exception)
+
+
+class Refused(MiddlewareError):
+    pass
+
+
+class Refusing(Middleware):
+    """Raises before any hook of ours."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def before_process_message(self, broker, message):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "declared", "outcomes"),
+    [
+        (Refused(), {"discard_on": Refused}, ["discarded"]),
+        (Refused(), {"retry_on": {Refused: 2}}, ["retried", "dead"]),
+        (Refused(), {"throws": Refused}, ["dead"]),
+        (Refused(), {"max_retries": 1}, ["retried", "dead"]),
+        (Shutdown(), {"max_retries": 0}, ["dead"]),
+    ],
+)
+def test_an_error_of_a_middleware_before_the_job_is_decided_on_by_the_actors_rules(error, declared, outcomes):
+    stage = Stage(middleware=[Refusing(error)])
+    runs = []
+    stage.actor(runs.append, actor_name="pay", min_backoff=1, max_backoff=1, **declared).send(1)
+    stage.run()
+    assert (stage.outcomes(), runs) == (outcomes, [])
+
+
 # The hand-off.
 
 
@@ -893,6 +1009,14 @@ def test_on_retry_exhausted_that_can_not_be_told_is_said_and_changes_nothing(cap
     raw(stage, options={"on_retry_exhausted": "nobody"})
     assert stage.run().reasons() == ["exhausted"]
     assert "on_retry_exhausted 'nobody' could not be told" in caplog.text
+
+
+def test_nor_does_it_where_the_stock_options_decide(caplog):
+    stage = Stage()
+    always(stage, PaymentError(), max_retries=0)
+    raw(stage, options={"on_retry_exhausted": "nobody"})
+    assert stage.run().reasons() == ["unclassified"]
+    assert "on_retry_exhausted could not be told" in caplog.text
 
 
 def test_a_failure_that_the_result_backend_will_not_store_is_said_and_changes_nothing(caplog, monkeypatch):

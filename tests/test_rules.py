@@ -117,6 +117,16 @@ def test_a_predicate_of_the_brokers_never_shares_its_counter_with_one_of_the_act
     assert own.id != broker.id
 
 
+def is_known(number, error):
+    return bool(error.args)
+
+
+def test_a_predicates_rule_is_named_by_its_class_and_its_function():
+    known = when(Left, functools.partial(functools.partial(is_known, 1)))
+    assert actor_rules(retry_on=known)[0].id == f"{__name__}.Left?is_known"
+    assert broker_rules(retry_on=known)[0].id == f"{__name__}.Left??is_known"
+
+
 def test_keys_that_look_alike_have_their_own_counters_though_they_share_a_policy():
     policy = RetryPolicy(attempts=2)
 
@@ -181,6 +191,7 @@ def test_an_actor_and_the_broker_may_name_one_class():
         (lambda e: True, "when(SomeError, function)"),
         ([{Left: 3}], "A mapping stands alone"),
         (int, "derives from Exception"),
+        (5, "derives from Exception"),
     ],
 )
 def test_what_is_no_exception_class_is_told_what_to_write_instead(declared, advice):

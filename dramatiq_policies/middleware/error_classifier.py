@@ -171,7 +171,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=True) if message.failed else SUCCEEDED
         else:
             try:
-                delivery.settlement = decide(self, broker, delivery, message, cause_of(exception))
+                # Not what is on the delivery: a before-hook of another's may have raised ahead of ours.
+                declared = self.wiring.policies[message.actor_name]
+                delivery.settlement = decide(self, broker, delivery, declared, message, cause_of(exception))
             except Exception as error:
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
                 stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
