@@ -17,7 +17,7 @@ demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no 
 test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k name" narrows it down
 	$(WITH_SERVICES) $(BIN)/python -m pytest $(ARGS)
 
-unit: $(VENV)/installed  ## what needs no server, in seconds
+unit: $(VENV)/installed  ## what needs no server
 	$(BIN)/python -m pytest -m "not integration" $(ARGS)
 
 coverage: $(VENV)/installed  ## of branches, by all tests but those that no tracer may watch; fails below 95 %
