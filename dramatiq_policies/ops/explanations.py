@@ -11,7 +11,7 @@ from dramatiq.middleware import Shutdown
 
 from ..backoff import bounds_of
 from ..durations import WEEK_MS, to_ms
-from ..errors import Discard, Snooze
+from ..errors import Snooze, Verdict
 from ..middleware.error_classifier import ErrorClassifier
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
@@ -87,11 +87,13 @@ def explain(actor: Actor[..., Any], exception: type[BaseException]) -> tuple[Exp
     """
     case = _Case(actor, exception)
     if issubclass(exception, Shutdown):
+        if case.option("max_retries") == 0:
+            return (case.at_once("dead", "a worker's shutdown interrupts it, and max_retries is 0", "unclassified"),)
         return (case.at_once("interrupted", "a worker's shutdown puts it back at once, and uses up no attempt"),)
-    if issubclass(exception, Discard):
-        return (case.at_once("discarded", "the job itself says so"),)
     if issubclass(exception, Snooze):
         return (case.at_once("deferred", "the job itself asks to be run later; no attempt is used", "snoozed"),)
+    if issubclass(exception, Verdict):
+        return (case.at_once("discarded", "the job itself says so"),)
     found = []
     for rule in case.policy.rules.tried(exception):
         if issubclass(exception, Retry) and rule.verb is not Verb.RETRY:
@@ -121,8 +123,10 @@ class _Case:
         self.classifier = next(m for m in self.actor.broker.middleware if isinstance(m, ErrorClassifier))
 
     def option(self, name: str) -> Any:
+        """What the actor declares, else the broker's. Only ``max_retries`` may be declared as None."""
         value = self.actor.options.get(name)
-        return getattr(self.classifier, name) if value is None and name != "max_retries" else value
+        declared = name in self.actor.options if name == "max_retries" else value is not None
+        return value if declared else getattr(self.classifier, name)
 
     def at_once(
         self, outcome: str, why: str, reason: str | None = None, rule: str | None = None, only_if: str | None = None
@@ -160,7 +164,7 @@ class _Case:
         if self.option("retry_when") is not None:
             why = "no rule names it, and Dramatiq's retry_when decides each time"
             return self._stock(why, (Attempt(1, 0, 0),), complete=False)
-        retries = self.actor.options.get("max_retries", self.classifier.max_retries)
+        retries = self.option("max_retries")
         if retries is None:
             why = "no rule names it, and Dramatiq's max_retries is None: it is retried without end"
             return self._stock(why, (Attempt(1, 0, 0),), complete=False)

@@ -31,6 +31,11 @@ def send_mail(order_id):
 
 @dramatiq.actor(max_retries=2, min_backoff=1_000, throws=KeyError)
 def plain(): pass
+
+class Refused(Verdict): pass
+
+@dramatiq.actor(max_retries=0)
+def once(): pass
 """
 
 
@@ -118,6 +123,8 @@ def test_the_bounds_hold_what_the_production_waits_say(command, app):
         ("send_mail", "Snooze"),
         ("plain", "ValueError"),
         ("plain", "KeyError"),
+        ("plain", "Refused"),
+        ("once", "dramatiq.middleware:Shutdown"),
     ],
 )
 def test_what_it_says_is_what_then_happens(command, app, actor, error):
