@@ -22,8 +22,8 @@ from ..middleware.timeout import Timeout
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
 from ..wiring import Wiring, wiring_of
+from .actor_source import purpose_of, source_of
 from .broker_checks import OF_BROKERS, Found, named
-from .declarations import purpose_of, source_of
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..durations import to_ms
 from ..outcomes import class_path
-from .declarations import purpose_of, source_of
+from .actor_source import purpose_of, source_of
 from .explanations import policy_of, predicate_name, unnamed
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .apps import OperationError
 from .designs import Design, Named
-from .sources import WIDTH, Imports, called, prose, quoted, sentence
-from .specifications import render_tests
+from .scaffold_source import WIDTH, Imports, called, prose, quoted, sentence
+from .scaffold_tests import render_tests
 
 __all__ = ["module_name", "render_conftest", "render_job", "scaffold"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .designs import Design, Named
-from .sources import WIDTH, Imports, called, prose, sentence
+from .scaffold_source import WIDTH, Imports, called, prose, sentence
 
 __all__ = ["render_tests"]
 
