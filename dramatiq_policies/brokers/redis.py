@@ -62,6 +62,8 @@ class RedisConsumer(PolicyConsumer):
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()
         self.held = wiring.in_flight.setdefault(queue_name, set())
+        #: What was held when the cache was filled: a body in it may be of a message that was acked since.
+        self.held_before: frozenset[str] = frozenset()
         #: The ids whose jobs are over, and whose acks are on their way or tried again: they take no place any more.
         self.done: set[str] = set()
         #: The store of the claims that were seen last, and whether it is on this server.
@@ -90,7 +92,7 @@ class RedisConsumer(PolicyConsumer):
             except Exception as error:
                 self._guarded(self._dead_letter_raw, data, error)
                 continue
-            if redis_id in self.held:
+            if redis_id in self.held or redis_id in self.held_before:
                 # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
                 continue
             self.held.add(redis_id)
@@ -113,6 +115,7 @@ class RedisConsumer(PolicyConsumer):
             self.idle(self.timeout_ms / 1_000)
             return False
         if room > 0:
+            self.held_before = frozenset(self.held)
             self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
             if self.cache:
                 self.misses = 0

@@ -23,7 +23,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import ErrorClassifier, install
 
-PATIENCE = 15.0
+PATIENCE = 30.0
 
 
 def until(condition: Callable[[], Any], timeout: float = PATIENCE, describe: Callable[[], Any] | None = None) -> Any:
@@ -54,12 +54,18 @@ class App:
 
     @contextlib.contextmanager
     def working(self, threads: int = 4) -> Iterator[Worker]:
-        worker = Worker(self.broker, worker_timeout=100, worker_threads=threads)
+        self.worker = worker = Worker(self.broker, worker_timeout=100, worker_threads=threads)
         worker.start()
         try:
             yield worker
         finally:
             worker.stop(10_000)
+
+    def in_hand(self) -> int:
+        """How many messages its worker has taken and not done with, delayed ones among them."""
+        assert self.worker is not None
+        queues = [self.worker.work_queue, *(one.delay_queue for one in self.worker.consumers.values())]
+        return sum(queue.unfinished_tasks for queue in queues)
 
     def work_until(self, *outcomes: str, threads: int = 4) -> None:
         """Work until exactly these outcomes were published, in any order, and no message is left in a work queue."""

@@ -47,12 +47,12 @@ def known_script(request: pytest.FixtureRequest) -> None:
 
 
 def calm(app: App, seconds: float = 0.2) -> None:
-    """Wait until nothing has been published for a while: every copy that there may be has run."""
+    """Wait until for a while nothing is published, lies there or is in hand: every copy that there may be has run."""
     seen, since = len(app.events), time.monotonic()
     deadline = since + 15
     while time.monotonic() - since < seconds:
         assert time.monotonic() < deadline, app.events
-        if len(app.events) != seen:
+        if len(app.events) != seen or app.in_hand() or app.place.ready():
             seen, since = len(app.events), time.monotonic()
         time.sleep(0.01)
 
@@ -593,6 +593,39 @@ def test_an_id_that_is_twice_in_the_list_runs_once(redis_place: RedisPlace, busy
     assert done == [1]
     assert redis_place.client.hlen(f"{ready}.msgs") == 0
     assert redis_place.unacked() == 0
+
+
+def test_an_id_that_is_fetched_again_just_before_its_ack_runs_once(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    gate = Gate()
+    fetch = app.broker.do_fetch
+    done = []
+
+    def fetching(*args):
+        found = fetch(*args)
+        if found and gate.entered.is_set():
+            # This copy's body is on its way while the job ends and its message is acked.
+            gate.open.set()
+            until(lambda: done and not app.in_hand())
+        return found
+
+    app.broker.do_fetch = fetching
+
+    @app.actor
+    def job():
+        gate()
+        done.append(1)
+
+    job.send()
+    ready = redis_place.key(redis_place.queue)
+    (redis_id,) = redis_place.client.lrange(ready, 0, -1)
+    with app.working():
+        assert gate.entered.wait(10)
+        redis_place.client.rpush(ready, redis_id)
+        until(lambda: done)
+        calm(app)
+    assert done == [1]
+    assert redis_place.left() == []
 
 
 @pytest.mark.parametrize(
