@@ -249,19 +249,23 @@ class TestOtherClients:
         ]
 
     def test_one_that_never_answers_does_not_fill_the_memory(self, caplog):
-        held = threading.Event()
+        called, held = threading.Event(), threading.Event()
 
         class Stuck(PlainClient):
             def incr(self, name, count=1):
+                called.set()
                 held.wait(20)
 
         class DogStatsd(Stuck):
             __module__ = "datadog.own"
 
         statsd = Statsd(DogStatsd())
+        statsd.send(VALUES)
+        assert called.wait(20)
         for _ in range(12_000):
             statsd.send(VALUES)
         assert statsd._waiting.qsize() <= 10_000
+        held.set()
         assert "faster than they can be sent" in caplog.text
         held.set()
         statsd.flush(5)

@@ -100,7 +100,7 @@ def test_a_shutdown_under_gevent_puts_the_job_under_way_back(place: Place, appli
     process = application.start()
     until(lambda: any(line.startswith("began 1 ") for line in application.lines()))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0, application.log.read_text()
+    assert process.wait(60) == 0, application.log.read_text()
     assert application.lines()["done 1"] == 0, (application.lines(), application.log.read_text())
 
     process = application.start()

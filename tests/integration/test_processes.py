@@ -85,7 +85,6 @@ class Application:
             "APP_JOURNAL": str(self.journal),
             "PYTHONPATH": os.pathsep.join([str(folder), str(Path(dramatiq_policies.__file__).parents[1])]),
         }
-        self.environment.pop("COVERAGE_PROCESS_START", None)
         self.running: list[subprocess.Popen[bytes]] = []
         self.log = folder / "jobs_app.log"
 
@@ -108,13 +107,13 @@ class Application:
 
     def stop(self, process: subprocess.Popen[bytes], code: int = 0) -> None:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == code, self.log.read_text()
+        assert process.wait(60) == code, self.log.read_text()
 
     def lines(self) -> Counter[str]:
         return Counter(self.journal.read_text().splitlines())
 
     def wait_for(self, *lines: str) -> None:
-        until(lambda: self.lines().keys() >= set(lines), 20, lambda: (self.lines(), self.log.read_text()))
+        until(lambda: self.lines().keys() >= set(lines), 60, lambda: (self.lines(), self.log.read_text()))
 
     def pid(self, number: int) -> int:
         """The process in which ``long(number)`` began last."""
@@ -211,7 +210,7 @@ def test_a_killed_worker_s_job_is_delivered_again(place: Place, make) -> None:
     until(lambda: any(line.startswith("began") for line in application.lines()))
     application.wait_for(*[f"done {n}" for n in range(10)])
     os.kill(application.pid(100), signal.SIGKILL)
-    assert process.wait(20) != 0
+    assert process.wait(60) != 0
     assert application.lines()["done 100"] == 0
 
     if isinstance(place, RedisPlace):
@@ -235,7 +234,7 @@ def ends_for_good(application: Application) -> None:
     """It says once that Redis refuses it, and ends."""
     try:
         process = application.start()
-        assert process.wait(20) == 3, application.log.read_text()
+        assert process.wait(60) == 3, application.log.read_text()
     finally:
         application.close()
     refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]

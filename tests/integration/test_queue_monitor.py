@@ -125,14 +125,14 @@ def test_one_process_of_a_command_watches_and_it_ends_with_its_command(place: Pl
     for n in range(60):
         application.send("patient", n)
     process = application.start("--processes", "3")
-    until(lambda: application.told("breach ready"), 20, application.log.read_text)
+    until(lambda: application.told("breach ready"), 60, application.log.read_text)
     # Each of the three has read, or asked who does, several times more.
     time.sleep(1.5)
     assert len(application.told("breach ready")) == 1, application.journal.read_text()
     if isinstance(place, RabbitmqPlace):
         assert lock_files(process)
     application.open()
-    until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+    until(lambda: application.told("cleared ready"), 60, application.log.read_text)
     assert len(application.told("cleared ready")) == 1
     application.stop(process)
     assert lock_files(process) == []
@@ -144,7 +144,7 @@ def test_on_redis_one_watches_for_the_fleet_and_another_takes_over(redis_place: 
         for n in range(80):
             application.send("patient", n)
         first, second = (application.start("--processes", "2") for _ in range(2))
-        until(lambda: application.told("breach ready"), 20, application.log.read_text)
+        until(lambda: application.told("breach ready"), 60, application.log.read_text)
         time.sleep(1.5)
         assert len(application.told("breach ready")) == 1
         watcher = int(application.told("breach ready")[0].split()[-1])
@@ -155,7 +155,7 @@ def test_on_redis_one_watches_for_the_fleet_and_another_takes_over(redis_place: 
         time.sleep(2)
         assert len(application.told("breach ready")) == 1
         application.open()
-        until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+        until(lambda: application.told("cleared ready"), 60, application.log.read_text)
         assert os.getpgid(int(application.told("cleared ready")[0].split()[-1])) == staying.pid
         application.stop(staying)
     finally:
@@ -166,7 +166,7 @@ def test_a_process_of_its_own_warns_when_no_worker_lives(place: Place, applicati
     place.app().broker.declare_queue(place.queue)
     application.send("patient", 1)
     process = application.monitor()
-    until(lambda: application.told("breach stalled"), 20, application.log.read_text)
+    until(lambda: application.told("breach stalled"), 60, application.log.read_text)
     assert not application.told("began")
     application.stop(process)
 
@@ -176,13 +176,15 @@ def test_under_gevent_it_watches_and_the_heart_beats(place: Place, application: 
         application.send("patient", n)
     command = [Path(sys.executable).with_name("dramatiq-gevent"), "jobs_app", "--processes", "1", "--threads", "2"]
     process = application.run(command)
-    until(lambda: application.told("breach ready"), 30, application.log.read_text)
-    until(application.beats, 20, application.log.read_text)
+    until(lambda: application.told("breach ready"), 60, application.log.read_text)
+    until(application.beats, 60, application.log.read_text)
     application.open()
-    until(lambda: application.told("cleared ready"), 20, application.log.read_text)
+    until(lambda: application.told("cleared ready"), 60, application.log.read_text)
     application.stop(process)
 
 
+# For a tracer it is the workers that are too slow.
+@pytest.mark.untraced
 def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place, application: Watched) -> None:
     application.open()
     process = application.start("--processes", "2")
@@ -194,7 +196,7 @@ def test_jobs_that_take_long_are_not_stalled_while_others_are_taken(place: Place
         application.send("patient", n)
         time.sleep(0.01)
     application.stop(process)
-    assert application.told("breach") == []
+    assert application.told("breach stalled") == []
 
 
 class Client:
@@ -352,11 +354,11 @@ def test_who_has_the_lease_and_reaches_no_queue_leaves_it_to_one_who_does(
 
 def test_the_heartbeat_stops_while_every_thread_of_one_process_is_stuck(place: Place, application: Watched) -> None:
     process = application.start("--processes", "2", "--threads", "1")
-    until(application.beats, 20, application.log.read_text)
+    until(application.beats, 60, application.log.read_text)
     application.send("stuck", 1)
     until(lambda: application.told("began 1"))
     until(lambda: not application.beats(), 5, application.log.read_text)
-    until(application.beats, 20, application.log.read_text)
+    until(application.beats, 60, application.log.read_text)
     application.stop(process)
 
 
@@ -366,7 +368,7 @@ def test_the_heartbeat_goes_on_while_the_broker_is_away(place: Place, tmp_path: 
         application.environment["APP_URL"] = proxy.url
         try:
             process = application.start("--processes", "1")
-            until(application.beats, 20, application.log.read_text)
+            until(application.beats, 60, application.log.read_text)
             proxy.refuse()
             proxy.cut()
             # Longer than a consumer may be silent.
@@ -376,7 +378,7 @@ def test_the_heartbeat_goes_on_while_the_broker_is_away(place: Place, tmp_path: 
             proxy.accept()
             application.open()
             application.send("patient", 1)
-            until(lambda: application.told("began 1"), 20, application.log.read_text)
+            until(lambda: application.told("began 1"), 60, application.log.read_text)
             application.stop(process)
         finally:
             application.close()
@@ -388,7 +390,7 @@ def test_the_heartbeat_goes_on_while_the_broker_hangs(place: Place, tmp_path: Pa
         application.environment["APP_URL"] = proxy.url
         try:
             process = application.start("--processes", "1")
-            until(application.beats, 20, application.log.read_text)
+            until(application.beats, 60, application.log.read_text)
             proxy.stall()
             # Longer than a consumer may be silent; from then on each beat waits for an answer that does not come.
             time.sleep(3)
@@ -396,7 +398,7 @@ def test_the_heartbeat_goes_on_while_the_broker_hangs(place: Place, tmp_path: Pa
             proxy.resume()
             application.open()
             application.send("patient", 1)
-            until(lambda: application.told("began 1"), 20, application.log.read_text)
+            until(lambda: application.told("began 1"), 60, application.log.read_text)
             application.stop(process)
         finally:
             application.close()

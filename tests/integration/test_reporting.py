@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..support import SentryEndpoint, StatsdServer
-from .places import Place
+from .places import Place, until
 from .test_gevent import GeventApplication
 from .test_processes import Application
 
@@ -70,6 +70,7 @@ def test_every_job_is_counted_and_every_bad_ending_reported(
             application.send("hopeless", number)
         process = application.start(*([] if kind is GeventApplication else ["--processes", "2"]))
         application.wait_for(*(f"done {number}" for number in (*range(JOBS), *range(1_000, 1_000 + FLAKY))))
+        until(lambda: len(place.dead()) == HOPELESS, 60, application.log.read_text)
         application.stop(process)
     finally:
         application.close()
@@ -87,4 +88,5 @@ def test_every_job_is_counted_and_every_bad_ending_reported(
     assert counted["jobs.hopeless.dead"] == HOPELESS
     assert len(packets) <= JOBS + 2 * FLAKY + HOPELESS
     events = SentryEndpoint.events_of(endpoint)
+    assert [event for event in events if "tags" not in event] == [], application.log.read_text()
     assert [(event["tags"]["actor"], event["tags"]["outcome"]) for event in events] == [("hopeless", "dead")] * HOPELESS
