@@ -41,6 +41,7 @@ from dramatiq_policies import (
     Snooze,
     Timeout,
     TimeoutExceeded,
+    clock,
     current_job,
     exponential,
     install,
@@ -231,6 +232,14 @@ def test_repeats_of_an_alert_within_the_interval_fire_once(interval, fired, capl
     assert ["alerted again" in r.getMessage() for r in records] == [r.levelno == logging.WARNING for r in records]
 
 
+def test_an_alert_of_another_actor_fires_whatever_the_first_has_said(caplog):
+    stage = Stage()
+    for name in ("pay", "refund"):
+        always(stage, MissingKey(), name=name, alert_on=MissingKey).send()
+    stage.run()
+    assert len([r for r in caplog.records if r.name == "dramatiq_policies.alerts"]) == 2
+
+
 def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
     classifier = Stage().classifier
     for number in range(2_000):
@@ -326,6 +335,24 @@ def test_a_message_older_than_queue_timeout_before_its_first_run_is_expired():
     assert (event.outcome, event.duration_ms) == ("expired", None)
     assert isinstance(event.exception, QueueTimeoutExceeded)
     assert stage.failures()[0]["exception"] == "dramatiq_policies.errors.QueueTimeoutExceeded"
+
+
+def test_a_test_that_joins_the_queue_is_told_of_an_expired_message():
+    stage = Stage()
+    failing(stage, queue_timeout=60_000)
+    raw(stage)
+    with stage.working(), pytest.raises(QueueTimeoutExceeded):
+        stage.broker.join("default", fail_fast=True, timeout=20_000)
+
+
+def test_a_message_is_ready_when_its_delay_is_over(monkeypatch):
+    monkeypatch.setattr(clock, "time", lambda: 1_700_000_000.0)
+    stage = Stage()
+    pay = failing(stage)
+    pay.send()
+    pay.send_with_options(delay=60_000)
+    bodies = [body for name in ("default", "default.DQ") for body in stage.broker.queues[name].queue]
+    assert [Message.decode(body).options["ready_at"] - 1_700_000_000_000 for body in bodies] == [0, 60_000]
 
 
 def test_a_message_that_another_middleware_skips_is_skipped():
@@ -616,6 +643,10 @@ def test_an_actor_that_was_refused_can_be_declared_again():
 def test_a_bad_argument_of_the_classifier_is_a_configuration_error(argument, value):
     with pytest.raises(ConfigurationError, match=rf"ErrorClassifier: {argument}: expected .*, got "):
         ErrorClassifier(**{argument: value})
+
+
+def test_one_attempt_in_all_is_a_cap():
+    assert ErrorClassifier(max_attempts=1).max_attempts == 1
 
 
 def test_an_unknown_argument_is_a_type_error():
@@ -981,6 +1012,15 @@ def test_a_retry_that_meets_a_lost_connection_is_handed_off_once_it_is_back(impa
     assert len(failed) == 20
 
 
+def test_so_it_is_by_a_worker_that_started_after_another_had_stopped(impatient):
+    stage = Stage()
+    pay = failing(stage, PaymentError(), retry_on={PaymentError: SOON})
+    stage.run()
+    pay.send()
+    broken_enqueue(stage, ConnectionResetError(), times=20)
+    assert stage.run().outcomes() == ["retried", "succeeded"]
+
+
 def test_a_retry_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
     told = []
     stage = Stage(after_discard=lambda message, error: told.append(type(error)))
@@ -1140,6 +1180,24 @@ def test_current_job_is_none_in_every_other_hook_and_after_the_job():
     failing(stage).send()
     stage.run()
     assert seen == [None, None]
+
+
+def test_an_actor_that_is_called_after_a_message_was_skipped_is_not_that_messages_job():
+    stage = Stage()
+    seen = []
+
+    class Skipping(Middleware):
+        def before_process_message(self, broker, message):
+            raise SkipMessage
+
+        def after_ack(self, broker, message):
+            seen.append(pay())
+
+    pay = stage.actor(current_job, actor_name="pay")
+    stage.broker.add_middleware(Skipping())
+    pay.send()
+    assert stage.run().outcomes() == ["skipped"]
+    assert seen == [None]
 
 
 def test_a_nested_call_of_an_actor_sees_the_job_that_calls_it():
@@ -1399,6 +1457,24 @@ def test_a_retried_error_is_one_warning_line_with_its_fields(caplog):
     assert record.rule == f"{__name__}.PaymentError"
 
 
+def skip(middleware, broker, message):
+    raise SkipMessage
+
+
+def test_what_is_put_back_or_skipped_is_a_line_at_info(caplog):
+    caplog.set_level(logging.INFO, "dramatiq_policies.outcomes")
+    stage = Stage()
+    snoozing = failing(stage, Snooze(0)).send()
+    stage.run()
+    stage.broker.add_middleware(type("Skipping", (Middleware,), {"before_process_message": skip})())
+    skipped = stage.broker.actors["pay"].send()
+    stage.run()
+    assert [r.getMessage() for r in caplog.records if r.name == "dramatiq_policies.outcomes"] == [
+        f"deferred: message {snoozing.message_id} of actor pay (snoozed)",
+        f"skipped: message {skipped.message_id} of actor pay",
+    ]
+
+
 def test_the_stack_of_a_retried_error_is_at_debug(caplog):
     caplog.set_level(logging.DEBUG, logger="dramatiq_policies")
     stage = Stage()
@@ -1486,6 +1562,14 @@ def test_a_second_middleware_of_one_kind_is_refused_at_the_latest_at_the_first_d
     with pytest.raises(ConfigurationError, match=kind.__name__):
         broker.add_middleware(kind())
         dramatiq.actor(lambda: None, actor_name="pay", broker=broker)
+
+
+def test_and_at_the_latest_when_a_worker_boots():
+    broker = StubBroker()
+    broker.add_middleware(ErrorClassifier())
+    broker.add_middleware(ErrorClassifier())
+    with pytest.raises(ConfigurationError, match="ErrorClassifier"):
+        broker.emit_before("worker_boot", None)
 
 
 def test_one_middleware_on_two_brokers_is_refused():
@@ -1622,3 +1706,12 @@ def test_counters_that_another_middleware_overwrites_are_begun_anew():
     stage.broker.add_middleware(Meddling())
     failing(stage, PaymentError(), retry_on={PaymentError: SOON}).send()
     assert stage.run().outcomes() == ["retried", "succeeded"]
+
+
+def test_a_worker_whose_broker_refuses_it_for_good_ends_as_the_command_does_for_one_that_is_not_there():
+    stage = Stage()
+    wiring = stage.classifier.wiring
+    wiring.fatal, wiring.in_command = ConnectionError("NOAUTH"), True
+    with pytest.raises(SystemExit) as ended:
+        stage.classifier.after_worker_shutdown(stage.broker, None)
+    assert ended.value.code == 3

@@ -119,6 +119,8 @@ def test_more_than_a_week_is_refused(option):
 def test_stock_s_option_has_no_upper_bound():
     validate("actor 'mail'", {"time_limit": timedelta(days=365)})
     assert Timeout().resolve({"time_limit": timedelta(days=365)})[0] == 365 * 86_400_000
+    with pytest.raises(ConfigurationError, match="more than 0, or"):
+        validate("actor 'mail'", {"time_limit": 0})
 
 
 def test_both_names_at_once_are_refused():
@@ -246,7 +248,7 @@ def test_a_job_that_used_over_four_fifths_of_its_timeout_is_warned_of_once(caplo
     assert record.duration_ms == pytest.approx(8_001)
 
 
-@pytest.mark.parametrize(("ms", "limit"), [(7_999, 10_000), (10_000, None), (0, 1)])
+@pytest.mark.parametrize(("ms", "limit"), [(7_999, 10_000), (8_000, 10_000), (10_000, None), (0, 1)])
 def test_other_jobs_are_not(caplog, ms, limit):
     warn_if_close(delivery_that_ran(ms, limit))
     assert caplog.records == []

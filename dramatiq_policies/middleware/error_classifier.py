@@ -189,8 +189,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         decided = delivery.settlement
         if decided is None:
             delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=message.failed)
-        elif decided.dead_letter and decided.exception is not None:
-            # Skipped by the wrapper of the actor's function.
+        elif decided.exception is not None:
+            # Dead, and skipped by the wrapper of the actor's function.
             message.fail()
             message.stuff_exception(decided.exception)
 
