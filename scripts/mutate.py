@@ -47,7 +47,7 @@ TESTS = {
     "rule_set": ["test_rules", "test_error_classifier"],
     "declarations": ["test_rules", "test_error_classifier"],
     "outcomes": ["test_outcomes", "test_discard_logger", "test_error_classifier"],
-    "history": ["test_records", "test_kit_stub", "test_error_classifier", "test_quarantine"],
+    "history": ["test_history", "test_kit_stub", "test_error_classifier", "test_quarantine"],
     "decisions": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "middleware/error_classifier": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "limits": ["test_timeout", "test_error_classifier"],

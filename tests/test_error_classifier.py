@@ -1711,6 +1711,8 @@ def test_counters_that_another_middleware_overwrites_are_begun_anew():
 def test_a_worker_whose_broker_refuses_it_for_good_ends_as_the_command_does_for_one_that_is_not_there():
     stage = Stage()
     wiring = stage.classifier.wiring
+    for wiring.fatal, wiring.in_command in ((None, True), (ConnectionError("NOAUTH"), False)):
+        stage.classifier.after_worker_shutdown(stage.broker, None)
     wiring.fatal, wiring.in_command = ConnectionError("NOAUTH"), True
     with pytest.raises(SystemExit) as ended:
         stage.classifier.after_worker_shutdown(stage.broker, None)
