@@ -337,6 +337,13 @@ def test_a_message_older_than_queue_timeout_before_its_first_run_is_expired():
     assert stage.failures()[0]["exception"] == "dramatiq_policies.errors.QueueTimeoutExceeded"
 
 
+def test_a_timedelta_in_a_messages_options_is_sent_as_milliseconds():
+    stage = Stage()
+    failing(stage).send_with_options(timeout=timedelta(seconds=5))
+    (body,) = stage.broker.queues["default"].queue
+    assert Message.decode(body).options["timeout"] == 5_000
+
+
 def test_a_test_that_joins_the_queue_is_told_of_an_expired_message():
     stage = Stage()
     failing(stage, queue_timeout=60_000)

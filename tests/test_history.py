@@ -106,3 +106,10 @@ def test_a_failure_counts_the_attempts_that_were_decided_on_or_else_those_of_the
     options = {"retries": 1}
     assert failure_of(Settlement(Outcome.DEAD, attempt=5), options)["attempts"] == 5
     assert failure_of(Settlement(Outcome.EXPIRED), options)["attempts"] == 2
+
+
+def test_a_failure_without_an_error_names_none():
+    failure = failure_of(Settlement(Outcome.DEAD, "malformed"), {})
+    assert (failure["outcome"], failure["reason"]) == ("dead", "malformed")
+    assert failure["exception"] is failure["message"] is failure["traceback"] is None
+    assert "tags" not in failure
