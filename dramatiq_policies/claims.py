@@ -17,30 +17,28 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import clock, owners, records
 from .delivery import COMPLETING, Settlement
 from .forks import after_fork
 from .history import now_ms, run_of
 from .keys import encodable
-from .outcomes import BAD_ENDINGS, Outcome, text_of
+from .leases import Leases
+from .outcomes import BAD_ENDINGS, Outcome
 from .records import Record, Request, Take
 from .solitude import Solitude
-from .stores import IdempotencyStore, Renewal
+from .store_calls import StoreCalls, StoreDown
+from .stores import IdempotencyStore
 
 if TYPE_CHECKING:
     from .delivery import Delivery, Send
 
 __all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
 alerts = logging.getLogger("dramatiq_policies.alerts")
-
-T = TypeVar("T")
 
 #: The tokens of this process' claims, in all its brokers: a record of this process without one is of a run that is over.
 _live: set[str] = set()
@@ -50,10 +48,6 @@ _numbers = itertools.count(1)
 #: Seconds between the tries to write a completion. Then it is written by the renewing thread.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 _TRIES = 20
-
-
-class StoreDown(Exception):
-    """The store could not be asked."""
 
 
 class Claim:
@@ -129,18 +123,15 @@ class Claims:
     def __init__(self, store: IdempotencyStore, lease: int) -> None:
         self.store = store
         self.lease = lease
+        #: Calls the store; a `StoreDown` where it can't.
+        self.ask = StoreCalls().ask
+        self.leases = Leases(store, self.ask, lease)
         self.begin_anew()
         after_fork(self)
 
     def begin_anew(self) -> None:
-        """In a new process nothing is held and no thread runs."""
+        """In a new process nothing runs."""
         self.solitude = Solitude()
-        self._lock = threading.Lock()
-        self._down = False
-        self._held: dict[str, Claim] = {}
-        self._owed: list[tuple[Claim, Callable[[], object]]] = []
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
 
     def claim(self, name: str, request: Request, *, keyed: bool, keep: int) -> Claim | Quarantined | records.Action:
         """Claim a register for a run; or what becomes of the message instead.
@@ -169,8 +160,8 @@ class Claims:
                     continue
                 if found is None or found.value == value:
                     claimed = True
-                    held = self._held[name] = Claim(self, name, record, value, keyed, keep)
-                    self._ensure_renewals()
+                    held = Claim(self, name, record, value, keyed, keep)
+                    self.leases.hold(held)
                     return held
                 stored = self._read(found.value)
                 action = records.decide(stored, found.left, request)
@@ -242,15 +233,13 @@ class Claims:
                     "the store is back; should this process end before, a duplicate will run again.",
                     claim.record.message_id,
                 )
-            with self._lock:
-                self._owed.append((claim, write))
+            self.leases.owe(claim, write)
             return
         self.let_go(claim)
 
     def let_go(self, claim: Claim) -> None:
         """Hold it no more, and write nothing: its run is over, or its worker has died."""
-        if self._held.get(claim.name) is claim:
-            del self._held[claim.name]
+        self.leases.let_go(claim)
         _live.discard(claim.record.token)
 
     def _written(self, write: Callable[[], object], pauses: tuple[float, ...]) -> bool:
@@ -264,100 +253,9 @@ class Claims:
                 return True
         return False
 
-    def ask(self, call: Callable[[], T]) -> T:
-        """Call the store; say once when it goes down, and once when it is back."""
-        try:
-            answer = call()
-        except Exception as error:
-            with self._lock:
-                first, self._down = not self._down, True
-            if first:
-                alerts.error(
-                    "The idempotency store can't be reached: %s: %s",
-                    type(error).__name__,
-                    text_of(error),
-                    exc_info=error,
-                )
-            raise StoreDown(f"{type(error).__name__}: {text_of(error)}") from error
-        if self._down:
-            with self._lock:
-                first, self._down = self._down, False
-            if first:
-                alerts.warning("The idempotency store is back.")
-        return answer
-
-    # Renewals: one thread, which sleeps, and one round trip for all claims.
-
-    def _ensure_renewals(self) -> None:
-        if self._is_renewing():
-            return
-        with self._lock:
-            if not self._is_renewing():
-                self._stop = threading.Event()
-                thread = threading.Thread(
-                    target=self._renew_until, args=(self._stop,), name="dramatiq_policies-leases", daemon=True
-                )
-                thread.start()
-                self._thread = thread
-
-    def _is_renewing(self) -> bool:
-        return self._thread is not None and not self._stop.is_set()
-
-    def _renew_until(self, stop: threading.Event) -> None:
-        while not stop.wait(self.lease / 3_000):
-            try:
-                self.renew()
-            except StoreDown:
-                pass
-            except Exception:
-                logger.exception("Leases could not be renewed; it is tried again.")
-
-    def renew(self) -> None:
-        """Write what is owed, and renew all leases in one round trip."""
-        self.settle_debts()
-        held = list(self._held.values())
-        if not held:
-            return
-        renewals = [Renewal(claim.name, claim.value, self.lease + claim.keep) for claim in held]
-        kept = self.ask(partial(self.store.renew, renewals))
-        for claim, renewal, ok in zip(held, renewals, kept, strict=True):
-            if ok or claim.value != renewal.value or self._held.get(claim.name) is not claim:
-                continue
-            found = self.ask(partial(self.store.swap, claim.name, None, claim.value, self.lease + claim.keep))
-            if found is None and claim.over:
-                # Its ending was written in between, and took the register away.
-                self.ask(partial(self.store.swap, claim.name, claim.value, None, 1))
-            elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
-                continue  # Had lapsed, and is held again; or its completion was written in between.
-            elif self._held.get(claim.name) is claim:
-                logger.warning(
-                    "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
-                    "forgotten.",
-                    claim.record.message_id,
-                )
-
-    def settle_debts(self) -> None:
-        """Write what could not be written when its job was over."""
-        while True:
-            with self._lock:
-                if not self._owed:
-                    return
-                claim, write = self._owed[0]
-            self.ask(write)
-            with self._lock:
-                self._owed = [debt for debt in self._owed if debt[0] is not claim]
-            self.let_go(claim)
-
     def close(self) -> None:
-        """End the thread; the next claim starts another."""
-        self._stop.set()
-        try:
-            self.settle_debts()
-        except StoreDown:
-            logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
-        if self._thread is not None:
-            # It may wait for a store that does not answer; it ends by itself then.
-            self._thread.join(1)
+        """End the thread of the leases; the next claim starts another."""
+        self.leases.close()
 
 
 def uncounted_name(message_id: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from queue import Empty, PriorityQueue
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -19,6 +18,7 @@ from dramatiq.common import q_name
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, ConnectionClosed
 
 from . import _dramatiq
+from .delay_queue import DelayQueue
 from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
 from .history import now_ms
@@ -29,7 +29,7 @@ from .shape import check_composition, check_shape, clean_options, is_number
 if TYPE_CHECKING:
     from .wiring import Wiring
 
-__all__ = ["DelayQueue", "PolicyConsumer", "hold"]
+__all__ = ["PolicyConsumer", "hold"]
 
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
@@ -37,30 +37,6 @@ logger = logging.getLogger("dramatiq_policies.outcomes")
 REDELIVERED = "redelivered"
 #: How long a due message whose move failed waits for the next try, in milliseconds.
 _MOVE_AGAIN = 5_000
-
-
-class DelayQueue(PriorityQueue[Any]):
-    """Dramatiq's queue of delayed messages in hand, except that only we take messages out of it.
-
-    Dramatiq's consumer thread puts messages in and a worker's ``join`` waits on it, as ever; but it would move the due
-    ones without knowing whether the broker took them, and drop them all when a connection is lost.
-    """
-
-    def get_nowait(self) -> Any:
-        raise Empty
-
-    def due(self, now: int) -> Any | None:
-        """The next message whose time has come, or None."""
-        # Without its lock, which gevent's has not: only the consumer's own thread puts in and takes out.
-        if not self.queue or _dramatiq.eta_of(self.queue[0]) > now:
-            return None
-        return self.take()
-
-    def take(self) -> Any | None:
-        try:
-            return self.get(block=False)
-        except Empty:
-            return None
 
 
 class PolicyConsumer(Consumer):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dramatiq.middleware import Middleware
 
     from .admission import Admission
-    from .consumer import DelayQueue
+    from .delay_queue import DelayQueue
     from .delivery import Delivery
     from .middleware.metrics import Metrics
     from .middleware.shutdown import ShutdownNotifications

@@ -259,7 +259,7 @@ def test_an_ending_that_could_not_be_written_holds_the_key_until_it_is(claims, s
     store.down = False
     assert ask(claims, "other") == Defer(LEASE)
     assert not is_dead(claim.record)
-    claims.renew()
+    claims.leases.renew()
     assert is_dead(claim.record)
     assert isinstance(ask(claims, "other"), Claim)
 
@@ -271,7 +271,7 @@ def test_all_claims_are_renewed_in_one_round_trip(claims, store):
     for number in range(5):
         ask(claims, f"m{number}", name=f"k{number}")
     store.now += 50
-    claims.renew()
+    claims.leases.renew()
     assert store.renewals == [[f"k{number}" for number in range(5)]]
     assert {store.get(f"k{number}").left for number in range(5)} == {LEASE + KEEP}
 
@@ -280,20 +280,20 @@ def test_for_a_claim_that_was_renewed_the_store_is_asked_nothing_more(claims, st
     ask(claims)
     swaps = []
     monkeypatch.setattr(store, "swap", lambda *arguments: swaps.append(arguments))
-    claims.renew()
+    claims.leases.renew()
     assert (store.renewals, swaps) == ([["k"]], [])
 
 
 def test_a_claim_that_has_ended_is_renewed_no_more(claims, store):
     claims.conclude(ask(claims), DEAD)
-    claims.renew()
+    claims.leases.renew()
     assert store.renewals == []
 
 
 def test_a_claim_that_was_forgotten_is_written_again(claims, store):
     claim = ask(claims)
     store.delete("k")
-    claims.renew()
+    claims.leases.renew()
     assert store.get("k").value == claim.value
 
 
@@ -310,7 +310,7 @@ def test_a_claim_that_ends_while_it_is_renewed_is_not_written_again(claims, stor
         return renew(renewals)
 
     store.renew = renew_late
-    claims.renew()
+    claims.leases.renew()
     let_go(claim)
     assert store.get("k").value is None
 
@@ -319,7 +319,7 @@ def test_a_lost_claim_is_said_and_never_won_back(claims, store, caplog):
     ask(claims)
     theirs = Record(records.RUNNING, "m", 0, "elsewhere:1:place:1", "1", keep=KEEP).encode()
     store.put("k", theirs, LEASE)
-    claims.renew()
+    claims.leases.renew()
     assert store.get("k").value == theirs
     assert "is lost while it runs" in caplog.text
 
@@ -398,7 +398,7 @@ def test_a_forked_child_renews_its_own_claims_and_not_its_parents(quick, store):
     ask(quick)
     read, write = os.pipe()
     # As if another thread of the parent were in it just now.
-    with quick._lock, store._lock:
+    with quick.leases._lock, store._lock:
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)

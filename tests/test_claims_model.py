@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from dramatiq_policies import Outcome, owners, records
+from dramatiq_policies import Outcome, leases, owners, records
 from dramatiq_policies import claims as claims_module
 from dramatiq_policies.claims import Claim, Claims, Quarantined, StoreDown, is_dead
 from dramatiq_policies.delivery import Send, Settlement
@@ -116,7 +116,7 @@ class Worker:
         self.held = []
         self.globals = {"_live": set(), "_unborn": set(), "_numbers": itertools.count(1)}
         self.claims = Claims(store, LEASE)
-        self.claims._ensure_renewals = lambda: None
+        self.claims.leases._ensure_thread = lambda: None
 
 
 class Simulation:
@@ -140,7 +140,7 @@ class Simulation:
             mock.patch.object(owners, "is_dead", self._is_certainly_dead),
             mock.patch.object(claims_module, "_PAUSES", ()),
             mock.patch.object(claims_module.alerts, "disabled", new=True),
-            mock.patch.object(claims_module.logger, "disabled", new=True),
+            mock.patch.object(leases.logger, "disabled", new=True),
         ]
         for patch in self.patches:
             patch.start()
@@ -214,7 +214,7 @@ class Simulation:
             self._give_back(held)
             if held.effect and held.stage == DECIDED:
                 self._excuse(held.message.key)
-        for claim, _ in worker.claims._owed:
+        for claim, _ in worker.claims.leases._owed:
             if claim in self.succeeded:
                 # The store was never told.
                 self._excuse(claim.name)
@@ -237,12 +237,12 @@ class Simulation:
 
     def _renew(self, worker):
         self._as(worker)
-        owed = [claim for claim, _ in worker.claims._owed]
+        owed = [claim for claim, _ in worker.claims.leases._owed]
         try:
-            worker.claims.renew()
+            worker.claims.leases.renew()
         except StoreDown:
             pass
-        left = [claim for claim, _ in worker.claims._owed]
+        left = [claim for claim, _ in worker.claims.leases._owed]
         for claim in owed:
             if claim not in left and claim in self.succeeded:
                 self.completed.add(claim.name)
@@ -365,7 +365,7 @@ class Simulation:
         before = self.store.get(message.key).value
         claim_owned = before == claim.value
         worker.claims.conclude(claim, decided)
-        written = claim not in [one for one, _ in worker.claims._owed]
+        written = claim not in [one for one, _ in worker.claims.leases._owed]
         if held.outcome == "succeeded":
             self.succeeded.add(claim)
             if written:

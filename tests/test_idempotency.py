@@ -787,9 +787,9 @@ def test_only_a_claim_that_another_took_is_said_to_be_lost(caplog, by_itself):
 
     @stage.actor(idempotency_key="{order_id}")
     def ship(order_id):
-        (claim,) = idempotency.claims._held.values()
+        (claim,) = idempotency.claims.leases._held.values()
         store.put(claim.name, completed_by(current_job().message_id if by_itself else "another"), 10_000)
-        idempotency.claims.renew()
+        idempotency.claims.leases.renew()
 
     ship.send(7)
     stage.run()

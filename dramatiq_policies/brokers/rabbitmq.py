@@ -18,7 +18,8 @@ from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
-from ..consumer import DelayQueue, PolicyConsumer
+from ..consumer import PolicyConsumer
+from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms

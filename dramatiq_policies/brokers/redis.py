@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Sequence
 from importlib import resources
@@ -31,6 +30,7 @@ from ..history import now_ms
 from ..records import completed_by
 from ..round_trips import RoundTrips, Script
 from ..wiring import Wiring
+from .places import Places
 from .recovery import Recovery
 
 if TYPE_CHECKING:
@@ -58,20 +58,14 @@ class RedisConsumer(PolicyConsumer):
         super().__init__(wiring, inner, queue_name)
         self.client = inner.broker.client
         self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
-        self.prefetch = inner.prefetch
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()
-        self.held = wiring.in_flight.setdefault(queue_name, set())
-        #: What was held when the cache was filled: a body in it may be of a message that was acked since.
-        self.held_before: frozenset[str] = frozenset()
-        #: The ids whose jobs are over, and whose acks are on their way or tried again: they take no place any more.
-        self.done: set[str] = set()
+        self.places = Places(wiring.in_flight.setdefault(queue_name, set()), inner.prefetch)
         #: The store of the claims that were seen last, and whether it is on this server.
         self.store: Any = None
         self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
-        self.room = threading.Event()
         #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
         self.looked = -_LOOK_EVERY
 
@@ -92,16 +86,15 @@ class RedisConsumer(PolicyConsumer):
             except Exception as error:
                 self._guarded(self._dead_letter_raw, data, error)
                 continue
-            if redis_id in self.held or redis_id in self.held_before:
+            if not self.places.take(redis_id):
                 # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
                 continue
-            self.held.add(redis_id)
             return MessageProxy(message)
 
     @property
     def outstanding_message_count(self) -> int:
         """As the stock consumer has it: how many messages take one of the places that may be prefetched."""
-        return len(self.held) - len(self.done) + len(self.cache)
+        return self.places.taken + len(self.cache)
 
     def _fetch(self) -> bool:
         """Fill the cache; False if there was nothing to be had for a while."""
@@ -109,13 +102,13 @@ class RedisConsumer(PolicyConsumer):
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
         self._guarded(self.recovery.look)
-        room = self.prefetch - self.outstanding_message_count
+        room = self.places.prefetch - self.outstanding_message_count
         if self.holding and not self.is_delay_queue:
             # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
             self.idle(self.timeout_ms / 1_000)
             return False
         if room > 0:
-            self.held_before = frozenset(self.held)
+            self.places.about_to_fetch()
             self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
             if self.cache:
                 self.misses = 0
@@ -124,10 +117,8 @@ class RedisConsumer(PolicyConsumer):
             self.misses, pause = compute_backoff(self.misses, max_backoff=self.timeout_ms)
             self.idle(pause / 1_000)
             return False
-        # All that may be prefetched is in hand: go on as soon as half of it is done.
-        self.room.clear()
-        if self.outstanding_message_count >= self.prefetch:
-            self.room.wait(self.timeout_ms / 1_000)
+        # All that may be prefetched is in hand, and the cache is empty.
+        self.places.wait(self.timeout_ms / 1_000)
         return False
 
     def finish(self, message: MessageProxy) -> None:
@@ -139,7 +130,7 @@ class RedisConsumer(PolicyConsumer):
             else:
                 self._settle(self._over(message), b"", [])
         except BrokerConnectionError as error:
-            self.done.add(redis_id)
+            self.places.over(redis_id)
             if not self.wiring.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
@@ -233,13 +224,14 @@ class RedisConsumer(PolicyConsumer):
     def move(self, message: MessageProxy, moved: Message[Any]) -> None:
         redis_id = message.options["redis_message_id"]
         self._settle(redis_id, b"", list(self._encode(Send(moved))))
-        self.held.discard(redis_id)
+        self.places.release(redis_id)
 
     def put_back(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]
         if ids:
             self._guarded(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
-            self.held.difference_update(ids)
+            for redis_id in ids:
+                self.places.release(redis_id)
 
     def abandon(self, message: MessageProxy) -> None:
         # In the unacked set of this process still: found there when it next connects, or when it is gone.
@@ -249,29 +241,18 @@ class RedisConsumer(PolicyConsumer):
         return isinstance(error, redis.RedisError) or super().lost_connection(error)
 
     def _over(self, message: MessageProxy | Message[Any]) -> str:
-        """Its job is over, so another may take its place."""
         redis_id: str = message.options["redis_message_id"]
-        self.done.add(redis_id)
-        self._look_for_room()
+        self.places.over(redis_id)
         return redis_id
 
     def _release(self, message: MessageProxy) -> None:
-        redis_id = message.options["redis_message_id"]
-        self.held.discard(redis_id)
-        self.done.discard(redis_id)
-        # One that was abandoned, or acked by somebody's own `do_ack`, was in no `_over`.
-        self._look_for_room()
-
-    def _look_for_room(self) -> None:
-        # Looked at first, since to set it takes a lock. Whoever waits for it clears it, and then looks for room once more.
-        if not self.room.is_set() and len(self.held) - len(self.done) <= self.prefetch >> 1:
-            self.room.set()
+        self.places.release(message.options["redis_message_id"])
 
     def _dead_letter_raw(self, data: bytes, error: Exception) -> None:
         """Move a body that can't be read to the dead letters. Its id stands in it, or must be looked for."""
         broker: Any = self.broker
         for redis_id in self._unacked():
-            if redis_id not in self.held:
+            if redis_id not in self.places.held:
                 body = self.client.hget(f"{broker.namespace}:{self.source}.msgs", redis_id)
                 if body == data or (isinstance(body, str) and body.encode() == data) or body is data:
                     self._guarded(broker.do_nack, self.source, redis_id)
@@ -284,7 +265,7 @@ class RedisConsumer(PolicyConsumer):
 
     def _put_back_the_lost(self) -> None:
         """Requeue what the server gave this process and this process never got."""
-        lost = [redis_id for redis_id in self._unacked() if redis_id not in self.held]
+        lost = [redis_id for redis_id in self._unacked() if redis_id not in self.places.held]
         if lost:
             log = logger.info if self.wiring.stopping.is_set() else logger.warning
             log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)

@@ -48,7 +48,7 @@ class Bench:
         """What a thread of the process would have done meanwhile."""
         if self.wiring.admission is not None:
             try:
-                self.wiring.admission.claims.renew()
+                self.wiring.admission.claims.leases.renew()
             except StoreDown:
                 pass
 

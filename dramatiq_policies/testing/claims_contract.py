@@ -74,10 +74,10 @@ class ClaimsContract:
             assert isinstance(first, Claim)
             for _ in range(6):
                 self.pass_time(store, self.short // 3)
-                first.claims.renew()
+                first.claims.leases.renew()
                 assert isinstance(claim("other"), Defer)
             store.delete("key")
-            first.claims.renew()
+            first.claims.leases.renew()
             assert store.get("key").value == first.value
 
     def test_a_copy_of_a_run_that_has_ended_is_stale_before_during_and_after_the_retry(
