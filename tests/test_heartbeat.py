@@ -222,3 +222,27 @@ def test_without_arguments_it_has_a_file_in_the_temporary_directory():
 def test_one_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ConfigurationError, match="Heartbeat"):
         Heartbeat(**{"path": Path("x"), **bad})
+
+
+def test_it_beats_until_the_last_worker_of_the_process_has_stopped(beating):
+    beating.stage.broker.declare_queue("mail")
+    second, unstarted = (Worker(beating.stage.broker, worker_timeout=50, worker_threads=1) for _ in range(2))
+    with beating.stage.working():
+        second.start()
+        beating.stage.broker.emit_after("worker_shutdown", unstarted)
+        second.stop()
+        assert beating.beats()
+    assert beating.silent()
+
+
+def test_it_needs_no_timeout_beside_it(tmp_path):
+    broker = StubBroker()
+    heartbeat = Heartbeat(tmp_path / "alive", interval=INTERVAL)
+    broker.add_middleware(heartbeat)
+    worker = Worker(broker, worker_timeout=50, worker_threads=1)
+    worker.start()
+    try:
+        assert heartbeat.well()
+    finally:
+        worker.stop()
+    assert not heartbeat.well()

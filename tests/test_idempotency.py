@@ -682,6 +682,44 @@ def test_the_state_of_an_actor_without_a_key_is_refused():
         Idempotency.state(job)
 
 
+def test_the_state_is_asked_of_a_message_of_the_global_broker_too(monkeypatch):
+    stage = Stage()
+    monkeypatch.setattr(dramatiq.broker, "global_broker", stage.broker)
+
+    @stage.actor(idempotency_key=lambda order_id: f"order:{order_id}")
+    def ship(order_id):
+        pass
+
+    message = ship.send(7)
+    stage.run()
+    state = Idempotency.state(message)
+    assert (state.state, state.key, state.message_id) == ("completed", "order:7", message.message_id)
+
+
+@pytest.mark.parametrize("arguments", [(), (7,), ("a", "b")])
+def test_of_an_actor_that_is_idempotent_by_message_id_the_id_is_asked_for(arguments):
+    stage = Stage()
+    job = stage.actor(lambda: None, actor_name="job", idempotent=True)
+    with pytest.raises(ConfigurationError, match="pass the id, or the message"):
+        Idempotency.state(job, *arguments)
+
+
+def test_a_wait_that_is_over_holds_no_key():
+    stage, now = Stage(bundle={"idempotency": Idempotency(MemoryStore(clock=lambda: now[0]))}), [0.0]
+
+    @stage.actor(idempotency_key="{order_id}", retry_on={Transient: RetryPolicy(attempts=2, wait=constant(60_000))})
+    def ship(order_id):
+        raise Transient
+
+    with stage.working():
+        ship.send(7)
+        stage.collected.wait_for(lambda events: events)
+    waiting = Idempotency.state(ship, 7)
+    assert waiting.state == "waiting"
+    now[0] += waiting.left_ms / 1_000 + 1
+    assert Idempotency.state(ship, 7).state == "none"
+
+
 # The store is down.
 
 

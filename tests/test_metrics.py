@@ -376,3 +376,16 @@ def test_a_duplicate_is_counted_as_one_and_the_job_that_it_repeats_once():
     stage.run()
     counted = Counter(name for kind, name, _ in client.calls if kind == "c")
     assert counted == {"jobs.mail.success": 1, "jobs.mail.duplicate": 1}
+
+
+def test_names_that_grow_without_end_are_forgotten_and_made_again(monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.middleware.metrics._MOST_NAMES", 3)
+    client = PlainClient()
+    metrics = Metrics(client)
+    stage = Stage(bundle={"metrics": metrics})
+    jobs = [stage.actor(lambda: 1 / 0, actor_name=f"job{number}", max_retries=0) for number in range(8)]
+    for job in jobs:
+        job.send()
+    stage.run()
+    assert len(metrics._names) <= 3
+    assert {f"jobs.job{number}.dead" for number in range(8)} <= {call[1] for call in client.calls}

@@ -7,12 +7,16 @@ import logging
 from queue import Empty, Queue
 
 import dramatiq
+import pytest
 from dramatiq import Message, Worker
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.common import dq_name
 from dramatiq.errors import ConnectionClosed
+from dramatiq.middleware import Pipelines
 
-from dramatiq_policies import ErrorClassifier, RetryPolicy, install
+from dramatiq_policies import ConfigurationError, ErrorClassifier, Idempotency, QueueMonitor, RetryPolicy, install
+
+from .support import PlainClient
 
 
 class ListConsumer(Consumer):
@@ -232,3 +236,84 @@ def test_a_proxy_keeps_its_message_s_fields_and_what_it_says_itself(monkeypatch)
 
     assert broker.acked == ["seven"]
     assert not {field.name for field in dataclasses.fields(Message)}.intersection(asked)
+
+
+class Losing(ListConsumer):
+    def ack(self, message):
+        raise self.broker.error
+
+
+def lose_acks(error):
+    """A consumer of ours over one whose acks raise."""
+    broker = ListBroker()
+    broker.error = error
+    broker.consume = lambda queue_name, **kwargs: Losing(broker, queue_name)
+    install(broker)
+    broker.declare_queue("default")
+    return broker.consume("default")
+
+
+def test_while_the_worker_stops_an_ack_that_is_lost_is_said_and_the_message_left_to_come_back(caplog):
+    consumer = lose_acks(ConnectionClosed("gone"))
+    consumer.wiring.stopping.set()
+    consumer.ack(MessageProxy(Message("default", "job", (), {}, {}, message_id="m1")))
+    assert "Message m1 was not acked and comes back: gone" in caplog.text
+
+
+def test_an_ack_that_fails_for_another_reason_than_the_connection_raises_it():
+    with pytest.raises(ValueError, match="a fault of the broker's"):
+        lose_acks(ValueError("a fault of the broker's")).ack(MessageProxy(Message("default", "job", (), {}, {})))
+
+
+def test_a_message_that_no_consumer_of_ours_has_delivered_is_retried_by_dramatiq_s_own_code():
+    """As where somebody calls the hooks: a test of theirs, or an in-process executor."""
+    broker = install(ListBroker())
+    told = []
+    broker.add_middleware(Pipelines())
+
+    @dramatiq.actor(broker=broker, max_retries=1, retry_on={ValueError: RetryPolicy(attempts=9, wait=1)})
+    def job():
+        pass
+
+    def processed(message, **ended):
+        proxy = MessageProxy(message)
+        broker.emit_before("process_message", proxy)
+        broker.emit_after("process_message", proxy, **ended)
+        told.append(proxy.failed)
+
+    processed(job.message(), exception=ValueError())
+    retry = Message.decode(broker.queues["default.DQ"].get_nowait())
+    assert retry.options["retries"] == 1
+    assert "policies" not in retry.options
+    processed(retry, exception=ValueError())
+    processed(job.message().copy(options={"pipe_target": job.message().asdict()}), result=7)
+    assert told == [False, True, False]
+    assert Message.decode(broker.queues["default"].get_nowait()).args == (7,)
+    broker.emit_after("skip_message", MessageProxy(job.message()))
+
+
+def test_idempotency_without_a_store_is_there_and_says_so_where_it_is_asked_something():
+    broker = ListBroker()
+    broker.add_middleware(Idempotency())
+    done = Queue()
+
+    @dramatiq.actor(broker=broker)
+    def job():
+        done.put(1)
+
+    job.send()
+    worker = Worker(broker, worker_timeout=20, worker_threads=1)
+    worker.start()
+    assert done.get(timeout=20) == 1
+    worker.stop()
+    with pytest.raises(ConfigurationError, match="no Idempotency with a store"):
+        Idempotency.state(job)
+
+
+def test_a_queue_that_can_t_be_read_has_no_gauges():
+    client = PlainClient()
+    monitor = QueueMonitor(client=client)
+    broker = install(ListBroker(), queue_monitor=monitor)
+    broker.declare_queue("default")
+    assert monitor.check() == []
+    assert client.calls == []

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import dramatiq
 import pytest
-from dramatiq import Message
+from dramatiq import Message, Worker
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
@@ -413,3 +413,23 @@ def test_while_the_app_is_on_a_stub_broker_it_reads_that():
     assert len(told) == 4
     with pytest.raises(ConnectionClosed):
         monitor.check()
+
+
+def test_one_thread_watches_for_all_workers_of_a_process_and_it_may_be_asked_meanwhile():
+    queue = Queue(Threshold(ready=3), interval=10)
+    workers = [Worker(queue.broker, worker_timeout=50, worker_threads=1, queues={"none"}) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        threads = [one for one in threading.enumerate() if one.name == "dramatiq_policies.queue_monitor"]
+        assert len(threads) == 1
+        until(lambda: queue.monitor._watching)
+        workers.pop().stop()
+        assert threads[0].is_alive()
+        queue.fill(3)
+        until(lambda: queue.told or queue.monitor.check())
+        assert len(queue.told) == 1
+    finally:
+        for worker in workers:
+            worker.stop()
+    assert not threads[0].is_alive()

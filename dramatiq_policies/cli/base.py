@@ -172,11 +172,10 @@ def duration(ms: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     whole = round(seconds)
-    for size, unit, smaller, name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {unit} {rest} {name}" if rest else f"{whole // size} {unit}"
-    return f"{whole} s"
+    units = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s"))
+    size, unit, smaller, name = next(row for row in units if whole >= row[0])
+    rest = whole % size // smaller
+    return f"{whole // size} {unit} {rest} {name}" if rest else f"{whole // size} {unit}"
 
 
 def age(ms: Any) -> str:

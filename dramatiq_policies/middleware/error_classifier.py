@@ -23,6 +23,7 @@ from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, 
 from ..rule_set import RuleSet
 from ..rules import RetryPolicy
 from ..shape import timedeltas_to_ms
+from ..wiring import wiring_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -197,21 +198,18 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
         RuleSet((), self.rules).resolve()
-        if self.wiring is not None:
-            self.wiring.stopping.clear()
+        wiring_of(broker).stopping.clear()
 
     def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
-        if self.wiring is not None:
-            self.wiring.stopping.set()
-            hold(worker)
+        wiring_of(broker).stopping.set()
+        hold(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
-        if self.wiring is None:
-            return
-        later, self.wiring.put_back_later = self.wiring.put_back_later, []
+        wiring = wiring_of(broker)
+        later, wiring.put_back_later = wiring.put_back_later, []
         for put_back in later:
             put_back()
-        if self.wiring.fatal is not None and self.wiring.in_command:
+        if wiring.fatal is not None and wiring.in_command:
             # What dramatiq exits with when its broker can't be reached.
             raise SystemExit(3)
 
