@@ -29,6 +29,7 @@ from dramatiq_policies import (
     Metrics,
     RetryPolicy,
     Snooze,
+    clock,
     constant,
     current_job,
     install,
@@ -36,6 +37,7 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.middleware.composition import GroupCallbacks
 from dramatiq_policies.testing import TooManyRuns, drain, fail, hang
+from dramatiq_policies.testing.virtual_time import VirtualClock, VirtualStop
 
 HOUR = 3_600_000
 
@@ -704,3 +706,54 @@ def test_a_process_under_gevent_is_drained_as_any_other():
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_without_idempotency_time_passes_as_well(actor):
+    broker = install(StubBroker(), idempotency=False)
+    done = []
+    job = dramatiq.actor(lambda: done.append(1), actor_name="job", broker=broker)
+    job.send_with_options(delay=HOUR)
+    drain(broker)
+    assert done == [1]
+
+
+def test_a_message_that_was_made_long_ago_keeps_its_time(broker, actor):
+    @actor(max_age=60_000)
+    def job():
+        pass
+
+    job.send()
+    drain(broker)
+    broker.enqueue(dramatiq.Message("default", "job", (), {}, {}, message_timestamp=1))
+    drain(broker).assert_outcomes(job, "skipped")
+
+
+class TestVirtualTime:
+    def test_it_is_seen_until_the_last_of_several_clocks_is_out_of_force(self):
+        outer, inner = VirtualClock(lambda: None), VirtualClock(lambda: None)
+        with outer.in_force():
+            with inner.in_force():
+                inner.advance(5_000)
+                assert clock.time() == inner.time()
+            assert clock.time() == outer.time()
+        assert clock.time is time.time
+
+    def test_another_thread_really_sleeps_and_really_waits_meanwhile(self):
+        ours = VirtualClock(lambda: None)
+        stop = VirtualStop(ours)
+        took = []
+
+        def sleep_and_wait():
+            began = time.monotonic()
+            clock.sleep(0.01)
+            took.append(stop.wait(0.01))
+            took.append(time.monotonic() - began)
+
+        with ours.in_force():
+            before = ours.time()
+            thread = threading.Thread(target=sleep_and_wait)
+            thread.start()
+            thread.join()
+            assert ours.time() == before
+        assert took[0] is False
+        assert took[1] >= 0.02

@@ -16,6 +16,7 @@ from dramatiq.middleware import AsyncIO
 
 from dramatiq_policies import (
     ConfigurationError,
+    Idempotency,
     Outcome,
     RetryPolicy,
     Timeout,
@@ -24,6 +25,7 @@ from dramatiq_policies import (
     current_job,
     install,
 )
+from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.testing import (
     TooManyRuns,
     crash,
@@ -523,3 +525,53 @@ def test_a_class_based_actor_fails_and_its_key_is_over_what_its_perform_takes(br
         assert drain(broker).outcomes("Pay") == ["succeeded"]
     Pay.send(2)
     assert drain(broker).outcomes(Pay) == ["duplicate"]
+
+
+class TestWithoutTheBundle:
+    """On a broker of which the kit knows nothing yet, or that has none of the bundle."""
+
+    def test_a_job_can_not_hang(self):
+        job = dramatiq.actor(lambda: None, actor_name="job", broker=StubBroker())
+        with pytest.raises(ConfigurationError, match=r"no Timeout. Call install\(broker\) first"):
+            hang(job)
+
+    def test_there_is_no_store_that_could_be_down(self):
+        with pytest.raises(ConfigurationError, match="no Idempotency with a store"), store_down(StubBroker()):
+            pass
+
+    def test_a_fault_is_put_in_its_function_and_taken_out_again(self):
+        job = dramatiq.actor(lambda: "done", actor_name="job", broker=StubBroker())
+        with fail(job, Flaky), pytest.raises(Flaky):
+            job()
+        assert job() == "done"
+
+
+def test_a_job_that_is_called_directly_can_not_hang(actor):
+    job = actor(lambda: None, actor_name="called", timeout=30_000)
+    with hang(job), pytest.raises(RuntimeError, match="nothing would ever end it"):
+        job()
+
+
+def test_a_message_without_a_timeout_can_not_hang(broker, job):
+    job.send_with_options(args=(1,), timeout=float("inf"))
+    with hang(job):
+        run = drain(broker)
+    assert "would hang for ever" in str(run.events[-1].exception)
+
+
+def test_a_broker_that_is_no_stub_loses_its_store_too(job):
+    broker = RedisBroker(url="redis://127.0.0.1:1")
+    install(broker, idempotency=Idempotency(MemoryStore()))
+    ship = dramatiq.actor(lambda order_id: None, actor_name="ship", broker=broker, idempotency_key="{order_id}")
+    with store_down(broker), pytest.raises(ConnectionError):
+        Idempotency.state(ship, 7)
+    assert Idempotency.state(ship, 7).state == "none"
+
+
+def test_a_broker_s_own_enqueue_is_back_afterwards(job):
+    broker = RedisBroker(url="redis://127.0.0.1:1")
+    before = broker.enqueue
+    with enqueue_down(broker), pytest.raises(ConnectionFailed):
+        broker.enqueue(job.message(1))
+    assert broker.enqueue == before
+    assert "enqueue" not in vars(broker)

@@ -313,3 +313,21 @@ def test_an_app_that_sets_its_broker_meanwhile_keeps_it_and_the_next_stub_has_it
         app.job_of_an_app.send()
         drain(broker).assert_outcomes(app.job_of_an_app, "succeeded")
     assert app.job_of_an_app.broker is app.broker
+
+
+def test_a_broker_without_the_bundle_is_lent_as_it_is():
+    broker = StubBroker()
+    dramatiq.set_broker(broker)
+    sent = dramatiq.actor(lambda: None, actor_name="job")
+    with stub() as stand_in:
+        sent.send()
+        assert stand_in.queues["default"].qsize() == 1
+        assert {type(one) for one in stand_in.middleware} == {type(one) for one in broker.middleware}
+    assert broker.queues["default"].qsize() == 0
+
+
+def test_an_actor_that_nobody_declared_does_not_hide_what_can_not_be_sent():
+    broker = install(StubBroker())
+    broker.declare_queue("default")
+    with pytest.raises(TypeError, match=r"'0' of a message to 'nobody'.*is not JSON"):
+        broker.enqueue(dramatiq.Message("default", "nobody", ({1, 2},), {}, {}))

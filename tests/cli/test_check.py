@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -284,6 +285,14 @@ def test_an_alert_that_nobody_hears_is_a_warning(command):
     app = command.app(silent % True + job(alert_on="KeyError"))
     heard = command.app(silent % False + job(alert_on="KeyError"))
     assert "DP018" in command("check", app).stdout
+    alone = "logging.getLogger('dramatiq_policies.alerts').propagate = %s\n"
+    apart = command.app(silent % False + alone % False + job(alert_on="KeyError"))
+    assert "DP018" in command("check", apart).stdout
+    logging.getLogger("dramatiq_policies.alerts").propagate = True
+    reported = "broker = StubBroker()\ninstall(broker, sentry=SentryReporter())\ndramatiq.set_broker(broker)\n"
+    assert (
+        "DP018" not in command("check", command.app(silent % True + job(alert_on="KeyError"), broker=reported)).stdout
+    )
     assert "DP018" not in command("check", heard).stdout
 
 
@@ -297,6 +306,8 @@ def test_an_exemption_without_a_reason_is_no_exemption(command):
     assert "reason" in command.refuses("check", command.app(job(policy_exempt='{"DP006": " "}')))
     app = command.app(READY)
     assert command.refuses("check", app, "--ignore", "DP019") == "Error: --ignore needs a --reason."
+    two = ("--ignore", "DP019", "--ignore", "DP006", "--ignore", "DP005", "--reason", "x", "--reason", "y")
+    assert "give each its own, or one for all" in command.refuses("check", app, *two)
     assert "no finding 'DP999'" in command.refuses("check", app, "--ignore", "DP999", "--reason", "x")
     result = command("check", app, "--strict", "--ignore", "DP019", "--reason", "watched elsewhere")
     assert result.exit_code == 0
@@ -375,6 +386,8 @@ dramatiq.set_broker(broker)
 def test_live_says_what_can_t_be_asked(command):
     report = command.json("check", command.app(READY), "--live")
     assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server that could be asked"]}
+    shown = command("check", command.app(READY), "--live").stdout
+    assert "Seen: no server.\nNot known: a StubBroker has no server that could be asked.\n" in shown
 
 
 def test_live_needs_the_server(command):
@@ -462,3 +475,37 @@ def test_an_actor_that_was_declared_before_the_bundle_came_is_found_out(command)
     (command.folder / "app_bare.py").write_text(late)
     (actor,) = load_broker("app_bare").actors.values()
     assert [finding.code for finding in check_actor(actor)] == ["DP022"]
+
+
+def test_a_queue_without_a_threshold_is_found_beside_one_that_has_one(command):
+    watched = """
+from dramatiq_policies import QueueMonitor, Threshold
+broker = StubBroker()
+install(broker, queue_monitor=QueueMonitor(thresholds={"mail": Threshold(ready=5)}))
+dramatiq.set_broker(broker)
+"""
+    report = command.json("check", command.app(READY, broker=watched))
+    assert [finding for finding in report["findings"] if finding["code"] == "DP019"] == []
+    report = command.json("check", command.app(READY.replace('"mail"', '"post"'), broker=watched))
+    assert [finding["message"] for finding in report["findings"] if finding["code"] == "DP019"] == [
+        "The queue 'post' has no threshold"
+    ]
+
+
+def test_where_unclassified_decides_there_is_a_cap(command):
+    capped = (
+        "broker = StubBroker()\nrules = ErrorClassifier(unclassified=RetryPolicy(attempts=2), max_retries=None)\n"
+        "install(broker, error_classifier=rules)\ndramatiq.set_broker(broker)\n"
+    )
+    uncapped = capped.replace("unclassified=RetryPolicy(attempts=2), ", "")
+    assert codes(command.json("check", command.app(READY, broker=capped))) == []
+    assert codes(command.json("check", command.app(READY, broker=uncapped), code=1)) == ["DP003"]
+
+
+def test_a_name_that_is_no_broker_and_makes_none_is_refused(command):
+    assert "is neither a broker nor a callable" in command.refuses("check", f"{command.app('ANSWER = 42')}:ANSWER")
+
+
+def test_an_actor_whose_name_means_something_else_in_its_module_is_found_on_the_broker(command):
+    app = command.app(READY + "\nsend_mail = None\n")
+    assert find_actor(f"{app}:send_mail").actor_name == "send_mail"

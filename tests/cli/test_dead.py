@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 from dramatiq import Message
+from rich.console import Console
 
 from dramatiq_policies import ops
 from dramatiq_policies.history import now_ms
@@ -288,3 +290,41 @@ def test_a_time_that_no_calendar_has_does_not_keep_the_others_from_being_shown(c
     listed = command("dead", "list", app).stdout.splitlines()
     assert len(listed) == 5
     assert any(line.startswith("-  m4") for line in listed)
+
+
+def test_a_terminal_gets_lines_of_its_width(command, app, monkeypatch):
+    def narrow():
+        return Console(file=sys.stdout, width=24, force_terminal=True)
+
+    monkeypatch.setattr(sys.modules["dramatiq_policies.cli.dead"], "console", narrow)
+    (line,) = command("dead", "list", app, "--actor", "import_batch").stdout.splitlines()
+    assert line.endswith("…")
+    assert len(line) == 24
+
+
+def test_a_letter_without_a_past_is_shown_without_one(command, app, broker):
+    failure = broker.dead_letters_by_queue["import"][0].options["failure"]
+    failure["history"], failure["failed_at"] = [], None
+    shown = command("dead", "show", app, "i1").stdout
+    assert "row 7" in shown
+    assert "again after" not in shown
+    assert "again after" in command("dead", "show", app, "m1").stdout
+
+
+def test_a_group_whose_times_nobody_knows_has_none(command, app, broker):
+    broker.dead_letters_by_queue["import"][0].options["failure"]["failed_at"] = None
+    (group,) = command.json("dead", "summary", app, "--actor", "import_batch")
+    assert (group["count"], group["first_seen"], group["last_seen"]) == (1, None, None)
+
+
+def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
+    assert "did you mean 'send_mail'" in command.refuses("dead", "replay", app, "--actor", "send_mial")
+    assert len(dead(broker)) == 4
+
+
+def test_a_program_that_replays_is_told_how_far_it_is(app, broker):
+    told = []
+    moved = ops.replay(broker, where=ops.Filter(actor="send_mail"), progress=lambda *far: told.append(far))
+    assert (moved.seen, moved.count) == (4, 3)
+    assert [seen for seen, _ in told] == [1, 2, 3, 4]
+    assert [total for _, total in told] == [1, 3, 3, 3]

@@ -268,3 +268,29 @@ def test_an_error_that_no_rule_names_is_dead_at_once_without_retries(command):
     app = command.app("@dramatiq.actor(max_retries=0)\ndef pay(): pass\n")
     (answer,) = explained(command, f"{app}:pay", "ValueError")
     assert (answer["outcome"], answer["reason"]) == ("dead", "unclassified")
+
+
+def test_a_bare_actor_has_neither_a_purpose_nor_rules_to_show(command):
+    app = command.app("@dramatiq.actor\ndef bare(): pass")
+    lines = command("explain", f"{app}:bare").stdout.splitlines()
+    assert lines[0].startswith("bare on default")
+    assert lines[1] == ""
+    assert "declared by" not in "".join(lines)
+
+
+def test_a_predicate_with_arguments_bound_goes_by_the_name_of_its_function(command):
+    app = command.app("""
+        import functools
+        def is_status(status, error): return error.status == status
+        @dramatiq.actor(discard_on=when(OSError, functools.partial(is_status, 404)))
+        def get(): pass
+    """)
+    (rule,) = command.json("explain", f"{app}:get")["rules"]
+    assert rule["only_if"] == "is_status"
+    found = explained(command, f"{app}:get", "OSError")[0]
+    assert (found["outcome"], found["rule"]) == ("discarded", "builtins.OSError?is_status")
+
+
+def test_what_is_no_exception_is_refused(command):
+    app = command.app("class Plain: pass\n@dramatiq.actor\ndef get(): pass")
+    assert "is no exception class; write it as module:Class" in command.refuses("explain", f"{app}:get", f"{app}:Plain")

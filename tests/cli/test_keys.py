@@ -7,6 +7,7 @@ from dramatiq import Message
 
 from dramatiq_policies import Idempotency, ops
 from dramatiq_policies.testing import drain, fail, redeliver
+from dramatiq_policies.testing.replacing import in_place_of
 
 APP = """
 @dramatiq.actor(queue_name="mail", idempotency_key="order:{order_id}")
@@ -95,3 +96,20 @@ def test_a_store_that_is_down_is_one_sentence(command, app, monkeypatch):
     line = command.refuses("keys", "show", f"{app}:send_mail", 7)
     assert line.startswith("Error: The store can't be asked: ")
     assert "refused" in line
+
+
+def test_the_key_of_a_job_that_runs_is_forgotten_only_after_a_warning(command, app):
+    actor = ops.load_broker(app).actors["send_mail"]
+    seen = []
+
+    def job(order_id, email="none"):
+        seen.append(command("keys", "forget", f"{app}:send_mail", 7, answers="n\n"))
+        seen.append(Idempotency.state(actor, 7).state)
+        seen.append(command("keys", "forget", f"{app}:send_mail", 7, "--yes"))
+
+    with in_place_of(actor, lambda fn: job):
+        send(app, "send_mail", 7)
+    asked, state, forced = seen
+    assert "It runs now; a second run may begin beside it." in asked.output
+    assert state == "running"
+    assert "which was running" in forced.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,3 +133,27 @@ def test_a_broker_that_can_not_be_read_is_one_sentence(command, app, monkeypatch
     line = command.refuses("queues", app)
     assert line.startswith("Error: The broker can't be read: no route to redis://")
     assert "secret" not in line
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_people_watch_a_table(command, app, monkeypatch, terminal):
+    monkeypatch.setattr(time, "sleep", interrupted_by_ctrl_c)
+    shown = command("queues", "--watch", app, env={"FORCE_COLOR": "1"} if terminal else None).stdout
+    assert re.search(r"mail +1 +0 +0 +0", shown)
+    assert ("\x1b[?1049h" in shown) is terminal
+
+
+def interrupted_by_ctrl_c(seconds):
+    raise KeyboardInterrupt
+
+
+def test_a_queue_that_can_t_be_read_has_no_change(command, monkeypatch):
+    broker = """
+from tests.test_other_brokers import ListBroker
+broker = install(ListBroker())
+dramatiq.set_broker(broker)
+"""
+    monkeypatch.setattr(time, "sleep", interrupted_by_ctrl_c)
+    app = command.app("broker.declare_queue('mail')", broker=broker)
+    (reading,) = map(json.loads, command("queues", "--watch", app, "--format", "json").stdout.splitlines())
+    assert (reading["queue"], reading["ready"], reading["ready_per_second"]) == ("mail", None, None)

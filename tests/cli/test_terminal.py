@@ -146,6 +146,7 @@ def test_bash_offers_commands_options_queues_and_actors(command):
     assert completions("bash", "dead", "replay", app, "--to-queue", "i") == ["import"]
     assert completions("bash", "queues", "move", app, "m") == ["mail"]
     assert completions("bash", "dead", "list", "no_such_app", "--queue", "") == []
+    assert completions("bash", "dead", "list", "--queue", "") == []
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -35,6 +35,7 @@ class StubPile:
         self.items = [Item(letter.encode(), None, letter) for letter in self.letters or ()]
         if not dead:
             self._take_all()
+        self.size = len(self.items)
 
     def _take_all(self) -> None:
         while True:
@@ -44,7 +45,7 @@ class StubPile:
                 return
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self.size
 
     def __iter__(self) -> Iterator[Item]:
         yield from list(self.items)
