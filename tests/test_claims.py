@@ -14,6 +14,7 @@ from dramatiq_policies import claims as claims_module
 from dramatiq_policies.claims import Claim, Claims, Quarantined, is_dead, uncounted_name
 from dramatiq_policies.delivery import Send, Settlement
 from dramatiq_policies.records import Defer, Record, Request, Skip, Take
+from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
 
 LEASE, KEEP = 60_000, 1_000_000
@@ -219,6 +220,18 @@ def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, 
     claim = ask(claims, run=1)
     claim.ending(Send(Again(retries=1), 2_000))
     assert store.record("k").state == "running"
+
+
+def test_a_register_that_changes_at_each_look_is_asked_for_again_later(claims, store):
+    asked = []
+
+    def swap(*args):
+        asked.append(args)
+        return Entry(Record(records.FREE, f"m{len(asked)}", 0, "elsewhere:1:place:1", "1", 0, 1, KEEP).encode(), KEEP)
+
+    store.swap = swap
+    assert ask(claims) == Defer(LEASE)
+    assert 1 < len(asked) <= 100
 
 
 # The store is down.

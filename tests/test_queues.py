@@ -6,6 +6,7 @@ import random
 
 import dramatiq
 import pytest
+from dramatiq import Message
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
@@ -179,3 +180,9 @@ def test_a_long_life_does_not_grow_its_memory():
         queue.step(arrive=1, take=0)
         queue.read()
     assert len(queue.flow._marks) <= rabbitmq.MARKS
+
+
+def test_a_message_whose_time_is_none_has_no_age():
+    bodies = [Message("mail", "send", (), {}, {}, message_timestamp=stamp).encode() for stamp in ("x", 4_000, None)]
+    assert base.oldest(bodies, 5_000) == 1_000
+    assert base.oldest(bodies[:1], 5_000) == 0

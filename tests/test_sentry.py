@@ -10,33 +10,44 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import dramatiq
 import pytest
 import sentry_sdk
 from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.middleware import AsyncIO
+from dramatiq.middleware import AsyncIO, Middleware
 from sentry_sdk.integrations.dramatiq import DramatiqIntegration
 from sentry_sdk.integrations.logging import LoggingIntegration
 
 from dramatiq_policies import (
     ConfigurationError,
     Discard,
+    Outcome,
+    OutcomeEvent,
     RetryPolicy,
     SentryReporter,
     Snooze,
+    StuckJob,
     Timeout,
+    _sentry_sdk,
     constant,
     install,
     settlement,
 )
+from dramatiq_policies.wiring import wiring_of
 
 from .support import Captured, SentryEndpoint, Stage
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 # Not as it stands in an event, where the lines around an error do.
 CARD = "4242" * 4
+
+
+STACK = """  File "/app/jobs.py", line 7, in pay
+    wait()
+"""
 
 
 class Unpaid(Exception):
@@ -632,3 +643,80 @@ def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentry_sdk", None)
     with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[sentry\]"'):
         SentryReporter()
+
+
+# --- what the SDK may be without ------------------------------------------------------------------------------------
+
+
+def test_a_job_s_scope_has_no_attribute_that_sentry_s_has_not():
+    scope = object.__new__(_sentry_sdk.job_scope(sentry_sdk.Scope))
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        scope.no_such_thing  # noqa: B018
+
+
+def test_without_the_integration_that_drops_what_was_seen_last_an_ending_is_reported_too(sentry):
+    sentry(default_integrations=False)
+    stage = stage_with()
+    pay = stage.actor(lambda: 1 / 0, actor_name="pay", max_retries=0)
+    pay.send()
+    stage.run()
+    assert sentry.endings() == [("pay", "ZeroDivisionError", "dead")]
+
+
+class Before220:
+    """A span as the SDK had it: its status was an attribute."""
+
+
+def processed_beside_sentry_s_own(delivery, error):
+    """What Sentry's own middleware is told, and the message."""
+    told = []
+
+    class Theirs(Middleware):
+        __module__ = "sentry_sdk.integrations.dramatiq"
+
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            told.append(exception)
+
+    theirs = Theirs()
+    _sentry_sdk.quieten(theirs)
+    message = MessageProxy(dramatiq.Message("default", "pay", (), {}, {}))
+    message._sentry_span_ctx = Before220()
+    if delivery is not None:
+        message.delivery = delivery
+    theirs.after_process_message(StubBroker(), message, exception=error)
+    return told, message._sentry_span_ctx
+
+
+def test_a_span_of_an_old_sdk_says_that_the_job_failed():
+    told, span = processed_beside_sentry_s_own(SimpleNamespace(settlement=None), Unpaid())
+    assert told == [None]
+    assert span.status == "error"
+
+
+def test_a_message_that_is_none_of_ours_is_reported_by_sentry_s_own():
+    error = Unpaid()
+    told, span = processed_beside_sentry_s_own(None, error)
+    assert told == [error]
+    assert not hasattr(span, "status")
+
+
+def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
+    sentry()
+    stage = stage_with()
+    wiring_of(stage.broker).publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)
+    (event,) = sentry.events
+    assert event["message"] == "dead: a message of actor pay"
+    assert event["fingerprint"] == ["pay", "", "dead"]
+
+
+def test_a_stuck_job_is_told_only_to_a_client(sentry):
+    stage = stage_with()
+    job = StuckJob(actor="pay", queue="default", message_id="m1", elapsed_ms=70.0, stack=STACK)
+    for tell in wiring_of(stage.broker).stuck_subscribers:
+        tell(job)
+    sentry()
+    for tell in wiring_of(stage.broker).stuck_subscribers:
+        tell(job)
+    (event,) = sentry.events
+    assert event["exception"]["values"][0]["value"] == "stuck for 70 ms, and can't be interrupted"
+    assert [frame["function"] for frame in event["exception"]["values"][0]["stacktrace"]["frames"]] == ["pay"]

@@ -13,7 +13,7 @@ import pytest
 import statsd as statsd_package
 from datadog.dogstatsd import DogStatsd
 
-from dramatiq_policies import ConfigurationError
+from dramatiq_policies import ConfigurationError, _udp
 from dramatiq_policies.statsd import Statsd, metric_name, tag_list
 
 from .support import PlainClient, StatsdServer, TaggedClient
@@ -84,6 +84,30 @@ class TestOverUdp:
             statsd.flush(10)
         assert len(caplog.records) == 1
         assert "metrics are left out" in caplog.text
+
+    def test_an_address_that_a_socket_may_not_have_is_said_once_and_leaves_no_socket_open(
+        self, server, monkeypatch, caplog
+    ):
+        monkeypatch.setenv("STATSD_HOST", "255.255.255.255")
+        statsd = Statsd()
+        for _ in range(3):
+            statsd.send(VALUES)
+            statsd.flush(10)
+        assert len(caplog.records) == 1
+        assert statsd._client._sock is None
+
+    def test_the_name_is_looked_up_again_after_a_while_and_the_socket_kept(self, server, monkeypatch):
+        monkeypatch.setattr(_udp, "_RESOLVED_FOR", 0)
+        statsd = Statsd()
+        statsd.send(VALUES)
+        statsd.flush(10)
+        sock = statsd._client._sock
+        moved = StatsdServer()
+        statsd._client.port = moved.port
+        statsd.send(VALUES)
+        assert moved.packet() == LINES
+        assert statsd._client._sock is sock
+        moved.close()
 
     def test_nobody_waits_for_a_name_server(self, server, monkeypatch):
         monkeypatch.setenv("STATSD_HOST", "statsd.example.com")
@@ -247,6 +271,19 @@ class TestOtherClients:
         assert [record.getMessage() for record in caplog.records] == [
             "The metrics client is slow; from now on it is called on a thread of its own. This is said once."
         ]
+
+    def test_one_that_can_not_reconnect_is_asked_again_all_the_same(self, caplog):
+        class Broken(PlainClient):
+            def pipeline(self):
+                self.calls.append("pipeline")
+                raise OSError("gone")
+
+        client = Broken()
+        statsd = Statsd(client)
+        statsd.send(VALUES)
+        statsd.send(VALUES)
+        assert client.calls == ["pipeline", "pipeline"]
+        assert caplog.text.count("Metrics can't be sent (OSError: gone)") == 1
 
     def test_one_that_never_answers_does_not_fill_the_memory(self, caplog):
         called, held = threading.Event(), threading.Event()

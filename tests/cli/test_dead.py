@@ -294,7 +294,7 @@ def test_a_time_that_no_calendar_has_does_not_keep_the_others_from_being_shown(c
 
 def test_a_terminal_gets_lines_of_its_width(command, app, monkeypatch):
     def narrow():
-        return Console(file=sys.stdout, width=24, force_terminal=True)
+        return Console(file=sys.stdout, width=24, force_terminal=True, color_system=None)
 
     monkeypatch.setattr(sys.modules["dramatiq_policies.cli.dead"], "console", narrow)
     (line,) = command("dead", "list", app, "--actor", "import_batch").stdout.splitlines()
