@@ -7,11 +7,13 @@ python3 scripts/release_check.py      (or make release-check; about three minute
 3. Importing dramatiq_policies takes under 30 ms of CPU more than importing dramatiq.
 4. Each extra alone, in an empty environment: what it is for can be imported, what it is not for says what to install, and the
    tests that need no more than it pass.
-5. pip-audit knows no vulnerability of what `all` installs. Without its database this is said, and does not fail.
+5. CHANGELOG.md names the Dramatiq that `all` installs, which is the newest, as one that the release is tested with.
+6. pip-audit knows no vulnerability of what `all` installs. Without its database this is said, and does not fail.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,9 @@ def main() -> int:
             say(f"extra {extra or '(none)'}")
             failures += alone(folder, wheel, extra)
         say("everything together")
-        failures += audit(tools, environment(folder / "all", f"{wheel}[all]"))
+        everything = environment(folder / "all", f"{wheel}[all]")
+        failures += newest_dramatiq(everything)
+        failures += audit(tools, everything)
     for failure in failures:
         say(f"NOT FIT: {failure}")
     if not failures:
@@ -123,6 +127,15 @@ def import_time(python: str) -> list[str]:
     took = min(float(attempt(python, "-c", code).stdout) for _ in range(15))
     say(f"import: {took:.1f} ms of CPU over dramatiq's own")
     return [] if took < IMPORT_MS else [f"the import takes {took:.1f} ms over dramatiq's own; at most {IMPORT_MS}"]
+
+
+def newest_dramatiq(python: str) -> list[str]:
+    code = "from importlib.metadata import version; print(version('dramatiq'))"
+    version = attempt(python, "-c", code).stdout.strip()
+    tested = re.search(r"tested with Dramatiq (.+?),", (ROOT / "CHANGELOG.md").read_text())
+    named = tested.group(1) if tested else "none"
+    say(f"dramatiq {version} is the newest; tested with {named}")
+    return [] if version in named.split() else [f"CHANGELOG.md says tested with {named}, and the newest is {version}"]
 
 
 def audit(tools: str, python: str) -> list[str]:

@@ -30,17 +30,19 @@ ANYWHERE = (
     Scenario("restart", ("restart_broker",)),
     Scenario("hang", ("hang_store",)),
     Scenario("full", ("fill_store",)),
+    Scenario("snapshot", ("fail_snapshot",)),
     Scenario("evict", ("evict_from_store",), loses="maxmemory-policy allkeys-lru"),
     Scenario("slow", ("slow_network",)),
     Scenario("cut", ("cut_network",)),
     *(Scenario("clock", CLOCK) for _ in CLOCK),
 )
 MIXED = (*KILLS, "terminate", "pause", "freeze", "restart_broker", "hang_store", *NETWORK, *CLOCK)
+#: The broker's data lies on a disk that is mounted for it.
+DISK = (Scenario("disk", ("fill_disk",)),) if os.geteuid() == 0 else ()
 SCENARIOS = {
     "redis": (
         *ANYWHERE,
-        # Its data lies on a disk that is mounted for it.
-        *(Scenario("disk", ("fill_disk",)) for _ in range(os.geteuid() == 0)),
+        *DISK,
         Scenario("mixed", MIXED),
     ),
     "sentinel": (
@@ -53,11 +55,13 @@ SCENARIOS = {
     "rabbitmq": (
         *ANYWHERE,
         Scenario("store", ("restart_store",)),
-        Scenario("disk", ("fill_disk",)),
+        *DISK,
+        Scenario("alarm", ("raise_disk_alarm",)),
         Scenario("mixed", (*MIXED, "restart_store")),
     ),
     "cluster": (
         Scenario("node", ("kill_node",)),
+        Scenario("partition", ("cut_off_node",)),
         Scenario("mixed", (*KILLS, "terminate", "pause", "freeze", "kill_node", "restart_store")),
     ),
 }

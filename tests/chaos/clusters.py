@@ -31,12 +31,26 @@ class RabbitmqNode(RabbitmqServer):
         super().__init__(folder, epmd_port)
         (folder / ".erlang.cookie").write_text("chaos")
         (folder / ".erlang.cookie").chmod(0o400)
+        self.name = self.environment["RABBITMQ_NODENAME"]
 
     def join(self, nodes: list[str]) -> None:
+        self.others = [node for node in nodes if node != self.name]
         lines = [f"cluster_formation.classic_config.nodes.{number} = {node}" for number, node in enumerate(nodes, 1)]
         with (self.folder / "rabbitmq.conf").open("a") as settings:
             settings.write("cluster_formation.peer_discovery_backend = classic_config\n")
+            settings.write("cluster_partition_handling = pause_minority\n")
             settings.write("\n".join(lines) + "\n")
+
+    def cut_off(self) -> None:
+        """It and the others refuse each other, as strangers with another cookie."""
+        self._each_other("erlang:set_cookie(N, stranger), erlang:disconnect_node(N)")
+
+    def let_in(self) -> None:
+        self._each_other("erlang:set_cookie(N, erlang:get_cookie())")
+
+    def _each_other(self, what: str) -> None:
+        others = ",".join(f"'{node}'" for node in self.others)
+        self.control("eval", f"[begin {what} end || N <- [{others}]].")
 
 
 class RabbitmqCluster(RabbitmqQueues):
@@ -46,7 +60,7 @@ class RabbitmqCluster(RabbitmqQueues):
         self.epmd_port = free_port()
         self.nodes = [RabbitmqNode(folder / f"node-{number}", self.epmd_port) for number in range(NODES)]
         for node in self.nodes:
-            node.join([one.environment["RABBITMQ_NODENAME"] for one in self.nodes])
+            node.join([one.name for one in self.nodes])
         self.url = ";".join(f"{node.url}/{VHOST}" for node in self.nodes)
 
     def start(self) -> None:
@@ -63,6 +77,15 @@ class RabbitmqCluster(RabbitmqQueues):
         node.kill()
         time.sleep(seconds)
         node.start()
+
+    def cut_one_off(self, seconds: float, choose: random.Random) -> None:
+        """For that many seconds a node and the others do not see each other."""
+        node = choose.choice(self.nodes)
+        node.cut_off()
+        time.sleep(seconds)
+        node.let_in()
+        node.control("await_startup")  # it had paused, as the minority
+        node.control("await_online_nodes", str(NODES))
 
     def left(self) -> int:
         kinds = set(self.nodes[0].control("list_queues", "-p", VHOST, "type", "--no-table-headers").split())

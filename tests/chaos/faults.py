@@ -128,9 +128,18 @@ class Faults:
             self._fill_store()
             client.config_set("maxmemory-policy", "noeviction")
 
+    def _fail_snapshot(self) -> None:
+        """The store refuses writes, as one that could not write its last snapshot does."""
+        with self.store.failing_snapshots():
+            time.sleep(self.random.uniform(0.5, 2.0))
+
     def _fill_disk(self) -> None:
         with self.broker.full_disk():
             time.sleep(self.random.uniform(0.5, 2.0))
+
+    def _raise_disk_alarm(self) -> None:
+        with self.broker.disk_alarm():
+            time.sleep(self.random.uniform(2.0, 4.0))
 
     def _slow_network(self) -> None:
         """For some seconds a byte on its way waits for 50 to 200 ms."""
@@ -169,6 +178,10 @@ class Faults:
 
     def _kill_node(self) -> None:
         self.broker.kill_one(self.random.uniform(0.0, 2.0), self.random)
+
+    def _cut_off_node(self) -> None:
+        """One node and the two others live, and do not see each other."""
+        self.broker.cut_one_off(self.random.uniform(2.0, 5.0), self.random)
 
     def _fail_over(self) -> None:
         """The master loses its replicas for a moment, and then dies: they never hear of what it took meanwhile."""

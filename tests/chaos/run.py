@@ -115,14 +115,14 @@ class Chaos(Faults):
                 server.start()
                 return server
 
-            if "fill_disk" in scenario.faults and self.kind == "redis":
-                stack.enter_context(_disk(self.folder / "redis"))
+            if "fill_disk" in scenario.faults:
+                stack.enter_context(_disk(self.folder / self.kind))
             if self.kind == "sentinel":
                 self.broker = self.store = started(RedisBehindSentinel(self.folder / "sentinel", scenario.min_replicas))
             else:
                 self.broker = self.store = started(RedisServer(self.folder / "redis" / "data"))
             if self.kind == "rabbitmq":
-                self.broker = started(RabbitmqServer(self.folder / "rabbitmq"))
+                self.broker = started(RabbitmqServer(self.folder / "rabbitmq" / "data"))
             elif self.kind == "cluster":
                 self.broker = started(RabbitmqCluster(self.folder / "rabbitmq"))
             yield

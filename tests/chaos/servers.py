@@ -48,6 +48,17 @@ class Server:
         raise NotImplementedError
 
     def start(self) -> None:
+        self._spawn()
+        give_up = time.monotonic() + STARTUP
+        while not self.ready():
+            if time.monotonic() > give_up:
+                said = (self.folder / "output").read_text(errors="replace")[-2_000:]
+                raise RuntimeError(f"{self.binary} did not start: {said}")
+            if self._ended():
+                self._spawn()  # a client's own port may have been this one for a moment
+            time.sleep(0.05)
+
+    def _spawn(self) -> None:
         command, environment = self.command()
         with (self.folder / "output").open("ab") as output:
             self.process = subprocess.Popen(
@@ -59,12 +70,10 @@ class Server:
                 stderr=output,
                 start_new_session=True,
             )
-        give_up = time.monotonic() + STARTUP
-        while not self.ready():
-            if self.process.poll() is not None or time.monotonic() > give_up:
-                said = (self.folder / "output").read_text(errors="replace")[-2_000:]
-                raise RuntimeError(f"{self.binary} did not start: {said}")
-            time.sleep(0.05)
+
+    def _ended(self) -> bool:
+        assert self.process is not None
+        return self.process.poll() is not None
 
     def ready(self) -> bool:
         return self.service.answers(self.port)
@@ -77,6 +86,21 @@ class Server:
         self.signal(signal.SIGKILL)
         assert self.process is not None
         self.process.wait()
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Nothing more can be written to its disk. If it ends of that, a supervisor starts it again once there is room."""
+        filler = self.folder / "filler"
+        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(4_096))
+        yield
+        filler.unlink()
+        give_up = time.monotonic() + STARTUP
+        while not self.ready() and time.monotonic() < give_up:
+            if self._ended():
+                self.start()
+            time.sleep(0.05)
 
     def close(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -125,17 +149,25 @@ class RedisServer(RedisQueues, Server):
                 return False  # it is reading its data
 
     @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
-        """Its data cannot grow; a Redis that has to write what it answers then ends, and a supervisor starts it again."""
-        filler = self.folder / "filler"
-        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-            while True:
-                stream.write(bytes(4_096))
-        yield
-        filler.unlink()
-        assert self.process is not None
-        if self.process.poll() is not None:
-            self.start()
+    def failing_snapshots(self) -> Iterator[None]:
+        """A snapshot could not be written: by `stop-writes-on-bgsave-error` it takes no writes until one can."""
+        in_the_way = self.folder / "dump.rdb"
+        in_the_way.mkdir()
+        with self.client() as client:
+            client.config_set("save", "3600 1")
+            self._snapshot(client, "err")
+            yield
+            in_the_way.rmdir()
+            self._snapshot(client, "ok")
+            client.config_set("save", "")
+        in_the_way.unlink()
+
+    def _snapshot(self, client: redis.Redis, expected: str) -> None:
+        client.bgsave()
+        while (said := client.info("persistence"))["rdb_bgsave_in_progress"]:
+            time.sleep(0.02)
+        if said["rdb_last_bgsave_status"] != expected:
+            raise RuntimeError(f"a snapshot ended with {said['rdb_last_bgsave_status']}, not {expected}")
 
 
 class RabbitmqQueues:
@@ -202,7 +234,7 @@ class RabbitmqServer(RabbitmqQueues, Server):
         return done.stdout
 
     @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
+    def disk_alarm(self) -> Iterator[None]:
         """It takes no messages, as when less than its limit is free."""
         self.control("set_disk_free_limit", "100000GB")
         yield
