@@ -11,6 +11,7 @@ from datetime import timedelta
 import dramatiq
 import pytest
 from dramatiq import Message, group, pipeline
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed, RateLimitExceeded, Retry
 from dramatiq.middleware import (
@@ -342,6 +343,21 @@ def test_a_timedelta_in_a_messages_options_is_sent_as_milliseconds():
     failing(stage).send_with_options(timeout=timedelta(seconds=5))
     (body,) = stage.broker.queues["default"].queue
     assert Message.decode(body).options["timeout"] == 5_000
+
+
+def test_when_it_became_ready_is_not_forgotten_when_it_is_moved_out_of_the_delay_queue():
+    ready = []
+
+    class Noting(Middleware):
+        def before_process_message(self, broker, message):
+            ready.append(message.options["ready_at"])
+
+    stage = Stage(middleware=[Noting()])
+    failing(stage).send_with_options(delay=5)
+    (body,) = stage.broker.queues["default.DQ"].queue
+    time.sleep(0.05)
+    stage.run()
+    assert ready == [Message.decode(body).options["ready_at"]]
 
 
 def test_a_test_that_joins_the_queue_is_told_of_an_expired_message():
@@ -1632,6 +1648,21 @@ def test_the_settings_of_the_stock_middleware_are_kept():
     install(broker, error_classifier=classifier)
     assert (classifier.max_retries, classifier.min_backoff, classifier.max_backoff) == (3, 5, 70)
     assert not any(type(middleware) is Retries for middleware in broker.middleware)
+
+
+def test_the_stock_settings_are_dramatiqs_own_by_default():
+    names = ("max_retries", "min_backoff", "max_backoff", "retry_when")
+    ours, stock = ErrorClassifier(), Retries()
+    assert [getattr(ours, name) for name in names] == [getattr(stock, name) for name in names]
+
+
+def test_a_message_that_no_consumer_of_ours_has_delivered_is_retried_as_stock_does():
+    stage = Stage()
+    pay = failing(stage)
+    stage.broker.emit_after("process_message", MessageProxy(pay.message()), exception=OSError("no"))
+    (body,) = stage.broker.queues["default.DQ"].queue
+    assert Message.decode(body).options["retries"] == 1
+    assert stage.events == []
 
 
 def test_stock_settings_given_to_the_classifier_are_its_own():
