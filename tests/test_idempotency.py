@@ -26,9 +26,11 @@ from dramatiq_policies import (
     current_job,
     install,
 )
-from dramatiq_policies.records import completed_by
+from dramatiq_policies.guards import name_of
+from dramatiq_policies.records import RUNNING, Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
+from dramatiq_policies.testing import drain
 
 from .support import Stage
 
@@ -116,7 +118,7 @@ def test_a_duplicate_of_a_running_job_is_put_back_and_uses_no_attempt():
     assert stage.events[2].attempt == 1
 
 
-def test_a_deferral_waits_at_most_a_quarter_of_the_lease_and_longer_each_time():
+def test_a_deferral_waits_at_most_a_quarter_of_the_lease():
     stage = Stage(bundle={"idempotency": Idempotency(MemoryStore(), lease=800)})
     go_on = threading.Event()
 
@@ -132,6 +134,20 @@ def test_a_deferral_waits_at_most_a_quarter_of_the_lease_and_longer_each_time():
         stage.drain()
     waits = [event.delay_ms for event in stage.events if event.outcome == "deferred"]
     assert set(waits) == {200}
+
+
+def test_each_deferral_waits_twice_as_long_and_the_last_for_what_is_left_of_the_lease():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
+    ship = keep(stage)
+    theirs = Record(RUNNING, "another", owner="elsewhere:1:place:1", keep=1_000).encode()
+    store.put(name_of("ship", "order:7"), theirs, 40_000 + 1_000)  # Nobody renews it.
+    ship.send(7)
+    drain(stage.broker)
+    *waits, last = [event.delay_ms for event in stage.events if event.outcome == "deferred"]
+    assert waits[:5] == [1_000, 2_000, 4_000, 8_000, 15_000]
+    assert last <= 10_000
+    assert ship.runs == [(7, 1)]
 
 
 def test_a_messages_own_key_overrides_the_actors():
