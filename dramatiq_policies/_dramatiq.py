@@ -110,10 +110,6 @@ def delayed_until(item: Any, eta: int) -> Any:
     return (eta, item[1]) if isinstance(item, tuple) else type(item)(eta, item.message)
 
 
-def is_stub_broker(broker: Broker) -> bool:
-    return isinstance(broker, _stub.StubBroker)
-
-
 def is_redis_consumer(consumer: Consumer) -> bool:
     try:
         from dramatiq.brokers.redis import _RedisConsumer

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from .broker_kinds import kind_of
 from .history import now_ms
 
 if TYPE_CHECKING:
@@ -262,7 +263,8 @@ def elect(wiring: Wiring, interval: int) -> Election:
 
 def _redis_of(broker: Broker) -> tuple[Any, str] | None:
     """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
-    for place in (broker, *(getattr(middleware, "store", None) for middleware in broker.middleware)):
+    stores = (getattr(middleware, "store", None) for middleware in broker.middleware)
+    for place in (broker if kind_of(broker) == "redis" else None, *stores):
         # Of a RedisBroker every name that it does not know is a command of its server.
         known = getattr(place, "__dict__", {})
         if hasattr(known.get("client"), "connection_pool"):

@@ -10,11 +10,14 @@ import dramatiq
 import pytest
 from dramatiq import Message, Worker
 from dramatiq.broker import Broker, Consumer, MessageProxy
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.common import dq_name
 from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import Pipelines
 
 from dramatiq_policies import ConfigurationError, ErrorClassifier, Idempotency, QueueMonitor, RetryPolicy, install
+from dramatiq_policies.election import Election, elect
+from dramatiq_policies.wiring import wiring_of
 
 from .support import PlainClient
 
@@ -241,6 +244,72 @@ def test_a_proxy_keeps_its_message_s_fields_and_what_it_says_itself(monkeypatch)
 class Losing(ListConsumer):
     def ack(self, message):
         raise self.broker.error
+
+
+class Wrapping(Broker):
+    """Somebody's own around one of the three, which takes and hands out its messages."""
+
+    def __init__(self, inner, client=None):
+        super().__init__()
+        self.inner = inner
+        self.client = client
+
+    def consume(self, queue_name, prefetch=1, timeout=30_000):
+        return self.inner.consume(queue_name, prefetch, timeout)
+
+    def declare_queue(self, queue_name):
+        if queue_name not in self.queues:
+            self.inner.declare_queue(queue_name)
+            self.queues[queue_name] = self.inner.queues[queue_name]
+            self.emit_after("declare_queue", queue_name)
+            self.delay_queues.add(dq_name(queue_name))
+            self.emit_after("declare_delay_queue", dq_name(queue_name))
+
+    def enqueue(self, message, *, delay=None):
+        return self.inner.enqueue(message, delay=delay)
+
+
+def test_a_broker_that_has_one_of_the_three_inside_is_none_of_them(caplog):
+    caplog.set_level(logging.INFO, "dramatiq_policies")
+    broker = Wrapping(StubBroker(middleware=[]))
+    done = Queue()
+    install(broker, error_classifier=ErrorClassifier(on_outcome=done.put))
+
+    @dramatiq.actor(broker=broker, retry_on={ValueError: RetryPolicy(attempts=2, wait=10)})
+    def job(fails):
+        if fails:
+            raise ValueError
+
+    job.send(True)
+    job.send(False)
+    events = working(broker, done, 3)
+    assert sorted(event.outcome.value for event in events) == ["dead", "retried", "succeeded"]
+    assert [letter.actor_name for letter in broker.inner.dead_letters] == ["job"]
+    assert "How Wrapping stores messages is not known" in caplog.text
+
+
+def test_a_subclass_of_one_of_the_three_is_that_one(caplog):
+    caplog.set_level(logging.INFO, "dramatiq_policies")
+
+    class OfTheHouse(StubBroker):
+        pass
+
+    broker = OfTheHouse()
+    done, _ = shop(broker)
+    fails = dramatiq.actor(lambda: 1 / 0, actor_name="fails", broker=broker, max_retries=0)
+    fails.send()
+    working(broker, done, 1)
+    assert broker.dead_letters[0].options["failure"]["reason"] == "unclassified"
+    assert "is not known" not in caplog.text
+
+
+def test_what_another_broker_calls_its_client_is_asked_for_no_lease(caplog):
+    class Client:
+        connection_pool = "of something else"
+
+    election = elect(wiring_of(Wrapping(StubBroker(), Client())), 1_000)
+    assert type(election) is Election
+    assert caplog.records == []
 
 
 def lose_acks(error):

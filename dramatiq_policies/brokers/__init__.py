@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .. import _dramatiq
+from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
 
 if TYPE_CHECKING:
@@ -20,15 +21,17 @@ logger = logging.getLogger("dramatiq_policies.outcomes")
 
 def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer:
     """The wrapping consumer for what ``broker.consume`` returned."""
-    if _dramatiq.is_stub_consumer(inner):
+    # A broker of somebody else's that has one of the three inside hands out consumers of that one's.
+    kind = kind_of(wiring.broker)
+    if kind == "stub" and _dramatiq.is_stub_consumer(inner):
         from .stub import StubConsumer
 
         return StubConsumer(wiring, inner, queue_name)
-    if _dramatiq.is_redis_consumer(inner):
+    if kind == "redis" and _dramatiq.is_redis_consumer(inner):
         from .redis import RedisConsumer
 
         return RedisConsumer(wiring, inner, queue_name)
-    if _dramatiq.is_rabbitmq_consumer(inner):
+    if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
         from .rabbitmq import RabbitmqConsumer
 
         return RabbitmqConsumer(wiring, inner, queue_name)
@@ -42,7 +45,7 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer
 
 def explain_unsendable(broker: Broker) -> None:
     """Have a broker for tests name the argument to blame where a message can't be encoded; any other is left as it is."""
-    if _dramatiq.is_stub_broker(broker):
+    if kind_of(broker) == "stub":
         from . import stub
 
         stub.explain_unsendable(broker)
