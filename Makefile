@@ -20,11 +20,15 @@ test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k n
 unit: $(VENV)/installed  ## what needs no server
 	$(BIN)/python -m pytest -m "not integration" $(ARGS)
 
+# A traced test of real processes now and then starves. As in .ci/run, what failed is run once more, by itself.
+TRACED_TESTS = $(BIN)/python -m coverage run -m pytest -q -m "not untraced" $(ARGS)
 coverage: $(VENV)/installed  ## of branches, by all tests but those that no tracer may watch; fails below 95 %
 	$(BIN)/python -m coverage erase
-	$(WITH_SERVICES) $(BIN)/python -m coverage run -m pytest -q -m "not untraced" $(ARGS)
+	$(WITH_SERVICES) $(TRACED_TESTS) || $(WITH_SERVICES) $(TRACED_TESTS) --last-failed --last-failed-no-failures=none
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage json -q -o build/coverage.json
+	$(BIN)/python scripts/branch_coverage.py build/coverage.json
 
 fuzz: export FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/installed  ## rubbish of every kind for ten minutes; FUZZ_SECONDS=60 for less

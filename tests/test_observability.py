@@ -150,10 +150,12 @@ def run(stage, exporter):
     work_until(stage, entered.is_set)
 
 
+@pytest.mark.untraced
 def test_everything_that_is_sent_has_its_place_in_the_mapping(exporter):
     assert exporter.unmapped == set()
 
 
+@pytest.mark.untraced
 def test_every_name_in_the_mapping_is_sent(exporter):
     sent = {
         (name, tuple((label, "x" if label in ("actor", "queue") else value) for label, value in labels))
@@ -164,10 +166,12 @@ def test_every_name_in_the_mapping_is_sent(exporter):
     assert [name for name in sorted(names) if exporter.series_of(name) not in sent] == []
 
 
+@pytest.mark.untraced
 def test_a_name_with_dots_keeps_them_in_its_label(exporter):
     assert ("queues_ready", (("queue", "orders.mail"),)) in exporter.series()
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(("title", "expression"), EXPRESSIONS)
 def test_every_panel_asks_for_what_is_sent(exporter, title, expression):
     values = {}
@@ -213,6 +217,7 @@ def test_the_panels_are_those_that_are_promised():
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
 
 
+@pytest.mark.untraced
 def test_the_choices_above_the_panels_are_sent_too(exporter):
     sent = {(name, label) for name, labels in exporter.series() for label, _ in labels}
     for query in VARIABLES.values():
