@@ -37,6 +37,7 @@ __all__ = [
     "print_json_stream",
     "print_table",
     "progress_bar",
+    "say_unreadable",
     "seen_enough",
     "shown",
     "table",
@@ -242,6 +243,13 @@ def interruptible(moved: Moved, what: str, done: str) -> Iterator[None]:
 def counted(number: int, what: str) -> str:
     """``1 actor``, ``2 actors``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def say_unreadable(moved: Moved) -> None:
+    """Say how many were meant and could not be read, if there were some."""
+    if moved.unreadable:
+        stay = "stays where it is" if moved.unreadable == 1 else "stay where they are"
+        click.echo(f"{counted(moved.unreadable, 'message')} can't be read and {stay}.", err=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import click
 from dramatiq.broker import Broker
@@ -22,6 +24,7 @@ from .base import (
     print_json_stream,
     print_table,
     progress_bar,
+    say_unreadable,
     shown,
 )
 from .completion import queue_names
@@ -170,22 +173,9 @@ def replay(
     broker, queues, where = chosen(**meant)
     if to_queue is not None:
         ops.find_queue(broker, to_queue)
-    if not _wanted("Replay {}?", "{} would be replayed.", broker, queues, where, limit, dry_run, yes, form):
-        return
-    moved = ops.Moved()
-    with progress_bar("Replaying") as progress, interruptible(moved, "dead letter", "replayed"):
-        ops.replay(
-            broker,
-            queues,
-            where,
-            to_queue=to_queue,
-            new_id=new_id,
-            rate=rate,
-            limit=limit,
-            progress=progress,
-            moved=moved,
-        )
-    _said(form, moved, "replayed", dry_run=False)
+    act = functools.partial(ops.replay, broker, queues, where, to_queue=to_queue, new_id=new_id, rate=rate, limit=limit)
+    words = _Words("Replay {}?", "Replaying", "replayed")
+    _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
 
 @dead.command()
@@ -197,50 +187,46 @@ def replay(
 def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **meant: Any) -> None:
     """Delete dead letters for good."""
     broker, queues, where = chosen(**meant)
-    if not _wanted("Delete {} for good?", "{} would be deleted.", broker, queues, where, limit, dry_run, yes, form):
-        return
-    moved = ops.Moved()
-    with progress_bar("Deleting") as progress, interruptible(moved, "dead letter", "deleted"):
-        ops.purge(broker, queues, where, limit=limit, progress=progress, moved=moved)
-    _said(form, moved, "deleted", dry_run=False)
+    act = functools.partial(ops.purge, broker, queues, where, limit=limit)
+    words = _Words("Delete {} for good?", "Deleting", "deleted")
+    _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
 
-def _wanted(
-    question: str,
-    would: str,
+class _Words(NamedTuple):
+    question: str
+    doing: str
+    done: str
+
+
+def _carry_out(
+    act: Callable[..., ops.Moved],
+    words: _Words,
     broker: Broker,
-    queues: tuple[str, ...],
     where: ops.Filter,
-    limit: int | None,
+    *,
     dry_run: bool,
     yes: bool,
     form: str,
-) -> bool:
-    """Whether it is to be done; if not, what it would be is said."""
-    if yes and not dry_run:
-        return True
-    count = sum(1 for _ in ops.dead_letters(broker, queues, where, limit=limit))
-    letters = counted(count, "dead letter")
-    if not count:
-        check_actor_name(broker, where)
-    if dry_run or not count:
-        _told(form, would.format(letters) if dry_run else "No dead letters.", count=count, dry_run=dry_run)
-        return False
-    confirm(question.format(letters))
-    return True
+) -> None:
+    """Do it, after a question unless somebody has said yes already; or only say what it would be."""
+    if dry_run or not yes:
+        would = act(dry_run=True)
+        if not would.count and not would.unreadable:
+            check_actor_name(broker, where)
+        if dry_run or not would.count:
+            _said(form, would, f"would be {words.done}" if dry_run else words.done, dry_run=dry_run)
+            return
+        confirm(words.question.format(counted(would.count, "dead letter")))
+    moved = ops.Moved()
+    with progress_bar(words.doing) as progress, interruptible(moved, "dead letter", words.done):
+        act(progress=progress, moved=moved)
+    _said(form, moved, words.done, dry_run=False)
 
 
-def _said(form: str, moved: ops.Moved, done: str, **more: Any) -> None:
-    _told(
-        form, f"{counted(moved.count, 'dead letter')} {done}.", count=moved.count, unreadable=moved.unreadable, **more
-    )
-    if moved.unreadable:
-        click.echo(f"{moved.unreadable} can't be read and stay where they are.", err=True)
-
-
-def _told(form: str, text: str, **found: Any) -> None:
+def _said(form: str, moved: ops.Moved, done: str, *, dry_run: bool) -> None:
     """Say what was done, to people or to programs."""
     if form == "json":
-        print_json({"unreadable": 0, **found})
+        print_json({"count": moved.count, "unreadable": moved.unreadable, "dry_run": dry_run})
     else:
-        click.echo(text)
+        click.echo(f"{counted(moved.count, 'dead letter')} {done}.")
+    say_unreadable(moved)

@@ -27,6 +27,7 @@ from .base import (
     print_json,
     print_table,
     progress_bar,
+    say_unreadable,
     seen_enough,
 )
 from .base import table as make_table
@@ -150,17 +151,30 @@ def _signed(change: float | None) -> str | None:
 @queues.command()
 @click.argument("app")
 @click.argument("queue", shell_complete=queue_names)
-@click.option("--to", "target", required=True, metavar="QUEUE", shell_complete=queue_names, help="Where to.")
-@click.option("--actor", shell_complete=actor_names, help="Only this actor's messages.")
-@click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    metavar="QUEUE",
+    shell_complete=queue_names,
+    help="The queue that they are moved to: one that the application declares.",
+)
+@click.option("--actor", metavar="NAME", shell_complete=actor_names, help="Move only this actor's messages.")
+@click.option("-n", "--limit", metavar="COUNT", type=click.IntRange(1), help="Move at most so many, the oldest first.")
 @path_option
 @format_option()
 def move(
     app: str, queue: str, target: str, actor: str | None, limit: int | None, path: tuple[str, ...], form: str
 ) -> None:
-    """Move messages that wait in QUEUE to another one: a few urgent ones out of a long queue, or all of a retired one.
+    """Move the messages that are ready in QUEUE of APP behind those of another one, in their order.
 
-    Delayed messages, and those that a worker has in hand, stay. Interrupted at any moment, it has lost none.
+    A few urgent ones out of a long queue, or all of a queue that is retired. Each keeps its id, its arguments and its
+    attempts; how long it has waited is counted anew.
+
+    What stays in QUEUE: delayed messages, dead letters, what a worker has in hand, and what can't be read.
+
+    Nothing is lost, whenever it is interrupted: a message is then in one of the two queues. On RabbitMQ a single one may be
+    in both, and runs twice unless it is idempotent. Call it again for the rest.
     """
     broker = ops.load_broker(app, path)
     if actor is not None and actor not in broker.actors:
@@ -172,6 +186,7 @@ def move(
         print_json({"count": moved.count, "unreadable": moved.unreadable})
     else:
         click.echo(f"{counted(moved.count, 'message')} moved to {target}.")
+    say_unreadable(moved)
 
 
 @click.command()

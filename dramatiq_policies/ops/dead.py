@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(slots=True)
 class Moved:
-    """What a replay, a purge or a move did.
+    """What a replay, a purge or a move did, or would do.
 
     Attributes:
       count: How many messages.
@@ -110,6 +110,7 @@ def replay(
     new_id: bool = False,
     rate: float | None = None,
     limit: int | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
     moved: Moved | None = None,
 ) -> Moved:
@@ -123,6 +124,7 @@ def replay(
       to_queue: Send them to this queue instead.
       new_id: Give each a message id of its own; by default it keeps its id, and counts the replay.
       rate: So many a second at most.
+      dry_run: Only count what it would be.
       progress: Called with how many were looked at, and how many there are.
       moved: Counted on while it works, for whoever interrupts it.
 
@@ -139,7 +141,7 @@ def replay(
 
     moved = Moved() if moved is None else moved
     for queue in _chosen(broker, queues):
-        _work(broker, queue, True, where, successor, moved, rate, limit, progress)
+        _work(broker, queue, True, where, successor, moved, limit, progress, rate=rate, dry_run=dry_run)
     return moved
 
 
@@ -149,13 +151,14 @@ def purge(
     where: Filter | None = None,
     *,
     limit: int | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
     moved: Moved | None = None,
 ) -> Moved:
     """Delete dead letters for good. Arguments and errors as for `replay`."""
     moved = Moved() if moved is None else moved
     for queue in _chosen(broker, queues):
-        _work(broker, queue, True, where, None, moved, None, limit, progress)
+        _work(broker, queue, True, where, None, moved, limit, progress, dry_run=dry_run)
     return moved
 
 
@@ -186,7 +189,7 @@ def move(
     def successor(letter: DeadLetter) -> Message[Any] | None:
         return None if letter.message is None else letter.message.copy(queue_name=to_queue)
 
-    _work(broker, queue, False, Filter(actor=actor), successor, moved, None, limit, progress)
+    _work(broker, queue, False, Filter(actor=actor), successor, moved, limit, progress)
     return moved
 
 
@@ -197,27 +200,30 @@ def _work(
     where: Filter | None,
     successor: Callable[[DeadLetter], Message[Any] | None] | None,
     moved: Moved,
-    rate: float | None,
     limit: int | None,
     progress: Progress | None,
+    *,
+    rate: float | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
     with open_pile(broker, queue, dead=dead) as pile:
         next_at = monotonic()
         if limit is not None and moved.count >= limit:
             return
-        for item in pile:
+        # Whoever needs a few takes no more off RabbitMQ than those.
+        for item in pile.read_all() if dry_run and limit is None and len(pile) else pile:
             letter = read_letter(broker, queue, item)
             moved.seen += 1
             if where is None or where(letter):
                 message = None if successor is None else successor(letter)
                 if successor is not None and message is None:
                     moved.unreadable += 1
-                elif pile.drop(item) if message is None else pile.send(item, message):
+                elif dry_run or (pile.drop(item) if message is None else pile.send(item, message)):
                     moved.count += 1
                     if limit is not None and moved.count >= limit:
                         return
-                    if rate is not None:
+                    if rate is not None and not dry_run:
                         next_at = max(next_at + 1 / rate, monotonic())
                         pile.wait(max(0.0, next_at - monotonic()))
             if progress is not None:

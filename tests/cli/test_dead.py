@@ -222,8 +222,41 @@ def test_what_can_t_be_read_is_shown_as_such_and_stays(command, app, broker):
     raw.encode = lambda: b"{no json"
     assert command.json("dead", "list", app, "--reason", "malformed")[0]["text"] == "{no json"
     result = command("dead", "replay", app, "--reason", "malformed", "--yes")
-    assert result.stderr == "1 can't be read and stay where they are.\n"
+    assert result.stderr == "1 message can't be read and stays where it is.\n"
     assert len(dead(broker)) == 4
+
+
+def garble(broker, *places):
+    """Have dead letters of the queue ``mail`` be bodies that can't be read."""
+    for place in places:
+        broker.dead_letters_by_queue["mail"][place].encode = lambda: b"{no json"
+
+
+@pytest.mark.parametrize("options", [(), ("--limit", "2"), ("--queue", "mail")])
+def test_a_dry_run_counts_what_the_real_one_then_replays(command, app, broker, options):
+    garble(broker, 0, 1)
+    told = command.json("dead", "replay", app, *options, "--dry-run")
+    assert told == {**command.json("dead", "replay", app, *options, "--yes"), "dry_run": True}
+    assert told["unreadable"] > 0
+    assert told["count"] > 0
+
+
+def test_a_dry_run_says_how_many_can_t_be_read(command, app, broker):
+    garble(broker, 0, 1)
+    told = command("dead", "replay", app, "--dry-run")
+    assert told.stdout == "2 dead letters would be replayed.\n"
+    assert told.stderr == "2 messages can't be read and stay where they are.\n"
+    assert len(dead(broker)) == 4
+
+
+def test_what_can_t_be_read_is_not_asked_about_but_can_be_purged(command, app, broker):
+    garble(broker, 0, 1, 2)
+    result = command("dead", "replay", app, "--queue", "mail")
+    assert (result.exit_code, result.stdout) == (0, "0 dead letters replayed.\n")
+    assert result.stderr == "3 messages can't be read and stay where they are.\n"
+    assert "Replay 1 dead letter?" in command("dead", "replay", app, answers="n\n").stderr
+    assert command.json("dead", "purge", app, "--queue", "mail", "--dry-run")["count"] == 3
+    assert command("dead", "purge", app, "--queue", "mail", "--yes").stdout == "3 dead letters deleted.\n"
 
 
 def test_a_stock_dead_letter_says_what_its_traceback_says(command, app, broker):

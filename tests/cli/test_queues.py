@@ -103,6 +103,21 @@ def test_messages_can_be_moved(command, app):
     )
 
 
+def test_what_can_t_be_read_is_not_moved_and_that_is_said(command, app):
+    broker = ops.load_broker(app)
+    broker.queues["mail"].put(b"{no json")
+    told = command("queues", "move", app, "mail", "--to", "urgent")
+    assert told.stdout == "1 message moved to urgent.\n"
+    assert told.stderr == "1 message can't be read and stays where it is.\n"
+    assert broker.queues["mail"].qsize() == 1
+
+
+def test_the_help_of_a_move_says_what_moves_what_stays_and_that_nothing_is_lost(command):
+    text = " ".join(command("queues", "move", "--help").stdout.split())
+    for said in ("messages that are ready", "What stays in QUEUE: delayed", "Nothing is lost", "--limit COUNT"):
+        assert said in text
+
+
 def test_the_monitor_needs_one_on_the_broker(command):
     assert "no QueueMonitor" in command.refuses("monitor", command.app(APP))
 

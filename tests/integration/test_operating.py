@@ -162,6 +162,22 @@ def test_all_are_replayed_in_their_order(place, app):
     assert count_dead(place) == 0
 
 
+def test_a_dry_run_counts_what_can_be_replayed_and_takes_no_more_than_its_limit_asks_for(place, app, monkeypatch):
+    letters = [Message(place.queue, "job", (number,), {}, {"redis_message_id": "r"}) for number in range(4)]
+    bury_bodies(place, app, [b"{no json", *(letter.encode() for letter in letters)])
+    would = ops.replay(app.broker, dry_run=True)
+    assert (would.count, would.unreadable, would.seen) == (4, 1, 5)
+
+    def all_at_once(pile):
+        raise AssertionError("the server would send all there is")
+
+    monkeypatch.setattr("dramatiq_policies.ops.piles.rabbitmq.RabbitmqPile.read_all", all_at_once)
+    would = ops.replay(app.broker, limit=2, dry_run=True)
+    assert (would.count, would.unreadable, would.seen) == (2, 1, 3)
+    assert ops.purge(app.broker, limit=2, dry_run=True).count == 2
+    assert count_dead(place) == 5
+
+
 def test_those_that_are_not_meant_keep_their_place(place, app):
     bury(place, app, 1_200)
     moved = ops.purge(app.broker, where=Filter(error="7"))
