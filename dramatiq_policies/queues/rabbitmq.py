@@ -14,6 +14,7 @@ from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
+from .._pika import drop, strikes_anywhere
 from ..wiring import wiring_of
 from .base import QueueReader, QueueReading, ready_at
 
@@ -67,6 +68,10 @@ class RabbitmqReader(QueueReader):
         except _LOST as error:
             self.close()
             raise ConnectionClosed(f"{type(error).__name__}: {error}") from None
+        except BaseException as error:
+            if strikes_anywhere(error):
+                drop(self._take())
+            raise
         (ready, consumers), (delayed, holders), (dead, _) = counts
         notes = [self.note()] if self.heard is None else self.heard
         flow = self._flows.setdefault(queue, Flow(now))
@@ -128,8 +133,12 @@ class RabbitmqReader(QueueReader):
             one.socket_timeout = one.stack_timeout = _PATIENCE
         return copies
 
-    def close(self) -> None:
+    def _take(self) -> Any:
         connection, self._connection, self._channel = self._connection, None, None
+        return connection
+
+    def close(self) -> None:
+        connection = self._take()
         if connection is not None and connection.is_open:
             with suppress(*_LOST):
                 connection.close()

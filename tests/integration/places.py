@@ -5,6 +5,7 @@ What lies where is read with clients of the tests' own, never through what is be
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import threading
@@ -210,6 +211,31 @@ class RabbitmqPlace(Place):
     def push(self, *bodies: bytes) -> None:
         for body in bodies:
             self.channel.basic_publish("", self.queue, body)
+
+
+def lose_an_answer(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    """Have the next answer that pika gets from its server struck by an error from outside, in the middle of reading it."""
+    read = pika.channel.Channel._on_synchronous_complete
+
+    def struck(channel: Any, answer: Any) -> None:
+        monkeypatch.setattr(pika.channel.Channel, "_on_synchronous_complete", read)
+        raise error
+
+    monkeypatch.setattr(pika.channel.Channel, "_on_synchronous_complete", struck)
+
+
+def soon(call: Callable[[], Any]) -> Any:
+    """Its result or error, on a thread of its own: a call that waits for ever must not stop the tests."""
+    found: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(PATIENCE)
 
 
 class Gate:

@@ -23,7 +23,7 @@ from dramatiq_policies.ops import Filter, letters
 from dramatiq_policies.rules import RetryPolicy
 from tests.proxy import Proxy, amqp_method
 
-from .places import RabbitmqPlace, RedisPlace, until
+from .places import RabbitmqPlace, RedisPlace, lose_an_answer, soon, until
 
 ROOT = Path(__file__).parents[2]
 MANY = 2_000
@@ -235,6 +235,15 @@ def run(place, tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def test_a_command_that_is_interrupted_in_the_middle_of_a_conversation_ends(rabbitmq_place, monkeypatch):
+    app = rabbitmq_place.app()
+    app.broker.declare_queue(rabbitmq_place.queue)
+    lose_an_answer(monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        soon(lambda: list(ops.dead_letters(app.broker)))
+    assert ops.summarise(app.broker) == []
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])

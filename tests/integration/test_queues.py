@@ -12,7 +12,7 @@ from dramatiq_policies.queues import reader_of
 from dramatiq_policies.wiring import wiring_of
 from tests.proxy import Proxy
 
-from .places import Gate, Place, RabbitmqPlace, RedisPlace, until
+from .places import Gate, Place, RabbitmqPlace, RedisPlace, lose_an_answer, soon, until
 
 
 @pytest.fixture
@@ -90,6 +90,17 @@ def test_a_reader_goes_on_after_its_connection_was_lost(place: Place, reading) -
         assert reader.read(place.queue).ready == 1
         reader.close()
         app.broker.close()
+
+
+def test_a_reading_that_is_interrupted_in_the_middle_of_a_conversation_is_followed_by_others(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = reader_of(rabbitmq_place.broker())
+    lose_an_answer(monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        soon(lambda: reader.read(rabbitmq_place.queue))
+    assert soon(lambda: reader.read(rabbitmq_place.queue)).ready == 0
+    soon(reader.close)
 
 
 def test_a_server_that_is_not_there_is_a_lost_connection(place: Place, reading) -> None:

@@ -16,6 +16,7 @@ import pika.exceptions
 from dramatiq import Message
 from dramatiq.common import xq_name
 
+from ..._pika import drop, strikes_anywhere
 from ..apps import OperationError
 from . import Item
 
@@ -36,13 +37,22 @@ def connect(broker: Any) -> Iterator[Any]:
         connection = pika.BlockingConnection(broker.parameters)
     except (pika.exceptions.AMQPError, OSError) as error:
         raise unreachable(broker, error) from None
+    end = _close
     try:
         yield connection
     except (pika.exceptions.AMQPError, OSError) as error:
         raise OperationError(f"RabbitMQ ended it ({_reason(error)}); nothing is lost, run it again.") from None
+    except BaseException as error:
+        if strikes_anywhere(error):
+            end = drop
+        raise
     finally:
-        with suppress(pika.exceptions.AMQPError, OSError):
-            connection.close()
+        end(connection)
+
+
+def _close(connection: Any) -> None:
+    with suppress(pika.exceptions.AMQPError, OSError):
+        connection.close()
 
 
 def unreachable(broker: Any, error: BaseException | None) -> OperationError:
