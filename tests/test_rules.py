@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import functools
 import pickle
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
@@ -155,7 +156,9 @@ def test_the_broker_may_name_classes_by_dotted_path():
         assert verb_for(error, (), broker_rules(discard_on=path)) is Verb.DISCARD
 
 
-@pytest.mark.parametrize("path", ["no.such.module.Error", "builtins.NoSuchError", "builtins.print", "", "..x", "a b"])
+@pytest.mark.parametrize(
+    "path", ["no.such.module.Error", "builtins.NoSuchError", "builtins.print", "builtins.int", "", "..x", "a b"]
+)
 def test_a_dotted_path_that_leads_nowhere_is_a_configuration_error_at_first_use(path):
     (rule,) = broker_rules(alert_on=path)
     with pytest.raises(ConfigurationError, match=r"ErrorClassifier: alert_on: expected the dotted path"):
@@ -229,27 +232,27 @@ async def admits_later(error):
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "named"),
     [
-        lambda: RetryPolicy(attempts=0),
-        lambda: RetryPolicy(attempts=True),
-        lambda: RetryPolicy(attempts=2.5),
-        lambda: RetryPolicy(wait=-1),
-        lambda: RetryPolicy(wait="soon"),
-        lambda: RetryPolicy(wait=admits_later),
-        lambda: RetryPolicy(max_elapsed=-1),
-        lambda: RetryPolicy(max_elapsed="1h"),
-        lambda: RetryPolicy(wait=lambda attempt: 5),
-        lambda: RetryPolicy(then="retry"),
-        lambda: when(Left, None),
-        lambda: when(Left, admits_later),
-        lambda: when(Left, functools.partial(admits_later)),
-        lambda: when(Left, lambda: True),
-        lambda: when(Left, lambda error, status: True),
+        (lambda: RetryPolicy(attempts=0), "RetryPolicy: attempts"),
+        (lambda: RetryPolicy(attempts=True), "RetryPolicy: attempts"),
+        (lambda: RetryPolicy(attempts=2.5), "RetryPolicy: attempts"),
+        (lambda: RetryPolicy(wait=-1), "RetryPolicy: wait"),
+        (lambda: RetryPolicy(wait="soon"), "RetryPolicy: wait"),
+        (lambda: RetryPolicy(wait=admits_later), "RetryPolicy: wait"),
+        (lambda: RetryPolicy(wait=lambda attempt: 5), "RetryPolicy: wait"),
+        (lambda: RetryPolicy(max_elapsed=-1), "RetryPolicy: max_elapsed"),
+        (lambda: RetryPolicy(max_elapsed="1h"), "RetryPolicy: max_elapsed"),
+        (lambda: RetryPolicy(then="retry"), "RetryPolicy: then"),
+        (lambda: when(Left, None), "when(): predicate"),
+        (lambda: when(Left, admits_later), "when(): predicate"),
+        (lambda: when(Left, functools.partial(admits_later)), "when(): predicate"),
+        (lambda: when(Left, lambda: True), "when(): predicate"),
+        (lambda: when(Left, lambda error, status: True), "when(): predicate"),
     ],
 )
-def test_a_bad_policy_or_predicate_is_a_configuration_error(build):
-    with pytest.raises(ConfigurationError, match=r"expected .*, got "):
+def test_a_bad_policy_or_predicate_is_a_configuration_error_that_names_it(build, named):
+    with pytest.raises(ConfigurationError, match=rf"^{re.escape(named)}: expected .*, got "):
         build()
 
 
