@@ -16,7 +16,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 def signature_of(fn: Any) -> inspect.Signature:
     """What an actor takes: for a class-based one, what its ``perform`` takes."""
-    inner = inspect.unwrap(fn, stop=lambda one: hasattr(one, "perform"))
+    inner = inspect.unwrap(fn)
     return inspect.signature(getattr(inner, "perform", fn))
 
 

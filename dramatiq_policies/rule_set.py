@@ -70,8 +70,6 @@ class RuleSet:
 
     def match(self, error: BaseException) -> Rule | None:
         """The rule that decides on this error, or None."""
-        if not self.rules:
-            return None
         found = self.match_leaf(error)
         return None if found is None else found[0]
 

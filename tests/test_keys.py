@@ -57,9 +57,16 @@ def test_an_argument_by_position_only_may_be_part_of_a_key():
     assert key_of("{a}{b}", job, 1, b=2) == "12"
 
 
+def test_an_argument_by_position_only_is_not_mistaken_for_an_option_of_the_same_name():
+    def job(a, /, **options):
+        pass
+
+    assert key_of("{a}", job, 1, a=2) == "1"
+
+
 @pytest.mark.parametrize("template", ["{}", "{0}", "{nope}", "{a:{nope}}", "{nope[a]}", "{nope.a}", "{a", "none", ""])
 def test_a_template_that_can_not_be_filled_is_refused_at_declaration(template):
-    with pytest.raises(ConfigurationError, match="idempotency_key"):
+    with pytest.raises(ConfigurationError, match=r"^actor 'job': idempotency_key: expected "):
         template_key("actor 'job'", template, lambda a: None)
 
 
@@ -67,6 +74,11 @@ def test_a_template_that_can_not_be_filled_is_refused_at_declaration(template):
 def test_a_call_that_the_actor_does_not_take_makes_no_key(args, kwargs):
     with pytest.raises(TypeError):
         key_of("{a}", lambda a: None, *args, **kwargs)
+
+
+def test_nor_does_one_by_position_where_it_takes_names_only():
+    with pytest.raises(TypeError):
+        key_of("{a}", lambda *, a: None, 1)
 
 
 def test_a_class_based_actor_is_called_as_its_perform_is():
@@ -96,9 +108,13 @@ def test_a_class_based_actor_is_called_as_its_perform_is():
 
 
 @pytest.mark.parametrize("key", ["", None, 1.5, True, b"x", ["x"]])
-def test_a_key_is_a_text_or_a_number(key):
+def test_nothing_but_a_text_or_a_number_is_a_key(key):
     with pytest.raises(TypeError, match="idempotency_key"):
         checked_key(key)
+
+
+def test_a_number_is_the_key_that_its_digits_are():
+    assert [checked_key(key) for key in ("7", 7, 0, -1)] == ["7", "7", "0", "-1"]
 
 
 def test_half_a_character_from_json_makes_a_key_all_the_same():

@@ -301,6 +301,7 @@ def test_policies_are_values_that_can_be_pickled():
 def test_an_error_that_nobody_names_has_no_rule():
     assert verb_for(KeyError(), actor_rules(retry_on=OSError)) is None
     assert verb_for(KeyError()) is None
+    assert RuleSet().match_leaf(KeyError()) is None
 
 
 def test_the_nearest_class_wins_over_a_wider_one_that_was_declared_first():
