@@ -94,7 +94,8 @@ class PolicyConsumer(Consumer):
             try:
                 check_composition(options)
             except MalformedMessage as error:
-                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
+                unstacked = error.with_traceback(None)  # As `report_malformed`.
+                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=unstacked, dead_letter=True)
                 message.fail()
                 self.nack(message)
                 return None
@@ -265,6 +266,8 @@ class PolicyConsumer(Consumer):
 
     def report_malformed(self, error: BaseException) -> None:
         """Publish the outcome of a body that could not be read and is on the dead-letter queue, raw."""
+        # The frames of its stack are ours, and hold what it carries.
+        error = error.with_traceback(None)
         event = OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=error)
         self.wiring.publish(event, None)
 

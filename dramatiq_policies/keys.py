@@ -75,7 +75,9 @@ def checked_key(key: Any) -> str:
     """
     if (isinstance(key, str) and key) or type(key) is int:
         return str(key)
-    raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {key!r:.200}")
+    # Made of the arguments: what it is does not belong into a log.
+    got = "an empty one" if key == "" else f"a {type(key).__name__}"
+    raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {got}")
 
 
 def encodable(text: str) -> str:

@@ -12,6 +12,7 @@ from .durations import WEEK_MS
 from .errors import ConfigurationError
 from .history import POLICIES
 from .outcomes import logger
+from .shape import described
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -62,10 +63,10 @@ def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor:
         if (actor, option) not in _warned:
             _warned.add((actor, option))
             logger.warning(
-                "A message of actor %s has %s=%.100r, which is not %s; it is ignored, here and from now on.",
+                "A message of actor %s has %s=%s, which is not %s; it is ignored, here and from now on.",
                 actor,
                 option,
-                value,
+                described(value),
                 _expected(_MOST_MS[option]),
                 extra={"actor": actor},
             )

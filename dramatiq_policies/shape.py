@@ -12,7 +12,7 @@ from dramatiq import Message
 
 from .errors import MalformedMessage
 
-__all__ = ["check_composition", "check_shape", "clean_options"]
+__all__ = ["check_composition", "check_shape", "clean_options", "described"]
 
 logger = logging.getLogger("dramatiq_policies.outcomes")
 
@@ -58,16 +58,21 @@ def _check_nested(data: Any, option: str) -> None:
     # Pipelines nest one stage in another: a loop, since a hostile one may be deeper than the stack.
     while data is not None:
         if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
-            raise MalformedMessage(f"{option}: expected a message, got {data!r:.200}")
+            raise MalformedMessage(f"{option}: expected a message, got {described(data)}")
         for name, value in data.items():
             if not isinstance(value, _ALLOWED[name]):
-                raise MalformedMessage(f"{option}: {name} has the wrong type: {value!r:.200}")
+                raise MalformedMessage(f"{option}: {name} has the wrong type: {described(value)}")
         data = data["options"].get("pipe_target")
 
 
 def is_number(value: Any) -> bool:
     """Whether the value is a finite number, and no bool."""
     return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def described(value: Any) -> str:
+    """A value out of a message as it may stand in a log: a number as it is, of all else the type, for it may be a secret."""
+    return f"{value!r:.100}" if value is None or isinstance(value, (bool, int, float)) else f"<{type(value).__name__}>"
 
 
 def _is_wait(value: Any) -> bool:
@@ -96,8 +101,7 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "on_success": _is_name,
     "on_retry_exhausted": _is_name,
     "ready_at": _is_wait,
-    # Dramatiq runs a message with any other rubbish here at once; one that is due at infinity, never.
-    "eta": lambda value: type(value) is not float or math.isfinite(value),
+    "eta": is_number,
 }
 _CHECKED = frozenset(_ACCEPTS)
 _warned: set[tuple[str, str]] = set()
@@ -112,10 +116,10 @@ def clean_options(message: Message[Any]) -> None:
             if (message.actor_name, name) not in _warned and len(_warned) < 1_000:
                 _warned.add((message.actor_name, name))
                 logger.warning(
-                    "A message for actor %r carries the option %s=%.100r, which can't be used and is ignored.",
+                    "A message for actor %r carries the option %s=%s, which can't be used and is ignored.",
                     message.actor_name,
                     name,
-                    value,
+                    described(value),
                 )
 
 

@@ -34,8 +34,10 @@ from dramatiq_policies import (
     _sentry_sdk,
     constant,
     install,
+    limits,
     settlement,
 )
+from dramatiq_policies.shape import _warned
 from dramatiq_policies.wiring import wiring_of
 
 from .support import Captured, SentryEndpoint, Stage
@@ -232,6 +234,63 @@ def test_a_body_that_can_t_be_read_is_reported(either):
     stage.broker.queues["default"].put(b"no json")
     stage.run()
     assert [event["tags"]["reason"] for event in sentry.events] == ["malformed"]
+
+
+def message_with(**fields):
+    return {
+        "queue_name": "default",
+        "actor_name": "pay",
+        "args": [CARD],
+        "kwargs": {"card": CARD},
+        "options": {},
+        **fields,
+    }
+
+
+def body_with(options):
+    return json.dumps({**message_with(options=options), "message_id": "m", "message_timestamp": 1})
+
+
+#: Bodies that carry an argument, and are not as they should be.
+TELLTALE = {
+    "no JSON": f"{{{CARD}",
+    "no text": f"\udcff{CARD}",
+    "more behind it": f"{body_with({})} more",
+    "no message": json.dumps([CARD]),
+    "a field too many": json.dumps(message_with(more=CARD)),
+    "a field of another type": json.dumps(message_with(kwargs=CARD)),
+    "a next stage that is none": body_with({"pipe_target": CARD}),
+    "a next stage with a field too many": body_with({"pipe_target": message_with(more=1)}),
+    "a next stage with a field of another type": body_with({"pipe_target": message_with(args=CARD)}),
+    "a callback that is none": body_with({"group_completion_callbacks": [CARD], "group_completion_uuid": "g"}),
+    "an option of Dramatiq's": body_with({"max_retries": [CARD]}),
+    "a time of Dramatiq's": body_with({"eta": CARD}),
+    "a timeout": body_with({"timeout": CARD}),
+    "a key": body_with({"idempotency_key": [CARD]}),
+}
+
+
+@pytest.mark.parametrize("body", TELLTALE.values(), ids=TELLTALE)
+def test_what_a_malformed_message_carries_is_in_no_log_line_and_no_event(sentry, caplog, body):
+    sentry(include_local_variables=False)
+    caplog.set_level(logging.INFO)  # At DEBUG Dramatiq itself logs all arguments.
+    _warned.clear()
+    limits._warned.clear()
+    stage = stage_with("every")
+    stage.actor(lambda *args, **kwargs: 1 / 0, actor_name="pay", max_retries=0)
+    stage.broker.queues["default"].put(body.encode(errors="surrogateescape"))
+    stage.run()
+    assert stage.outcomes() == ["dead"]
+    assert len(sentry.events) == 1
+    seen = [
+        caplog.text,
+        sentry.events,
+        [{**vars(record), "formatted": record.getMessage()} for record in caplog.records],
+    ]
+    assert CARD not in repr(seen)
+    if stage.reasons() == ["malformed"]:
+        # Nor could it be in a local variable.
+        assert not sentry.events[0]["exception"]["values"][0].get("stacktrace")
 
 
 def test_an_actor_that_nobody_knows_is_reported_once(either):

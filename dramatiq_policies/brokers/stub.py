@@ -31,9 +31,10 @@ class StubConsumer(PolicyConsumer):
         except Exception as error:
             raw: Message[Any] = Message(self.queue_name, "?", (), {}, {"raw": data.decode(errors="replace")})
             letter = _dramatiq.StubMessage(raw)
-            letter.stuff_exception(MalformedMessage(f"the body can't be read: {error}"))
+            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            letter.stuff_exception(unreadable)
             self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
-            self.report_malformed(error)
+            self.report_malformed(unreadable)
             _dramatiq.release_stub_slot(self.inner)
             return None
         proxy = _dramatiq.StubMessage(message)

@@ -7,6 +7,7 @@ between may leave two copies, never none.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -404,6 +405,24 @@ def test_bodies_that_can_t_be_read_are_dead_raw_and_their_neighbours_run(place: 
     assert [(event.reason, event.queue) for event in dead] == [("malformed", place.queue)] * len(bodies)
     assert sorted(place.dead_bodies()) == sorted(bodies)
     assert place.left() == []
+
+
+def test_what_they_carry_is_in_no_log_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    app = place.app()
+
+    @app.actor
+    def job(number):
+        pass
+
+    secret = "4242" * 4
+    target = {"queue_name": "q", "actor_name": "job", "args": secret, "kwargs": {}, "options": {}}
+    job.send_with_options(args=(secret,), pipe_target=target)
+    place.push(b"{" + secret.encode())
+    place.push(json.dumps([secret]).encode())
+    app.work_until("dead", "dead", "dead")
+    assert {event.reason for event in app.events} == {"malformed"}
+    assert secret not in caplog.text + repr([vars(record) for record in caplog.records]) + repr(app.events)
 
 
 @pytest.mark.parametrize("name", ["somebody_elses", "", None])
