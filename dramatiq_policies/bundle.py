@@ -174,10 +174,7 @@ def _replace_implied(wiring: Wiring, implied: Middleware, explicit: Middleware) 
 
 
 def _kind(middleware: PolicyMiddleware) -> type[PolicyMiddleware]:
-    for kind in (ErrorClassifier, Timeout, *_LISTENERS):
-        if isinstance(middleware, kind):
-            return kind
-    return type(middleware)
+    return next(kind for kind in (ErrorClassifier, Timeout, *_LISTENERS) if isinstance(middleware, kind))
 
 
 def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:

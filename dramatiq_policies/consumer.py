@@ -223,8 +223,6 @@ class PolicyConsumer(Consumer):
         """The next readable message, or None."""
         try:
             message: MessageProxy | None = next(self.inner)
-        except StopIteration:
-            raise
         except Exception as error:
             if self.lost_connection(error) and not isinstance(error, BrokerConnectionError):
                 raise ConnectionClosed(error) from None

@@ -1,0 +1,78 @@
+"""The wrapping consumer where nobody of ours has a say: other people's calls, and what is known of neither."""
+
+from __future__ import annotations
+
+import dramatiq
+from dramatiq import Message, Worker
+from dramatiq.brokers.stub import StubBroker
+
+from dramatiq_policies import Metrics, install
+from dramatiq_policies.consumer import hold
+from dramatiq_policies.delivery import Delivery
+from dramatiq_policies.wiring import wiring_of
+
+from .support import PlainClient, Stage
+
+
+def work_off(broker):
+    worker = Worker(broker, worker_timeout=50, worker_threads=1)
+    worker.start()
+    try:
+        broker.join("default", timeout=20_000)
+    finally:
+        worker.stop()
+
+
+def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
+    client = PlainClient()
+    broker = install(StubBroker(), metrics=Metrics(client))
+    dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
+    work_off(broker)
+    assert [call for call in client.calls if call[0] == "c"] == [("c", "jobs.job.success", 1)]
+
+
+def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_the_same(caplog):
+    broker = install(StubBroker())
+    told = []
+    wiring_of(broker).on_success = (lambda delivery: 1 / 0, told.append)
+    dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
+    work_off(broker)
+    assert len(told) == 1
+    assert "failed; the message is not affected" in caplog.text
+
+
+def test_a_message_that_our_consumer_has_given_no_delivery_is_nacked_by_dramatiq_s_own():
+    """As one that somebody fails in `before_delay_message`, before it was ever on its queue."""
+    stage = Stage()
+    job = stage.actor(lambda: None, actor_name="job")
+    job.send_with_options(delay=60_000)
+    consumer = stage.broker.consume("default.DQ")
+    message = next(consumer)
+    consumer.nack(message)
+    assert stage.broker.dead_letters == [message]
+    assert stage.events == []
+
+
+def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
+    stage = Stage()
+    stage.actor(lambda: None, actor_name="job")
+    worker = Worker(stage.broker, worker_timeout=50, worker_threads=1)
+    worker.start()
+    try:
+        worker.consumers["default.DQ"].consumer, lost = None, worker.consumers["default.DQ"].consumer
+        hold(worker)
+        assert worker.consumers["default"].consumer.holding
+    finally:
+        worker.consumers["default.DQ"].consumer = lost
+        worker.stop()
+
+
+def test_what_follows_from_a_delivery_keeps_its_order():
+    delivery = Delivery(None, Message("default", "job", (), {}, {}))
+    delivery.hand_on(one := object())
+    delivery.hand_on(other := object())
+    assert delivery.steps == [one, other]
+
+
+def test_a_job_that_has_not_begun_has_run_for_no_time():
+    assert Delivery(None, Message("default", "job", (), {}, {})).elapsed_ms() == 0.0
