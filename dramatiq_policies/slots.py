@@ -115,8 +115,8 @@ class Slot:
                 return self.due
             self.due = inf
             job = self.job
-        if watch is not None:
-            report_apart(lambda: self.report(tokens, watch, job))
+        assert watch is not None  # Without one nothing was due any more.
+        report_apart(lambda: self.report(tokens, watch, job))
         return inf
 
     def report(self, tokens: Tokens, watch: Watch, job: Any) -> None:

@@ -799,6 +799,60 @@ def test_a_watch_that_fails_or_hangs_holds_up_nobody(caplog):
     wait_for(lambda: "A stuck job could not be reported" in caplog.text)
 
 
+def test_a_job_that_ends_while_its_stack_is_read_is_not_reported():
+    slot, watching = slots.Slot(threading.get_ident()), Watching()
+    slot.tokens = of_the_next_job = {}
+    slot.report({}, watching, "the job")
+    assert watching.seen == []
+    slot.report(of_the_next_job, watching, "the next one")
+    assert [job for job, _ in watching.seen] == ["the next one"]
+
+
+def no_more_threads(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_where_no_thread_can_be_started_a_stuck_job_is_reported_at_once(monkeypatch, caplog):
+    no_more_threads(monkeypatch)
+    told = []
+    slots.report_apart(lambda: told.append("stuck"))
+    assert told == ["stuck"]
+    slots.report_apart(lambda: 1 / 0)
+    assert "A stuck job could not be reported" in caplog.text
+
+
+def test_where_no_thread_can_be_started_a_job_runs_and_it_is_said_that_no_timeout_is_in_force(monkeypatch, caplog):
+    interrupts.reset()
+    with monkeypatch.context() as patch:
+        no_more_threads(patch)
+        assert interrupts.call(lambda: "result", (), {}, deadline=in_ms(10_000)) == "result"
+    assert "No timeout is in force" in caplog.text
+    assert not interrupts.timer_runs()
+    with pytest.raises(TimeoutExceeded):
+        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10))
+
+
+def test_a_job_does_not_end_before_whoever_is_interrupting_it_has_done_so():
+    slot = slots.Slot(threading.get_ident())
+    interrupting = slot.lock
+    interrupting.acquire()
+    released = []
+
+    def interrupt():
+        time.sleep(0.05)
+        released.append(True)
+        interrupting.release()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    slot.disarm({})
+    assert released
+    thread.join()
+
+
 # --- async ----------------------------------------------------------------------------------------------------------
 
 
@@ -965,6 +1019,31 @@ def test_a_coroutine_that_blocks_the_loop_is_reported_with_the_loop_s_stack(even
     assert "in blocks\n" in stack
 
 
+@types.coroutine
+def never():
+    yield
+
+
+def test_a_coroutine_that_is_thrown_away_with_its_loop_ends_with_an_error():
+    async def job():
+        await never()
+
+    run = coroutines._Run(None, job())
+    on_the_loop = run._main()
+    on_the_loop.send(None)
+    on_the_loop.close()
+    with pytest.raises(RuntimeError, match="Event loop is not running"):
+        run.wait()
+
+
+def test_an_interrupt_that_finds_the_loop_closed_is_dropped():
+    loop = asyncio.new_event_loop()
+    loop.close()
+    coroutine = sleep_for_ever()
+    coroutines._Run(types.SimpleNamespace(loop=loop), coroutine).interrupt(TimeoutExceeded)
+    coroutine.close()
+
+
 # --- gevent ---------------------------------------------------------------------------------------------------------
 
 GEVENT = """
@@ -1030,6 +1109,68 @@ def test_under_gevent_a_job_is_interrupted_by_the_hub():
             pass
         else:
             raise AssertionError
+        """)
+    )
+
+
+def test_under_gevent_a_call_without_limits_or_in_a_call_is_the_plain_one():
+    pytest.importorskip("gevent")
+    run_script(
+        textwrap.dedent(GEVENT)
+        + textwrap.dedent("""
+        assert call(job, (0.01,), {}) == "result"
+
+        def in_a_call():
+            return call(job, (0.05,), {}, deadline=time.monotonic() + 0.01)
+
+        assert call(in_a_call, (), {}, deadline=time.monotonic() + 10) == "result"
+        """)
+    )
+
+
+def test_under_gevent_an_interrupt_hidden_in_a_runtime_error_comes_out_and_any_other_stays_one():
+    pytest.importorskip("gevent")
+    run_script(
+        textwrap.dedent(GEVENT)
+        + textwrap.dedent("""
+        def hides():
+            try:
+                job()
+            except TimeoutExceeded as interrupt:
+                raise RuntimeError("clean-up took too long") from interrupt
+
+        def fails():
+            raise RuntimeError("of the job's own")
+
+        for one, error in ((hides, TimeoutExceeded), (fails, RuntimeError)):
+            try:
+                call(one, (), {}, deadline=time.monotonic() + 0.05)
+            except BaseException as raised:
+                assert type(raised) is error, raised
+            else:
+                raise AssertionError
+        """)
+    )
+
+
+def test_under_gevent_what_the_hub_does_to_a_job_that_has_just_ended_is_nothing():
+    pytest.importorskip("gevent")
+    run_script(
+        textwrap.dedent(GEVENT)
+        + textwrap.dedent("""
+        from dramatiq_policies import greenlets
+
+        class Watch:
+            grace = 0.0
+            def stuck(self, job, stack):
+                raise SystemExit("told")
+
+        run = greenlets._Run(time.monotonic() + 10, True, Watch(), "job")
+        run.end()
+        run._expire()
+        run._report()
+        run._throw(TimeoutExceeded)
+        time.sleep(0.05)
         """)
     )
 
