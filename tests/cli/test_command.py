@@ -48,6 +48,12 @@ def test_without_its_extra_it_says_what_to_install(command):
         assert failed.stderr == f'Error: the command needs {missing}: pip install "dramatiq-policies[cli]"\n'
 
 
+def test_any_other_module_that_is_missing_is_no_missing_extra(command):
+    module = "dramatiq_policies.cli.dead"
+    failed = run(command.folder, "check", "app", before=f"import dramatiq_policies\nsys.modules[{module!r}] = None\n")
+    assert failed.stderr.splitlines()[-1].startswith(f"ModuleNotFoundError: import of {module}")
+
+
 def test_output_into_a_pipe_has_no_colour_and_breaks_no_line(command):
     shown = run(command.folder, "check", command.app("@dramatiq.actor\ndef charge(): pass\n")).stdout
     assert "\x1b" not in shown

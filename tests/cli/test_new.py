@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dramatiq_policies import ops
+from dramatiq_policies.ops.gate import read_toml
+
 from .conftest import PREAMBLE
 
 ROOT = Path(__file__).parents[2]
@@ -137,8 +140,11 @@ def test_what_it_writes_passes_the_gate_as_it_stands(command, shop):
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("width", ["88", "120"])
-def test_what_it_writes_is_as_ruff_writes_it(command, shop, width):
+LONG = "shop/jobs/send_confirmation_to_the_customer.py"
+
+
+@pytest.mark.parametrize(("file", "width"), [(FILE, "88"), (FILE, "120"), (LONG, "88")])
+def test_what_it_writes_is_as_ruff_writes_it(command, shop, file, width):
     long = [f"shop.mail:Err{'o' * 20}r{number}" for number in range(4)]
     (shop / "shop" / "mail.py").write_text(MAIL + "".join(f"class {one[10:]}(Exception): pass\n" for one in long))
     redesign(
@@ -146,10 +152,10 @@ def test_what_it_writes_is_as_ruff_writes_it(command, shop, width):
         ('["shop.mail:InvalidEmail"]', str(long).replace("'", '"')),
         (
             '["order_id: int", "email: str"]',
-            '["order_id: int", "email: str", "total: str | None", "languages: list[str]"]',
+            '["order_id: int", "email: str", "total: str | None", "languages: list[str]", "items: int"]',
         ),
     )
-    command("new", FILE, "--design", "design.toml")
+    command("new", file, "--design", "design.toml")
     ruff = [sys.executable, "-m", "ruff"]
     if run(shop, "-c", "import ruff").returncode:
         ruff = [str(Path(sys.executable).parent / "ruff")]
@@ -305,6 +311,11 @@ def test_nothing_is_ever_overwritten(command, shop):
     assert "not overwritten" in command.refuses("new", FILE, "--design", "design.toml")
     assert (shop / TESTS).read_text() == "mine\n"
     assert not (shop / FILE).exists()
+    # Nor if it was written while the questions were answered.
+    sys.path.insert(0, str(shop))
+    with pytest.raises(ops.OperationError, match="not overwritten"):
+        ops.scaffold(ops.parse_design(read_toml(Path("design.toml"))), Path(FILE), Path("tests"))
+    assert not (shop / FILE).exists()
     assert "is no module" in command.refuses("new", "shop/send-mail.py", "--design", "design.toml")
     assert "is no module" in command.refuses("new", "/tmp/job.py", "--design", "design.toml")
 
@@ -370,6 +381,15 @@ def test_of_two_errors_with_one_name_the_second_goes_by_its_module(command, shop
     assert "from shop.letters import InvalidEmail\n" in text
     assert "import shop.mail\n" in text
     assert "discard_on=shop.mail.InvalidEmail," in text
+
+
+def test_a_module_of_which_nothing_goes_by_its_own_name_is_imported_alone(command, shop):
+    (shop / "shop" / "letters.py").write_text("class InvalidEmail(Exception): pass\n")
+    redesign(shop, ('["shop.mail:InvalidEmail"]', '["shop.mail:InvalidEmail", "shop.letters:InvalidEmail"]'))
+    assert command("new", FILE, "--design", "design.toml").exit_code == 0
+    text = (shop / FILE).read_text()
+    assert "import shop.letters\nfrom shop.mail import InvalidEmail, " in text
+    assert "discard_on=(InvalidEmail, shop.letters.InvalidEmail)," in text
 
 
 def test_a_folder_src_is_no_part_of_the_module(command, shop):

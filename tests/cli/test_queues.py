@@ -140,6 +140,22 @@ def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
     assert process.returncode == 0
 
 
+def test_the_monitor_of_an_application_with_logging_of_its_own_logs_as_that_does(command):
+    own = "import logging\nlogging.basicConfig(level=logging.INFO, format='OWN %(message)s')\n"
+    app = command.app(APP, broker=own + BROKER)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "dramatiq_policies", "monitor", app],
+        cwd=command.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr.readline() == "OWN Watching mail, urgent every 50 ms.\n"
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
 def test_a_broker_that_can_not_be_read_is_one_sentence(command, app, monkeypatch):
     def lost(*args):
         raise ConnectionClosed("no route to redis://user:secret@host/")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
 import stat
 import subprocess
 import sys
@@ -121,6 +123,57 @@ def test_numbers_are_whole_however_narrow_the_terminal_is():
     with narrow.capture() as captured:
         narrow.print(table(["queue", "ready"], [["a_queue_with_a_long_name", 12_345_678]], right=["ready"]))
     assert "12345678" in captured.get()
+
+
+# --- on a real one ----------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(folder, *args, typed=b""):
+    """What the command shows there, and its exit code. It is typed once the command has said something."""
+    ours, theirs = pty.openpty()
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        cwd=folder,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "60"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65_536):
+            if not shown:
+                os.write(ours, typed)
+            shown += part
+    except OSError:  # That is how a terminal says that nobody has it open any more.
+        pass
+    os.close(ours)
+    return shown.decode(), process.wait(30)
+
+
+def test_a_table_has_a_bold_head_and_is_no_wider_than_the_terminal(command):
+    shown, status = on_a_terminal(command.folder, "dead", "summary", command.app(APP))
+    assert status == 0
+    assert "\x1b[1m" in shown
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 60
+
+
+def test_a_replay_shows_how_far_it_is_and_takes_that_away_again(command):
+    shown, status = on_a_terminal(command.folder, "dead", "replay", command.app(MANY), "--yes")
+    assert status == 0
+    assert "Replaying" in shown
+    assert shown.rpartition("\x1b[2K")[2].strip().endswith("dead letters replayed.")
+
+
+def test_ctrl_d_among_the_questions_ends_them_with_nothing_written(command):
+    shown, status = on_a_terminal(command.folder, "new", "shop/send.py", typed=b"\x04")
+    assert status != 0
+    assert "incomplete" not in shown
+    assert not (command.folder / "shop").exists()
 
 
 # --- at a Tab ---------------------------------------------------------------------------------------------------------

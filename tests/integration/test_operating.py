@@ -218,6 +218,8 @@ def run(place, tmp_path):
     namespace = place.namespace if isinstance(place, RedisPlace) else ""
     here = {"KIND": place.kind, "QUEUE": place.queue, "NAMESPACE": namespace, "PYTHONPATH": str(ROOT)}
     started = []
+    # A shell that runs the tests in the background has it ignored, and what a test starts would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(*args):
         process = subprocess.Popen(
@@ -232,6 +234,7 @@ def run(place, tmp_path):
         return process
 
     yield start
+    signal.signal(signal.SIGINT, before)
     for process in started:
         process.kill()
         process.communicate()
