@@ -6,12 +6,12 @@ import dramatiq
 from dramatiq import Message, Worker
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import Metrics, install
+from dramatiq_policies import ErrorClassifier, Metrics, install
 from dramatiq_policies.consumer import hold
 from dramatiq_policies.delivery import Delivery
 from dramatiq_policies.wiring import wiring_of
 
-from .support import PlainClient, Stage
+from .support import Collector, PlainClient, Stage
 
 
 def work_off(broker):
@@ -39,6 +39,15 @@ def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_t
     work_off(broker)
     assert len(told) == 1
     assert "failed; the message is not affected" in caplog.text
+
+
+def test_a_broker_without_notifications_of_a_shutdown_has_none():
+    collected = Collector()
+    broker = install(StubBroker(middleware=[]), error_classifier=ErrorClassifier(on_outcome=collected))
+    dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
+    work_off(broker)
+    (event,) = collected.events
+    assert event.outcome == "succeeded"
 
 
 def test_a_message_that_our_consumer_has_given_no_delivery_is_nacked_by_dramatiq_s_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -102,6 +103,31 @@ def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path,
     assert [election.wins() for election in elections] == [True, True]
     assert elections[0].wins()
     assert len(caplog.records) == 2
+
+
+def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, monkeypatch):
+    """As whoever resigns does it: who has the old one open must not win beside who makes the new one."""
+    election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    stock = fcntl.lockf
+
+    def lock_and_lose(file, how):
+        stock(file, how)
+        election.path.unlink()
+        election.path.touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "lockf", lock_and_lose)
+        assert not election.wins()
+    assert election.wins()
+    election.resign()
+
+
+def test_a_note_that_can_not_be_read_is_none(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    mine.post({"me": "here"})
+    mine.path.with_name(f"{mine.path.name}.1").write_text("{")
+    mine.path.with_name(f"{mine.path.name}.2").write_text('{"me": "there"}')
+    assert [note["me"] for note in mine.notes()] == ["here", "there"]
 
 
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):

@@ -37,6 +37,14 @@ def test_a_stub_broker_s_queue_is_read_whole(stage):
     assert (reading.queue, reading.ready, reading.delayed, reading.running, reading.dead) == ("mail", 3, 1, 0, 1)
 
 
+def test_what_was_taken_or_can_not_be_read_while_the_queue_is_looked_at_has_no_age(stage):
+    job = stage.actor(lambda: None, actor_name="job")
+    now = now_ms()
+    old = job.message().copy(options={"ready_at": now - 5_000}).encode()
+    assert base.oldest([None, b"rubbish", old.decode()], now) == 5_000
+    assert base.oldest([None], now) == 0
+
+
 def test_a_job_under_way_is_running(stage):
     reader, seen = reader_of(stage.broker), []
 

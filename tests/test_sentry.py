@@ -713,6 +713,27 @@ def test_a_job_s_scope_has_no_attribute_that_sentry_s_has_not():
         scope.no_such_thing  # noqa: B018
 
 
+def test_what_a_job_has_set_on_its_scope_stays_when_the_rest_of_the_one_around_it_is_brought():
+    class Scope:
+        __slots__ = ("crumbs", "tags", "unset_in_a_copy")
+
+        def fork(self):
+            fork = Scope()
+            fork.crumbs, fork.tags = ["theirs"], {"from": "around"}
+            return fork
+
+        def clear_breadcrumbs(self):
+            self.crumbs = []
+
+    scope = _sentry_sdk.job_scope(Scope)()
+    scope.around = Scope()
+    scope.tags = {"from": "the job"}
+    assert scope.crumbs == []
+    assert scope.tags == {"from": "the job"}
+    with pytest.raises(AttributeError, match="unset_in_a_copy"):
+        scope.unset_in_a_copy  # noqa: B018
+
+
 def test_without_the_integration_that_drops_what_was_seen_last_an_ending_is_reported_too(sentry):
     sentry(default_integrations=False)
     stage = stage_with()

@@ -334,6 +334,50 @@ class TestOtherClients:
         client.close_socket()
 
 
+class FullSocket:
+    """Sends what it is told to, until it raises what is in `errors`."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.sent = []
+
+    def send(self, data):
+        if self.errors:
+            raise self.errors.pop(0)
+        self.sent.append(data)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [([BlockingIOError()], 0), ([ConnectionRefusedError()], 1), ([ConnectionRefusedError(), OSError("again")], 1)],
+    ids=["no room", "nobody listened to the last", "nobody listens at all"],
+)
+def test_what_a_socket_will_not_take_is_left_out(server, errors, said):
+    told = []
+    client = _udp.udp_client(lambda what, text: told.append(what))
+    client._look_up()
+    client._sock.close()
+    client._sock = FullSocket(*errors)
+    client.deliver_all(["a:1|c"])
+    client.deliver_all(["b:1|c"])
+    assert told == ["unreachable"] * said
+    assert client._sock.sent == ([b"a:1|c"] if len(errors) == said == 1 else []) + [b"b:1|c"]
+
+
+def test_where_no_thread_can_be_started_values_are_left_out_and_that_is_said_once(server, monkeypatch, caplog):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    statsd = Statsd()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        statsd.send_text("a:1|c")
+    assert "RuntimeError: can't start new thread" in caplog.text
+
+
 def test_names_hold_nothing_that_statsd_would_misread():
     assert metric_name("shop.mail:send|now\n é") == "shop.mail_send_now___"
     assert metric_name(None) == metric_name("") == "unknown"

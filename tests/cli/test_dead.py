@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dramatiq_policies import ops
 from dramatiq_policies.history import now_ms
+from dramatiq_policies.ops.piles.stub import StubPile
 
 APP = """
 import time
@@ -353,6 +354,13 @@ def test_a_group_whose_times_nobody_knows_has_none(command, app, broker):
 def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
     assert "did you mean 'send_mail'" in command.refuses("dead", "replay", app, "--actor", "send_mial")
     assert len(dead(broker)) == 4
+
+
+def test_a_letter_that_somebody_else_took_meanwhile_is_not_counted(app, broker, monkeypatch):
+    stock = StubPile.drop
+    monkeypatch.setattr(StubPile, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
+    moved = ops.purge(broker, where=ops.Filter(actor="send_mail"))
+    assert (moved.seen, moved.count) == (4, 2)
 
 
 def test_a_program_that_replays_is_told_how_far_it_is(app, broker):
