@@ -59,7 +59,7 @@ class RuleSet:
         for target in {rule.resolve() for rule in self.rules}:
             predicates: list[Any] = []
             for rule in self._plan(target)[1]:
-                if rule.target is target and not any(rule.predicate is known for known in predicates):
+                if not any(rule.predicate is known for known in predicates):
                     reached.add(rule)
                     predicates.append(rule.predicate)
         return tuple(rule for rule in self.rules if rule not in reached)
@@ -100,14 +100,15 @@ class RuleSet:
     def _ordered(self, cls: type[BaseException]) -> tuple[Rule, ...]:
         place = {base: index for index, base in enumerate(cls.__mro__)}
         ranked = []
-        for index, rule in enumerate(self.rules):
+        for rule in self.rules:
             try:
                 distance = place.get(rule.resolve())
             except ConfigurationError as error:
                 logger.critical("A rule is left out: %s", error)
                 continue
             if distance is not None:
-                ranked.append((distance, rule.owner == "broker", rule.predicate is None, index, rule))
+                ranked.append((distance, rule.owner == "broker", rule.predicate is None, rule))
+        # A stable sort: those that are alike stay in the order declared.
         ordered = [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])]
         # Nothing is tried behind a bare class.
         bare = next((index for index, rule in enumerate(ordered) if rule.predicate is None), len(ordered))

@@ -370,6 +370,23 @@ def test_predicates_on_one_class_are_tried_in_the_order_of_their_declaration_and
     assert tried == ["first", "second", "third"]
 
 
+def test_what_is_tried_for_a_class_is_known_in_its_order_and_ends_with_a_bare_class():
+    own = actor_rules(retry_on=Base, discard_on=when(Left, lambda e: False), alert_on=Exception)
+    tried = RuleSet(own, broker_rules(retry_on=when(Left, lambda e: False))).tried(Both)
+    assert [(rule.owner, rule.verb, rule.target) for rule in tried] == [
+        ("actor", Verb.DISCARD, Left),
+        ("broker", Verb.RETRY, Left),
+        ("actor", Verb.RETRY, Base),
+    ]
+
+
+def test_the_order_for_a_class_is_worked_out_once():
+    rules = RuleSet(actor_rules(discard_on=Base))
+    left = rules.tried(Left)
+    assert rules.tried(Right) == left
+    assert rules.tried(Left) is left
+
+
 def test_classes_made_on_the_fly_do_not_pile_up():
     rules = RuleSet(actor_rules(discard_on=Left))
     for number in range(2_500):
