@@ -26,6 +26,7 @@ FAILURE = "failure"
 _KEPT = 10
 _RUNS_OF_A_REPLAY = 1_000_000
 _TRACEBACK_LIMIT = 10_000
+_FRAMES = 30
 
 
 def now_ms() -> int:
@@ -155,7 +156,7 @@ def _traceback_of(error: BaseException) -> str | None:
     if error.__traceback__ is None:
         return None
     try:
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=30))
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-_FRAMES))
     except Exception:
         return None
     # The end of a traceback says most.

@@ -21,6 +21,7 @@ def carried(**policies):
 def test_attempts_are_stocks_and_our_rules_together():
     assert attempt_of({}) == 1
     assert attempt_of({"retries": 2, **carried(total=3)}) == 6
+    assert attempt_of(carried(total=2**53 - 1)) == 2**53
 
 
 def test_a_run_has_a_number_of_its_own_after_each_failure_snooze_and_replay():
@@ -92,6 +93,36 @@ def test_a_traceback_is_cut_at_its_beginning():
     assert len(text) == 10_000
     assert text.startswith("…")
     assert text.endswith("the end\n")
+
+
+def test_one_that_fits_is_whole():
+    def shown(message):
+        return failure_of(Settlement(Outcome.DEAD, exception=raised(ValueError(message))), {})["traceback"]
+
+    short = shown("x")
+    assert short.startswith("Traceback (most recent call last):\n")
+    assert short.endswith("in raised\n    raise error\nValueError: x\n")
+    filled = shown("x" * (10_001 - len(short)))
+    assert len(filled) == 10_000
+    assert filled.startswith("Traceback (most recent call last):\n")
+
+
+def test_of_a_deep_stack_the_traceback_shows_where_it_was_raised():
+    # Two functions in turn, since a traceback folds calls of the same line.
+    def ping(depth):
+        pong(depth - 1)
+
+    def pong(depth):
+        if depth == 0:
+            raise ValueError("at the bottom")
+        ping(depth - 1)
+
+    try:
+        ping(41)
+    except ValueError as error:
+        text = failure_of(Settlement(Outcome.DEAD, exception=error), {})["traceback"]
+    assert 'raise ValueError("at the bottom")\n' in text
+    assert text.count("  File ") == 30
 
 
 def test_an_error_that_can_not_be_shown_or_was_never_raised_has_no_traceback():
