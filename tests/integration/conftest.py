@@ -5,6 +5,7 @@ Every test works under names of its own and deletes those, and nothing else. Wit
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -39,6 +40,13 @@ def url_from_environment(name: str) -> str:
     if not url:
         pytest.fail(f"{name} is not set: run this through `make test`, or set it to a server for tests.", pytrace=False)
     return url
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_left_to_the_garbage_collector() -> Iterator[None]:
+    """Is collected here, where it is ignored; else it fails a test of somebody else's, or the whole run at its end."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

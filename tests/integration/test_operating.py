@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pika.exceptions
 import pytest
+import redis
 from dramatiq import Message
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from dramatiq_policies import constant, ops
 from dramatiq_policies.ops import Filter, letters
@@ -432,6 +434,44 @@ def test_the_live_gate_sees_a_store_that_may_forget(redis_place, monkeypatch):
     findings, facts = ops.check_live(app.broker)
     assert "DP110" in live_codes(findings)
     assert facts["store"] == "RedisStore"
+
+
+def test_the_live_gate_says_what_a_managed_redis_does_not_let_it_ask(redis_place, monkeypatch):
+    app = redis_place.app()
+    client = app.broker.client
+    real = client.info
+
+    def refused(name):
+        raise redis.ResponseError("unknown command 'CONFIG'")
+
+    monkeypatch.setattr(client, "info", lambda section: {**real(section), "aof_enabled": 0})
+    monkeypatch.setattr(client, "config_get", refused)
+    findings, facts = ops.check_live(app.broker)
+    (finding,) = [one for one in findings if one.code == "DP103"]
+    assert finding.message == "appendonly is off; snapshots: not known"
+    assert "snapshots" not in facts
+    assert facts["unknown"] == ["whether Redis makes snapshots (CONFIG GET is refused)"]
+
+
+def test_the_live_gate_says_that_the_store_can_t_be_asked(redis_place, monkeypatch):
+    app = redis_place.app()
+
+    def away(section):
+        raise redis.ConnectionError("no route")
+
+    monkeypatch.setattr(app.broker.dramatiq_policies_wiring.admission.claims.store.client, "info", away)
+    with pytest.raises(ops.OperationError, match=r"The idempotency store can't be asked: .*no route"):
+        ops.check_live(app.broker)
+
+
+def test_the_live_gate_sees_what_dead_connections_and_letters_cost_on_rabbitmq(rabbitmq_place, monkeypatch):
+    broker = RabbitmqBroker(url=rabbitmq_place.url, confirm_delivery=True)
+    broker.parameters.heartbeat = 0
+    monkeypatch.setattr("dramatiq.brokers.rabbitmq.DEAD_MESSAGE_TTL", 1_000)
+    findings, facts = ops.check_live(rabbitmq_place.app(broker=broker).broker)
+    assert live_codes(findings) == ["DP107", "DP108"]
+    assert (facts["confirm_delivery"], facts["heartbeat_s"]) == (True, 0)
+    broker.close()
 
 
 def test_the_live_gate_sees_queues_that_were_declared_otherwise(rabbitmq_place):

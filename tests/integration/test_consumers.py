@@ -1,0 +1,198 @@
+"""What the consumers on real servers make of errors that come seldom."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pika.exceptions
+import pytest
+import redis
+from dramatiq.errors import ConnectionClosed
+
+from dramatiq_policies import Idempotency, RetryPolicy, constant
+from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
+from dramatiq_policies.stores.memory import MemoryStore
+
+from .places import App, RabbitmqPlace, RedisPlace, until
+
+pytestmark = pytest.mark.usefixtures("quick_restarts")
+
+
+class Transient(Exception):
+    pass
+
+
+def taken(app: App) -> tuple[Any, Any]:
+    """A message that was sent, and the consumer that has delivered it."""
+    job = app.actor(lambda: None, actor_name="job")
+    job.send()
+    consumer = app.broker.consume(app.place.queue, timeout=100)
+    message = until(lambda: next(consumer))
+    return consumer, message
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception) -> None:
+    stock, left = getattr(owner, name), [error]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if left:
+            raise left.pop()
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+# Redis.
+
+
+def test_an_error_of_the_socket_is_a_lost_connection(redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = redis_place.app()
+    job = app.actor(lambda: None, actor_name="job")
+    job.send()
+    fail_once(monkeypatch, app.broker, "do_fetch", OSError("the cable"))
+    app.work_until("succeeded")
+    assert redis_place.left() == []
+
+
+def test_a_worker_that_redis_refuses_for_good_outside_the_command_is_told_to_be_stopped(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = redis_place.app()
+    app.actor(lambda: None, actor_name="job")
+    monkeypatch.setattr(app.broker, "do_fetch", lambda *args: refuse())
+    with app.working():
+        until(lambda: "Redis refuses this worker for good" in caplog.text)
+        time.sleep(0.3)
+    said = [record for record in caplog.records if "for good" in record.getMessage()]
+    assert [record.levelname for record in said] == ["CRITICAL"]
+    assert said[0].getMessage().endswith("Stop the worker and mend what it says.")
+
+
+def refuse() -> None:
+    raise redis.AuthenticationError("WRONGPASS invalid username-password pair")
+
+
+def test_an_ack_that_is_lost_while_the_worker_stops_is_said_and_the_message_comes_back(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer, message = taken(redis_place.app())
+    fail_once(monkeypatch, consumer, "_settle", ConnectionClosed("gone"))
+    consumer.wiring.stopping.set()
+    consumer.finish(message)
+    assert f"Message {message.message_id} was not acked and comes back: gone" in caplog.text
+    assert [left.message_id for left in redis_place.left()] == [message.message_id]
+
+
+def test_an_id_that_is_no_string_is_dead_raw(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    job = app.actor(lambda: None, actor_name="job")
+    app.broker.declare_queue(redis_place.queue)
+    body = json.dumps({**job.message().asdict(), "options": {"redis_message_id": 7}}).encode()
+    redis_place.push(body)
+    job.send()
+    app.work_until("dead", "succeeded")
+    assert [event.reason for event in app.events if event.outcome == "dead"] == ["malformed"]
+    assert redis_place.dead_bodies() == [body]
+
+
+def test_what_can_t_be_read_comes_back_from_a_dead_worker_as_it_was(redis_place: RedisPlace) -> None:
+    dead = redis_place.broker()
+    dead.heartbeat_timeout = 500
+    dead.declare_queue(redis_place.queue)
+    redis_place.push(b"not json")
+    assert dead.do_fetch(redis_place.queue, 1) == [b"not json"]
+    broker = redis_place.broker()
+    broker.heartbeat_timeout = 500
+    app = redis_place.app(broker=broker)
+    app.actor(lambda: None, actor_name="job")
+    app.work_until("dead")
+    assert [event.reason for event in app.events] == ["malformed"]
+    assert redis_place.dead_bodies() == [b"not json"]
+
+
+def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(redis_place: RedisPlace) -> None:
+    app = redis_place.app(idempotency=Idempotency(MemoryStore()))
+    consumer, _ = taken(app)
+    claim = SimpleNamespace(
+        claims=SimpleNamespace(store=MemoryStore()), keyed=True, completion=lambda: ("the", "command")
+    )
+    delivery = SimpleNamespace(is_remembered=lambda: True, claim=claim)
+    assert consumer.completion(delivery) == (("the", "command"), False)
+
+
+# RabbitMQ.
+
+
+def test_a_work_queue_that_was_deleted_is_declared_again(rabbitmq_place: RabbitmqPlace) -> None:
+    app = rabbitmq_place.app()
+    job = app.actor(lambda: None, actor_name="job")
+    job.send()
+    with app.working():
+        app.wait_for("succeeded")
+        rabbitmq_place.channel.queue_delete(rabbitmq_place.queue)
+        until(lambda: exists(rabbitmq_place))
+        job.send()
+        app.wait_for("succeeded", "succeeded")
+
+
+def exists(place: RabbitmqPlace) -> bool:
+    channel = place.connection.channel()
+    try:
+        channel.queue_declare(place.queue, passive=True)
+    except pika.exceptions.ChannelClosedByBroker:
+        return False
+    channel.close()
+    return True
+
+
+def test_a_tag_is_used_once(rabbitmq_place: RabbitmqPlace, caplog: pytest.LogCaptureFixture) -> None:
+    consumer, message = taken(rabbitmq_place.app())
+    consumer.finish(message)
+    consumer.finish(message)
+    assert caplog.text.count(f"Message {message.message_id} was acked already.") == 1
+    consumer.close()
+    assert rabbitmq_place.left() == []
+
+
+class Refusing:
+    def basic_publish(self, *args: Any, **kwargs: Any) -> None:
+        raise pika.exceptions.UnroutableError([])
+
+
+def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dramatiq_policies.settlement._PATIENCE", 0.05)
+    monkeypatch.setattr("dramatiq_policies.settlement._PAUSES", (0.0, 0.05))
+    app = rabbitmq_place.app()
+
+    @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
+    def job() -> None:
+        raise Transient
+
+    message = job.send()
+    with monkeypatch.context() as patch:
+        patch.setattr(RabbitmqConsumer, "_channel", lambda consumer: Refusing())
+        with app.working():
+            app.wait_for("interrupted")
+    assert [(event.outcome, event.reason) for event in app.events][:1] == [("interrupted", "handoff_failed")]
+    assert [left.message_id for left in rabbitmq_place.left()] == [message.message_id]
+
+
+def test_a_consumer_whose_connection_breaks_while_it_is_closed_is_closed(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer, _ = taken(rabbitmq_place.app())
+    stock = consumer.inner.connection.close
+
+    def break_off() -> None:
+        stock()
+        raise pika.exceptions.ConnectionWrongStateError("it is closing")
+
+    monkeypatch.setattr(consumer.inner, "close", lambda: None)
+    monkeypatch.setattr(consumer.inner.connection, "close", break_off)
+    consumer.close()
+    assert consumer.gone()

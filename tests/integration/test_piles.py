@@ -1,0 +1,108 @@
+"""Dead letters and ready messages, while others work on the same pile, and what the server will not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pika
+import pytest
+from dramatiq import Message
+from dramatiq.errors import ConnectionClosed
+
+from dramatiq_policies import ops
+from dramatiq_policies.ops.piles import Item, open_pile
+from dramatiq_policies.queues import reader_of
+
+from .places import App, RabbitmqPlace, RedisPlace, until
+from .test_operating import bury, count_dead
+
+
+def args_of(items: Iterator[Item]) -> list[Any]:
+    return [Message.decode(item.body).args[0] for item in items]
+
+
+# Redis: a pile is what lay there when it was looked at first.
+
+
+def test_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    bury(redis_place, app, 4)
+    letters, client = redis_place.key(f"{redis_place.queue}.XQ"), redis_place.client
+    with open_pile(app.broker, redis_place.queue, dead=True) as pile:
+        assert len(pile) == 4
+        client.hdel(f"{letters}.msgs", "r1")
+        client.zrem(letters, "r2")
+        newer = Message(redis_place.queue, "job", (9,), {}, {})
+        client.hset(f"{letters}.msgs", "r9", newer.encode())
+        client.zadd(letters, {"r9": 1_700_000_000_900})
+        assert args_of(iter(pile)) == [0, 3]
+
+
+def test_letters_that_others_take_all_of_meanwhile_are_none(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    bury(redis_place, app, 2)
+    with open_pile(app.broker, redis_place.queue, dead=True) as pile:
+        redis_place.client.delete(redis_place.key(f"{redis_place.queue}.XQ"))
+        assert args_of(iter(pile)) == []
+
+
+def test_a_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    app.broker.declare_queue(redis_place.queue)
+    bury(redis_place, app, 1)
+    with (
+        open_pile(app.broker, redis_place.queue, dead=True) as mine,
+        open_pile(app.broker, redis_place.queue, dead=True) as theirs,
+    ):
+        (letter,), (same,) = list(mine), list(theirs)
+        message = Message.decode(letter.body)
+        assert theirs.send(same, message)
+        assert not mine.send(letter, message)
+    assert redis_place.ready() == 1
+
+
+# RabbitMQ: what one reader has in hand another does not see.
+
+
+@pytest.mark.parametrize("read", [iter, lambda pile: pile.read_all()], ids=["one by one", "all at once"])
+def test_letters_that_somebody_else_has_in_hand_are_left_to_them(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
+    app = rabbitmq_place.app()
+    bury(rabbitmq_place, app, 3)
+    with open_pile(app.broker, rabbitmq_place.queue, dead=True) as pile:
+        assert len(pile) == 3
+        rabbitmq_place.channel.basic_get(f"{rabbitmq_place.queue}.XQ")
+        assert args_of(read(pile)) == [1, 2]
+    rabbitmq_place.channel.basic_recover(requeue=True)
+
+
+def test_a_queue_that_nobody_declared_takes_no_replay_and_the_letter_stays(rabbitmq_place: RabbitmqPlace) -> None:
+    app = rabbitmq_place.app()
+    bury(rabbitmq_place, app, 1)
+    with (
+        pytest.raises(ops.OperationError, match="no queue 'dp-test-missing'; start a worker once"),
+        open_pile(app.broker, rabbitmq_place.queue, dead=True) as pile,
+    ):
+        for letter in pile:
+            pile.send(letter, Message.decode(letter.body).copy(queue_name="dp-test-missing"))
+    until(lambda: count_dead(rabbitmq_place) == 1)
+
+
+@pytest.fixture
+def exclusive(rabbitmq_place: RabbitmqPlace) -> Iterator[App]:
+    """The application's queues belong to another connection alone, so that the server lets nobody look at them."""
+    with pika.BlockingConnection(pika.URLParameters(rabbitmq_place.url)) as owner:
+        for name in (rabbitmq_place.queue, f"{rabbitmq_place.queue}.XQ"):
+            owner.channel().queue_declare(name, exclusive=True)
+        app = rabbitmq_place.app()
+        app.broker.queues.add(rabbitmq_place.queue)
+        yield app
+
+
+def test_what_the_server_refuses_to_show_is_one_sentence(rabbitmq_place: RabbitmqPlace, exclusive: App) -> None:
+    with pytest.raises(ops.OperationError, match=r"RabbitMQ ended it \(ChannelClosedByBroker: RESOURCE_LOCKED"):
+        list(ops.dead_letters(exclusive.broker, queues=[rabbitmq_place.queue]))
+    with pytest.raises(ConnectionClosed, match="RESOURCE_LOCKED"):
+        reader_of(exclusive.broker).read(rabbitmq_place.queue)
+    with pytest.raises(ops.OperationError, match="RESOURCE_LOCKED"):
+        ops.check_live(exclusive.broker)
