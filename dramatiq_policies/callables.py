@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["accepts", "is_coroutine_callable"]
+__all__ = ["accepts", "accepts_call_of", "is_coroutine_callable", "stated_signature"]
 
 
 def is_coroutine_callable(fn: Any) -> bool:
@@ -21,13 +21,44 @@ def is_coroutine_callable(fn: Any) -> bool:
 
 def accepts(fn: Callable[..., Any], count: int) -> bool:
     """Whether it can be called with so many positional arguments; True where a callable does not say."""
+    signature = stated_signature(fn)
+    return signature is None or _takes(signature, count, ())
+
+
+def accepts_call_of(fn: Callable[..., Any], signature: inspect.Signature) -> bool:
+    """Whether it takes any of the calls that a signature takes; True where a callable does not say."""
+    own = stated_signature(fn)
+    if own is None:
+        return True
+    both = (own, signature)
+    for count in range(max(len(one.parameters) for one in both) + 1):
+        # So many by position, and by name no more than one of the two must have.
+        names = {name for one in both for name in _required_names(one, count)}
+        if all(_takes(one, count, names) for one in both):
+            return True
+    return False
+
+
+def stated_signature(fn: Callable[..., Any]) -> inspect.Signature | None:
+    """What a callable says that it takes itself, None if it does not: some that are written in C."""
     try:
         # A decorator may take other arguments than what it wraps.
-        signature = inspect.signature(fn, follow_wrapped=False)
+        return inspect.signature(fn, follow_wrapped=False)
     except (TypeError, ValueError):
-        return True
+        return None
+
+
+def _takes(signature: inspect.Signature, count: int, names: Iterable[str]) -> bool:
     try:
-        signature.bind(*range(count))
+        signature.bind(*range(count), **dict.fromkeys(names))
     except TypeError:
         return False
     return True
+
+
+def _required_names(signature: inspect.Signature, count: int) -> Iterator[str]:
+    """The parameters without a default that so many arguments by position leave to be given by name."""
+    for index, one in enumerate(signature.parameters.values()):
+        left = one.kind is one.KEYWORD_ONLY or (one.kind is one.POSITIONAL_OR_KEYWORD and index >= count)
+        if left and one.default is one.empty:
+            yield one.name

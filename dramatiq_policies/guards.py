@@ -12,10 +12,10 @@ from dramatiq.middleware import SkipMessage
 
 from . import coroutines, interrupts
 from .backoff import bounds_of
-from .callables import is_coroutine_callable
+from .callables import accepts_call_of, is_coroutine_callable, stated_signature
 from .durations import WEEK_MS
 from .errors import ConfigurationError, checked_duration
-from .keys import checked_key, encodable, template_key
+from .keys import checked_key, encodable, signature_of, template_key
 from .rule_set import RuleSet
 
 if TYPE_CHECKING:
@@ -101,22 +101,24 @@ def resolve_guard(
     idempotent = options.get("idempotent")
     if not (idempotent is None or isinstance(idempotent, bool)):
         raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)
-    given = options.get("idempotency_key")
+    given, done_when = options.get("idempotency_key"), options.get("done_when")
+    takes = None if given is None and done_when is None else _signature_of(fn)
     if given is not None:
         if isinstance(given, str):
-            guard.key_of = template_key(where, given, fn)
-        elif callable(given):
-            guard.key_of, guard.call_key = _of_users(where, "idempotency_key", given, fn)
+            if takes is None:
+                raise ConfigurationError.of_option(
+                    where, "idempotency_key", "a callable, for the actor does not say what it takes", given
+                )
+            guard.key_of = template_key(where, given, takes)
         else:
-            raise ConfigurationError.of_option(where, "idempotency_key", "a template or a callable", given)
+            _check_callable(where, "idempotency_key", "a template or a callable", given, fn, takes)
+            guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
+            guard.call_key = interrupts.caller(guard.key_of)
     guard.keyed = bool(idempotent) or given is not None
     guard.claims_at_once = guard.keyed and guard.call_key is None
-    done_when = options.get("done_when")
     guard.asked = guard.keyed or done_when is not None
     if done_when is not None:
-        if not callable(done_when):
-            raise ConfigurationError.of_option(where, "done_when", "a callable", done_when)
-        _refuse_async(where, "done_when", done_when, fn)
+        _check_callable(where, "done_when", "a callable", done_when, fn, takes)
         guard.job = _with_done_when(fn, done_when)
         guard.call = interrupts.caller(guard.job)
     ttl, max_crashes = defaults
@@ -154,17 +156,37 @@ def _longest_wait(rules: RuleSet) -> int:
     return min(longest, WEEK_MS)
 
 
-def _refuse_async(where: str, option: str, given: Any, fn: Any) -> None:
+def _signature_of(fn: Any) -> inspect.Signature | None:
+    """What the actor takes, None if it does not say."""
+    try:
+        return signature_of(fn)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_decorated(fn: Any) -> bool:
+    return hasattr(fn.__wrapped__ if coroutines.is_async(fn) else fn, "__wrapped__")
+
+
+def _check_callable(
+    where: str, option: str, expected: str, given: Any, fn: Any, takes: inspect.Signature | None
+) -> None:
+    """Refuse what can't be called as the actor is; ``takes`` is what that takes, None if it does not say."""
+    if not callable(given):
+        raise ConfigurationError.of_option(where, option, expected, given)
     if is_coroutine_callable(given) and not coroutines.is_async(fn):
         raise ConfigurationError.of_option(
             where, option, "a plain function", given, "A coroutine function works on an async actor only"
         )
-
-
-def _of_users(where: str, option: str, given: Callable[..., Any], fn: Any) -> tuple[Callable[..., Any], Caller]:
-    _refuse_async(where, option, given, fn)
-    run = async_to_sync(given) if is_coroutine_callable(given) else given
-    return run, interrupts.caller(run)
+    # A decorator may take other arguments than what it wraps.
+    if takes is not None and not _is_decorated(fn) and not accepts_call_of(given, takes):
+        raise ConfigurationError.of_option(
+            where,
+            option,
+            f"a callable that takes what the actor takes, {takes}",
+            given,
+            f"It takes {stated_signature(given)}; give it the actor's parameters",
+        )
 
 
 def _with_done_when(fn: Any, done_when: Callable[..., Any]) -> Callable[..., Any]:

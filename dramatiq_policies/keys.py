@@ -15,13 +15,19 @@ _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def signature_of(fn: Any) -> inspect.Signature:
-    """What an actor takes: for a class-based one, what its ``perform`` takes."""
+    """What an actor takes: for a class-based one, what its ``perform`` takes.
+
+    Raises:
+      TypeError, ValueError: Its function does not say: some that are written in C.
+    """
     inner = inspect.unwrap(fn)
     return inspect.signature(getattr(inner, "perform", fn))
 
 
-def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:
-    """The key that a template makes.
+def template_key(
+    where: str, template: str, signature: inspect.Signature
+) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:
+    """The key that a template makes of what an actor with this signature is called with.
 
     Raises:
       ConfigurationError: It is no template, or names what the actor does not take.
@@ -31,16 +37,17 @@ def template_key(where: str, template: str, fn: Any) -> Callable[[Sequence[Any],
         roots = set(roots_of(template))
     except ValueError as error:
         raise ConfigurationError.of_option(where, option, f"a template ({error})", template) from None
-    signature = signature_of(fn)
     parameters = signature.parameters.values()
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     if not roots <= known:
         expected = f"a template over the actor's arguments {sorted(known)}"
         raise ConfigurationError.of_option(where, option, expected, template, "Mend the field's name")
-    if not roots:
+    if not roots and signature.parameters:
         raise ConfigurationError.of_option(
             where, option, "a template with at least one field", template, "Every call would have the same key"
         )
+    if not template:
+        raise ConfigurationError.of_option(where, option, "a key that is not empty", template)
     names = tuple(p.name for p in parameters if p.kind in _NAMED)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     plain = len(names) == len(signature.parameters)

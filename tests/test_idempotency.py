@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 
@@ -421,6 +422,76 @@ def test_a_bad_option_is_refused_at_declaration(options, said):
     with pytest.raises(ConfigurationError, match="actor 'ship'") as refused:
         stage.actor(lambda order_id: None, actor_name="ship", **options)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["idempotency_key", "done_when"])
+def test_a_callable_that_takes_no_call_of_the_actor_s_is_refused_at_declaration(option):
+    stage = Stage()
+
+    def of_another(order_id, email):
+        pass
+
+    with pytest.raises(ConfigurationError) as refused:
+        stage.actor(lambda order_id: None, actor_name="ship", **{option: of_another})
+    assert str(refused.value).startswith(
+        f"actor 'ship': {option}: expected a callable that takes what the actor takes, (order_id), got <function "
+    )
+    assert str(refused.value).endswith("It takes (order_id, email); give it the actor's parameters")
+
+
+@pytest.mark.parametrize("option", ["idempotency_key", "done_when"])
+def test_of_an_async_and_of_a_class_based_actor_it_is_checked_too(option):
+    stage = Stage(middleware=[AsyncIO()])
+
+    async def ship(order_id):
+        pass
+
+    with pytest.raises(ConfigurationError, match="what the actor takes"):
+        stage.actor(ship, **{option: lambda: "x"})
+    meta = type("Meta", (), {"broker": stage.broker, option: staticmethod(lambda: "x")})
+    with pytest.raises(ConfigurationError, match=r"what the actor takes, \(order_id\)"):
+        type("Ship", (dramatiq.GenericActor,), {"Meta": meta, "perform": lambda self, order_id: None})
+
+
+def test_what_does_not_say_what_it_takes_is_taken():
+    stage = Stage()
+    stage.actor(lambda order_id: None, actor_name="by_key", idempotency_key=str)
+    stage.actor(lambda order_id: None, actor_name="by_state", done_when=min)
+
+    def with_session(fn):
+        @functools.wraps(fn)
+        def wrapped(*args):
+            return fn("session", *args)
+
+        return wrapped
+
+    @stage.actor(idempotency_key=lambda order_id: f"order:{order_id}")
+    @with_session
+    def decorated(session, order_id):
+        pass
+
+    decorated.send(7)
+    decorated.send(7)
+    stage.run()
+    assert stage.outcomes() == ["succeeded", "duplicate"]
+
+
+def test_an_actor_that_does_not_say_what_it_takes_has_a_callable_for_a_key():
+    stage = Stage()
+    with pytest.raises(ConfigurationError, match="does not say what it takes"):
+        stage.actor(min, actor_name="least", idempotency_key="{a}")
+    stage.actor(min, actor_name="least", idempotency_key=lambda a, b: f"{a}:{b}", done_when=lambda a, b: False)
+
+
+def test_a_job_without_arguments_may_have_a_constant_key():
+    stage = Stage()
+    runs = []
+    nightly = stage.actor(lambda: runs.append(1), actor_name="nightly", idempotency_key="nightly")
+    nightly.send()
+    nightly.send()
+    stage.run()
+    assert stage.outcomes() == ["succeeded", "duplicate"]
+    assert Idempotency.state(nightly).key == "nightly"
 
 
 def test_its_options_are_known_where_it_is_the_only_one_of_the_bundle():

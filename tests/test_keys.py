@@ -16,7 +16,7 @@ from .support import Stage
 
 
 def key_of(template, fn, *args, **kwargs):
-    return template_key("actor 'job'", template, fn)(args, kwargs)
+    return template_key("actor 'job'", template, signature_of(fn))(args, kwargs)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,17 @@ def test_an_argument_by_position_only_is_not_mistaken_for_an_option_of_the_same_
 @pytest.mark.parametrize("template", ["{}", "{0}", "{nope}", "{a:{nope}}", "{nope[a]}", "{nope.a}", "{a", "none", ""])
 def test_a_template_that_can_not_be_filled_is_refused_at_declaration(template):
     with pytest.raises(ConfigurationError, match=r"^actor 'job': idempotency_key: expected "):
-        template_key("actor 'job'", template, lambda a: None)
+        template_key("actor 'job'", template, signature_of(lambda a: None))
+
+
+def test_where_there_are_no_arguments_a_key_may_be_a_constant():
+    assert key_of("nightly", lambda: None) == "nightly"
+    for template in ("{a}", ""):
+        with pytest.raises(ConfigurationError, match=r"^actor 'job': idempotency_key: expected "):
+            key_of(template, lambda: None)
+    for takes_some in (lambda *rest: None, lambda **options: None, lambda a=1: None):
+        with pytest.raises(ConfigurationError, match="Every call would have the same key"):
+            key_of("nightly", takes_some)
 
 
 @pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2), {}), ((), {"b": 1})])

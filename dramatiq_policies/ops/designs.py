@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from ..callables import accepts_call_of
 from ..durations import WEEK_MS
 from ..keys import roots_of
-from .apps import OperationError, one_line
+from .apps import OperationError, meant, one_line
 
 __all__ = ["Argument", "Design", "IncompleteDesign", "Named", "parse_design"]
 
@@ -85,17 +87,24 @@ _ERRORS = {
 }
 
 
+_JOB = (*_TEXTS, "input", "timeout", "idempotency_key", "idempotent", "done_when")
+
+
 def parse_design(data: Mapping[str, Any]) -> Design:
     """A design from the tables ``[job]`` and ``[errors]``.
 
     Raises:
       IncompleteDesign: With everything that is missing or makes no sense.
+      OperationError: It answers what nobody asks.
     """
     problems: list[str] = []
     job: Any = data.get("job", {})
     errors: Any = data.get("errors", {})
     if not isinstance(job, Mapping) or not isinstance(errors, Mapping):
         raise IncompleteDesign(["expected the tables [job] and [errors]"])
+    _refuse_unknown("", data, ("job", "errors"))
+    _refuse_unknown("job.", job, _JOB)
+    _refuse_unknown("errors.", errors, _ERRORS)
     texts: dict[str, Any] = {}
     for name, what in _TEXTS.items():
         value = job.get(name)
@@ -123,6 +132,14 @@ def parse_design(data: Mapping[str, Any]) -> Design:
     if problems:
         raise IncompleteDesign(problems)
     return Design(arguments=arguments, timeout=timeout, **texts, **named, **idempotency)
+
+
+def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """An answer under another name would be none at all."""
+    for name in given:
+        if name not in known:
+            there = ", ".join(f"{table}{one}" for one in known)
+            raise OperationError(f"{table}{name} answers no question{meant(name, known)} There are {there}.")
 
 
 def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:
@@ -172,7 +189,7 @@ def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], proble
             problems.append(f"job.idempotency_key: a template over the arguments, got {key!r}")
         else:
             problems += [f"job.idempotency_key: {field!r} is none of the arguments" for field in sorted(fields - names)]
-            if not fields:
+            if not fields and (arguments or not key):
                 problems.append(
                     "job.idempotency_key: a template over the arguments; without one all messages are one job"
                 )
@@ -183,7 +200,15 @@ def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], proble
         found = _import("job.done_when", done_when, problems)
         if found is not None and not callable(found.value):
             problems.append(f"job.done_when: {done_when!r} can't be called")
+        elif found is not None and not accepts_call_of(found.value, _signature_of(arguments)):
+            takes = ", ".join(argument.name for argument in arguments)
+            problems.append(f"job.done_when: {done_when!r} does not take what the job takes, ({takes})")
     return {"idempotency_key": key, "idempotent": bool(idempotent), "done_when": found}
+
+
+def _signature_of(arguments: tuple[Argument, ...]) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(argument.name, kind) for argument in arguments])
 
 
 def _import(where: str, path: Any, problems: list[str]) -> Named | None:

@@ -46,6 +46,9 @@ outbox = {}
 
 def is_sent(order_id, email):
     return order_id in outbox
+
+def is_open():
+    return True
 """
 FILE = "shop/jobs/send_confirmation.py"
 TESTS = "tests/test_send_confirmation.py"
@@ -170,6 +173,24 @@ def test_what_it_writes_is_as_ruff_writes_it(command, shop, file, width):
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def write_the_job(shop, body):
+    todo = 'raise NotImplementedError("send_confirmation is not written yet")'
+    written = (shop / FILE).read_text().replace(todo, body)
+    (shop / FILE).write_text(written + "\n\nfrom shop.mail import outbox\n")
+
+
+def write_its_effects(shop):
+    specified = (shop / TESTS).read_text()
+    for old, new in (
+        ('return one e-mail.\n    """\n', 'return one e-mail.\n    """\n    return dict(outbox)\n'),
+        ('"""Undo it. To be written."""\n', '"""Undo it."""\n    outbox.clear()\n'),
+        ("MissingCredentials, RateLimited\n", "MissingCredentials, RateLimited, outbox\n"),
+    ):
+        assert specified.count(old) == 1
+        specified = specified.replace(old, new)
+    (shop / TESTS).write_text(specified)
+
+
 @pytest.mark.parametrize(
     "once", ['idempotency_key = "order-confirmation:{order_id}"', 'done_when = "shop.mail:is_sent"']
 )
@@ -181,28 +202,12 @@ def test_its_tests_fail_until_the_job_and_its_effects_are_written_and_pass_then(
     assert "passed" not in before.stdout, before.stdout
     assert "error" not in before.stdout.splitlines()[-1]
     assert "send_confirmation is not written yet" in before.stdout
-    written = (
-        (shop / FILE)
-        .read_text()
-        .replace(
-            'raise NotImplementedError("send_confirmation is not written yet")',
-            "outbox[order_id] = email",
-        )
-    )
-    (shop / FILE).write_text(written + "\n\nfrom shop.mail import outbox\n")
+    write_the_job(shop, "outbox[order_id] = email")
     if "key" in once:
         half = pytest_in(shop)
         assert "9 passed, 1 warning" in half.stdout, half.stdout
         assert "it sees nothing of it" in half.stdout
-    specified = (shop / TESTS).read_text()
-    for old, new in (
-        ('return one e-mail.\n    """\n', 'return one e-mail.\n    """\n    return dict(outbox)\n'),
-        ('"""Undo it. To be written."""\n', '"""Undo it."""\n    outbox.clear()\n'),
-        ("MissingCredentials, RateLimited\n", "MissingCredentials, RateLimited, outbox\n"),
-    ):
-        assert specified.count(old) == 1
-        specified = specified.replace(old, new)
-    (shop / TESTS).write_text(specified)
+    write_its_effects(shop)
     after = pytest_in(shop)
     assert "9 passed in" in after.stdout, after.stdout + after.stderr
 
@@ -263,6 +268,11 @@ def test_all_that_is_missing_is_named_at_once(command, shop):
             "done_when = 5",
             'job.done_when: expected "module:Name", got 5',
         ),
+        (
+            'idempotency_key = "order-confirmation:{order_id}"',
+            'done_when = "shop.mail:is_open"',
+            "job.done_when: 'shop.mail:is_open' does not take what the job takes, (order_id, email)",
+        ),
         ("[job]", "job = 5", "expected the tables [job] and [errors]"),
     ],
 )
@@ -272,6 +282,31 @@ def test_an_answer_that_makes_no_sense_is_refused(command, shop, old, new, said)
     assert result.exit_code == 1
     assert said in result.stderr
     assert not (shop / "shop" / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("purpose =", "prupose =", "job.prupose answers no question; did you mean 'purpose'? There are job.purpose, "),
+        ("[errors]", "[errors]\nzzz = 1", "errors.zzz answers no question. There are errors.transient, "),
+        ("[errors]", "[error]", "error answers no question; did you mean 'errors'? There are job, errors."),
+    ],
+)
+def test_an_answer_to_what_nobody_asks_is_refused(command, shop, old, new, said):
+    redesign(shop, (old, new))
+    assert said in command.refuses("new", FILE, "--design", "design.toml")
+    assert not (shop / "shop" / "jobs").exists()
+
+
+def test_a_job_without_arguments_may_have_a_constant_key(command, shop):
+    redesign(shop, ('["order_id: int", "email: str"]', "[]"), ("order-confirmation:{order_id}", "nightly"))
+    assert command("new", FILE, "--design", "design.toml").exit_code == 0
+    assert '    idempotency_key="nightly",\n' in (shop / FILE).read_text()
+    assert run(shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation").returncode == 0
+    write_the_job(shop, 'outbox["all"] = 1')
+    write_its_effects(shop)
+    passed = pytest_in(shop)
+    assert passed.returncode == 0, passed.stdout
 
 
 def test_no_errors_is_an_answer(command, shop):
