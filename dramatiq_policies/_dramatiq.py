@@ -155,6 +155,20 @@ def rabbitmq_acks(consumer: Any) -> tuple[Callable[[int], object], Callable[[int
     return getattr(channel, "_impl", channel).basic_ack, channel.basic_ack
 
 
+def take_rabbitmq_connection(broker: Any) -> Any:
+    """The connection that a RabbitmqBroker keeps for this thread, and keeps no longer; None if it has none.
+
+    ``del broker.connection`` would close it, and trusts that no exception has struck in the middle of what it did.
+    """
+    connection = getattr(broker.state, "connection", None)
+    for name in ("channel", "connection"):
+        if hasattr(broker.state, name):
+            delattr(broker.state, name)
+    broker.connections.discard(connection)
+    broker.channels.difference_update([one for one in broker.channels.copy() if one.connection is connection])
+    return connection
+
+
 def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:
     """With which arguments a RabbitmqBroker declares a queue and its delay queue."""
     return cast("dict[str, Any]", broker._build_queue_arguments(queue_name))

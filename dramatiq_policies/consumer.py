@@ -219,6 +219,9 @@ class PolicyConsumer(Consumer):
 
     # What a broker's own consumer does otherwise.
 
+    def after_interrupt(self) -> None:
+        """Give up what an interrupt may have left in an unknown state on this thread."""
+
     def take(self) -> MessageProxy | None:
         """The next readable message, or None."""
         try:

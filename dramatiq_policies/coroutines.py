@@ -26,7 +26,7 @@ from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thre
 from dramatiq.middleware import Shutdown
 
 from .errors import TimeoutExceeded
-from .interrupts import arm, slot_of_this_thread
+from .interrupts import arm, nothing, slot_of_this_thread
 from .slots import Tokens, Watch, frame_of
 
 __all__ = ["call", "is_async"]
@@ -55,8 +55,12 @@ def call(
     on_shutdown: bool = False,
     watch: Watch | None = None,
     job: Any = None,
+    after_interrupt: Callable[[], object] = nothing,
 ) -> R:
-    """As `interrupts.call`, for an ``fn`` that `is_async`."""
+    """As `interrupts.call`, for an ``fn`` that `is_async`.
+
+    A task is cancelled where it awaits something, and never in the middle of a call: ``after_interrupt`` is not needed.
+    """
     if deadline is None and not on_shutdown:
         return fn(*args, **kwargs)
     thread = get_event_loop_thread()

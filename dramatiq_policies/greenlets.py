@@ -20,7 +20,7 @@ import gevent
 from dramatiq.middleware import Shutdown
 
 from .errors import TimeoutExceeded
-from .interrupts import cause_of
+from .interrupts import cause_of, nothing
 from .slots import Watch, report_apart
 
 __all__ = ["call", "shutdown"]
@@ -39,10 +39,12 @@ class _Run:
         "_timer",
         "_watch",
         "on_shutdown",
+        "struck",
     )
 
     def __init__(self, deadline: float | None, on_shutdown: bool, watch: Watch | None, job: Any) -> None:
         self.on_shutdown = on_shutdown
+        self.struck = False
         self._deadline = deadline
         self._watch = watch
         self._job = job
@@ -80,6 +82,7 @@ class _Run:
 
     def _throw(self, exception: type[BaseException]) -> None:
         if not self._over:
+            self.struck = True
             self._greenlet.throw(self._context.run(exception))
 
     def interrupt(self, exception: type[BaseException]) -> None:
@@ -107,6 +110,7 @@ def call(
     on_shutdown: bool = False,
     watch: Watch | None = None,
     job: Any = None,
+    after_interrupt: Callable[[], object] = nothing,
 ) -> R:
     """As `interrupts.call`."""
     greenlet = gevent.getcurrent()
@@ -123,6 +127,8 @@ def call(
     finally:
         run.end()
         del _runs[greenlet]
+        if run.struck:
+            after_interrupt()
 
 
 def shutdown() -> None:

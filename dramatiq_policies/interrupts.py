@@ -79,6 +79,10 @@ R = TypeVar("R")
 _gevent_is_active: Callable[[], bool] = is_gevent_active
 
 
+def nothing() -> None:
+    """What is to be done where nothing is."""
+
+
 class Caller(Protocol):
     """`call`, and what stands in for it."""
 
@@ -92,6 +96,7 @@ class Caller(Protocol):
         on_shutdown: bool = False,
         watch: Watch | None = None,
         job: Any = None,
+        after_interrupt: Callable[[], object] = nothing,
     ) -> R: ...
 
 
@@ -117,6 +122,7 @@ def call(
     on_shutdown: bool = False,
     watch: Watch | None = None,
     job: Any = None,
+    after_interrupt: Callable[[], object] = nothing,
 ) -> R:
     """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it when it must end.
 
@@ -125,31 +131,32 @@ def call(
       on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in it.
       watch: Who is told if it goes on after the deadline; None for nobody.
       job: What the watch is told that it is.
+      after_interrupt: Called, on this thread, if there was an interrupt and once none can come any more, to give up what it
+        may have struck in the middle. Must not raise.
 
     Returns what ``fn`` returns and raises what it raises, an interrupt included. No interrupt is raised after that, and
     one that comes when ``fn`` has already ended is dropped.
     """
-    if deadline is None:
-        if not on_shutdown:
-            return fn(*args, **kwargs)
-        deadline = inf
+    if deadline is None and not on_shutdown:
+        return fn(*args, **kwargs)
+    due = inf if deadline is None else deadline
     slot = _mine.slot or slot_of_this_thread()
     if slot.tokens is not None:
         return fn(*args, **kwargs)
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
-    returned = False
+    returned = struck = False
     error: BaseException | None = None
     try:
         try:
             try:
                 with slot.lock:
                     slot.tokens = tokens
-                    slot.due = deadline
+                    slot.due = due
                     slot.timed_out = False
                     slot.watch = watch
                     slot.job = job
                     slot.target = None
-                if deadline < _timer.wakes_at:
+                if due < _timer.wakes_at:
                     _timer.wake()
                 result = fn(*args, **kwargs)
                 returned = True
@@ -157,15 +164,20 @@ def call(
                 error = raised
             slot.tokens = slot.job = None
             if tokens.pop(TimeoutExceeded, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
+                struck = True
                 slot.disarm(tokens)
         except BaseException as late:  # The first interrupt, one line late: see the module's docstring.
+            struck = True
             if not returned and error is None:
                 error = late
             slot.disarm(tokens)
     except BaseException as later:  # The second one.
+        struck = True
         if not returned and error is None:
             error = later
         slot.disarm(tokens)
+    if struck:
+        after_interrupt()
     if error is None:
         return result
     try:

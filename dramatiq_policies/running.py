@@ -132,6 +132,7 @@ def _call(
             on_shutdown=wiring.interrupted_by_shutdown(delivery),
             watch=wiring.timeout,
             job=delivery,
+            after_interrupt=delivery.consumer.after_interrupt,
         )
     finally:
         delivery.ended = ended = monotonic()

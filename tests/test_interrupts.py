@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import gc
 import inspect
@@ -187,6 +188,60 @@ def test_an_error_leaves_no_reference_cycle_behind():
         assert [o for o in gc.get_objects() if type(o) is Marked] == []
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_after_an_interrupt_what_it_may_have_struck_is_given_up_before_anybody_goes_on(swallowed):
+    done = []
+
+    def job():
+        try:
+            spin_for_ever()
+        except TimeoutExceeded:
+            done.append("interrupted")
+            if not swallowed:
+                raise
+
+    with contextlib.nullcontext() if swallowed else pytest.raises(TimeoutExceeded):
+        interrupts.call(job, (), {}, deadline=in_ms(10), after_interrupt=lambda: done.append("given up"))
+    assert done == ["interrupted", "given up"]
+
+
+def test_without_an_interrupt_nothing_is_given_up():
+    given_up = []
+
+    def fails():
+        raise KeyError
+
+    limits = {"deadline": in_ms(60_000), "on_shutdown": True, "after_interrupt": lambda: given_up.append(1)}
+    interrupts.call(spin, (0,), {}, **limits)
+    with pytest.raises(KeyError):
+        interrupts.call(fails, (), {}, **limits)
+    assert given_up == []
+
+
+def test_near_its_deadline_too_whatever_ends_by_an_interrupt_is_given_up_once_and_that_is_not_interrupted():
+    dice = random.Random(3)
+    ends = Counter()
+    for _ in range(2_000):
+        given_up = []
+
+        def give_up(given_up=given_up):
+            given_up.append("begun")
+            spin(in_ms(0.2))
+            given_up.append("done")
+
+        deadline = monotonic() + 0.0002
+        job = (deadline + dice.uniform(-0.0003, 0.0005), None, [])
+        try:
+            interrupts.call(near_the_deadline, job, {}, deadline=deadline, after_interrupt=give_up)
+        except TimeoutExceeded:
+            ends["timeout"] += 1
+            assert given_up == ["begun", "done"]
+        else:
+            ends["result"] += 1
+            assert given_up in ([], ["begun", "done"])
+    assert min(ends["timeout"], ends["result"]) > 0, ends
 
 
 def test_a_call_in_a_call_belongs_to_the_outer_one():
@@ -881,6 +936,13 @@ def test_an_async_job_returns_its_result(event_loop):
     assert call_async(job, 1, 2, deadline=in_ms(60_000)) == 3
 
 
+def test_an_async_job_is_cancelled_where_it_waits_and_nothing_is_given_up(event_loop):
+    given_up = []
+    with pytest.raises(TimeoutExceeded):
+        call_async(sleep_for_ever, deadline=in_ms(10), after_interrupt=lambda: given_up.append(1))
+    assert given_up == []
+
+
 def test_without_an_event_loop_the_error_is_dramatiq_s():
     with pytest.raises(RuntimeError, match="Have you added the AsyncIO middleware"):
         call_async(sleep_for_ever, deadline=in_ms(60_000))
@@ -1102,11 +1164,15 @@ def test_under_gevent_a_job_is_interrupted_by_the_hub():
         ((job_, stack),) = Watch.seen
         assert job_ == 1 and "in swallows" in stack, stack
 
+        given_up = []
+        limits = dict(on_shutdown=True, after_interrupt=lambda: given_up.append(1))
+        call(job, (0,), {}, **limits)
+        assert given_up == []
         gevent.spawn_later(0.05, interrupts.shutdown)
         try:
-            call(job, (), {}, on_shutdown=True)
+            call(job, (), {}, **limits)
         except Shutdown:
-            pass
+            assert given_up == [1]
         else:
             raise AssertionError
         """)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pika
@@ -11,17 +12,32 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.middleware import Shutdown
 
-from dramatiq_policies import TimeoutExceeded
+from dramatiq_policies import TimeoutExceeded, _dramatiq
 from dramatiq_policies._pika import drop
 from dramatiq_policies.ops import OperationError
 from dramatiq_policies.ops.piles.rabbitmq import connect
 from dramatiq_policies.queues import reader_of
 
+LEFT, CLOSED = ([], True), (["close"], False)
 FROM_OUTSIDE = [KeyboardInterrupt, SystemExit, Shutdown, TimeoutExceeded]
+
+
+class Channel:
+    is_open = True
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def queue_declare(self, name, passive):
+        if self.connection.strike:
+            raise self.connection.strike
+        return SimpleNamespace(method=SimpleNamespace(message_count=0, consumer_count=0))
 
 
 class Connection:
     """As pika's, as far as it is looked at, to a server that takes note of how it ends."""
+
+    strike = None
 
     def __init__(self):
         self.socket, self.server = socket.socketpair()
@@ -30,18 +46,12 @@ class Connection:
         loop = SimpleNamespace(close=self.loops.clear)
         self._impl = SimpleNamespace(_transport=SimpleNamespace(_sock=self.socket), ioloop=loop)
         self.is_open = True
-        self.strike = None
 
     def close(self):
         self.said.append("close")
 
     def channel(self):
-        return self
-
-    def queue_declare(self, name, passive):
-        if self.strike:
-            raise self.strike
-        return SimpleNamespace(method=SimpleNamespace(message_count=0, consumer_count=0))
+        return Channel(self)
 
     def heard(self):
         """What the server was told, and whether the socket is closed."""
@@ -52,12 +62,19 @@ class Connection:
 
 
 @pytest.fixture
-def connection(monkeypatch):
-    connection = Connection()
-    monkeypatch.setattr(pika, "BlockingConnection", lambda parameters: connection)
-    yield connection
-    connection.socket.close()
-    connection.server.close()
+def connections(monkeypatch):
+    """Those that were opened."""
+    opened = []
+
+    def connect(parameters):
+        opened.append(Connection())
+        return opened[-1]
+
+    monkeypatch.setattr(pika, "BlockingConnection", connect)
+    yield opened
+    for one in opened:
+        one.socket.close()
+        one.server.close()
 
 
 @pytest.fixture
@@ -65,10 +82,49 @@ def broker():
     return RabbitmqBroker()
 
 
-LEFT, CLOSED = ([], True), (["close"], False)
+def test_a_broker_that_gives_up_a_thread_s_connection_keeps_those_of_the_others(connections, broker):
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(lambda: (broker.connection, broker.channel)).result()
+    struck = broker.connection
+    assert broker.channel.connection is struck
+
+    assert _dramatiq.take_rabbitmq_connection(broker) is struck
+    assert broker.connections == {elsewhere[0]}
+    assert broker.channels == {elsewhere[1]}
+    assert broker.connection is connections[-1] is not struck
+    assert broker.channel.connection is connections[-1]
 
 
-def test_what_is_dropped_has_no_socket_and_no_loop(connection):
+def between_connection_and_channel(broker):
+    assert broker.connection
+
+
+def before_either_was_noted(broker):
+    assert broker.channel
+    broker.connections.clear()
+    broker.channels.clear()
+
+
+def while_the_channel_was_deleted(broker):
+    assert broker.channel
+    del broker.state.channel
+
+
+@pytest.mark.parametrize(
+    "struck", [between_connection_and_channel, before_either_was_noted, while_the_channel_was_deleted]
+)
+def test_nothing_is_kept_of_one_that_was_struck_while_the_broker_took_note_of_it(connections, broker, struck):
+    struck(broker)
+    assert _dramatiq.take_rabbitmq_connection(broker) is connections[0]
+    assert (broker.connections, broker.channels, vars(broker.state)) == (set(), set(), {})
+
+
+def test_a_thread_without_a_connection_has_none_to_give_up(broker):
+    assert _dramatiq.take_rabbitmq_connection(broker) is None
+
+
+def test_what_is_dropped_has_no_socket_and_no_loop(connections, broker):
+    connection = broker.connection
     drop(connection)
     assert connection.heard() == LEFT
     assert not connection.loops
@@ -84,50 +140,50 @@ def test_so_is_none_at_all():
 
 
 @pytest.mark.parametrize("error", FROM_OUTSIDE)
-def test_a_command_that_is_interrupted_has_no_last_conversation(connection, broker, error):
+def test_a_command_that_is_interrupted_has_no_last_conversation(connections, broker, error):
     with pytest.raises(error), connect(broker):
         raise error
-    assert connection.heard() == LEFT
+    assert connections[0].heard() == LEFT
 
 
-def test_any_other_end_is_a_polite_one(connection, broker):
+def test_any_other_end_is_a_polite_one(connections, broker):
     with connect(broker):
         pass
-    assert connection.heard() == CLOSED
+    assert connections[0].heard() == CLOSED
 
 
 @pytest.mark.parametrize(
     ("error", "raised"), [(ValueError, ValueError), (pika.exceptions.ChannelClosed(500, "no"), OperationError)]
 )
-def test_so_is_that_by_an_error(connection, broker, error, raised):
+def test_so_is_that_by_an_error(connections, broker, error, raised):
     with pytest.raises(raised), connect(broker):
         raise error
-    assert connection.heard() == CLOSED
+    assert connections[0].heard() == CLOSED
 
 
-def test_so_is_that_of_whoever_has_seen_enough(connection, broker):
+def test_so_is_that_of_whoever_has_seen_enough(connections, broker):
     def listed():
         with connect(broker):
             yield 1
 
     with contextlib.closing(listed()) as lines:
         next(lines)
-    assert connection.heard() == CLOSED
+    assert connections[0].heard() == CLOSED
 
 
 @pytest.mark.parametrize("error", FROM_OUTSIDE)
-def test_a_reading_that_is_interrupted_forgets_its_connection(connection, broker, error):
+def test_a_reading_that_is_interrupted_forgets_its_connection(connections, broker, monkeypatch, error):
     reader = reader_of(broker)
-    connection.strike = error
+    monkeypatch.setattr(Connection, "strike", error)
     with pytest.raises(error):
         reader.read("mail")
     reader.close()
-    assert connection.heard() == LEFT
+    assert connections[0].heard() == LEFT
 
 
-def test_a_reader_that_is_not_interrupted_keeps_its_connection_until_it_is_closed(connection, broker):
+def test_a_reader_that_is_not_interrupted_keeps_its_connection_until_it_is_closed(connections, broker):
     reader = reader_of(broker)
     reader.read("mail")
-    assert connection.heard() == ([], False)
+    assert connections[0].heard() == ([], False)
     reader.close()
-    assert connection.heard() == CLOSED
+    assert connections[0].heard() == CLOSED

@@ -18,6 +18,7 @@ from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
+from .._pika import drop
 from ..consumer import PolicyConsumer
 from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
@@ -131,6 +132,15 @@ class RabbitmqConsumer(PolicyConsumer):
             channel.confirm_delivery()
             broker.state.dramatiq_policies_channel = channel
         return channel
+
+    def after_interrupt(self) -> None:
+        """Forget this thread's connection: a send of the job's may have been struck, and its confirm never come.
+
+        The next one who needs it opens another. What the job had sent may have been confirmed or not.
+        """
+        broker: Any = self.broker
+        broker.state.dramatiq_policies_channel = None
+        drop(_dramatiq.take_rabbitmq_connection(broker))
 
     def finish(self, message: MessageProxy) -> None:
         if self.gone():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
+from dramatiq_policies import RetryPolicy, TimeoutExceeded, constant, current_job
 from dramatiq_policies.middleware.timeout import STUCK_EXIT_CODE
 
 from .places import Gate, Place, RabbitmqPlace, RedisPlace, until
@@ -197,3 +201,36 @@ def test_the_quarantine_blames_the_stuck_job_and_not_its_neighbours(redis_place:
     (letter,) = redis_place.dead()
     assert (letter.actor_name, letter.options["failure"]["reason"]) == ("stuck", "crashed")
     assert redis_place.left() == []
+
+
+def test_a_job_that_was_interrupted_while_it_sent_is_retried_and_sends_again(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame whose writing was struck is never written, nor is any after it on that connection."""
+    app = rabbitmq_place.app(broker=RabbitmqBroker(url=rabbitmq_place.url, confirm_delivery=True))
+    write, used = SelectorIOServicesAdapter.set_writer, []
+
+    def struck(self: Any, *args: Any) -> None:
+        job = current_job()
+        while job is not None and job.attempt == 1 and used:
+            time.sleep(0.001)
+        write(self, *args)
+
+    @app.actor
+    def other() -> None:
+        pass
+
+    @app.actor(timeout=1_000, retry_on={TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(1))})
+    def sends() -> None:
+        connection = app.broker.channel.connection
+        used.append(connection)
+        other.send()
+
+    monkeypatch.setattr(SelectorIOServicesAdapter, "set_writer", struck)
+    sends.send()
+    app.work_until("retried", "succeeded", "succeeded", threads=1)
+    first, second = used
+    assert first is not second
+    assert app.broker.connections >= {second}
+    assert first not in app.broker.connections
+    assert rabbitmq_place.left() == []
