@@ -18,10 +18,14 @@ from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
 from dramatiq_policies import (
+    DiscardLogger,
     ErrorClassifier,
+    Heartbeat,
     Idempotency,
+    Metrics,
     QueueMonitor,
     RetryPolicy,
+    SentryReporter,
     Threshold,
     Timeout,
     constant,
@@ -30,6 +34,8 @@ from dramatiq_policies import (
 from dramatiq_policies.middleware.composition import GroupCallbacks
 from dramatiq_policies.stores.redis import RedisStore
 from dramatiq_policies.testing import drain, fail, perform, stub
+
+from .support import PlainClient
 
 UNREACHABLE = "redis://127.0.0.1:1/0"
 
@@ -102,6 +108,59 @@ def test_the_middleware_is_the_same_and_shares_nothing(redis_broker):
         (timeout,) = [one for one in broker.middleware if isinstance(one, Timeout)]
         assert timeout.default == 1_234
         assert timeout.attached_to is not None
+
+
+BUNDLE = [
+    ErrorClassifier(max_attempts=7),
+    Timeout(default=1_234),
+    Idempotency(max_crashes=7),
+    DiscardLogger("INFO"),
+    Metrics(PlainClient(), prefix="tasks"),
+    SentryReporter("first"),
+    QueueMonitor(thresholds={"sums": Threshold(ready=7)}),
+    Heartbeat("heartbeat"),
+]
+
+
+@pytest.mark.parametrize("original", BUNDLE, ids=lambda one: type(one).__name__)
+def test_a_twin_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_own(original):
+    settings = {"_given", "levels", "_tellers"}
+    before = dict(vars(original))
+    twin = original.for_stub()
+    assert type(twin) is type(original)
+    assert twin.attached_to is None
+    assert vars(original) == before
+    for name, value in vars(original).items():
+        if isinstance(value, (dict, list, set)) and name not in settings:
+            assert vars(twin)[name] is not value, name
+        elif isinstance(value, (int, str, tuple)) and name != "in_workers":
+            assert vars(twin)[name] == value, name
+
+
+def test_a_subclass_of_ours_may_say_what_it_is_in_a_test(redis_broker, add):
+    class Counting(Metrics):
+        def __init__(self):
+            super().__init__(PlainClient())
+            self.counted = []
+
+        def for_stub(self):
+            twin = super().for_stub()
+            twin.counted = []
+            return twin
+
+        def values_of(self, event):
+            self.counted.append(event.outcome)
+            return super().values_of(event)
+
+    counting = Counting()
+    redis_broker.add_middleware(counting)
+    with stub() as broker:
+        (twin,) = [one for one in broker.middleware if isinstance(one, Counting)]
+        with fail(add, Flaky):
+            add.send(1, 1)
+            drain(broker)
+    assert twin.counted[0] == "retried"
+    assert counting.counted == []
 
 
 def test_idempotency_remembers_in_memory_and_a_monitor_reads_the_stub(monkeypatch):

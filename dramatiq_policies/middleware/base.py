@@ -41,7 +41,10 @@ class PolicyMiddleware(Middleware):
         """Called once, when the middleware is in its place."""
 
     def for_stub(self) -> Self:
-        """One with the same settings for a StubBroker in a test, on no broker yet and connected to nothing."""
+        """One with the same settings for a StubBroker in a test, on no broker yet and connected to nothing.
+
+        `testing.stub` asks for it. A subclass with a state of its own, or a connection, extends it.
+        """
         twin = copy.copy(self)
         twin.attached_to = None
         return twin

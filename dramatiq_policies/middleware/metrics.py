@@ -108,7 +108,7 @@ class Metrics(PolicyMiddleware):
         twin = super().for_stub()
         # Nothing is sent; the test kit looks at the values on their way.
         twin.statsd = Statsd(Nowhere())
-        vars(twin).update(_wiring=None, _names={})
+        vars(twin).update(_wiring=None, _names={}, _lines={})
         return twin
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:

@@ -146,7 +146,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
-        twin.stuck_subscribers = []
+        twin.stuck_subscribers, twin.stuck_jobs = [], []
         return twin
 
     # The clock runs while the actor's function does, and not from hook to hook.
