@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 
 import dramatiq
 
-__all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload"]
+__all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workload", "deaf_server"]
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
@@ -118,15 +119,20 @@ def _full(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
 
     from dramatiq_policies import Metrics, QueueMonitor, SentryReporter, install
 
-    # A server that takes what comes, and reads nothing.
-    _listening.bind(("127.0.0.1", 0))
-    os.environ.update(STATSD_HOST="127.0.0.1", STATSD_PORT=str(_listening.getsockname()[1]))
+    host, port = deaf_server()
+    os.environ.update(STATSD_HOST=host, STATSD_PORT=str(port))
     # Events are made, and go nowhere.
     sentry_sdk.init("http://key@127.0.0.1:1/1", transport=lambda envelope: None, auto_enabling_integrations=False)
     return install(make(), idempotency=False, metrics=Metrics(), sentry=SentryReporter(), queue_monitor=QueueMonitor())
 
 
-_listening = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def deaf_server() -> tuple[str, int]:
+    """Where something takes datagrams, and reads none, until this process ends: on this machine, at a port that was free."""
+    listening = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    listening.bind(("127.0.0.1", 0))
+    atexit.register(listening.close)
+    address: tuple[str, int] = listening.getsockname()
+    return address
 
 
 def _bundle_options() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import plots, rounds
 from benchmarks.drain import summarise
+from benchmarks.variants import deaf_server
 
 RESULTS = sorted((Path(plots.__file__).parent / "results").glob("*.json"))
 
@@ -36,6 +37,12 @@ def test_what_was_measured_before_it_was_stopped_is_kept():
         raise KeyboardInterrupt
 
     assert rounds.collect(stopped()) == [{"rate": 1}]
+
+
+def test_each_process_and_each_call_has_a_statsd_server_of_its_own_on_this_machine():
+    servers = {deaf_server() for _ in range(3)}
+    assert len(servers) == 3
+    assert {host for host, _ in servers} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
