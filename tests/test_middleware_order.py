@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 
 import dramatiq
 import pytest
-from dramatiq import group, pipeline
+from dramatiq import Worker, group, pipeline
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import (
     AgeLimit,
@@ -154,3 +155,32 @@ def test_no_order_changes_what_happens(seed):
     assert what_happens(names) == as_listed
     # Whatever stood before another has stood behind it, too.
     assert what_happens(names[::-1]) == as_listed
+
+
+@contextmanager
+def a_worker_of(broker):
+    worker = Worker(broker, worker_timeout=20, worker_threads=1)
+    worker.start()
+    yield
+    worker.stop()
+
+
+def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_said_when_a_worker_boots(caplog):
+    class Again(Retries):
+        pass
+
+    class Slow(TimeLimit):
+        pass
+
+    broker = StubBroker(middleware=[Again(), Slow(), ErrorClassifier(), Timeout()])
+    with a_worker_of(broker):
+        said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "Again is a Retries, and ErrorClassifier too: both retry each message. Take it off the broker.",
+        "Slow is a TimeLimit, and Timeout too: both interrupt each job. Take it off the broker.",
+    ]
+
+
+def test_where_there_is_none_nothing_is_said(caplog):
+    with a_worker_of(StubBroker(middleware=[Retries(), TimeLimit(), ErrorClassifier(), Timeout()])):
+        assert caplog.records == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Broker
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
 
     from ..wiring import Wiring
 
-__all__ = ["PolicyMiddleware"]
+__all__ = ["PolicyMiddleware", "rivals_of"]
+
+logger = logging.getLogger("dramatiq_policies.alerts")
+
+
+def rivals_of(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
+    """The subclasses of a stock middleware, by name, that somebody has left beside the one of ours that replaces it."""
+    found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
+    return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
 
 class PolicyMiddleware(Middleware):
@@ -40,6 +49,9 @@ class PolicyMiddleware(Middleware):
     def attach(self, wiring: Wiring) -> None:
         """Called once, when the middleware is in its place."""
 
+    #: What Dramatiq's own does that this one takes the place of.
+    replaces: tuple[type[Middleware], str] | None = None
+
     def for_stub(self) -> Self:
         """One with the same settings for a StubBroker in a test, on no broker yet and connected to nothing.
 
@@ -60,3 +72,13 @@ class PolicyMiddleware(Middleware):
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         self.arrange(broker)
+        if self.replaces is not None:
+            stock, what = self.replaces
+            for name in rivals_of(broker, stock, type(self)):
+                logger.warning(
+                    "%s is a %s, and %s too: both %s. Take it off the broker.",
+                    name,
+                    stock.__name__,
+                    type(self).__name__,
+                    what,
+                )

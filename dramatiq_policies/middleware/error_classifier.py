@@ -116,6 +116,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         self.wiring: Wiring | None = None
         self._alerted: dict[tuple[str, type[BaseException] | None], float] = {}
 
+    replaces = (Retries, "retry each message")
+
     #: Whether it was put on the broker only since another middleware of the bundle needs one.
     implied = False
 

@@ -130,6 +130,8 @@ class Timeout(PolicyMiddleware, TimeLimit):
         #: How long after the deadline a job is stuck, in seconds: with `stuck`, what `interrupts.call` wants to know.
         self.grace = grace_ms / 1_000
 
+    replaces = (TimeLimit, "interrupt each job")
+
     @property
     def is_explicit(self) -> bool:
         """Whether somebody chose the default limit."""

@@ -11,7 +11,7 @@ from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..broker_kinds import kind_of
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import PolicyMiddleware, rivals_of
 from ..middleware.composition import GroupCallbacks, Pipelines
 from ..middleware.error_classifier import ErrorClassifier
 from ..middleware.idempotency import Idempotency
@@ -51,19 +51,14 @@ _SENDING: tuple[type[Middleware], ...] = (Callbacks, StockPipelines)
 def _leftovers(broker: Broker) -> Found:
     for stock, ours in _REPLACED:
         if any(isinstance(middleware, ours) for middleware in broker.middleware):
-            for name in _kept(broker, stock, ours):
+            for name in rivals_of(broker, stock, ours):
                 yield "DP013", f"{name} is a {stock.__name__} and works against {ours.__name__}"
     for stock, ours in _WITH_HOLES:
-        for name in _kept(broker, stock, ours):
+        for name in rivals_of(broker, stock, ours):
             yield "DP025", f"{name} is a {stock.__name__} of your own, and works as the stock one does"
     for stock in _SENDING:
         if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:
             yield "DP013", f"The broker has two {stock.__name__}: what they send is sent twice"
-
-
-def _kept(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
-    found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
-    return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
 
 def _thresholds(broker: Broker) -> Found:
