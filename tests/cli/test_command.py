@@ -44,7 +44,7 @@ def test_a_group_without_a_command_says_which_there_are(command):
 def test_without_its_extra_it_says_what_to_install(command):
     for missing in ("click", "rich"):
         failed = run(command.folder, "check", "app", before=f"sys.modules[{missing!r}] = None\n")
-        assert failed.returncode != 0
+        assert (failed.returncode, failed.stdout) == (2, "")
         assert failed.stderr == f'Error: the command needs {missing}: pip install "dramatiq-policies[cli]"\n'
 
 
@@ -106,6 +106,18 @@ def test_ctrl_c_is_one_word(command, monkeypatch):
     monkeypatch.setattr(ops, "load_broker", interrupted)
     result = command("queues", command.app(READY))
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "Interrupted.")
+
+
+def test_ctrl_c_while_it_is_being_imported_is_one_word_too(command):
+    early = (
+        "class Slow:\n"
+        "    def find_spec(name, *args):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Slow)\n"
+    )
+    for before, app in ((early, READY), ("", "raise KeyboardInterrupt\n")):
+        ended = run(command.folder, "check", command.app(app), before=before)
+        assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, "", "Interrupted.")
 
 
 def interrupted(*args, **kwargs):
