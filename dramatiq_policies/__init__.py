@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .backoff import constant, exponential, polynomial, retry_after
 from .bundle import install
@@ -23,11 +24,7 @@ from .errors import (
 )
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
-from .middleware.heartbeat import Heartbeat
 from .middleware.idempotency import Idempotency, KeyState
-from .middleware.metrics import Metrics
-from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
-from .middleware.sentry import SentryReporter
 from .middleware.timeout import StuckJob, Timeout
 from .options import ActorOptions
 from .outcomes import Outcome, OutcomeEvent
@@ -35,8 +32,33 @@ from .rules import RetryPolicy, when
 
 if TYPE_CHECKING:
     from ._typed_actor import actor
+    from .middleware.heartbeat import Heartbeat
+    from .middleware.metrics import Metrics
+    from .middleware.queue_monitor import QueueAlert, QueueMonitor, Threshold
+    from .middleware.sentry import SentryReporter
 else:
     from dramatiq import actor
+
+    #: On when passed only: whoever passes none of them is spared their import.
+    _MODULES = {
+        "Heartbeat": "heartbeat",
+        "Metrics": "metrics",
+        "QueueAlert": "queue_monitor",
+        "QueueMonitor": "queue_monitor",
+        "SentryReporter": "sentry",
+        "Threshold": "queue_monitor",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.middleware.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "ActorOptions",

@@ -13,7 +13,7 @@ import math
 import random as _random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import FrozenInstanceError
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
@@ -41,20 +41,38 @@ Random = Callable[[], float]
 
 
 class _Declared:
-    """Prints as it was declared, for `explain` and for logs."""
+    """Frozen, and prints as it was declared, for `explain` and for logs.
 
-    __slots__ = ()
+    No dataclass, like all of ours that every worker imports and no user handles: it compiles its methods at each import.
+    """
+
     declared_as: ClassVar[str]
 
+    def __init__(self, **declared: Any) -> None:
+        vars(self).update(declared)
+
+    def _shown(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("random", "now")}
+
     def __repr__(self) -> str:
-        shown = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr)  # type: ignore[arg-type]
-        return f"{self.declared_as}({', '.join(shown)})"
+        return f"{self.declared_as}({', '.join(f'{name}={value!r}' for name, value in self._shown().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._shown() == other._shown() if isinstance(other, type(self)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._shown().values()))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
 
 class _Growing(_Declared):
     """A wait that grows with the attempt, bounded by ``maximum`` before jitter."""
 
-    __slots__ = ()
     maximum: int
     jitter: float
     random: Random | None
@@ -76,38 +94,33 @@ class _Growing(_Declared):
         return shortest + round((longest - shortest) * (self.random or _random.random)())
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class _Exponential(_Growing):
-    declared_as: ClassVar[str] = "exponential"
+    declared_as = "exponential"
 
     initial: int
     maximum: int
     factor: float
     jitter: float
-    random: Random | None = field(compare=False, repr=False)
 
     def base(self, attempt: int) -> float:
         return self.initial * float(self.factor) ** (attempt - 1) if self.initial else 0
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class _Polynomial(_Growing):
-    declared_as: ClassVar[str] = "polynomial"
+    declared_as = "polynomial"
 
     power: float
     scale: int
     offset: int
     maximum: int
     jitter: float
-    random: Random | None = field(compare=False, repr=False)
 
     def base(self, attempt: int) -> float:
         return self.offset + (self.scale * float(attempt) ** self.power if self.scale else 0)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class _Constant(_Declared):
-    declared_as: ClassVar[str] = "constant"
+    declared_as = "constant"
 
     ms: int
 
@@ -189,20 +202,19 @@ def constant(ms: Duration) -> _Constant:
     Raises:
       ConfigurationError: If it is no duration.
     """
-    return _Constant(checked_duration("constant()", "ms", ms))
+    return _Constant(ms=checked_duration("constant()", "ms", ms))
 
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class _RetryAfter(_Declared):
-    declared_as: ClassVar[str] = "retry_after"
+    declared_as = "retry_after"
 
     fallback: Wait
     maximum: int
-    now: Callable[[], datetime] = field(compare=False, repr=False)
+    now: Callable[[], datetime]
 
     def bounds(self, attempt: int) -> tuple[int, int]:
         """The shortest and the longest wait at this attempt: the other side may ask for none at all."""
@@ -237,7 +249,7 @@ def retry_after(
     """
     where = "retry_after()"
     chosen = exponential() if fallback is None else as_wait(where, "fallback", fallback)
-    return _RetryAfter(chosen, checked_duration(where, "maximum", maximum), now)
+    return _RetryAfter(fallback=chosen, maximum=checked_duration(where, "maximum", maximum), now=now)
 
 
 def as_wait(where: str, option: str, value: Any) -> Wait:
@@ -247,7 +259,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
       ConfigurationError: If it is neither a duration nor a plain callable that takes two arguments.
     """
     if isinstance(value, (int, float, timedelta)):
-        return _Constant(checked_duration(where, option, value))
+        return _Constant(ms=checked_duration(where, option, value))
     if not callable(value) or is_coroutine_callable(value) or not accepts(value, 2):
         raise ConfigurationError.of_option(
             where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value

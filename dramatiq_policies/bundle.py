@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dramatiq.broker import Broker, Consumer
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
@@ -24,31 +24,27 @@ from .middleware.base import PolicyMiddleware
 from .middleware.composition import GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
-from .middleware.heartbeat import Heartbeat
 from .middleware.idempotency import Idempotency
-from .middleware.metrics import Metrics
 from .middleware.prometheus import count_retries_of
-from .middleware.queue_monitor import QueueMonitor
-from .middleware.sentry import SentryReporter
 from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout
 from .options import ActorPolicy
 from .running import wrap_actor
 from .wiring import Wiring, wiring_of
 
+if TYPE_CHECKING:
+    from .middleware.heartbeat import Heartbeat
+    from .middleware.metrics import Metrics
+    from .middleware.queue_monitor import QueueMonitor
+    from .middleware.sentry import SentryReporter
+
 __all__ = ["arrange", "install"]
 
 B = TypeVar("B", bound=Broker)
 
-#: Those that stand behind the ErrorClassifier, in this order: their hooks on messages do nothing.
-_LISTENERS: tuple[type[PolicyMiddleware], ...] = (
-    Idempotency,
-    DiscardLogger,
-    Metrics,
-    SentryReporter,
-    QueueMonitor,
-    Heartbeat,
-)
+#: Those that stand behind the ErrorClassifier, in this order: their hooks on messages do nothing. By name, since what
+#: nobody put on the broker is not imported.
+_LISTENERS = ("Idempotency", "DiscardLogger", "Metrics", "SentryReporter", "QueueMonitor", "Heartbeat")
 
 
 def install(
@@ -85,10 +81,10 @@ def install(
         _checked("timeout", timeout, Timeout),
         _idempotency(broker, idempotency),
         None if discard_logger is False else _checked("discard_logger", discard_logger, DiscardLogger),
-        None if metrics is None else _checked("metrics", metrics, Metrics),
-        None if sentry is None else _checked("sentry", sentry, SentryReporter),
-        None if queue_monitor is None else _checked("queue_monitor", queue_monitor, QueueMonitor),
-        None if heartbeat is None else _checked("heartbeat", heartbeat, Heartbeat),
+        None if metrics is None else _expected("metrics", metrics, "Metrics"),
+        None if sentry is None else _expected("sentry", sentry, "SentryReporter"),
+        None if queue_monitor is None else _expected("queue_monitor", queue_monitor, "QueueMonitor"),
+        None if heartbeat is None else _expected("heartbeat", heartbeat, "Heartbeat"),
     ]
     for middleware in broker.middleware:
         if isinstance(middleware, PolicyMiddleware):
@@ -108,10 +104,12 @@ def _idempotency(broker: Broker, given: Idempotency | Literal[False] | None) -> 
 
 
 def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddleware:
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise ConfigurationError.of_option("install()", name, f"a {kind.__name__} or None", value)
+    return kind() if value is None else _expected(name, value, kind.__name__)
+
+
+def _expected(name: str, value: Any, kind: str) -> PolicyMiddleware:
+    if not isinstance(value, PolicyMiddleware) or _kind(value) != kind:
+        raise ConfigurationError.of_option("install()", name, f"a {kind} or None", value)
     return value
 
 
@@ -130,20 +128,20 @@ def arrange(broker: Broker) -> Wiring:
             _resolve_actors(wiring)
         return wiring
     with _lock:
-        ours: dict[type[Middleware], Middleware] = {}
+        ours: dict[str, Middleware] = {}
         for middleware in broker.middleware:
             if isinstance(middleware, PolicyMiddleware):
                 kind = _kind(middleware)
                 if kind in ours and not getattr(ours[kind], "implied", False):
                     raise ConfigurationError(
-                        f"The broker has two {kind.__name__} middleware. Add each once, or call install() once."
+                        f"The broker has two {kind} middleware. Add each once, or call install() once."
                     )
                 if kind in ours:
                     _replace_implied(wiring, ours[kind], middleware)
                 ours[kind] = middleware
-        if ErrorClassifier not in ours:
+        if "ErrorClassifier" not in ours:
             # The others stand on its seams; with no rules it does what the stock Retries did.
-            ours[ErrorClassifier] = implied = ErrorClassifier()
+            ours["ErrorClassifier"] = implied = ErrorClassifier()
             implied.implied = True
         broker.middleware = _ordered(broker.middleware, ours)
         for middleware in broker.middleware:
@@ -173,8 +171,9 @@ def _replace_implied(wiring: Wiring, implied: Middleware, explicit: Middleware) 
     wiring.policies.clear()
 
 
-def _kind(middleware: PolicyMiddleware) -> type[PolicyMiddleware]:
-    return next(kind for kind in (ErrorClassifier, Timeout, *_LISTENERS) if isinstance(middleware, kind))
+def _kind(middleware: PolicyMiddleware) -> str:
+    """The name of the class of ours that it is an instance of, perhaps of a subclass."""
+    return next(cls.__name__ for cls in type(middleware).__mro__ if PolicyMiddleware in cls.__bases__)
 
 
 def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
@@ -189,8 +188,8 @@ def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
     middleware.attach(wiring)
 
 
-def _ordered(present: list[Middleware], ours: dict[type[Middleware], Middleware]) -> list[Middleware]:
-    classifier, timeout = ours[ErrorClassifier], ours.get(Timeout)
+def _ordered(present: list[Middleware], ours: dict[str, Middleware]) -> list[Middleware]:
+    classifier, timeout = ours["ErrorClassifier"], ours.get("Timeout")
     assert isinstance(classifier, ErrorClassifier)
     kinds = {type(middleware) for middleware in present}
     listeners = [ours[kind] for kind in _LISTENERS if kind in ours]

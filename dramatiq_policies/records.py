@@ -13,7 +13,6 @@ import json
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -135,8 +134,7 @@ class Request(NamedTuple):
     alone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Take:
+class Take(NamedTuple):
     """Run it. ``alone``: only if nothing else runs in this process, for it may be what kills it."""
 
     starts: int
@@ -144,30 +142,26 @@ class Take:
     alone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Skip:
+class Skip(NamedTuple):
     """It has been done (``completed``; by which message) or this run of it has ended (``stale``)."""
 
     reason: str
     twin: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Defer:
+class Defer(NamedTuple):
     """Somebody else runs it, or will; what is left of that lease in milliseconds."""
 
     left: int
 
 
-@dataclass(frozen=True, slots=True)
-class HandOnAgain:
+class HandOnAgain(NamedTuple):
     """This run has ended; whether its retry was accepted is not known, so it is handed on once more."""
 
-    follow: dict[str, Any] = field(default_factory=dict)
+    follow: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Crashed:
+class Crashed(NamedTuple):
     """It began this many times and never ended."""
 
     starts: int

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import email.message
 import functools
 import logging
@@ -7,8 +8,10 @@ import pickle
 import subprocess
 import sys
 import urllib.error
+from dataclasses import FrozenInstanceError
 from datetime import datetime, timedelta, timezone, tzinfo
 from email.utils import format_datetime
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given
@@ -150,6 +153,16 @@ def test_waits_are_values_that_can_be_pickled():
         assert pickle.loads(pickle.dumps(wait)) == wait
     assert exponential() != exponential(jitter=0)
     assert exponential() != polynomial()
+    assert exponential() == ANY
+
+
+def test_a_wait_can_not_be_changed():
+    wait = constant(5)
+    with pytest.raises(FrozenInstanceError, match="cannot assign to field 'ms'"):
+        wait.ms = 6
+    with pytest.raises(FrozenInstanceError, match="cannot delete field 'ms'"):
+        del wait.ms
+    assert wait == copy.deepcopy(wait) == constant(5)
 
 
 def test_processes_forked_from_one_draw_differently():
@@ -352,7 +365,8 @@ def test_a_coroutine_function_is_known_through_partials_and_objects():
 
 @pytest.mark.parametrize("wait", [exponential, polynomial])
 def test_waits_are_equal_whatever_their_source_of_randomness(wait):
-    assert wait(random=lambda: 0.0) == wait(random=lambda: 1.0)
+    one, other = wait(random=lambda: 0.0), wait(random=lambda: 1.0)
+    assert (one, hash(one), repr(one)) == (other, hash(other), repr(other))
     assert wait(jitter=0.1) != wait(jitter=0.2)
 
 

@@ -35,6 +35,7 @@ from dramatiq_policies import (
     ErrorClassifier,
     HandoffFailed,
     Idempotency,
+    Metrics,
     Outcome,
     OutcomeEvent,
     QueueTimeoutExceeded,
@@ -1595,6 +1596,16 @@ def test_and_at_the_latest_when_a_worker_boots():
         broker.emit_before("worker_boot", None)
 
 
+def test_a_subclass_of_one_is_of_its_kind():
+    class Mine(Metrics):
+        pass
+
+    broker = install(StubBroker(), metrics=Mine())
+    broker.add_middleware(Metrics())
+    with pytest.raises(ConfigurationError, match="two Metrics"):
+        dramatiq.actor(lambda: None, actor_name="pay", broker=broker)
+
+
 def test_one_middleware_on_two_brokers_is_refused():
     classifier = ErrorClassifier()
     install(StubBroker(), error_classifier=classifier)
@@ -1605,6 +1616,10 @@ def test_one_middleware_on_two_brokers_is_refused():
 def test_an_argument_of_the_wrong_kind_is_refused():
     with pytest.raises(ConfigurationError, match=r"install\(\): timeout: expected a Timeout or None, got 30000"):
         install(StubBroker(), timeout=30_000)
+    with pytest.raises(
+        ConfigurationError, match=r"install\(\): heartbeat: expected a Heartbeat or None, got <.*Timeout"
+    ):
+        install(StubBroker(), heartbeat=Timeout())
 
 
 def kinds(broker):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dramatiq_policies
 
 PACKAGE = Path(dramatiq_policies.__file__).parent
@@ -108,6 +110,39 @@ def test_importing_the_package_needs_nothing_but_dramatiq():
         "dramatiq_policies.install(StubBroker())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LATER = """
+import sys
+import dramatiq
+from dramatiq.brokers.stub import StubBroker
+import dramatiq_policies
+
+assert set(dramatiq_policies.__all__) <= set(dir(dramatiq_policies))
+broker = dramatiq_policies.install(StubBroker())
+dramatiq.actor(lambda: None, actor_name="pay", broker=broker, retry_on=OSError)
+ours = {"statsd", "_udp", "_sentry_sdk", "queues", "queue_alerts", "election"} | {
+    f"middleware.{name}" for name in ("heartbeat", "metrics", "queue_monitor", "sentry")
+}
+print(sorted(name for name in ours if f"dramatiq_policies.{name}" in sys.modules))
+
+from dramatiq_policies import *
+assert all(value.__module__.startswith("dramatiq") for value in (Heartbeat, Metrics, QueueMonitor, SentryReporter))
+assert Threshold is dramatiq_policies.middleware.queue_monitor.Threshold is dramatiq_policies.Threshold
+assert vars(dramatiq_policies)["Threshold"] is Threshold
+"""
+
+
+def test_what_a_broker_has_not_is_not_imported_and_yet_a_name_like_any_other():
+    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_name_that_is_not_there_is_answered_as_by_any_module():
+    with pytest.raises(AttributeError, match=r"^module 'dramatiq_policies' has no attribute 'Metric'$"):
+        dramatiq_policies.Metric  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Metric' from 'dramatiq_policies'"):
+        from dramatiq_policies import Metric  # noqa: F401
 
 
 def test_all_public_names_exist():
