@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import dramatiq
 import pytest
 
-from dramatiq_policies import ConfigurationError, TimeoutExceeded, current_job
+from dramatiq_policies import ConfigurationError, Idempotency, Timeout, TimeoutExceeded, current_job
 from dramatiq_policies.keys import checked_key, encodable, signature_of, template_key
 from dramatiq_policies.running import unwrapped
+from dramatiq_policies.testing import drain
 
 from .support import Stage
 
@@ -210,3 +211,26 @@ def test_so_do_those_of_a_plain_actor(option):
     stage.run()
     assert runs == []
     assert isinstance(stage.events[0].exception, TimeoutExceeded)
+
+
+def test_an_async_actor_may_be_declared_before_the_rest_of_the_bundle_is_on_its_broker():
+    from dramatiq.brokers.stub import StubBroker
+    from dramatiq.middleware import AsyncIO
+
+    broker = StubBroker()
+    broker.add_middleware(AsyncIO())
+    broker.add_middleware(Idempotency())
+    asked = []
+
+    async def shipped(order_id):
+        await asyncio.sleep(0)
+        asked.append(order_id)
+        return True
+
+    @dramatiq.actor(broker=broker, done_when=shipped)
+    async def ship(order_id): ...
+
+    broker.add_middleware(Timeout())
+    ship.send(7)
+    assert drain(broker).outcomes("ship") == ["duplicate"]
+    assert asked == [7]
