@@ -134,7 +134,9 @@ def resolve_guard(
 
 def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
     for name in OPTIONS:
-        if options.get(name) not in (None, False):
+        value = options.get(name)
+        # Not by equality: 0 asks for something too.
+        if not (value is None or value is False):
             raise ConfigurationError(
                 f"{where}: {name}: the broker has no Idempotency with a store. Pass one to install(): on RabbitMQ "
                 "install(broker, idempotency=Idempotency(RedisStore.from_url(…)))."

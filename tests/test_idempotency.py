@@ -364,9 +364,10 @@ def test_done_when_leaves_the_result_of_an_earlier_run_alone():
 
 
 @pytest.mark.parametrize(("days", "remembered"), [([3, 2], 3), ([0, 0], 1)])
-def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(days, remembered):
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(days, remembered, attempts):
     day = 86_400_000
-    waits = [RetryPolicy(attempts=3, wait=number * day) for number in days]
+    waits = [RetryPolicy(attempts=attempts, wait=number * day) for number in days]
     stage = Stage()
     rules = dict(zip([KeyError, OSError], waits, strict=True))
     stage.actor(lambda order_id: None, actor_name="ship", idempotency_key="{order_id}", retry_on=rules).send(7)
@@ -419,8 +420,9 @@ def test_a_callable_makes_the_key():
 )
 def test_a_bad_option_is_refused_at_declaration(options, said):
     stage = Stage()
-    with pytest.raises(ConfigurationError, match="actor 'ship'") as refused:
+    with pytest.raises(ConfigurationError) as refused:
         stage.actor(lambda order_id: None, actor_name="ship", **options)
+    assert str(refused.value).startswith(f"actor 'ship': {[*options][-1]}: expected ")
     assert said in str(refused.value)
 
 
@@ -518,12 +520,19 @@ def test_a_coroutine_function_is_refused_on_an_actor_that_is_not_async():
     stage = Stage()
     for option in ("done_when", "idempotency_key"):
         for given in (later, Later()):
-            with pytest.raises(ConfigurationError, match=option):
+            with pytest.raises(ConfigurationError, match=f"{option}: expected a plain function"):
                 stage.actor(lambda order_id: None, actor_name="ship", **{option: given})
 
 
 @pytest.mark.parametrize(
-    "options", [{"idempotent": True}, {"idempotency_key": "{order_id}"}, {"done_when": bool}, {"max_crashes": 2}]
+    "options",
+    [
+        {"idempotent": True},
+        {"idempotency_key": "{order_id}"},
+        {"done_when": bool},
+        {"max_crashes": 2},
+        {"max_crashes": 0},
+    ],
 )
 @pytest.mark.parametrize("broker", ["rabbitmq", "switched off"])
 def test_an_actor_that_asks_for_it_where_there_is_none_is_refused(broker, options):
@@ -533,6 +542,14 @@ def test_an_actor_that_asks_for_it_where_there_is_none_is_refused(broker, option
         broker = Stage(bundle={"idempotency": False}).broker
     with pytest.raises(ConfigurationError, match="no Idempotency"):
         dramatiq.actor(lambda order_id: None, actor_name="ship", broker=broker, **options)
+
+
+def test_an_actor_that_asks_for_nothing_is_declared_where_there_is_none():
+    stage = Stage(bundle={"idempotency": False})
+    nothing = {"idempotent": False, "idempotency_key": None, "done_when": None, "max_crashes": None}
+    stage.actor(lambda order_id: None, actor_name="ship", **nothing).send(7)
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
 
 
 @pytest.mark.parametrize(
