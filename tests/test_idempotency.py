@@ -482,7 +482,11 @@ def test_an_actor_that_does_not_say_what_it_takes_has_a_callable_for_a_key():
     stage = Stage()
     with pytest.raises(ConfigurationError, match="does not say what it takes"):
         stage.actor(min, actor_name="least", idempotency_key="{a}")
-    stage.actor(min, actor_name="least", idempotency_key=lambda a, b: f"{a}:{b}", done_when=lambda a, b: False)
+    least = stage.actor(min, actor_name="least", idempotency_key=lambda a, b: f"{a}:{b}", done_when=lambda a, b: False)
+    least.send(2, 1)
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
+    assert Idempotency.state(least, 2, 1).key == "2:1"
 
 
 def test_a_job_without_arguments_may_have_a_constant_key():
