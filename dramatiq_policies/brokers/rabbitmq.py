@@ -18,12 +18,12 @@ from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
-from .._pika import drop
 from ..consumer import PolicyConsumer
 from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
+from ..struck import drop
 from ..wiring import Wiring
 from .acks import SharedAcks
 

@@ -29,6 +29,7 @@ from ..errors import MalformedMessage
 from ..history import now_ms
 from ..records import completed_by
 from ..round_trips import RoundTrips, Script
+from ..struck import keep_out_of
 from ..wiring import Wiring
 from .places import Places
 from .recovery import Recovery
@@ -57,6 +58,8 @@ class RedisConsumer(PolicyConsumer):
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         super().__init__(wiring, inner, queue_name)
         self.client = inner.broker.client
+        # A job's sends use the pool that fetches use.
+        keep_out_of(getattr(self.client, "connection_pool", None))
         self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
         self.timeout_ms = inner.timeout
         self.cache: deque[bytes | None] = deque()

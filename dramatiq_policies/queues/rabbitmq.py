@@ -14,7 +14,7 @@ from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from .._pika import drop, strikes_anywhere
+from ..struck import drop, strikes_anywhere
 from ..wiring import wiring_of
 from .base import QueueReader, QueueReading, ready_at
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
@@ -234,3 +235,35 @@ def test_a_job_that_was_interrupted_while_it_sent_is_retried_and_sends_again(
     assert app.broker.connections >= {second}
     assert first not in app.broker.connections
     assert rabbitmq_place.left() == []
+
+
+def test_a_job_that_was_interrupted_between_a_command_and_its_answer_mixes_up_no_others(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = redis_place.app()
+    read, sending, answers = redis.Connection.read_response, [], []
+
+    def struck(self: Any, *args: Any, **options: Any) -> Any:
+        while sending and current_job() is not None:
+            time.sleep(0.001)
+        return read(self, *args, **options)
+
+    @app.actor
+    def other() -> None:
+        pass
+
+    @app.actor(timeout=300, max_retries=0)
+    def sends() -> None:
+        sending.append(True)
+        try:
+            other.send()
+        finally:
+            sending.clear()
+            # Likely on the same connection: the pool gives out the latest first.
+            answers.append(app.broker.client.echo("mine"))
+
+    monkeypatch.setattr(redis.Connection, "read_response", struck)
+    sends.send()
+    with app.working(threads=1):
+        app.wait_for("dead")
+    assert answers == [b"mine"]

@@ -16,7 +16,7 @@ import pika.exceptions
 from dramatiq import Message
 from dramatiq.common import xq_name
 
-from ..._pika import drop, strikes_anywhere
+from ...struck import drop, strikes_anywhere
 from ..apps import OperationError
 from . import Item
 

@@ -1,4 +1,4 @@
-"""Connections to RabbitMQ that an exception from outside has struck are left without another word."""
+"""A connection that an exception from outside has struck is thrown away: RabbitMQ's without another word, Redis' before its pool has it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.middleware import Shutdown
 
 from dramatiq_policies import TimeoutExceeded, _dramatiq
-from dramatiq_policies._pika import drop
 from dramatiq_policies.ops import OperationError
 from dramatiq_policies.ops.piles.rabbitmq import connect
 from dramatiq_policies.queues import reader_of
+from dramatiq_policies.struck import drop, keep_out_of
 
 LEFT, CLOSED = ([], True), (["close"], False)
 FROM_OUTSIDE = [KeyboardInterrupt, SystemExit, Shutdown, TimeoutExceeded]
@@ -187,3 +187,60 @@ def test_a_reader_that_is_not_interrupted_keeps_its_connection_until_it_is_close
     assert connections[0].heard() == ([], False)
     reader.close()
     assert connections[0].heard() == CLOSED
+
+
+class Pool:
+    """As redis-py's."""
+
+    def __init__(self):
+        self.back = []
+
+    def release(self, connection):
+        self.back.append(connection)
+
+
+class Pooled:
+    connected = True
+
+    def disconnect(self):
+        self.connected = False
+
+
+def released(pool, error=None):
+    one = Pooled()
+    try:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            pool.release(one)
+    except BaseException:
+        pass
+    return one
+
+
+@pytest.fixture
+def pool():
+    pool = Pool()
+    keep_out_of(pool)
+    return pool
+
+
+@pytest.mark.parametrize("error", FROM_OUTSIDE)
+def test_a_pool_gets_a_connection_back_closed_if_an_exception_from_outside_has_struck(pool, error):
+    one = released(pool, error)
+    assert not one.connected
+    assert pool.back == [one]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, GeneratorExit])
+def test_and_open_otherwise(pool, error):
+    one = released(pool, error)
+    assert one.connected
+    assert pool.back == [one]
+
+
+def test_a_pool_is_told_once(pool):
+    release = pool.release
+    keep_out_of(pool)
+    assert pool.release is release
