@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dramatiq
+import pytest
 from dramatiq import Message, Worker
 from dramatiq.brokers.stub import StubBroker
 
@@ -85,3 +86,11 @@ def test_what_follows_from_a_delivery_keeps_its_order():
 
 def test_a_job_that_has_not_begun_has_run_for_no_time():
     assert Delivery(None, Message("default", "job", (), {}, {})).elapsed_ms() == 0.0
+
+
+def test_of_a_call_that_does_not_fit_the_actor_the_argument_that_can_not_be_sent_goes_by_its_number():
+    job = Stage().actor(lambda order_id: None, actor_name="job")
+    with pytest.raises(TypeError, match="The argument 'order_id' of a message to 'job' can't be sent"):
+        job.send(object())
+    with pytest.raises(TypeError, match="The argument '1' of a message to 'job' can't be sent"):
+        job.send(7, object())

@@ -184,3 +184,9 @@ def test_arguments_are_logged_only_on_demand(caplog, asked):
     [record] = [record for record in caplog.records if hasattr(record, "outcome")]
     assert getattr(record, "job_kwargs", None) == ({"secret": "hunter2"} if asked else None)
     assert asked == ("hunter2" in str(vars(record)))
+
+
+def test_any_other_line_of_the_worker_stays(caplog):
+    Stage()
+    logging.getLogger("dramatiq.worker.WorkerThread").warning("Something else of message %s.", 7)
+    assert "Something else of message 7." in caplog.text

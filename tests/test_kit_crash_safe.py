@@ -73,6 +73,39 @@ def test_the_line_between_the_mail_and_the_sentinel_is_named(actor, shop, check)
     assert "delivered twice" not in str(error.value)
 
 
+def test_a_job_that_is_a_function_with_some_arguments_given_is_looked_into(actor, shop, check):
+    def confirm(mail, order_id):
+        mail(order_id)
+        shop.sent.add(order_id)
+
+    with pytest.raises(AssertionError, match="confirm is not crash-safe") as error:
+        check(actor(functools.partial(confirm, shop.mail), actor_name="confirm"), 7)
+    assert blamed(error) == ["shop.sent.add(order_id)"]
+
+
+def test_effects_that_can_not_be_copied_are_compared_as_they_are(actor, shop, check):
+    class Mails:
+        def __init__(self):
+            self.count = len(shop.mails)
+
+        def __eq__(self, other):
+            return self.count == other.count
+
+        __hash__ = None
+
+        def __deepcopy__(self, memo):
+            raise TypeError("it holds a connection")
+
+    @actor
+    def confirm(order_id):
+        shop.mail(order_id)
+        shop.sent.add(order_id)
+
+    with pytest.raises(AssertionError, match="confirm is not crash-safe") as error:
+        check(confirm, 7, effects=Mails)
+    assert blamed(error) == ["shop.sent.add(order_id)"]
+
+
 def test_a_service_that_knows_the_key_makes_the_job_safe(actor, shop, check):
     @actor
     def confirm(order_id):

@@ -72,6 +72,18 @@ def add(redis_broker):
     return add
 
 
+def test_the_numbers_of_a_test_are_sent_to_nobody_and_no_heart_beats_in_it(tmp_path):
+    client, beats = PlainClient(), tmp_path / "alive"
+    broker = RedisBroker(url=UNREACHABLE)
+    install(broker, metrics=Metrics(client, prefix="shop"), heartbeat=Heartbeat(beats))
+    job = dramatiq.actor(lambda: None, actor_name="job", broker=broker)
+    with stub(broker) as stand_in:
+        job.send()
+        assert drain(stand_in).metrics["shop.job.success"] == 1
+    assert client.calls == []
+    assert not beats.exists()
+
+
 def test_an_apps_actors_run_on_a_stub_broker_with_its_rules(add):
     with stub() as broker:
         assert isinstance(broker, StubBroker)

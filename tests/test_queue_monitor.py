@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -215,6 +216,12 @@ def test_several_are_told_and_one_that_fails_keeps_nobody_from_it(caplog):
     assert len(first) == len(second) == 1
     assert "no pager" in caplog.text
     assert "1 messages wait" in caplog.text
+
+
+def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentry_sdk", None)
+    with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[sentry\]"'):
+        QueueMonitor(on_alert="sentry")
 
 
 def test_sentry_is_told_on_demand():

@@ -400,3 +400,16 @@ def test_a_message_says_first_whether_it_is_notified_then_its_actor(default, act
 
     options = {} if own is None else {"notify_shutdown": own}
     assert ShutdownNotifications(default).should_notify(Actor, message(**options)) is notified
+
+
+def test_before_the_process_exits_everybody_is_told(monkeypatch, caplog):
+    monkeypatch.setattr("dramatiq_policies.middleware.timeout._READ_WITHIN", 0)
+    told, ended = [], []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append((code, *told)))
+    timeout = Timeout(on_stuck="exit")
+    timeout.stuck_subscribers = [lambda job: told.append(job.actor)]
+    delivery = Delivery(None, Message("default", "stuck", (), {}, {}))
+    delivery.timeout_ms = 100
+    timeout.stuck(delivery, "in stuck")
+    assert ended == [(STUCK_EXIT_CODE, "stuck")]
+    assert "The worker process exits.\nin stuck" in caplog.text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dramatiq
 import pytest
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.common import compute_backoff
 
-from dramatiq_policies import Snooze, ops
+from dramatiq_policies import Snooze, install, ops
+from dramatiq_policies.ops.actor_source import source_of
 from dramatiq_policies.ops.explanations import stock_bounds
 from dramatiq_policies.testing import drain, fail
 
@@ -294,3 +297,10 @@ def test_a_predicate_with_arguments_bound_goes_by_the_name_of_its_function(comma
 def test_what_is_no_exception_is_refused(command):
     app = command.app("class Plain: pass\n@dramatiq.actor\ndef get(): pass")
     assert "is no exception class; write it as module:Class" in command.refuses("explain", f"{app}:get", f"{app}:Plain")
+
+
+def test_a_job_of_a_class_whose_source_nobody_has_has_no_place():
+    made = {}
+    exec("class Job:\n    def __call__(self): pass", made)
+    actor = dramatiq.actor(made["Job"](), actor_name="job", broker=install(StubBroker()))
+    assert source_of(actor) == (None, None)
