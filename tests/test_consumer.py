@@ -7,7 +7,7 @@ import pytest
 from dramatiq import Message, Worker
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import ErrorClassifier, Metrics, install
+from dramatiq_policies import ErrorClassifier, Metrics, current_job, install
 from dramatiq_policies.consumer import hold
 from dramatiq_policies.delivery import Delivery
 from dramatiq_policies.wiring import wiring_of
@@ -61,6 +61,25 @@ def test_a_message_that_our_consumer_has_given_no_delivery_is_nacked_by_dramatiq
     consumer.nack(message)
     assert stage.broker.dead_letters == [message]
     assert stage.events == []
+
+
+def test_what_is_sent_before_an_actor_was_declared_is_a_message_like_any_other():
+    collected = Collector()
+    broker = StubBroker()
+    broker.declare_queue("default")
+    broker.add_middleware(ErrorClassifier(on_outcome=collected))
+    broker.enqueue(Message("default", "job", (), {}, {}))
+    dramatiq.actor(lambda: None, actor_name="job", broker=broker)
+    work_off(broker)
+    assert [event.outcome for event in collected.events] == ["succeeded"]
+    assert collected.events[0].wait_ms is not None
+
+
+def test_a_job_without_a_timeout_has_no_end_of_it_before_it():
+    stage, left = Stage(), []
+    stage.actor(lambda: left.append(current_job().remaining_ms()), actor_name="job", timeout=float("inf")).send()
+    assert stage.run().outcomes() == ["succeeded"]
+    assert left == [None]
 
 
 def test_a_worker_is_held_whose_consumers_have_lost_their_connections():

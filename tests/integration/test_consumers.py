@@ -14,6 +14,7 @@ from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
+from dramatiq_policies.round_trips import RoundTrips
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -123,7 +124,46 @@ def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(
     assert consumer.completion(delivery) == (("the", "command"), False)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])
+def test_round_trips_need_no_hiredis(
+    redis_client: redis.Redis, redis_namespace: str, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    if not packed:
+        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+    commands = [("SET", f"{redis_namespace}:a", b"\xff", "PX", 5_000), ("GET", f"{redis_namespace}:a")]
+    assert RoundTrips(redis_client).together(commands) == [b"OK", b"\xff"]
+
+
 # RabbitMQ.
+
+
+def test_a_message_that_somebody_has_failed_and_whose_ack_is_lost_is_a_dead_letter_once(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = rabbitmq_place.app()
+    consumer, message = taken(app)
+    message.fail()
+    fail_once(monkeypatch, consumer, "finish", ConnectionClosed("gone"))
+    with pytest.raises(ConnectionClosed):
+        consumer.nack(message)
+    consumer.nack(message)
+    consumer.close()
+    assert app.outcomes == ["skipped"]
+    assert [letter.message_id for letter in rabbitmq_place.dead()] == [message.message_id]
+    assert rabbitmq_place.left() == []
+
+
+def test_a_body_that_can_t_be_read_and_whose_dead_letter_is_lost_is_read_again(
+    rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = rabbitmq_place.app()
+    app.actor(lambda: None, actor_name="job")
+    app.broker.declare_queue(rabbitmq_place.queue, ensure=True)
+    rabbitmq_place.push(b"not json")
+    fail_once(monkeypatch, RabbitmqConsumer, "_publish", ConnectionError("gone"))
+    app.work_until("dead")
+    assert rabbitmq_place.dead_bodies() == [b"not json"]
+    assert rabbitmq_place.left() == []
 
 
 def test_a_work_queue_that_was_deleted_is_declared_again(rabbitmq_place: RabbitmqPlace) -> None:
