@@ -488,11 +488,19 @@ def test_what_does_not_say_what_it_takes_is_taken():
     assert stage.outcomes() == ["succeeded", "duplicate"]
 
 
-def test_an_actor_that_does_not_say_what_it_takes_has_a_callable_for_a_key():
+def takes_something(a, b):
+    pass
+
+
+takes_something.__signature__ = "nobody knows what", 5
+
+
+@pytest.mark.parametrize("fn", [min, takes_something])
+def test_an_actor_that_does_not_say_what_it_takes_has_a_callable_for_a_key(fn):
     stage = Stage()
     with pytest.raises(ConfigurationError, match="does not say what it takes"):
-        stage.actor(min, actor_name="least", idempotency_key="{a}")
-    least = stage.actor(min, actor_name="least", idempotency_key=lambda a, b: f"{a}:{b}", done_when=lambda a, b: False)
+        stage.actor(fn, actor_name="least", idempotency_key="{a}")
+    least = stage.actor(fn, actor_name="least", idempotency_key=lambda a, b: f"{a}:{b}", done_when=lambda a, b: False)
     least.send(2, 1)
     stage.run()
     assert stage.outcomes() == ["succeeded"]
