@@ -187,6 +187,16 @@ dramatiq.set_broker(broker)
     assert report["findings"][0]["actor"] is None
 
 
+def test_the_stock_time_limit_is_right_where_there_is_no_timeout_of_ours(command):
+    broker = """
+broker = StubBroker()
+broker.add_middleware(ErrorClassifier())
+dramatiq.set_broker(broker)
+"""
+    app = command.app(job(timeout=None, time_limit="30_000"), broker=broker)
+    assert "DP013" not in codes(command.json("check", app, code=1))
+
+
 @pytest.mark.parametrize("name", ["Callbacks", "Pipelines"])
 def test_a_middleware_that_sends_everything_twice_is_found(command, name):
     broker = f"""

@@ -101,12 +101,12 @@ def test_an_id_that_is_no_string_is_dead_raw(redis_place: RedisPlace) -> None:
 
 def test_what_can_t_be_read_comes_back_from_a_dead_worker_as_it_was(redis_place: RedisPlace) -> None:
     dead = redis_place.broker()
-    dead.heartbeat_timeout = 500
+    dead.heartbeat_timeout = 1_000
     dead.declare_queue(redis_place.queue)
     redis_place.push(b"not json")
     assert dead.do_fetch(redis_place.queue, 1) == [b"not json"]
     broker = redis_place.broker()
-    broker.heartbeat_timeout = 500
+    broker.heartbeat_timeout = 1_000
     app = redis_place.app(broker=broker)
     app.actor(lambda: None, actor_name="job")
     app.work_until("dead")
