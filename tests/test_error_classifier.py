@@ -34,8 +34,8 @@ from dramatiq_policies import (
     DiscardLogger,
     ErrorClassifier,
     HandoffFailed,
+    Heartbeat,
     Idempotency,
-    Metrics,
     Outcome,
     OutcomeEvent,
     QueueTimeoutExceeded,
@@ -1597,12 +1597,12 @@ def test_and_at_the_latest_when_a_worker_boots():
 
 
 def test_a_subclass_of_one_is_of_its_kind():
-    class Mine(Metrics):
+    class Mine(Heartbeat):
         pass
 
-    broker = install(StubBroker(), metrics=Mine())
-    broker.add_middleware(Metrics())
-    with pytest.raises(ConfigurationError, match="two Metrics"):
+    broker = install(StubBroker(), heartbeat=Mine())
+    broker.add_middleware(Heartbeat())
+    with pytest.raises(ConfigurationError, match="two Heartbeat"):
         dramatiq.actor(lambda: None, actor_name="pay", broker=broker)
 
 
