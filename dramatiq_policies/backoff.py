@@ -17,7 +17,7 @@ from dataclasses import FrozenInstanceError
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
-from .callables import accepts, is_coroutine_callable
+from .callables import is_plain
 from .durations import WEEK_MS, Duration, to_ms
 from .errors import ConfigurationError, checked_duration
 from .retry_after_header import asked_seconds
@@ -260,7 +260,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
     """
     if isinstance(value, (int, float, timedelta)):
         return _Constant(ms=checked_duration(where, option, value))
-    if not callable(value) or is_coroutine_callable(value) or not accepts(value, 2):
+    if not is_plain(value, 2):
         raise ConfigurationError.of_option(
             where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value
         )

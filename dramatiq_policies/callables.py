@@ -7,16 +7,36 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["accepts", "accepts_call_of", "is_coroutine_callable", "stated_signature"]
+__all__ = [
+    "accepts",
+    "accepts_call_of",
+    "is_coroutine_callable",
+    "is_plain",
+    "only_makes_an_object",
+    "stated_signature",
+]
 
 
 def is_coroutine_callable(fn: Any) -> bool:
     """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
+    return _is_any(fn, inspect.iscoroutinefunction)
+
+
+def only_makes_an_object(fn: Any) -> bool:
+    """Whether calling it runs nothing of what it is written to do: it gives a coroutine or a generator."""
+    return _is_any(fn, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
+
+def is_plain(fn: Any, count: int) -> bool:
+    """Whether it can be called with so many positional arguments, and does its work then."""
+    return callable(fn) and not only_makes_an_object(fn) and accepts(fn, count)
+
+
+def _is_any(fn: Any, *kinds: Callable[[Any], bool]) -> bool:
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(type(fn), "__call__", None)  # noqa: B004 - not whether it can be called
-    )
+    called = getattr(type(fn), "__call__", None)  # noqa: B004 - not whether it can be called
+    return any(kind(fn) or kind(called) for kind in kinds)
 
 
 def accepts(fn: Callable[..., Any], count: int) -> bool:

@@ -27,6 +27,8 @@ def parse_rules(
         option = f"{verb.value}_on"
         for targets, policy in _entries(where, option, verb, declared):
             conditions = list(_flatten(where, option, targets, owner))
+            if not conditions and isinstance(declared, Mapping):
+                raise ConfigurationError.of_option(where, option, "an exception class for each policy", targets)
             together = isinstance(declared, Mapping)
             for counted in [conditions] if together else [[condition] for condition in conditions]:
                 # Sorted, since a frozenset has no order that two processes agree on.
@@ -69,7 +71,10 @@ def _flatten(
         for one in declared:
             yield from _flatten(where, option, one, owner)
     elif isinstance(declared, When):
-        for target, inner in _flatten(where, option, declared.exceptions, owner):
+        narrowed = list(_flatten(where, option, declared.exceptions, owner))
+        if not narrowed:
+            raise ConfigurationError.of_option(where, option, "a class in when()", declared)
+        for target, inner in narrowed:
             if inner is not None:
                 raise ConfigurationError.of_option(where, option, "one when() around a class", declared)
             yield target, declared.predicate

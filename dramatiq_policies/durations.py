@@ -6,12 +6,14 @@ import math
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["WEEK_MS", "Duration", "to_ms"]
+__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "to_ms"]
 
 Duration = int | timedelta
 
 #: The longest delay that Dramatiq takes: seven days.
 WEEK_MS = 7 * 86_400_000
+#: A hundred years: what anybody may mean by "for ever", and still a time for every clock and store.
+CENTURY_MS = 36_525 * 86_400_000
 
 
 def to_ms(value: Any) -> int:

@@ -24,6 +24,7 @@ dead letter names when no error of the job's own explains its end.
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import Any
 
@@ -62,22 +63,28 @@ class ConfigurationError(PolicyError, MiddlewareError):
     @classmethod
     def of_option(cls, where: str, option: str, expected: str, got: Any, do: str = "") -> ConfigurationError:
         """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do."""
-        message = f"{where}: {option}: expected {expected}, got {got!r}"
+        try:
+            shown = f"{got!r:.500}"
+        except Exception:
+            # As that of an int of five thousand digits. Dramatiq would swallow this error and go on with the option.
+            shown = f"a {type(got).__name__}"
+        message = f"{where}: {option}: expected {expected}, got {shown}"
         return cls(f"{message}. {do}" if do else f"{message}.")
 
 
-def checked_duration(where: str, option: str, value: Any, *, least: int = 0) -> int:
+def checked_duration(where: str, option: str, value: Any, *, least: int = 0, most: float = math.inf) -> int:
     """A declared duration in milliseconds.
 
     Raises:
-      ConfigurationError: It is none, or shorter than ``least`` milliseconds.
+      ConfigurationError: It is none, or shorter than ``least`` or longer than ``most`` milliseconds.
     """
     try:
         duration = to_ms(value)
-    except (TypeError, ValueError):
+    except Exception:
         duration = -1
-    if duration < least:
-        raise ConfigurationError.of_option(where, option, f"milliseconds of at least {least}, or a timedelta", value)
+    if not least <= duration <= most:
+        bound = f"at least {least}" if duration < least else f"at most {most}"
+        raise ConfigurationError.of_option(where, option, f"milliseconds of {bound}, or a timedelta", value)
     return duration
 
 

@@ -12,8 +12,8 @@ from dramatiq.middleware import SkipMessage
 
 from . import coroutines, interrupts
 from .backoff import bounds_of
-from .callables import accepts_call_of, is_coroutine_callable, stated_signature
-from .durations import WEEK_MS
+from .callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature
+from .durations import CENTURY_MS, WEEK_MS
 from .errors import ConfigurationError, checked_duration
 from .keys import checked_key, encodable, signature_of, template_key
 from .rule_set import RuleSet
@@ -124,7 +124,7 @@ def resolve_guard(
     ttl, max_crashes = defaults
     declared = options.get("idempotency_ttl")
     if declared is not None:
-        ttl = checked_duration(where, "idempotency_ttl", declared, least=1)
+        ttl = checked_duration(where, "idempotency_ttl", declared, least=1, most=CENTURY_MS)
     guard.ttl = max(ttl, _longest_wait(rules))
     if "max_crashes" in options:
         max_crashes = checked_crashes(where, options["max_crashes"])
@@ -176,9 +176,13 @@ def _check_callable(
     """Refuse what can't be called as the actor is; ``takes`` is what that takes, None if it does not say."""
     if not callable(given):
         raise ConfigurationError.of_option(where, option, expected, given)
-    if is_coroutine_callable(given) and not coroutines.is_async(fn):
+    if only_makes_an_object(given) and not (is_coroutine_callable(given) and coroutines.is_async(fn)):
         raise ConfigurationError.of_option(
-            where, option, "a plain function", given, "A coroutine function works on an async actor only"
+            where,
+            option,
+            "a plain function",
+            given,
+            "A coroutine function works on an async actor only, a generator nowhere",
         )
     # A decorator may take other arguments than what it wraps.
     if takes is not None and not _is_decorated(fn) and not accepts_call_of(given, takes):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .callables import is_coroutine_callable
+from .callables import is_coroutine_callable, is_plain
 from .declarations import parse_rules
-from .errors import ConfigurationError
+from .errors import ConfigurationError, checked_duration
 from .rule_set import RuleSet
 from .rules import RetryPolicy, Rule, When
 
@@ -145,9 +146,10 @@ class ActorPolicy:
         if not all(reason.strip() for reason in self.exempt.values()):
             raise ConfigurationError.of_option(where, "policy_exempt", "a reason for each code", self.exempt)
         self.after_discard = options.get("after_discard")
-        for option in ("after_discard", "retry_when"):
+        for option, takes in (("after_discard", "message, exception"), ("retry_when", "retries, exception")):
             if options.get(option) is not None:
-                expect_callable(where, option, options[option])
+                expect_callable(where, option, options[option], takes)
+        options.update(checked_stock_options(where, options))
         self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
         if self.dead_letter_discards is not None:
             _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)
@@ -161,14 +163,36 @@ class ActorPolicy:
         self.queue_timeout_ms: float | None = None
 
 
-def expect_callable(where: str, option: str, value: Any) -> None:
-    """Refuse what can't be called, and coroutine functions, whose result would be dropped unawaited."""
-    if not callable(value):
-        raise ConfigurationError.of_option(where, option, "a callable", value)
-    if is_coroutine_callable(value):
-        raise ConfigurationError.of_option(
-            where, option, "a plain function", value, "A coroutine function would never be awaited here"
-        )
+def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
+    """Refuse what can't be called with the arguments that ``takes`` names, and functions that would only make an object."""
+    if not is_plain(value, len(takes.split(", "))):
+        asynchronous = callable(value) and is_coroutine_callable(value)
+        do = "A coroutine function would never be awaited here" if asynchronous else ""
+        raise ConfigurationError.of_option(where, option, f"a plain callable({takes})", value, do)
+
+
+def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Dramatiq's options on retries and age that were given, a ``timedelta`` as milliseconds.
+
+    Dramatiq itself looks at them only when a job fails, and then can't decide what becomes of it.
+
+    Raises:
+      ConfigurationError: If one makes no sense.
+    """
+    checked = {}
+    for option in ("min_backoff", "max_backoff", "max_age"):
+        value = options.get(option)
+        if option in options and not (option == "max_age" and value is None):
+            ms = checked_duration(where, option, value)
+            checked[option] = ms if isinstance(value, timedelta) else value
+    retries = options.get("max_retries")
+    endless = isinstance(retries, float) and retries == math.inf
+    if isinstance(retries, bool) or not (retries is None or endless or isinstance(retries, int)):
+        raise ConfigurationError.of_option(where, "max_retries", "an int, or None for no bound", retries)
+    exhausted = options.get("on_retry_exhausted")
+    if not (exhausted is None or isinstance(exhausted, str)):
+        raise ConfigurationError.of_option(where, "on_retry_exhausted", "an actor's name", exhausted)
+    return checked
 
 
 def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseException], ...]:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from .callables import is_coroutine_callable
+from .callables import is_plain
 from .errors import ConfigurationError, checked_duration
 from .queues import QueueReading
 
@@ -167,7 +167,7 @@ def tellers(on_alert: OnAlert | None) -> list[Teller]:
     """Who is told. What one raises is logged, and the others are told still.
 
     Raises:
-      ConfigurationError: One is neither a known name nor a callable, or is a coroutine function.
+      ConfigurationError: One is neither a known name nor a callable that takes an alert and does something.
       ImportError: ``"sentry"``, and ``sentry_sdk`` is not installed.
     """
     if on_alert is None:
@@ -181,9 +181,12 @@ def _teller(one: Any) -> Teller:
         return _log
     if one == "sentry":
         return _to_sentry()
-    if not callable(one) or is_coroutine_callable(one):
+    if not is_plain(one, 1):
         raise ConfigurationError.of_option(
-            "QueueMonitor", "on_alert", "'log', 'sentry', a callable that is no coroutine function, or several", one
+            "QueueMonitor",
+            "on_alert",
+            "'log', 'sentry', a callable(alert) that is no coroutine function, or several",
+            one,
         )
 
     def guarded(alert: QueueAlert) -> None:

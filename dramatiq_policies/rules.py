@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from .backoff import Wait, as_wait, exponential
-from .callables import accepts, is_coroutine_callable
+from .callables import is_plain
 from .errors import ConfigurationError, checked_duration
 
 __all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "refuse_twice", "when"]
@@ -83,11 +83,11 @@ def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
       predicate: Called with the error. One that raises does not match, and is logged.
 
     Raises:
-      ConfigurationError: If the predicate can't be called with one argument, or is a coroutine function (whose result
-        is always truthy).
+      ConfigurationError: If the predicate can't be called with one argument, or is a coroutine or generator function
+        (whose result is always truthy).
     """
     given: Any = predicate
-    if not callable(given) or is_coroutine_callable(given) or not accepts(given, 1):
+    if not is_plain(given, 1):
         raise ConfigurationError.of_option("when()", "predicate", "a plain callable(exception) -> bool", given)
     return When(exceptions, predicate)
 

@@ -162,6 +162,12 @@ def test_a_mapping_gives_some_of_them_a_level_of_their_own(caplog):
     assert levels(caplog, logger) == {"dead": "ERROR", "expired": "WARNING", "discarded": "INFO", "thrown": "WARNING"}
 
 
+@pytest.mark.parametrize("log_args", ["False", 0, None])
+def test_arguments_are_logged_by_nothing_but_a_plain_yes(log_args):
+    with pytest.raises(ConfigurationError, match="DiscardLogger: log_args: expected True or False"):
+        DiscardLogger(log_args=log_args)
+
+
 @pytest.mark.parametrize("level", ["loud", True, 1.5, {"dead": "loud"}, {"retried": "info"}, {"alerted": "info"}])
 def test_what_is_no_level_or_no_such_ending_is_a_mistake(level):
     with pytest.raises(ConfigurationError, match="DiscardLogger: level"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -600,6 +601,10 @@ async def later(*args):
     return True
 
 
+def made_one_by_one(*args):
+    yield True
+
+
 @pytest.mark.parametrize(
     ("option", "value", "got"),
     [
@@ -624,6 +629,22 @@ async def later(*args):
         ("timeout", -1, "-1"),
         ("timeout", "30s", "'30s'"),
         ("queue_timeout", 0, "0"),
+        ("retry_on", {(): 3}, "()"),
+        ("discard_on", when((), bool), f"When(exceptions=(), predicate={bool!r})"),
+        ("after_discard", lambda: None, None),
+        ("after_discard", made_one_by_one, repr(made_one_by_one)),
+        ("retry_when", lambda retries: True, None),
+        ("done_when", made_one_by_one, repr(made_one_by_one)),
+        ("max_retries", "3", "'3'"),
+        ("max_retries", True, "True"),
+        ("max_retries", math.nan, "nan"),
+        ("min_backoff", None, "None"),
+        ("min_backoff", -1, "-1"),
+        ("max_backoff", "1h", "'1h'"),
+        ("max_age", math.inf, "inf"),
+        ("on_retry_exhausted", len, repr(len)),
+        pytest.param("timeout", 10**5_000, "a int", id="timeout-five thousand digits"),
+        ("idempotency_ttl", timedelta.max, repr(timedelta.max)),
     ],
 )
 def test_a_bad_declaration_names_actor_option_expected_and_got(option, value, got):
@@ -632,7 +653,47 @@ def test_a_bad_declaration_names_actor_option_expected_and_got(option, value, go
         failing(stage, name="send_mail", **{option: value})
     text = str(raised.value)
     assert text.startswith(f"actor 'send_mail': {option}: expected ")
-    assert f", got {got}." in text
+    assert f", got {repr(value) if got is None else got}." in text
+
+
+def test_an_option_that_can_t_even_be_looked_at_is_refused_and_not_left_to_dramatiq_which_would_go_on():
+    class Hostile(dict):
+        def items(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(ConfigurationError, match=r"actor 'pay': its options can't be read \(RuntimeError: no\)"):
+        failing(Stage(), tags=Hostile())
+
+
+def test_stock_s_options_may_be_timedeltas_and_a_retry_without_end_stays_one():
+    stage = Stage()
+
+    @stage.actor(min_backoff=timedelta(milliseconds=1), max_backoff=timedelta(milliseconds=2), max_retries=1)
+    def pay():
+        raise PaymentError
+
+    pay.send()
+    stage.run()
+    assert stage.outcomes() == ["retried", "dead"]
+    assert stage.events[0].delay_ms <= 2
+    stage.actor(lambda: None, actor_name="endless", max_retries=math.inf, max_age=timedelta(hours=1), max_backoff=7)
+    assert stage.broker.actors["endless"].options["max_age"] == 3_600_000
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("max_retries", "3"),
+        ("min_backoff", -1),
+        ("max_backoff", "1h"),
+        ("retry_when", len),
+        ("on_outcome", [lambda: 1]),
+    ],
+)
+def test_so_are_those_of_the_middleware(argument, value):
+    with pytest.raises(ConfigurationError, match=f"ErrorClassifier: {argument}: expected .*, got "):
+        ErrorClassifier(**{argument: value})
+    assert ErrorClassifier(min_backoff=timedelta(seconds=1)).min_backoff == 1_000
 
 
 def test_one_class_under_two_verbs_of_one_actor_is_refused():

@@ -360,6 +360,7 @@ def test_whatever_a_wait_returns_dramatiq_can_wait_as_long(returned):
 
 
 DECLARED = sorted(ACTOR_OPTIONS | {"timeout", "queue_timeout", "time_limit", "throws", "retry_when"})
+DECLARED += ["max_retries", "min_backoff", "max_backoff", "max_age", "on_retry_exhausted"]
 
 
 @fuzzed(150, options=st.dictionaries(st.sampled_from(DECLARED), objects, max_size=3))

@@ -218,7 +218,9 @@ def test_without_arguments_it_has_a_file_in_the_temporary_directory():
     assert not heartbeat.well()
 
 
-@pytest.mark.parametrize("bad", [{"path": 5}, {"interval": 0}, {"interval": "1s"}, {"silence": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"path": 5}, {"path": ""}, {"interval": 0}, {"interval": 10**15}, {"interval": "1s"}, {"silence": -1}]
+)
 def test_one_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ConfigurationError, match="Heartbeat"):
         Heartbeat(**{"path": Path("x"), **bad})

@@ -9,6 +9,7 @@ import time
 
 import dramatiq
 import pytest
+import redis.asyncio
 from dramatiq import pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.stub import StubBroker
@@ -1005,6 +1006,14 @@ def test_memory_forgets_what_has_lapsed_as_it_grows():
     assert store.get("new 0").value == b"x"
 
 
+@pytest.mark.parametrize("client", ["redis://127.0.0.1:6379/0", 5, object(), redis.asyncio.Redis()], ids=type)
+def test_what_is_no_client_of_redis_is_refused(client):
+    with pytest.raises(ConfigurationError, match="RedisStore: client: expected a client of redis-py"):
+        RedisStore(client)
+    with pytest.raises(ConfigurationError, match="RedisStore: namespace: expected "):
+        RedisStore(namespace=None)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -1018,6 +1027,9 @@ def test_a_redis_that_may_evict_keys_is_warned_of(settings, said):
     class Client:
         def info(self, section):
             return settings
+
+        def execute_command(self, *command):
+            raise AssertionError
 
     warnings = RedisStore(Client()).warnings()
     assert len(warnings) == said

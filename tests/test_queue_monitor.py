@@ -177,6 +177,9 @@ async def coroutine(alert):
         {"on_alert": [print, 5]},
         {"on_alert": coroutine},
         {"queue_prefix": ""},
+        {"in_workers": "no"},
+        {"interval": 10**15},
+        {"on_alert": lambda: None},
     ],
 )
 def test_a_monitor_that_makes_no_sense_is_refused(bad):

@@ -214,6 +214,8 @@ def test_what_is_no_exception_class_is_told_what_to_write_instead(declared, advi
         ({"retry_on": {Left: True}}, "retry_on"),
         ({"retry_on": {Left: None}}, "retry_on"),
         ({"retry_on": {5: 5}}, "retry_on"),
+        ({"retry_on": {(): 5}}, "retry_on"),
+        ({"retry_on": when((), bool)}, "retry_on"),
         ({"discard_on": {Left: 5}}, "discard_on"),
         ({"alert_on": [Left, "Right"]}, "alert_on"),
         ({"alert_on": when(int, bool)}, "alert_on"),

@@ -88,7 +88,7 @@ async def coroutine_function(record):
     pass
 
 
-@pytest.mark.parametrize("value", ["kill", None, 3, coroutine_function])
+@pytest.mark.parametrize("value", ["kill", None, 3, coroutine_function, lambda: None])
 def test_an_unknown_way_to_deal_with_stuck_jobs_is_refused(value):
     with pytest.raises(ConfigurationError, match="Timeout: on_stuck: expected 'log', 'exit' or a callable"):
         Timeout(on_stuck=value)

@@ -7,7 +7,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Broker
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import Middleware, MiddlewareError
+
+from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Worker
@@ -62,7 +64,15 @@ class PolicyMiddleware(Middleware):
         return twin
 
     def before_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
-        self.resolve_actor(self.arrange(broker), actor)
+        try:
+            self.resolve_actor(self.arrange(broker), actor)
+        except MiddlewareError:
+            raise
+        except Exception as error:
+            # Dramatiq lets no other error out of a hook, and would go on with an actor that has no rules.
+            raise ConfigurationError(
+                f"actor {actor.actor_name!r}: its options can't be read ({type(error).__name__}: {error})."
+            ) from error
 
     def after_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
         self.arrange(broker)

@@ -47,7 +47,7 @@ class DiscardLogger(PolicyMiddleware):
         False.
 
     Raises:
-      ConfigurationError: If a level is none, or the mapping names something else.
+      ConfigurationError: If a level is none, the mapping names something else, or ``log_args`` is no bool.
     """
 
     def __init__(self, level: Level | Mapping[str, Level] | None = None, log_args: bool = False) -> None:
@@ -59,6 +59,8 @@ class DiscardLogger(PolicyMiddleware):
                 self.levels[str(name)] = _number(own)
         elif level is not None:
             self.levels = dict.fromkeys(_LEVELS, _number(level))
+        if not isinstance(log_args, bool):
+            raise ConfigurationError.of_option("DiscardLogger", "log_args", "True or False", log_args)
         self.log_args = log_args
 
     def attach(self, wiring: Wiring) -> None:

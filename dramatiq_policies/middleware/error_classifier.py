@@ -18,7 +18,7 @@ from ..durations import WEEK_MS
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..history import now_ms
 from ..interrupts import cause_of
-from ..options import ACTOR_OPTIONS, expect_callable
+from ..options import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rule_set import RuleSet
 from ..rules import RetryPolicy
@@ -88,7 +88,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if unknown:
             raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
         if stock.get("retry_when") is not None:
-            expect_callable(where, "retry_when", stock["retry_when"])
+            expect_callable(where, "retry_when", stock["retry_when"], "retries, exception")
+        stock = {**stock, **checked_stock_options(where, {k: v for k, v in stock.items() if v is not None})}
         Retries.__init__(self, **{**_DEFAULTS, **stock})
         self._given = stock
         self.logger = _stock_lines
@@ -105,13 +106,13 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             raise ConfigurationError.of_option(where, "dead_letter_discards", "True or False", dead_letter_discards)
         self.dead_letter_discards = dead_letter_discards
         if after_discard is not None:
-            expect_callable(where, "after_discard", after_discard)
+            expect_callable(where, "after_discard", after_discard, "message, exception")
         self.after_discard = after_discard
         subscribers = (
             () if on_outcome is None else on_outcome if isinstance(on_outcome, (tuple, list)) else (on_outcome,)
         )
         for subscriber in subscribers:
-            expect_callable(where, "on_outcome", subscriber)
+            expect_callable(where, "on_outcome", subscriber, "event")
         self.subscribers = tuple(subscribers)
         self.wiring: Wiring | None = None
         self._alerted: dict[tuple[str, type[BaseException] | None], float] = {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
 
+from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..queues import reader_of
 from .base import PolicyMiddleware
@@ -70,10 +71,12 @@ class Heartbeat(PolicyMiddleware):
             path = Path(tempfile.gettempdir(), "dramatiq-heartbeat")
         try:
             self.path = Path(path)
+            if not self.path.name:
+                raise TypeError  # A folder.
         except TypeError:
             raise ConfigurationError.of_option("Heartbeat", "path", "the path of a file", path) from None
-        self.interval = checked_duration("Heartbeat", "interval", interval, least=1)
-        self.silence = checked_duration("Heartbeat", "silence", silence, least=1)
+        self.interval = checked_duration("Heartbeat", "interval", interval, least=1, most=CENTURY_MS)
+        self.silence = checked_duration("Heartbeat", "silence", silence, least=1, most=CENTURY_MS)
         self.begin_anew()
 
     def begin_anew(self) -> None:

@@ -17,6 +17,7 @@ from ..admission import Admission
 from ..broker_kinds import kind_of
 from ..callables import is_coroutine_callable
 from ..claims import Claims, StoreDown
+from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..guards import OPTIONS, Guard, checked_crashes, key_of, name_of
 from ..stores import IdempotencyStore
@@ -103,8 +104,8 @@ class Idempotency(PolicyMiddleware):
         if on_store_error not in ("retry", "run"):
             raise ConfigurationError.of_option(where, "on_store_error", '"retry" or "run"', on_store_error)
         self.store = store
-        self.lease = checked_duration(where, "lease", lease, least=1)
-        self.ttl = checked_duration(where, "ttl", ttl, least=1)
+        self.lease = checked_duration(where, "lease", lease, least=1, most=CENTURY_MS)
+        self.ttl = checked_duration(where, "ttl", ttl, least=1, most=CENTURY_MS)
         self.on_store_error = on_store_error
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..queues import QueueReader, QueueReading, reader_of
@@ -72,10 +73,12 @@ class QueueMonitor(PolicyMiddleware):
         queue_prefix: str | None = None,
         in_workers: bool = True,
     ) -> None:
-        self.interval = checked_duration("QueueMonitor", "interval", interval, least=1)
+        self.interval = checked_duration("QueueMonitor", "interval", interval, least=1, most=CENTURY_MS)
         if queue_prefix is not None and (type(queue_prefix) is not str or not queue_prefix):
             raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
         self.queue_prefix = queue_prefix
+        if not isinstance(in_workers, bool):
+            raise ConfigurationError.of_option("QueueMonitor", "in_workers", "True or False", in_workers)
         self.in_workers = in_workers
         self._watch = Watch(thresholds)
         self._tellers = tellers(on_alert)

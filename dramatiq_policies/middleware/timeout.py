@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dramatiq.middleware import Middleware, TimeLimit
 
 from .. import slots
-from ..callables import is_coroutine_callable
+from ..callables import is_plain
 from ..delivery import RUNNING
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError
@@ -116,9 +116,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
         grace_ms = milliseconds(grace)
         if grace_ms is None or not 0 <= grace_ms < math.inf:
             raise ConfigurationError.of_option("Timeout", "grace", "milliseconds, 0 or more, or a timedelta", grace)
-        if on_stuck not in ("log", "exit") and (not callable(on_stuck) or is_coroutine_callable(on_stuck)):
+        if on_stuck not in ("log", "exit") and not is_plain(on_stuck, 1):
             raise ConfigurationError.of_option(
-                "Timeout", "on_stuck", "'log', 'exit' or a callable that is no coroutine function", on_stuck
+                "Timeout", "on_stuck", "'log', 'exit' or a callable(stuck_job) that is no coroutine function", on_stuck
             )
         self.time_limit = self.default
         self.interval = interval

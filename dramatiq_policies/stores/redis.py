@@ -16,6 +16,8 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
 
+from ..callables import is_coroutine_callable
+from ..errors import ConfigurationError
 from ..round_trips import RoundTrips, Script
 from . import Entry, Renewal
 
@@ -35,9 +37,20 @@ class RedisStore:
       client: Any client of redis-py (Sentinel's and cluster's too, decoding or not). Give it a ``socket_timeout``: a hung
         server holds up each job for as long. Default: a client of ``localhost:6379/0`` with one of 1 s.
       namespace: What its keys begin with. Default ``"idem"``. Keys are digests: they say nothing of the jobs' arguments.
+
+    Raises:
+      ConfigurationError: An argument makes no sense.
     """
 
     def __init__(self, client: Any = None, *, namespace: str = "idem") -> None:
+        command = getattr(client, "execute_command", None)
+        if client is not None and (not callable(command) or is_coroutine_callable(command)):
+            do = "RedisStore.from_url() takes a URL" if isinstance(client, str) else ""
+            raise ConfigurationError.of_option(
+                "RedisStore", "client", "a client of redis-py that is not async", client, do
+            )
+        if type(namespace) is not str or not namespace:
+            raise ConfigurationError.of_option("RedisStore", "namespace", "a str that is not empty", namespace)
         self.client = redis.Redis(**_client_arguments()) if client is None else client
         self.namespace = namespace
         #: What its calls share with one another, and with the acks of a Redis broker beside it.
