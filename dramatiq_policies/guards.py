@@ -45,14 +45,17 @@ class Guard:
 
     __slots__ = ("asked", "call", "call_key", "claims_at_once", "job", "key_of", "keyed", "max_crashes", "ttl")
 
+    asked: bool
+    keyed: bool
+    claims_at_once: bool
+    ttl: int
+    max_crashes: int | None
+
     def __init__(self) -> None:
-        self.asked = self.keyed = self.claims_at_once = False
         self.key_of: Callable[..., Any] | None = None
         self.call_key: Caller | None = None
         self.job: Callable[..., Any] | None = None
         self.call: Caller | None = None
-        self.ttl = 0
-        self.max_crashes: int | None = None
 
 
 class Done(SkipMessage):

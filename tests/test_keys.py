@@ -118,9 +118,19 @@ def test_a_class_based_actor_is_called_as_its_perform_is():
     assert stage.outcomes() == ["succeeded", "duplicate", "succeeded"]
 
 
-@pytest.mark.parametrize("key", ["", None, 1.5, True, b"x", ["x"]])
-def test_nothing_but_a_text_or_a_number_is_a_key(key):
-    with pytest.raises(TypeError, match="idempotency_key"):
+@pytest.mark.parametrize(
+    ("key", "got"),
+    [
+        ("", "an empty one"),
+        (None, "a NoneType"),
+        (1.5, "a float"),
+        (True, "a bool"),
+        (b"x", "a bytes"),
+        (["x"], "a list"),
+    ],
+)
+def test_nothing_but_a_text_or_a_number_is_a_key(key, got):
+    with pytest.raises(TypeError, match=f"^idempotency_key: expected a non-empty str or an int, got {got}$"):
         checked_key(key)
 
 
