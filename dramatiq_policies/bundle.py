@@ -128,11 +128,11 @@ def arrange(broker: Broker) -> Wiring:
             _resolve_actors(wiring)
         return wiring
     with _lock:
-        ours: dict[str, Middleware] = {}
+        ours: dict[str, PolicyMiddleware] = {}
         for middleware in broker.middleware:
             if isinstance(middleware, PolicyMiddleware):
                 kind = _kind(middleware)
-                if kind in ours and not getattr(ours[kind], "implied", False):
+                if kind in ours and not ours[kind].implied:
                     raise ConfigurationError(
                         f"The broker has two {kind} middleware. Add each once, or call install() once."
                     )
@@ -188,7 +188,7 @@ def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
     middleware.attach(wiring)
 
 
-def _ordered(present: list[Middleware], ours: dict[str, Middleware]) -> list[Middleware]:
+def _ordered(present: list[Middleware], ours: dict[str, PolicyMiddleware]) -> list[Middleware]:
     classifier, timeout = ours["ErrorClassifier"], ours.get("Timeout")
     assert isinstance(classifier, ErrorClassifier)
     kinds = {type(middleware) for middleware in present}

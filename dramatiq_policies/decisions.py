@@ -146,10 +146,9 @@ def _retry(
     exhausted = number >= policy.attempts or history.total >= highest
     delay = 0
     if not exhausted:
-        if isinstance(error, Retry) and error.delay is not None:
-            delay = safe_wait(lambda attempt, exception: error.delay or 0, number, error)
-        else:
-            delay = safe_wait(policy.wait, number, error)  # type: ignore[arg-type]
+        asked = error.delay if isinstance(error, Retry) else None
+        wait = policy.wait if asked is None else lambda attempt, exception: asked
+        delay = safe_wait(wait, number, error)  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)
     if not exhausted:

@@ -51,6 +51,7 @@ from dramatiq_policies import (
     settlement,
     when,
 )
+from dramatiq_policies.wiring import wiring_of
 
 from .support import Stage
 
@@ -179,6 +180,14 @@ def test_a_retry_that_would_start_after_max_elapsed_is_not_scheduled():
     assert stage.reasons() == ["exhausted"]
 
 
+def test_a_retry_that_would_start_just_at_max_elapsed_is_scheduled():
+    stage = Stage()
+    always(stage, PaymentError(), retry_on={PaymentError: RetryPolicy(wait=60_000, max_elapsed=60_000)}).send()
+    with stage.working():
+        stage.collected.wait_for(lambda events: events)
+    assert stage.outcomes() == ["retried"]
+
+
 @pytest.mark.parametrize(
     ("ago", "outcomes"), [(0, ["retried", "dead"]), (50_000, ["retried", "dead"]), (61_000, ["dead"])]
 )
@@ -233,6 +242,30 @@ def test_repeats_of_an_alert_within_the_interval_fire_once(interval, fired, capl
     # A repeat says so, and leaves the stack to the first one.
     assert [bool(r.exc_info) for r in records] == [r.levelno == logging.CRITICAL for r in records]
     assert ["alerted again" in r.getMessage() for r in records] == [r.levelno == logging.WARNING for r in records]
+    # Who has the alerts alone call somebody hears the first one only.
+    assert [r.name.rpartition(".")[2] for r in records] == ["alerts"] * fired + ["outcomes"] * (3 - fired)
+
+
+def test_an_alert_fires_again_as_soon_as_the_interval_is_over(monkeypatch, caplog):
+    alert = Stage(alert_interval=2_000).classifier._alert
+    error = MissingKey("no key")
+    fired = []
+    for now in (0.0, 1.999, 2.0, 3.999):
+        monkeypatch.setattr(clock, "monotonic", lambda now=now: now)
+        caplog.clear()
+        alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), error, None)
+        fired.append(caplog.records[0].levelno == logging.CRITICAL)
+    assert fired == [True, False, True, False]
+
+
+def test_an_alert_says_which_message_of_whom_and_why(caplog):
+    stage = Stage()
+    message = always(stage, MissingKey("no key"), alert_on=MissingKey).send()
+    stage.run()
+    (record,) = [r for r in caplog.records if r.name == "dramatiq_policies.alerts"]
+    assert record.getMessage() == (
+        f"alerted: message {message.message_id} of actor pay, attempt 1: {__name__}.MissingKey: no key"
+    )
 
 
 def test_an_alert_of_another_actor_fires_whatever_the_first_has_said(caplog):
@@ -243,12 +276,23 @@ def test_an_alert_of_another_actor_fires_whatever_the_first_has_said(caplog):
     assert len([r for r in caplog.records if r.name == "dramatiq_policies.alerts"]) == 2
 
 
+def test_an_alert_of_another_exception_of_the_actor_fires_as_well(caplog):
+    stage = Stage()
+    failing(stage, MissingKey(), CardDeclined(), alert_on=(MissingKey, CardDeclined))
+    for _ in range(2):
+        stage.broker.actors["pay"].send()
+    stage.run()
+    assert len([r for r in caplog.records if r.name == "dramatiq_policies.alerts"]) == 2
+
+
 def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
     classifier = Stage().classifier
+    remembered = []
     for number in range(2_000):
         error = type(f"MissingKey{number}", (MissingKey,), {})()
-        classifier._alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), None)
-    assert len(classifier._alerted) <= 1_000
+        classifier._alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), error, None)
+        remembered.append(len(classifier._alerted))
+    assert max(remembered) == 1_000
 
 
 @pytest.mark.parametrize(
@@ -391,6 +435,43 @@ def test_a_message_that_another_middleware_skips_is_skipped():
     assert stage.dead == []
 
 
+def test_a_message_that_another_middleware_fails_is_no_success_and_is_dead_lettered():
+    class Failing(Middleware):
+        def before_process_message(self, broker, message):
+            message.fail()
+
+    stage = Stage(middleware=[Failing()])
+    failing(stage).send()
+    assert stage.run().outcomes() == ["skipped"]
+    assert len(stage.dead) == 1
+
+
+@pytest.mark.parametrize(
+    ("declared", "hook"),
+    [
+        ({"alert_on": CardDeclined}, "after_nack"),
+        ({"retry_on": {CardDeclined: RetryPolicy(attempts=1)}}, "after_nack"),
+        ({"discard_on": CardDeclined, "dead_letter_discards": True}, "after_nack"),
+        ({"queue_timeout": 1}, "after_nack"),
+        ({"discard_on": CardDeclined}, "after_ack"),
+    ],
+)
+def test_other_middleware_see_a_nack_of_what_is_dead_lettered_and_an_ack_of_all_else(declared, hook):
+    class Noting(Middleware):
+        def after_ack(self, broker, message):
+            seen.append("after_ack")
+
+        def after_nack(self, broker, message):
+            seen.append("after_nack")
+
+    seen = []
+    stage = Stage(middleware=[Noting()])
+    always(stage, CardDeclined(), **declared)
+    raw(stage)
+    stage.run()
+    assert seen == [hook]
+
+
 def test_a_message_that_stock_max_age_drops_is_skipped_and_dead_lettered():
     stage = Stage()
     failing(stage, max_age=1_000)
@@ -446,7 +527,15 @@ def test_a_job_can_not_snooze_for_longer_than_max_snooze_in_all():
     stage.run()
     assert stage.outcomes()[0] == "deferred"
     assert (stage.outcomes()[-1], stage.reasons()[-1]) == ("dead", "exhausted")
+    assert len(stage.dead) == 1
     assert stage.events[0].delay_ms == 15
+
+
+@pytest.mark.parametrize(("most", "outcome"), [(0, "dead"), (1, "deferred")])
+def test_a_job_can_not_snooze_at_all_where_max_snooze_is_nothing(most, outcome):
+    stage = Stage(max_snooze=most)
+    always(stage, Snooze(0)).send()
+    assert stage.run().outcomes()[0] == outcome
 
 
 @pytest.mark.parametrize("delay", [-1, "soon", None, float("nan")])
@@ -470,6 +559,7 @@ def test_no_snooze_is_longer_than_dramatiq_can_delay():
         (PaymentError(), {"retry_on": {PaymentError: RetryPolicy(wait=0)}}, 0),
         (Retry(delay=5), {}, 5),
         (Retry(delay=0), {}, 0),
+        (Retry(delay=-5), {}, 0),
         (Snooze(5), {}, 5),
         (Snooze(0), {}, 0),
     ],
@@ -491,6 +581,19 @@ def test_what_is_put_back_waits_for_as_long_as_its_record_says_and_without_a_wai
     # The last is the move out of the delay queue.
     assert delays == ([None, delay, None] if delay else [None, None])
     assert stage.events[0].delay_ms == delay
+
+
+def test_a_message_counts_how_often_it_has_snoozed():
+    carried = []
+
+    class Noting(Middleware):
+        def before_process_message(self, broker, message):
+            carried.append(message.options.get("policies", {}).get("snoozes"))
+
+    stage = Stage(middleware=[Noting()])
+    failing(stage, Snooze(0), Snooze(0)).send()
+    stage.run()
+    assert carried == [None, 1, 2]
 
 
 def test_a_message_that_ran_has_no_deferrals_any_more():
@@ -730,12 +833,18 @@ def test_a_bad_argument_of_the_classifier_is_a_configuration_error(argument, val
         ErrorClassifier(**{argument: value})
 
 
+def test_the_defaults_are_those_that_are_documented():
+    ours = ErrorClassifier()
+    assert (ours.max_attempts, ours.alert_interval, ours.max_snooze) == (25, 300_000, 7 * 24 * 3_600_000)
+    assert ours.dead_letter_discards is False
+
+
 def test_one_attempt_in_all_is_a_cap():
     assert ErrorClassifier(max_attempts=1).max_attempts == 1
 
 
 def test_an_unknown_argument_is_a_type_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'retries'"):
+    with pytest.raises(TypeError, match=r"^ErrorClassifier\(\) got an unexpected keyword argument 'retries'$"):
         ErrorClassifier(retries=5)
 
 
@@ -832,6 +941,12 @@ def test_a_subscriber_that_raises_keeps_nobody_else_from_the_record(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_success_needs_no_record_where_nobody_asked_for_it():
+    silent, told = (install(StubBroker(), error_classifier=ErrorClassifier(on_outcome=o)) for o in (None, print))
+    assert not wiring_of(silent).successes_observed
+    assert wiring_of(told).successes_observed
+
+
 # What a dead letter says.
 
 
@@ -863,6 +978,20 @@ def test_a_dead_letter_says_why():
     (letter,) = stage.dead
     assert (list(letter.args), letter.kwargs, letter.queue_name) == ([1], {"for_": "you"}, "default")
     json.loads(letter.encode())
+
+
+@pytest.mark.parametrize(
+    ("error", "declared"),
+    [
+        (CardDeclined("no"), {"alert_on": CardDeclined}),
+        (CardDeclined("no"), {"discard_on": CardDeclined}),
+        (Discard("no"), {}),
+    ],
+)
+def test_a_run_that_ended_without_a_retry_is_in_its_dead_letters_history(error, declared):
+    (failure,) = outcomes_of(error, dead_letter_discards=True, **declared).failures()
+    assert [(run["attempt"], run["message"], run["delay_ms"]) for run in failure["history"]] == [(1, "no", None)]
+    assert failure["attempts"] == 1
 
 
 def test_a_dead_letter_of_the_stock_retries_has_its_history_too():
@@ -1009,6 +1138,19 @@ def test_on_retry_exhausted_is_told_when_a_rule_is_exhausted():
     always(stage, PaymentError(), retry_on={PaymentError: SOON}, on_retry_exhausted="tell").send()
     stage.run()
     assert told == [("pay", {"retries": 2, "max_retries": 2})]
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [({"discard_on": PaymentError}, 0), ({"retry_on": {PaymentError: RetryPolicy(attempts=1, then="discard")}}, 1)],
+)
+def test_on_retry_exhausted_is_told_of_a_discard_that_used_up_its_retries_and_of_no_other(declared, told):
+    stage = Stage()
+    calls = []
+    stage.actor(lambda message, info: calls.append(info), actor_name="tell")
+    always(stage, PaymentError(), on_retry_exhausted="tell", **declared).send()
+    assert stage.run().outcomes("pay") == ["discarded"]
+    assert len(calls) == told
 
 
 def test_an_error_that_no_decision_can_be_made_on_is_a_dead_letter_that_says_so(monkeypatch, caplog):
@@ -1220,12 +1362,46 @@ def test_a_job_that_shutdown_interrupts_comes_back_and_has_used_no_attempt():
     assert [event.attempt for event in stage.events] == [1, 1]
 
 
+@pytest.mark.parametrize("others", [[], [ShutdownNotifications()]])
+def test_what_a_worker_fetches_while_it_shuts_down_is_left_for_the_next(others):
+    stage = Stage(broker=StubBroker(middleware=[*others, Retries()]))
+    pay = failing(stage)
+    with stage.working() as worker:
+        stage.broker.emit_before("worker_shutdown", worker)
+        pay.send()
+        consumer = worker.consumers["default"].consumer
+        deadline = time.monotonic() + 10
+        while not (consumer.held_back or stage.events) and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert stage.events == []
+    assert stage.run().outcomes() == ["succeeded"]
+
+
 def test_a_job_that_shutdown_interrupts_and_that_may_not_be_retried_is_dead():
     stage = Stage(middleware=[], broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries()]))
     always(stage, Shutdown(), max_retries=0).send()
     stage.run()
     assert (stage.outcomes(), stage.reasons()) == (["dead"], ["unclassified"])
     assert len(stage.dead) == 1
+
+
+@pytest.mark.parametrize(
+    ("classifier", "actor", "message", "outcome"),
+    [
+        (0, None, None, "dead"),
+        (0, 1, None, "interrupted"),
+        (1, 0, None, "dead"),
+        (1, 0, 1, "interrupted"),
+        (1, 1, 0, "dead"),
+    ],
+)
+def test_whether_it_may_be_retried_the_message_says_before_its_actor_and_the_classifier(
+    classifier, actor, message, outcome
+):
+    stage = Stage(max_retries=classifier)
+    failing(stage, Shutdown(), **({} if actor is None else {"max_retries": actor}))
+    raw(stage, options={} if message is None else {"max_retries": message})
+    assert stage.run().outcomes()[0] == outcome
 
 
 # The job's own view.
@@ -1267,21 +1443,21 @@ def test_current_job_is_none_in_every_other_hook_and_after_the_job():
     assert seen == [None, None]
 
 
-def test_an_actor_that_is_called_after_a_message_was_skipped_is_not_that_messages_job():
+@pytest.mark.parametrize(("error", "outcome"), [(SkipMessage(), "skipped"), (Refused(), "dead")], ids=repr)
+def test_an_actor_that_is_called_after_a_message_did_not_run_is_not_that_messages_job(error, outcome):
     stage = Stage()
     seen = []
 
-    class Skipping(Middleware):
-        def before_process_message(self, broker, message):
-            raise SkipMessage
-
+    class Calling(Refusing):
         def after_ack(self, broker, message):
             seen.append(pay())
 
-    pay = stage.actor(current_job, actor_name="pay")
-    stage.broker.add_middleware(Skipping())
+        after_nack = after_ack
+
+    pay = stage.actor(current_job, actor_name="pay", max_retries=0)
+    stage.broker.add_middleware(Calling(error))
     pay.send()
-    assert stage.run().outcomes() == ["skipped"]
+    assert stage.run().outcomes() == [outcome]
     assert seen == [None]
 
 
@@ -1741,6 +1917,27 @@ def test_a_message_that_no_consumer_of_ours_has_delivered_is_retried_as_stock_do
     assert stage.events == []
 
 
+def test_our_hooks_before_and_around_such_a_message_let_it_pass(caplog):
+    stage = Stage()
+    message = MessageProxy(failing(stage).message())
+    stage.broker.emit_before("process_message", message)
+    stage.broker.emit_after("process_message", message, result=None)
+    stage.broker.emit_after("skip_message", message)
+    assert lines(caplog) == []
+    assert not message.failed
+
+
+def test_a_process_that_only_sends_needs_no_actor():
+    broker = StubBroker()
+    broker.declare_queue("default")
+    broker.add_middleware(ErrorClassifier())
+    broker.enqueue(Message("default", "of_another_app", (), {}, {"timeout": timedelta(seconds=5)}))
+    (body,) = broker.queues["default"].queue
+    options = Message.decode(body).options
+    assert options["timeout"] == 5_000
+    assert abs(options["ready_at"] - time.time() * 1_000) < 60_000
+
+
 def test_stock_settings_given_to_the_classifier_are_its_own():
     stage = Stage(max_retries=1, min_backoff=1, max_backoff=2)
     always(stage, OSError()).send()
@@ -1824,7 +2021,7 @@ def test_counters_that_another_middleware_overwrites_are_begun_anew():
 
 def test_a_worker_whose_broker_refuses_it_for_good_ends_as_the_command_does_for_one_that_is_not_there():
     stage = Stage()
-    wiring = stage.classifier.wiring
+    wiring = stage.classifier.attached_to
     for wiring.fatal, wiring.in_command in ((None, True), (ConnectionError("NOAUTH"), False)):
         stage.classifier.after_worker_shutdown(stage.broker, None)
     wiring.fatal, wiring.in_command = ConnectionError("NOAUTH"), True

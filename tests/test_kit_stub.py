@@ -56,7 +56,9 @@ def redis_broker():
     broker.add_middleware(GroupCallbacks(RedisLimits(url=UNREACHABLE)))
     install(
         broker,
-        error_classifier=ErrorClassifier(retry_on={Flaky: RetryPolicy(attempts=4, wait=constant(7))}),
+        error_classifier=ErrorClassifier(
+            retry_on={Flaky: RetryPolicy(attempts=4, wait=constant(7))}, alert_on=MemoryError
+        ),
         timeout=Timeout(default=1_234),
     )
     dramatiq.set_broker(broker)
@@ -201,6 +203,14 @@ def test_the_state_of_one_stub_is_not_that_of_the_next(add):
         with stub() as broker:
             add.send(1, 1)
             assert len(drain(broker).events) == 1
+
+
+def test_an_alert_in_one_stub_fires_again_in_the_next(add, caplog):
+    for _ in range(2):
+        with stub() as broker, fail(add, MemoryError):
+            add.send(1, 1)
+            drain(broker).assert_outcomes(add, "alerted")
+    assert [record.levelname for record in caplog.records if "alerted" in record.getMessage()] == ["CRITICAL"] * 2
 
 
 def test_what_the_app_sends_through_its_own_broker_goes_to_the_stub(redis_broker, add):

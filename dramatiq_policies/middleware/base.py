@@ -47,6 +47,8 @@ class PolicyMiddleware(Middleware):
 
     #: The wiring of the broker that it is on, None until it has its place.
     attached_to: Wiring | None = None
+    #: Whether it was put on the broker only since another middleware of the bundle needs one.
+    implied = False
 
     def attach(self, wiring: Wiring) -> None:
         """Called once, when the middleware is in its place."""

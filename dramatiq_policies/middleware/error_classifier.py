@@ -114,13 +114,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for subscriber in subscribers:
             expect_callable(where, "on_outcome", subscriber, "event")
         self.subscribers = tuple(subscribers)
-        self.wiring: Wiring | None = None
-        self._alerted: dict[tuple[str, type[BaseException] | None], float] = {}
+        self._alerted: dict[tuple[str | None, type[BaseException]], float] = {}
 
     replaces = (Retries, "retry each message")
-
-    #: Whether it was put on the broker only since another middleware of the bundle needs one.
-    implied = False
 
     @property
     def actor_options(self) -> set[str]:
@@ -132,7 +128,6 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             setattr(self, name, getattr(stock, name))
 
     def attach(self, wiring: Wiring) -> None:
-        self.wiring = wiring
         wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             wiring.subscribe(self, subscriber)
@@ -141,13 +136,13 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
-        vars(twin).update(wiring=None, _alerted={})
+        vars(twin)["_alerted"] = {}
         return twin
 
     # Hooks. The one before and the one after a run are on every message's way: they do no more than they must.
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
-        wiring = self.wiring
+        wiring = self.attached_to
         if wiring is None:
             wiring = self.arrange(broker)
         if getattr(wiring.moving, "on", False):
@@ -159,8 +154,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
-        if delivery is not None and self.wiring is not None:
-            delivery.policy = self.wiring.policies.get(message.actor_name)
+        if delivery is not None:
+            delivery.policy = delivery.consumer.wiring.policies.get(message.actor_name)
             delivery.stage = READY
             current.set(delivery)
 
@@ -169,14 +164,15 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     ) -> None:
         current.set(None)
         delivery: Delivery | None = getattr(message, "delivery", None)
-        if delivery is None or self.wiring is None:
+        if delivery is None:
             Retries.after_process_message(self, broker, message, result=result, exception=exception)
         elif exception is None:
-            delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=True) if message.failed else SUCCEEDED
+            # Or not, if another middleware has failed it: then the worker nacks it, which says so.
+            delivery.settlement = SUCCEEDED
         else:
             try:
                 # Not what is on the delivery: a before-hook of another's may have raised ahead of ours.
-                declared = self.wiring.policies[message.actor_name]
+                declared = delivery.consumer.wiring.policies[message.actor_name]
                 delivery.settlement = decide(self, broker, delivery, declared, message, cause_of(exception))
             except Exception as error:
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
@@ -192,7 +188,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             return
         decided = delivery.settlement
         if decided is None:
-            delivery.settlement = Settlement(Outcome.SKIPPED, dead_letter=message.failed)
+            delivery.settlement = Settlement(Outcome.SKIPPED)
         elif decided.exception is not None:
             # Dead, and skipped by the wrapper of the actor's function.
             message.fail()
@@ -220,8 +216,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def _report(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         """The one line of a retried or put back message, and of an alert."""
+        error = event.exception
         if event.outcome is Outcome.RETRIED:
-            error = event.exception
+            assert error is not None  # It was the job's.
             logger.warning(
                 "retried: message %s of actor %s, attempt %s, again in %s ms: %s: %s",
                 event.message_id,
@@ -229,7 +226,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 event.attempt,
                 event.delay_ms,
                 type(error).__name__,
-                "" if error is None else text_of(error),
+                text_of(error),
                 extra=extra_of(event, message),
             )
             if logger.isEnabledFor(logging.DEBUG):
@@ -237,7 +234,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                     "The stack of message %s:", event.message_id, exc_info=error, extra=extra_of(event, message)
                 )
         elif event.outcome is Outcome.ALERTED:
-            self._alert(event, message)
+            assert error is not None  # As above.
+            self._alert(event, error, message)
         elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.DUPLICATE, Outcome.SKIPPED):
             logger.info(
                 "%s: message %s of actor %s%s",
@@ -248,9 +246,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 extra=extra_of(event, message),
             )
 
-    def _alert(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        error = event.exception
-        key = (event.actor or "", None if error is None else type(error))
+    def _alert(self, event: OutcomeEvent, error: BaseException, message: MessageProxy | None) -> None:
+        key = (event.actor, type(error))
         now = clock.monotonic()
         last = self._alerted.get(key)
         repeated = last is not None and (now - last) * 1_000 < self.alert_interval
@@ -266,8 +263,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             event.message_id,
             event.actor,
             event.attempt,
-            None if error is None else class_path(type(error)),
-            "" if error is None else text_of(error),
+            class_path(type(error)),
+            text_of(error),
             extra=extra_of(event, message),
             exc_info=None if repeated else error,
         )
