@@ -71,6 +71,9 @@ class Stage:
         """
         worker = self.worker = Worker(self.broker, worker_timeout=50, worker_threads=threads)
         worker.start()
+        # A thread of Dramatiq's that is told to stop before it has begun runs on.
+        while not all(thread.running for thread in (*worker.workers, *worker.consumers.values())):
+            time.sleep(0.001)
         try:
             yield worker
             assert all(thread.is_alive() for thread in (*worker.workers, *worker.consumers.values()))
