@@ -94,8 +94,8 @@ class PolicyConsumer(Consumer):
             try:
                 check_composition(options)
             except MalformedMessage as error:
-                unstacked = error.with_traceback(None)  # As `report_malformed`.
-                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=unstacked, dead_letter=True)
+                error = _unstacked(error)
+                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
                 message.fail()
                 self.nack(message)
                 return None
@@ -265,11 +265,11 @@ class PolicyConsumer(Consumer):
         if message.queue_name != self.source:
             object.__setattr__(message, "queue_name", self.source)
 
-    def report_malformed(self, error: BaseException) -> None:
+    def report_malformed(self, error: MalformedMessage) -> None:
         """Publish the outcome of a body that could not be read and is on the dead-letter queue, raw."""
-        # The frames of its stack are ours, and hold what it carries.
-        error = error.with_traceback(None)
-        event = OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=error)
+        event = OutcomeEvent(
+            outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=_unstacked(error)
+        )
         self.wiring.publish(event, None)
 
     def _move_due(self) -> None:
@@ -296,6 +296,12 @@ class PolicyConsumer(Consumer):
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def _unstacked(error: MalformedMessage) -> MalformedMessage:
+    """The same error without its stack, whose frames are ours and hold what the message carries."""
+    # Made anew: before Python 3.11 `sys.exc_info()` keeps the stack of one that is being handled, and Sentry asks that.
+    return MalformedMessage(*error.args)
 
 
 def hold(worker: Any) -> None:

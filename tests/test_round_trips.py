@@ -80,6 +80,9 @@ class Demoted:
     def disconnect(self):
         self.said.append("disconnect")
 
+    def pack_commands(self, commands):
+        return []
+
     def send_packed_command(self, data):
         pass
 
