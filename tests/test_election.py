@@ -9,8 +9,10 @@ import sys
 import time
 
 import pytest
+from dramatiq.brokers.redis import RedisBroker
 
-from dramatiq_policies.election import CommandElection
+from dramatiq_policies.election import CommandElection, Election, elect
+from dramatiq_policies.wiring import wiring_of
 
 PROCESS = """
 import os, sys, time
@@ -103,6 +105,26 @@ def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path,
     assert [election.wins() for election in elections] == [True, True]
     assert elections[0].wins()
     assert len(caplog.records) == 2
+
+
+def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    left = [tmp_path / f"{mine._ours}{master}-queues" for master in ("nobody", "9" * 30, os.getppid(), 1)]
+    for path in left:
+        path.touch()
+    assert mine.wins()
+    assert all(path.exists() for path in left)
+    mine.resign()
+
+
+def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_it_is_said(monkeypatch, caplog):
+    def fails(client):
+        raise TypeError("an unexpected argument")
+
+    monkeypatch.setattr("dramatiq_policies.queues.redis.own_client", fails)
+    election = elect(wiring_of(RedisBroker(url="redis://127.0.0.1:1/0")), 1_000)
+    assert type(election) is Election
+    assert "can't be used for a lease: one process of each command watches the queues." in caplog.text
 
 
 def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, monkeypatch):
