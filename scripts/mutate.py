@@ -57,7 +57,13 @@ TESTS = {
     "guards": ["test_keys", "test_idempotency", "test_quarantine"],
     "admission": ["test_quarantine", "test_idempotency"],
     "piggyback": ["integration/test_piggyback"],
-    "middleware/idempotency": ["test_keys", "test_idempotency", "test_quarantine", "test_middleware_order"],
+    "middleware/idempotency": [
+        "test_keys",
+        "test_idempotency",
+        "test_quarantine",
+        "test_middleware_order",
+        "integration/test_piggyback",
+    ],
 }
 _COMPARISONS = {
     ast.Lt: ast.LtE,

@@ -12,6 +12,7 @@ import pytest
 import redis.asyncio
 from dramatiq import pipeline
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from dramatiq.results import ResultFailure, Results
@@ -34,6 +35,7 @@ from dramatiq_policies.records import RUNNING, Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
 from dramatiq_policies.testing import drain
+from dramatiq_policies.wiring import wiring_of
 
 from .support import Stage
 
@@ -845,6 +847,124 @@ def test_a_wait_that_is_over_holds_no_key():
     assert waiting.state == "waiting"
     now[0] += waiting.left_ms / 1_000 + 1
     assert Idempotency.state(ship, 7).state == "none"
+
+
+def test_the_state_of_a_job_that_is_idempotent_by_message_id_is_asked_by_that_id():
+    stage = Stage()
+    job = stage.actor(lambda: None, actor_name="job", idempotent=True)
+    message, other = job.send(), job.message()
+    stage.run()
+    assert Idempotency.state(job, message.message_id).state == "completed"
+    assert Idempotency.state(job, message.message_id).key == message.message_id
+    assert Idempotency.state(job, other.message_id).state == "none"
+
+
+def test_the_state_is_not_to_be_had_where_there_is_no_idempotency():
+    unguarded = Stage(bundle={"idempotency": False})
+    without_store = Stage(broker=RabbitmqBroker(url="amqp://nowhere.invalid"), bundle={"idempotency": Idempotency()})
+    elsewhere = StubBroker()
+    for actor in (
+        unguarded.actor(lambda order_id: None, actor_name="ship"),
+        without_store.actor(lambda order_id: None, actor_name="ship"),
+        dramatiq.actor(lambda order_id: None, actor_name="ship", broker=elsewhere),
+    ):
+        with pytest.raises(ConfigurationError, match="actor 'ship': the broker has no Idempotency with a store"):
+            Idempotency.state(actor, 7)
+
+
+# What it keeps its keys in, and what it is told when a worker starts.
+
+
+def stored_at(broker):
+    idempotency = next(one for one in broker.middleware if isinstance(one, Idempotency))
+    return idempotency.store
+
+
+@pytest.mark.parametrize(("namespace", "kept_in"), [("dramatiq", "idem"), ("shop", "shop:idem")])
+def test_a_redis_broker_keeps_them_beside_its_messages(namespace, kept_in):
+    broker = install(RedisBroker(url="redis://nowhere.invalid:7/3", namespace=namespace))
+    dramatiq.actor(lambda order_id: None, actor_name="ship", broker=broker, idempotency_key="{order_id}")
+    store = stored_at(broker)
+    assert isinstance(store, RedisStore)
+    assert store.namespace == kept_in
+    assert store.is_beside(broker.client)
+    assert store.client.connection_pool is not broker.client.connection_pool
+
+
+def test_a_stub_broker_keeps_them_in_memory_and_a_rabbitmq_broker_nowhere():
+    assert isinstance(stored_at(Stage().broker), MemoryStore)
+    broker = install(RabbitmqBroker(url="amqp://nowhere.invalid"), idempotency=Idempotency())
+    assert stored_at(broker) is None
+
+
+def test_a_twin_for_tests_keeps_its_settings_and_has_a_memory_of_its_own():
+    given = Idempotency(RedisStore.from_url("redis://nowhere.invalid"), lease=7_000, ttl=8_000, max_crashes=None)
+    Stage(bundle={"idempotency": given})
+    twin = given.for_stub()
+    assert (type(twin.store), twin.claims) == (MemoryStore, None)
+    assert (twin.lease, twin.ttl, twin.max_crashes, twin.on_store_error) == (7_000, 8_000, None, "retry")
+    assert isinstance(given.store, RedisStore)
+    assert given.claims is not None
+
+
+def test_a_worker_starts_though_its_store_can_not_say_what_it_lacks(caplog):
+    class Unreachable(MemoryStore):
+        def warnings(self):
+            raise ConnectionError("no store")
+
+    stage = Stage(bundle={"idempotency": Idempotency(Unreachable())})
+    stage.actor(lambda: None, actor_name="job").send()
+    stage.run()
+    assert stage.outcomes() == ["succeeded"]
+    assert [record.levelname for record in caplog.records if "no store" in record.getMessage()] == ["ERROR"]
+
+
+def test_the_thread_that_renews_leases_ends_with_its_worker():
+    def renewing():
+        return [thread for thread in threading.enumerate() if thread.name == "dramatiq_policies-leases"]
+
+    before = renewing()
+    stage = Stage()
+    ship = keep(stage)
+    with stage.working():
+        ship.send(7)
+        stage.drain()
+        assert len(renewing()) == len(before) + 1
+    assert renewing() == before
+
+
+def test_an_actor_that_was_known_before_it_is_guarded_too():
+    stage = Stage(bundle={"idempotency": False})
+    job = stage.actor(lambda: None, actor_name="job")
+    job.send()
+    stage.run()
+    stage.broker.add_middleware(Idempotency())
+    for _ in range(2):
+        job.send_with_options(idempotency_key="once")
+    stage.run()
+    assert stage.outcomes() == ["succeeded", "succeeded", "duplicate"]
+
+
+def test_a_second_worker_subscribes_to_stuck_jobs_no_second_time():
+    stage = Stage()
+    for _ in range(2):
+        with stage.working():
+            pass
+    idempotency = next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
+    subscribers = wiring_of(stage.broker).stuck_subscribers
+    assert subscribers.count(idempotency._excuse_neighbours) == 1
+
+
+def test_its_durations_have_defaults_and_may_be_as_short_as_a_millisecond():
+    assert (Idempotency().lease, Idempotency().ttl, Idempotency().max_crashes) == (60_000, 86_400_000, 3)
+    assert (Idempotency(lease=1).lease, Idempotency(ttl=1).ttl) == (1, 1)
+    with pytest.raises(ConfigurationError, match="ttl"):
+        Idempotency(ttl=0)
+
+
+def test_a_bad_argument_is_named_with_what_may_stand_there():
+    with pytest.raises(ConfigurationError, match=r"on_store_error.*expected \"retry\" or \"run\", got 'ignore'"):
+        Idempotency(on_store_error="ignore")
 
 
 # The store is down.
