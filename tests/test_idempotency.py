@@ -766,9 +766,11 @@ def test_state_and_forget():
         assert (running.state, running.message_id, running.key) == ("running", message.message_id, "7")
         assert abs(running.since - time.time() * 1_000) < 10_000
         assert running.owner
+        assert 50_000 < running.left_ms <= 60_000  # the lease
         go_on.set()
         stage.drain()
     assert Idempotency.state(ship, 7).state == "completed"
+    assert 86_390_000 < Idempotency.state(ship, 7).left_ms <= 86_400_000  # the ttl
     assert Idempotency.state(ship, 7).message_id == message.message_id
     assert Idempotency.forget(ship, 7)
     assert not Idempotency.forget(ship, 7)
@@ -916,7 +918,8 @@ def test_a_worker_starts_though_its_store_can_not_say_what_it_lacks(caplog):
     stage.actor(lambda: None, actor_name="job").send()
     stage.run()
     assert stage.outcomes() == ["succeeded"]
-    assert [record.levelname for record in caplog.records if "no store" in record.getMessage()] == ["ERROR"]
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["dramatiq_policies.alerts"]
+    assert [record.name for record in caplog.records if record.levelname == "CRITICAL"] == []
 
 
 def test_the_thread_that_renews_leases_ends_with_its_worker():
@@ -963,7 +966,9 @@ def test_its_durations_have_defaults_and_may_be_as_short_as_a_millisecond():
 
 
 def test_a_bad_argument_is_named_with_what_may_stand_there():
-    with pytest.raises(ConfigurationError, match=r"on_store_error.*expected \"retry\" or \"run\", got 'ignore'"):
+    with pytest.raises(
+        ConfigurationError, match='Idempotency: on_store_error: expected "retry" or "run", got \'ignore\''
+    ):
         Idempotency(on_store_error="ignore")
 
 

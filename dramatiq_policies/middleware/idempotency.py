@@ -133,7 +133,6 @@ class Idempotency(PolicyMiddleware):
         self.claims = Claims(store, self.lease)
         wiring.admission = Admission(wiring, self.claims, run_without_store=self.on_store_error == "run")
         wiring.guard_defaults = (self.ttl, self.max_crashes)
-        wiring.policies.clear()
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         wiring = self.arrange(broker)

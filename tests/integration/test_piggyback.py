@@ -14,6 +14,7 @@ import redis
 from dramatiq import Worker
 
 from dramatiq_policies import ErrorClassifier, Idempotency, install
+from dramatiq_policies.piggyback import Piggyback
 from dramatiq_policies.round_trips import RoundTrips
 from dramatiq_policies.stores.redis import RedisStore
 from dramatiq_policies.wiring import wiring_of
@@ -190,6 +191,26 @@ def test_a_worker_that_stops_with_work_in_hand_sends_what_was_posted(make_shop: 
     assert ran == [0, 1]
     assert [state(job, number) for number in range(4)] == ["completed", "completed", "none", "none"]
     assert sorted(message.args[0] for message in shop.place.left()) == [2, 3]
+
+
+def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
+    make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = make_shop()
+    job = shop.send_jobs(4)
+    look = Piggyback.look
+
+    def look_and_be_stopped(piggyback: Piggyback) -> None:
+        look(piggyback)
+        if piggyback.trips.posted:
+            for thread in worker.workers:
+                thread.stop()
+
+    monkeypatch.setattr(Piggyback, "look", look_and_be_stopped)
+    with shop.working() as worker:
+        until(lambda: shop.ran and not any(thread.is_alive() for thread in worker.workers))
+        assert shop.ran == [0]
+        assert state(job, 0) == "completed"
 
 
 def test_a_paused_worker_is_given_nothing_to_carry(make_shop: Callable[..., Shop]) -> None:
