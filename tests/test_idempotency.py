@@ -589,7 +589,7 @@ def test_an_actor_that_asks_for_nothing_is_declared_where_there_is_none():
     ],
 )
 def test_a_bad_argument_is_refused(arguments):
-    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+    with pytest.raises(ConfigurationError, match=f"^Idempotency: {next(iter(arguments))}: expected"):
         Idempotency(**arguments)
 
 
