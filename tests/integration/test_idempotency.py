@@ -303,8 +303,11 @@ def test_another_message_never_runs_beside_a_live_owner(application: Application
     assert application.place.left() == []
 
 
-def test_the_messages_of_a_killed_worker_come_back_soon_on_redis(redis_place: RedisPlace, tmp_path: Path) -> None:
-    app = Application(redis_place, redis_place.url, tmp_path)
+@pytest.mark.parametrize("place", ["redis"], indirect=True)
+def test_the_messages_of_a_killed_worker_come_back_soon_on_redis(
+    redis_place: RedisPlace, application: Application
+) -> None:
+    app = application
     broker = dramatiq.brokers.redis.RedisBroker(
         url=redis_place.url, namespace=redis_place.namespace, heartbeat_timeout=2_000
     )
@@ -317,7 +320,8 @@ def test_the_messages_of_a_killed_worker_come_back_soon_on_redis(redis_place: Re
     killed = time.monotonic()
     with app.working():
         app.wait_for(*(f"effect {number}" for number in range(10)))
-    assert time.monotonic() - killed < 2 + 5 + 2  # the command takes a while to start
+    # Four seconds, and what the command takes to start; Dramatiq's own maintenance takes minutes to an hour.
+    assert time.monotonic() - killed < 25
     assert redis_place.left() == []
 
 
