@@ -41,7 +41,7 @@ PACKAGE = "dramatiq_policies"
 TESTS = {
     "retry_after_header": ["test_backoff"],
     "backoff": ["test_backoff", "test_error_classifier"],
-    "callables": ["test_backoff", "test_rules", "test_error_classifier", "test_keys"],
+    "callables": ["test_callables", "test_backoff", "test_rules", "test_error_classifier", "test_keys"],
     "durations": ["test_durations", "test_backoff"],
     "rules": ["test_rules", "test_error_classifier"],
     "rule_set": ["test_rules", "test_error_classifier"],
