@@ -101,7 +101,8 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "on_success": _is_name,
     "on_retry_exhausted": _is_name,
     "ready_at": _is_wait,
-    "eta": is_number,
+    # Dramatiq runs a message with any other rubbish here at once, and says so itself; one that is due at infinity, never.
+    "eta": lambda value: type(value) is not float or math.isfinite(value),
 }
 _CHECKED = frozenset(_ACCEPTS)
 _warned: set[tuple[str, str]] = set()

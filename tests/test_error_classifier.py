@@ -1549,6 +1549,14 @@ def test_no_value_of_a_message_option_ends_a_thread_or_leaves_a_message_without_
     assert len(set(firsts)) == len(ids)
 
 
+def test_of_a_time_that_is_none_dramatiq_itself_warns(caplog):
+    stage = Stage()
+    failing(stage)
+    raw(stage, options={"eta": "soon"})
+    stage.run()
+    assert "Invalid eta value" in caplog.text
+
+
 @pytest.mark.parametrize("eta", [v for v in HOSTILE if v not in (10**30, 1e308)], ids=repr)
 def test_a_hostile_eta_runs_now(eta):
     stage = Stage()

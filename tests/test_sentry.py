@@ -264,7 +264,6 @@ TELLTALE = {
     "a next stage with a field of another type": body_with({"pipe_target": message_with(args=CARD)}),
     "a callback that is none": body_with({"group_completion_callbacks": [CARD], "group_completion_uuid": "g"}),
     "an option of Dramatiq's": body_with({"max_retries": [CARD]}),
-    "a time of Dramatiq's": body_with({"eta": CARD}),
     "a timeout": body_with({"timeout": CARD}),
     "a key": body_with({"idempotency_key": [CARD]}),
 }
