@@ -7,8 +7,10 @@ import threading
 import time
 
 import pytest
-from dramatiq import pipeline
-from dramatiq.results import Results
+from dramatiq import group, pipeline
+from dramatiq.middleware import GroupCallbacks
+from dramatiq.rate_limits.backends import StubBackend as RateLimiterBackend
+from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import Idempotency, Timeout, owners, records
@@ -279,11 +281,115 @@ def test_what_may_have_killed_a_worker_begins_only_when_the_command_knows_that_t
     assert time.monotonic() - began >= 0.3
 
 
-def test_other_jobs_begin_at_once():
-    app = Crashing()
+@pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
+def test_other_jobs_begin_at_once(monkeypatch, options):
+    monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 4.0)
+    app = Crashing(**options)
     wiring_of(app.stage.broker).in_command = True
     began = time.monotonic()
     app.job.send(7)
     app.stage.run()
     assert app.stage.outcomes() == ["succeeded"]
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
+
+
+# What a worker left that died while it handed a retry on, or whose results can't be had.
+
+
+@pytest.mark.parametrize(
+    ("due", "delays"),
+    [(None, [None]), (20_000, range(10_000, 20_001)), (-5_000, [1])],
+    ids=["at once", "later", "over"],
+)
+def test_a_retry_that_was_being_handed_on_is_handed_on_again_for_when_it_was_due(monkeypatch, due, delays):
+    app = Crashing(**GUARDED)
+    message = app.job.message(7)
+    due = None if due is None else int(time.time() * 1_000) + due
+    follow = {"options": {"retries": 1, "mark": "theirs"}, "due": due}
+    record = records.Record(records.ENDING, message.message_id, 0, app.owner, "1", 0, 1, 1_000_000, follow=follow)
+    app.store.put("job\x007", record.encode(), 1_000_000 + app.lease)
+    sent, enqueue = [], app.stage.broker.enqueue
+
+    def watched(message, *, delay=None):
+        if message.options.get("mark") == "theirs":
+            sent.append((message.message_id, delay))
+            delay = None
+        return enqueue(message, delay=delay)
+
+    monkeypatch.setattr(app.stage.broker, "enqueue", watched)
+    app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+    app.stage.run()
+    (handed_on, delay), *more = sent
+    assert (handed_on, more) == (message.message_id, [])
+    assert delay in delays
+    assert (app.stage.outcomes()[0], app.stage.reasons()[0]) == ("duplicate", "stale")
+    assert app.runs == [7]
+
+
+def test_a_duplicate_is_done_with_though_its_result_can_not_be_settled(caplog):
+    class Full(StubBackend):
+        def _store(self, message_key, result, ttl):
+            raise ConnectionError("no room")
+
+    stage = Stage(middleware=[Results(backend=Full())])
+    stage.actor(lambda: None, actor_name="job", done_when=lambda: True, store_results=True).send()
+    stage.run()
+    assert stage.outcomes() == ["duplicate"]
+    assert "can't be settled" in caplog.text
+
+
+def test_what_done_when_answers_for_keeps_the_failure_that_an_earlier_run_has_stored():
+    backend = StubBackend()
+    stage = Stage(middleware=[Results(backend=backend)])
+    done = []
+
+    @stage.actor(store_results=True, max_retries=0, done_when=lambda: bool(done))
+    def job():
+        done.append(True)
+        raise ValueError("no such order")
+
+    message = job.send()
+    stage.run()
+    stage.broker.enqueue(message)
+    stage.run()
+    assert stage.reasons()[1:] == ["done"]
+    with pytest.raises(ResultFailure, match="no such order"):
+        backend.get_result(message)
+
+
+def test_a_duplicate_of_an_actor_whose_next_stages_take_no_result_needs_none():
+    stage = Stage()
+    told = []
+    ship = stage.actor(lambda number: None, actor_name="ship", idempotency_key="{number}", pipe_ignore=True)
+    tell = stage.actor(lambda who: told.append(who), actor_name="tell")  # noqa: PLW0108
+    for who in ("ann", "bob"):
+        pipeline([ship.message(7), tell.message(who)], broker=stage.broker).run()
+    stage.run()
+    assert sorted(told) == ["ann", "bob"]
+    assert stage.dead == []
+
+
+def test_a_duplicate_that_is_delivered_twice_counts_in_its_group_once(monkeypatch):
+    stage = Stage(middleware=[GroupCallbacks(RateLimiterBackend())])
+    happened = []
+
+    @stage.actor(idempotency_key="{number}")
+    def ship(number):
+        happened.append(number)
+
+    tell = stage.actor(lambda: happened.append("told"), actor_name="tell")
+    enqueue = stage.broker.enqueue
+
+    def enqueue_member_twice(message, *, delay=None):
+        if message.args == (7,) and "group_completion_uuid" in message.options:
+            enqueue(message.copy(), delay=delay)
+        return enqueue(message, delay=delay)
+
+    ship.send(7)
+    monkeypatch.setattr(stage.broker, "enqueue", enqueue_member_twice)
+    members = group([ship.message(7), ship.message(8)], broker=stage.broker)
+    members.add_completion_callback(tell.message())
+    members.run()
+    stage.run()
+    assert stage.outcomes("ship") == ["succeeded", "duplicate", "duplicate", "succeeded"]
+    assert happened == [7, 8, "told"]
