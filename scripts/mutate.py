@@ -56,7 +56,7 @@ TESTS = {
     "keys": ["test_keys", "test_idempotency"],
     "guards": ["test_keys", "test_idempotency", "test_quarantine"],
     "admission": ["test_quarantine", "test_idempotency"],
-    "piggyback": ["integration/test_piggyback"],
+    "piggyback": ["test_piggyback", "integration/test_piggyback"],
     "middleware/idempotency": [
         "test_keys",
         "test_idempotency",

@@ -63,6 +63,14 @@ def claims(store):
     made.close()
 
 
+@pytest.fixture
+def slept(monkeypatch):
+    """For how many seconds each pause lasted; none takes any time."""
+    pauses = []
+    monkeypatch.setattr(claims_module.clock, "sleep", pauses.append)
+    return pauses
+
+
 def ask(claims, message_id="m", run=0, *, name="k", dead=is_dead, keyed=True, max_crashes=3, starts=1, alone=False):
     request = Request(message_id, run, dead, max_crashes, starts, alone)
     return claims.claim(name, request, keyed=keyed, keep=KEEP)
@@ -263,6 +271,72 @@ def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store
             ask(claims)
     store.swap = swap
     assert ask(claims).record.starts == 1
+
+
+def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_ended_runs(claims, store):
+    claims.conclude(ask(claims, "first"), RETRIED)
+    store.now += 66
+    swap = store.swap
+
+    def swap_and_fail(*args):
+        if swap(*args) is None:
+            raise TimeoutError
+        return swap(*args)
+
+    store.swap = swap_and_fail
+    with pytest.raises(claims_module.StoreDown):
+        ask(claims, "second")
+    store.swap = swap
+    assert ask(claims, "first", dead=died) == Skip("stale")
+
+
+def test_a_start_is_counted_where_the_store_is_down_when_it_is_to_be_excused(claims, store):
+    claim = ask(claims)
+    store.down = True
+    claims.excuse(Delivered(claim))
+    claims.excuse(Delivered(None))
+    store.down = False
+    assert store.record("k").starts == 1
+
+
+def test_an_ending_that_is_no_completion_is_tried_once_and_left_to_the_renewing_thread(claims, store, slept):
+    claim = ask(claims)
+    store.down = True
+    claims.conclude(claim, DEAD)
+    assert slept == []
+
+
+def test_a_completion_is_tried_for_some_seconds(claims, store, slept, caplog):
+    claim = ask(claims)
+    store.down = True
+    claims.conclude(claim, SUCCEEDED)
+    assert sum(slept) == pytest.approx(5)
+    assert "The completion of message m is not remembered yet" in caplog.text
+
+
+def test_the_end_of_a_claim_without_a_key_is_tried_once(claims, store, slept):
+    claim = ask(claims, keyed=False)
+    store.down = True
+    claims.conclude(claim, SUCCEEDED)
+    assert slept == []
+
+
+# A completion that another call carries.
+
+
+def test_a_completion_that_was_carried_ends_the_claim(claims, store):
+    store.putting = lambda *arguments: arguments
+    claim = ask(claims)
+    assert claim.completion() == ("k", records.completed_by("m"), KEEP)
+    store.put(*claim.completion())
+    claim.completed()
+    claims.leases.renew()
+    assert store.renewals == []
+    assert is_dead(claim.record)
+    assert ask(claims, "other") == Skip("completed", "m")
+
+
+# An ending that is late.
 
 
 def test_an_ending_that_could_not_be_written_holds_the_key_until_it_is(claims, store):
