@@ -52,7 +52,7 @@ TESTS = {
     "middleware/error_classifier": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "limits": ["test_timeout", "test_error_classifier"],
     "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
-    "claims": ["test_claims", "test_claims_model", "test_quarantine", "test_idempotency"],
+    "claims": ["test_claims", "test_quarantine", "test_idempotency", "test_claims_model"],
     "keys": ["test_keys", "test_idempotency"],
     "guards": ["test_keys", "test_idempotency", "test_quarantine"],
     "admission": ["test_quarantine", "test_idempotency"],

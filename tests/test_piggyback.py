@@ -6,10 +6,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from dramatiq import Middleware
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 
-from dramatiq_policies import piggyback
+from dramatiq_policies import install, piggyback
 from dramatiq_policies.piggyback import Piggyback
+from dramatiq_policies.wiring import wiring_of
 
 MESSAGE = SimpleNamespace(message_id="m")
 
@@ -99,6 +102,15 @@ def test_nothing_is_sent_where_nothing_was_posted(carrier):
     assert carrier.trips.calls == 0
 
 
+def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
+    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.look()
+    assert carrier.trips.calls == 0
+    monkeypatch.setattr(piggyback, "_has_more", lambda thread: False)
+    carrier.look()
+    assert carrier.trips.calls == 1
+
+
 def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
     carrier.post(Consumer(), MESSAGE, ended())
     carrier.trips.posted.clear()  # under way, and not answered
@@ -149,3 +161,52 @@ def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_w
     assert consumer.concluded == 1
     assert delivery.acked is acked
     assert (delivery.claim is None) is acked
+
+
+@pytest.mark.parametrize(
+    ("state", "more"),
+    [({}, True), ({"running": False}, False), ({"paused": True}, False), ({"waiting": []}, False)],
+)
+def test_a_thread_has_more_to_do_while_it_goes_on_and_messages_wait(state, more):
+    state = {"running": True, "paused": False, "waiting": [MESSAGE], **state}
+    queue = SimpleNamespace(queue=state.pop("waiting"))
+    assert piggyback._has_more(SimpleNamespace(work_queue=queue, **state)) is more
+
+
+def test_a_thread_of_somebody_elses_has_not():
+    assert piggyback._has_more(threading.current_thread()) is False
+
+
+class Idle(Middleware):
+    """Has none of the hooks that matter."""
+
+    def before_enqueue(self, broker, message, delay):
+        pass
+
+
+class Before(Middleware):
+    def before_process_message(self, broker, message):
+        pass
+
+
+class After(Middleware):
+    def after_ack(self, broker, message):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("middleware", "safe"), [((), True), ((Idle(),), True), ((Before(),), False), ((After(),), False)]
+)
+def test_nothing_is_posted_where_a_middleware_of_somebody_elses_acts_between_two_jobs(middleware, safe):
+    broker = install(StubBroker())
+    for one in middleware:
+        broker.add_middleware(one)
+    assert Piggyback.is_safe(wiring_of(broker)) is safe
+
+
+@pytest.mark.parametrize("package", ["dramatiq", "dramatiq_policies", "sentry_sdk"])
+def test_the_middleware_of_those_who_are_known_does_not_matter(package, monkeypatch):
+    monkeypatch.setattr(Before, "__module__", f"{package}.integrations")
+    broker = install(StubBroker())
+    broker.add_middleware(Before())
+    assert Piggyback.is_safe(wiring_of(broker))
