@@ -1231,12 +1231,21 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ConnectionClosed(OSError("gone")), ConnectionResetError()])
-def test_a_retry_that_meets_a_lost_connection_is_handed_off_once_it_is_back(impatient, error):
+def test_a_retry_that_meets_a_lost_connection_is_handed_off_once_it_is_back(impatient, error, caplog):
     stage = Stage()
     failing(stage, PaymentError(), retry_on={PaymentError: SOON}).send()
     failed = broken_enqueue(stage, error, times=20)
     assert stage.run().outcomes() == ["retried", "succeeded"]
     assert len(failed) == 20
+    # Which is said at the first try, and not at each.
+    assert caplog.text.count("The broker did not take what follows message") == 1
+
+
+def test_an_error_that_is_over_before_the_patience_is_changes_nothing():
+    stage = Stage()
+    failing(stage, PaymentError(), retry_on={PaymentError: SOON}).send()
+    broken_enqueue(stage, RuntimeError("no"), times=2)
+    assert stage.run().outcomes() == ["retried", "succeeded"]
 
 
 def test_so_it_is_by_a_worker_that_started_after_another_had_stopped(impatient):

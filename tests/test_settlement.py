@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from dramatiq import Message
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
+from dramatiq_policies.delivery import GivenAway
+from dramatiq_policies.wiring import wiring_of
+
 from .support import Stage
+
+CONSUMER = "dramatiq_policies.brokers.stub.StubConsumer"
 
 
 @pytest.fixture
@@ -57,3 +63,89 @@ def test_of_a_message_that_stores_no_results_no_failure_is_stored():
         loud.get_result(backend=results.backend)
     with pytest.raises(ResultMissing):
         silent.get_result(backend=results.backend)
+
+
+@pytest.fixture
+def acks(monkeypatch):
+    acked = []
+    monkeypatch.setattr(f"{CONSUMER}.finish", lambda consumer, message: acked.append(message.message_id))
+    return acked
+
+
+def taken(stage, **options):
+    """A consumer and the message that it holds."""
+    stage.actor(lambda: None, actor_name="job")
+    stage.broker.enqueue(Message("default", "job", (), {}, options))
+    consumer = stage.broker.consume("default")
+    return consumer, next(consumer)
+
+
+def test_what_is_acked_again_after_a_lost_connection_is_settled_once(acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    for _ in range(2):
+        consumer.ack(message)
+    assert (stage.outcomes(), len(acks)) == (["dead"], 2)
+    assert len(stage.dead) == 1
+
+
+def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back(monkeypatch, acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    wiring_of(stage.broker).stopping.set()
+    tries = []
+
+    def refuse(*args):
+        tries.append(1)
+        raise ConnectionError
+
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    consumer.ack(message)
+    assert len(tries) == 2
+    assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
+
+
+def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(monkeypatch, acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    handed = []
+    monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: True)
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", lambda *args: handed.append(args))
+    consumer.ack(message)
+    assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
+
+
+@pytest.mark.parametrize(("error", "gone"), [(GivenAway(), False), (ConnectionError(), True)], ids=repr)
+def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_again(monkeypatch, acks, error, gone):
+    stage = Stage()
+    consumer, message = taken(stage)
+    tries = []
+
+    def refuse(*args):
+        tries.append(1)
+        monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: gone)
+        raise error
+
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    consumer.ack(message)
+    assert len(tries) == 1
+    assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
+
+
+@pytest.mark.parametrize("replays", [0, 2])
+def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
+    stage = Stage()
+    consumer, message = taken(stage, policies={"replays": replays, "total": 3})
+    consumer.ack(message)
+    (letter,) = stage.dead
+    assert letter.options.get("policies") == ({"replays": replays} if replays else None)
+
+
+def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
+    stage = Stage()
+    told = []
+    wiring_of(stage.broker).on_success = (told.append,)
+    stage.actor(lambda: None, actor_name="good").send()
+    stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
+    assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]
+    assert [delivery.message.actor_name for delivery in told] == ["good"]
