@@ -50,7 +50,7 @@ TESTS = {
     "history": ["test_history", "test_kit_stub", "test_error_classifier", "test_quarantine"],
     "decisions": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "settlement": ["test_settlement", "test_consumer", "test_error_classifier", "test_idempotency", "test_quarantine"],
-    "delivery": ["test_consumer", "test_error_classifier", "test_timeout", "test_idempotency"],
+    "delivery": ["test_delivery", "test_consumer", "test_error_classifier", "test_timeout", "test_idempotency"],
     "middleware/error_classifier": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "limits": ["test_timeout", "test_error_classifier"],
     "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
