@@ -1116,6 +1116,7 @@ def test_a_record_of_an_unknown_version_makes_the_message_wait_and_never_run(cap
         assert ship.runs == []
         stage.drain()
     assert ship.runs == [(7, 1)]
+    assert stage.reasons() == ["store_down"] * (len(stage.events) - 1) + [None]
     assert any("this version of dramatiq_policies" in record.message for record in caplog.records)
 
 

@@ -393,3 +393,14 @@ def test_a_duplicate_that_is_delivered_twice_counts_in_its_group_once(monkeypatc
     stage.run()
     assert stage.outcomes("ship") == ["succeeded", "duplicate", "duplicate", "succeeded"]
     assert happened == [7, 8, "told"]
+
+
+def test_what_came_back_and_has_no_key_runs_while_its_starts_can_not_be_counted(monkeypatch, caplog):
+    def fail(*args):
+        raise ConnectionError("no store")
+
+    app = Crashing()
+    monkeypatch.setattr(app.store, "swap", fail)
+    assert app.comes_back(app.job.message(7)) == ("succeeded", None)
+    assert app.runs == [7]
+    assert "without a claim" not in caplog.text

@@ -229,3 +229,23 @@ def test_a_key_of_which_nothing_is_to_be_remembered_is_removed():
 def test_only_the_last_eight_messages_that_ended_are_remembered():
     record = mine(ended=tuple((f"m{number}", 0) for number in range(20)))
     assert record.having_ended() == (*((f"m{number}", 0) for number in range(13, 20)), ("m", 1))
+
+
+def test_a_first_start_is_not_made_alone_though_a_limit_of_one_grants_no_other():
+    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=1)) == Take(1)
+    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=2, starts=2)) == Take(2, alone=True)
+
+
+@pytest.mark.parametrize("state", ["running", "ending", "waiting", "free"])
+def test_what_a_store_holds_is_read_by_workers_of_a_later_version(state):
+    held = b'\x01{"s":"%s","m":"m","n":2,"o":"host:1:place:5","t":"7","b":3,"c":4,"k":6,"e":[["x",1]]}' % state.encode()
+    record = Record(state, "m", 2, "host:1:place:5", "7", 3, 4, 6, (("x", 1),))
+    assert record.state in (RUNNING, ENDING, WAITING, FREE)
+    assert Record.decode(held) == record
+    assert record.encode() == held
+
+
+def test_a_lease_holds_to_its_last_millisecond():
+    for record in (mine(), theirs(), theirs(WAITING)):
+        assert decide(record, record.keep + 1, Request("m", 1, LIVE, 3)) == Defer(1)
+        assert decide(record, record.keep, Request("m", 1, LIVE, 3)) != Defer(0)
