@@ -290,6 +290,18 @@ def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_en
     assert ask(claims, "first", dead=died) == Skip("stale")
 
 
+def test_a_start_in_another_process_counts_whatever_its_token(claims, store):
+    before = set(claims_module._unborn)
+    store.down = True
+    with pytest.raises(claims_module.StoreDown):
+        ask(claims)
+    store.down = False
+    [token] = claims_module._unborn - before
+    record = Record(records.RUNNING, "m", owner="elsewhere:1:x:1", token=token, starts=1, since=0, keep=KEEP)
+    store.put("k", record.encode(), LEASE + KEEP)
+    assert ask(claims, dead=died).record.starts == 2
+
+
 def test_a_start_is_counted_where_the_store_is_down_when_it_is_to_be_excused(claims, store):
     claim = ask(claims)
     store.down = True
@@ -399,6 +411,21 @@ def test_a_claim_that_ends_while_it_is_renewed_is_not_written_again(claims, stor
     store.renew = renew_late
     claims.leases.renew()
     let_go(claim)
+    assert store.get("k").value is None
+
+
+def test_a_renewal_does_not_undo_an_ending_that_is_being_written(claims, store):
+    claim = ask(claims, keyed=False)
+    swap = store.swap
+
+    def swap_and_renew(*arguments):
+        store.swap = swap
+        found = swap(*arguments)
+        claims.leases.renew()
+        return found
+
+    store.swap = swap_and_renew
+    claims.conclude(claim, SUCCEEDED)
     assert store.get("k").value is None
 
 

@@ -60,9 +60,15 @@ class Consumer:
 
 
 def ended(*, remembered=True, plain=True):
-    claim = SimpleNamespace(completed=lambda: None)
+    said = []
+    claim = SimpleNamespace(completed=lambda: said.append("completed"))
     return SimpleNamespace(
-        is_remembered=lambda: remembered, is_plain_success=lambda: plain, claim=claim, acked=False, settled=False
+        is_remembered=lambda: remembered,
+        is_plain_success=lambda: plain,
+        claim=claim,
+        said=said,
+        acked=False,
+        settled=False,
     )
 
 
@@ -161,6 +167,7 @@ def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_w
     assert consumer.concluded == 1
     assert delivery.acked is acked
     assert (delivery.claim is None) is acked
+    assert delivery.said == (["completed"] if acked else [])
 
 
 @pytest.mark.parametrize(
