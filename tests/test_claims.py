@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import dramatiq
 import pytest
 
 from dramatiq_policies import Outcome, owners, records
@@ -215,6 +216,22 @@ def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(clai
     assert isinstance(ask(claims, run=1), Claim)
 
 
+def test_what_is_to_be_handed_on_again_is_known_but_for_what_every_run_has(claims, store):
+    same = {"pipe_target": {"actor_name": "next"}, "group_completion_callbacks": [1]}
+    claim = ask(claims)
+    before = time.time() * 1_000
+    message = dramatiq.Message("q", "job", (), {}, {"retries": 1, "tag": "x", **same})
+    claim.ending(Send(message, 5_000))
+    follow = store.record("k").follow
+    assert follow["options"] == {"retries": 1, "tag": "x"}
+    assert before + 5_000 <= follow["due"] + 1 <= before + 15_000
+
+
+def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
+    claims.conclude(ask(claims), Settlement(Outcome.SKIPPED))
+    assert ask(claims) == Skip("stale")
+
+
 def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
     """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
     claim = ask(claims)
@@ -256,6 +273,23 @@ def test_a_claim_whose_reply_was_lost_has_been_made(claims, store):
     store.swap = swap_twice
     assert isinstance(ask(claims), Claim)
     assert lost == [None]
+
+
+def test_a_claim_that_was_known_late_to_be_made_is_made_once_more(claims, store, monkeypatch):
+    clock = iter([0, LEASE, 2 * LEASE, 2 * LEASE])  # when the first try begins and ends, and the second
+    monkeypatch.setattr(claims_module.clock, "monotonic", lambda: next(clock))
+    swap, calls = store.swap, []
+
+    def watched(name, expected, value, ttl):
+        calls.append((expected, value))
+        found = swap(name, expected, value, ttl)
+        return store.get(name) if len(calls) == 1 else found  # As where the reply was lost, and the call repeated.
+
+    store.swap = watched
+    claim = ask(claims)
+    assert isinstance(claim, Claim)
+    assert len(calls) == 2
+    assert calls[1][0] == calls[0][1]
 
 
 def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store):
