@@ -14,6 +14,7 @@ from dramatiq_policies import Outcome, owners, records
 from dramatiq_policies import claims as claims_module
 from dramatiq_policies.claims import Claim, Claims, Quarantined, is_dead, uncounted_name
 from dramatiq_policies.delivery import Send, Settlement
+from dramatiq_policies.guards import name_of
 from dramatiq_policies.records import Defer, Record, Request, Skip, Take
 from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
@@ -595,3 +596,18 @@ def test_a_record_of_an_owner_that_nobody_can_read_is_of_nobody_certainly_dead()
     assert not is_dead(Record(records.RUNNING, "m", owner=""))
     assert not is_dead(Record(records.RUNNING, "m", owner="host:pid:place:start"))
     assert not is_dead(Record(records.RUNNING, "m", owner="nonsense"))
+
+
+def test_each_message_without_a_key_is_counted_apart_from_others_and_from_keys():
+    names = [uncounted_name("a"), uncounted_name("b"), name_of("a", "b"), name_of("b", "a")]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork beside threads
+def test_nothing_runs_yet_in_a_forked_child(claims):
+    before = claims.solitude
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if claims.solitude is not before else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert claims.solitude is before
