@@ -11,7 +11,7 @@ from dramatiq import Message
 
 from .apps import OperationError, find_queue, known_queues
 from .letters import DeadLetter, Filter, read_letter, renewed
-from .piles import open_pile
+from .piles import Item, Pile, open_pile
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -76,7 +76,7 @@ def dead_letters(
     left = limit
     for queue in _chosen(broker, queues):
         with open_pile(broker, queue, dead=True) as pile:
-            for item in pile.read_all() if limit is None and len(pile) else pile:
+            for item in _looked_at(pile, limit):
                 letter = read_letter(broker, queue, item)
                 if where is None or where(letter):
                     yield letter
@@ -84,6 +84,11 @@ def dead_letters(
                         left -= 1
                         if left <= 0:
                             return
+
+
+def _looked_at(pile: Pile, limit: int | None) -> Iterable[Item]:
+    """What is only looked at: all at once, but whoever needs a few takes no more off RabbitMQ than those."""
+    return pile.read_all() if limit is None and len(pile) else pile
 
 
 def summarise(broker: Broker, queues: Iterable[str] = (), where: Filter | None = None) -> list[Group]:
@@ -211,8 +216,7 @@ def _work(
         next_at = monotonic()
         if limit is not None and moved.count >= limit:
             return
-        # Whoever needs a few takes no more off RabbitMQ than those.
-        for item in pile.read_all() if dry_run and limit is None and len(pile) else pile:
+        for item in _looked_at(pile, limit) if dry_run else pile:
             letter = read_letter(broker, queue, item)
             moved.seen += 1
             if where is None or where(letter):
