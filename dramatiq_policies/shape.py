@@ -72,7 +72,7 @@ def is_number(value: Any) -> bool:
 
 def described(value: Any) -> str:
     """A value out of a message as it may stand in a log: a number as it is, of all else the type, for it may be a secret."""
-    return f"{value!r:.100}" if value is None or isinstance(value, (bool, int, float)) else f"<{type(value).__name__}>"
+    return f"{value!r:.100}" if value is None or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
 
 
 def _is_wait(value: Any) -> bool:
