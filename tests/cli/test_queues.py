@@ -122,16 +122,20 @@ def test_the_monitor_needs_one_on_the_broker(command):
     assert "no QueueMonitor" in command.refuses("monitor", command.app(APP))
 
 
-def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
-    app = command.app(APP + "send_mail.send(2)\n", broker=BROKER)
-    process = subprocess.Popen(
+def monitoring(command, app):
+    """The monitor as a process of its own."""
+    return subprocess.Popen(
         [sys.executable, "-u", "-m", "dramatiq_policies", "monitor", app],
         cwd=command.folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
-    with process:
+
+
+def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
+    app = command.app(APP + "send_mail.send(2)\n", broker=BROKER)
+    with monitoring(command, app) as process:
         assert "Watching mail, urgent every 50 ms" in process.stderr.readline()
         assert "Queue mail: 2 messages wait (threshold 2)" in process.stderr.readline()
         time.sleep(0.2)
@@ -143,14 +147,7 @@ def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
 def test_the_monitor_of_an_application_with_logging_of_its_own_logs_as_that_does(command):
     own = "import logging\nlogging.basicConfig(level=logging.INFO, format='OWN %(message)s')\n"
     app = command.app(APP, broker=own + BROKER)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "dramatiq_policies", "monitor", app],
-        cwd=command.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    with monitoring(command, app) as process:
         assert process.stderr.readline() == "OWN Watching mail, urgent every 50 ms.\n"
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 0
