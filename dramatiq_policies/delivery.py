@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import clock
+from .errors import NoCurrentJob
 from .outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .options import ActorPolicy
 
 __all__ = ["CurrentJob", "Delivery", "GivenAway", "Recorder", "Send", "Settlement", "current_job", "running_delivery"]
+
+T = TypeVar("T")
 
 #: The delivery that this thread (greenlet, task) works on.
 current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
@@ -244,7 +247,41 @@ def running_delivery() -> Delivery | None:
     return delivery if delivery is not None and delivery.stage == RUNNING else None
 
 
-def current_job() -> CurrentJob | None:
-    """The job that is running here (sync, async or under gevent); None outside one."""
+@overload
+def current_job() -> CurrentJob: ...
+
+
+@overload
+def current_job(default: T, /) -> CurrentJob | T: ...
+
+
+def current_job(*default: Any) -> Any:
+    """Return the job that runs in this thread, greenlet or task.
+
+    ::
+
+        current_job().attempt           # in a job
+        job = current_job(None)         # in code that also runs outside of a job
+
+    Python copies a context into a task, but not into a thread or greenlet. In a thread that a job starts, run the
+    function in the job's context: ``executor.submit(contextvars.copy_context().run, function)``. Or call
+    ``current_job()`` first, and pass the result: it stays valid.
+
+    Parameters:
+      default: The value to return outside of a job. Without it, that is an error.
+
+    Raises:
+      NoCurrentJob: No job runs here, and there is no default. It is a ``LookupError``.
+    """
+    if len(default) > 1:
+        raise TypeError(f"current_job() takes at most 1 argument, a default; got {len(default)}")
     delivery = running_delivery()
-    return None if delivery is None else CurrentJob(delivery)
+    if delivery is not None:
+        return CurrentJob(delivery)
+    if default:
+        return default[0]
+    raise NoCurrentJob(
+        "current_job() was called outside of a job. Call it in the function of an actor that a worker runs; use "
+        "current_job(None) in code that also runs elsewhere. In a thread or greenlet that the job started, run the code "
+        "in contextvars.copy_context(), or pass the job's current_job() to it."
+    )

@@ -9,6 +9,7 @@
     │   ├── HandoffFailed               the broker would not take a retry, dead letter or next stage
     │   ├── Crashed                     the worker died in this job too often
     │   ├── MalformedMessage            a body or option that can't be read
+    │   ├── NoCurrentJob                (also a LookupError) current_job() was called outside a job
     │   ├── NoResult                    a duplicate's pipeline needs a result that nobody stored
     │   └── UnknownRecord               an idempotency store holds what this version can't read
     └── Verdict                         raised by a job, says what is to become of it
@@ -38,6 +39,7 @@ __all__ = [
     "Discard",
     "HandoffFailed",
     "MalformedMessage",
+    "NoCurrentJob",
     "NoResult",
     "PolicyError",
     "QueueTimeoutExceeded",
@@ -102,6 +104,10 @@ class Crashed(PolicyError):
 
 class MalformedMessage(PolicyError):
     """A message whose body, shape or composition can't be read."""
+
+
+class NoCurrentJob(PolicyError, LookupError):
+    """``current_job()`` was called where no job runs: outside a worker, or in a thread or greenlet that a job started."""
 
 
 class NoResult(PolicyError):

@@ -93,9 +93,7 @@ dramatiq.set_broker(broker)
     idempotency_key="order-confirmation:{order_id}",
 )
 def send_confirmation(order_id: int, email: str) -> None:
-    job = current_job()
-    assert job is not None
-    gateway(email, job.attempt)
+    gateway(email, current_job().attempt)
 
 
 @dramatiq.actor
@@ -111,9 +109,7 @@ def pick_order(order_id: int) -> None:
 
 @dramatiq.actor(timeout=200, retry_on={TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(100))})
 def render_invoice(order_id: int) -> None:
-    job = current_job()
-    assert job is not None
-    while job.attempt == 1:  # the first attempt never ends
+    while current_job().attempt == 1:  # the first attempt never ends
         time.sleep(0.01)
 
 

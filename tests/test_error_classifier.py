@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import itertools
 import json
 import logging
@@ -7,6 +8,7 @@ import math
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import dramatiq
@@ -37,6 +39,7 @@ from dramatiq_policies import (
     HandoffFailed,
     Heartbeat,
     Idempotency,
+    NoCurrentJob,
     Outcome,
     OutcomeEvent,
     QueueTimeoutExceeded,
@@ -1428,12 +1431,12 @@ def test_current_job_is_the_job_that_runs_here_and_none_elsewhere():
         if job.attempt == 1:
             raise PaymentError
 
-    assert current_job() is None
+    assert current_job(None) is None
     message = pay.send()
     assert stage.run().outcomes() == ["retried", "succeeded"]
     expected = (message.message_id, "pay", "money")
     assert seen == [(*expected, 1, message.message_id), (*expected, 2, message.message_id)]
-    assert current_job() is None
+    assert current_job(None) is None
 
 
 def test_current_job_is_none_in_every_other_hook_and_after_the_job():
@@ -1441,10 +1444,10 @@ def test_current_job_is_none_in_every_other_hook_and_after_the_job():
 
     class Looking(Middleware):
         def before_process_message(self, broker, message):
-            seen.append(current_job())
+            seen.append(current_job(None))
 
         def after_process_message(self, broker, message, *, result=None, exception=None):
-            seen.append(current_job())
+            seen.append(current_job(None))
 
     stage = Stage(middleware=[Looking()])
     failing(stage).send()
@@ -1463,11 +1466,44 @@ def test_an_actor_that_is_called_after_a_message_did_not_run_is_not_that_message
 
         after_nack = after_ack
 
-    pay = stage.actor(current_job, actor_name="pay", max_retries=0)
+    pay = stage.actor(lambda: current_job(None), actor_name="pay", max_retries=0)
     stage.broker.add_middleware(Calling(error))
     pay.send()
     assert stage.run().outcomes() == [outcome]
     assert seen == [None]
+
+
+def test_outside_of_a_job_current_job_raises_or_gives_its_default():
+    with pytest.raises(NoCurrentJob, match=r"outside of a job.*current_job\(None\).*copy_context") as caught:
+        current_job()
+    assert isinstance(caught.value, LookupError)
+    assert current_job(None) is None
+    assert current_job("shell") == "shell"
+    with pytest.raises(TypeError, match="at most 1 argument"):
+        current_job(1, 2)
+
+
+def test_an_actor_that_is_called_directly_says_that_no_job_runs():
+    pay = Stage().actor(lambda: current_job().attempt, actor_name="pay")
+    with pytest.raises(NoCurrentJob):
+        pay()
+
+
+def test_a_thread_that_a_job_starts_sees_the_job_in_the_jobs_context_or_through_what_it_is_handed():
+    stage = Stage()
+    seen = []
+
+    @stage.actor
+    def pay():
+        job = current_job()
+        with ThreadPoolExecutor(1) as threads:
+            seen.append(threads.submit(current_job, None).result())
+            seen.append(threads.submit(contextvars.copy_context().run, lambda: current_job().actor).result())
+            seen.append(threads.submit(lambda: job.actor).result())
+
+    pay.send()
+    assert stage.run().outcomes() == ["succeeded"]
+    assert seen == [None, "pay", "pay"]
 
 
 def test_a_nested_call_of_an_actor_sees_the_job_that_calls_it():

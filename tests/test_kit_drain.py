@@ -468,7 +468,7 @@ def test_nothing_is_left_behind_after_an_error(broker, actor):
     assert dramatiq.common.time is real is time.time
     assert broker.middleware == middleware
     assert broker.dramatiq_policies_wiring.stopping is stopping
-    assert current_job() is None
+    assert current_job(None) is None
     assert abs(dramatiq.common.current_millis() - time.time() * 1_000) < 60_000
     assert drain(broker).outcomes() == []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -70,6 +72,26 @@ def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog, monk
         if name.startswith("test_"):
             caplog.clear()
             test(**{fixture: request.getfixturevalue(fixture) for fixture in inspect.signature(test).parameters})
+
+
+def test_the_readmes_job_passes_strict_type_checks(tmp_path):
+    (tmp_path / "app.py").write_text(SNIPPET.findall((ROOT / "README.md").read_text())[0])
+    (tmp_path / "shop.py").write_text(
+        "from typing import Any\nmail_gateway: Any\n"
+        "class EmailTimeout(Exception): ...\nclass InvalidEmail(Exception): ...\nclass OrderNotFound(Exception): ...\n"
+        "class MissingCredentials(Exception): ...\nclass RateLimited(Exception): ...\n"
+    )
+    # Dramatiq's brokers have no annotations.
+    options = ["--strict", "--config-file=", "--untyped-calls-exclude=dramatiq", f"--cache-dir={tmp_path}", "app.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def anchors(page: Path) -> set[str]:

@@ -96,7 +96,6 @@ dramatiq.set_broker(broker)
 def running(name: str, number: int) -> Iterator[None]:
     """One run, as the ledger has it: begun, its effect made somewhere in the middle, ended or raised."""
     job = current_job()
-    assert job is not None
     run = runs[job.message_id] = f"{os.getpid()}.{next(numbers)}"
     note("begin", run, f"{name}:{number}", job.message_id, job.attempt)
     try:
@@ -123,8 +122,7 @@ def plain(number: int) -> None:
 @dramatiq.actor(retry_on={Transient: RetryPolicy(attempts=10, wait=constant(300))}, **once)
 def flaky(number: int) -> None:
     with running("flaky", number):
-        job = current_job()
-        if job is not None and job.attempt == 1:
+        if current_job().attempt == 1:
             raise Transient(number)
 
 

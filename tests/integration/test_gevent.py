@@ -13,7 +13,8 @@ from .places import Place
 from .test_processes import Application, until
 
 JOBS = """
-from gevent import sleep
+from contextvars import copy_context
+from gevent import sleep, spawn
 from dramatiq_policies import TimeoutExceeded, current_job
 
 @dramatiq.actor(queue_name="{queue}", timeout=300, retry_on={{TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(50))}})
@@ -33,9 +34,10 @@ def looks(number):
     sleep(0.2)
     after = current_job()
     same = before.message_id == after.message_id and after.actor == "looks" and after.queue == "{queue}"
-    note("looked", number, same, 0 < after.remaining_ms() < 9_900)
+    spawned = spawn(current_job, None).get(), spawn(copy_context().run, current_job).get().actor
+    note("looked", number, same, 0 < after.remaining_ms() < 9_900, *spawned)
 
-note("outside", current_job())
+note("outside", current_job(None))
 """
 
 
@@ -78,7 +80,7 @@ def test_retries_timeouts_and_current_job_work_under_gevent(place: Place, applic
     application.send("hopeless", 0)
     process = application.start()
     done = [f"done {n}" for n in (*range(10), *range(100, 104))]
-    looked = [f"looked {n} True True" for n in range(200, 216)]
+    looked = [f"looked {n} True True None looks" for n in range(200, 216)]
     application.wait_for(*done, *looked)
     application.stop(process)
 

@@ -261,13 +261,17 @@ install(broker, timeout=30_000)  # type: ignore[arg-type]
 
 
 def in_a_job() -> None:
-    job: CurrentJob | None = current_job()
-    if job is not None:
-        key: str = job.idempotency_key
-        left: float | None = job.remaining_ms()
-        use(job.message_id, job.actor, job.queue, job.attempt + 1, key, left)
-    attempt = current_job().attempt  # type: ignore[union-attr]
+    job: CurrentJob = current_job()
+    key: str = job.idempotency_key
+    left: float | None = job.remaining_ms()
+    use(job.message_id, job.actor, job.queue, job.attempt + 1, key, left)
+    perhaps: CurrentJob | None = current_job(None)
+    use(perhaps)
+    named: CurrentJob | str = current_job("none")
+    use(named)
+    attempt = current_job(None).attempt  # type: ignore[union-attr]
     use(attempt)
+    current_job(default=None)  # type: ignore[call-overload]
     raise Snooze(timedelta(minutes=1)) from Discard("already refunded")
 
 
