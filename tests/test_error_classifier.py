@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -752,6 +753,8 @@ def made_one_by_one(*args):
         pytest.param("timeout", 10**5_000, "a int", id="timeout-five thousand digits"),
         ("idempotency_ttl", timedelta.max, repr(timedelta.max)),
     ],
+    # The same in every process that collects the tests.
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),
 )
 def test_a_bad_declaration_names_actor_option_expected_and_got(option, value, got):
     stage = Stage()
