@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from .broker_kinds import kind_of
 from .history import now_ms
+from .notes import Note, memory_in, note_in, timed_note_in
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["CommandElection", "Election", "FleetElection", "elect"]
 
 logger = logging.getLogger("dramatiq_policies.alerts")
-
-#: What one process lets the elected one know, as JSON.
-Note = dict[str, Any]
 
 
 class Election:
@@ -140,7 +138,8 @@ class CommandElection(Election):
                 if now_ms() - path.stat().st_mtime * 1_000 > self.fresh_ms:
                     path.unlink()
                 elif path != self._own and path.suffix[1:].isdigit():
-                    found.append(json.loads(path.read_text()))
+                    note = note_in(path.read_bytes())
+                    found += [] if note is None else [note]
         return found
 
     def resign(self) -> None:
@@ -203,12 +202,14 @@ class FleetElection(Election):
         try:
             found = []
             for who, text in self.client.hgetall(f"{self.key}:notes").items():
-                at, note = json.loads(text)
-                if now_ms() - at <= self.fresh_ms:
-                    found.append(note)
+                timed = timed_note_in(text)
+                if timed is None:
+                    continue
+                if now_ms() - timed[0] <= self.fresh_ms:
+                    found.append(timed[1])
                 else:
                     self.client.hdel(f"{self.key}:notes", who)
-        except (RedisError, OSError):
+        except (RedisError, OSError, ValueError):
             return self.near.notes()
         return found
 
@@ -223,8 +224,8 @@ class FleetElection(Election):
 
         try:
             text = self.client.get(f"{self.key}:memory")
-            return None if text is None else list(json.loads(text))
-        except (RedisError, OSError, ValueError, TypeError):
+            return None if text is None else memory_in(text)
+        except (RedisError, OSError, ValueError):
             return None
 
     def resign(self) -> None:

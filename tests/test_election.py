@@ -12,6 +12,7 @@ import pytest
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies.election import CommandElection, Election, elect
+from dramatiq_policies.notes import memory_in, note_in, timed_note_in
 from dramatiq_policies.wiring import wiring_of
 
 PROCESS = """
@@ -150,6 +151,48 @@ def test_a_note_that_can_not_be_read_is_none(tmp_path):
     mine.path.with_name(f"{mine.path.name}.1").write_text("{")
     mine.path.with_name(f"{mine.path.name}.2").write_text('{"me": "there"}')
     assert [note["me"] for note in mine.notes()] == ["here", "there"]
+
+
+#: What somebody else may have put in the place of a note.
+ODD = [
+    "{",
+    "",
+    "5",
+    "null",
+    "[]",
+    '"text"',
+    "[1]",
+    "[1, 2]",
+    '[null, {"busy": 1}]',
+    "[NaN, {}]",
+    "[" * 100_000,
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd[:12]))
+def test_no_odd_text_is_a_note_or_an_error(odd):
+    assert timed_note_in(odd) is None
+    assert note_in(odd) is None
+    assert memory_in(odd) in (None, [])
+
+
+def test_of_a_note_only_the_parts_that_nobody_can_use_are_left_out():
+    text = (
+        '{"threads": 8, "busy": "many", "held": {"mail": 3, "odd": [], "huge": 1%s}, "me": 7, "other": {},'
+        ' "taken": {"mail": ["m1", null], "late": ["m2", 5], "odd": "m", "odder": [[], 1]}}' % ("0" * 400)
+    )
+    assert note_in(text) == {
+        "threads": 8,
+        "me": 7,
+        "held": {"mail": 3},
+        "taken": {"mail": ["m1", None], "late": ["m2", 5]},
+    }
+    assert note_in('{"taken": 1, "held": [], "threads": -1}') == {}
+
+
+def test_of_a_memory_only_pairs_of_names_are_kept():
+    assert memory_in('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
 
 
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):

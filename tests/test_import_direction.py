@@ -16,7 +16,7 @@ import dramatiq_policies
 PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
-    {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "round_trips", "struck", "timer"},
+    {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "notes", "round_trips", "struck", "timer"},
     {"errors", "callables", "retry_after_header", "slots"},
     {"_udp"},
     {"statsd"},

@@ -214,8 +214,9 @@ class QueueMonitor(PolicyMiddleware):
                 readings, news = self._look()
                 if self._watch.open != open_before:
                     election.keep(sorted(self._watch.open))
-            self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
+            # First: what was told is remembered as told, and nobody else would tell it.
             self._tell(news)
+            self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
         except Exception as error:
             self._failed += 1
             if self._failed % _PATIENCE == 0 and self._elected:

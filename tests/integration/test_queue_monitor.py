@@ -18,8 +18,9 @@ import dramatiq
 import pytest
 import redis
 from dramatiq import Worker
+from dramatiq.brokers.redis import RedisBroker
 
-from dramatiq_policies import Idempotency, QueueMonitor, Threshold, install
+from dramatiq_policies import Idempotency, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.election import CommandElection, FleetElection
 from dramatiq_policies.stores.redis import RedisStore
 from tests.proxy import Proxy
@@ -431,3 +432,31 @@ def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
         first.resign()
         assert second.wins()
         second.resign()
+
+
+#: What somebody else may have put among the notes of a fleet, or in the place of its memory.
+ODD = [b"{", b"5", b"[1, 2]", b"null", b"[[], {}]", b"\xff", b'[1e18, {"busy": "x", "held": 5, "taken": {"mail": 1}}]']
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_odd_notes_and_an_odd_memory_end_no_alert_of_the_fleet(
+    redis_url: str, redis_namespace: str, tmp_path: Path, decodes: bool
+) -> None:
+    broker = RedisBroker(url=redis_url, namespace=redis_namespace)
+    told: list[QueueAlert] = []
+    monitor = QueueMonitor(interval=100, thresholds={"*": Threshold(ready=1)}, on_alert=told.append)
+    install(broker, queue_monitor=monitor)
+
+    @dramatiq.actor(broker=broker, queue_name="mail")
+    def job() -> None: ...
+
+    client = redis.Redis.from_url(redis_url, decode_responses=decodes)
+    key = f"{redis_namespace}:monitor"
+    for number, odd in enumerate(ODD):
+        broker.client.hset(f"{key}:notes", f"other:{number}", odd)
+    broker.client.set(f"{key}:memory", b'[["mail"], 5, {}]')
+    near = CommandElection("queues", 1, folder=str(tmp_path))
+    job.send()
+    monitor._turn(FleetElection(client, key, near, fresh_ms=60_000))
+    assert [(alert.queue, alert.measure) for alert in told] == [("mail", "ready")]
+    client.close()

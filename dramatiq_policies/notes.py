@@ -1,0 +1,78 @@
+"""What processes leave for one another as JSON: whatever is not as ours is left out, and harms nobody.
+
+Anybody may write to a shared server: another version, another program, an operator by hand. One value that is not as
+expected must not end the alerts of a fleet.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+__all__ = ["Note", "memory_in", "note_in", "timed_note_in"]
+
+#: What one process lets the elected one know.
+Note = dict[str, Any]
+
+
+def note_in(text: str | bytes) -> Note | None:
+    """The note that a text holds, without those of its parts that nobody can use; None if it holds none."""
+    return _clean(_decoded(text))
+
+
+def timed_note_in(text: str | bytes) -> tuple[float, Note] | None:
+    """A note with the time at which it was posted, ms since the epoch; None if the text holds none."""
+    found = _decoded(text)
+    if not isinstance(found, list) or len(found) != 2 or not _is_number(found[0]):
+        return None
+    note = _clean(found[1])
+    return None if note is None else (found[0], note)
+
+
+def memory_in(text: str | bytes) -> list[Any] | None:
+    """The pairs of names that a text holds; None if it holds no list."""
+    found = _decoded(text)
+    if not isinstance(found, list):
+        return None
+    return [pair for pair in found if isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))]
+
+
+def _decoded(text: str | bytes) -> Any:
+    # Also bytes that are no text, and nesting that is too deep.
+    with suppress(ValueError, TypeError, RecursionError):
+        return json.loads(text)
+    return None
+
+
+def _clean(found: Any) -> Note | None:
+    if not isinstance(found, dict):
+        return None
+    note: Note = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
+    for name in ("threads", "busy"):
+        if name in note and not _is_number(note[name]):
+            del note[name]
+    for name, fits in (("taken", _is_taken), ("held", _is_number)):
+        if isinstance(found.get(name), dict):
+            note[name] = {queue: value for queue, value in found[name].items() if fits(value)}
+        else:
+            note.pop(name, None)
+    return note
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63  # Not NaN either.
+
+
+def _is_taken(value: Any) -> bool:
+    """A message id, and since when it was ready, if that is known."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and _is_text(value[0])
+        and (value[1] is None or _is_number(value[1]))
+    )
