@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.middleware import GroupCallbacks, Pipelines, SkipMessage
 from dramatiq.results import ResultFailure, ResultMissing, Results
@@ -24,6 +23,8 @@ from .history import POLICIES, History, now_ms, run_of
 from .outcomes import Outcome, logger
 
 if TYPE_CHECKING:
+    from dramatiq import Message
+
     from .wiring import Wiring
 
 __all__ = ["Admission"]
@@ -89,7 +90,6 @@ class Admission:
             self._refuse(delivery, answer)
 
     def _refuse(self, delivery: Delivery, answer: records.Action | Quarantined) -> None:
-        message = delivery.message
         if isinstance(answer, Quarantined):
             delivery.claim = answer.claim
             error = Crashed(
@@ -100,7 +100,7 @@ class Admission:
             self._defer(delivery, "running", answer.left)
         if isinstance(answer, records.HandOnAgain):
             follow = answer.follow
-            again = message.copy(options=follow.get("options", {}))
+            again = delivery.again(**follow.get("options", {}))
             due = follow.get("due")
             delivery.hand_on(Send(again, None if due is None else max(1, due - now_ms())))
             self._skip(delivery, Settlement(Outcome.DUPLICATE, "stale"))
@@ -165,7 +165,7 @@ class Admission:
         wait = min(_FIRST_WAIT << min(history.deferrals, 20), lease // 4)
         wait = max(_LEAST_WAIT, wait if left is None else min(wait, left))
         history.deferrals += 1
-        again: Message[Any] = message.copy(options={POLICIES: history.option()})
+        again = delivery.again(**{POLICIES: history.option()})
         if delivery.redelivered:
             # Still what counts a start of a message without a key.
             again.options[REDELIVERED] = True

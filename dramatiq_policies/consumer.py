@@ -37,6 +37,8 @@ logger = logging.getLogger("dramatiq_policies.outcomes")
 REDELIVERED = "redelivered"
 #: How long a due message whose move failed waits for the next try, in milliseconds.
 _MOVE_AGAIN = 5_000
+#: The types of arguments that nobody can change in place.
+_FIXED = frozenset({type(None), bool, int, float, str, bytes})
 
 
 class PolicyConsumer(Consumer):
@@ -88,7 +90,9 @@ class PolicyConsumer(Consumer):
         clean_options(plain)
         _dramatiq.keep_fields(message, plain)
         # Not by getattr(): a proxy looks for what it has not in its message.
-        if options.pop(REDELIVERED, None) is not None or vars(message).get("redelivered"):
+        own = vars(message)
+        delivery.body = own.get("body") or _body_of(plain)
+        if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
@@ -296,6 +300,16 @@ class PolicyConsumer(Consumer):
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def _body_of(message: Message[Any]) -> bytes | None:
+    """Encode a message whose broker does not show its body, if a job could change its arguments in place."""
+    if all(type(value) in _FIXED for value in (*message.args, *message.kwargs.values())):
+        return None
+    try:
+        return message.encode()
+    except Exception:
+        return None
 
 
 def _unstacked(error: MalformedMessage) -> MalformedMessage:

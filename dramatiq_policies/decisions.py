@@ -80,7 +80,7 @@ def _interrupted(
 ) -> Settlement:
     if message.options.get("max_retries", declared.options.get("max_retries", classifier.max_retries)) == 0:
         return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
-    delivery.hand_on(Send(_again(message, history)))
+    delivery.hand_on(Send(_again(delivery, history)))
     return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
 
 
@@ -104,7 +104,7 @@ def _obey(
         return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
     history.snoozes += 1
     delay = min(verdict.delay, left, WEEK_MS)
-    delivery.hand_on(Send(_again(message, history), delay or None))
+    delivery.hand_on(Send(_again(delivery, history), delay or None))
     return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
 
 
@@ -152,7 +152,7 @@ def _retry(
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)
     if not exhausted:
-        delivery.hand_on(Send(_again(message, history), delay or None))
+        delivery.hand_on(Send(_again(delivery, history), delay or None))
         return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
     message.options[POLICIES] = history.option()
     if policy.then == "discard":
@@ -191,7 +191,7 @@ def _by_stock_options(
         send = recorder.sends[0]
         delay = max(0, int(send.delay or 0))
         history.failed(error, now, delay)
-        delivery.hand_on(Send(_again(message, history), delay or None))
+        delivery.hand_on(Send(_again(delivery, history), delay or None))
         return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
     history.failed(error, now, None)
     message.options[POLICIES] = history.option()
@@ -199,8 +199,7 @@ def _by_stock_options(
     return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
 
-def _again(message: MessageProxy, history: History) -> Message[Any]:
+def _again(delivery: Delivery, history: History) -> Message[Any]:
     """The message for its next run, with what it carries of its past."""
     history.deferrals = 0
-    again: Message[Any] = message.copy(options={POLICIES: history.option()})
-    return again
+    return delivery.again(**{POLICIES: history.option()})

@@ -12,13 +12,14 @@ from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from dramatiq import Message
+
 from . import clock
 from .errors import NoCurrentJob
 from .outcomes import Outcome
 
 if TYPE_CHECKING:
-    from dramatiq import Message
-    from dramatiq.broker import Broker
+    from dramatiq.broker import Broker, MessageProxy
 
     from .options import ActorPolicy
 
@@ -111,6 +112,8 @@ class Delivery:
       consumer: The wrapping consumer that delivered it; no other may ack it.
       message: The message; not Dramatiq's proxy of it, which refers to the delivery: a cycle for each message would keep
         the garbage collector busy.
+      body: The message as received, encoded. Retries and dead letters take their arguments from here, since the job
+        may change its own in place. None where the broker does not show it.
       policy: The actor's resolved options; None until the before-hooks ran.
       stage: TAKEN, READY, RUNNING or RAN.
       started, ended: Monotonic seconds at which the actor was called and was over; None before.
@@ -129,6 +132,7 @@ class Delivery:
     __slots__ = (
         "abandoned",
         "acked",
+        "body",
         "claim",
         "consumer",
         "ended",
@@ -147,6 +151,7 @@ class Delivery:
     def __init__(self, consumer: Any, message: Message[Any]) -> None:
         self.consumer = consumer
         self.message = message
+        self.body: bytes | None = None
         self.policy: ActorPolicy | None = None
         self.stage = TAKEN
         self.started: float | None = None
@@ -166,6 +171,29 @@ class Delivery:
         if self.steps is None:
             self.steps = []
         self.steps.append(step)
+
+    def received(self) -> Message[Any] | None:
+        """Decode the message as received; None if there is no body, or this thread cannot decode it."""
+        if self.body is None:
+            return None
+        try:
+            return Message.decode(self.body)
+        except Exception:  # A RecursionError: the stack is deeper here than in the consumer.
+            return None
+
+    def again(self, **options: Any) -> Message[Any]:
+        """Copy the message for its next run: arguments as received, options as they are now and with these."""
+        sent = self.received() or self.message
+        return self.message.copy(args=sent.args, kwargs=sent.kwargs, options=options)
+
+    def restore(self, proxy: MessageProxy) -> None:
+        """Give the message, and the worker's proxy of it, the arguments as received."""
+        sent = self.received()
+        if sent is not None:
+            for name in ("args", "kwargs"):
+                value = getattr(sent, name)
+                object.__setattr__(self.message, name, value)  # A message is frozen.
+                vars(proxy)[name] = value
 
     def is_plain_success(self) -> bool:
         """Whether nothing follows from it but its ack."""

@@ -49,6 +49,8 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
         decided = delivery.settlement
         if decided is None:
             delivery.settlement = decided = undecided()
+        if decided.outcome is not Outcome.SUCCEEDED:
+            delivery.restore(message)
         delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
         if delivery.claim is not None:
             delivery.claim.conclude(decided)

@@ -68,7 +68,9 @@ class RabbitmqConsumer(PolicyConsumer):
             return None
         if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
             self.wiring.taken[self.queue_name] = message
-        return _dramatiq.rabbitmq_message(self.inner, method, message)
+        proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
+        proxy.body = body  # type: ignore[attr-defined]
+        return proxy
 
     def _dead_letter_raw(self, method: Any, body: bytes, error: Exception) -> None:
         try:

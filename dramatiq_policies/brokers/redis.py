@@ -92,7 +92,9 @@ class RedisConsumer(PolicyConsumer):
             if not self.places.take(redis_id):
                 # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
                 continue
-            return MessageProxy(message)
+            proxy = MessageProxy(message)
+            proxy.body = data  # type: ignore[attr-defined]
+            return proxy
 
     @property
     def outstanding_message_count(self) -> int:

@@ -38,7 +38,7 @@ class StubConsumer(PolicyConsumer):
             _dramatiq.release_stub_slot(self.inner)
             return None
         proxy = _dramatiq.StubMessage(message)
-        # As it was delivered: the test kit delivers it again when the worker has died in its job.
+        # As received: it is put back so, and the test kit delivers it again when the worker has died in its job.
         proxy.body = data  # type: ignore[attr-defined]
         return proxy
 
@@ -61,7 +61,7 @@ class StubConsumer(PolicyConsumer):
 
     def put_back(self, messages: list[MessageProxy]) -> None:
         for message in messages:
-            self.inner.queue.put(message.encode())
+            self.inner.queue.put(message.body)
             _dramatiq.release_stub_slot(self.inner)
 
     def abandon(self, message: MessageProxy) -> None:

@@ -885,3 +885,20 @@ def test_a_delay_queue_that_was_deleted_is_declared_again(rabbitmq_place: Rabbit
         app.wait_for("retried", "succeeded")
     assert rabbitmq_place.left() == []
     assert rabbitmq_place.dead() == []
+
+
+def test_a_job_that_changes_its_arguments_gets_them_as_sent_again(place):
+    app, seen = place.app(), []
+
+    @app.actor(retry_on={Transient: RetryPolicy(attempts=3, wait=constant(20))})
+    def job(order):
+        seen.append({**order})
+        order["at"] = object()  # No encoder takes it.
+        del order["secret"]
+        raise Transient
+
+    job.send({"id": 1, "secret": "s"})
+    app.work_until("retried", "retried", "dead")
+    assert seen == [{"id": 1, "secret": "s"}] * 3
+    assert [letter.args for letter in place.dead()] == [({"id": 1, "secret": "s"},)]
+    assert place.left() == []
