@@ -56,7 +56,7 @@ def test_of_a_number_that_no_process_has_nothing_is_certain(pid):
     assert not owners.is_dead(changed(owners.this_process(), pid=pid))
 
 
-@pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()])
+@pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()], ids=["nobody", "ours"])
 def test_of_a_process_in_another_container_or_before_a_reboot_nothing_is_certain(pid):
     assert not owners.is_dead(changed(owners.this_process(), pid=pid, place="0123456789ab", start=1))
 
