@@ -18,8 +18,8 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
 from .callables import is_plain
-from .durations import WEEK_MS, Duration, to_ms
-from .errors import ConfigurationError, checked_duration
+from .durations import WEEK_MS, Duration, clamped_wait, to_ms
+from .errors import ConfigurationError, checked_wait
 from .retry_after_header import asked_seconds
 
 __all__ = [
@@ -155,8 +155,8 @@ def exponential(
     """
     where = "exponential()"
     return _Exponential(
-        initial=checked_duration(where, "initial", initial),
-        maximum=checked_duration(where, "maximum", maximum),
+        initial=checked_wait(where, "initial", initial),
+        maximum=checked_wait(where, "maximum", maximum),
         factor=_number(where, "factor", factor, 1),
         jitter=_share(where, jitter),
         random=random,
@@ -188,9 +188,9 @@ def polynomial(
     where = "polynomial()"
     return _Polynomial(
         power=_number(where, "power", power, 0),
-        scale=checked_duration(where, "scale", scale),
-        offset=checked_duration(where, "offset", offset),
-        maximum=checked_duration(where, "maximum", maximum),
+        scale=checked_wait(where, "scale", scale),
+        offset=checked_wait(where, "offset", offset),
+        maximum=checked_wait(where, "maximum", maximum),
         jitter=_share(where, jitter),
         random=random,
     )
@@ -202,7 +202,7 @@ def constant(ms: Duration) -> _Constant:
     Raises:
       ConfigurationError: If it is no duration.
     """
-    return _Constant(ms=checked_duration("constant()", "ms", ms))
+    return _Constant(ms=checked_wait("constant()", "ms", ms))
 
 
 def _now() -> datetime:
@@ -249,7 +249,7 @@ def retry_after(
     """
     where = "retry_after()"
     chosen = exponential() if fallback is None else as_wait(where, "fallback", fallback)
-    return _RetryAfter(fallback=chosen, maximum=checked_duration(where, "maximum", maximum), now=now)
+    return _RetryAfter(fallback=chosen, maximum=checked_wait(where, "maximum", maximum), now=now)
 
 
 def as_wait(where: str, option: str, value: Any) -> Wait:
@@ -259,7 +259,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
       ConfigurationError: If it is neither a duration nor a plain callable that takes two arguments.
     """
     if isinstance(value, (int, float, timedelta)):
-        return _Constant(ms=checked_duration(where, option, value))
+        return _Constant(ms=checked_wait(where, option, value))
     if not is_plain(value, 2):
         raise ConfigurationError.of_option(
             where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value
@@ -274,12 +274,12 @@ def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
 
 
 def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
-    """What the wait says, in whole milliseconds, at most seven days.
+    """What the wait says, in whole milliseconds, at most seven days; a longer one is logged.
 
     One that raises or returns rubbish is logged, and `exponential` taken instead.
     """
     try:
-        return min(to_ms(wait(attempt, exception)), WEEK_MS)
+        return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
     except Exception:
         logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)

@@ -12,10 +12,10 @@ from dramatiq.middleware import Retries, Shutdown
 
 from .backoff import safe_wait
 from .delivery import Delivery, Recorder, Send, Settlement
-from .durations import WEEK_MS
+from .durations import clamped_wait
 from .errors import Snooze, Verdict
 from .history import POLICIES, History, now_ms
-from .outcomes import Outcome, logger
+from .outcomes import Outcome, logger, text_of
 from .rules import RetryPolicy, Verb
 
 if TYPE_CHECKING:
@@ -40,19 +40,20 @@ def decide(
 ) -> Settlement:
     """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
     history = History(message.options)
-    if isinstance(error, Shutdown):
+    rule, cause = declared.rules.deciding(error)
+    if isinstance(cause, Shutdown):
         return _interrupted(classifier, delivery, declared, message, history, error)
-    if isinstance(error, Verdict):
-        return _obey(classifier, delivery, declared, message, history, error)
-    rule = declared.rules.match(error)
-    if isinstance(error, Retry) and (rule is None or rule.verb is not Verb.RETRY):
-        rule = None
-    elif rule is None and classifier.unclassified is not None and not _is_stock(declared, error):
-        return _retry(classifier, delivery, declared, message, history, error, classifier.unclassified, _UNCLASSIFIED)
+    if isinstance(cause, Verdict):
+        return _obey(classifier, delivery, declared, message, history, error, cause)
+    if isinstance(cause, Retry) and cause.delay is not None:
+        cause.delay = _asked_delay(message, cause)
+    policy, rule_id = (None, None) if rule is None else (rule.policy, rule.id)
+    if rule is None and classifier.unclassified is not None and not _is_stock(declared, error, cause):
+        policy, rule_id = classifier.unclassified, _UNCLASSIFIED
+    if policy is not None and rule_id is not None:
+        return _retry(classifier, delivery, declared, message, history, error, cause, policy, rule_id)
     if rule is None:
-        return _by_stock_options(classifier, broker, delivery, declared, message, history, error)
-    if rule.policy is not None:
-        return _retry(classifier, delivery, declared, message, history, error, rule.policy, rule.id)
+        return _by_stock_options(classifier, broker, delivery, declared, message, history, error, cause)
     history.failed(error, now_ms(), None)
     message.options[POLICIES] = history.option()
     if rule.verb is Verb.DISCARD:
@@ -60,9 +61,18 @@ def decide(
     return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
 
-def _is_stock(declared: ActorPolicy, error: BaseException) -> bool:
+def _is_stock(declared: ActorPolicy, error: BaseException, cause: BaseException) -> bool:
     """Whether it is left to the stock options, whatever ``unclassified`` says."""
-    return isinstance(error, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
+    return isinstance(cause, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
+
+
+def _asked_delay(message: MessageProxy, asking: Retry) -> int | None:
+    """The delay of a job's ``Retry`` in milliseconds; None, with a warning, if it is no duration."""
+    try:
+        return clamped_wait(asking.delay, f"The delay of the Retry in message {message.message_id}")
+    except (TypeError, ValueError) as error:
+        logger.warning("The delay of the Retry in message %s is ignored: %s", message.message_id, text_of(error))
+        return None
 
 
 def _is_thrown(declared: ActorPolicy, error: BaseException) -> bool:
@@ -90,22 +100,24 @@ def _obey(
     declared: ActorPolicy,
     message: MessageProxy,
     history: History,
+    error: BaseException,
     verdict: Verdict,
 ) -> Settlement:
+    """Do what a job itself said by raising ``verdict``, which is ``error`` or one of the leaves of that group."""
     now = now_ms()
     if not isinstance(verdict, Snooze):
-        history.failed(verdict, now, None)
+        history.failed(error, now, None)
         message.options[POLICIES] = history.option()
-        return _discarded(classifier, declared, history, verdict, None)
+        return _discarded(classifier, declared, history, error, None)
     if history.snoozed_since is None:
         history.snoozed_since = now
     left = history.snoozed_since + classifier.max_snooze - now
     if left <= 0:
-        return Settlement(Outcome.DEAD, "exhausted", exception=verdict, attempt=history.attempt, dead_letter=True)
+        return Settlement(Outcome.DEAD, "exhausted", exception=error, attempt=history.attempt, dead_letter=True)
     history.snoozes += 1
-    delay = min(verdict.delay, left, WEEK_MS)
+    delay = min(clamped_wait(verdict.delay, f"The snooze of message {message.message_id}"), left)
     delivery.hand_on(Send(_again(delivery, history), delay or None))
-    return Settlement(Outcome.DEFERRED, "snoozed", exception=verdict, attempt=history.attempt, delay_ms=delay)
+    return Settlement(Outcome.DEFERRED, "snoozed", exception=error, attempt=history.attempt, delay_ms=delay)
 
 
 def _discarded(
@@ -137,6 +149,7 @@ def _retry(
     message: MessageProxy,
     history: History,
     error: BaseException,
+    cause: BaseException,
     policy: RetryPolicy,
     rule_id: str,
 ) -> Settlement:
@@ -146,9 +159,8 @@ def _retry(
     exhausted = number >= policy.attempts or history.total >= highest
     delay = 0
     if not exhausted:
-        asked = error.delay if isinstance(error, Retry) else None
-        wait = policy.wait if asked is None else lambda attempt, exception: asked
-        delay = safe_wait(wait, number, error)  # type: ignore[arg-type]
+        asked = cause.delay if isinstance(cause, Retry) else None
+        delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)
     if not exhausted:
@@ -176,12 +188,13 @@ def _by_stock_options(
     message: MessageProxy,
     history: History,
     error: BaseException,
+    cause: BaseException,
 ) -> Settlement:
     """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
     recorder = Recorder(broker)
     retries = message.options.get("retries", 0)
     try:
-        Retries.after_process_message(classifier, recorder, message, exception=error)
+        Retries.after_process_message(classifier, recorder, message, exception=_as_stock(error, cause))
     except Exception:
         if not message.failed:
             raise
@@ -197,6 +210,11 @@ def _by_stock_options(
     message.options[POLICIES] = history.option()
     reason = "thrown" if _is_thrown(declared, error) else "exhausted" if retries else _UNCLASSIFIED
     return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+
+
+def _as_stock(error: BaseException, cause: BaseException) -> BaseException:
+    """The error that Dramatiq's own code is shown: it knows nothing of exception groups."""
+    return cause if isinstance(cause, (RateLimitExceeded, Retry)) else error
 
 
 def _again(delivery: Delivery, history: History) -> Message[Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "to_ms"]
+__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "clamped_wait", "to_ms"]
+
+logger = logging.getLogger("dramatiq_policies.backoff")
 
 Duration = int | timedelta
 
@@ -31,3 +34,23 @@ def to_ms(value: Any) -> int:
     if value < 0 or not (isinstance(value, int) or math.isfinite(value)):
         raise ValueError(f"expected a duration of at least 0 ms, got {value!r}")
     return round(value)
+
+
+def clamped_wait(value: Any, whose: str) -> int:
+    """A wait in whole milliseconds, from 0 to 7 days: the one place where waits are clamped.
+
+    A negative wait becomes 0, a longer or infinite wait becomes 7 days, each with a warning that begins with ``whose``.
+
+    Raises:
+      TypeError: The value is neither a number nor a ``timedelta``.
+      ValueError: The value is not a number (NaN).
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (is_number and value < 0) or (isinstance(value, timedelta) and value < timedelta(0)):
+        logger.warning("%s is a negative wait: the wait is 0 ms.", whose)
+        return 0
+    milliseconds = WEEK_MS + 1 if is_number and value == math.inf else to_ms(value)
+    if milliseconds > WEEK_MS:
+        logger.warning("%s is a wait of more than 7 days, the longest that Dramatiq delays for: it is 7 days.", whose)
+        return WEEK_MS
+    return milliseconds

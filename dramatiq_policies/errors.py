@@ -31,7 +31,7 @@ from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
-from .durations import to_ms
+from .durations import clamped_wait, to_ms
 
 __all__ = [
     "ConfigurationError",
@@ -48,6 +48,7 @@ __all__ = [
     "UnknownRecord",
     "Verdict",
     "checked_duration",
+    "checked_wait",
 ]
 
 
@@ -88,6 +89,17 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
         bound = f"at least {least}" if duration < least else f"at most {most}"
         raise ConfigurationError.of_option(where, option, f"milliseconds of {bound}, or a timedelta", value)
     return duration
+
+
+def checked_wait(where: str, option: str, value: Any) -> int:
+    """A declared wait in milliseconds. A wait of more than 7 days stays as declared, and a warning says what it comes to.
+
+    Raises:
+      ConfigurationError: The value is no duration.
+    """
+    wait = checked_duration(where, option, value)
+    clamped_wait(wait, f"{where}: {option}")
+    return wait
 
 
 class QueueTimeoutExceeded(PolicyError):

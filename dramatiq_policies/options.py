@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from .callables import is_coroutine_callable, is_plain
 from .declarations import parse_rules
-from .errors import ConfigurationError, checked_duration
+from .errors import ConfigurationError, checked_duration, checked_wait
 from .rule_set import RuleSet
 from .rules import RetryPolicy, Rule, When
 
@@ -183,7 +183,7 @@ def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, A
     for option in ("min_backoff", "max_backoff", "max_age"):
         value = options.get(option)
         if option in options and not (option == "max_age" and value is None):
-            ms = checked_duration(where, option, value)
+            ms = (checked_duration if option == "max_age" else checked_wait)(where, option, value)
             checked[option] = ms if isinstance(value, timedelta) else value
     retries = options.get("max_retries")
     endless = isinstance(retries, float) and retries == math.inf

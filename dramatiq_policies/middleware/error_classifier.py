@@ -149,7 +149,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             # Out of the delay queue: it became ready when its time came, not now.
             return
         options = message.options
-        options[READY_AT] = now_ms() + int(delay or 0)
+        options[READY_AT] = now_ms() if delay is None else _ready_at(message, delay)
         timedeltas_to_ms(options)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -268,3 +268,19 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             extra=extra_of(event, message),
             exc_info=None if repeated else error,
         )
+
+
+def _ready_at(message: Message[Any], delay: Any) -> int:
+    """When a message that is sent with a delay is ready, in ms since the epoch.
+
+    Raises:
+      ConfigurationError: The delay is no number, or not finite. Dramatiq would send the message, and run it at once.
+    """
+    try:
+        if isinstance(delay, bool):
+            raise TypeError
+        return now_ms() + int(delay)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigurationError.of_option(
+            f"A message for actor {message.actor_name!r}", "delay", "milliseconds or a timedelta", delay
+        ) from None

@@ -193,5 +193,6 @@ def _raised(event: OutcomeEvent) -> bool:
     return (
         event.duration_ms is not None
         and event.reason != "handoff_failed"
+        and event.outcome not in (Outcome.DEFERRED, Outcome.INTERRUPTED)
         and not isinstance(event.exception, (Snooze, Shutdown))
     )
