@@ -260,7 +260,7 @@ def resolve_actor(wiring: Wiring, actor: Any) -> None:
         policy.timeout_ms, policy.queue_timeout_ms = wiring.timeout.resolve(actor.options)
     policy.timeout = wiring.timeout
     wiring.policies[actor.actor_name] = policy
-    wrap_actor(wiring, actor)
+    wrap_actor(actor)
 
 
 def _wrap_consume(wiring: Wiring) -> None:

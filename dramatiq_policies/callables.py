@@ -12,9 +12,35 @@ __all__ = [
     "accepts_call_of",
     "is_coroutine_callable",
     "is_plain",
+    "mark_wrapper",
     "only_makes_an_object",
     "stated_signature",
+    "unwrapped",
 ]
+
+_MARK = "dramatiq_policies_wraps"
+
+
+class _Mark:
+    """What a wrapper of ours wraps, and for which actor. `functools.wraps` copies the mark onto functions of the user's."""
+
+    __slots__ = ("actor_name", "wrapped", "wrapper")
+
+    def __init__(self, wrapper: Any, wrapped: Any, actor_name: str) -> None:
+        self.wrapper = wrapper
+        self.wrapped = wrapped
+        self.actor_name = actor_name
+
+
+def mark_wrapper(wrapper: Any, wrapped: Any, actor_name: str) -> None:
+    """Mark a wrapper that stands in the place of an actor's function."""
+    setattr(wrapper, _MARK, _Mark(wrapper, wrapped, actor_name))
+
+
+def unwrapped(fn: Any) -> Any:
+    """The user's function inside of a marked wrapper; any other callable, a copy of a wrapper included, as it is."""
+    mark = getattr(fn, _MARK, None)
+    return mark.wrapped if isinstance(mark, _Mark) and mark.wrapper is fn else fn
 
 
 def is_coroutine_callable(fn: Any) -> bool:

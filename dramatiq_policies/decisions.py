@@ -17,6 +17,7 @@ from .errors import Snooze, Verdict
 from .history import POLICIES, History, now_ms
 from .outcomes import Outcome, logger, text_of
 from .rules import RetryPolicy, Verb
+from .verdicts import deciding
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -40,7 +41,7 @@ def decide(
 ) -> Settlement:
     """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
     history = History(message.options)
-    rule, cause = declared.rules.deciding(error)
+    rule, cause = deciding(declared.rules, error)
     if isinstance(cause, Shutdown):
         return _interrupted(classifier, delivery, declared, message, history, error)
     if isinstance(cause, Verdict):

@@ -12,7 +12,7 @@ from dramatiq.middleware import SkipMessage
 
 from . import coroutines, interrupts
 from .backoff import bounds_of
-from .callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature
+from .callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature, unwrapped
 from .durations import CENTURY_MS, WEEK_MS
 from .errors import ConfigurationError, checked_duration
 from .keys import checked_key, encodable, signature_of, template_key
@@ -100,7 +100,7 @@ def resolve_guard(
         _refuse_any(where, options)
         return None
     guard = Guard()
-    fn: Any = getattr(actor.fn, "dramatiq_policies_wraps", actor.fn)
+    fn: Any = unwrapped(actor.fn)
     idempotent = options.get("idempotent")
     if not (idempotent is None or isinstance(idempotent, bool)):
         raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)

@@ -8,11 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dramatiq.errors import RateLimitExceeded, Retry
-from dramatiq.middleware import Shutdown
-
-from .durations import to_ms
-from .errors import ConfigurationError, Snooze, Verdict
+from .errors import ConfigurationError
 from .rules import RetryPolicy, Rule, Verb, refuse_twice
 
 __all__ = ["RuleSet"]
@@ -78,35 +74,25 @@ class RuleSet:
         return None if found is None else found[0]
 
     def match_leaf(self, error: BaseException) -> tuple[Rule, BaseException] | None:
-        """The rule, and the error that it names: in an exception group one of its leaves."""
-        rule, leaf = self.deciding(error)
-        return None if rule is None else (rule, leaf)
+        """The rule, and the error that it names: in an exception group one of its leaves.
 
-    def deciding(self, error: BaseException) -> tuple[Rule | None, BaseException]:
-        """The error that decides, in an exception group one of its leaves, and the rule that names it.
-
-        Interrupts of a shutdown, `Verdict` and Dramatiq's ``Retry`` speak for themselves and need no rule. Of several
-        leaves the first of these decides: an alert; a discard, by a rule or by `Discard`; a shutdown; the retry rule with
-        the fewest attempts; ``Retry`` and ``RateLimitExceeded`` without a rule; `Snooze`. Of several ``Retry`` or `Snooze`
-        the longest delay decides. A rule for the group itself counts where no leaf decides.
+        Alert if any leaf alerts, else discard if any leaf discards, else retry by the leaf that allows the fewest
+        attempts. A rule for the group itself counts where no leaf is named.
         """
-        if not self._plan(type(error))[0]:
-            return self._rule_for(error), error
-        found = [
-            (severity, rule, leaf)
-            for leaf in self._leaves(error)
-            if (severity := _severity(rule := self._rule_for(leaf), leaf)) is not None
-        ]
-        if found:
-            return min(found, key=lambda entry: entry[0])[1:]
-        return _first(self._plan(type(error))[1], error), error
+        if self.is_group(error):
+            found = [(rule, leaf) for leaf in self.leaves(error) if (rule := self.match_itself(leaf))]
+            if found:
+                return min(found, key=_severity)
+        rule = self.match_itself(error)
+        return None if rule is None else (rule, error)
 
-    def _rule_for(self, leaf: BaseException) -> Rule | None:
-        if isinstance(leaf, (Shutdown, Verdict)):
-            return None
-        rule = _first(self._plan(type(leaf))[1], leaf)
-        # A job's own Retry is no error that a rule discards.
-        return None if isinstance(leaf, Retry) and rule is not None and rule.verb is not Verb.RETRY else rule
+    def match_itself(self, error: BaseException) -> Rule | None:
+        """The rule for an error itself, also where the error is an exception group."""
+        return _first(self._plan(type(error))[1], error)
+
+    def is_group(self, error: BaseException) -> bool:
+        """Whether the error is an exception group."""
+        return self._plan(type(error))[0]
 
     def _plan(self, cls: type[BaseException]) -> tuple[bool, tuple[Rule, ...]]:
         """Whether the class is one of exception groups, and the rules for it in the order in which they are tried."""
@@ -135,7 +121,8 @@ class RuleSet:
         bare = next((index for index, rule in enumerate(ordered) if rule.predicate is None), len(ordered))
         return tuple(ordered[: bare + 1])
 
-    def _leaves(self, group: BaseException) -> Iterator[BaseException]:
+    def leaves(self, group: BaseException) -> Iterator[BaseException]:
+        """The errors in an exception group and in the groups in it."""
         # Not by recursion: groups may be nested deeper than the stack.
         pending: list[Any] = [group]
         while pending:
@@ -163,28 +150,7 @@ def _first(plan: tuple[Rule, ...], error: BaseException) -> Rule | None:
     return None
 
 
-#: The leaves of a group in the order in which they decide.
-_ALERT, _DISCARD, _SHUTDOWN, _RETRY_RULE, _RETRY, _SNOOZE = range(6)
-_OF_RULES = {Verb.ALERT: _ALERT, Verb.DISCARD: _DISCARD, Verb.RETRY: _RETRY_RULE}
-
-
-def _severity(rule: Rule | None, leaf: BaseException) -> tuple[int, int] | None:
-    """What `RuleSet.deciding` sorts the leaves of a group by; None for a leaf that decides nothing."""
-    if rule is not None:
-        return _OF_RULES[rule.verb], 0 if rule.policy is None else rule.policy.attempts
-    if isinstance(leaf, Snooze):
-        return _SNOOZE, -_delay_of(leaf)
-    if isinstance(leaf, Verdict):
-        return _DISCARD, 0
-    if isinstance(leaf, Shutdown):
-        return _SHUTDOWN, 0
-    if isinstance(leaf, (Retry, RateLimitExceeded)):
-        return _RETRY, -_delay_of(leaf)
-    return None
-
-
-def _delay_of(leaf: Any) -> int:
-    try:
-        return to_ms(leaf.delay)
-    except Exception:
-        return 0
+def _severity(found: tuple[Rule, BaseException]) -> tuple[int, int]:
+    rule = found[0]
+    verbs = (Verb.ALERT, Verb.DISCARD, Verb.RETRY)
+    return verbs.index(rule.verb), 0 if rule.policy is None else rule.policy.attempts

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.middleware import SkipMessage
 
 from . import interrupts
+from .callables import mark_wrapper, unwrapped
 from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
 from .errors import QueueTimeoutExceeded
 from .guards import Done, key_of
@@ -28,17 +29,20 @@ if TYPE_CHECKING:
     from .interrupts import Caller
     from .wiring import Wiring
 
-__all__ = ["unwrapped", "wrap_actor"]
-
-_MARK = "dramatiq_policies_wraps"
+__all__ = ["wrap_actor"]
 
 
-def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
-    """Replace ``actor.fn``, once."""
-    fn: Any = actor.fn
-    if getattr(fn, _MARK, None) is not None:
-        return
+def wrap_actor(actor: Actor[..., Any]) -> None:
+    """Replace ``actor.fn``, once.
+
+    The function of another actor, which that actor's wrapper may be around, gets a wrapper of its own for this actor. The
+    wrapper acts for the broker that delivered the message: one wrapper serves actors of the same name on several brokers.
+    """
     name = actor.actor_name
+    given: Any = actor.fn
+    fn = unwrapped(given)
+    if fn is not given and given.dramatiq_policies_wraps.actor_name == name:
+        return
     call = interrupts.caller(fn)
 
     @functools.wraps(fn)
@@ -46,15 +50,10 @@ def wrap_actor(wiring: Wiring, actor: Actor[..., Any]) -> None:
         delivery = current.get()
         if delivery is None or delivery.stage != READY or delivery.message.actor_name != name:
             return fn(*args, **kwargs)
-        return _run(wiring, delivery, call, fn, args, kwargs)
+        return _run(delivery.consumer.wiring, delivery, call, fn, args, kwargs)
 
-    setattr(run, _MARK, fn)
+    mark_wrapper(run, fn, name)
     actor.fn = run
-
-
-def unwrapped(fn: Any) -> Any:
-    """The function of the user's inside what `wrap_actor` has put in its place."""
-    return getattr(fn, _MARK, fn)
 
 
 def _run(

@@ -23,6 +23,7 @@ LAYERS = [
     {"backoff"},
     {"rules"},
     {"declarations", "rule_set"},
+    {"verdicts"},
     {"outcomes"},
     {"history", "delivery", "shape", "options", "delay_queue"},
     {"wiring"},

@@ -9,8 +9,8 @@ import dramatiq
 import pytest
 
 from dramatiq_policies import ConfigurationError, Idempotency, Timeout, TimeoutExceeded, current_job
+from dramatiq_policies.callables import unwrapped
 from dramatiq_policies.keys import checked_key, encodable, signature_of, template_key
-from dramatiq_policies.running import unwrapped
 from dramatiq_policies.testing import drain
 
 from .support import Stage

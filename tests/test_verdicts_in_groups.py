@@ -1,4 +1,5 @@
 """A job's verdict inside an exception group, as `asyncio.TaskGroup` raises it, is a verdict."""
+
 from __future__ import annotations
 
 import builtins

@@ -1,4 +1,5 @@
 """Waits are clamped in one place, wherever they come from, and a wait that is changed is said."""
+
 from __future__ import annotations
 
 import logging

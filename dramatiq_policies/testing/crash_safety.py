@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.asyncio import async_to_sync
 
+from ..callables import unwrapped
 from ..coroutines import is_async
-from ..running import unwrapped
 from .draining import drain
 from .faults import die_in_job, redeliver
 from .replacing import in_place_of

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.asyncio import async_to_sync
 
 from ..bundle import arrange, resolve_actor
+from ..callables import unwrapped
 from ..coroutines import is_async
 from ..middleware.base import PolicyMiddleware
-from ..running import unwrapped
 
 if TYPE_CHECKING:
     from dramatiq import Actor

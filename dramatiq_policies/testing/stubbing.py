@@ -18,8 +18,8 @@ from dramatiq.results.backends.stub import StubBackend as StubResults
 
 from .. import _dramatiq
 from ..bundle import arrange, install
+from ..callables import unwrapped
 from ..middleware.base import PolicyMiddleware
-from ..running import unwrapped
 from .bench import bench_of
 
 if TYPE_CHECKING:
