@@ -8,7 +8,6 @@ values, which compare, print and pickle as what was declared; ``bounds(attempt)`
 
 from __future__ import annotations
 
-import logging
 import math
 import random as _random
 import sys
@@ -21,6 +20,7 @@ from .callables import is_plain
 from .durations import WEEK_MS, Duration, clamped_wait, to_ms
 from .errors import ConfigurationError, checked_wait
 from .retry_after_header import asked_seconds
+from .safe_logger import SafeLogger
 
 __all__ = [
     "Wait",
@@ -33,7 +33,7 @@ __all__ = [
     "safe_wait",
 ]
 
-logger = logging.getLogger("dramatiq_policies.backoff")
+logger = SafeLogger("dramatiq_policies.backoff")
 
 #: Given the rule's own count and the error, milliseconds (or a timedelta) until the next attempt.
 Wait = Callable[[int, BaseException], "int | float | timedelta"]

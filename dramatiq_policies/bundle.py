@@ -30,6 +30,7 @@ from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout
 from .options import ActorPolicy
 from .running import wrap_actor
+from .safe_logger import make_safe
 from .wiring import Wiring, wiring_of
 
 if TYPE_CHECKING:
@@ -276,6 +277,7 @@ def _wrap_consume(wiring: Wiring) -> None:
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):
             thread.delay_queue = consumer.delayed
+            make_safe(thread.logger)
         return consumer
 
     wiring.broker.consume = consume  # type: ignore[method-assign]

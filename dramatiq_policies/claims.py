@@ -16,7 +16,6 @@ What may happen between any two lines:
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +28,7 @@ from .keys import encodable
 from .leases import Leases
 from .outcomes import BAD_ENDINGS, Outcome
 from .records import Record, Request, Take
+from .safe_logger import SafeLogger
 from .solitude import Solitude
 from .store_calls import StoreCalls, StoreDown
 from .stores import IdempotencyStore
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
 
-alerts = logging.getLogger("dramatiq_policies.alerts")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: The tokens of this process' claims, in all its brokers: a record of this process without one is of a run that is over.
 _live: set[str] = set()

@@ -7,7 +7,6 @@ delayed messages are moved here, publish first and then ack, and no error of a b
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
 from .history import now_ms
 from .outcomes import Outcome, OutcomeEvent
+from .safe_logger import SafeLogger
 from .settlement import settle
 from .shape import check_composition, check_shape, clean_options, is_number
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyConsumer", "hold"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: The message option that says that it was taken from a worker that died. It is gone from the copy that runs.
 REDELIVERED = "redelivered"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import socket
 import tempfile
@@ -21,6 +20,7 @@ from uuid import uuid4
 from .broker_kinds import kind_of
 from .history import now_ms
 from .notes import Note, memory_in, note_in, timed_note_in
+from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CommandElection", "Election", "FleetElection", "elect"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 
 class Election:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import records
 from .forks import after_fork
+from .safe_logger import SafeLogger
 from .store_calls import StoreDown
 from .stores import IdempotencyStore, Renewal
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Leases"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 class Leases:

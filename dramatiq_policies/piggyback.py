@@ -14,7 +14,6 @@ next message. That this changes no guarantee rests on four rules:
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import Middleware
 
 from .round_trips import Post, RoundTrips
+from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Piggyback"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: Hooks that may hold up a thread between two jobs, or count on an ack that has been answered.
 _HOOKS = ("before_process_message", "after_ack")

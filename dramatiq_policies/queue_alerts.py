@@ -12,10 +12,11 @@ from typing import Any, Literal
 from .callables import is_plain
 from .errors import ConfigurationError, checked_duration
 from .queues import QueueReading
+from .safe_logger import SafeLogger
 
 __all__ = ["OnAlert", "QueueAlert", "Threshold", "Watch", "tellers"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 #: A threshold that was reached is reached again only after the value has come down to this share of it.
 _DOWN = 0.8

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import builtins
-import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from .errors import ConfigurationError
 from .rules import RetryPolicy, Rule, Verb, refuse_twice
+from .safe_logger import SafeLogger
 
 __all__ = ["RuleSet"]
 
-logger = logging.getLogger("dramatiq_policies.rules")
+logger = SafeLogger("dramatiq_policies.rules")
 
 
 class RuleSet:

@@ -6,7 +6,6 @@ Pure, and knows nothing of messages or brokers. `rule_set` says which of several
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,10 +16,11 @@ from typing import Any, Literal
 from .backoff import Wait, as_wait, exponential
 from .callables import is_plain
 from .errors import ConfigurationError, checked_duration
+from .safe_logger import SafeLogger
 
 __all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "refuse_twice", "when"]
 
-logger = logging.getLogger("dramatiq_policies.rules")
+logger = SafeLogger("dramatiq_policies.rules")
 
 Then = Literal["dead", "discard", "alert"]
 Owner = Literal["actor", "broker"]

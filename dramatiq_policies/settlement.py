@@ -7,7 +7,6 @@ later ones are best effort and logged.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from . import clock
@@ -15,6 +14,7 @@ from .delivery import Delivery, GivenAway, Send, Settlement
 from .errors import HandoffFailed
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
+from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["settle"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
-alerts = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
 _PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,10 +10,11 @@ from typing import Any
 from dramatiq import Message
 
 from .errors import MalformedMessage
+from .safe_logger import SafeLogger
 
 __all__ = ["check_composition", "check_shape", "clean_options", "described"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 _REQUIRED = {"queue_name": str, "actor_name": str, "args": (list, tuple), "kwargs": dict, "options": dict}
 _ALLOWED: dict[str, Any] = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}

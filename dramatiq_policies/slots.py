@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -19,10 +18,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 from .errors import TimeoutExceeded
+from .safe_logger import SafeLogger
 
 __all__ = ["Slot", "Target", "Tokens", "Watch", "frame_of", "report_apart", "supported"]
 
-logger = logging.getLogger("dramatiq_policies.interrupts")
+logger = SafeLogger("dramatiq_policies.interrupts")
 
 #: Sets an exception in a thread, by its identifier and the exception's class.
 _set_exception: Callable[[int, Any], int] | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import re
 import threading
@@ -14,10 +13,11 @@ from typing import Any
 
 from ._udp import MAX_BYTES, udp_client
 from .errors import ConfigurationError
+from .safe_logger import SafeLogger
 
 __all__ = ["Statsd", "Value", "metric_name", "tag_list"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: Kind (``"c"`` to count, ``"ms"``, ``"g"`` for a gauge), name, value, and the tags, which a client without tags ignores.
 Value = tuple[str, str, float, Sequence[str]]

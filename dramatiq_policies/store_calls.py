@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 from .forks import after_fork
 from .outcomes import text_of
+from .safe_logger import SafeLogger
 
 __all__ = ["StoreCalls", "StoreDown"]
 
-alerts = logging.getLogger("dramatiq_policies.alerts")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 T = TypeVar("T")
 

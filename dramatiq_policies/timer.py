@@ -7,16 +7,17 @@ either the thread sees the new time, or whoever has set it sees that it must wak
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from math import inf
 from threading import Lock
 from time import monotonic
 
+from .safe_logger import SafeLogger
+
 __all__ = ["Timer"]
 
-logger = logging.getLogger("dramatiq_policies.interrupts")
+logger = SafeLogger("dramatiq_policies.interrupts")
 
 
 class Timer:

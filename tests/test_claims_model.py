@@ -139,8 +139,8 @@ class Simulation:
             *(mock.patch.object(claims_module, name) for name in ("_live", "_unborn", "_numbers")),
             mock.patch.object(owners, "is_dead", self._is_certainly_dead),
             mock.patch.object(claims_module, "_PAUSES", ()),
-            mock.patch.object(claims_module.alerts, "disabled", new=True),
-            mock.patch.object(leases.logger, "disabled", new=True),
+            mock.patch.object(claims_module.alerts.logger, "disabled", new=True),
+            mock.patch.object(leases.logger.logger, "disabled", new=True),
         ]
         for patch in self.patches:
             patch.start()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from .. import _dramatiq
 from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
+from ..safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explain_unsendable", "wrap_consumer"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer:

@@ -7,7 +7,6 @@ none. Once this consumer's channel is closed the server has put its messages bac
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pika
@@ -23,13 +22,14 @@ from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
+from ..safe_logger import SafeLogger
 from ..struck import drop
 from ..wiring import Wiring
 from .acks import SharedAcks
 
 __all__ = ["RabbitmqConsumer"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 _REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
 _LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)

@@ -9,7 +9,6 @@ What comes back is marked, since it may have been begun: the marks are how start
 
 from __future__ import annotations
 
-import logging
 from importlib import resources
 from time import monotonic
 from typing import Any
@@ -19,10 +18,11 @@ from dramatiq.common import q_name
 
 from ..consumer import REDELIVERED
 from ..history import now_ms
+from ..safe_logger import SafeLogger
 
 __all__ = ["Recovery"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 _RECOVER = resources.files(__package__).joinpath("recover.lua").read_text()
 #: Every how many seconds to look.

@@ -7,7 +7,6 @@ connection comes back. Any error of Redis is a lost connection, but for those th
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections import deque
@@ -29,6 +28,7 @@ from ..errors import MalformedMessage
 from ..history import now_ms
 from ..records import completed_by
 from ..round_trips import RoundTrips, Script
+from ..safe_logger import SafeLogger
 from ..struck import keep_out_of
 from ..wiring import Wiring
 from .places import Places
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisConsumer"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
-alerts = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 _SETTLE = Script(resources.files(__package__).joinpath("settle.lua").read_text())
 #: What Redis answers when no waiting will help.

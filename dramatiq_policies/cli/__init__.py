@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..ops import OperationError, one_line
+from ..safe_logger import SafeLogger
 from .base import seen_enough, shown
 from .check import check
 from .dead import dead
@@ -43,7 +44,7 @@ class OneSentence(click.Group):
         except OperationError as error:
             _fail(str(error), 2)
         except Exception as error:
-            logging.getLogger("dramatiq_policies").debug("", exc_info=True)
+            SafeLogger("dramatiq_policies").debug("", exc_info=True)
             _fail(one_line(error), 2)
         sys.exit(code if isinstance(code, int) else 0)
 

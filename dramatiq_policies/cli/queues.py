@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .. import ops
 from ..queues import reader_of
+from ..safe_logger import SafeLogger
 from .base import (
     as_json,
     console,
@@ -205,7 +206,7 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
     stop = threading.Event()
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: stop.set())
-    logging.getLogger("dramatiq_policies.monitor").info(
+    SafeLogger("dramatiq_policies.monitor").info(
         "Watching %s every %d ms.", ", ".join(ops.known_queues(broker)) or "no queue", found.interval
     )
     found.run_forever(stop)

@@ -8,13 +8,13 @@ nothing. `WarnInsideAtomic` finds the places; ``transaction.on_commit`` mends th
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Middleware
 
 from ..errors import ConfigurationError
+from ..safe_logger import SafeLogger
 
 try:
     from django.db import connections
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SentInsideAtomic", "WarnInsideAtomic"]
 
-logger = logging.getLogger("dramatiq_policies.django")
+logger = SafeLogger("dramatiq_policies.django")
 
 
 # A MiddlewareError, by its base: the only kind that Dramatiq lets out of a hook.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware, MiddlewareError
 
 from ..errors import ConfigurationError
+from ..safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Worker
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyMiddleware", "rivals_of"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 
 def rivals_of(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError
 from ..logs import replace_worker_lines
 from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
+from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiscardLogger"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 #: What is logged, and at which level unless another is given.

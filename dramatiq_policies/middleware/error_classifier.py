@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from .. import clock
+from .. import _dramatiq, clock
 from ..consumer import hold
 from ..decisions import decide
 from ..declarations import parse_rules
@@ -22,6 +22,7 @@ from ..options import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rule_set import RuleSet
 from ..rules import RetryPolicy
+from ..safe_logger import SafeLogger, make_safe
 from ..shape import timedeltas_to_ms
 from ..wiring import wiring_of
 from .base import PolicyMiddleware
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ErrorClassifier"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
-alerts = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
 #: What the stock Retries logs of a single message is said by our own records.
-_stock_lines = logging.getLogger("dramatiq_policies.stock")
-_stock_lines.setLevel(logging.ERROR)
+_stock_lines = SafeLogger("dramatiq_policies.stock")
+_stock_lines.logger.setLevel(logging.ERROR)
 
 #: Of how many pairs of actor and exception it is remembered that they have alerted.
 _REMEMBERED = 1_000
@@ -128,6 +129,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             setattr(self, name, getattr(stock, name))
 
     def attach(self, wiring: Wiring) -> None:
+        for stock in (wiring.broker.logger, logging.getLogger(_dramatiq.WORKER_LOGGER)):
+            make_safe(stock)
         wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             wiring.subscribe(self, subscriber)

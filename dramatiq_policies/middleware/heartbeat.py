@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from dramatiq.errors import ConnectionClosed
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..queues import reader_of
+from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Heartbeat"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 
 class Heartbeat(PolicyMiddleware):

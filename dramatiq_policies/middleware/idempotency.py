@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..claims import Claims, StoreDown
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..guards import OPTIONS, Guard, checked_crashes, key_of, name_of
+from ..safe_logger import SafeLogger
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Idempotency", "KeyState"]
 
-alerts = logging.getLogger("dramatiq_policies.alerts")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: How long, in seconds, a worker process is left to say that it has booted, before it begins what may kill it.
 _BOOTING = 2.0

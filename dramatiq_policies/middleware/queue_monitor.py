@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,6 +11,7 @@ from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..queues import QueueReader, QueueReading, reader_of
+from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 #: After so many readings in a row that fail, the elected one lets another try.
 _PATIENCE = 3

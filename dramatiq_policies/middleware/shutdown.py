@@ -36,6 +36,6 @@ class ShutdownNotifications(_ShutdownNotifications):
         slots.supported()
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        self.logger.debug("Sending shutdown notification to worker threads...")
         hold(worker)
         interrupts.shutdown()
+        self.logger.debug("Sent shutdown notification to worker threads.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -20,6 +19,7 @@ from ..delivery import RUNNING
 from ..durations import WEEK_MS
 from ..errors import ConfigurationError
 from ..limits import checked, finite, milliseconds
+from ..safe_logger import Lines, SafeLogger
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StuckJob", "Timeout"]
 
-alerts = logging.getLogger("dramatiq_policies.alerts")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 DEFAULT_MS: Final = 600_000
 #: What a worker process exits with when ``on_stuck="exit"`` ends it; ``EX_SOFTWARE`` of sysexits.
@@ -212,7 +212,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
             record.elapsed_ms,
             None if timeout_ms is None else round(timeout_ms),
             " The worker process exits." if self.on_stuck == "exit" else "",
-            record.stack,
+            Lines(record.stack),
             extra={
                 "actor": record.actor,
                 "queue": record.queue,

@@ -21,6 +21,7 @@ from ..middleware.idempotency import Idempotency
 from ..middleware.timeout import Timeout
 from ..outcomes import class_path
 from ..rules import RetryPolicy, Rule, Verb
+from ..safe_logger import ALERTS, is_heard
 from ..wiring import Wiring, wiring_of
 from .actor_source import purpose_of, source_of
 from .broker_checks import OF_BROKERS, Found, named
@@ -241,22 +242,8 @@ def _alerts(job: _Job) -> Found:
     heard = (
         classifier.subscribers or classifier.after_discard or job.policy.after_discard or job.named("SentryReporter")
     )
-    if not heard and not _logged(logging.getLogger("dramatiq_policies.alerts")):
+    if not heard and not is_heard(ALERTS, logging.CRITICAL):
         yield "DP018", "It alerts, and no Sentry, no on_outcome, no after_discard and no log handler would tell anybody"
-
-
-def _logged(logger: logging.Logger) -> bool:
-    """Whether a CRITICAL record is written anywhere; a worker without handlers writes to stderr."""
-    if logger.disabled or not logger.isEnabledFor(logging.CRITICAL):
-        return False
-    found: logging.Logger | None = logger
-    while found is not None:
-        if any(not isinstance(handler, logging.NullHandler) for handler in found.handlers):
-            return True
-        if not found.propagate:
-            return False
-        found = found.parent
-    return True
 
 
 def _asynchronous(job: _Job) -> Found:

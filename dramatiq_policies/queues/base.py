@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,12 @@ from dramatiq.common import q_name
 
 from ..delivery import READY_AT
 from ..history import now_ms
+from ..safe_logger import SafeLogger
 from ..shape import is_number
 
 __all__ = ["ENDS", "QueueReader", "QueueReading", "oldest", "ready_at"]
 
-logger = logging.getLogger("dramatiq_policies.alerts")
+logger = SafeLogger("dramatiq_policies.alerts")
 
 #: Of how many messages at either end of a queue the age is read: those put back by a worker lie at the end.
 ENDS = 16
