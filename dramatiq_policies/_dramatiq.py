@@ -105,6 +105,12 @@ def delayed_message(item: Any) -> MessageProxy:
     return cast("MessageProxy", item[1] if isinstance(item, tuple) else item.message)
 
 
+def delay_item(eta: float, message: MessageProxy) -> Any:
+    """What a consumer thread puts into its delay queue."""
+    made = getattr(_worker, "_WorkQueueItem", None)
+    return (eta, message) if made is None else made(eta, message)
+
+
 def delayed_until(item: Any, eta: int) -> Any:
     """The same message, due at another time."""
     return (eta, item[1]) if isinstance(item, tuple) else type(item)(eta, item.message)
@@ -230,6 +236,12 @@ class _NoLimit:
         pass
 
 
+def lift_stub_limit(consumer: Any) -> None:
+    """Let a stub consumer have any number of messages in hand, as before Dramatiq 2.2."""
+    if hasattr(consumer, "prefetch_semaphore"):
+        consumer.prefetch_semaphore = _NoLimit()
+
+
 class WorkerOnThisThread(_worker.Worker):
     """Dramatiq's worker without its threads: whoever has started it takes and runs the messages.
 
@@ -255,7 +267,7 @@ class WorkerOnThisThread(_worker.Worker):
         self.broker.emit_after("consumer_thread_boot", thread)
         thread.consumer = self.broker.consume(queue_name, prefetch=thread.prefetch, timeout=0)
         thread.delay_queue = thread.consumer.delayed  # type: ignore[attr-defined]
-        thread.consumer.inner.prefetch_semaphore = _NoLimit()  # type: ignore[attr-defined]
+        lift_stub_limit(thread.consumer.inner)  # type: ignore[attr-defined]
 
     def _add_worker(self) -> None:
         self.thread = _Thread(broker=self.hooks, consumers=self.consumers, work_queue=self.work_queue, worker_timeout=0)

@@ -8,7 +8,7 @@ delayed messages are moved here, publish first and then ack, and no error of a b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -17,7 +17,7 @@ from dramatiq.common import q_name
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, ConnectionClosed
 
 from . import _dramatiq
-from .delay_queue import DelayQueue
+from .delay_queue import DelayQueue, Move
 from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
 from .history import now_ms
@@ -39,6 +39,8 @@ REDELIVERED = "redelivered"
 _MOVE_AGAIN = 5_000
 #: The types of arguments that nobody can change in place.
 _FIXED = frozenset({type(None), bool, int, float, str, bytes})
+#: How many due messages are moved at a time: as many may run twice if the process is killed in between (RabbitMQ).
+_MOVES = 100
 
 
 class PolicyConsumer(Consumer):
@@ -71,8 +73,9 @@ class PolicyConsumer(Consumer):
         polled = self.wiring.polled
         if polled is not None:
             polled[self.source] = time.monotonic()
-        if self.delayed.queue:
-            self._move_due()
+        if self.delayed.queue and not self.has_received() and self._move_due():
+            # More are due: do not wait for a message first.
+            return None
         message = self.take()
         if message is None:
             return None
@@ -252,10 +255,18 @@ class PolicyConsumer(Consumer):
         """Put messages that nobody has run back on the queue."""
         self.inner.requeue(messages)
 
-    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
-        """Enqueue a due message where it is to run, then take it off the delay queue."""
-        self.broker.enqueue(moved)
-        self.inner.ack(message)
+    def has_received(self) -> bool:
+        """Whether `take` returns a message without asking the broker."""
+        return False
+
+    def move(self, moves: list[Move]) -> None:
+        """Enqueue due messages where they are to run, then take them off the delay queue, and mark them as done."""
+        for move in moves:
+            self.attempt(move, self.move_one)
+
+    def move_one(self, move: Move) -> None:
+        self.broker.enqueue(move.moved)
+        self.inner.ack(move.message)
 
     def delay_queue(self) -> DelayQueue:
         """The delayed messages in hand. They outlive this consumer: no broker was told to give them to another."""
@@ -276,27 +287,47 @@ class PolicyConsumer(Consumer):
         )
         self.wiring.publish(event, None)
 
-    def _move_due(self) -> None:
+    def attempt(self, move: Move, call: Callable[[Move], object]) -> None:
+        """Move one message. An error delays this message only, unless the connection is lost."""
+        try:
+            call(move)
+            move.done = True
+        except Exception as error:
+            if self.lost_connection(error):
+                raise
+            move.error = error
+
+    def _move_due(self) -> bool:
+        """Move a batch of due messages. Returns whether more are due."""
         now = now_ms()
-        while (item := self.delayed.due(now)) is not None:
-            message = _dramatiq.delayed_message(item)
-            moved = message.copy(queue_name=self.queue_name)
-            eta = moved.options.pop("eta", None)
-            if "ready_at" not in moved.options and is_number(eta) and eta > 0:
-                moved.options["ready_at"] = int(eta)
-            self.wiring.moving.on = True
-            try:
-                self.move(message, moved)
-            except Exception as error:
-                self.delayed.put(
-                    item if self.lost_connection(error) else _dramatiq.delayed_until(item, now + _MOVE_AGAIN)
+        moves = [Move.of(item, self.queue_name) for item in self.delayed.due(now, _MOVES)]
+        if not moves:
+            return False
+        self.wiring.moving.on = True
+        try:
+            self.move(moves)
+        except Exception as error:
+            if self.lost_connection(error):
+                raise ConnectionClosed(error) from None
+            for move in moves:
+                move.error = move.error or error
+        finally:
+            self.wiring.moving.on = False
+            for move in moves:
+                self._move_later(move, now)
+        return bool(self.delayed.queue) and _dramatiq.eta_of(self.delayed.queue[0]) <= now
+
+    def _move_later(self, move: Move, now: int) -> None:
+        """Keep a message that was not moved."""
+        if not move.done:
+            item = move.item
+            if move.error is not None:
+                logger.error(
+                    "A due message could not be moved out of %r; it is tried again.", self.source, exc_info=move.error
                 )
-                if self.lost_connection(error):
-                    raise ConnectionClosed(error) from None
-                logger.exception("A due message could not be moved out of %r; it is tried again.", self.source)
-            finally:
-                self.wiring.moving.on = False
-                self.delayed.task_done()
+                item = _dramatiq.delayed_until(item, now + _MOVE_AGAIN)
+            self.delayed.put(item)
+        self.delayed.task_done()
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from queue import Empty, PriorityQueue
 from typing import Any
 
-from . import _dramatiq
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
 
-__all__ = ["DelayQueue"]
+from . import _dramatiq
+from .shape import is_number
+
+__all__ = ["DelayQueue", "Move"]
+
+
+@dataclass(slots=True)
+class Move:
+    """One due message on its way from its delay queue to its work queue.
+
+    Parameters:
+      item: The item of the `DelayQueue`.
+      message: The message as delivered by the delay queue.
+      moved: The message for the work queue.
+      done: Whether the work queue has the message, and the delay queue no longer.
+      error: Why this message could not be moved. The others of its batch are not affected.
+    """
+
+    item: Any
+    message: MessageProxy
+    moved: Message[Any]
+    done: bool = False
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, item: Any, queue_name: str) -> Move:
+        message = _dramatiq.delayed_message(item)
+        moved = message.copy(queue_name=queue_name)
+        eta = moved.options.pop("eta", None)
+        if "ready_at" not in moved.options and is_number(eta) and eta > 0:
+            moved.options["ready_at"] = int(eta)
+        return cls(item, message, moved)
 
 
 class DelayQueue(PriorityQueue[Any]):
@@ -15,20 +48,33 @@ class DelayQueue(PriorityQueue[Any]):
 
     Dramatiq's consumer thread puts messages in and a worker's ``join`` waits on it, as ever; but it would move the due
     ones without knowing whether the broker took them, and drop them all when a connection is lost.
+
+    Only the consumer's own thread puts in and takes out, so the methods below take no lock (gevent's queue has none).
     """
 
     def get_nowait(self) -> Any:
         raise Empty
 
-    def due(self, now: int) -> Any | None:
-        """The next message whose time has come, or None."""
-        # Without its lock, which gevent's has not: only the consumer's own thread puts in and takes out.
-        if not self.queue or _dramatiq.eta_of(self.queue[0]) > now:
-            return None
-        return self.take()
+    def next_eta(self) -> float | None:
+        """When the nearest message is due, in milliseconds since the epoch; None if the queue is empty."""
+        return _dramatiq.eta_of(self.queue[0]) if self.queue else None
+
+    def due(self, now: float, limit: int) -> list[Any]:
+        """Take at most ``limit`` messages whose time has come. Call ``task_done`` for each."""
+        items: list[Any] = []
+        while self.queue and len(items) < limit and _dramatiq.eta_of(self.queue[0]) <= now:
+            items.append(self.take())
+        return items
 
     def take(self) -> Any | None:
         try:
             return self.get(block=False)
         except Empty:
             return None
+
+    def cut(self, keep: int) -> list[Any]:
+        """Take all but the ``keep`` nearest messages. Call ``task_done`` for each."""
+        self.queue.sort(key=_dramatiq.eta_of)  # A sorted list is a heap.
+        far = self.queue[keep:]
+        del self.queue[keep:]
+        return far

@@ -18,7 +18,7 @@ from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
 from ..consumer import PolicyConsumer
-from ..delay_queue import DelayQueue
+from ..delay_queue import DelayQueue, Move
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
@@ -157,9 +157,9 @@ class RabbitmqConsumer(PolicyConsumer):
         else:
             self.acks.put(tag)
 
-    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
-        self._enqueue(Send(moved))
-        self.send_ack(message)
+    def move_one(self, move: Move) -> None:
+        self._enqueue(Send(move.moved))
+        self.send_ack(move.message)
 
     def delay_queue(self) -> DelayQueue:
         # The server gives the delayed messages of a closed consumer out again.

@@ -13,13 +13,21 @@ from dramatiq.message import get_encoder
 
 from .. import _dramatiq
 from ..consumer import PolicyConsumer
+from ..delay_queue import Move
 from ..errors import MalformedMessage
+from ..wiring import Wiring
 
 __all__ = ["StubConsumer", "explain_unsendable"]
 
 
 class StubConsumer(PolicyConsumer):
     """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        if self.is_delay_queue:
+            # All delayed messages are in memory anyhow: far ones must not keep nearer ones out.
+            _dramatiq.lift_stub_limit(inner)
 
     def take(self) -> MessageProxy | None:
         data = _dramatiq.next_stub_body(self.inner)
@@ -67,9 +75,9 @@ class StubConsumer(PolicyConsumer):
     def abandon(self, message: MessageProxy) -> None:
         self.wiring.put_back_later.append(partial(self.put_back, [message]))
 
-    def move(self, message: MessageProxy, moved: Message[Any]) -> None:
-        self.broker.enqueue(moved)
-        self.finish(message)
+    def move_one(self, move: Move) -> None:
+        self.broker.enqueue(move.moved)
+        self.finish(move.message)
 
 
 def explain_unsendable(broker: Broker) -> None:

@@ -1,0 +1,78 @@
+-- Keep delayed messages on the server, ordered by the time at which they are due.
+--
+-- KEYS[1]  the broker's namespace
+-- ARGV     command, broker id, delay queue, then:
+--   keep     for each message: redis id, due time (ms). From this worker's unacked set into the index.
+--   take     the time now (ms), how many at most. Due messages, from the index into this worker's unacked set. Returns the due
+--            time of the next one or false, then the bodies.
+--   release  after how many ms of silence a worker counts as dead, how many at most. Back to the queue, unless another
+--            worker uses the index. Returns how many.
+--
+-- The kept ids are the unacked set of a worker of their own name, whose heartbeat each call renews. Once no worker calls
+-- this any more (all run plain Dramatiq or 0.1.0), the recovery of dead workers, Dramatiq's or ours, puts the messages
+-- back on the queue. The set is the truth: an entry of the index without its id in the set means nothing. Other key names
+-- are Dramatiq's.
+local namespace, command, worker, queue = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local keeper = 'dramatiq_policies.delayed.' .. queue
+local kept = namespace .. ':__acks__.' .. keeper .. '.' .. queue
+local own = namespace .. ':__acks__.' .. worker .. '.' .. queue
+local list = namespace .. ':' .. queue
+local bodies = list .. '.msgs'
+local index = namespace .. ':__delayed__.' .. queue
+local users = index .. '.workers'
+local heartbeats = namespace .. ':__heartbeats__'
+local clock = redis.call('time')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+if command == 'keep' then
+  for i = 4, #ARGV, 2 do
+    if redis.call('srem', own, ARGV[i]) == 1 then
+      redis.call('sadd', kept, ARGV[i])
+      redis.call('zadd', index, ARGV[i + 1], ARGV[i])
+    end
+  end
+end
+
+local answer = {false}
+if command == 'take' then
+  for _, id in ipairs(redis.call('zrangebyscore', index, '-inf', ARGV[4], 'limit', 0, ARGV[5])) do
+    redis.call('zrem', index, id)
+    if redis.call('srem', kept, id) == 1 then
+      local body = redis.call('hget', bodies, id)
+      if body then
+        redis.call('sadd', own, id)
+        answer[#answer + 1] = body
+      end
+    end
+  end
+  local next_one = redis.call('zrange', index, 0, 0, 'withscores')
+  answer[1] = next_one[2] or false
+end
+
+if command == 'release' then
+  redis.call('zrem', users, worker)
+  answer = 0
+  if redis.call('zcount', users, now - ARGV[4], '+inf') == 0 then
+    local ids = redis.call('zrange', index, 0, ARGV[5] - 1)
+    if #ids == 0 then
+      ids = redis.call('srandmember', kept, ARGV[5])
+    end
+    for _, id in ipairs(ids) do
+      redis.call('zrem', index, id)
+      if redis.call('srem', kept, id) == 1 and redis.call('hexists', bodies, id) == 1 then
+        redis.call('rpush', list, id)
+      end
+    end
+    answer = #ids
+  end
+else
+  redis.call('zadd', users, now, worker)
+end
+
+if redis.call('exists', kept) == 1 then
+  redis.call('zadd', heartbeats, now, keeper)
+else
+  redis.call('zrem', heartbeats, keeper)
+  redis.call('del', index, users)
+end
+return answer
