@@ -1,11 +1,12 @@
 """Running an async actor so that it can be interrupted: `call`, as in `interrupts`, for coroutine functions.
 
 Dramatiq turns an async actor into a function that runs the coroutine on its event loop thread and waits for it, looking
-up every 100 ms for an interrupt that was raised in the waiting thread. Here nothing is raised in that thread: the timer
-asks the loop to cancel the task, at once, and the thread sleeps until the coroutine has ended.
+up every 100 ms for an interrupt that was raised in the waiting thread. Here the timer raises nothing in that thread: the
+timer asks the loop to cancel the task, at once. The waiting thread looks up as often, for interrupts that others raise in
+it: an abort cancels the task, too.
 
-Whether it has ended is known on the loop and decided there, so no interrupt can come too late: a coroutine that has
-ended is not cancelled. What it does with the cancellation is its own affair, as it is in a thread: what it raises is its
+Whether the coroutine has ended is known on the loop and decided there, so no interrupt can come too late: a coroutine that
+has ended is not cancelled, and an interrupt that is raised in the waiting thread after that is dropped. What it does with the cancellation is its own affair, as it is in a thread: what it raises is its
 error, what it returns is its result, and its clean-up may take as long as it takes. The worker waits for it without a
 bound (Dramatiq gives it one second and then leaves it running, beside its own retry); past the timeout and its grace
 it is reported as stuck.
@@ -61,8 +62,6 @@ def call(
 
     A task is cancelled where it awaits something, and never in the middle of a call: ``after_interrupt`` is not needed.
     """
-    if deadline is None and not on_shutdown:
-        return fn(*args, **kwargs)
     thread = get_event_loop_thread()
     slot = slot_of_this_thread()
     if thread is None or not thread.loop.is_running() or slot.tokens is not None or current_thread() is thread:
@@ -71,13 +70,19 @@ def call(
     run = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     try:
-        due = inf if deadline is None else deadline
-        arm(slot, tokens, run, due=due, watch=watch, job=job)
-        # The loop runs it in a copy of this thread's context.
-        thread.loop.call_soon_threadsafe(run.start)
-        return cast("R", run.wait())
-    finally:
+        try:
+            arm(slot, tokens, run, due=inf if deadline is None else deadline, watch=watch, job=job)
+            # The loop runs it in a copy of this thread's context.
+            run.begin()
+            run.join()
+        except BaseException as raised:  # By somebody else, in this thread.
+            run.end_by(raised)
         slot.disarm(tokens)
+    except BaseException:  # As above, one line late.
+        slot.disarm(tokens)
+        if not run.over:
+            raise
+    return cast("R", run.wait())
 
 
 class _Run:
@@ -90,15 +95,25 @@ class _Run:
         self.coroutine = coroutine
         self.task: asyncio.Task[None] | None = None
         self.started = self.over = False
-        self.interrupted_by: type[BaseException] | None = None
+        self.interrupted_by: BaseException | type[BaseException] | None = None
         self.result: Any = None
         self.error: BaseException | None = None
         self.ended = Lock()
         self.ended.acquire()
 
-    def start(self) -> None:
-        """Called on the loop."""
-        self.task = self.thread.loop.create_task(self._main())
+    def begin(self) -> None:
+        """Have the loop start the coroutine."""
+        self._on_loop(self._start)
+
+    def _on_loop(self, callback: Callable[..., object], *args: Any) -> None:
+        try:
+            self.thread.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            pass  # The loop was closed, which `join` sees.
+
+    def _start(self) -> None:
+        if self.task is None:
+            self.task = self.thread.loop.create_task(self._main())
 
     async def _main(self) -> None:
         self.started = True
@@ -117,24 +132,40 @@ class _Run:
             self.over = True
             self.ended.release()
 
-    def _cancel(self, exception: type[BaseException]) -> None:
+    def _cancel(self, exception: BaseException | type[BaseException]) -> None:
         if self.over:
             return
         self.interrupted_by = exception
+        # What was raised while the waiting thread was about to start it may have come before that.
+        self._start()
         # A task that is cancelled before its first step never takes it, and nobody would be told.
         if self.started and self.task is not None:
-            self.task.cancel(exception.__name__)
+            self.task.cancel((exception if isinstance(exception, type) else type(exception)).__name__)
 
-    def interrupt(self, exception: type[BaseException]) -> None:
-        """Called by the timer, or by a shutdown."""
-        try:
-            self.thread.loop.call_soon_threadsafe(self._cancel, exception)
-        except RuntimeError:
-            pass  # The loop was closed.
+    def interrupt(self, exception: BaseException | type[BaseException]) -> None:
+        """Called by the timer, by a shutdown, and for what somebody raised in the waiting thread."""
+        self._on_loop(self._cancel, exception)
+
+    def join(self) -> None:
+        """Return once the coroutine has ended. What somebody raises in this thread meanwhile is raised here."""
+        while not self.over:
+            # Whether it was acquired is not asked: an interrupt may be raised before that is known.
+            self.ended.acquire(timeout=self.thread.interrupt_check_ival)
+            if self.thread.loop.is_closed() and not self.over:
+                self.error, self.over = RuntimeError("Event loop is not running."), True
+
+    def end_by(self, raised: BaseException) -> None:
+        """Cancel the coroutine for an exception that somebody raised in the waiting thread, and wait for its end."""
+        while not self.over:
+            try:
+                self.interrupt(raised)
+                self.join()
+            except BaseException as again:
+                raised = again
 
     def wait(self) -> Any:
         """The result, or the error raised, once the coroutine has ended."""
-        self.ended.acquire()
+        self.join()
         error, self.error = self.error, None
         if error is None:
             return self.result
