@@ -16,7 +16,7 @@ from dramatiq.results import Results as StockResults
 from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
-from .brokers import explain_unsendable, wrap_consumer
+from .brokers import prepare, wrap_consumer
 from .errors import ConfigurationError
 from .guards import resolve_guard
 from .limits import validate
@@ -155,7 +155,7 @@ def arrange(broker: Broker) -> Wiring:
         if not wiring.attached_to_consume:
             wiring.attached_to_consume = True
             _wrap_consume(wiring)
-            explain_unsendable(broker)
+            prepare(wiring)
         wiring.arranged = broker.middleware
         wiring.arranged_length = len(broker.middleware)
         _resolve_actors(wiring)

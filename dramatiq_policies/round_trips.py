@@ -19,7 +19,7 @@ from redis.exceptions import NoScriptError
 
 from .forks import after_fork
 
-__all__ = ["Post", "RoundTrips", "Script"]
+__all__ = ["RAW", "Post", "RoundTrips", "Script"]
 
 #: hiredis' own, where that is installed: redis-py's around it costs as much again.
 _pack: Callable[[tuple[Any, ...]], bytes] | None = None
@@ -28,7 +28,8 @@ with suppress(ImportError, AttributeError):
 
     _pack = hiredis.pack_command
 
-_RAW: dict[str, Any] = {NEVER_DECODE: []}
+#: For `execute_command`: the answer is bytes, whatever the client is told to decode.
+RAW: dict[str, Any] = {NEVER_DECODE: []}
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
 
 
@@ -47,6 +48,14 @@ class Script:
 
     def command(self, keys: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
         return ("EVALSHA", self.digest, len(keys), *keys, *args)
+
+    def call(self, client: Any, keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        """The answer, on a connection of the client's pool."""
+        command = self.command(keys, args)
+        try:
+            return client.execute_command(*command, **RAW)
+        except NoScriptError:
+            return client.execute_command(*Script.in_full(command), **RAW)
 
     @staticmethod
     def in_full(command: Sequence[Any]) -> tuple[Any, ...]:
@@ -83,6 +92,28 @@ class Post(_Call):
     @property
     def is_answered(self) -> bool:
         return self.answer is not _UNANSWERED
+
+
+#: The errors that say that a call can't be made as it is, whatever the connection.
+_ITS_OWN = (redis.ResponseError, redis.DataError, UnicodeError, TypeError)
+
+
+def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[bytes]]:
+    """The calls that can be sent, and what is sent for them all; each of the others has its error for an answer."""
+    pack = _pack or (lambda command: b"".join(connection.pack_command(*command)))
+    try:
+        return calls, [b"".join([pack(tuple(call.command)) for call in calls])]
+    except _ITS_OWN:
+        pass
+    sent, parts = [], []
+    for call in calls:
+        try:
+            parts.append(pack(tuple(call.command)))
+        except _ITS_OWN as error:
+            call.answer = error
+        else:
+            sent.append(call)
+    return sent, [b"".join(parts)]
 
 
 class _Turn:
@@ -197,23 +228,23 @@ class RoundTrips:
             return
         for call in calls:  # A cluster's: each key has a server of its own.
             try:
-                call.answer = self.client.execute_command(*call.command, **_RAW)
-            except redis.ResponseError as error:
+                call.answer = self.client.execute_command(*call.command, **RAW)
+            except _ITS_OWN as error:
                 call.answer = error
 
     def _converse(self, calls: list[_Call]) -> None:
         if self._line is None:
             self._line = self.client.client()
         connection = self._line.connection
+        calls, packed = _packed(connection, calls)
+        if not calls:
+            return
         demoted = False
         try:
             # If it is not: a Sentinel's asks who the master is here, and nowhere else.
             connection.connect()
             # A pipeline of the client's costs several times as much as what it sends.
-            if _pack is None:
-                connection.send_packed_command(connection.pack_commands([call.command for call in calls]))
-            else:
-                connection.send_packed_command([b"".join([_pack(tuple(call.command)) for call in calls])])
+            connection.send_packed_command(packed)
             for call in calls:
                 try:
                     call.answer = connection.read_response(disable_decoding=True)

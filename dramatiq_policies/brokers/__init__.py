@@ -10,11 +10,9 @@ from ..consumer import PolicyConsumer
 from ..safe_logger import SafeLogger
 
 if TYPE_CHECKING:
-    from dramatiq.broker import Broker
-
     from ..wiring import Wiring
 
-__all__ = ["explain_unsendable", "wrap_consumer"]
+__all__ = ["prepare", "wrap_consumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -43,9 +41,14 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer
     return PolicyConsumer(wiring, inner, queue_name)
 
 
-def explain_unsendable(broker: Broker) -> None:
-    """Have a broker for tests name the argument to blame where a message can't be encoded; any other is left as it is."""
-    if kind_of(broker) == "stub":
+def prepare(wiring: Wiring) -> None:
+    """Set up a broker once: one on Redis gets the id of this process; one for tests names an argument that can't be sent."""
+    kind = kind_of(wiring.broker)
+    if kind == "stub":
         from . import stub
 
-        stub.explain_unsendable(broker)
+        stub.explain_unsendable(wiring.broker)
+    elif kind == "redis":
+        from .worker_id import WorkerId
+
+        wiring.shared["worker_id"] = WorkerId(wiring.broker)

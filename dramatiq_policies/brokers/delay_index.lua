@@ -4,7 +4,7 @@
 -- ARGV     command, broker id, delay queue, then:
 --   keep     for each message: redis id, due time (ms). From this worker's unacked set into the index.
 --   take     the time now (ms), how many at most. Due messages, from the index into this worker's unacked set. Returns the due
---            time of the next one or false, then the bodies.
+--            time of the next one or false, then of each: id, body.
 --   release  after how many ms of silence a worker counts as dead, how many at most. Back to the queue, unless another
 --            worker uses the index. Returns how many.
 --
@@ -41,6 +41,7 @@ if command == 'take' then
       local body = redis.call('hget', bodies, id)
       if body then
         redis.call('sadd', own, id)
+        answer[#answer + 1] = id
         answer[#answer + 1] = body
       end
     end

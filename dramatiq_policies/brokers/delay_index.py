@@ -48,18 +48,17 @@ class DelayIndex:
             self._run("keep", *[part for pair in some for part in pair])
             self.next_look = min(self.next_look, *[eta for _, eta in some])
 
-    def take(self, limit: int) -> list[bytes]:
-        """Take at most ``limit`` due messages. They are this process' until it acks them."""
+    def take(self, limit: int) -> list[tuple[bytes, bytes]]:
+        """Take at most ``limit`` due messages, as (redis id, body). They are this process' until it acks them."""
         now = now_ms()
         if limit <= 0 or now < self.next_look:
             return []
         following: bytes | None
-        bodies: list[bytes]
-        following, *bodies = self._run("take", now, min(limit, BATCH))
+        following, *taken = self._run("take", now, min(limit, BATCH))
         self.next_look = now + _LOOK_EVERY
         if following is not None:
             self.next_look = min(self.next_look, float(following))
-        return bodies
+        return list(zip(taken[::2], taken[1::2], strict=True))
 
     def release(self) -> None:
         """Put everything back on the queue, unless another worker uses the index."""

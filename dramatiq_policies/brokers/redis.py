@@ -1,8 +1,8 @@
 """The consumer on Redis.
 
-Hand-off and ack are one script, so no crash or lost reply falls between them. The consumer knows every redis id that
-this process holds; what the server says this process holds beyond that was lost with a reply, and is put back when the
-connection comes back. Any error of Redis is a lost connection, but for those that no waiting cures.
+Hand-off and ack are one script, so no crash or lost reply falls between them. A message's id is the one under which it
+lies, whatever its body says. The consumer knows every redis id that this process holds; what the server says this
+process holds beyond that was lost with a reply, and is put back when the connection comes back. Any error of Redis is a lost connection, but for those that no waiting cures.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from .. import _dramatiq
-from ..consumer import PolicyConsumer
+from ..consumer import REDELIVERED, PolicyConsumer
 from ..delay_queue import Move
 from ..delivery import Delivery, GivenAway, Send
 from ..errors import MalformedMessage
-from ..history import now_ms
+from ..history import FAILURE, now_ms
 from ..records import completed_by
-from ..round_trips import RoundTrips, Script
+from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
 from ..shape import is_number
 from ..struck import keep_out_of
@@ -47,7 +47,9 @@ __all__ = ["RedisConsumer"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-_SETTLE = Script(resources.files(__package__).joinpath("settle.lua").read_text())
+_FETCH, _SETTLE = (
+    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
+)
 #: What Redis answers when no waiting will help.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
 #: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
@@ -67,7 +69,8 @@ class RedisConsumer(PolicyConsumer):
         keep_out_of(getattr(self.client, "connection_pool", None))
         self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
         self.timeout_ms = inner.timeout
-        self.cache: deque[bytes | None] = deque()
+        #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
+        self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = Places(wiring.in_flight.setdefault(queue_name, set()), inner.prefetch)
         #: The store of the claims that were seen last, and whether it is on this server.
         self.store: Any = None
@@ -82,11 +85,8 @@ class RedisConsumer(PolicyConsumer):
         while True:
             if not self.cache and not self._fetch():
                 return None
-            data = self.cache.popleft()
-            if data is None:
-                # An id twice in the list, whose message was acked at its first turn.
-                continue
-            message = self._read(data)
+            name, data, recovered = self.cache.popleft()
+            message = self._read(name, data, recovered)
             # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
             if message is not None and self.places.take(message.options["redis_message_id"]):
                 proxy = MessageProxy(message)
@@ -94,16 +94,26 @@ class RedisConsumer(PolicyConsumer):
                     proxy.body = data  # type: ignore[attr-defined]
                 return proxy
 
-    def _read(self, data: bytes) -> Message[Any] | None:
-        """The message; None if its body could not be read and is on the dead-letter queue."""
+    def _read(self, name: bytes, data: bytes, recovered: bytes = b"") -> Message[Any] | None:
+        """The message that lies under an id; None if it is on the dead-letter queue."""
         try:
+            redis_id = name.decode()
             message: Message[Any] = Message.decode(data)
             self.adopt(message)
-            if type(message.options["redis_message_id"]) is not str:
+            if type(message.options.get("redis_message_id", "")) is not str:
                 raise MalformedMessage("redis_message_id is no string")
         except Exception as error:
-            self._guarded(self._dead_letter_raw, data, error)
+            self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+            self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
             return None
+        # The body may say anything: another message's id, or one that can't be sent.
+        message.options["redis_message_id"] = redis_id
+        if recovered:
+            if FAILURE in message.options:
+                # The dead letter of a worker of 0.1.0 that died before it could move it.
+                self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+                return None
+            message.options[REDELIVERED] = True
         return message
 
     @property
@@ -128,7 +138,8 @@ class RedisConsumer(PolicyConsumer):
             if self.is_delay_queue:
                 room = min(room, BATCH)
             self.places.about_to_fetch()
-            self.cache.extend(self._guarded(self.broker.do_fetch, self.source, room))  # type: ignore[attr-defined]
+            taken = self._guarded(self._take_off, room)
+            self.cache.extend(zip(taken[::3], taken[1::3], taken[2::3], strict=True))
             if self.cache:
                 self.misses = 0
                 return True
@@ -158,8 +169,8 @@ class RedisConsumer(PolicyConsumer):
                     delayed.task_done()
             for redis_id in kept:
                 places.release(redis_id)
-        for data in self._guarded(self.index.take, places.prefetch - self.outstanding_message_count):
-            message = self._read(data)
+        for name, data in self._guarded(self.index.take, places.prefetch - self.outstanding_message_count):
+            message = self._read(name, data)
             if message is not None and places.take(message.options["redis_message_id"]):
                 eta: Any = message.options.get("eta")
                 delayed.put(_dramatiq.delay_item(eta if is_number(eta) else 0, MessageProxy(message)))
@@ -170,6 +181,11 @@ class RedisConsumer(PolicyConsumer):
             return inf
         etas = (self.index.next_look, self.delayed.next_eta())
         return max(0, min(eta for eta in etas if eta is not None) - now_ms())
+
+    def _take_off(self, most: int) -> list[bytes]:
+        broker: Any = self.broker
+        taken: list[bytes] = _FETCH.call(self.client, [broker.namespace], [broker.broker_id, self.source, most])
+        return taken
 
     def finish(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
@@ -203,8 +219,6 @@ class RedisConsumer(PolicyConsumer):
         if at_once:
             delivery.claim = claim.completed()
         steps, delivery.steps = delivery.steps, None
-        if dead is not None:
-            self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         delivery.acked = not keep
         for step in steps or ():
             assert isinstance(step, Send)
@@ -293,7 +307,8 @@ class RedisConsumer(PolicyConsumer):
         self._release(message)
 
     def lost_connection(self, error: Exception) -> bool:
-        return isinstance(error, redis.RedisError) or super().lost_connection(error)
+        lost = isinstance(error, redis.RedisError) and not isinstance(error, redis.DataError)
+        return lost or super().lost_connection(error)
 
     def _over(self, message: MessageProxy | Message[Any]) -> str:
         redis_id: str = message.options["redis_message_id"]
@@ -303,33 +318,27 @@ class RedisConsumer(PolicyConsumer):
     def _release(self, message: MessageProxy) -> None:
         self.places.release(message.options["redis_message_id"])
 
-    def _dead_letter_raw(self, data: bytes, error: Exception) -> None:
-        """Move a body that can't be read to the dead letters. Its id stands in it, or must be looked for."""
-        broker: Any = self.broker
-        for redis_id in self._unacked():
-            if redis_id not in self.places.held:
-                body = self.client.hget(f"{broker.namespace}:{self.source}.msgs", redis_id)
-                if body == data or (isinstance(body, str) and body.encode() == data) or body is data:
-                    self._guarded(broker.do_nack, self.source, redis_id)
-        self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
-
-    def _unacked(self) -> list[str]:
-        broker: Any = self.broker
-        ids = self.client.smembers(f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}")
-        return [redis_id.decode() if isinstance(redis_id, bytes) else redis_id for redis_id in ids]
-
     def _put_back_the_lost(self) -> None:
         """Requeue what the server gave this process and this process never got."""
-        lost = [redis_id for redis_id in self._unacked() if redis_id not in self.places.held]
+        broker: Any = self.broker
+        unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
+        held = self.places.held
+        lost = [
+            name
+            for name in self.client.execute_command("SMEMBERS", unacked, **RAW)
+            if name.decode(errors="replace") not in held
+        ]
         if lost:
             log = logger.info if self.wiring.stopping.is_set() else logger.warning
             log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
-            self.broker.do_requeue(self.source, *lost)  # type: ignore[attr-defined]
+            broker.do_requeue(self.source, *lost)
 
     def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Call Redis; any of its errors is a lost connection, but a permanent one also ends this process."""
         try:
             return call(*args, **kwargs)
+        except redis.DataError:
+            raise  # It can't be sent, on any connection.
         except redis.RedisError as error:
             text = str(error)
             if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):

@@ -10,12 +10,13 @@
 -- nothing more is done, unless the run is remembered as completed ('keep', or a register that still holds the claim): the
 -- other worker will hand nothing on, so what follows is enqueued here. Key names are Dramatiq's.
 --
--- A dead letter is only written in the place of the message here: Dramatiq's own nack then moves it. Returns 0 if the other
--- worker is to settle the message, else 1.
+-- A dead letter takes the message's place and its id: in the same step it lies among the dead letters, as after Dramatiq's own
+-- nack, by the server's clock. Returns 0 if the other worker is to settle the message, else 1.
 local namespace = KEYS[1]
 local broker_id, queue, id, dead, keep, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
 local bodies = namespace .. ':' .. queue .. '.msgs'
+local letters = namespace .. ':' .. string.gsub(queue, '%.DQ$', '') .. '.XQ'
 local register = KEYS[2]
 local first = 9
 
@@ -26,7 +27,7 @@ if not ours and keep == '' then
     return 1
   end
   if not register or (held ~= ARGV[8] and #ARGV >= first) then
-    if dead ~= '' and redis.call('hexists', namespace .. ':' .. queue .. '.XQ.msgs', id) == 1 then
+    if dead ~= '' and redis.call('hexists', letters .. '.msgs', id) == 1 then
       return 1
     end
     for i = first, #ARGV, 3 do
@@ -48,10 +49,13 @@ for i = first, #ARGV, 3 do
     redis.call('rpush', target, ARGV[i + 1])
   end
 end
-if ours and dead ~= '' then
-  redis.call('hset', bodies, id, dead)
-elseif ours and keep == '' then
+if ours and (keep == '' or dead ~= '') then
   redis.call('srem', unacked, id)
   redis.call('hdel', bodies, id)
+  if dead ~= '' then
+    local time = redis.call('time')
+    redis.call('zadd', letters, time[1] * 1000 + math.floor(time[2] / 1000), id)
+    redis.call('hset', letters .. '.msgs', id, dead)
+  end
 end
 return 1

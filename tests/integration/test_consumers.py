@@ -14,6 +14,7 @@ from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
+from dramatiq_policies.brokers.redis import RedisConsumer
 from dramatiq_policies.round_trips import RoundTrips
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -53,7 +54,7 @@ def test_an_error_of_the_socket_is_a_lost_connection(redis_place: RedisPlace, mo
     app = redis_place.app()
     job = app.actor(lambda: None, actor_name="job")
     job.send()
-    fail_once(monkeypatch, app.broker, "do_fetch", OSError("the cable"))
+    fail_once(monkeypatch, RedisConsumer, "_take_off", OSError("the cable"))
     app.work_until("succeeded")
     assert redis_place.left() == []
 
@@ -63,7 +64,7 @@ def test_a_worker_that_redis_refuses_for_good_outside_the_command_is_told_to_be_
 ) -> None:
     app = redis_place.app()
     app.actor(lambda: None, actor_name="job")
-    monkeypatch.setattr(app.broker, "do_fetch", lambda *args: refuse())
+    monkeypatch.setattr(RedisConsumer, "_take_off", lambda *args: refuse())
     with app.working():
         until(lambda: "Redis refuses this worker for good" in caplog.text)
         time.sleep(0.3)
