@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from datetime import timedelta
 from typing import Any
 
+from .safe_logger import SafeLogger
+
 __all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "clamped_wait", "to_ms"]
 
-logger = logging.getLogger("dramatiq_policies.backoff")
+logger = SafeLogger("dramatiq_policies.backoff")
 
 Duration = int | timedelta
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import clock
 from .outcomes import class_path, text_of
+from .texts import encodable, encodable_all
 
 if TYPE_CHECKING:
     from .delivery import Settlement
@@ -148,7 +149,7 @@ def failure_of(
         "attempts": settlement.attempt or history.attempt,
         "history": history.failures,
         "failed_at": now_ms(),
-        **({"tags": dict(tags)} if tags else {}),
+        **({"tags": encodable_all(tags)} if tags else {}),
     }
 
 
@@ -156,7 +157,7 @@ def _traceback_of(error: BaseException) -> str | None:
     if error.__traceback__ is None:
         return None
     try:
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-_FRAMES))
+        text = encodable("".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-_FRAMES)))
     except Exception:
         return None
     # The end of a traceback says most.

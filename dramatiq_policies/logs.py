@@ -1,14 +1,19 @@
-"""The log lines that the bundle writes in place of the worker's."""
+"""The log lines that the bundle writes in place of the worker's, and a word at boot on those that nobody would see."""
 
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from dramatiq.broker import MessageProxy
 
 from . import _dramatiq
+from .safe_logger import ALERTS, OUTCOMES, SafeLogger, is_heard, make_safe, write_to_stderr
 
-__all__ = ["replace_worker_lines"]
+if TYPE_CHECKING:
+    from .wiring import Wiring
+
+__all__ = ["make_stock_loggers_safe", "replace_worker_lines", "report_unheard"]
 
 _REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq.SKIPPED_LINE})
 
@@ -16,7 +21,8 @@ _REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq
 class _ReplacedLines(logging.Filter):
     """Drops the worker's lines on failed and skipped messages, where the bundle writes a record of its own.
 
-    The worker logs an ERROR with stack and arguments before any hook can say that the error is retried.
+    The worker logs an ERROR with stack and arguments before any hook can say that the error is retried. The line stays where
+    no handler would write the bundle's record of a dead message.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -24,7 +30,10 @@ class _ReplacedLines(logging.Filter):
             return True
         message = record.args[0]
         delivery = getattr(message, "delivery", None) if isinstance(message, MessageProxy) else None
-        return delivery is None or not delivery.consumer.wiring.logs_failures
+        if delivery is None:
+            return True
+        level = delivery.consumer.wiring.failure_level
+        return level is None or not is_heard(OUTCOMES, level)
 
 
 _filter = _ReplacedLines()
@@ -34,3 +43,40 @@ def replace_worker_lines() -> None:
     """Put the filter on the worker's logger, once per process."""
     # A logger keeps a filter only once.
     logging.getLogger(_dramatiq.WORKER_LOGGER).addFilter(_filter)
+
+
+def make_stock_loggers_safe(broker_logger: logging.Logger) -> None:
+    """Have the loggers of Dramatiq's worker threads and of its broker raise no more."""
+    for logger in (broker_logger, logging.getLogger(_dramatiq.WORKER_LOGGER)):
+        make_safe(logger)
+
+
+def report_unheard(wiring: Wiring) -> None:
+    """Log which of the bundle's loggers no handler writes, through a logger that one does; else on stderr.
+
+    Called when a worker boots: by then the application has configured its logging.
+    """
+    needed = {ALERTS: logging.CRITICAL}
+    if wiring.failure_level is not None:
+        needed[OUTCOMES] = wiring.failure_level
+    unheard = [_why_unheard(name) for name, level in sorted(needed.items()) if not is_heard(name, level)]
+    if not unheard:
+        return
+    text = "Nobody hears of dead messages, alerts and stuck jobs as they should: %s. Dramatiq's own lines on failed jobs stay."
+    for name in (ALERTS, _dramatiq.WORKER_LOGGER, ""):
+        if is_heard(name, logging.WARNING):
+            SafeLogger(name).warning(text, "; ".join(unheard))
+            return
+    write_to_stderr(ALERTS, logging.WARNING, text, ("; ".join(unheard),))
+
+
+def _why_unheard(name: str) -> str:
+    logger = logging.getLogger(name)
+    if logger.disabled:
+        return (
+            f"the logger {name} is disabled, as logging.config does with each logger that exists already: "
+            'set "disable_existing_loggers" to False, or name the logger in the configuration'
+        )
+    return (
+        f"no handler writes what the logger {name} is given: lower its level, or give it or the root logger a handler"
+    )

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from .safe_logger import SafeLogger
+from .texts import encodable
 
 __all__ = ["Outcome", "OutcomeEvent", "Subscriber"]
 
@@ -104,7 +105,7 @@ Subscriber = Callable[[OutcomeEvent], object]
 
 def class_path(cls: type[Any]) -> str:
     """The dotted path of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return encodable(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def text_of(error: BaseException, limit: int = 1_000) -> str:
@@ -113,4 +114,5 @@ def text_of(error: BaseException, limit: int = 1_000) -> str:
         text = str(error)
     except Exception as broken:
         text = f"<{type(error).__name__}: its text raised {type(broken).__name__}>"
+    text = encodable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

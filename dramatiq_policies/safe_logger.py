@@ -6,7 +6,8 @@
 - A field of ours that the application's ``LogRecordFactory`` has set on the record already is overwritten: ours is about the
   message. Where ours is None, the application's value stays.
 - Texts are printable: a line end or an escape sequence in an exception's text is written as its escape.
-- A record of the alerts' logger goes to the root logger where ``logging.config`` has disabled the alerts' logger.
+- ``logging.config`` disables each logger that exists already, by default. An alert, and a record of ERROR or above, of a
+  disabled logger goes to the root logger.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from dramatiq.middleware import Interrupt
 
 from .texts import printable
 
-__all__ = ["ALERTS", "Lines", "SafeLogger", "is_heard", "make_safe"]
+__all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "is_heard", "make_safe", "write_to_stderr"]
 
+OUTCOMES = "dramatiq_policies.outcomes"
 ALERTS = "dramatiq_policies.alerts"
 
 
@@ -83,7 +85,7 @@ class SafeLogger:
         error: BaseException
         try:
             logger = self.logger
-            if logger.disabled and logger.name == ALERTS:
+            if logger.disabled and (level >= logging.ERROR or logger.name == ALERTS):
                 logger = logging.getLogger()
             if not logger.isEnabledFor(level):
                 return
@@ -104,7 +106,7 @@ class SafeLogger:
             if _stops_the_thread(raised):
                 raise
             error = raised
-        _write_to_stderr(self.logger.name, level, text, args, error)
+        write_to_stderr(self.logger.name, level, text, args, error)
 
 
 def _record(
@@ -169,14 +171,16 @@ def _printable(value: Any) -> Any:
         return f"<{type(value).__name__}: its text raised {type(error).__name__}>"
 
 
-def _write_to_stderr(name: str, level: int, text: str, args: Any, error: BaseException) -> None:
+def write_to_stderr(name: str, level: int, text: str, args: Any, error: BaseException | None = None) -> None:
     """The line, and why it could not be logged, where Python writes what no handler takes."""
     handler = logging.lastResort
     if handler is None or level < handler.level:
         return
     try:
         values = tuple(_printable(arg) for arg in args)
-        line = f"{text % values if values else text} [could not be logged: {type(error).__name__}: {_printable(error)}]"
+        line = text % values if values else text
+        if error is not None:
+            line += f" [could not be logged: {type(error).__name__}: {_printable(error)}]"
         handler.handle(logging.LogRecord(name, level, __file__, 0, line, (), None))
     except BaseException as raised:
         if _stops_the_thread(raised):
@@ -195,7 +199,7 @@ def make_safe(logger: logging.Logger) -> None:
         except BaseException as error:
             if _stops_the_thread(error):
                 raise
-            _write_to_stderr(record.name, record.levelno, str(record.msg), record.args or (), error)
+            write_to_stderr(record.name, record.levelno, str(record.msg), record.args or (), error)
 
     def safe_make(name: str, level: int, file: str, line: int, *args: Any, **more: Any) -> logging.LogRecord:
         try:

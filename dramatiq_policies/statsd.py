@@ -14,6 +14,7 @@ from typing import Any
 from ._udp import MAX_BYTES, udp_client
 from .errors import ConfigurationError
 from .safe_logger import SafeLogger
+from .texts import UNPRINTABLE
 
 __all__ = ["Statsd", "Value", "metric_name", "tag_list"]
 
@@ -30,7 +31,7 @@ _TOGETHER = 0.05
 _SLOW = 0.05
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.\-]")
-_NOT_IN_TAGS = re.compile(r"[,|\s]")
+_NOT_IN_TAGS = re.compile(rf"[,|\s{UNPRINTABLE}]")
 
 
 def metric_name(text: str | None) -> str:

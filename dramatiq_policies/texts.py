@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["encodable", "printable"]
+__all__ = ["UNPRINTABLE", "encodable", "encodable_all", "printable"]
 
 #: Control characters (C0, DEL, C1), the marks that change a text's direction, the line separators of Unicode, the byte order mark,
 #: and halves of a character, which no encoding has.
-_CONTROLS = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-_UNPRINTABLE = re.compile(f"[{_CONTROLS}]")
-_UNPRINTABLE_BUT_LINES = re.compile(f"(?![\\n\\t])[{_CONTROLS}]")
+UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_UNPRINTABLE = re.compile(f"[{UNPRINTABLE}]")
+_UNPRINTABLE_BUT_LINES = re.compile(f"(?![\\n\\t])[{UNPRINTABLE}]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -19,6 +21,17 @@ def encodable(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def encodable_all(value: Any) -> Any:
+    """The value with every text in it encodable, in mappings and lists at any depth; a frame's ``vars`` stay as they are."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, Mapping):
+        return {encodable_all(name): one if name == "vars" else encodable_all(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encodable_all(one) for one in value]
+    return value
 
 
 def _escape(found: re.Match[str]) -> str:

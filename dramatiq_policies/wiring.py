@@ -92,8 +92,8 @@ class Wiring:
         self.successes_observed = False
         #: Told of each success without a record: one costs as much as all that is done with it here.
         self.on_success: tuple[Callable[[Delivery], object], ...] = ()
-        #: Whether the bundle writes the log records of failed jobs, in place of the worker.
-        self.logs_failures = False
+        #: At which level the bundle logs a dead message, in place of the worker's line; None where it does not.
+        self.failure_level: int | None = None
 
     def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
         """Whether a worker's shutdown interrupts this delivery's job."""

@@ -10,7 +10,7 @@ import click
 
 from ..ops import OperationError, one_line
 from ..safe_logger import SafeLogger
-from .base import seen_enough, shown
+from .base import encode_whatever_comes, seen_enough, shown
 from .check import check
 from .dead import dead
 from .explain import explain
@@ -33,6 +33,7 @@ class OneSentence(click.Group):
             return super().invoke(ctx)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        encode_whatever_comes()
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[call-overload]
         except click.Abort:

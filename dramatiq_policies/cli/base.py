@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from .. import ops
 from ..ops import Moved, OperationError
+from ..texts import UNPRINTABLE, printable
 
 __all__ = [
     "age",
@@ -27,6 +29,7 @@ __all__ = [
     "console",
     "counted",
     "duration",
+    "encode_whatever_comes",
     "finite",
     "format_option",
     "interruptible",
@@ -81,6 +84,13 @@ def seen_enough() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def encode_whatever_comes() -> None:
+    """Have stdout and stderr write a character that their encoding has not as its escape, rather than raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console of the terminal's width; into a pipe, of one so large that nothing is wrapped or cut."""
     stream = sys.stderr if stderr else sys.stdout
@@ -91,6 +101,10 @@ def console(*, stderr: bool = False) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+#: Line ends between values stay; those in texts are escaped by JSON itself.
+_NOT_IN_JSON = re.compile(f"(?!\\n)[{UNPRINTABLE}]")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> Table:
@@ -124,19 +138,24 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right:
         click.echo(line.rstrip())
 
 
-#: But for tabs and line ends. A terminal would do what they say, and anybody can put them into a message.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def shown(value: object) -> str:
-    """A value as it may be printed: without credentials, and control characters as their escapes."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", ops.redact(str(value)))
+def shown(value: object, *, lines: bool = False) -> str:
+    """A value as it may be printed: on one line, unless ``lines`` may stay, without credentials, nothing that a terminal obeys."""
+    return printable(ops.redact(str(value)), lines=lines)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, without credentials in its texts."""
-    text = json.dumps(_redacted(value), indent=indent, ensure_ascii=False, default=str)
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """A value as JSON, without credentials in its texts; in ASCII where stdout can't write what is in it."""
+    text = _dumped(value, indent, ascii_only=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = _dumped(value, indent, ascii_only=True)
+    return text
+
+
+def _dumped(value: Any, indent: int | None, *, ascii_only: bool) -> str:
+    text = json.dumps(_redacted(value), indent=indent, ensure_ascii=ascii_only, default=str)
+    return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _redacted(value: Any) -> Any:
@@ -268,7 +287,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
 def confirm(question: str) -> None:
     """Go on only if somebody says yes."""
     try:
-        agreed = click.confirm(question, err=True)
+        agreed = click.confirm(shown(question), err=True)
     except click.Abort:
         click.echo(err=True)
         raise OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None

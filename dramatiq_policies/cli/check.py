@@ -21,7 +21,7 @@ from ..ops import (
 from ..ops.apps import StandIn
 from ..ops.findings import Finding
 from ..ops.gate import BASELINE, checked_reason, missing_extra
-from .base import console, counted, format_option, length, path_option, print_json, seen_enough
+from .base import console, counted, format_option, length, path_option, print_json, seen_enough, shown
 
 __all__ = ["check"]
 
@@ -119,9 +119,9 @@ def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str,
 
 def _print_facts(facts: dict[str, Any]) -> None:
     seen = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "unknown" and value is not None)
-    click.echo(f"Seen: {seen or 'no server'}.")
+    click.echo(shown(f"Seen: {seen or 'no server'}."))
     for text in facts["unknown"]:
-        click.echo(f"Not known: {text}.")
+        click.echo(shown(f"Not known: {text}."))
 
 
 def _ignored(codes: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:
@@ -154,7 +154,7 @@ def _annotation(finding: Finding) -> str:
         f"{finding.actor}: {finding.message}. {finding.fix}." if finding.actor else f"{finding.message}. {finding.fix}."
     )
     where = "" if finding.file is None else f"file={_escaped(finding.file)},line={finding.line},"
-    return f"::{finding.severity} {where}title={finding.code}::{_escaped(text, value=True)}"
+    return f"::{finding.severity} {where}title={finding.code}::{_escaped(shown(text, lines=True), value=True)}"
 
 
 def _escaped(text: str, *, value: bool = False) -> str:
@@ -170,17 +170,17 @@ def _print(report: Report, actors: int, failed: bool) -> None:
     ):
         if finding.actor != last:
             place = "" if finding.file is None else f"  {finding.file}:{finding.line}"
-            out.print(finding.actor or "the broker", style="bold", end="")
-            out.print(place, style="dim")
+            out.print(shown(finding.actor or "the broker"), style="bold", end="")
+            out.print(shown(place), style="dim")
             last = finding.actor
         out.print(f"  {finding.code} ", style="red" if finding.severity == "error" else "yellow", end="")
-        out.print(f"{finding.severity}: {finding.message}. {finding.fix}.")
+        out.print(shown(f"{finding.severity}: {finding.message}. {finding.fix}."))
     for title, listed in (("Exempt", report.exempt), ("In the baseline", report.baseline)):
         if listed:
             out.print(f"{title}:", style="bold")
         for finding in listed:
             why = "" if finding.exempt is None else f": {finding.exempt}"
-            out.print(f"  {finding.code} {finding.actor or 'the broker'}{why}", style="dim")
+            out.print(shown(f"  {finding.code} {finding.actor or 'the broker'}{why}"), style="dim")
     if report.fixed:
         out.print(f"{len(report.fixed)} entries of the baseline are mended; write it again to keep them so.")
     errors = sum(finding.severity == "error" for finding in report.findings)

@@ -143,7 +143,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
             ],
         )
     if trace:
-        click.echo(f"\n{shown(trace).rstrip()}")
+        click.echo(f"\n{shown(trace, lines=True).rstrip()}")
 
 
 @dead.command()

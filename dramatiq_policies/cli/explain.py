@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .. import ops
-from .base import console, duration, format_option, path_option, print_json, print_table
+from .base import console, duration, format_option, path_option, print_json, print_table, shown
 
 __all__ = ["explain"]
 
@@ -40,10 +40,10 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
 
 def _print_portrait(portrait: ops.Portrait) -> None:
     out = console()
-    out.print(portrait.actor, style="bold", end="")
+    out.print(shown(portrait.actor), style="bold", end="")
     out.print(f" on {portrait.queue}" + ("" if portrait.file is None else f", {portrait.file}:{portrait.line}"))
     if portrait.purpose:
-        out.print(portrait.purpose)
+        out.print(shown(portrait.purpose, lines=True))
     out.print()
     if portrait.rules:
         print_table(

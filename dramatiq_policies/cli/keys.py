@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from .. import ops
-from .base import age, confirm, duration, format_option, path_option, print_json, print_table
+from .base import age, confirm, duration, format_option, path_option, print_json, print_table, shown
 
 __all__ = ["keys"]
 
@@ -56,9 +56,9 @@ def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) 
     given, named = ops.read_arguments(found, args)
     state = ops.key_state(found, *given, **named)
     if state.state == "none":
-        click.echo(f"Nothing is remembered of {state.key}.")
+        click.echo(shown(f"Nothing is remembered of {state.key}."))
         return
     if state.state == "running" and not yes:
         confirm(f"Forget {state.key}? It runs now; a second run may begin beside it.")
     ops.forget_key(found, *given, **named)
-    click.echo(f"Forgot {state.key}, which was {state.state}.")
+    click.echo(shown(f"Forgot {state.key}, which was {state.state}."))

@@ -30,6 +30,7 @@ from .base import (
     progress_bar,
     say_unreadable,
     seen_enough,
+    shown,
 )
 from .base import table as make_table
 from .completion import actor_names, queue_names
@@ -89,7 +90,7 @@ def show(
             print_table(_COLUMNS, [_row(state) for state in states], right=_COLUMNS[1:])
             for state in states:
                 for breach in state.breaches:
-                    click.echo(str(breach), err=True)
+                    click.echo(shown(breach), err=True)
     return 1 if fail_on_breach and any(state.breaches for state in states) else 0
 
 

@@ -38,7 +38,7 @@ class DiscardLogger(PolicyMiddleware):
 
     Dead and expired messages are an ERROR with the stack, discarded and thrown ones a WARNING. While it is on, the
     worker's own lines on failed and skipped messages (with stack and arguments, also for errors that are retried) are
-    left out. An alert has its own CRITICAL record.
+    left out, unless no handler would write the record of a dead message. An alert has its own CRITICAL record.
 
     Parameters:
       level: One level for all of them, a number or a name; or a mapping that gives some of ``"dead"``, ``"expired"``,
@@ -65,7 +65,7 @@ class DiscardLogger(PolicyMiddleware):
         self.log_args = log_args
 
     def attach(self, wiring: Wiring) -> None:
-        wiring.logs_failures = True
+        wiring.failure_level = self.levels["dead"]
         wiring.observe(self, self._record, self, successes=False)
         replace_worker_lines()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from .. import _dramatiq, clock
+from .. import clock
 from ..consumer import hold
 from ..decisions import decide
 from ..declarations import parse_rules
@@ -18,11 +18,12 @@ from ..durations import WEEK_MS
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..history import now_ms
 from ..interrupts import cause_of
+from ..logs import make_stock_loggers_safe, report_unheard
 from ..options import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rule_set import RuleSet
 from ..rules import RetryPolicy
-from ..safe_logger import SafeLogger, make_safe
+from ..safe_logger import SafeLogger
 from ..shape import timedeltas_to_ms
 from ..wiring import wiring_of
 from .base import PolicyMiddleware
@@ -129,8 +130,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             setattr(self, name, getattr(stock, name))
 
     def attach(self, wiring: Wiring) -> None:
-        for stock in (wiring.broker.logger, logging.getLogger(_dramatiq.WORKER_LOGGER)):
-            make_safe(stock)
+        make_stock_loggers_safe(wiring.broker.logger)
         wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             wiring.subscribe(self, subscriber)
@@ -200,6 +200,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
         RuleSet((), self.rules).resolve()
+        report_unheard(wiring_of(broker))
         wiring_of(broker).stopping.clear()
 
     def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:

@@ -9,6 +9,7 @@ from .. import _dramatiq
 from .._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
 from ..errors import ConfigurationError
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, class_path, traceparent_of
+from ..texts import encodable_all
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class SentryReporter(PolicyMiddleware):
             if not client.options["send_default_pii"]:
                 current.add_event_processor(_without_arguments)
             forget_last_seen(client)
-            self._sdk.capture_event(*self._event(client, event, message))
+            report, hint = self._event(client, event, message)
+            # A server that reads JSON strictly takes no event with half a character.
+            self._sdk.capture_event(encodable_all(report), hint)
 
     def _wanted(self, event: OutcomeEvent) -> bool:
         outcome = event.outcome

@@ -154,7 +154,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        found: dict[str, Any] = tomllib.loads(file.read_text())
+        found: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OperationError(f"{file} can't be read: {error}") from None
     return found
@@ -181,7 +181,9 @@ def read_baseline(file: Path) -> frozenset[tuple[str, str | None]]:
     if not file.exists():
         return frozenset()
     try:
-        return frozenset((entry["code"], entry["actor"]) for entry in json.loads(file.read_text())["findings"])
+        return frozenset(
+            (entry["code"], entry["actor"]) for entry in json.loads(file.read_text(encoding="utf-8"))["findings"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OperationError(f"The baseline {file} can't be read: {error}") from None
 
@@ -193,5 +195,5 @@ def write_baseline(file: Path, report: Report) -> int:
         key=lambda e: (e[1] or "", e[0]),
     )
     listed = ",\n".join(f"  {json.dumps({'code': code, 'actor': actor})}" for code, actor in entries)
-    file.write_text(f'{{"findings": [\n{listed}\n]}}\n' if entries else '{"findings": []}\n')
+    file.write_text(f'{{"findings": [\n{listed}\n]}}\n' if entries else '{"findings": []}\n', encoding="utf-8")
     return len(entries)

@@ -35,7 +35,7 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
         texts[conftest] = render_conftest(_app_of(file))
     for path, text in texts.items():
         _make_folders(path.parent)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return list(texts)
 
 
@@ -69,7 +69,7 @@ def _sets_broker(file: Path) -> bool:
 
 def _mentions(file: Path) -> bool:
     try:
-        return "set_broker(" in file.read_text()
+        return "set_broker(" in file.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
 

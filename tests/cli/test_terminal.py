@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -62,6 +63,47 @@ def test_no_message_talks_to_the_terminal_or_tells_a_password(command, form):
         assert shown.exit_code == 0
         assert not set("\x1b\x07\x9b") & set(shown.output)
         assert "pass@" not in shown.output
+
+
+FORGED = APP + (
+    "bury(send_mail, 'a\\n2026-01-01 forged', text='no\\nforged \\u202etxt \\u2066 \\ud83d 東京', exception='app.E\\nforged')\n"
+)
+
+
+def test_no_message_forges_a_line_of_a_list(command):
+    app = command.app(FORGED)
+    honest = command("dead", "list", command.app(APP)).stdout.splitlines()
+    listed = command("dead", "list", app)
+    assert len(listed.stdout.splitlines()) == len(honest) + 1
+    assert not set("\u202e\u2066\ud83d") & set(listed.stdout)
+    for args in (["summary"], ["show", "a\n2026-01-01 forged"]):
+        shown = command("dead", args[0], app, *args[1:])
+        assert shown.exit_code == 0
+        assert not any(
+            line.startswith(("forged", "2026-01-01 forged"))
+            for line in shown.stdout.partition("Traceback")[0].splitlines()
+        )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_list_is_whole_whatever_the_encoding_of_stdout_is(command, encoding, form):
+    name = command.app(FORGED)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "dead", "list", name, "--format", form],
+        cwd=command.folder,
+        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    # Click takes a stdout in ASCII for one in UTF-8 that nobody has configured.
+    text = done.stdout.decode("utf-8" if encoding == "ascii" else encoding)
+    if form == "json":
+        assert any("東京" in str(letter["text"]) for letter in json.loads(text))
+    else:
+        assert ("東京" if encoding in ("utf-8", "ascii") else r"\u6771\u4eac") in text
 
 
 @pytest.mark.parametrize(
