@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import records
 from .forks import after_fork
+from .outcomes import text_of
 from .safe_logger import SafeLogger
 from .store_calls import StoreDown
 from .stores import IdempotencyStore, Renewal
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Leases"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+#: After so many failures in a row, and nothing else, the store is down.
+_IN_A_ROW = 3
+#: After so many refusals what is owed is given up.
+_REFUSALS = 20
 
 
 class Leases:
@@ -41,6 +48,10 @@ class Leases:
         self._lock = threading.Lock()
         self._held: dict[str, Claim] = {}
         self._owed: list[tuple[Claim, Callable[[], object]]] = []
+        #: How often the store has refused what is owed for a claim, and taken something else in the same turn.
+        self._refusals: dict[Claim, int] = {}
+        #: Whether the store took anything in the last turn.
+        self._answers = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -83,47 +94,115 @@ class Leases:
                 logger.exception("Leases could not be renewed; it is tried again.")
 
     def renew(self) -> None:
-        """Write what is owed, and renew all leases in one round trip."""
-        self.settle_debts()
+        """Write what is owed, and renew all leases in one round trip; where that fails, each alone.
+
+        A debt, or a claim, at which the store fails again and again keeps no other from its turn.
+
+        Raises:
+          StoreDown: The store fails at all of them.
+        """
+        self._answers = answers = self.settle_debts()
         held = list(self._held.values())
         if not held:
             return
         renewals = [Renewal(claim.name, claim.value, self.lease + claim.keep) for claim in held]
-        kept = self.ask(partial(self.store.renew, renewals))
+        try:
+            kept: list[bool | None] = list(self.ask(partial(self.store.renew, renewals)))
+        except StoreDown:
+            kept = self._each_alone(renewals)
+            if not any(answer is not None for answer in kept):
+                self._answers = answers
+                raise
+        self._answers = True
         for claim, renewal, ok in zip(held, renewals, kept, strict=True):
             if ok or claim.value != renewal.value or self._held.get(claim.name) is not claim:
                 continue
-            found = self.ask(partial(self.store.swap, claim.name, None, claim.value, self.lease + claim.keep))
-            if found is None and claim.over:
-                # Its ending was written in between, and took the register away.
-                self.ask(partial(self.store.swap, claim.name, claim.value, None, 1))
-            elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
-                continue  # Had lapsed, and is held again; or its completion was written in between.
-            elif self._held.get(claim.name) is claim:
+            try:
+                self._take_back(claim)
+            except Exception as error:
                 logger.warning(
-                    "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
-                    "forgotten.",
+                    "The claim of message %s can't be renewed (%s): its lease may end while it runs.",
                     claim.record.message_id,
+                    type(error).__name__,
                 )
 
-    def settle_debts(self) -> None:
-        """Write what could not be written when its job was over."""
-        while True:
-            with self._lock:
-                if not self._owed:
-                    return
-                claim, write = self._owed[0]
-            self.ask(write)
-            with self._lock:
-                self._owed = [debt for debt in self._owed if debt[0] is not claim]
-            claim.claims.let_go(claim)
+    def _each_alone(self, renewals: list[Renewal]) -> list[bool | None]:
+        """Renew one after the other, and no more once the store has failed at some in a row: then it is down."""
+        kept: list[bool | None] = []
+        for renewal in renewals:
+            if kept[-_IN_A_ROW:] == [None] * _IN_A_ROW:
+                kept.append(None)
+                continue
+            try:
+                kept += self.store.renew([renewal])
+            except Exception:
+                kept.append(None)
+        return kept
+
+    def _take_back(self, claim: Claim) -> None:
+        """Hold a claim that was not found where it was, if nobody else holds it."""
+        found = self.store.swap(claim.name, None, claim.value, self.lease + claim.keep)
+        if found is None and claim.over:
+            # Its ending was written in between, and took the register away.
+            self.store.swap(claim.name, claim.value, None, 1)
+        elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
+            return  # Had lapsed, and is held again; or its completion was written in between.
+        elif self._held.get(claim.name) is claim:
+            logger.warning(
+                "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
+                "forgotten.",
+                claim.record.message_id,
+            )
+
+    def settle_debts(self) -> bool:
+        """Write what could not be written when its job was over; whether the store took any of it.
+
+        What it does not take goes behind the others. It is given up where the store has refused it often and taken
+        others meanwhile.
+        """
+        with self._lock:
+            debts = list(self._owed)
+        refused: list[tuple[Claim, Exception]] = []
+        taken, answers = False, self._answers
+        for debt in debts:
+            claim, write = debt
+            try:
+                # What was refused before is no news, nor a sign that the store is down.
+                write() if claim in self._refusals else self.ask(write)
+            except Exception as error:
+                with self._lock:
+                    self._owed = [*(one for one in self._owed if one is not debt), debt]
+                refused.append((claim, error))
+                if len(refused) == _IN_A_ROW and not taken:
+                    break
+            else:
+                taken = True
+                self._forgive(claim)
+        for claim, refusal in refused:
+            tries = self._refusals.get(claim, 0) + (taken or answers)
+            self._refusals[claim] = tries
+            if tries >= _REFUSALS:
+                self._forgive(claim)
+                alerts.critical(
+                    "The ending of message %s can't be written to the idempotency store, which takes others "
+                    "(%s: %s). It is given up: once its lease has ended a duplicate may run again.",
+                    claim.record.message_id,
+                    type(refusal).__name__,
+                    text_of(refusal),
+                )
+        return taken
+
+    def _forgive(self, claim: Claim) -> None:
+        with self._lock:
+            self._owed = [debt for debt in self._owed if debt[0] is not claim]
+        self._refusals.pop(claim, None)
+        claim.claims.let_go(claim)
 
     def close(self) -> None:
         """End the thread; the next claim starts another."""
         self._stop.set()
-        try:
-            self.settle_debts()
-        except StoreDown:
+        self.settle_debts()
+        if self._owed:
             logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
         if self._thread is not None:
             # It may wait for a store that does not answer; it ends by itself then.

@@ -398,6 +398,76 @@ def test_an_ending_that_could_not_be_written_holds_the_key_until_it_is(claims, s
     assert isinstance(ask(claims, "other"), Claim)
 
 
+@pytest.fixture
+def failing_at_one(claims, store):
+    """A store that fails whenever it is asked to write one name, also in a batch with others."""
+    write = store._write
+
+    def fail_at_it(key, value, ttl):
+        if key == "odd" and store.fails:
+            raise ValueError("can't be written")
+        write(key, value, ttl)
+
+    store.fails, store._write = False, fail_at_it
+    return claims
+
+
+def test_one_ending_that_can_never_be_written_keeps_no_other_from_being_written_and_no_lease_from_its_renewal(
+    failing_at_one, store, caplog
+):
+    claims = failing_at_one
+    odd, other, running = ask(claims, "m1", name="odd"), ask(claims, "m2", name="k2"), ask(claims, "m3", name="k3")
+    store.fails = True
+    claims.conclude(odd, DEAD)
+    store.down = True
+    claims.conclude(other, DEAD)
+    store.down = False
+    store.now += 50
+    claims.leases.renew()
+    assert is_dead(other.record)
+    assert store.get("k3").left == LEASE + KEEP
+    assert not is_dead(odd.record)
+    caplog.clear()
+    for _ in range(30):
+        claims.leases.renew()
+    assert store.get("k3").value == running.value
+    assert [record.levelname for record in caplog.records].count("CRITICAL") == 1
+    assert "The ending of message m1 can't be written" in caplog.text
+    assert is_dead(odd.record)
+
+
+def test_an_ending_that_can_be_written_again_later_is_written_and_not_given_up(failing_at_one, store, caplog):
+    claims = failing_at_one
+    odd = ask(claims, "m1", name="odd")
+    store.fails = True
+    claims.conclude(odd, DEAD)
+    for _ in range(5):
+        with pytest.raises(claims_module.StoreDown):
+            claims.leases.renew()
+    store.fails = False
+    claims.leases.renew()
+    assert is_dead(odd.record)
+    assert "given up" not in caplog.text
+
+
+def test_while_the_store_is_down_no_ending_is_given_up_and_few_are_tried(claims, store):
+    owed = [ask(claims, f"m{number}", name=f"k{number}") for number in range(10)]
+    store.down = True
+    for claim in owed:
+        claims.conclude(claim, DEAD)
+    asked = []
+    find = store._find
+    store._find = lambda key: asked.append(key) or find(key)
+    for _ in range(50):
+        asked.clear()
+        with pytest.raises(claims_module.StoreDown):
+            claims.leases.renew()
+        assert len(asked) < 10
+    store.down = False
+    claims.leases.renew()
+    assert all(is_dead(claim.record) for claim in owed)
+
+
 # Renewals.
 
 
