@@ -18,6 +18,7 @@ from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError
 
 from .forks import after_fork
+from .struck import keep_out_of, leave, lost_its_rank
 
 __all__ = ["RAW", "Post", "RoundTrips", "Script"]
 
@@ -76,6 +77,10 @@ class _Call:
         return self.answer
 
 
+def _error_in(call: _Call) -> Exception | None:
+    return call.answer if isinstance(call.answer, Exception) else None
+
+
 class Post(_Call):
     """A call that nobody waits for: it goes ahead of one that somebody waits for, who tells of its answer.
 
@@ -131,13 +136,15 @@ class _Turn:
 
 
 class RoundTrips:
-    """Calls a server on one connection of a client's pool, which it keeps; of a cluster's client, on its connections.
+    """Calls a server on one connection, made as those of a client's pool are; of a cluster's client, on its connections.
 
-    Answers are bytes, numbers, lists of them and None, whatever the client is told to decode.
+    The connection is none of the pool's, which may have no other to give. Answers are bytes, numbers, lists of them and
+    None, whatever the client is told to decode.
     """
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        keep_out_of(getattr(client, "connection_pool", None))
         self._line: Any = None
         self._lock = Lock()
         self._waiting: list[_Turn] = []
@@ -171,6 +178,9 @@ class RoundTrips:
 
         All that was posted before is answered then, also what another thread has taken along.
         """
+        return [call.result() for call in self._ask(commands, carries=carries)]
+
+    def _ask(self, commands: Sequence[Sequence[Any]], *, carries: bool) -> list[_Call]:
         turn = _Turn(commands)
         try:
             with self._lock:
@@ -191,7 +201,28 @@ class RoundTrips:
             self._leave(turn)
             for post in turn.posts:
                 post.told(post.answer)
-        return [call.result() for call in turn.calls]
+        return turn.calls
+
+    def answers(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
+        """As `together`, but a command that was refused has its error among the answers.
+
+        Raises:
+          redis.RedisError, OSError: The first one's, where all were refused.
+        """
+        found = self._ask(commands, carries=carries)
+        if found and all(_error_in(call) is not None for call in found):
+            found[0].result()
+        return [call.answer for call in found]
+
+    def alone(self, *command: Any) -> Any:
+        """The answer to one command, on a connection of the pool's: for code that may be interrupted.
+
+        An interrupt of whoever sends over the shared connection would reach all whose calls are on their way.
+        """
+        try:
+            return self.client.execute_command(*command, **RAW)
+        except NoScriptError:
+            return self.client.execute_command(*Script.in_full(command), **RAW)
 
     def _leave(self, turn: _Turn) -> None:
         """Wake those who were answered, and one of those who came since, to send."""
@@ -209,6 +240,8 @@ class RoundTrips:
     def _send(self, calls: list[_Call]) -> None:
         try:
             self._exchange(calls)
+            if refused := [call for call in calls if lost_its_rank(_error_in(call))]:
+                self._exchange(refused)
             for call in calls:
                 if isinstance(call.answer, NoScriptError):
                     # The server was restarted or flushed, or another is the master now.
@@ -216,7 +249,8 @@ class RoundTrips:
                     self._exchange([call])
         except Exception as error:
             for call in calls:
-                call.answer = error
+                if _error_in(call) is not None:  # Not answered, or to be asked once more.
+                    call.answer = error
 
     def _exchange(self, calls: list[_Call]) -> None:
         if isinstance(self.client, redis.Redis):
@@ -233,9 +267,10 @@ class RoundTrips:
                 call.answer = error
 
     def _converse(self, calls: list[_Call]) -> None:
+        pool = self.client.connection_pool
         if self._line is None:
-            self._line = self.client.client()
-        connection = self._line.connection
+            self._line = pool.connection_class(**pool.connection_kwargs)
+        connection = self._line
         calls, packed = _packed(connection, calls)
         if not calls:
             return
@@ -250,10 +285,11 @@ class RoundTrips:
                     call.answer = connection.read_response(disable_decoding=True)
                 except redis.ResponseError as error:
                     call.answer = error
-                    demoted = demoted or isinstance(error, redis.ReadOnlyError)
+                    demoted = demoted or lost_its_rank(error)
             if demoted:
                 # The name of the server may lead to another by now.
                 connection.disconnect()
+                leave(pool)
         except BaseException:
             # Whatever comes over it now is the answer to something else.
             connection.disconnect()

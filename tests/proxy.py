@@ -203,6 +203,10 @@ class Proxy:
         """Refuse new connections; those that exist go on."""
         self._call(self._unlisten)
 
+    def lead_to(self, port: int) -> None:
+        """Lead new connections to another server of this machine, as a virtual address does; those that exist stay."""
+        self._address = ("127.0.0.1", port)
+
     def accept(self) -> None:
         """Take new connections again."""
         self._call(self._listen)

@@ -68,17 +68,32 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
     assert answered == ["LAST"]
 
 
-class Demoted:
-    """A connection to a server that was the master until now."""
+class Server:
+    """What the name of a server leads to: at first to one that is no master any more."""
 
-    def __init__(self):
+    def __init__(self, *, replicas):
         self.said = []
+        self.replicas = replicas
+
+    def connection(self, **arguments):
+        return Connection(self)
+
+
+class Connection:
+    def __init__(self, server):
+        self.server = server
+        self.connected = False
+        self.demoted = True
 
     def connect(self):
-        self.said.append("connect")
+        if not self.connected:
+            self.connected, self.demoted = True, self.server.replicas > 0
+            self.server.replicas -= 1
+            self.server.said.append("connect")
 
     def disconnect(self):
-        self.said.append("disconnect")
+        self.connected = False
+        self.server.said.append("disconnect")
 
     def pack_commands(self, commands):
         return []
@@ -87,19 +102,34 @@ class Demoted:
         pass
 
     def read_response(self, *, disable_decoding):
-        raise redis.ReadOnlyError("You can't write against a read only replica.")
+        if self.demoted:
+            raise redis.ReadOnlyError("You can't write against a read only replica.")
+        return b"OK"
+
+
+def line_to(server):
+    """Round trips over a pool whose connections lead to it, and that pool."""
+    pool = redis.ConnectionPool(connection_class=server.connection)
+    client = redis.Redis(connection_pool=pool)
+    return RoundTrips(client), pool
 
 
 def test_a_server_that_is_no_master_any_more_is_left_so_that_its_name_may_lead_to_the_next():
-    connection = Demoted()
+    server = Server(replicas=1)
+    trips, _ = line_to(server)
+    assert trips.call("SET", "a", "b") == b"OK"
+    assert server.said == ["connect", "disconnect", "connect"]
 
-    class Client(redis.Redis):
-        def client(self):
-            return SimpleNamespace(connection=connection)
 
+def test_where_its_name_still_leads_to_it_the_call_fails_and_the_next_one_connects_anew():
+    server = Server(replicas=2)
+    trips, _ = line_to(server)
     with pytest.raises(redis.ReadOnlyError):
-        RoundTrips(Client()).call("SET", "a", "b")
-    assert connection.said == ["connect", "disconnect"]
+        trips.call("SET", "a", "b")
+    assert trips.call("SET", "a", "b") == b"OK"
+
+
+# Against servers of its own: see tests/integration/test_failover.py.
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from .. import _dramatiq
 from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
 from ..safe_logger import SafeLogger
+from ..struck import keep_out_of
 
 if TYPE_CHECKING:
     from ..wiring import Wiring
@@ -52,3 +53,5 @@ def prepare(wiring: Wiring) -> None:
         from .worker_id import WorkerId
 
         wiring.shared["worker_id"] = WorkerId(wiring.broker)
+        # What sends must not use a connection that was struck, or that leads to a demoted server.
+        keep_out_of(getattr(vars(wiring.broker).get("client"), "connection_pool", None))

@@ -33,7 +33,6 @@ from ..records import completed_by
 from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
 from ..shape import is_number
-from ..struck import keep_out_of
 from ..wiring import Wiring
 from .delay_index import BATCH, DelayIndex
 from .places import Places
@@ -65,8 +64,6 @@ class RedisConsumer(PolicyConsumer):
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         super().__init__(wiring, inner, queue_name)
         self.client = inner.broker.client
-        # A job's sends use the pool that fetches use.
-        keep_out_of(getattr(self.client, "connection_pool", None))
         self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
         self.timeout_ms = inner.timeout
         #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.

@@ -9,6 +9,7 @@ from dramatiq.broker import Broker
 from dramatiq.common import dq_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
+from ..struck import keep_out_of
 from .base import ENDS, QueueReader, QueueReading, oldest
 
 __all__ = ["RedisReader", "own_client"]
@@ -66,5 +67,8 @@ def own_client(client: Any) -> Any:
     if hasattr(pool, "service_name"):
         # Sentinel's: it asks where the server is.
         settings.pop("connection_pool", None)
-        return redis.Redis(connection_pool=type(pool)(pool.service_name, pool.sentinel_manager, **settings))
-    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings))
+        own: Any = type(pool)(pool.service_name, pool.sentinel_manager, **settings)
+    else:
+        own = redis.ConnectionPool(connection_class=pool.connection_class, **settings)
+    keep_out_of(own)
+    return redis.Redis(connection_pool=own)

@@ -17,6 +17,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
 
 from ..callables import is_coroutine_callable
+from ..delivery import running_delivery
 from ..errors import ConfigurationError
 from ..round_trips import RoundTrips, Script
 from . import Entry, Renewal
@@ -77,32 +78,38 @@ class RedisStore:
         name = self.name_of(key)
         if expected is None and value is not None:
             # By far the most frequent call, and cheaper without a script.
-            if self.trips.call("SET", name, value, "NX", "PX", ttl, carries=True):
+            if self._call("SET", name, value, "NX", "PX", ttl, carries=True):
                 return None
             return self._read(name)
-        found = self.trips.call(*_SWAP.command([name], [expected or b"", value or b"", ttl]), carries=True)
-        return None if found is None else Entry(found[0] or None, max(0, found[1]))
+        found = self._call(*_SWAP.command([name], [expected or b"", value or b"", ttl]), carries=True)
+        return None if found is None else _entry(found)
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
-        self.trips.call(*self.putting(key, value, ttl))
+        self._call(*self.putting(key, value, ttl))
 
     def putting(self, key: str, value: bytes, ttl: int) -> tuple[Any, ...]:
         """The command that `put` calls."""
         return ("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
-        return self._read(self.name_of(key))
+        return _entry(self.trips.alone(*_SWAP.command([self.name_of(key)], ["read"])))
 
     def _read(self, name: str) -> Entry:
-        found = self.trips.call(*_SWAP.command([name], ["read"]))
-        return Entry(found[0] or None, max(0, found[1]))
+        return _entry(self._call(*_SWAP.command([name], ["read"])))
+
+    def _call(self, *command: Any, carries: bool = False) -> Any:
+        # A timeout of a job that asks must not reach its neighbours.
+        if running_delivery() is not None:
+            return self.trips.alone(*command)
+        return self.trips.call(*command, carries=carries)
 
     def delete(self, key: str) -> bool:
-        return bool(self.trips.call("DEL", self.name_of(key)))
+        return bool(self.trips.alone("DEL", self.name_of(key)))
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
         calls = [_SWAP.command([self.name_of(key)], [value, value, ttl]) for key, value, ttl in renewals]
-        return [answer is None for answer in self.trips.together(calls, carries=True)]
+        # One that is refused is not kept, and no error of the others.
+        return [answer is None for answer in self.trips.answers(calls, carries=True)]
 
     def warnings(self) -> list[str]:
         """What is wrong with how the server is set up, as sentences. Connects."""
@@ -127,6 +134,10 @@ class RedisStore:
     def name_of(self, key: str) -> str:
         """The name of a register on the server."""
         return f"{self.namespace}:{_digest(key)}"
+
+
+def _entry(found: Any) -> Entry:
+    return Entry(found[0] or None, max(0, found[1]))
 
 
 @lru_cache(maxsize=1024)  # Each is wanted twice, for the claim and for the completion.
