@@ -161,6 +161,14 @@ def rabbitmq_acks(consumer: Any) -> tuple[Callable[[int], object], Callable[[int
     return getattr(channel, "_impl", channel).basic_ack, channel.basic_ack
 
 
+def rabbitmq_confirmed(channel: Any, confirmed: Callable[[Any], None], returned: Callable[..., None]) -> Any:
+    """The channel inside of pika's blocking one, with confirms by callback: its ``basic_publish`` waits for nothing."""
+    inner = channel._impl
+    inner.add_on_return_callback(returned)
+    inner.confirm_delivery(confirmed)
+    return inner
+
+
 def take_rabbitmq_connection(broker: Any) -> Any:
     """The connection that a RabbitmqBroker keeps for this thread, and keeps no longer; None if it has none.
 

@@ -273,7 +273,8 @@ def _wrap_consume(wiring: Wiring) -> None:
         if wiring.polled is not None:
             # While the broker is away, too: this is called again and again.
             wiring.polled[queue_name] = monotonic()
-        consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name)
+        prefetch = kwargs.get("prefetch", args[0] if args else 1)
+        consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name, prefetch)
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):
             thread.delay_queue = consumer.delayed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dramatiq.common import q_name
+
 from .. import _dramatiq
 from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
@@ -18,7 +20,7 @@ __all__ = ["prepare", "wrap_consumer"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer:
+def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
     """The wrapping consumer for what ``broker.consume`` returned."""
     # A broker of somebody else's that has one of the three inside hands out consumers of that one's.
     kind = kind_of(wiring.broker)
@@ -32,7 +34,10 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str) -> PolicyConsumer
         return RedisConsumer(wiring, inner, queue_name)
     if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
         from .rabbitmq import RabbitmqConsumer
+        from .rabbitmq_delayed import RabbitmqDelayConsumer
 
+        if queue_name != q_name(queue_name):
+            return RabbitmqDelayConsumer(wiring, inner, queue_name, prefetch)
         return RabbitmqConsumer(wiring, inner, queue_name)
     if wiring.unknown_storage_said.acquire(blocking=False):
         logger.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = ["SharedAcks"]
@@ -38,6 +38,11 @@ class SharedAcks:
         if not self._called:
             self._called = True
             self._connection.add_callback_threadsafe(self._send_all)
+
+    def send(self, tags: Iterable[int]) -> None:
+        """Have messages acked now, from the thread of the connection."""
+        self._tags.extend(tags)
+        self._send_all()
 
     def _send_all(self) -> None:
         self._called = False

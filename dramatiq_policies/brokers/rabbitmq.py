@@ -18,7 +18,7 @@ from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
 from ..consumer import PolicyConsumer
-from ..delay_queue import DelayQueue, Move
+from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
 from ..history import now_ms
@@ -94,14 +94,17 @@ class RabbitmqConsumer(PolicyConsumer):
 
     def _enqueue(self, step: Send) -> None:
         """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
+        self._encode(step)
+        self._publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
+        self.broker.emit_after("enqueue", step.message, step.delay)
+
+    def _encode(self, step: Send) -> None:
         if step.encoded is None:
             message, delay = step.message, step.delay
             if delay is not None:
                 message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
             self.broker.emit_before("enqueue", message, delay)
             step.message, step.encoded = message, message.encode()
-        self._publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
-        self.broker.emit_after("enqueue", step.message, step.delay)
 
     def _publish(self, queue: str, body: bytes, priority: int | None) -> None:
         broker: Any = self.broker
@@ -156,10 +159,6 @@ class RabbitmqConsumer(PolicyConsumer):
             logger.warning("Message %s was acked already.", message.message_id)
         else:
             self.acks.put(tag)
-
-    def move_one(self, move: Move) -> None:
-        self._enqueue(Send(move.moved))
-        self.send_ack(move.message)
 
     def delay_queue(self) -> DelayQueue:
         # The server gives the delayed messages of a closed consumer out again.
