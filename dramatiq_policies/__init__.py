@@ -21,6 +21,7 @@ from .errors import (
     Snooze,
     TimeoutExceeded,
     UnknownRecord,
+    UnreadableError,
     Verdict,
 )
 from .middleware.discard_logger import DiscardLogger
@@ -91,6 +92,7 @@ __all__ = [
     "Timeout",
     "TimeoutExceeded",
     "UnknownRecord",
+    "UnreadableError",
     "Verdict",
     "actor",
     "constant",

@@ -280,7 +280,7 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     """
     try:
         return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
-    except Exception:
+    except BaseException:  # Not even an exit: see `user_errors`.
         logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
 

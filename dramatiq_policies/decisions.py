@@ -17,6 +17,7 @@ from .errors import Snooze, Verdict
 from .history import POLICIES, History, now_ms
 from .outcomes import Outcome, logger, text_of
 from .rules import RetryPolicy, Verb
+from .user_errors import is_a, quietly
 from .verdicts import deciding
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ def decide(
     """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
     history = History(message.options)
     rule, cause = deciding(declared.rules, error)
-    if isinstance(cause, Shutdown):
+    if is_a(cause, Shutdown):
         return _interrupted(classifier, delivery, declared, message, history, error)
-    if isinstance(cause, Verdict):
+    if is_a(cause, Verdict):
         return _obey(classifier, delivery, declared, message, history, error, cause)
-    if isinstance(cause, Retry) and cause.delay is not None:
-        cause.delay = _asked_delay(message, cause)
+    if is_a(cause, Retry) and quietly(lambda: cause.delay) is not None:
+        quietly(lambda: setattr(cause, "delay", _asked_delay(message, cause)))
     policy, rule_id = (None, None) if rule is None else (rule.policy, rule.id)
     if rule is None and classifier.unclassified is not None and not _is_stock(declared, error, cause):
         policy, rule_id = classifier.unclassified, _UNCLASSIFIED
@@ -64,7 +65,7 @@ def decide(
 
 def _is_stock(declared: ActorPolicy, error: BaseException, cause: BaseException) -> bool:
     """Whether it is left to the stock options, whatever ``unclassified`` says."""
-    return isinstance(cause, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
+    return is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
 
 
 def _asked_delay(message: MessageProxy, asking: Retry) -> int | None:
@@ -78,7 +79,7 @@ def _asked_delay(message: MessageProxy, asking: Retry) -> int | None:
 
 def _is_thrown(declared: ActorPolicy, error: BaseException) -> bool:
     throws: Any = declared.options.get("throws")
-    return bool(throws) and isinstance(error, throws)
+    return bool(throws) and is_a(error, throws)
 
 
 def _interrupted(
@@ -106,7 +107,7 @@ def _obey(
 ) -> Settlement:
     """Do what a job itself said by raising ``verdict``, which is ``error`` or one of the leaves of that group."""
     now = now_ms()
-    if not isinstance(verdict, Snooze):
+    if not is_a(verdict, Snooze):
         history.failed(error, now, None)
         message.options[POLICIES] = history.option()
         return _discarded(classifier, declared, history, error, None)
@@ -160,7 +161,7 @@ def _retry(
     exhausted = number >= policy.attempts or history.total >= highest
     delay = 0
     if not exhausted:
-        asked = cause.delay if isinstance(cause, Retry) else None
+        asked = quietly(lambda: cause.delay) if is_a(cause, Retry) else None
         delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)
@@ -215,7 +216,7 @@ def _by_stock_options(
 
 def _as_stock(error: BaseException, cause: BaseException) -> BaseException:
     """The error that Dramatiq's own code is shown: it knows nothing of exception groups."""
-    return cause if isinstance(cause, (RateLimitExceeded, Retry)) else error
+    return cause if is_a(cause, (RateLimitExceeded, Retry)) else error
 
 
 def _again(delivery: Delivery, history: History) -> Message[Any]:

@@ -11,7 +11,8 @@
     │   ├── MalformedMessage            a body or option that can't be read
     │   ├── NoCurrentJob                (also a LookupError) current_job() was called outside a job
     │   ├── NoResult                    a duplicate's pipeline needs a result that nobody stored
-    │   └── UnknownRecord               an idempotency store holds what this version can't read
+    │   ├── UnknownRecord               an idempotency store holds what this version can't read
+    │   └── UnreadableError             stands in for a job's error whose own attributes raise
     └── Verdict                         raised by a job, says what is to become of it
         ├── Discard
         └── Snooze
@@ -46,6 +47,7 @@ __all__ = [
     "Snooze",
     "TimeoutExceeded",
     "UnknownRecord",
+    "UnreadableError",
     "Verdict",
     "checked_duration",
     "checked_wait",
@@ -128,6 +130,11 @@ class NoResult(PolicyError):
 
 class UnknownRecord(PolicyError):
     """An idempotency store holds a record that this version can't read; the message waits, it is not run."""
+
+
+class UnreadableError(PolicyError):
+    """Stands in for an error of a job that neither Dramatiq nor ``traceback`` can read: its ``__class__`` or its chain of
+    causes raises. Rules for the error's own class do not apply to it; its text names that class."""
 
 
 class Verdict(Exception):

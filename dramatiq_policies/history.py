@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import clock
 from .outcomes import class_path, text_of
 from .texts import encodable, encodable_all
+from .user_errors import quietly
 
 if TYPE_CHECKING:
     from .delivery import Settlement
@@ -154,11 +155,13 @@ def failure_of(
 
 
 def _traceback_of(error: BaseException) -> str | None:
-    if error.__traceback__ is None:
+    stack = quietly(lambda: error.__traceback__)
+    if stack is None:
         return None
-    try:
-        text = encodable("".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-_FRAMES)))
-    except Exception:
-        return None
+    text = quietly(lambda: "".join(traceback.format_exception(type(error), error, stack, limit=-_FRAMES)))
+    if text is None:
+        frames = "".join(traceback.format_tb(stack, limit=-_FRAMES))
+        text = f"Traceback (most recent call last):\n{frames}{class_path(type(error))}: {text_of(error)}\n"
+    text = encodable(text)
     # The end of a traceback says most.
     return text if len(text) <= _TRACEBACK_LIMIT else "…" + text[1 - _TRACEBACK_LIMIT :]

@@ -181,12 +181,17 @@ def call(
     if error is None:
         return result
     try:
-        traceback = error.__traceback__
+        # Not `error.__traceback__`: a class of the user's may have made a property of it.
+        traceback = _TRACEBACK.__get__(error)
         # Raising it anew adds the line of this frame again.
-        raise cause_of(error.with_traceback(None if traceback is None else traceback.tb_next))
+        _TRACEBACK.__set__(error, None if traceback is None else traceback.tb_next)
+        raise cause_of(error)
     finally:
         # They refer to this frame.
         del error, traceback
+
+
+_TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 
 
 def caller(fn: Callable[..., Any]) -> Caller:

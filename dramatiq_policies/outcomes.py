@@ -9,6 +9,7 @@ from typing import Any
 
 from .safe_logger import SafeLogger
 from .texts import encodable
+from .user_errors import quietly
 
 __all__ = ["Outcome", "OutcomeEvent", "Subscriber"]
 
@@ -105,14 +106,15 @@ Subscriber = Callable[[OutcomeEvent], object]
 
 def class_path(cls: type[Any]) -> str:
     """The dotted path of a class."""
-    return encodable(f"{cls.__module__}.{cls.__qualname__}")
+    return encodable(quietly(lambda: f"{cls.__module__}.{cls.__qualname__}") or "an unreadable class")
 
 
 def text_of(error: BaseException, limit: int = 1_000) -> str:
     """``str(error)``, cut at ``limit`` characters, also where the error's own ``__str__`` is broken."""
     try:
-        text = str(error)
-    except Exception as broken:
+        # An exact str: a subclass of the user's may have methods of its own.
+        text = str.__str__(str(error))
+    except BaseException as broken:  # Not even an exit: see `user_errors`.
         text = f"<{type(error).__name__}: its text raised {type(broken).__name__}>"
     text = encodable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from .user_errors import quietly
+
 __all__ = ["asked_seconds"]
 
 #: The most that is counted, over thirty years: more is cut to a number of seconds that every type can hold.
@@ -19,16 +21,16 @@ def asked_seconds(exception: BaseException, now: Callable[[], datetime]) -> floa
     None if nothing is asked for. What asks for a time that has passed asks for 0.
     """
     for value in _asked_of(exception):
-        seconds = _seconds(value, now)
+        seconds = quietly(lambda value=value: _bounded(_seconds(value, now)))  # type: ignore[misc]
         if seconds is not None:
-            return max(0.0, min(seconds, _MOST))
+            return seconds
     return None
 
 
 def _asked_of(exception: BaseException) -> Iterable[Any]:
-    yield _quietly(lambda: exception.retry_after)  # type: ignore[attr-defined]
-    yield _quietly(lambda: _header(exception.response.headers))  # type: ignore[attr-defined]
-    yield _quietly(lambda: _header(exception.headers))  # type: ignore[attr-defined]
+    yield quietly(lambda: exception.retry_after)  # type: ignore[attr-defined]
+    yield quietly(lambda: _header(exception.response.headers))  # type: ignore[attr-defined]
+    yield quietly(lambda: _header(exception.headers))  # type: ignore[attr-defined]
 
 
 def _http_date(text: str) -> datetime:
@@ -37,11 +39,8 @@ def _http_date(text: str) -> datetime:
     return parsedate_to_datetime(text.strip())
 
 
-def _quietly(read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception:
-        return None
+def _bounded(seconds: float | None) -> float | None:
+    return None if seconds is None else max(0.0, min(seconds, _MOST))
 
 
 def _header(headers: Any) -> Any:
@@ -61,14 +60,14 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
             # More digits than a float holds are a long time, and no infinity.
             value = float(value) if "inf" in value.lower() else min(float(value), _MOST)
         except ValueError:
-            value = _quietly(lambda text=value: _http_date(text))  # type: ignore[misc]
+            value = quietly(lambda text=value: _http_date(text))  # type: ignore[misc]
     if isinstance(value, bool):
         return None
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, datetime):
         when = value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)
-        left: timedelta | None = _quietly(lambda: when - now())
+        left: timedelta | None = quietly(lambda: when - now())
         return None if left is None else left.total_seconds()
     if isinstance(value, (int, float)):
         # An int may be more than a float holds.

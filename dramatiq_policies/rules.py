@@ -135,7 +135,7 @@ class Rule:
                 held.close()
                 raise TypeError("the predicate returned a coroutine, which is always truthy")
             return bool(held)
-        except Exception:
+        except BaseException:  # Not even an exit: see `user_errors`.
             logger.exception("The predicate of %s (%s) failed and does not match.", self.id, self.where)
             return False
 

@@ -20,6 +20,7 @@ from .guards import Done, key_of
 from .history import now_ms
 from .limits import CLOSE, expired_after, limit_for, warn_if_close
 from .outcomes import Outcome
+from .user_errors import stand_in_for
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -50,7 +51,14 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
         delivery = current.get()
         if delivery is None or delivery.stage != READY or delivery.message.actor_name != name:
             return fn(*args, **kwargs)
-        return _run(delivery.consumer.wiring, delivery, call, fn, args, kwargs)
+        try:
+            return _run(delivery.consumer.wiring, delivery, call, fn, args, kwargs)
+        except BaseException as error:
+            stand_in = stand_in_for(error)
+            if stand_in is None:
+                raise
+        # Outside of the handler: in there the error would become its context.
+        raise stand_in
 
     mark_wrapper(run, fn, name)
     actor.fn = run

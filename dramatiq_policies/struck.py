@@ -19,7 +19,7 @@ __all__ = ["drop", "keep_out_of", "leave", "lost_its_rank", "strikes_anywhere"]
 
 def strikes_anywhere(error: BaseException | None) -> bool:
     """Whether it is an exception that may have come from outside."""
-    return error is not None and not isinstance(error, (Exception, GeneratorExit))
+    return error is not None and not issubclass(type(error), (Exception, GeneratorExit))
 
 
 def drop(connection: Any) -> None:

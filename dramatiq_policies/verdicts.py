@@ -11,6 +11,7 @@ from .durations import to_ms
 from .errors import Snooze, Verdict
 from .rule_set import RuleSet
 from .rules import Rule, Verb
+from .user_errors import is_a
 
 __all__ = ["deciding"]
 
@@ -36,11 +37,11 @@ def deciding(rules: RuleSet, error: BaseException) -> tuple[Rule | None, BaseExc
 
 
 def _rule_for(rules: RuleSet, leaf: BaseException) -> Rule | None:
-    if isinstance(leaf, (Shutdown, Verdict)):
+    if is_a(leaf, (Shutdown, Verdict)):
         return None
     rule = rules.match_itself(leaf)
     # A job's own Retry is no error that a rule discards.
-    return None if isinstance(leaf, Retry) and rule is not None and rule.verb is not Verb.RETRY else rule
+    return None if is_a(leaf, Retry) and rule is not None and rule.verb is not Verb.RETRY else rule
 
 
 #: The leaves of a group in the order in which they decide.
@@ -52,13 +53,13 @@ def _severity(rule: Rule | None, leaf: BaseException) -> tuple[int, int] | None:
     """What the leaves of a group are sorted by; None for a leaf that decides nothing."""
     if rule is not None:
         return _BY_RULE[rule.verb], 0 if rule.policy is None else rule.policy.attempts
-    if isinstance(leaf, Snooze):
+    if is_a(leaf, Snooze):
         return _SNOOZE, -_delay_of(leaf)
-    if isinstance(leaf, Verdict):
+    if is_a(leaf, Verdict):
         return _DISCARD, 0
-    if isinstance(leaf, Shutdown):
+    if is_a(leaf, Shutdown):
         return _SHUTDOWN, 0
-    if isinstance(leaf, (Retry, RateLimitExceeded)):
+    if is_a(leaf, (Retry, RateLimitExceeded)):
         return _RETRY, -_delay_of(leaf)
     return None
 
@@ -66,5 +67,5 @@ def _severity(rule: Rule | None, leaf: BaseException) -> tuple[int, int] | None:
 def _delay_of(leaf: Any) -> int:
     try:
         return to_ms(leaf.delay)
-    except Exception:
+    except BaseException:  # Not even an exit: see `user_errors`.
         return 0

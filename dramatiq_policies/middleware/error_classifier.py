@@ -177,7 +177,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 # Not what is on the delivery: a before-hook of another's may have raised ahead of ours.
                 declared = delivery.consumer.wiring.policies[message.actor_name]
                 delivery.settlement = decide(self, broker, delivery, declared, message, cause_of(exception))
-            except Exception as error:
+            except BaseException as error:  # Not even an exit: it would end the worker's thread.
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
                 stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
                 delivery.settlement = Settlement(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)

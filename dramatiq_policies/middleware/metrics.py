@@ -11,6 +11,7 @@ from ..delivery import READY_AT
 from ..errors import ConfigurationError, Snooze
 from ..outcomes import Outcome, OutcomeEvent
 from ..statsd import Statsd, Value, metric_name, tag_list
+from ..user_errors import is_a
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Metrics(PolicyMiddleware):
         values.append(names.counted)
         if event.exception is not None and _raised(event):
             values.append(("c", self._name_of(event.actor, "failure"), 1, names.tags))
-            if isinstance(event.exception, TimeLimitExceeded):
+            if is_a(event.exception, TimeLimitExceeded):
                 values.append(("c", self._name_of(event.actor, "timeout"), 1, names.tags))
         return values
 
@@ -194,5 +195,5 @@ def _raised(event: OutcomeEvent) -> bool:
         event.duration_ms is not None
         and event.reason != "handoff_failed"
         and event.outcome not in (Outcome.DEFERRED, Outcome.INTERRUPTED)
-        and not isinstance(event.exception, (Snooze, Shutdown))
+        and not is_a(event.exception, (Snooze, Shutdown))
     )
