@@ -125,12 +125,15 @@ def test_of_a_deep_stack_the_traceback_shows_where_it_was_raised():
     assert text.count("  File ") == 30
 
 
-def test_an_error_that_can_not_be_shown_or_was_never_raised_has_no_traceback():
+def test_an_error_that_was_never_raised_has_no_traceback_and_that_of_one_that_can_not_be_shown_has_its_frames():
     class Odd(Exception):
         __cause__ = property(lambda self: 1 // 0)
 
-    for error in (raised(Odd()), ValueError()):
-        assert failure_of(Settlement(Outcome.DEAD, exception=error), {})["traceback"] is None
+    assert failure_of(Settlement(Outcome.DEAD, exception=ValueError()), {})["traceback"] is None
+    shown = failure_of(Settlement(Outcome.DEAD, exception=raised(Odd("why"))), {})["traceback"]
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert "raise error" in shown
+    assert shown.endswith(".Odd: why\n")
 
 
 def test_a_failure_counts_the_attempts_that_were_decided_on_or_else_those_of_the_message():

@@ -346,12 +346,13 @@ def test_a_predicate_that_returns_a_coroutine_does_not_match(caplog):
     assert "returned a coroutine" in caplog.text
 
 
-def test_an_interrupt_in_a_predicate_is_not_swallowed():
-    def interrupted(error):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_predicate_that_raises_an_exit_does_not_match_and_is_logged(raised, caplog):
+    def exits(error):
+        raise raised
 
-    with pytest.raises(KeyboardInterrupt):
-        verb_for(Left(), actor_rules(discard_on=when(Left, interrupted)))
+    assert verb_for(Left(), actor_rules(discard_on=when(Left, exits))) is None
+    assert "failed and does not match" in caplog.text
 
 
 def test_predicates_on_one_class_are_tried_in_the_order_of_their_declaration_and_no_further_than_needed():
