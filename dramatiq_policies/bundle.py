@@ -275,6 +275,7 @@ def _wrap_consume(wiring: Wiring) -> None:
             wiring.polled[queue_name] = monotonic()
         prefetch = kwargs.get("prefetch", args[0] if args else 1)
         consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name, prefetch)
+        consumer.prefetch = prefetch
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):
             thread.delay_queue = consumer.delayed

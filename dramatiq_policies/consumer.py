@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
@@ -20,8 +21,10 @@ from . import _dramatiq
 from .delay_queue import DelayQueue, Move
 from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
+from .handing_off import RETURNED, returned
 from .history import now_ms
-from .outcomes import Outcome, OutcomeEvent
+from .outcomes import Outcome, OutcomeEvent, text_of
+from .refusals import Fault, Parking, Unsendable
 from .safe_logger import SafeLogger
 from .settlement import settle
 from .shape import check_composition, check_shape, clean_options, is_number
@@ -54,6 +57,8 @@ class PolicyConsumer(Consumer):
 
     #: Whether `hand_off` and the ack are one step for the broker.
     acks_with_hand_off = False
+    #: How many messages it may hold at once.
+    prefetch = 1
 
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         self.wiring = wiring
@@ -63,6 +68,7 @@ class PolicyConsumer(Consumer):
         self.queue_name = q_name(queue_name)
         self.is_delay_queue = self.source != self.queue_name
         self.delayed = self.delay_queue()
+        self.parked = self.parking()
         #: Whether the worker shuts down: what still comes is for others. See `hold`.
         self.holding = False
         self.held_back: list[MessageProxy] = []
@@ -73,6 +79,8 @@ class PolicyConsumer(Consumer):
         polled = self.wiring.polled
         if polled is not None:
             polled[self.source] = time.monotonic()
+        if self.parked:
+            self.parked.give_back()
         if self.delayed.queue and not self.has_received() and self._move_due():
             # More are due: do not wait for a message first.
             return None
@@ -97,14 +105,16 @@ class PolicyConsumer(Consumer):
         delivery.body = own.get("body") or _body_of(plain)
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
+        if RETURNED in options and (decided := returned(options)) is not None:
+            self._settle_unrun(message, delivery, decided)
+            return None
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
                 check_composition(options)
             except MalformedMessage as error:
                 error = _unstacked(error)
-                delivery.settlement = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
-                message.fail()
-                self.nack(message)
+                decided = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
+                self._settle_unrun(message, delivery, decided)
                 return None
         return message
 
@@ -160,6 +170,7 @@ class PolicyConsumer(Consumer):
 
     def close(self) -> None:
         if self.wiring.stopping.is_set():
+            self.parked.give_back(everything=True)
             items, self.held_back = self.held_back, []
             while (item := self.delayed.take()) is not None:
                 items.append(_dramatiq.delayed_message(item))
@@ -174,8 +185,8 @@ class PolicyConsumer(Consumer):
 
     # What settlement calls.
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
-        """Have the broker accept each step, dropping it from the list, and then the dead letter.
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        """Have the broker accept each step, dropping it from the list, and then the dead letter, which may be a body.
 
         May be called again after any error, and goes on where it stopped.
         """
@@ -197,7 +208,7 @@ class PolicyConsumer(Consumer):
         """The command that completes the key of a plain success, for `Piggyback`; and whether it also acks."""
         return delivery.claim.completion(), False
 
-    def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
+    def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
         """Move the message to the dead-letter queue; here unannotated, for how it is stored is not known."""
         self.inner.nack(message)
 
@@ -216,6 +227,50 @@ class PolicyConsumer(Consumer):
     def lost_connection(self, error: Exception) -> bool:
         """Whether the error says that the broker can't be reached for now."""
         return isinstance(error, (BrokerConnectionError, OSError))
+
+    def fault_of(self, error: Exception) -> Fault:
+        """Why the broker did not take a message."""
+        if isinstance(error, Unsendable):
+            return Fault.HOPELESS
+        return Fault.LOST if self.lost_connection(error) else Fault.REFUSED
+
+    def encoded(self, message: Message[Any]) -> bytes:
+        """Encode a message.
+
+        Raises:
+          Unsendable: It cannot be encoded.
+        """
+        try:
+            return message.encode()
+        except Exception as error:
+            raise Unsendable(f"the message cannot be encoded: {type(error).__name__}: {text_of(error)}") from error
+
+    @property
+    def refuses_dead_letters(self) -> bool:
+        """Whether the broker refused the last dead letter of this queue."""
+        return self.queue_name in self.wiring.refused
+
+    def dead_letters_refused(self) -> bool:
+        """Remember that the broker refuses this queue's dead letters; whether this is news."""
+        news = object()
+        return self.wiring.refused.setdefault(self.queue_name, news) is news
+
+    def dead_letters_accepted(self) -> None:
+        """Remember that the broker takes this queue's dead letters."""
+        if self.wiring.refused and self.wiring.refused.pop(self.queue_name, None) is not None:
+            logger.warning("The dead-letter queue of %r takes messages again.", self.queue_name)
+
+    def park(self, message: MessageProxy, wait_ms: float) -> None:
+        """Keep a message that the broker takes in no form, and give it back to its queue after the wait."""
+        self.parked.park(wait_ms, partial(self.give_back, message))
+
+    def give_back(self, message: MessageProxy) -> None:
+        """Have the broker deliver a message again."""
+        self.requeue([message])
+
+    def stands_still(self) -> bool:
+        """Whether it can take nothing, since every slot is taken by a parked message."""
+        return len(self.parked) >= self.prefetch
 
     def gone(self) -> bool:
         """Whether the broker has taken back what this consumer delivered."""
@@ -272,6 +327,10 @@ class PolicyConsumer(Consumer):
         """The delayed messages in hand. They outlive this consumer: no broker was told to give them to another."""
         return self.wiring.delayed.setdefault(self.source, DelayQueue())
 
+    def parking(self) -> Parking:
+        """The messages that keep their slots. They outlive this consumer, as the delayed ones do."""
+        return self.wiring.parked.setdefault(self.source, Parking())
+
     # Shared by them.
 
     def adopt(self, message: Message[Any]) -> None:
@@ -286,6 +345,11 @@ class PolicyConsumer(Consumer):
             outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=_unstacked(error)
         )
         self.wiring.publish(event, None)
+
+    def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
+        delivery.settlement = decided
+        message.fail()
+        self.nack(message)
 
     def attempt(self, move: Move, call: Callable[[Move], object]) -> None:
         """Move one message. An error delays this message only, unless the connection is lost."""

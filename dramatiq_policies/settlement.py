@@ -7,17 +7,16 @@ later ones are best effort and logged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import clock
-from .delivery import Delivery, GivenAway, Send, Settlement
+from .delivery import Delivery, Settlement
 from .errors import HandoffFailed
-from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
+from .handing_off import HandOff
+from .history import attempt_of
 from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
 from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
-    from dramatiq import Message
     from dramatiq.broker import MessageProxy
 
     from .consumer import PolicyConsumer
@@ -26,14 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["settle"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
-alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
-_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
-#: For how many seconds an error that is no lost connection is tried again.
-_PATIENCE = 5.0
-#: The outcomes of a run that has ended and whose message is enqueued again.
-_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
 #: Why a message is dead where no rule of ours had a say: the result's text is Dramatiq's own then.
 _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
@@ -51,7 +43,7 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
             delivery.settlement = decided = undecided()
         if decided.outcome is not Outcome.SUCCEEDED:
             delivery.restore(message)
-        delivery.settlement = decided = _hand_off(wiring, consumer, message, delivery, decided)
+        delivery.settlement = decided = HandOff(wiring, consumer, message, delivery, decided).run()
         if delivery.claim is not None:
             delivery.claim.conclude(decided)
         delivery.settled = True
@@ -65,126 +57,6 @@ def undecided() -> Settlement:
     """For a message on which no hook of ours came to a decision: never a success."""
     error = HandoffFailed("the message was processed, but the bundle came to no decision on it")
     return Settlement(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
-
-
-def _hand_off(
-    wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, decided: Settlement
-) -> Settlement:
-    """Have the broker accept all that follows from the decision; what was really decided in the end."""
-    tries = 0
-    first_error: float | None = None
-    dead: Message[Any] | None = None
-    if decided.outcome is not Outcome.SUCCEEDED and consumer.gone() and not delivery.is_remembered():
-        # It has been given back to its queue: whatever follows from this run would happen twice.
-        return _give_up(consumer, message, delivery, ConnectionError("the consumer's connection is closed"))
-    _announce(consumer, delivery, decided)
-    while True:
-        try:
-            if decided.dead_letter and dead is None:
-                dead = _dead_letter(wiring, consumer, message, decided)
-            if delivery.steps or dead is not None or consumer.completes(delivery):
-                _resolve(delivery)
-                consumer.hand_off(message, delivery, dead)
-            return decided
-        except Exception as error:
-            lost = consumer.lost_connection(error)
-            now = clock.monotonic()
-            if isinstance(error, GivenAway) or (consumer.gone() and not delivery.is_remembered()):
-                # The broker has given this message back to its queue already.
-                return _give_up(consumer, message, delivery, error)
-            if not lost:
-                first_error = now if first_error is None else first_error
-                if now - first_error >= _PATIENCE:
-                    if decided.reason == "handoff_failed":
-                        return _give_up(consumer, message, delivery, error)
-                    alerts.critical(
-                        "The broker would not take what follows message %s of actor %r for %d seconds; "
-                        "it goes to the dead-letter queue.",
-                        message.message_id,
-                        message.actor_name,
-                        _PATIENCE,
-                        exc_info=error,
-                        extra={
-                            "actor": message.actor_name,
-                            "queue": consumer.queue_name,
-                            "message_id": message.message_id,
-                            "reason": "handoff_failed",
-                        },
-                    )
-                    delivery.steps = None
-                    stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
-                    stand_in.__cause__ = error
-                    _keep_failed_run(message, decided)
-                    decided = Settlement(
-                        Outcome.DEAD,
-                        "handoff_failed",
-                        exception=stand_in,
-                        rule=decided.rule,
-                        attempt=decided.attempt,
-                        dead_letter=True,
-                    )
-                    delivery.settlement = decided
-                    message.fail()
-                    dead, first_error, tries = None, None, 0
-                    continue
-            if tries == 0:
-                logger.warning(
-                    "The broker did not take what follows message %s of actor %r (%s: %s); trying again.",
-                    message.message_id,
-                    message.actor_name,
-                    type(error).__name__,
-                    text_of(error),
-                )
-            pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
-            tries += 1
-            if wiring.stopping.wait(pause) and tries > 1:
-                return _give_up(consumer, message, delivery, error)
-
-
-def _announce(consumer: PolicyConsumer, delivery: Delivery, decided: Settlement) -> None:
-    """Have the claim say that the run has ended, before its retry is enqueued."""
-    if delivery.claim is None or consumer.acks_with_hand_off or decided.outcome not in _AGAIN:
-        return
-    if delivery.steps and isinstance(delivery.steps[0], Send):
-        delivery.claim.ending(delivery.steps[0])
-
-
-def _dead_letter(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, decided: Settlement) -> Message[Any]:
-    policy = wiring.policies.get(message.actor_name)
-    failure = failure_of(decided, message.options, None if policy is None else policy.tags)
-    dead: Message[Any] = message.copy(queue_name=consumer.queue_name, options={FAILURE: failure})
-    dead.options.pop(POLICIES, None)
-    if replays := replays_of(message.options):
-        dead.options[POLICIES] = {"replays": replays}
-    return dead
-
-
-def _keep_failed_run(message: MessageProxy, decided: Settlement) -> None:
-    """Have the dead letter tell of a run whose retry would have told of it."""
-    if decided.outcome is Outcome.RETRIED and decided.exception is not None:
-        history = History(message.options)
-        history.failed(decided.exception, now_ms(), None)
-        message.options[POLICIES] = history.option()
-
-
-def _resolve(delivery: Delivery) -> None:
-    """Turn the calls among the steps into the messages that they yield."""
-    steps = delivery.steps
-    if steps is None:
-        return
-    for index, step in enumerate(steps):
-        if not isinstance(step, Send):
-            # Replaced at once: a group's barrier must not be counted again when a later step fails.
-            steps[index : index + 1] = step()
-            _resolve(delivery)
-            return
-
-
-def _give_up(consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, error: Exception) -> Settlement:
-    delivery.abandoned = True
-    delivery.steps = None
-    consumer.abandon(message)
-    return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
 
 def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:

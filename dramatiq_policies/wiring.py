@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .outcomes import Outcome, OutcomeEvent, Subscriber, logger
+from .refusals import Parking
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -37,6 +38,8 @@ class Wiring:
       delayed: The delayed messages in hand, by queue.
       in_flight: Redis: the ids taken and not yet acked, by queue.
       moving: Per thread, whether a due message is being moved out of the delay queue.
+      refused: The queues whose dead letters the broker refuses now.
+      parked: Redis: the messages that keep their slots, since the broker takes them in no form, by queue.
       fatal: Why this process must not go on, None while it may.
     """
 
@@ -47,6 +50,8 @@ class Wiring:
         self.delayed: dict[str, DelayQueue] = {}
         self.in_flight: dict[str, set[str]] = {}
         self.moving = threading.local()
+        self.refused: dict[str, object] = {}
+        self.parked: dict[str, Parking] = {}
         #: What the consumers of one broker share among them.
         self.shared: dict[str, Any] = {}
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.

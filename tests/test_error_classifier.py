@@ -51,8 +51,8 @@ from dramatiq_policies import (
     clock,
     current_job,
     exponential,
+    handing_off,
     install,
-    settlement,
     when,
 )
 from dramatiq_policies.wiring import wiring_of
@@ -1232,8 +1232,8 @@ def broken_enqueue(stage, error, times=10**9):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(settlement, "_PATIENCE", 0.05)
-    monkeypatch.setattr(settlement, "_PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(handing_off, "_PATIENCE", 0.05)
+    monkeypatch.setattr(handing_off, "_PAUSES", (0.0, 0.01))
 
 
 @pytest.mark.parametrize("error", [ConnectionClosed(OSError("gone")), ConnectionResetError()])

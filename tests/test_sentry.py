@@ -33,9 +33,9 @@ from dramatiq_policies import (
     Timeout,
     _sentry_sdk,
     constant,
+    handing_off,
     install,
     limits,
-    settlement,
 )
 from dramatiq_policies.shape import _warned
 from dramatiq_policies.wiring import wiring_of
@@ -302,7 +302,7 @@ def test_an_actor_that_nobody_knows_is_reported_once(either):
 
 
 def test_what_the_broker_will_not_take_is_reported_once(either, monkeypatch):
-    monkeypatch.setattr(settlement, "_PATIENCE", 0.05)
+    monkeypatch.setattr(handing_off, "_PATIENCE", 0.05)
     sentry = either()
     stage = stage_with(**RULES)
 

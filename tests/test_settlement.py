@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
-from dramatiq import Message
+from dramatiq import Message, Middleware
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
+from dramatiq_policies import handing_off
 from dramatiq_policies.delivery import GivenAway
+from dramatiq_policies.refusals import Unsendable
+from dramatiq_policies.testing import drain
 from dramatiq_policies.wiring import wiring_of
 
 from .support import Stage
@@ -17,8 +22,9 @@ CONSUMER = "dramatiq_policies.brokers.stub.StubConsumer"
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.settlement._PATIENCE", 0.05)
-    monkeypatch.setattr("dramatiq_policies.settlement._PAUSES", (0.0, 0.01))
+    monkeypatch.setattr("dramatiq_policies.handing_off._PATIENCE", 0.05)
+    monkeypatch.setattr("dramatiq_policies.handing_off._PAUSES", (0.0, 0.01))
+    monkeypatch.setattr("dramatiq_policies.handing_off._FIRST_RETURN", 100)
 
 
 def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_success():
@@ -34,7 +40,13 @@ def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_suc
 
 def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkeypatch, caplog):
     stage = Stage()
-    job = stage.actor(lambda: 1 / 0, actor_name="job", max_retries=0)
+    ran = []
+
+    def fail():
+        ran.append(1)
+        1 / 0  # noqa: B018
+
+    job = stage.actor(fail, actor_name="job", max_retries=0)
     sent = job.send()
 
     def refuse(*args):
@@ -45,10 +57,15 @@ def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkey
         with stage.working():
             stage.collected.wait_for(lambda events: events)
     assert (stage.outcomes(), stage.reasons()) == (["interrupted"], ["handoff_failed"])
-    assert "it goes to the dead-letter queue" in caplog.text
+    assert "make room in the dead-letter queue" in caplog.text
     assert stage.dead == []
     assert stage.run().outcomes() == ["interrupted", "dead"]
     assert [letter.message_id for letter in stage.dead] == [sent.message_id]
+    # It is not run again: the dead letter tells of the run that has failed.
+    assert len(ran) == 1
+    assert stage.failures()[0]["exception"] == "builtins.ZeroDivisionError"
+    assert stage.reasons() == ["handoff_failed", "unclassified"]
+    assert "returned" not in stage.dead[0].options
 
 
 def test_of_a_message_that_stores_no_results_no_failure_is_stored():
@@ -149,3 +166,83 @@ def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_t
     stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
     assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]
     assert [delivery.message.actor_name for delivery in told] == ["good"]
+
+
+class Unfit(Middleware):
+    """Puts into a message's options what no encoder takes, as a tracer might."""
+
+    def before_process_message(self, broker, message):
+        message.options["span"] = object()
+
+
+def test_a_dead_letter_that_cannot_be_encoded_is_made_from_the_message_as_received():
+    stage = Stage(middleware=[Unfit()])
+    stage.actor(lambda order: 1 / 0, actor_name="job", max_retries=0).send({"id": 1})
+    began = time.monotonic()
+    assert stage.run().outcomes() == ["dead"]
+    assert time.monotonic() - began < handing_off._PATIENCE
+    (letter,) = stage.dead
+    assert (letter.args, "span" in letter.options) == (({"id": 1},), False)
+    assert letter.options["failure"]["exception"] == "builtins.ZeroDivisionError"
+
+
+def test_a_retry_that_cannot_be_encoded_is_dead_at_once():
+    stage = Stage(middleware=[Unfit()])
+    stage.actor(lambda: 1 / 0, actor_name="job", max_retries=3).send()
+    assert drain(stage.broker).outcomes() == ["dead"]
+    assert stage.reasons() == ["handoff_failed"]
+
+
+def test_a_message_that_cannot_be_encoded_at_all_is_dead_as_received(monkeypatch):
+    stage = Stage()
+    sent = stage.actor(lambda: 1 / 0, actor_name="job", max_retries=0).send()
+    body = stage.broker.queues["default"].queue[0]
+
+    def refuse(message):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(Message, "encode", refuse)
+    assert drain(stage.broker).outcomes() == ["dead"]
+    assert stage.reasons() == ["unclassified"]
+    (letter,) = stage.dead
+    assert letter.options["raw"] == body.decode()
+    assert sent.message_id in letter.options["raw"]
+
+
+def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_then_runs_again(impatient, monkeypatch):
+    stage = Stage()
+    fails = []
+
+    def job():
+        fails.append(1)
+        if len(fails) == 1:
+            raise ValueError
+
+    stage.actor(job, actor_name="job", max_retries=0).send()
+
+    def refuse(*args):
+        raise Unsendable("never")
+
+    with monkeypatch.context() as patch, stage.working():
+        patch.setattr(f"{CONSUMER}.hand_off", refuse)
+        stage.collected.wait_for(lambda events: events)
+        patch.undo()
+        stage.collected.wait_for(lambda events: len(events) == 2)
+    assert list(zip(stage.outcomes(), stage.reasons(), strict=True)) == [
+        ("interrupted", "handoff_failed"),
+        ("succeeded", None),
+    ]
+
+
+@pytest.mark.parametrize("value", [0, "1", True, None, {}])
+def test_a_message_that_only_says_that_it_was_returned_is_run(value):
+    stage = Stage()
+    stage.actor(lambda: None, actor_name="job")
+    stage.broker.enqueue(Message("default", "job", (), {}, {"returned": value}))
+    assert stage.run().outcomes() == ["succeeded"]
+
+
+def test_the_wait_of_a_returned_message_grows_up_to_five_minutes():
+    assert [handing_off.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
+        10_000, 20_000, 160_000, 300_000, 300_000,
+    ]  # fmt: skip

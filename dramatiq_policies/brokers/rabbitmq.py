@@ -7,6 +7,8 @@ none. Once this consumer's channel is closed the server has put its messages bac
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
+from functools import partial
 from typing import Any
 
 import pika
@@ -21,7 +23,10 @@ from ..consumer import PolicyConsumer
 from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
 from ..errors import MalformedMessage
+from ..handing_off import RETURNED, wait_before_return
 from ..history import now_ms
+from ..outcomes import text_of
+from ..refusals import Fault, Parking
 from ..safe_logger import SafeLogger
 from ..struck import drop
 from ..wiring import Wiring
@@ -30,8 +35,13 @@ from .acks import SharedAcks
 __all__ = ["RabbitmqConsumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
 
 _REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
+#: Why the server closes a channel: what was published, or declared, is refused for good.
+_FOR_GOOD = frozenset({311, 403, 406})
+#: The message option of a body that can't be read and waits until the dead-letter queue takes it, in base64.
+_UNREADABLE = "unreadable"
 _LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
 
 
@@ -64,7 +74,10 @@ class RabbitmqConsumer(PolicyConsumer):
             message: Message[Any] = Message.decode(body)
             self.adopt(message)
         except Exception as error:
-            self._dead_letter_raw(method, body, error)
+            self._dead_letter_raw(method, body, f"the body can't be read: {text_of(error)}")
+            return None
+        if _UNREADABLE in message.options:
+            self._dead_letter_again(method, message)
             return None
         if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
             self.wiring.taken[self.queue_name] = message
@@ -72,15 +85,62 @@ class RabbitmqConsumer(PolicyConsumer):
         proxy.body = body  # type: ignore[attr-defined]
         return proxy
 
-    def _dead_letter_raw(self, method: Any, body: bytes, error: Exception) -> None:
+    def _dead_letter_raw(self, method: Any, body: bytes, reason: str, times: int = 0) -> None:
+        """Move a body that can't be read to the dead letters; where these refuse it, enqueue it again in a message."""
+        tag = method.delivery_tag
         try:
             self._publish(xq_name(self.source), body, None)
-        except Exception as lost:
-            raise ConnectionClosed(lost) from None
-        self.inner.channel.basic_ack(method.delivery_tag)
-        self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            self._return_raw(tag, body, error, times)
+            return
+        self.dead_letters_accepted()
+        self.inner.channel.basic_ack(tag)
+        self.report_malformed(MalformedMessage(reason))
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
+    def _return_raw(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
+        if self.dead_letters_refused():
+            alerts.critical(
+                "The dead-letter queue of %r would not take a body that can't be read (%s: %s). The body is enqueued again: "
+                "make room in the dead-letter queue.",
+                self.queue_name,
+                type(refused).__name__,
+                text_of(refused),
+            )
+        wait = wait_before_return(times)
+        options = {_UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
+        try:
+            self._enqueue(Send(Message(self.queue_name, "?", (), {}, options), wait))
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            logger.error("A body that can't be read keeps its slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
+            self.parked.park(wait, partial(self._nack, tag))
+        else:
+            self.inner.channel.basic_ack(tag)
+
+    def _dead_letter_again(self, method: Any, message: Message[Any]) -> None:
+        try:
+            body = b64decode(message.options[_UNREADABLE], validate=True)
+            times = int(message.options[RETURNED])
+        except Exception:
+            body, times = message.encode(), 0
+        self._dead_letter_raw(method, body, "the body can't be read", times)
+
+    def give_back(self, message: MessageProxy) -> None:
+        tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
+        if tag is not None:
+            self._nack(tag)
+
+    def _nack(self, tag: int) -> None:
+        if not self.gone():
+            try:
+                self.inner.channel.basic_nack(tag, requeue=True)
+            except _LOST as error:
+                raise ConnectionClosed(error) from None
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.gone() and not delivery.is_remembered():
             raise ConnectionClosed("the consumer that delivered this message is closed")
         steps = delivery.steps
@@ -89,8 +149,10 @@ class RabbitmqConsumer(PolicyConsumer):
             assert isinstance(step, Send)
             self._enqueue(step)
             steps.pop(0)
-        if dead is not None:
-            self._publish(xq_name(self.source), dead.encode(), dead.options.get("broker_priority"))
+        if isinstance(dead, bytes):
+            self._publish(xq_name(self.source), dead, None)
+        elif dead is not None:
+            self._publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
 
     def _enqueue(self, step: Send) -> None:
         """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
@@ -104,7 +166,7 @@ class RabbitmqConsumer(PolicyConsumer):
             if delay is not None:
                 message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
             self.broker.emit_before("enqueue", message, delay)
-            step.message, step.encoded = message, message.encode()
+            step.message, step.encoded = message, self.encoded(message)
 
     def _publish(self, queue: str, body: bytes, priority: int | None) -> None:
         broker: Any = self.broker
@@ -160,6 +222,10 @@ class RabbitmqConsumer(PolicyConsumer):
         else:
             self.acks.put(tag)
 
+    def parking(self) -> Parking:
+        # The server gives the messages of a closed consumer out again.
+        return Parking()
+
     def delay_queue(self) -> DelayQueue:
         # The server gives the delayed messages of a closed consumer out again.
         return DelayQueue()
@@ -169,6 +235,11 @@ class RabbitmqConsumer(PolicyConsumer):
 
     def gone(self) -> bool:
         return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
+
+    def fault_of(self, error: Exception) -> Fault:
+        if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code in _FOR_GOOD:
+            return Fault.HOPELESS
+        return super().fault_of(error)
 
     def lost_connection(self, error: Exception) -> bool:
         if isinstance(error, _REFUSED):

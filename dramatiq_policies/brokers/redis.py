@@ -30,6 +30,7 @@ from ..delivery import Delivery, GivenAway, Send
 from ..errors import MalformedMessage
 from ..history import FAILURE, now_ms
 from ..records import completed_by
+from ..refusals import Fault, Unsendable
 from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
 from ..shape import is_number
@@ -51,6 +52,12 @@ _FETCH, _SETTLE = (
 )
 #: What Redis answers when no waiting will help.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
+#: What Redis answers when it takes no writes for now: it is full, cannot save, or has lost its replicas.
+_FULL = ("OOM", "MISCONF", "NOREPLICAS")
+#: Every how many seconds that is logged.
+_SAY_AGAIN = 300.0
+#: What Redis answers when a value is larger than it ever takes (``proto-max-bulk-len``).
+_TOO_LARGE = ("invalid bulk length", "string exceeds maximum allowed size")
 #: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
 #: accord gets other messages, and raises nothing.
 _LOOK_EVERY = 5.0
@@ -199,7 +206,7 @@ class RedisConsumer(PolicyConsumer):
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
         self._release(message)
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | None) -> None:
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         sends: list[str | bytes] = []
         for step in delivery.steps or ():
             assert isinstance(step, Send)
@@ -210,7 +217,7 @@ class RedisConsumer(PolicyConsumer):
         claim, at_once = delivery.claim, self.completes(delivery)
         # Elsewhere a completion is remembered between hand-off and ack.
         keep = not at_once and delivery.is_remembered()
-        body = b"" if dead is None else dead.encode()
+        body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
         if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
             raise GivenAway
         if at_once:
@@ -235,7 +242,7 @@ class RedisConsumer(PolicyConsumer):
         self.broker.declare_queue(message.queue_name)
         step.message = message = message.copy(queue_name=queue, options=options)
         self.broker.emit_before("enqueue", message, delay)
-        return queue, redis_id, message.encode()
+        return queue, redis_id, self.encoded(message)
 
     def completes(self, delivery: Delivery) -> bool:
         if not delivery.is_remembered():
@@ -303,6 +310,12 @@ class RedisConsumer(PolicyConsumer):
         # In the unacked set of this process still: found there when it next connects, or when it is gone.
         self._release(message)
 
+    def give_back(self, message: MessageProxy) -> None:
+        self.abandon(message)
+
+    def fault_of(self, error: Exception) -> Fault:
+        return Fault.HOPELESS if isinstance(error, redis.DataError) else super().fault_of(error)
+
     def lost_connection(self, error: Exception) -> bool:
         lost = isinstance(error, redis.RedisError) and not isinstance(error, redis.DataError)
         return lost or super().lost_connection(error)
@@ -338,8 +351,13 @@ class RedisConsumer(PolicyConsumer):
             raise  # It can't be sent, on any connection.
         except redis.RedisError as error:
             text = str(error)
+            if any(part in text for part in _TOO_LARGE):
+                raise Unsendable(f"{type(error).__name__}: {text}") from error
             if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
                 self._permanent(error)
+            if text.startswith(_FULL) and monotonic() - self.wiring.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
+                self.wiring.shared["full"] = monotonic()
+                alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
             raise ConnectionClosed(error) from None
         except OSError as error:
             raise ConnectionClosed(error) from None

@@ -37,8 +37,7 @@ class StubConsumer(PolicyConsumer):
             message: Message[Any] = Message.decode(data)
             self.adopt(message)
         except Exception as error:
-            raw: Message[Any] = Message(self.queue_name, "?", (), {}, {"raw": data.decode(errors="replace")})
-            letter = _dramatiq.StubMessage(raw)
+            letter = _dramatiq.StubMessage(self._raw(data))
             unreadable = MalformedMessage(f"the body can't be read: {error}")
             letter.stuff_exception(unreadable)
             self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
@@ -50,11 +49,18 @@ class StubConsumer(PolicyConsumer):
         proxy.body = data  # type: ignore[attr-defined]
         return proxy
 
-    def dead_letter(self, message: MessageProxy, dead: Message[Any]) -> None:
+    def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
+        if isinstance(dead, bytes):
+            dead = self._raw(dead)
+        else:
+            self.encoded(dead)  # As on a server, a dead letter can be encoded.
         letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
         letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
-    def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | None) -> None:
+    def _raw(self, body: bytes) -> Message[Any]:
+        return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
+
+    def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
         if self.wiring.stopping.is_set() and delivery.steps:
             # A thread of the worker that stops would take it, and nobody put it back.
             steps, delivery.steps = delivery.steps, None

@@ -241,7 +241,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             assert error is not None  # As above.
             self._alert(event, error, message)
         elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.DUPLICATE, Outcome.SKIPPED):
-            logger.info(
+            logger.log(
+                logging.WARNING if event.reason == "handoff_failed" else logging.INFO,
                 "%s: message %s of actor %s%s",
                 event.outcome.value,
                 event.message_id,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
 
+from ..consumer import PolicyConsumer
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..queues import reader_of
@@ -37,6 +38,7 @@ class Heartbeat(PolicyMiddleware):
     A process is not well when
 
     - each of its threads has a job that is stuck: past its timeout and the grace, where no interrupt reaches it, or
+    - every slot of a queue is taken by messages that the broker would not take back in any form, or
     - a thread that consumes has died, or has been silent for longer than ``silence`` although the broker answers on a
       new connection.
 
@@ -132,6 +134,8 @@ class Heartbeat(PolicyMiddleware):
                 if consumer.paused:
                     continue
                 if not consumer.is_alive():
+                    return False
+                if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.stands_still():
                     return False
                 silent = silent or (now - max(self._since, polled.get(queue, 0.0))) * 1_000 > self.silence
         return not (silent and _answers(wiring.broker))

@@ -206,8 +206,8 @@ class Refusing:
 def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.settlement._PATIENCE", 0.05)
-    monkeypatch.setattr("dramatiq_policies.settlement._PAUSES", (0.0, 0.05))
+    monkeypatch.setattr("dramatiq_policies.handing_off._PATIENCE", 0.05)
+    monkeypatch.setattr("dramatiq_policies.handing_off._PAUSES", (0.0, 0.05))
     app = rabbitmq_place.app()
 
     @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
