@@ -6,6 +6,7 @@ Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from queue import Empty, PriorityQueue
@@ -181,6 +182,13 @@ def take_rabbitmq_connection(broker: Any) -> Any:
     broker.connections.discard(connection)
     broker.channels.difference_update([one for one in broker.channels.copy() if one.connection is connection])
     return connection
+
+
+def leave_rabbitmq_connections(broker: Any) -> object:
+    """Have a RabbitmqBroker make new connections, and neither use nor close those that it has; they are returned."""
+    left = (broker.state, broker.connections, broker.channels)
+    broker.state, broker.connections, broker.channels = threading.local(), set(), set()
+    return left
 
 
 def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:

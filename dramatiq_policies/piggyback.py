@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import Middleware
 
+from .forks import after_fork
 from .round_trips import Post, RoundTrips
 from .safe_logger import SafeLogger
 
@@ -55,6 +56,11 @@ class Piggyback:
         self.wiring = wiring
         self.claims = claims
         self.trips = trips
+        self.begin_anew()
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        """In a new process nothing is posted."""
         self._last = threading.local()
 
     @staticmethod

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .forks import after_fork
 from .outcomes import Outcome, OutcomeEvent, Subscriber, logger
 from .refusals import Parking
 
@@ -46,29 +47,12 @@ class Wiring:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.policies: dict[str, ActorPolicy] = {}
-        self.stopping = threading.Event()
-        self.delayed: dict[str, DelayQueue] = {}
-        self.in_flight: dict[str, set[str]] = {}
-        self.moving = threading.local()
-        self.refused: dict[str, object] = {}
-        self.parked: dict[str, Parking] = {}
         #: What the consumers of one broker share among them.
         self.shared: dict[str, Any] = {}
-        #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
-        self.put_back_later: list[Callable[[], object]] = []
-        #: RabbitMQ: how many messages the consumer of each queue holds.
-        self.held: dict[str, Callable[[], int]] = {}
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
         self.taken: dict[str, Message[Any]] | None = None
         #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.
         self.polled: dict[str, float] | None = None
-        self.fatal: str | None = None
-        self.in_command = False
-        #: Until when, in monotonic seconds, no job begins that may be what kills its worker: Dramatiq's command waits for ever
-        #: for a worker process that dies while it says that it has booted.
-        self.booting_until = 0.0
-        #: Taken by the consumer that says that this broker's storage is not known, and never given back.
-        self.unknown_storage_said = threading.Lock()
         #: The middleware that says how long jobs may run, None without one.
         self.timeout: Timeout | None = None
         #: Where numbers go, None without it.
@@ -99,6 +83,31 @@ class Wiring:
         self.on_success: tuple[Callable[[Delivery], object], ...] = ()
         #: At which level the bundle logs a dead message, in place of the worker's line; None where it does not.
         self.failure_level: int | None = None
+        self.begin_anew()
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        """In a new process no worker runs and nothing is held."""
+        self.stopping = threading.Event()
+        self.delayed: dict[str, DelayQueue] = {}
+        self.in_flight: dict[str, set[str]] = {}
+        self.moving = threading.local()
+        self.refused: dict[str, object] = {}
+        self.parked: dict[str, Parking] = {}
+        #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
+        self.put_back_later: list[Callable[[], object]] = []
+        #: RabbitMQ: how many messages the consumer of each queue holds.
+        self.held: dict[str, Callable[[], int]] = {}
+        self.fatal: str | None = None
+        self.in_command = False
+        #: Until when, in monotonic seconds, no job begins that may be what kills its worker: Dramatiq's command waits for ever
+        #: for a worker process that dies while it says that it has booted.
+        self.booting_until = 0.0
+        #: Taken by the consumer that says that this broker's storage is not known, and never given back.
+        self.unknown_storage_said = threading.Lock()
+        for seen in (self.taken, self.polled):
+            if seen is not None:
+                seen.clear()
 
     def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
         """Whether a worker's shutdown interrupts this delivery's job."""

@@ -9,10 +9,13 @@ from dramatiq.common import q_name
 from .. import _dramatiq
 from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
+from ..forks import after_fork
 from ..safe_logger import SafeLogger
 from ..struck import keep_out_of
 
 if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
     from ..wiring import Wiring
 
 __all__ = ["prepare", "wrap_consumer"]
@@ -48,7 +51,11 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str, prefetch: int = 1
 
 
 def prepare(wiring: Wiring) -> None:
-    """Set up a broker once: one on Redis gets the id of this process; one for tests names an argument that can't be sent."""
+    """Set up a broker once.
+
+    A broker on Redis gets the id of this process, and one on RabbitMQ connections of its own in a forked child. A broker for
+    tests names an argument that can't be sent.
+    """
     kind = kind_of(wiring.broker)
     if kind == "stub":
         from . import stub
@@ -60,3 +67,18 @@ def prepare(wiring: Wiring) -> None:
         wiring.shared["worker_id"] = WorkerId(wiring.broker)
         # What sends must not use a connection that was struck, or that leads to a demoted server.
         keep_out_of(getattr(vars(wiring.broker).get("client"), "connection_pool", None))
+    elif kind == "rabbitmq":
+        wiring.shared["connections"] = _Connections(wiring.broker)
+
+
+class _Connections:
+    """Has a forked child leave the connections of its parent alone: what either writes would be in the middle of the other's."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        #: Kept, since a connection that is freed is closed.
+        self.of_parents: list[object] = []
+        after_fork(self)
+
+    def begin_anew(self) -> None:
+        self.of_parents.append(_dramatiq.leave_rabbitmq_connections(self.broker))

@@ -61,6 +61,7 @@ class Recovery:
         self.cursor: int | None = None
         self.idle: dict[bytes, bytes] = {}
         self.may_search = True
+        self.lock = f"{broker.namespace}:__forget__"
 
     def look(self) -> None:
         """Say that this worker lives, and every two seconds bring back what silent workers hold."""
@@ -118,8 +119,7 @@ class Recovery:
             return
         try:
             if self.cursor is None:
-                lock = f"{self.broker.namespace}:__forget__"
-                if not silent or not self._ask("SET", lock, "1", "NX", "PX", _SEARCH_EVERY):
+                if not silent or not self._ask("SET", self.lock, "1", "NX", "PX", _SEARCH_EVERY):
                     return
                 self.cursor, self.idle = 0, silent
             self._search(f"{self.broker.namespace}:__acks__.".encode())
@@ -142,6 +142,8 @@ class Recovery:
             pairs = [part for pair in self.idle.items() for part in pair]
             if pairs:
                 self._call(_FORGET, pairs)
+                # There may be more than one look has read.
+                self._ask("DEL", self.lock)
             self.idle = {}
 
     def _call(self, script: Script, args: list[Any]) -> Any:

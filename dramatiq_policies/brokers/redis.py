@@ -332,12 +332,11 @@ class RedisConsumer(PolicyConsumer):
         """Requeue what the server gave this process and this process never got."""
         broker: Any = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
-        held = self.places.held
-        lost = [
-            name
-            for name in self.client.execute_command("SMEMBERS", unacked, **RAW)
-            if name.decode(errors="replace") not in held
-        ]
+        # One that is acked and released in between is not lost.
+        held = frozenset(self.places.held)
+        names = self.client.execute_command("SMEMBERS", unacked, **RAW)
+        held |= self.places.held
+        lost = [name for name in names if name.decode(errors="replace") not in held]
         if lost:
             log = logger.info if self.wiring.stopping.is_set() else logger.warning
             log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)

@@ -14,6 +14,7 @@ from dramatiq.errors import ConnectionClosed
 from ..consumer import PolicyConsumer
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
+from ..forks import after_fork
 from ..queues import reader_of
 from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
@@ -80,6 +81,7 @@ class Heartbeat(PolicyMiddleware):
         self.interval = checked_duration("Heartbeat", "interval", interval, least=1, most=CENTURY_MS)
         self.silence = checked_duration("Heartbeat", "silence", silence, least=1, most=CENTURY_MS)
         self.begin_anew()
+        after_fork(self)
 
     def begin_anew(self) -> None:
         """Forget what belongs to a broker and its workers."""
@@ -93,6 +95,7 @@ class Heartbeat(PolicyMiddleware):
     def for_stub(self) -> Self:
         twin = super().for_stub()
         twin.begin_anew()
+        after_fork(twin)
         return twin
 
     def attach(self, wiring: Wiring) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
+from ..forks import after_fork
 from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..queues import QueueReader, QueueReading, reader_of
 from ..safe_logger import SafeLogger
@@ -88,6 +89,7 @@ class QueueMonitor(PolicyMiddleware):
 
             self._statsd = Statsd(client)
         self.begin_anew()
+        after_fork(self)
 
     def begin_anew(self) -> None:
         """Forget what belongs to a broker and its workers."""
@@ -106,6 +108,7 @@ class QueueMonitor(PolicyMiddleware):
     def for_stub(self) -> Self:
         twin = super().for_stub()
         twin.begin_anew()
+        after_fork(twin)
         # In a test it is asked by `check`, and watches nothing by itself.
         twin.in_workers = False
         vars(twin).update(_watch=self._watch.afresh(), _statsd=None)
