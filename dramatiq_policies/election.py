@@ -6,12 +6,10 @@ process dies, however it dies. Where Redis is at hand, a lease elects one for th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import socket
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from uuid import uuid4
 from .broker_kinds import kind_of
 from .history import now_ms
 from .notes import Note, memory_in, note_in, timed_note_in
+from .private_files import lock, make_private, open_own, private_folder
 from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class CommandElection(Election):
       name: What is elected for.
       master: The process id that they have in common.
       fresh_ms: For how long a note counts.
-      folder: Where the file lies; the temporary directory by default.
+      folder: Where the file lies; by default a folder of this user's in the temporary directory.
     """
 
     def __init__(self, name: str, master: int, *, fresh_ms: int = 60_000, folder: str | None = None) -> None:
@@ -85,7 +84,8 @@ class CommandElection(Election):
         # Containers may share a folder, and their processes have the same few ids.
         self._ours = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-"
         file = f"{self._ours}{master}-{name}"
-        self.path = Path(folder or tempfile.gettempdir(), file)
+        self._private = folder is None
+        self.path = Path(folder or private_folder(), file)
         self._own = self.path.with_name(f"{file}.{os.getpid()}")
         self._lock: int | None = None
         self._said = False
@@ -94,23 +94,33 @@ class CommandElection(Election):
         if self._lock is not None:
             return True
         try:
-            lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = self._open(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            if not self._said:
-                self._said = True
-                logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
+            self._say(error)
             return True
         try:
-            # Unlike flock's, this lock is not kept alive by a fork of ours that outlives us.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), self.path.lstat()):
-                self._lock = lock
+            if lock(descriptor) and os.path.samestat(os.fstat(descriptor), self.path.lstat()):
+                self._lock = descriptor
                 self._sweep()
                 return True
-        except OSError:
-            pass
-        os.close(lock)
+        except FileNotFoundError:
+            pass  # Somebody resigned, and removed it.
+        except OSError as error:
+            self._say(error)
+            os.close(descriptor)
+            return True
+        os.close(descriptor)
         return False
+
+    def _open(self, path: Path, flags: int) -> int:
+        if self._private:
+            make_private(path.parent)
+        return open_own(path, flags)
+
+    def _say(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
 
     def _sweep(self) -> None:
         """Remove what commands that were killed have left."""
@@ -128,17 +138,19 @@ class CommandElection(Election):
         super().post(note)
         with suppress(OSError):
             new = self._own.with_suffix(f"{self._own.suffix}-new")
-            new.write_text(json.dumps(note))
+            with os.fdopen(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                json.dump(note, file)
             new.replace(self._own)
 
     def notes(self) -> list[Note]:
         found = super().notes()
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             with suppress(OSError, ValueError):
-                if now_ms() - path.stat().st_mtime * 1_000 > self.fresh_ms:
+                if now_ms() - path.lstat().st_mtime * 1_000 > self.fresh_ms:
                     path.unlink()
                 elif path != self._own and path.suffix[1:].isdigit():
-                    note = note_in(path.read_bytes())
+                    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+                        note = note_in(file.read())
                     found += [] if note is None else [note]
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -201,6 +202,73 @@ def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
     election.path.symlink_to(target)
     assert election.wins()
     assert not target.exists()
+
+
+def test_by_default_its_files_lie_in_a_folder_that_only_this_user_enters(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"dramatiq-policies-{os.getuid()}"
+    election = CommandElection("queues", os.getpid())
+    assert not folder.exists()
+    election.post({"me": "here"})
+    assert election.wins()
+    assert election.path.parent == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600, 0o600]
+    folder.chmod(0o777)
+    election.resign()
+    assert election.wins()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    election.resign()
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "other user's"])
+def test_a_folder_that_is_not_this_user_s_own_is_not_entered_and_each_elects_itself(
+    kind, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder, elsewhere = tmp_path / f"dramatiq-policies-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "link":
+        folder.symlink_to(elsewhere)
+    elif kind == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+    elections = [CommandElection("queues", os.getpid()) for _ in range(2)]
+    if kind == "other user's":
+        monkeypatch.setattr("dramatiq_policies.private_files.os.getuid", lambda: 4_000_000)
+    for election in elections:
+        election.post({"me": "here"})
+        assert election.wins()
+        assert election.notes() == [{"me": "here"}]
+    assert list(elsewhere.iterdir()) == []
+    assert [record.getMessage().startswith("No process can be elected") for record in caplog.records] == [True, True]
+
+
+def test_a_lock_file_of_another_user_elects_everybody_and_is_said(tmp_path, monkeypatch, caplog):
+    elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path)) for _ in range(2)]
+    elections[0].path.touch()
+    monkeypatch.setattr("dramatiq_policies.private_files.os.getuid", lambda: 4_000_000)
+    assert [election.wins() for election in elections] == [True, True]
+    assert "is a file of user" in caplog.text
+
+
+def test_a_fifo_or_a_link_in_the_place_of_a_note_is_not_read_and_hangs_nobody(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    os.mkfifo(mine.path.with_name(f"{mine.path.name}.1"))
+    secret = tmp_path / "secret"
+    secret.write_text('{"me": "secret"}')
+    mine.path.with_name(f"{mine.path.name}.2").symlink_to(secret)
+    os.mkfifo(mine._own.with_suffix(f"{mine._own.suffix}-new"))
+    mine.post({"me": "here"})
+    assert mine.notes() == [{"me": "here"}]
+
+
+def test_a_fifo_in_the_place_of_the_lock_elects_everybody(tmp_path, caplog):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    os.mkfifo(mine.path)
+    assert mine.wins()
+    assert "no regular file" in caplog.text
 
 
 def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from dramatiq import Worker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 
-from dramatiq_policies import ConfigurationError, Heartbeat, Timeout
+from dramatiq_policies import ConfigurationError, Heartbeat, QueueMonitor, Timeout, private_files
 
 from .support import PATIENCE, Stage
 
@@ -211,9 +213,112 @@ def test_a_folder_that_is_not_there_is_said_once(tmp_path, caplog):
     assert len([record for record in caplog.records if "heartbeat" in record.getMessage()]) == 1
 
 
-def test_without_arguments_it_has_a_file_in_the_temporary_directory():
+def test_without_arguments_it_has_a_file_in_a_folder_that_only_this_user_enters(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    heartbeat = Heartbeat(interval=INTERVAL)
+    folder = tmp_path / f"dramatiq-policies-{os.getuid()}"
+    assert heartbeat.path == folder / "heartbeat"
+    assert not folder.exists()
+    beating = Beating.__new__(Beating)
+    beating.path, beating.stage = heartbeat.path, Stage(bundle={"heartbeat": heartbeat})
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working():
+        assert beating.beats()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert list(folder.iterdir()) == [heartbeat.path]
+
+
+def test_it_stops_when_every_worker_thread_has_died_and_not_before(beating):
+    """As after a SystemExit in somebody's middleware: the consumers go on."""
+    beating.stage.broker.declare_queue("mail")
+    worker = Worker(beating.stage.broker, worker_timeout=10, worker_threads=2)
+    worker.start()
+    try:
+        for thread in worker.workers:
+            assert beating.beats()
+            thread.stop()
+            thread.join()
+        beating.until_silent()
+        assert all(consumer.is_alive() for consumer in worker.consumers.values())
+    finally:
+        worker.stop()
+
+
+def test_threads_that_have_died_and_threads_that_are_stuck_count_together(beating):
+    gate = threading.Event()
+
+    @beating.stage.actor(max_retries=0)
+    def job():
+        stuck(gate)
+
+    worker = Worker(beating.stage.broker, worker_timeout=10, worker_threads=2)
+    worker.start()
+    try:
+        worker.workers[0].stop()
+        worker.workers[0].join()
+        assert beating.beats()
+        job.send()
+        beating.until_silent()
+        gate.set()
+        assert beating.beats()
+    finally:
+        gate.set()
+        worker.stop()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "other user's"])
+def test_what_is_not_a_file_of_this_user_s_is_not_touched_and_said_once(beating, kind, caplog, monkeypatch):
+    target = beating.path.with_name("target")
+    if kind == "link":
+        beating.path.symlink_to(target)
+    elif kind == "fifo":
+        os.mkfifo(beating.path)
+    elif kind == "folder":
+        beating.path.mkdir()
+    else:
+        beating.path.touch()
+        monkeypatch.setattr("dramatiq_policies.private_files.os.getuid", lambda: 4_000_000)
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working():
+        assert beating.silent()
+    assert not target.exists()
+    assert len([record for record in caplog.records if "can't be touched" in record.getMessage()]) == 1
+
+
+def test_stale_files_of_another_user_do_not_stop_it(beating, monkeypatch):
+    """Such a one can be locked where everybody may write it, and not removed from a shared folder."""
+    stale = [beating.path.with_name(f"alive.{suffix}") for suffix in ("99999999", "99999999-0a", "1.5", "old")]
+    for path in stale:
+        path.touch(0o666)
+        os.utime(path, (1, 1))
+    os.mkfifo(beating.path.with_name("alive.7"))
+    os.utime(beating.path.with_name("alive.7"), (1, 1))
+    beating.path.with_name("alive.8").symlink_to(stale[0])
+    opened = private_files.open_own
+
+    def of_another(path, *arguments):
+        if path in stale:
+            raise OSError(f"{path} is a file of user 4000000")
+        return opened(path, *arguments)
+
+    monkeypatch.setattr("dramatiq_policies.middleware.heartbeat.open_own", of_another)
+    beating.stage.broker.declare_queue("mail")
+    with beating.stage.working():
+        assert all(beating.beats() for _ in range(3))
+    assert all(path.exists() for path in stale)
+
+
+@pytest.mark.parametrize("kind", [Heartbeat, QueueMonitor])
+def test_where_files_can_not_be_locked_it_is_refused_at_construction(kind, monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.private_files.fcntl", None)
+    with pytest.raises(
+        ConfigurationError, match=rf"{kind.__name__} needs locks on files .*fcntl.* Linux, macOS or in WSL"
+    ):
+        kind()
+
+
+def test_its_default_interval_is_ten_seconds():
     heartbeat = Heartbeat()
-    assert heartbeat.path.name == "dramatiq-heartbeat"
     assert heartbeat.interval == 10_000
     assert not heartbeat.well()
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"safe_logger"},
     {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "notes", "round_trips", "struck", "timer"},
     {"errors"},
-    {"user_errors"},
+    {"user_errors", "private_files"},
     {"callables", "retry_after_header", "slots"},
     {"_udp"},
     {"statsd"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
@@ -15,6 +17,7 @@ from ..consumer import PolicyConsumer
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..forks import after_fork
+from ..private_files import lock, make_private, open_own, private_folder, require_file_locks
 from ..queues import reader_of
 from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
@@ -32,14 +35,18 @@ __all__ = ["Heartbeat"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
+#: ``.<pid>`` or ``.<pid>-<random>``, what the file of one process ends in.
+_OWN_SUFFIX = re.compile(r"\.\d+(-[0-9a-f]+)?")
+
 
 class Heartbeat(PolicyMiddleware):
     """Touches a file at an interval, as long as every worker process of the command is well.
 
     A process is not well when
 
-    - each of its threads has a job that is stuck: past its timeout and the grace, where no interrupt reaches it, or
     - every slot of a queue is taken by messages that the broker would not take back in any form, or
+    - each of its worker threads has died, or has a job that is stuck: past its timeout and the grace, where no interrupt reaches
+      it, or
     - a thread that consumes has died, or has been silent for longer than ``silence`` although the broker answers on a
       new connection.
 
@@ -47,16 +54,17 @@ class Heartbeat(PolicyMiddleware):
     away or hangs: to start it again would help nobody. A probe finds the worker dead when the file is older than a few
     intervals.
 
-    Each process also keeps a file of its own beside it, ``<path>.<pid>``, so that the command's other processes do not
+    Each process also keeps a file of its own beside it, ``<path>.<pid>-…``, so that the command's other processes do not
     speak for one that is stuck.
 
     Parameters:
-      path: The file. Its folder must exist. Default ``dramatiq-heartbeat`` in the temporary directory.
+      path: The file, of this user's: no link, and nothing but a regular file. Its folder must exist. Default
+        ``dramatiq-policies-<uid>/heartbeat`` in the temporary directory; only this user and root see into that folder.
       interval: In milliseconds or as a ``timedelta``. Default 10 seconds.
       silence: For how long a consumer may be silent, in milliseconds or as a ``timedelta``. Default 5 minutes.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument makes no sense, or the platform has no ``fcntl`` (Windows).
     """
 
     def __init__(
@@ -68,10 +76,10 @@ class Heartbeat(PolicyMiddleware):
     ) -> None:
         from pathlib import Path  # see owners.py
 
+        require_file_locks("Heartbeat")
+        self._private = path is None
         if path is None:
-            import tempfile
-
-            path = Path(tempfile.gettempdir(), "dramatiq-heartbeat")
+            path = private_folder() / "heartbeat"
         try:
             self.path = Path(path)
             if not self.path.name:
@@ -89,6 +97,7 @@ class Heartbeat(PolicyMiddleware):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._own: int | None = None
+        self._own_path: Path | None = None
         self._failing = False
         self._since = 0.0
 
@@ -124,12 +133,11 @@ class Heartbeat(PolicyMiddleware):
         wiring = self.attached_to
         if wiring is None or not self._workers:
             return False
-        if wiring.timeout is not None:
-            threads = sum(worker.worker_threads for worker in self._workers)
-            if len(wiring.timeout.still_stuck()) >= threads:
-                return False
+        stuck = 0 if wiring.timeout is None else len(wiring.timeout.still_stuck())
         if wiring.stopping.is_set():
-            return True
+            return stuck < sum(worker.worker_threads for worker in self._workers)
+        if stuck >= sum(thread.is_alive() for worker in self._workers for thread in worker.workers):
+            return False
         now, polled = time.monotonic(), wiring.polled or {}
         silent = False
         for worker in self._workers:
@@ -158,43 +166,44 @@ class Heartbeat(PolicyMiddleware):
                     return
         finally:
             if self._own is not None:
-                with suppress(OSError):
-                    self._own_path().unlink()
+                if self._own_path is not None:
+                    with suppress(OSError):
+                        self._own_path.unlink()
                 os.close(self._own)
                 self._own = None
 
-    def _own_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.{os.getpid()}")
-
     def _touch(self) -> None:
-        import fcntl  # POSIX only, and this module is imported with the package.
-
+        if self._private:
+            make_private(self.path.parent)
         if self._own is None:
+            # Not the process id alone: a file of another user's, or of another container's process, may have it.
+            self._own_path = self.path.with_name(f"{self.path.name}.{os.getpid()}-{token_hex(4)}")
+            self._own = open_own(self._own_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             # Locked, so that the others see when this process is gone, whoever has its id then.
-            self._own = os.open(self._own_path(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.lockf(self._own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._own)
         os.utime(self._own)
         if all(self._speaks(path) for path in self.path.parent.glob(f"{self.path.name}.*")):
-            self.path.touch()
+            shared = open_own(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.utime(shared)
+            finally:
+                os.close(shared)
 
     def _speaks(self, path: Path) -> bool:
-        """Whether the process of this file has touched it lately, or is gone."""
-        import fcntl
-
-        if path == self._own_path() or not path.suffix[1:].isdigit():
+        """Whether the process of this file has touched it lately, or is gone, or whether it is no file of ours."""
+        if path == self._own_path or not _OWN_SUFFIX.fullmatch(path.suffix):
             return True
         try:
-            if time.time() - path.stat().st_mtime <= 3 * self.interval / 1_000:
+            if time.time() - path.lstat().st_mtime <= 3 * self.interval / 1_000:
                 return True
-            other = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            other = open_own(path, os.O_RDWR)
         except OSError:
             return True
         try:
-            fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        except OSError:
-            return False
-        else:
+            if not lock(other):
+                return False
+            with suppress(OSError):
+                path.unlink()
             return True
         finally:
             os.close(other)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
 from ..forks import after_fork
+from ..private_files import require_file_locks
 from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
 from ..queues import QueueReader, QueueReading, reader_of
 from ..safe_logger import SafeLogger
@@ -61,7 +62,7 @@ class QueueMonitor(PolicyMiddleware):
       in_workers: False if only ``dramatiq-policies monitor`` is to watch, and no worker.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument makes no sense, or the platform has no ``fcntl`` (Windows).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class QueueMonitor(PolicyMiddleware):
         queue_prefix: str | None = None,
         in_workers: bool = True,
     ) -> None:
+        require_file_locks("QueueMonitor")
         self.interval = checked_duration("QueueMonitor", "interval", interval, least=1, most=CENTURY_MS)
         if queue_prefix is not None and (type(queue_prefix) is not str or not queue_prefix):
             raise ConfigurationError.of_option("QueueMonitor", "queue_prefix", "a name", queue_prefix)
