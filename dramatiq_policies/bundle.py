@@ -17,6 +17,7 @@ from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
 from .brokers import prepare, wrap_consumer
+from .credentials import learn_passwords
 from .errors import ConfigurationError
 from .guards import resolve_guard
 from .limits import validate
@@ -110,7 +111,7 @@ def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddl
 
 def _expected(name: str, value: Any, kind: str) -> PolicyMiddleware:
     if not isinstance(value, PolicyMiddleware) or _kind(value) != kind:
-        raise ConfigurationError.of_option("install()", name, f"a {kind} or None", value)
+        raise ConfigurationError.of_option("install()", name, f"a {kind} or None", value, secret=True)
     return value
 
 
@@ -156,6 +157,7 @@ def arrange(broker: Broker) -> Wiring:
             wiring.attached_to_consume = True
             _wrap_consume(wiring)
             prepare(wiring)
+        learn_passwords(broker, *broker.middleware)
         wiring.arranged = broker.middleware
         wiring.arranged_length = len(broker.middleware)
         _resolve_actors(wiring)

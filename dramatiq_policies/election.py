@@ -270,7 +270,9 @@ def elect(wiring: Wiring, interval: int) -> Election:
     try:
         return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
     except Exception:
-        logger.exception("%r can't be used for a lease: one process of each command watches the queues.", client)
+        logger.exception(
+            "A %s can't be used for a lease: one process of each command watches the queues.", type(client).__name__
+        )
         return near
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
+from .credentials import described, redact
 from .durations import clamped_wait, to_ms
 
 __all__ = [
@@ -65,14 +66,20 @@ class ConfigurationError(PolicyError, MiddlewareError):
     ``MiddlewareError``, since those are the only errors that Dramatiq lets out of a hook.
     """
 
+    def __init__(self, text: str = "", *args: object) -> None:
+        # An application prints it where it is imported, and nobody redacts it there.
+        super().__init__(redact(str(text)), *args)
+
     @classmethod
-    def of_option(cls, where: str, option: str, expected: str, got: Any, do: str = "") -> ConfigurationError:
-        """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do."""
-        try:
-            shown = f"{got!r:.500}"
-        except Exception:
-            # As that of an int of five thousand digits. Dramatiq would swallow this error and go on with the option.
-            shown = f"a {type(got).__name__}"
+    def of_option(
+        cls, where: str, option: str, expected: str, got: Any, do: str = "", *, secret: bool = False
+    ) -> ConfigurationError:
+        """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do.
+
+        ``secret`` is for an option that takes a URL, a client, a broker or a store: of what came only the type is shown.
+        """
+        hidden = secret and not (got is None or isinstance(got, (int, float)))
+        shown = f"a {type(got).__name__}" if hidden else f"{described(got):.500}"
         message = f"{where}: {option}: expected {expected}, got {shown}"
         return cls(f"{message}. {do}" if do else f"{message}.")
 

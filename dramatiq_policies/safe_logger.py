@@ -5,7 +5,7 @@
   that stops the thread from outside passes: Ctrl-C, an interrupt of Dramatiq's, one of gevent's.
 - A field of ours that the application's ``LogRecordFactory`` has set on the record already is overwritten: ours is about the
   message. Where ours is None, the application's value stays.
-- Texts are printable: a line end or an escape sequence in an exception's text is written as its escape.
+- Texts are printable: a line end or an escape sequence in an exception's text is written as its escape. Passwords are masked.
 - ``logging.config`` disables each logger that exists already, by default. An alert, and a record of ERROR or above, of a
   disabled logger goes to the root logger.
 """
@@ -16,10 +16,14 @@ import logging
 import sys
 import traceback
 from collections.abc import Mapping
+from datetime import timedelta
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from dramatiq.middleware import Interrupt
 
+from .credentials import described, redact
 from .texts import printable
 
 __all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "is_heard", "make_safe", "write_to_stderr"]
@@ -41,6 +45,21 @@ class Lines(str):
     """An argument of a log call that keeps its line ends, as a stack does."""
 
     __slots__ = ()
+
+
+class _Shown(str):
+    """What stands for an object of the application's, whose own text might show what it holds."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+#: Arguments that show nothing but themselves.
+_PLAIN = (type(None), int, float, str, BaseException, list, tuple, dict, PurePath, Enum, timedelta)
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("dramatiq_policies.")
 
 
 class SafeLogger:
@@ -128,11 +147,19 @@ def _record(
         return logging.LogRecord(name, level, *where, text, args, exc_info, func)
 
 
+def _safe(text: str, *, lines: bool = False) -> str:
+    return printable(redact(text), lines=lines)
+
+
 def _clean(record: logging.LogRecord) -> None:
     """Make the record's texts printable. Its template stays, and each argument that is printable."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            arg if isinstance(arg, _PLAIN) or _is_ours(arg) else _Shown(described(arg)) for arg in record.args
+        )
     try:
         text = record.getMessage()
-        clean = printable(text) == text
+        clean = _safe(text) == text
     except BaseException as error:
         if _stops_the_thread(error):
             raise
@@ -142,7 +169,7 @@ def _clean(record: logging.LogRecord) -> None:
     if record.exc_info and record.exc_info[0] is not None:
         try:
             stack = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-            if (shown := printable(stack, lines=True)) != stack:
+            if (shown := _safe(stack, lines=True)) != stack:
                 record.exc_text = shown
         except BaseException as error:
             if _stops_the_thread(error):
@@ -153,9 +180,9 @@ def _clean(record: logging.LogRecord) -> None:
 
 def _clean_value(value: Any) -> Any:
     if isinstance(value, str):
-        return printable(value)
+        return _safe(value)
     if isinstance(value, Mapping):
-        return {name: printable(one) if isinstance(one, str) else one for name, one in value.items()}
+        return {name: _safe(one) if isinstance(one, str) else one for name, one in value.items()}
     return value
 
 
@@ -164,7 +191,8 @@ def _printable(value: Any) -> Any:
     if value is None or isinstance(value, (int, float)):
         return value
     try:
-        return printable(str(value), lines=isinstance(value, Lines))
+        text = _safe(str(value), lines=isinstance(value, Lines))
+        return _Shown(text) if isinstance(value, _Shown) else text
     except BaseException as error:
         if _stops_the_thread(error):
             raise

@@ -78,7 +78,9 @@ class Statsd:
         elif hasattr(client, "increment"):
             self._client = _Tagged(client)
         else:
-            raise ConfigurationError.of_option("Metrics", "client", "a statsd or DogStatsD client, or None", client)
+            raise ConfigurationError.of_option(
+                "Metrics", "client", "a statsd or DogStatsD client, or None", client, secret=True
+            )
         self.tagged = isinstance(self._client, _Tagged)
         self._apart = client is None or _may_block(client)
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()

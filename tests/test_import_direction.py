@@ -16,7 +16,7 @@ import dramatiq_policies
 PACKAGE = Path(dramatiq_policies.__file__).parent
 #: From the ground up; a module may import those of its own line and below.
 LAYERS = [
-    {"texts"},
+    {"credentials", "texts"},
     {"safe_logger"},
     {"_dramatiq", "broker_kinds", "clock", "durations", "forks", "notes", "round_trips", "struck", "timer"},
     {"errors"},

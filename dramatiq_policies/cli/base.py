@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import ops
+from ..credentials import is_secret_name
 from ..ops import Moved, OperationError
 from ..texts import UNPRINTABLE, printable
 
@@ -162,7 +163,10 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, str):
         return ops.redact(value)
     if isinstance(value, Mapping):
-        return {name: _redacted(one) for name, one in value.items()}
+        return {
+            name: "***" if isinstance(one, str) and is_secret_name(name) else _redacted(one)
+            for name, one in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_redacted(one) for one in value]
     return value

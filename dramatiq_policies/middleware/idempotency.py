@@ -100,7 +100,7 @@ class Idempotency(PolicyMiddleware):
     ) -> None:
         where = "Idempotency"
         if store is not None and not isinstance(store, IdempotencyStore):
-            raise ConfigurationError.of_option(where, "store", "an IdempotencyStore or None", store)
+            raise ConfigurationError.of_option(where, "store", "an IdempotencyStore or None", store, secret=True)
         if on_store_error not in ("retry", "run"):
             raise ConfigurationError.of_option(where, "on_store_error", '"retry" or "run"', on_store_error)
         self.store = store

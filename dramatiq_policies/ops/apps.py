@@ -8,7 +8,6 @@ import functools
 import importlib
 import os
 import pkgutil
-import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
 from ..bundle import arrange, install
+from ..credentials import redact
 from ..errors import PolicyError
 from ..middleware.base import PolicyMiddleware
 
@@ -47,21 +47,6 @@ class OperationError(PolicyError):
 
 class StandIn(StubBroker):
     """Stands in where a module of jobs alone is looked at, and no broker is set."""
-
-
-#: ``scheme://user:password@`` and ``?password=``, wherever they stand in a text; a slash in a password that nobody has
-#: quoted, too, and what urllib takes for a port then.
-_CREDENTIALS = re.compile(
-    r"(?<=://)(?:[^/\s'\"]*|[^/\s'\":]*:(?!\d{1,5}[/?#])[^\s'\"]*)@"
-    r"|(?<=[?&]password=)[^&\s'\"]+"
-    r"|(?<=Port could not be cast to integer value as )'.*'",
-    re.IGNORECASE,
-)
-
-
-def redact(text: str) -> str:
-    """The text without the credentials of the URLs in it."""
-    return _CREDENTIALS.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
 
 
 def one_line(error: BaseException) -> str:

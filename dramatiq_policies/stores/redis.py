@@ -8,6 +8,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import redis
@@ -48,7 +49,7 @@ class RedisStore:
         if client is not None and (not callable(command) or is_coroutine_callable(command)):
             do = "RedisStore.from_url() takes a URL" if isinstance(client, str) else ""
             raise ConfigurationError.of_option(
-                "RedisStore", "client", "a client of redis-py that is not async", client, do
+                "RedisStore", "client", "a client of redis-py that is not async", client, do, secret=True
             )
         if type(namespace) is not str or not namespace:
             raise ConfigurationError.of_option("RedisStore", "namespace", "a str that is not empty", namespace)
@@ -59,8 +60,25 @@ class RedisStore:
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = "idem", **arguments: Any) -> RedisStore:
-        """A store with a client of its own, whose sockets time out after 1 s unless an argument says otherwise."""
-        return cls(redis.Redis.from_url(url, **{**_client_arguments(), **arguments}), namespace=namespace)
+        """A store with a client of its own, whose sockets time out after 1 s unless an argument says otherwise.
+
+        Raises:
+          ConfigurationError: redis-py can't read the URL, or its password is not percent-encoded.
+        """
+        try:
+            misread = "@" in urlsplit(url).path
+            client = None if misread else redis.Redis.from_url(url, **{**_client_arguments(), **arguments})
+        except Exception:  # Its text may be a part of the password.
+            client = None
+        if client is None:
+            raise ConfigurationError.of_option(
+                "RedisStore.from_url()",
+                "url",
+                "redis://user:password@host:port/db, its password percent-encoded (urllib.parse.quote)",
+                url,
+                secret=True,
+            )
+        return cls(client, namespace=namespace)
 
     @classmethod
     def beside(cls, client: Any, *, namespace: str = "idem") -> RedisStore:

@@ -182,7 +182,7 @@ def redeliver(message: Message[Any], broker: Broker | None = None) -> AbstractCo
         broker = get_broker()
     if not isinstance(broker, StubBroker) or message.queue_name not in broker.queues:
         raise ConfigurationError(
-            f"redeliver(): expected a StubBroker with the queue {message.queue_name!r}, got {broker!r}. "
+            f"redeliver(): expected a StubBroker with the queue {message.queue_name!r}, got a {type(broker).__name__}. "
             "Use stub(), or pass the broker."
         )
     broker.queues[message.queue_name].put(message.encode())

@@ -1,0 +1,172 @@
+"""No text of this package shows a password: errors and log records are redacted by known values, by URLs and by names."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import date, datetime, timedelta
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+__all__ = ["described", "is_secret_name", "learn_passwords", "redact"]
+
+_MASK = "***"
+#: Everybody knows RabbitMQ's default; of anything shorter than three characters each text would be full.
+_NO_SECRETS = frozenset({"guest"})
+_LEAST = 3
+
+_NAMES = (
+    r"(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|"
+    r"(?:access|auth|bearer|refresh|api)[_-]?token)"
+)
+_IS_SECRET = re.compile(_NAMES, re.IGNORECASE)
+_QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_NAMED = re.compile(
+    rf"(?P<name>{_NAMES}\b[\"']?\s*(?:=|:(?!//))\s*)(?P<value>b?(?:{_QUOTED})|[^\s,;&)}}\]>\"']+)", re.IGNORECASE
+)
+#: ``user:password@`` of a URL. Nobody has quoted the password, perhaps: it may hold slashes, quotes, blanks and ``@``. What
+#: could be a port is none of it. A password ends at the last ``@`` of its word, or of the first word that has one.
+_IN_URL = re.compile(
+    r"(?<=://)(?:"
+    r"(?:[^\s/:@]+:(?!\d{1,5}(?:[/?#\s'\"),.;]|$))|:)(?:(?!://)[^@\n])*@(?:(?:(?!://)\S)*@)?"
+    r"|(?:(?!://)[^/\s])*@"
+    r")"
+)
+_PORT = re.compile(r"(?<=Port could not be cast to integer value as )(?:'.*'|\".*\")")
+
+#: Attributes of brokers, stores, backends, clients of redis-py and parameters of pika's under which a password lies.
+_HOLDERS = (
+    *("client", "connection_pool", "connection_kwargs", "sentinel_manager", "sentinel_kwargs", "sentinels"),
+    *("nodes_manager", "parameters", "credentials", "store", "backend"),
+)
+
+_known: frozenset[str] = frozenset()
+_pattern: re.Pattern[str] | None = None
+
+
+def redact(text: str) -> str:
+    """The text without passwords: known ones, those of URLs, and the values of names such as ``password=``."""
+    if _pattern is not None:
+        text = _pattern.sub(_MASK, text)
+    if "://" in text:
+        text = _IN_URL.sub(f"{_MASK}@", text)
+    text = _PORT.sub(_MASK, text)
+    return _NAMED.sub(_mask_value, text)
+
+
+def _mask_value(found: re.Match[str]) -> str:
+    value = found["value"]
+    if value in ("None", "True", "False", "''", '""') or value.startswith("<"):
+        return found[0]
+    mark = value[-1] if value[-1] in "\"'" else ""
+    return f"{found['name']}{mark}{_MASK}{mark}"
+
+
+def is_secret_name(name: object) -> bool:
+    """Whether the value of an argument of this name is a secret."""
+    return isinstance(name, str) and _IS_SECRET.search(name) is not None
+
+
+def learn_passwords(*clients: Any) -> None:
+    """Have `redact` mask the passwords of these clients, brokers, stores or backends from now on. Connects nowhere."""
+    global _known, _pattern  # noqa: PLW0603 - of a process, as its logging is
+    found: set[str] = set()
+    for client in clients:
+        with suppress(Exception):
+            found.update(_passwords_of(client))
+    spelt = {form for one in found for form in (one, quote(one, safe=""), quote(one), quote_plus(one), repr(one)[1:-1])}
+    new = {one for one in spelt if len(one) >= _LEAST and one not in _NO_SECRETS} - _known
+    if new:
+        _known |= new
+        _pattern = re.compile("|".join(_exactly(one) for one in sorted(_known, key=len, reverse=True)))
+
+
+def _exactly(password: str) -> str:
+    # A short word could be a part of any other.
+    return rf"(?<!\w){re.escape(password)}(?!\w)" if len(password) < 8 and password.isalnum() else re.escape(password)
+
+
+def _passwords_of(client: Any, depth: int = 6) -> Iterator[str]:
+    """The passwords that a client of redis-py or pika's parameters hold, or what has such a client."""
+    if client is None or depth == 0:
+        return
+    if isinstance(client, (list, tuple)):
+        for one in client:
+            yield from _passwords_of(one, depth)
+        return
+    if isinstance(client, Mapping):
+        if isinstance(client.get("password"), (str, bytes)):
+            yield _as_text(client["password"])
+        yield from _passwords_of(client.get("credential_provider"), depth - 1)
+        return
+    own = getattr(client, "__dict__", {})
+    # Not by ``getattr``: of a RedisBroker every name that it does not know is a command. Some are kept behind a property.
+    # pika's parameters have slots.
+    in_slots = type(client).__module__.startswith("pika.")
+    held = {
+        name: getattr(client, name, None) if in_slots else own.get(name, own.get(f"_{name}"))
+        for name in (*_HOLDERS, "password")
+    }
+    if isinstance(held["password"], (str, bytes)):
+        yield _as_text(held["password"])
+    for name in _HOLDERS:
+        yield from _passwords_of(held[name], depth - 1)
+
+
+def _as_text(password: str | bytes) -> str:
+    return password if isinstance(password, str) else password.decode(errors="replace")
+
+
+def described(value: Any, depth: int = 3) -> str:
+    """A value as an error or a log record may show it: never the inside of an object that may hold a password."""
+    try:
+        return redact(_described(value, depth))
+    except Exception:
+        # As the text of an int of five thousand digits.
+        return f"a {type(value).__name__}"
+
+
+def _described(value: Any, depth: int) -> str:
+    kind = type(value)
+    if isinstance(value, str) and redact(value) != value:
+        # Where its password ends is a guess.
+        return f"a {kind.__name__} with a password"
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, timedelta, date, datetime, PurePath, enum.Enum, type, BaseException)
+    ):
+        return repr(value)
+    if isinstance(value, functools.partial):
+        return f"partial({_described(value.func, depth - 1)})"
+    if inspect.ismethod(value) or (inspect.isbuiltin(value) and not inspect.ismodule(value.__self__)):
+        # Its repr is that of the object, too.
+        return f"<method {value.__qualname__}>"
+    if inspect.isroutine(value):
+        return repr(value)
+    if kind in (list, tuple, set, frozenset, dict):
+        return _container(value, depth)
+    if kind.__module__.startswith("dramatiq_policies.") and "client" not in getattr(value, "__dict__", {}):
+        return repr(value)
+    return f"a {kind.__name__}"
+
+
+def _container(value: Any, depth: int) -> str:
+    if depth == 0 and value:
+        return f"a {type(value).__name__}"
+    if isinstance(value, dict):
+        pairs = (
+            f"{_described(name, depth - 1)}: {repr(_MASK) if is_secret_name(name) else _described(one, depth - 1)}"
+            for name, one in value.items()
+        )
+        return f"{{{', '.join(pairs)}}}"
+    parts: Iterable[str] = [_described(one, depth - 1) for one in value]
+    inside = ", ".join(parts)
+    if isinstance(value, tuple):
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, list):
+        return f"[{inside}]"
+    return f"{{{inside}}}" if value and isinstance(value, set) else f"{type(value).__name__}({{{inside}}})"
