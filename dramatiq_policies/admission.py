@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import MessageProxy
-from dramatiq.middleware import GroupCallbacks, Pipelines, SkipMessage
+from dramatiq.middleware import GroupCallbacks, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from . import records
@@ -95,7 +95,7 @@ class Admission:
             error = Crashed(
                 f"began {answer.starts} times and never ended: its worker was killed, or crashed, each time"
             )
-            self._skip(delivery, Settlement(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
+            delivery.skip(Settlement(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
         if isinstance(answer, records.Defer):
             self._defer(delivery, "running", answer.left)
         if isinstance(answer, records.HandOnAgain):
@@ -103,11 +103,11 @@ class Admission:
             again = delivery.again(**follow.get("options", {}))
             due = follow.get("due")
             delivery.hand_on(Send(again, None if due is None else max(1, due - now_ms())))
-            self._skip(delivery, Settlement(Outcome.DUPLICATE, "stale"))
+            delivery.skip(Settlement(Outcome.DUPLICATE, "stale"))
         assert isinstance(answer, records.Skip)
         if answer.twin is not None:
             self.settle_place(delivery, answer.twin)
-        self._skip(delivery, Settlement(Outcome.DUPLICATE, answer.reason))
+        delivery.skip(Settlement(Outcome.DUPLICATE, answer.reason))
 
     def done(self, delivery: Delivery) -> None:
         """``done_when`` said so: settle this message's place, as if its job had just succeeded."""
@@ -143,7 +143,7 @@ class Admission:
                     self._defer(delivery, "store_down", None)
         if target is not None and not found and not self._ignores_result(target, message.actor_name):
             missing = NoResult(f"the next stage needs the result of message {twin}, which is not stored")
-            self._skip(delivery, Settlement(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
+            delivery.skip(Settlement(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
         if missed:
             _settle_result(results, message, twin, ttl)
         proxy: Any = MessageProxy(message)
@@ -170,14 +170,7 @@ class Admission:
             # Still what counts a start of a message without a key.
             again.options[REDELIVERED] = True
         delivery.hand_on(Send(again, wait))
-        self._skip(delivery, Settlement(Outcome.DEFERRED, reason, delay_ms=wait))
-
-    def _skip(self, delivery: Delivery, decided: Settlement) -> None:
-        delivery.settlement = decided
-        if not decided.dead_letter:
-            # Dramatiq would store None over the real result.
-            delivery.message.options["store_results"] = False
-        raise SkipMessage(f"{decided.outcome.value} ({decided.reason})")
+        delivery.skip(Settlement(Outcome.DEFERRED, reason, delay_ms=wait))
 
 
 def _settle_result(results: Any, message: Message[Any], twin: str, ttl: int) -> None:

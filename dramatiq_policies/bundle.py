@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dramatiq.broker import Broker, Consumer
+from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
@@ -22,7 +23,7 @@ from .errors import ConfigurationError
 from .guards import resolve_guard
 from .limits import validate
 from .middleware.base import PolicyMiddleware
-from .middleware.composition import GroupCallbacks, Pipelines, storing
+from .middleware.composition import Callbacks, GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.idempotency import Idempotency
@@ -217,6 +218,8 @@ def _without_holes(middleware: Middleware) -> Middleware:
     """Our version of a stock middleware that loses messages, with its settings; any other as it is."""
     if type(middleware) is StockPipelines:
         return Pipelines()
+    if type(middleware) is StockCallbacks:
+        return Callbacks()
     if type(middleware) is StockGroupCallbacks:
         return _with_its_settings(GroupCallbacks, middleware)
     if type(middleware) is StockResults:

@@ -101,8 +101,8 @@ class Claim:
         self.claims.conclude(self, decided)
 
 
-#: Options that are the same in every run of a message, and may be large.
-_UNCHANGED = frozenset({"pipe_target", "group_completion_callbacks"})
+#: Options that may be large: the same in every run of a message, or not worth their place.
+_UNCHANGED = frozenset({"pipe_target", "group_completion_callbacks", "traceback"})
 
 
 class Quarantined(NamedTuple):

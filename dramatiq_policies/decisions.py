@@ -11,12 +11,14 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Retries, Shutdown
 
 from .backoff import safe_wait
+from .callbacks import tell_exhausted
 from .delivery import Delivery, Recorder, Send, Settlement
 from .durations import clamped_wait
 from .errors import Snooze, Verdict
-from .history import POLICIES, History, now_ms
+from .history import POLICIES, History, now_ms, retries_of, traceback_of
 from .outcomes import Outcome, logger, text_of
 from .rules import RetryPolicy, Verb
+from .texts import encodable
 from .user_errors import is_a, quietly
 from .verdicts import deciding
 
@@ -53,11 +55,12 @@ def decide(
     if rule is None and classifier.unclassified is not None and not _is_stock(declared, error, cause):
         policy, rule_id = classifier.unclassified, _UNCLASSIFIED
     if policy is not None and rule_id is not None:
-        return _retry(classifier, delivery, declared, message, history, error, cause, policy, rule_id)
+        return _retry(classifier, broker, delivery, declared, message, history, error, cause, policy, rule_id)
     if rule is None:
         return _by_stock_options(classifier, broker, delivery, declared, message, history, error, cause)
     history.failed(error, now_ms(), None)
     message.options[POLICIES] = history.option()
+    _show_traceback(message, error)
     if rule.verb is Verb.DISCARD:
         return _discarded(classifier, declared, history, error, rule.id)
     return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
@@ -110,6 +113,7 @@ def _obey(
     if not is_a(verdict, Snooze):
         history.failed(error, now, None)
         message.options[POLICIES] = history.option()
+        _show_traceback(message, error)
         return _discarded(classifier, declared, history, error, None)
     if history.snoozed_since is None:
         history.snoozed_since = now
@@ -140,12 +144,12 @@ def _discarded(
         rule=rule_id,
         attempt=history.attempt,
         dead_letter=keep,
-        exhausted=reason is not None,
     )
 
 
 def _retry(
     classifier: ErrorClassifier,
+    broker: Broker,
     delivery: Delivery,
     declared: ActorPolicy,
     message: MessageProxy,
@@ -158,17 +162,21 @@ def _retry(
     now = now_ms()
     number, first = history.count(rule_id, now)
     highest = max(classifier.max_attempts, policy.attempts, declared.max_attempts)
-    exhausted = number >= policy.attempts or history.total >= highest
+    exhausted = number >= policy.attempts or history.ended >= highest
     delay = 0
     if not exhausted:
         asked = quietly(lambda: cause.delay) if is_a(cause, Retry) else None
         delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)
+    _show_traceback(message, error)
     if not exhausted:
+        history.retry_by_rule(message.options)
+        message.options["requeue_timestamp"] = now
         delivery.hand_on(Send(_again(delivery, history), delay or None))
         return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
     message.options[POLICIES] = history.option()
+    tell_exhausted(broker, delivery, message, history.attempt - 1, history.attempt - 1)
     if policy.then == "discard":
         return _discarded(classifier, declared, history, error, rule_id, "exhausted")
     return Settlement(
@@ -178,7 +186,6 @@ def _retry(
         rule=rule_id,
         attempt=history.attempt,
         dead_letter=True,
-        exhausted=True,
     )
 
 
@@ -193,14 +200,19 @@ def _by_stock_options(
     cause: BaseException,
 ) -> Settlement:
     """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
-    recorder = Recorder(broker)
-    retries = message.options.get("retries", 0)
+    recorder = _StockRetriesRecorder(broker)
+    options = message.options
+    # What Dramatiq counts and compares with max_retries are its own retries.
+    by_rules = min(history.retried, retries_of(options))
+    retries = options["retries"] = retries_of(options) - by_rules
     try:
         Retries.after_process_message(classifier, recorder, message, exception=_as_stock(error, cause))
-    except Exception:
-        if not message.failed:
-            raise
-        logger.exception("on_retry_exhausted could not be told of message %s.", message.message_id)
+    finally:
+        options["retries"] += by_rules
+    if "traceback" in options:
+        options["traceback"] = encodable(options["traceback"])
+    if recorder.told is not None:
+        tell_exhausted(broker, delivery, message, **recorder.told)
     now = now_ms()
     if not message.failed:
         send = recorder.sends[0]
@@ -212,6 +224,32 @@ def _by_stock_options(
     message.options[POLICIES] = history.option()
     reason = "thrown" if _is_thrown(declared, error) else "exhausted" if retries else _UNCLASSIFIED
     return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+
+
+class _StockRetriesRecorder(Recorder):
+    """Records what Dramatiq's ``Retries`` enqueues, and what ``on_retry_exhausted`` is told.
+
+    ``Retries`` asks for the message's own actor first, and a second time only for the actor of ``on_retry_exhausted``.
+    """
+
+    told: dict[str, Any] | None = None
+    asked = False
+
+    def get_actor(self, name: str) -> Any:
+        if self.asked:
+            return self
+        self.asked = True
+        return self.broker.get_actor(name)
+
+    def send(self, message: dict[str, Any], told: dict[str, Any]) -> None:
+        self.told = told
+
+
+def _show_traceback(message: MessageProxy, error: BaseException) -> None:
+    """Put the traceback where Dramatiq's own retries put it, for dashboards and other middleware."""
+    text = traceback_of(error)
+    if text is not None:
+        message.options["traceback"] = text
 
 
 def _as_stock(error: BaseException, cause: BaseException) -> BaseException:

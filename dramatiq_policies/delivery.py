@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from dramatiq import Message
+from dramatiq.middleware import SkipMessage
 
 from . import clock
 from .errors import NoCurrentJob
@@ -68,10 +69,9 @@ class Settlement:
     Attributes:
       outcome, reason, exception, rule, delay_ms, attempt: As in the record that is published.
       dead_letter: The message goes to the dead-letter queue.
-      exhausted: A rule's retries were used up: ``on_retry_exhausted`` is told.
     """
 
-    __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "exhausted", "outcome", "reason", "rule")
+    __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "outcome", "reason", "rule")
 
     def __init__(
         self,
@@ -83,7 +83,6 @@ class Settlement:
         delay_ms: int | None = None,
         dead_letter: bool = False,
         attempt: int | None = None,
-        exhausted: bool = False,
     ) -> None:
         self.outcome = outcome
         self.reason = reason
@@ -92,7 +91,6 @@ class Settlement:
         self.delay_ms = delay_ms
         self.dead_letter = dead_letter
         self.attempt = attempt
-        self.exhausted = exhausted
 
 
 #: Every success is the same decision.
@@ -114,6 +112,7 @@ class Delivery:
         the garbage collector busy.
       body: The message as received, encoded. Retries and dead letters take their arguments from here, since the job
         may change its own in place. None where the broker does not show it.
+      proxy: Dramatiq's proxy of the message, from the before-hooks to the after-hooks; None otherwise.
       policy: The actor's resolved options; None until the before-hooks ran.
       stage: TAKEN, READY, RUNNING or RAN.
       started, ended: Monotonic seconds at which the actor was called and was over; None before.
@@ -139,6 +138,7 @@ class Delivery:
         "key",
         "message",
         "policy",
+        "proxy",
         "redelivered",
         "settled",
         "settlement",
@@ -152,6 +152,7 @@ class Delivery:
         self.consumer = consumer
         self.message = message
         self.body: bytes | None = None
+        self.proxy: MessageProxy | None = None
         self.policy: ActorPolicy | None = None
         self.stage = TAKEN
         self.started: float | None = None
@@ -171,6 +172,21 @@ class Delivery:
         if self.steps is None:
             self.steps = []
         self.steps.append(step)
+
+    def skip(self, decided: Settlement, why: str = "") -> NoReturn:
+        """Decide that the job is not run now, from inside the wrapper of its function.
+
+        Dramatiq's ``Results`` stores None for what is skipped and not failed: whoever waits would see that first.
+
+        Raises:
+          SkipMessage: Always.
+        """
+        self.settlement = decided
+        if not decided.dead_letter:
+            self.message.options["store_results"] = False
+        elif self.proxy is not None:
+            self.proxy.fail()
+        raise SkipMessage(why or f"{decided.outcome.value} ({decided.reason})")
 
     def received(self) -> Message[Any] | None:
         """Decode the message as received; None if there is no body, or this thread cannot decode it."""

@@ -101,7 +101,6 @@ class HandOff:
         if self.decided.outcome is not Outcome.SUCCEEDED and self._is_given_back():
             # Whatever follows from this run would happen twice.
             return self._give_up(ConnectionError("the consumer's connection is closed"))
-        self._announce()
         while True:
             try:
                 self._try()
@@ -138,6 +137,7 @@ class HandOff:
             self.dead = self._dead_letter()
         if delivery.steps or self.dead is not None or consumer.completes(delivery):
             _resolve(delivery)
+            self._announce()
             consumer.hand_off(self.message, delivery, self.dead)
         if self.dead is not None:
             consumer.dead_letters_accepted()
@@ -188,6 +188,7 @@ class HandOff:
         if decided.outcome is Outcome.RETRIED and decided.exception is not None:
             # The dead letter tells of the run whose retry would have told of it.
             history = History(self.message.options)
+            history.attempt = decided.attempt or history.attempt
             history.failed(decided.exception, now_ms(), None)
             self.message.options[POLICIES] = history.option()
         return Settlement(
@@ -262,12 +263,24 @@ class HandOff:
         return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
     def _announce(self) -> None:
-        """Have the claim say that the run has ended, before its retry is enqueued."""
-        delivery = self.delivery
-        if delivery.claim is None or self.consumer.acks_with_hand_off or self.decided.outcome not in _AGAIN:
+        """Have the claim say that the run has ended, before its retry is enqueued.
+
+        A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
+        """
+        delivery, consumer, steps = self.delivery, self.consumer, self.delivery.steps
+        if delivery.claim is None or consumer.acks_with_hand_off or self.decided.outcome not in _AGAIN or not steps:
             return
-        if delivery.steps and isinstance(delivery.steps[0], Send):
-            delivery.claim.ending(delivery.steps[0])
+        message_id = self.message.message_id
+        again = next((step for step in steps if isinstance(step, Send) and step.message.message_id == message_id), None)
+        if again is None:
+            return
+        if len(steps) > 1:
+            steps.remove(again)
+            try:
+                consumer.hand_off(self.message, delivery, None)
+            finally:
+                steps.append(again)
+        delivery.claim.ending(again)
 
     def _say(self, text: str, error: Exception) -> None:
         message = self.message

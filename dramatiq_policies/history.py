@@ -18,7 +18,18 @@ from .user_errors import quietly
 if TYPE_CHECKING:
     from .delivery import Settlement
 
-__all__ = ["FAILURE", "POLICIES", "History", "attempt_of", "now_ms", "replays_of", "run_of"]
+__all__ = [
+    "FAILURE",
+    "POLICIES",
+    "History",
+    "attempt_of",
+    "failure_of",
+    "now_ms",
+    "replays_of",
+    "retries_of",
+    "run_of",
+    "traceback_of",
+]
 
 #: The message option that carries our counters.
 POLICIES = "policies"
@@ -40,11 +51,19 @@ def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
+def retries_of(options: dict[str, Any]) -> int:
+    """Dramatiq's count of a message's retries, which those of our rules are part of."""
+    return _count(options.get("retries"))
+
+
 def attempt_of(options: dict[str, Any]) -> int:
-    """Which run of its message comes next, 1 for the first: stock's retries and those of our rules together."""
+    """Which run of its message comes next, 1 for the first: stock's retries and those of our rules together.
+
+    The retries of rules are part of the option ``retries``; those that 0.1.0 made are counted in ``total`` instead.
+    """
     carried = options.get(POLICIES)
     ours = _count(carried.get("total")) if isinstance(carried, dict) else 0
-    return 1 + _count(options.get("retries")) + ours
+    return 1 + retries_of(options) + ours
 
 
 def replays_of(options: dict[str, Any]) -> int:
@@ -73,7 +92,7 @@ class History:
     Attributes:
       attempt: Which run this was, 1 for the first.
       runs: For each rule's stable id how many runs it ended, and when the first one did (ms since the epoch).
-      total: How many runs our rules ended.
+      total: How many runs our rules ended that the option ``retries`` does not count: 0.1.0 counted them here.
       failures: The last ten failed runs.
       snoozed_since: When the job snoozed for the first time, ms since the epoch.
       snoozes: How often it has.
@@ -108,6 +127,21 @@ class History:
         self.runs[rule] = (number + 1, first)
         self.total += 1
         return number + 1, first
+
+    def retry_by_rule(self, options: dict[str, Any]) -> None:
+        """Count the retry of a run that a rule ended where Dramatiq counts retries, and others read them."""
+        self.total -= 1
+        options["retries"] = retries_of(options) + 1
+
+    @property
+    def ended(self) -> int:
+        """How many runs our rules ended."""
+        return sum(number for number, _ in self.runs.values())
+
+    @property
+    def retried(self) -> int:
+        """How many of the retries that the option ``retries`` counts were made by our rules."""
+        return max(0, self.ended - self.total)
 
     def failed(self, error: BaseException, now: int, delay_ms: int | None) -> None:
         """Remember a failed run."""
@@ -146,7 +180,7 @@ def failure_of(
         "reason": settlement.reason,
         "exception": None if error is None else class_path(type(error)),
         "message": None if error is None else text_of(error),
-        "traceback": None if error is None else _traceback_of(error),
+        "traceback": None if error is None else traceback_of(error),
         "attempts": settlement.attempt or history.attempt,
         "history": history.failures,
         "failed_at": now_ms(),
@@ -154,7 +188,8 @@ def failure_of(
     }
 
 
-def _traceback_of(error: BaseException) -> str | None:
+def traceback_of(error: BaseException) -> str | None:
+    """The end of an error's traceback, at most 10,000 characters; None if the error has none."""
     stack = quietly(lambda: error.__traceback__)
     if stack is None:
         return None

@@ -10,8 +10,6 @@ import functools
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import SkipMessage
-
 from . import interrupts
 from .callables import mark_wrapper, unwrapped
 from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
@@ -154,5 +152,4 @@ def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
     if waited is None:
         return
     error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
-    delivery.settlement = Settlement(Outcome.EXPIRED, exception=error, dead_letter=True)
-    raise SkipMessage(str(error))
+    delivery.skip(Settlement(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

@@ -13,7 +13,8 @@ from .delivery import Delivery, Settlement
 from .errors import HandoffFailed
 from .handing_off import HandOff
 from .history import attempt_of
-from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, text_of
+from .outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
+from .results import settle_results
 from .safe_logger import SafeLogger
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["settle"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
-
-#: Why a message is dead where no rule of ours had a say: the result's text is Dramatiq's own then.
-_STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
 def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
@@ -43,11 +41,12 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
             delivery.settlement = decided = undecided()
         if decided.outcome is not Outcome.SUCCEEDED:
             delivery.restore(message)
+        succeeded = decided.outcome is Outcome.SUCCEEDED
         delivery.settlement = decided = HandOff(wiring, consumer, message, delivery, decided).run()
         if delivery.claim is not None:
             delivery.claim.conclude(decided)
         delivery.settled = True
-        _conclude(wiring, message, delivery, decided)
+        _conclude(wiring, message, delivery, decided, succeeded)
         # The error's traceback leads to the message: no cycle is left behind.
         delivery.settlement = None
     return not (delivery.acked or delivery.abandoned)
@@ -59,8 +58,8 @@ def undecided() -> Settlement:
     return Settlement(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
 
 
-def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
-    """The best-effort steps, after the hand-off."""
+def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement, succeeded: bool) -> None:
+    """The best-effort steps, after the hand-off; ``succeeded`` says whether the job did, whatever came of the hand-off."""
     outcome = decided.outcome
     if outcome is Outcome.SUCCEEDED:
         wiring.tell_success(delivery)
@@ -70,10 +69,8 @@ def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided
     if outcome in BAD_ENDINGS:
         error = decided.exception
         assert error is not None  # What ends badly without an error of the job's has one of ours.
-        _settle_results(wiring, message, decided, error)
+        settle_results(wiring, message, decided, error, succeeded)
         _after_discard(wiring, message, delivery, error)
-        if decided.exhausted:
-            _tell_exhausted(wiring, message, delivery, decided)
     event = OutcomeEvent(
         outcome=outcome,
         reason=decided.reason,
@@ -91,32 +88,6 @@ def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided
     wiring.publish(event, message)
 
 
-def _settle_results(wiring: Wiring, message: MessageProxy, decided: Settlement, error: BaseException) -> None:
-    """Store a failure that names the outcome, so that whoever waits for the result need not wait on.
-
-    Dramatiq stores one for a nacked message only, and without the outcome; on the local copy ``store_results`` is
-    switched off so that it does not overwrite ours.
-    """
-    from dramatiq.results import Results
-
-    for middleware in wiring.broker.middleware:
-        if not isinstance(middleware, Results):
-            continue
-        actor = wiring.broker.actors.get(message.actor_name)
-        declared = {} if actor is None else actor.options
-        options = message.options
-        if options.get("store_results", declared.get("store_results", middleware.store_results)):
-            ttl = options.get("result_ttl", declared.get("result_ttl", middleware.result_ttl))
-            named = type(type(error).__name__, (Exception,), {})
-            text = text_of(error) if decided.reason in _STOCK_REASONS else f"{decided.outcome.value}: {text_of(error)}"
-            try:
-                middleware.backend.store_exception(message, named(text), ttl)
-            except Exception:
-                logger.exception("The result of message %s could not be stored.", message.message_id)
-                continue
-            options["store_results"] = False
-
-
 def _after_discard(wiring: Wiring, message: MessageProxy, delivery: Delivery, error: BaseException) -> None:
     policy = delivery.policy or wiring.policies.get(message.actor_name)
     own = () if policy is None or policy.after_discard is None else (policy.after_discard,)
@@ -125,16 +96,3 @@ def _after_discard(wiring: Wiring, message: MessageProxy, delivery: Delivery, er
             hook(message, error)
         except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
             logger.exception("after_discard %r failed for message %s.", hook, message.message_id)
-
-
-def _tell_exhausted(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
-    """Send the ``on_retry_exhausted`` message, as stock does when its own retries are used up."""
-    actor = wiring.broker.actors.get(message.actor_name)
-    target = message.options.get("on_retry_exhausted") or (actor and actor.options.get("on_retry_exhausted"))
-    if not target:
-        return
-    try:
-        attempts = decided.attempt or 1
-        wiring.broker.get_actor(target).send(message.asdict(), {"retries": attempts - 1, "max_retries": attempts - 1})
-    except Exception:
-        logger.exception("on_retry_exhausted %r could not be told of message %s.", target, message.message_id)

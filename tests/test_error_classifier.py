@@ -1298,7 +1298,7 @@ def test_nor_does_it_where_the_stock_options_decide(caplog):
     always(stage, PaymentError(), max_retries=0)
     raw(stage, options={"on_retry_exhausted": "nobody"})
     assert stage.run().reasons() == ["unclassified"]
-    assert "on_retry_exhausted could not be told" in caplog.text
+    assert "on_retry_exhausted 'nobody' could not be told" in caplog.text
 
 
 def test_a_failure_that_the_result_backend_will_not_store_is_said_and_changes_nothing(caplog, monkeypatch):

@@ -32,7 +32,7 @@ LAYERS = [
     {"refusals"},
     {"history", "delivery", "shape", "options", "delay_queue"},
     {"wiring"},
-    {"handing_off"},
+    {"callbacks", "results", "handing_off"},
     {"settlement", "decisions", "limits", "queues", "election"},
     {"queue_alerts"},
     {"consumer"},

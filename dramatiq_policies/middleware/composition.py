@@ -1,7 +1,8 @@
 """Dramatiq's composition middleware, except that what they enqueue is part of the hand-off, and its results.
 
-Stock enqueues the next stage, and a group's callbacks, in an after-hook, whose errors are swallowed: the message is acked
-and the stage is lost. So is a result, which a duplicate of a completed job may need.
+Stock enqueues the next stage, a group's callbacks, and the messages of ``on_success`` and ``on_failure`` in an after-hook,
+whose errors are swallowed: the message is acked and the stage is lost. So is a result, which a duplicate of a completed
+job may need.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
+from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.middleware import Middleware
 from dramatiq.middleware import Pipelines as StockPipelines
@@ -20,12 +22,15 @@ from dramatiq.rate_limits.backends import StubBackend
 from dramatiq.results import Results as StockResults
 
 from .. import clock
+from ..callbacks import callback_of, send_to
 from ..delivery import Delivery, Recorder, Send
+from ..interrupts import cause_of
+from ..outcomes import Outcome, text_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["GroupCallbacks", "Pipelines", "storing"]
+__all__ = ["Callbacks", "GroupCallbacks", "Pipelines", "storing"]
 
 #: Seconds between the tries to store a result.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
@@ -56,6 +61,42 @@ class Pipelines(StockPipelines):
     ) -> None:
         if exception is None and not message.failed and message.options.get("pipe_target") is not None:
             _hand_on(StockPipelines, self, broker, message, result)
+
+
+class Callbacks(StockCallbacks):
+    """Sends the messages of ``on_success`` and ``on_failure``; the job's message is acked once the broker has accepted them.
+
+    ``on_failure`` is told of each failed run, as in Dramatiq, and not of a job that snoozed or that a shutdown interrupted.
+    """
+
+    def after_process_message(
+        self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is None:
+            StockCallbacks.after_process_message(self, broker, message, result=result, exception=exception)
+            return
+        option = "on_success" if exception is None else "on_failure"
+        target = callback_of(broker, message, option)
+        if not target:
+            return
+        if exception is None:
+            delivery.hand_on(lambda: send_to(broker, delivery, message, option, target, result))
+            return
+        error = cause_of(exception)
+        told = {"type": type(error).__name__, "message": text_of(error)}
+
+        def tell_failure() -> list[Send]:
+            decided = delivery.settlement
+            if decided is not None and decided.outcome in _NO_FAILURES:
+                return []
+            return send_to(broker, delivery, message, option, target, told)
+
+        delivery.hand_on(tell_failure)
+
+
+#: The outcomes of a run that raised and did not fail.
+_NO_FAILURES = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
 
 
 class GroupCallbacks(StockGroupCallbacks):

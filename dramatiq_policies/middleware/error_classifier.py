@@ -160,6 +160,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if delivery is not None:
             delivery.policy = delivery.consumer.wiring.policies.get(message.actor_name)
             delivery.stage = READY
+            delivery.proxy = message
             current.set(delivery)
 
     def after_process_message(
@@ -169,7 +170,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is None:
             Retries.after_process_message(self, broker, message, result=result, exception=exception)
-        elif exception is None:
+            return
+        delivery.proxy = None
+        if exception is None:
             # Or not, if another middleware has failed it: then the worker nacks it, which says so.
             delivery.settlement = SUCCEEDED
         else:
@@ -189,6 +192,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is None:
             return
+        delivery.proxy = None
         decided = delivery.settlement
         if decided is None:
             delivery.settlement = Settlement(Outcome.SKIPPED)

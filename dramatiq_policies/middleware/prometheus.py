@@ -1,7 +1,7 @@
 """Dramatiq's Prometheus middleware, except that it counts retries as they are decided.
 
-Stock counts what is enqueued with the option ``retries``: a retry by a rule has none, and one with a delay is enqueued
-twice, once on the delay queue and once on its own.
+Stock counts what is enqueued with the option ``retries``: a retry with a delay is enqueued twice, once on the delay queue
+and once on its own.
 """
 
 from __future__ import annotations
