@@ -11,6 +11,7 @@ from os import getpid
 from time import monotonic
 from typing import Any
 
+from ._datadog import Twin, can_have_twin
 from ._udp import MAX_BYTES, udp_client
 from .errors import ConfigurationError
 from .safe_logger import SafeLogger
@@ -54,7 +55,8 @@ class Statsd:
 
     Parameters:
       client: A ``statsd`` client (``incr``, ``timing``, ``gauge``, and ``pipeline`` if it can pack), a DogStatsD client
-        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods. It
+        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods. Nothing of
+        it is changed; beside one of ``datadog``'s, a client with the same settings packs the values. It
         is called where `send` is, but for one that may block (over TCP, or ``datadog``'s, which looks names up) and one
         that was slow once: those are called on a thread of their own. None, the default, for UDP.
 
@@ -206,33 +208,34 @@ class _Plain:
 
 
 class _Tagged:
-    """A DogStatsD client."""
+    """A DogStatsD client. The application may share it: nothing of it is called but the methods for values."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        self.timing = getattr(client, "timing", None) or client.histogram
-        self.packs = hasattr(client, "open_buffer") and hasattr(client, "close_buffer")
+        self.twin = Twin(client) if can_have_twin(client) else None
 
     def deliver_all(self, batch: Iterable[Sequence[Value]]) -> None:
         self.deliver(itertools.chain.from_iterable(batch))
 
     def deliver(self, values: Iterable[Value]) -> None:
-        if not self.packs:
-            self._call(values)
+        if self.twin is None:
+            self._call(self.client, values)
             return
-        self.client.open_buffer()
+        own = self.twin.get()
+        own.open_buffer()
         try:
-            self._call(values)
+            self._call(own, values)
         finally:
-            self.client.close_buffer()
+            own.close_buffer()
 
-    def _call(self, values: Iterable[Value]) -> None:
-        client = self.client
+    @staticmethod
+    def _call(client: Any, values: Iterable[Value]) -> None:
+        timing = getattr(client, "timing", None) or client.histogram
         for kind, name, value, tags in values:
             if kind == "c":
                 counted = () if value == 1 else (value,)
                 client.increment(name, *counted, tags=list(tags))
             elif kind == "ms":
-                self.timing(name, value, tags=list(tags))
+                timing(name, value, tags=list(tags))
             else:
                 client.gauge(name, value, tags=list(tags))

@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"user_errors", "private_files"},
     {"callables", "retry_after_header", "slots"},
-    {"_udp"},
+    {"_udp", "_datadog"},
     {"statsd"},
     {"backoff"},
     {"rules"},

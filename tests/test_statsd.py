@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from unittest.mock import MagicMock
 
 import pytest
@@ -214,6 +215,52 @@ class TestOtherClients:
         assert on
         assert threading.current_thread() not in on
         client.close_socket()
+
+    @pytest.mark.parametrize("buffering", [False, True])
+    def test_a_datadog_client_that_the_application_shares_keeps_the_applications_values(self, server, buffering):
+        client = DogStatsd(
+            "127.0.0.1", server.port, disable_telemetry=True, disable_buffering=not buffering, flush_interval=0
+        )
+        statsd = Statsd(client)
+        with client if not buffering else nullcontext():
+            client.increment("app.orders")
+            # Longer than the thread that packs waits.
+            for _ in range(3):
+                statsd.send([("c", "jobs.success", 1, ["actor:mail"])])
+                statsd.flush(5)
+                client.increment("app.orders")
+        client.flush()
+        lines = []
+        while sum(line.startswith("app.orders:") for line in lines) < 4:
+            lines += [line.split("|c:")[0] for line in server.packet() if line]
+        assert lines.count("app.orders:1|c") == 4
+        assert lines.count("jobs.success:1|c|#actor:mail") == 3
+        client.close_socket()
+
+    def test_the_client_beside_one_of_datadogs_follows_its_settings(self, server):
+        """As ``datadog.initialize`` makes them, after the import."""
+        client = DogStatsd("127.0.0.1", 1, disable_telemetry=True)
+        statsd = Statsd(client)
+        statsd.send([("c", "jobs.success", 1, [])])
+        statsd.flush(5)
+        before = dict(vars(client))
+        client.port, client.namespace, client.constant_tags = server.port, "shop", ["env:test"]
+        statsd.send([("c", "jobs.success", 1, ["actor:mail"])])
+        statsd.flush(5)
+        assert server.packet()[0].split("|c:")[0] == "shop.jobs.success:1|c|#actor:mail,env:test"
+        changed = {name for name, value in vars(client).items() if before.get(name) is not value}
+        assert {name.lstrip("_") for name in changed} <= {"port", "namespace", "constant_tags", "constant_tags_str"}
+
+    def test_a_client_with_a_buffer_that_is_none_of_datadogs_is_called_value_by_value(self):
+        class Buffering(TaggedClient):
+            def open_buffer(self):
+                raise AssertionError("the application's buffer")
+
+            close_buffer = open_buffer
+
+        client = Buffering()
+        Statsd(client).send([("c", "jobs.success", 1, []), ("g", "queues.ready", 3, [])])
+        assert [call[1] for call in client.calls] == ["jobs.success", "queues.ready"]
 
     def test_a_server_that_does_not_read_its_tcp_connection_holds_nobody_up(self):
         listening = socket.create_server(("127.0.0.1", 0))
