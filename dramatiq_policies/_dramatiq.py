@@ -20,6 +20,7 @@ from dramatiq.middleware import Middleware
 
 #: The logger on which a worker thread reports failed and skipped messages, and the lines in question.
 WORKER_LOGGER = "dramatiq.worker.WorkerThread"
+OTHER_LOGGERS = ("dramatiq.worker.Worker", "dramatiq.worker._WorkerMiddleware")
 FAILED_LINE = "Failed to process message %s with unhandled exception."
 EXPECTED_LINE = "Failed to process message %s with expected exception %s."
 SKIPPED_LINE = "Message %s was skipped."

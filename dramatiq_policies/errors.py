@@ -56,7 +56,13 @@ __all__ = [
 
 
 class PolicyError(Exception):
-    """Base class of the errors that this library raises or puts in place of a job's own."""
+    """Base class of the errors that this library raises or puts in place of a job's own.
+
+    Passwords in its text are masked: Python prints it where the application is imported, and a dead letter carries it.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigurationError(PolicyError, MiddlewareError):
@@ -65,10 +71,6 @@ class ConfigurationError(PolicyError, MiddlewareError):
     Raised where the mistake is made, at declaration or at the latest when a worker boots. It is a
     ``MiddlewareError``, since those are the only errors that Dramatiq lets out of a hook.
     """
-
-    def __init__(self, text: str = "", *args: object) -> None:
-        # An application prints it where it is imported, and nobody redacts it there.
-        super().__init__(redact(str(text)), *args)
 
     @classmethod
     def of_option(

@@ -11,6 +11,8 @@ from . import _dramatiq
 from .safe_logger import ALERTS, OUTCOMES, SafeLogger, is_heard, make_safe, write_to_stderr
 
 if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
     from .wiring import Wiring
 
 __all__ = ["make_stock_loggers_safe", "replace_worker_lines", "report_unheard"]
@@ -45,10 +47,13 @@ def replace_worker_lines() -> None:
     logging.getLogger(_dramatiq.WORKER_LOGGER).addFilter(_filter)
 
 
-def make_stock_loggers_safe(broker_logger: logging.Logger) -> None:
-    """Have the loggers of Dramatiq's worker threads and of its broker raise no more."""
-    for logger in (broker_logger, logging.getLogger(_dramatiq.WORKER_LOGGER)):
-        make_safe(logger)
+def make_stock_loggers_safe(broker: Broker) -> None:
+    """Have the loggers of Dramatiq's worker, broker, middleware and actors raise no more."""
+    of_worker = [logging.getLogger(name) for name in (_dramatiq.WORKER_LOGGER, *_dramatiq.OTHER_LOGGERS)]
+    used = (vars(one).get("logger") for one in (broker, *broker.middleware, *broker.actors.values()))
+    for logger in (*of_worker, *used):
+        if isinstance(logger, logging.Logger):
+            make_safe(logger)
 
 
 def report_unheard(wiring: Wiring) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 
 import pytest
+from dramatiq.middleware import SkipMessage
 
-from dramatiq_policies import DiscardLogger
+from dramatiq_policies import DiscardLogger, RetryPolicy, constant
 from dramatiq_policies.safe_logger import ALERTS, OUTCOMES
 
 from .support import Stage
@@ -113,3 +116,120 @@ def test_without_the_discard_logger_the_workers_line_is_what_there_is(silent, ca
     failing({"discard_logger": False})
     assert [record.levelname for record in lines(caplog, WORKER)] == ["ERROR"]
     assert "Nobody hears" not in caplog.text
+
+
+# --- logging changes no job's fate ------------------------------------------------------------------------------------
+
+
+class Strange(BaseException):
+    pass
+
+
+class Broken(logging.Handler):
+    """Raises for every record, as an emit() never should."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def handle(self, *args, **kwargs):
+        raise self.error("no")
+
+    filter = handle
+
+
+def set_every_field(record):
+    for name in ("outcome", "reason", "actor", "queue", "message_id", "attempt", "exception_type", "exception_text"):
+        setattr(record, name, "-")
+    record.duration_ms, record.rule, record.tags, record.timeout_ms, record.traceparent = 0, "-", [], 0, "-"
+    return record
+
+
+@pytest.fixture
+def disturb():
+    """Break logging in one way, and mend it after the test."""
+    stock, root = logging.getLogRecordFactory(), logging.getLogger()
+    filtered = [logging.getLogger(name) for name in (WORKER, OUTCOMES, ALERTS)]
+    added = []
+
+    def break_it(way, error):
+        root.setLevel(logging.DEBUG)
+        if way == "factory that sets every field":
+            logging.setLogRecordFactory(lambda *args, **kwargs: set_every_field(stock(*args, **kwargs)))
+        elif way == "factory":
+            logging.setLogRecordFactory(Broken(error).handle)
+        elif way == "handler":
+            added.append(Broken(error))
+            root.addHandler(added[-1])
+        elif way == "filter":
+            added.append(Broken(error))
+            for logger in filtered:
+                logger.addFilter(added[-1])
+
+    level = root.level
+    yield break_it
+    root.setLevel(level)
+    logging.setLogRecordFactory(stock)
+    for one in added:
+        root.removeHandler(one)
+        for logger in filtered:
+            logger.removeFilter(one)
+
+
+def fates(before_run=lambda: None):
+    """How often each kind of job ran, and all outcomes, in two passes of one worker."""
+    stage = Stage(retry_on={TimeoutError: RetryPolicy(attempts=2, wait=constant(1))})
+    ran = Counter()
+
+    @stage.actor(timeout=400, idempotent=True)
+    def close_to_its_timeout():
+        ran["close"] += 1
+        time.sleep(0.35)
+
+    @stage.actor(max_retries=0)
+    def fails():
+        ran["fails"] += 1
+        raise KeyError("x")
+
+    @stage.actor
+    def retried():
+        ran["retried"] += 1
+        raise TimeoutError("x")
+
+    @stage.actor(discard_on=KeyError)
+    def discarded():
+        ran["discarded"] += 1
+        raise KeyError("x")
+
+    @stage.actor(alert_on=KeyError)
+    def alerts():
+        ran["alerts"] += 1
+        raise KeyError("x")
+
+    @stage.actor
+    def skipped():
+        ran["skipped"] += 1
+        raise SkipMessage("x")
+
+    @stage.actor
+    def well():
+        ran["well"] += 1
+
+    before_run()
+    for actor in (close_to_its_timeout, fails, retried, discarded, alerts, skipped, well):
+        for _ in range(2):
+            actor.send()
+    close_to_its_timeout.send_with_options(timeout=-3)
+    stage.run(threads=2)
+    return ran, Counter((event.actor, event.outcome, event.reason) for event in stage.events)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return fates()
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, Strange])
+@pytest.mark.parametrize("way", ["factory that sets every field", "factory", "handler", "filter"])
+def test_logging_changes_no_jobs_fate(way, error, disturb, undisturbed):
+    assert fates(lambda: disturb(way, error)) == undisturbed

@@ -130,7 +130,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             setattr(self, name, getattr(stock, name))
 
     def attach(self, wiring: Wiring) -> None:
-        make_stock_loggers_safe(wiring.broker.logger)
+        make_stock_loggers_safe(wiring.broker)
         wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             wiring.subscribe(self, subscriber)
@@ -204,6 +204,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
         RuleSet((), self.rules).resolve()
+        make_stock_loggers_safe(broker)
         report_unheard(wiring_of(broker))
         wiring_of(broker).stopping.clear()
 
