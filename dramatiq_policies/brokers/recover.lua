@@ -41,7 +41,7 @@ for i = 5, #ARGV, 3 do
         unread[#unread + 1] = body
       end
     else
-      redis.call('srem', unacked, id)
+      -- Written first, removed then: a script that fails midway (a key of another type) undoes nothing.
       if letter then
         redis.call('zadd', letters, now, id)
         redis.call('hset', letters .. '.msgs', id, body)
@@ -54,6 +54,7 @@ for i = 5, #ARGV, 3 do
         redis.call('rpush', waiting, id)
         moved = moved + 1
       end
+      redis.call('srem', unacked, id)
     end
   end
 end

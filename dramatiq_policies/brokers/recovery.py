@@ -40,9 +40,10 @@ _BATCH, _PAGE = 100, 1_000
 #: For how many milliseconds an old heartbeat is watched that nobody has seen before. A living worker sends one every few
 #: seconds, whatever its clock says.
 _WATCH = 10_000
-#: How many keys one step of a search reads, for how many seconds one look may search, and how many milliseconds pass until
-#: another search may begin.
-_KEYS, _SEARCH, _SEARCH_EVERY = 5_000, 0.05, 60_000
+#: How many keys one step of a search reads, and for how many seconds one look may search.
+_KEYS, _SEARCH = 2_000, 0.1
+#: For how many milliseconds one consumer of the fleet may search alone, and the least pause until the next search.
+_SEARCH_ALONE, _SEARCH_AGAIN = 60_000, 10_000
 
 
 class Recovery:
@@ -60,6 +61,7 @@ class Recovery:
         #: The search for workers that hold nothing: its cursor, None while there is none, and who may hold nothing.
         self.cursor: int | None = None
         self.idle: dict[bytes, bytes] = {}
+        self.searched = 0.0
         self.may_search = True
         self.lock = f"{broker.namespace}:__forget__"
 
@@ -119,9 +121,9 @@ class Recovery:
             return
         try:
             if self.cursor is None:
-                if not silent or not self._ask("SET", self.lock, "1", "NX", "PX", _SEARCH_EVERY):
+                if not silent or not self._ask("SET", self.lock, "1", "NX", "PX", _SEARCH_ALONE):
                     return
-                self.cursor, self.idle = 0, silent
+                self.cursor, self.idle, self.searched = 0, silent, 0.0
             self._search(f"{self.broker.namespace}:__acks__.".encode())
         except redis.exceptions.NoPermissionError as error:
             # Whoever uses plain Dramatiq beside this has the more to wait for it; nothing else depends on it.
@@ -130,20 +132,22 @@ class Recovery:
 
     def _search(self, prefix: bytes) -> None:
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b"*"
-        until = monotonic() + _SEARCH
-        while self.cursor is not None and monotonic() < until:
+        began = monotonic()
+        while self.cursor is not None and monotonic() - began < _SEARCH:
             cursor, keys = self._ask("SCAN", self.cursor, "MATCH", pattern, "COUNT", _KEYS)
             for key in keys:
                 parts = key[len(prefix) :].split(b".")
                 for count in range(1, len(parts)):
                     self.idle.pop(b".".join(parts[:count]), None)
             self.cursor = int(cursor) or None
+        self.searched += monotonic() - began
         if self.cursor is None:
             pairs = [part for pair in self.idle.items() for part in pair]
             if pairs:
                 self._call(_FORGET, pairs)
-                # There may be more than one look has read.
-                self._ask("DEL", self.lock)
+            # One look may not have read all of them. If none is idle, the next search takes a twentieth of the time at most.
+            pause = 1 if pairs else _SEARCH_AGAIN + round(20_000 * self.searched)
+            self._ask("SET", self.lock, "1", "PX", pause)
             self.idle = {}
 
     def _call(self, script: Script, args: list[Any]) -> Any:

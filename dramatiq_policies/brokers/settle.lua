@@ -50,12 +50,13 @@ for i = first, #ARGV, 3 do
   end
 end
 if ours and (keep == '' or dead ~= '') then
-  redis.call('srem', unacked, id)
-  redis.call('hdel', bodies, id)
+  -- Written first, removed then: a script that fails midway (a key of another type) undoes nothing.
   if dead ~= '' then
     local time = redis.call('time')
     redis.call('zadd', letters, time[1] * 1000 + math.floor(time[2] / 1000), id)
     redis.call('hset', letters .. '.msgs', id, dead)
   end
+  redis.call('srem', unacked, id)
+  redis.call('hdel', bodies, id)
 end
 return 1

@@ -24,7 +24,7 @@ TIMEOUT = 600
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dramatiq_policies.brokers.recovery._LOOK_EVERY", 0.05)
-    monkeypatch.setattr("dramatiq_policies.brokers.recovery._SEARCH_EVERY", 500)
+    monkeypatch.setattr("dramatiq_policies.brokers.recovery._SEARCH_AGAIN", 50)
 
 
 class DeadWorker:
