@@ -25,7 +25,7 @@ end
 
 -- Dead letters that have been kept long enough, some at a time.
 local letters = namespace .. ':' .. queue .. '.XQ'
-for _, id in ipairs(redis.call('zrangebyscore', letters, '-inf', now - kept, 'limit', 0, 1000)) do
+for _, id in ipairs(redis.pcall('zrangebyscore', letters, '-inf', now - kept, 'limit', 0, 1000)) do
   redis.call('zrem', letters, id)
   redis.call('hdel', letters .. '.msgs', id)
 end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
 from dramatiq_policies.brokers.redis import RedisConsumer
-from dramatiq_policies.round_trips import RoundTrips
+from dramatiq_policies.round_trips import Post, RoundTrips
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -133,6 +134,41 @@ def test_round_trips_need_no_hiredis(
         monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
     commands = [("SET", f"{redis_namespace}:a", b"\xff", "PX", 5_000), ("GET", f"{redis_namespace}:a")]
     assert RoundTrips(redis_client).together(commands) == [b"OK", b"\xff"]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])
+@pytest.mark.parametrize("poison", ["\ud800", None, object()], ids=["half a character", "None", "an object"])
+def test_a_call_that_can_not_be_sent_fails_alone(
+    redis_client: redis.Redis, redis_namespace: str, monkeypatch: pytest.MonkeyPatch, packed: bool, poison: object
+) -> None:
+    if not packed:
+        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+    trips = RoundTrips(redis_client)
+    key = f"{redis_namespace}:a"
+    told: list[Any] = []
+    trips.post(Post(("SET", key, "posted", "PX", 5_000), told.append))
+    trips.post(Post(("SET", key, poison), told.append))
+    good, bad = [], []
+
+    def ask(command: tuple[Any, ...], answers: list[Any]) -> None:
+        try:
+            answers.append(trips.call(*command, carries=True))
+        except Exception as error:
+            answers.append(error)
+
+    for _ in range(20):
+        threads = [threading.Thread(target=ask, args=(("GET", key), good)) for _ in range(4)]
+        threads.append(threading.Thread(target=ask, args=(("GET", poison), bad)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert good == [b"posted"] * 80
+    assert {type(error) for error in bad} <= {UnicodeEncodeError, TypeError, redis.DataError}
+    assert told[0] == b"OK"
+    assert isinstance(told[1], (UnicodeEncodeError, TypeError, redis.DataError))
+    with pytest.raises((UnicodeEncodeError, TypeError, redis.DataError)):
+        trips.call("GET", poison)
 
 
 # RabbitMQ.

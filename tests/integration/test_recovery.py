@@ -11,6 +11,7 @@ import pytest
 import redis
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis
+from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import install
 from dramatiq_policies.brokers.recovery import Recovery
@@ -178,6 +179,17 @@ def test_a_dead_letter_is_one_step(redis_place: RedisPlace, monkeypatch: pytest.
     assert letter.options["failure"]["reason"] == "unclassified"
     ((_, score),) = redis_place.client.zrange(redis_place.key(f"{redis_place.queue}.XQ"), 0, -1, withscores=True)
     assert before < score < before + 120_000
+
+
+def test_a_message_whose_dead_letters_have_no_place_is_not_lost(redis_place: RedisPlace) -> None:
+    app = app_of(redis_place)
+    redis_place.client.set(redis_place.key(f"{redis_place.queue}.XQ"), "of another program")
+    app.job.send(1)
+    consumer = app.broker.consume(redis_place.queue, timeout=1)
+    message = until(lambda: next(consumer))
+    with pytest.raises(ConnectionClosed):
+        consumer.hand_off(message, message.delivery, b"the dead letter")
+    assert [left.args for left in redis_place.left()] == [(1,)]
 
 
 def no_command_of_dramatiqs(broker: Any, name: str) -> Any:
