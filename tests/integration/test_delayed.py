@@ -207,11 +207,12 @@ def test_a_worker_that_idles_longer_than_its_heartbeats_moves_on_the_same_connec
     ran: list[int] = []
     job = app.actor(ran.append, actor_name="job")
     with app.working(1):
-        for number in range(2):
-            app.place.broker().enqueue(job.message(number), delay=200)
-            until(lambda number=number: number in ran)  # type: ignore[misc]
-            moved = worker_connections(app)
-            time.sleep(0 if number else 5)
+        app.place.broker().enqueue(job.message(1), delay=200)
+        until(lambda: ran == [1])
+        moved = worker_connections(app)
+        time.sleep(5)
+        app.place.broker().enqueue(job.message(2), delay=200)
+        until(lambda: ran == [1, 2])
         assert worker_connections(app) == moved
     assert "connection error" not in caplog.text
 
