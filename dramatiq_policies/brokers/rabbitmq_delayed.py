@@ -231,6 +231,9 @@ class _Batches:
             # A returned message is confirmed, too.
             if number is not None and isinstance(method, pika.spec.Basic.Ack) and self._bodies[number] is not None:
                 self.accepted.add(number)
+        if not self.waiting:
+            # Ends `process_data_events`, which a confirm alone does not.
+            self.connection.add_callback_threadsafe(lambda: None)
 
     def _unroutable(self, _channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
         self._bodies = [None if one == body else one for one in self._bodies]
