@@ -8,7 +8,7 @@ delayed messages are moved here, publish first and then ack, and no error of a b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ from dramatiq.common import q_name
 from dramatiq.errors import ActorNotFound, BrokerConnectionError, ConnectionClosed
 
 from . import _dramatiq
-from .delay_queue import DelayQueue, Move
+from .delay_queue import DelayQueue
 from .delivery import Delivery, Send, Settlement
 from .errors import MalformedMessage
 from .handing_off import RETURNED, returned
-from .history import now_ms
+from .moving import Move, attempt, move_due
 from .outcomes import Outcome, OutcomeEvent, text_of
 from .refusals import Fault, Parking, Unsendable
 from .safe_logger import SafeLogger
@@ -38,12 +38,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: The message option that says that it was taken from a worker that died. It is gone from the copy that runs.
 REDELIVERED = "redelivered"
-#: How long a due message whose move failed waits for the next try, in milliseconds.
-_MOVE_AGAIN = 5_000
 #: The types of arguments that nobody can change in place.
 _FIXED = frozenset({type(None), bool, int, float, str, bytes})
-#: How many due messages are moved at a time: as many may run twice if the process is killed in between (RabbitMQ).
-_MOVES = 100
 
 
 class PolicyConsumer(Consumer):
@@ -81,7 +77,7 @@ class PolicyConsumer(Consumer):
             polled[self.source] = time.monotonic()
         if self.parked:
             self.parked.give_back()
-        if self.delayed.queue and not self.has_received() and self._move_due():
+        if self.delayed.queue and not self.has_received() and move_due(self):
             # More are due: do not wait for a message first.
             return None
         message = self.take()
@@ -317,11 +313,15 @@ class PolicyConsumer(Consumer):
     def move(self, moves: list[Move]) -> None:
         """Enqueue due messages where they are to run, then take them off the delay queue, and mark them as done."""
         for move in moves:
-            self.attempt(move, self.move_one)
+            attempt(self, move, self.move_one)
 
     def move_one(self, move: Move) -> None:
         self.broker.enqueue(move.moved)
         self.inner.ack(move.message)
+
+    def dead_letter_unmoved(self, message: MessageProxy) -> None:
+        """Move a delayed message, as it was delivered, to the dead-letter queue."""
+        self.inner.nack(message)
 
     def delay_queue(self) -> DelayQueue:
         """The delayed messages in hand. They outlive this consumer: no broker was told to give them to another."""
@@ -350,48 +350,6 @@ class PolicyConsumer(Consumer):
         delivery.settlement = decided
         message.fail()
         self.nack(message)
-
-    def attempt(self, move: Move, call: Callable[[Move], object]) -> None:
-        """Move one message. An error delays this message only, unless the connection is lost."""
-        try:
-            call(move)
-            move.done = True
-        except Exception as error:
-            if self.lost_connection(error):
-                raise
-            move.error = error
-
-    def _move_due(self) -> bool:
-        """Move a batch of due messages. Returns whether more are due."""
-        now = now_ms()
-        moves = [Move.of(item, self.queue_name) for item in self.delayed.due(now, _MOVES)]
-        if not moves:
-            return False
-        self.wiring.moving.on = True
-        try:
-            self.move(moves)
-        except Exception as error:
-            if self.lost_connection(error):
-                raise ConnectionClosed(error) from None
-            for move in moves:
-                move.error = move.error or error
-        finally:
-            self.wiring.moving.on = False
-            for move in moves:
-                self._move_later(move, now)
-        return bool(self.delayed.queue) and _dramatiq.eta_of(self.delayed.queue[0]) <= now
-
-    def _move_later(self, move: Move, now: int) -> None:
-        """Keep a message that was not moved."""
-        if not move.done:
-            item = move.item
-            if move.error is not None:
-                logger.error(
-                    "A due message could not be moved out of %r; it is tried again.", self.source, exc_info=move.error
-                )
-                item = _dramatiq.delayed_until(item, now + _MOVE_AGAIN)
-            self.delayed.put(item)
-        self.delayed.task_done()
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -35,6 +35,7 @@ LAYERS = [
     {"callbacks", "results", "handing_off"},
     {"settlement", "decisions", "limits", "queues", "election"},
     {"queue_alerts"},
+    {"moving"},
     {"consumer"},
     {"brokers", "records"},
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},

@@ -33,7 +33,10 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str, prefetch: int = 1
         return StubConsumer(wiring, inner, queue_name)
     if kind == "redis" and _dramatiq.is_redis_consumer(inner):
         from .redis import RedisConsumer
+        from .redis_delayed import RedisDelayConsumer
 
+        if queue_name != q_name(queue_name):
+            return RedisDelayConsumer(wiring, inner, queue_name)
         return RedisConsumer(wiring, inner, queue_name)
     if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
         from .rabbitmq import RabbitmqConsumer

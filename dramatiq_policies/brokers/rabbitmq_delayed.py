@@ -22,9 +22,9 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
-from ..delay_queue import Move
 from ..delivery import Send
 from ..history import now_ms
+from ..moving import Move, attempt
 from ..struck import drop
 from ..wiring import Wiring
 from .rabbitmq import _LOST, RabbitmqConsumer
@@ -168,7 +168,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         for number, (move, step) in enumerate(steps):
             if number not in accepted:
                 # One by one: the queue is declared again, the connection made anew, and an error is its own message's.
-                self.attempt(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
+                attempt(self, move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: Send) -> None:
         self._enqueue(step)

@@ -12,7 +12,6 @@ import signal
 from collections import deque
 from collections.abc import Sequence
 from importlib import resources
-from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -23,9 +22,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
-from .. import _dramatiq
 from ..consumer import REDELIVERED, PolicyConsumer
-from ..delay_queue import Move
 from ..delivery import Delivery, GivenAway, Send
 from ..errors import MalformedMessage
 from ..history import FAILURE, now_ms
@@ -33,9 +30,7 @@ from ..records import completed_by
 from ..refusals import Fault, Unsendable
 from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
-from ..shape import is_number
 from ..wiring import Wiring
-from .delay_index import BATCH, DelayIndex
 from .places import Places
 from .recovery import Recovery
 
@@ -80,7 +75,6 @@ class RedisConsumer(PolicyConsumer):
         self.store: Any = None
         self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
-        self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
         self.misses = 0
         #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
         self.looked = -_LOOK_EVERY
@@ -131,16 +125,12 @@ class RedisConsumer(PolicyConsumer):
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
         self._guarded(self.recovery.look)
-        if self.is_delay_queue:
-            self._exchange_with_index()
-        room = self.places.prefetch - self.outstanding_message_count
+        room = self.room()
         if self.holding and not self.is_delay_queue:
             # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
             self.idle(self.timeout_ms / 1_000)
             return False
         if room > 0:
-            if self.is_delay_queue:
-                room = min(room, BATCH)
             self.places.about_to_fetch()
             taken = self._guarded(self._take_off, room)
             self.cache.extend(zip(taken[::3], taken[1::3], taken[2::3], strict=True))
@@ -149,42 +139,15 @@ class RedisConsumer(PolicyConsumer):
                 return True
         if self.is_delay_queue or room > 0:
             self.misses, pause = compute_backoff(self.misses, max_backoff=self.timeout_ms)
-            self.idle(min(pause, self._until_due()) / 1_000)
+            self.idle(pause / 1_000)
             return False
         # All that may be prefetched is in hand, and the cache is empty.
         self.places.wait(self.timeout_ms / 1_000)
         return False
 
-    def _exchange_with_index(self) -> None:
-        """Leave the farthest messages to the index, so that there is always room for nearer ones, and take what is due."""
-        places, delayed = self.places, self.delayed
-        if places.taken >= places.prefetch:
-            far = delayed.cut(places.prefetch * 3 // 4)
-            kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
-            try:
-                self._guarded(self.index.keep, kept.items())
-            except BrokerConnectionError:
-                # What Redis may have kept all the same is not in this worker's unacked set: moving it here does nothing.
-                for item in far:
-                    delayed.put(item)
-                raise
-            finally:
-                for _ in far:
-                    delayed.task_done()
-            for redis_id in kept:
-                places.release(redis_id)
-        for name, data in self._guarded(self.index.take, places.prefetch - self.outstanding_message_count):
-            message = self._read(name, data)
-            if message is not None and places.take(message.options["redis_message_id"]):
-                eta: Any = message.options.get("eta")
-                delayed.put(_dramatiq.delay_item(eta if is_number(eta) else 0, MessageProxy(message)))
-
-    def _until_due(self) -> float:
-        """Within how many milliseconds a delayed message of this worker's, or of the index, may be due."""
-        if not self.is_delay_queue:
-            return inf
-        etas = (self.index.next_look, self.delayed.next_eta())
-        return max(0, min(eta for eta in etas if eta is not None) - now_ms())
+    def room(self) -> int:
+        """How many messages may be fetched."""
+        return self.places.prefetch - self.outstanding_message_count
 
     def _take_off(self, most: int) -> list[bytes]:
         broker: Any = self.broker
@@ -289,16 +252,6 @@ class RedisConsumer(PolicyConsumer):
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
         return _SETTLE.command(keys, args)
 
-    def has_received(self) -> bool:
-        return bool(self.cache)
-
-    def move_one(self, move: Move) -> None:
-        redis_id = move.message.options["redis_message_id"]
-        step = Send(move.moved)
-        if self._settle(redis_id, b"", list(self._encode(step))):
-            self.broker.emit_after("enqueue", step.message, None)
-        self.places.release(redis_id)
-
     def put_back(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]
         if ids:
@@ -380,7 +333,5 @@ class RedisConsumer(PolicyConsumer):
             try:
                 # What was prefetched and never handed out, and what was given up.
                 self._put_back_the_lost()
-                if self.is_delay_queue:
-                    self.index.release()
             except (redis.RedisError, OSError) as error:
                 logger.warning("Messages of queue %r come back later than now: %s", self.source, error)

@@ -13,8 +13,8 @@ from dramatiq.message import get_encoder
 
 from .. import _dramatiq
 from ..consumer import PolicyConsumer
-from ..delay_queue import Move
 from ..errors import MalformedMessage
+from ..moving import Move
 from ..wiring import Wiring
 
 __all__ = ["StubConsumer", "explain_unsendable"]

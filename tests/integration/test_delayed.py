@@ -16,7 +16,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from dramatiq_policies import RetryPolicy, consumer
+from dramatiq_policies import RetryPolicy, moving
 from dramatiq_policies.brokers import rabbitmq_delayed
 from dramatiq_policies.brokers.acks import SharedAcks
 from dramatiq_policies.brokers.delay_index import DelayIndex
@@ -129,7 +129,7 @@ class Refuses(Middleware):
 def test_a_move_that_fails_delays_its_own_message_only(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(consumer, "_MOVE_AGAIN", 200)
+    monkeypatch.setattr(moving, "RETRY_AFTER", 200)
     app = place.app()
     ran: list[int] = []
     job = app.actor(ran.append, actor_name="job")
@@ -142,6 +142,33 @@ def test_a_move_that_fails_delays_its_own_message_only(
     assert refuses.refused == 1
     assert ran[-1] == 7
     assert "could not be moved" in caplog.text
+    assert place.left() == []
+
+
+class Spoils(Middleware):
+    """Puts into one message, when it is moved, a value that cannot be encoded."""
+
+    def __init__(self, message_id: str) -> None:
+        self.message_id = message_id
+
+    def before_enqueue(self, broker: Any, message: Message[Any], delay: int | None) -> None:
+        if message.message_id == self.message_id and delay is None:
+            message.options["spoilt"] = object()
+
+
+def test_a_message_that_can_never_be_moved_is_dead_and_the_others_run(place: Place) -> None:
+    app = place.app()
+    ran: list[int] = []
+    job = app.actor(ran.append, actor_name="job")
+    messages = [job.send_with_options(args=(number,), delay=100) for number in range(5)]
+    app.broker.add_middleware(Spoils(messages[2].message_id))
+    with app.working(1):
+        app.wait_for(*["succeeded"] * 4, "dead")
+        until(lambda: place.dead_bodies())
+    (dead,) = place.dead()
+    assert dead.message_id == messages[2].message_id
+    assert sorted(ran) == [0, 1, 3, 4]
+    assert [event.reason for event in app.events if event.outcome == "dead"] == ["handoff_failed"]
     assert place.left() == []
 
 
@@ -172,8 +199,7 @@ def test_a_batch_that_was_published_and_not_acked_is_all_that_runs_twice(
     with app.working(1):
         until(lambda: len(done) == 500 and rabbitmq_place.ready() == 0 and calls[0] > 3, describe=lambda: len(done))
         until(lambda: app.in_hand() == 0)
-    assert calls[0] < 30
-    assert sum(done.values()) - 500 <= consumer._MOVES
+    assert sum(done.values()) - 500 <= moving.BATCH
     assert rabbitmq_place.left() == []
 
 
