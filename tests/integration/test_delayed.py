@@ -164,7 +164,7 @@ def test_a_message_that_can_never_be_moved_is_dead_and_the_others_run(place: Pla
     app.broker.add_middleware(Spoils(messages[2].message_id))
     with app.working(1):
         app.wait_for(*["succeeded"] * 4, "dead")
-        until(lambda: place.dead_bodies())
+        until(place.dead_bodies)
     (dead,) = place.dead()
     assert dead.message_id == messages[2].message_id
     assert sorted(ran) == [0, 1, 3, 4]
