@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import Callbacks, Middleware, Retries, TimeLimit
+from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..broker_kinds import kind_of
 from ..middleware.base import PolicyMiddleware, rivals_of
-from ..middleware.composition import GroupCallbacks, Pipelines
+from ..middleware.composition import Callbacks, GroupCallbacks, Pipelines
 from ..middleware.error_classifier import ErrorClassifier
 from ..middleware.idempotency import Idempotency
 from ..middleware.queue_monitor import QueueMonitor
@@ -41,11 +42,12 @@ def named(broker: Broker, name: str) -> Any:
 _REPLACED: tuple[tuple[type[Middleware], type[Middleware]], ...] = ((Retries, ErrorClassifier), (TimeLimit, Timeout))
 #: What a subclass of ours takes the place of, but not where it is a user's own subclass.
 _WITH_HOLES: tuple[tuple[type[Middleware], type[Middleware]], ...] = (
+    (StockCallbacks, Callbacks),
     (StockPipelines, Pipelines),
     (StockGroupCallbacks, GroupCallbacks),
     (StockShutdownNotifications, ShutdownNotifications),
 )
-_SENDING: tuple[type[Middleware], ...] = (Callbacks, StockPipelines)
+_SENDING: tuple[type[Middleware], ...] = (StockCallbacks, StockPipelines)
 
 
 def _leftovers(broker: Broker) -> Found:

@@ -173,7 +173,52 @@ class Callback(Scenario):
         self.send = send  # type: ignore[method-assign]
 
 
-SCENARIOS = [Retried, RetriedLater, DeadLettered, Snoozed, NextStage, Callback]
+class Told(Scenario):
+    """A job with all callbacks of Dramatiq's."""
+
+    errors = 0
+    told: tuple[str, ...]
+
+    def declare(self) -> None:
+        self.heard: list[str] = []
+        for name in ("was_done", "has_failed", "gave_up"):
+            self.app.actor(lambda message, info, name=name: self.heard.append(name), actor_name=name)
+
+        @self.app.actor(
+            on_success="was_done",
+            on_failure="has_failed",
+            on_retry_exhausted="gave_up",
+            retry_on={Transient: RetryPolicy(attempts=2, wait=constant(0))},
+        )
+        def job():
+            if current_job().attempt <= self.errors:
+                raise Transient
+
+        self.send = job.send  # type: ignore[method-assign]
+
+
+class OnSuccess(Told):
+    marker = b"was_done"
+    outcomes = MappingProxyType({"succeeded": 2})
+    told = ("was_done",)
+
+
+class OnFailure(Told):
+    marker = b"has_failed"
+    errors = 1
+    outcomes = MappingProxyType({"retried": 1, "succeeded": 3})
+    told = ("has_failed", "was_done")
+
+
+class OnRetryExhausted(Told):
+    marker = b"gave_up"
+    errors = 2
+    outcomes = MappingProxyType({"retried": 1, "dead": 1, "succeeded": 3})
+    dead = 1
+    told = ("gave_up", "has_failed", "has_failed")
+
+
+SCENARIOS = [Retried, RetriedLater, DeadLettered, Snoozed, NextStage, Callback, OnSuccess, OnFailure, OnRetryExhausted]
 
 
 def check(scenario: Scenario, place: Place, *, copies: int) -> None:
@@ -191,6 +236,9 @@ def check(scenario: Scenario, place: Place, *, copies: int) -> None:
     else:
         assert got == scenario.outcomes
         assert dead == scenario.dead
+    if isinstance(scenario, Told):
+        assert set(scenario.heard) == set(scenario.told)
+        assert len(scenario.told) <= len(scenario.heard) <= copies * len(scenario.told)
     assert place.left() == []
 
 
