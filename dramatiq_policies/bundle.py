@@ -155,9 +155,9 @@ def arrange(broker: Broker) -> Wiring:
             elif isinstance(middleware, ShutdownNotifications):
                 wiring.shutdown_notifications = middleware
         if not wiring.attached_to_consume:
+            prepare(wiring)
             wiring.attached_to_consume = True
             _wrap_consume(wiring)
-            prepare(wiring)
         learn_passwords(broker, *broker.middleware)
         wiring.arranged = broker.middleware
         wiring.arranged_length = len(broker.middleware)

@@ -24,10 +24,10 @@ from .errors import MalformedMessage
 from .handing_off import RETURNED, returned
 from .moving import Move, attempt, move_due
 from .outcomes import Outcome, OutcomeEvent, text_of
-from .refusals import Fault, Parking, Unsendable
+from .refusals import Distrust, Fault, Parking, Unsendable
 from .safe_logger import SafeLogger
 from .settlement import settle
-from .shape import check_composition, check_shape, clean_options, is_number
+from .shape import check_composition, check_shape, clean_options, decode, is_number
 
 if TYPE_CHECKING:
     from .wiring import Wiring
@@ -65,6 +65,8 @@ class PolicyConsumer(Consumer):
         self.is_delay_queue = self.source != self.queue_name
         self.delayed = self.delay_queue()
         self.parked = self.parking()
+        self.distrust = wiring.distrusted.setdefault(queue_name, Distrust(queue_name))
+        self.max_body_bytes = wiring.max_body_bytes
         #: Whether the worker shuts down: what still comes is for others. See `hold`.
         self.holding = False
         self.held_back: list[MessageProxy] = []
@@ -234,12 +236,16 @@ class PolicyConsumer(Consumer):
         """Encode a message.
 
         Raises:
-          Unsendable: It cannot be encoded.
+          Unsendable: It cannot be encoded, or no worker would decode it.
         """
         try:
-            return message.encode()
-        except Exception as error:
-            raise Unsendable(f"the message cannot be encoded: {type(error).__name__}: {text_of(error)}") from error
+            body = message.encode()
+            if self.max_body_bytes is None or len(body) <= self.max_body_bytes:
+                return body
+            error: Exception = MalformedMessage(f"{len(body)} bytes; max_body_bytes is {self.max_body_bytes}")
+        except Exception as refusal:
+            error = refusal
+        raise Unsendable(f"the message cannot be encoded: {type(error).__name__}: {text_of(error)}") from error
 
     @property
     def refuses_dead_letters(self) -> bool:
@@ -265,12 +271,16 @@ class PolicyConsumer(Consumer):
         self.requeue([message])
 
     def stands_still(self) -> bool:
-        """Whether it can take nothing, since every slot is taken by a parked message."""
-        return len(self.parked) >= self.prefetch
+        """Whether it takes nothing: every slot is taken by a parked message, or it can read nothing."""
+        return len(self.parked) >= self.prefetch or self.distrust.is_pausing
 
     def gone(self) -> bool:
         """Whether the broker has taken back what this consumer delivered."""
         return False
+
+    def gave_back(self) -> bool:
+        """Whether the broker delivers again what this consumer delivered; not where the queue was deleted."""
+        return self.gone()
 
     def abandon(self, message: MessageProxy) -> None:
         """The message is left to come back."""
@@ -332,6 +342,16 @@ class PolicyConsumer(Consumer):
         return self.wiring.parked.setdefault(self.source, Parking())
 
     # Shared by them.
+
+    def decode(self, body: bytes) -> Message[Any]:
+        """Decode a body, and check it.
+
+        Raises:
+          Exception: It cannot be read.
+        """
+        message = decode(body, self.max_body_bytes)
+        self.adopt(message)
+        return message
 
     def adopt(self, message: Message[Any]) -> None:
         """Check a message's shape; it belongs to the queue that it was read from, whatever it says."""

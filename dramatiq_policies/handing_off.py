@@ -144,7 +144,7 @@ class HandOff:
 
     def _is_given_back(self) -> bool:
         """Whether the broker has given this message back to its queue already."""
-        return self.consumer.gone() and not self.delivery.is_remembered()
+        return self.consumer.gave_back() and not self.delivery.is_remembered()
 
     def _is_at_an_end(self, error: Exception) -> bool:
         """Whether there is no point in the same try once more."""

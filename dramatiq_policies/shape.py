@@ -12,12 +12,27 @@ from dramatiq import Message
 from .errors import MalformedMessage
 from .safe_logger import SafeLogger
 
-__all__ = ["check_composition", "check_shape", "clean_options", "described"]
+#: The default of ``max_body_bytes``.
+MAX_BODY_BYTES = 16_000_000
+
+__all__ = ["MAX_BODY_BYTES", "check_composition", "check_shape", "clean_options", "decode", "described"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 _REQUIRED = {"queue_name": str, "actor_name": str, "args": (list, tuple), "kwargs": dict, "options": dict}
 _ALLOWED: dict[str, Any] = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}
+
+
+def decode(body: bytes, most: int | None = MAX_BODY_BYTES) -> Message[Any]:
+    """Decode a body, unless it is longer than ``most`` bytes: decoded it may be larger than the machine.
+
+    Raises:
+      MalformedMessage: It is too long.
+      dramatiq.DecodeError: The encoder cannot read it.
+    """
+    if most is not None and len(body) > most:
+        raise MalformedMessage(f"the body has {len(body)} bytes, and max_body_bytes is {most}")
+    return Message.decode(body)
 
 
 def check_shape(message: Message[Any]) -> None:

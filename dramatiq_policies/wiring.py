@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .forks import after_fork
 from .outcomes import Outcome, OutcomeEvent, Subscriber, logger
-from .refusals import Parking
+from .refusals import Distrust, Parking
+from .shape import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -40,6 +41,8 @@ class Wiring:
       in_flight: Redis: the ids taken and not yet acked, by queue.
       moving: Per thread, whether a due message is being moved out of the delay queue.
       refused: The queues whose dead letters the broker refuses now.
+      distrusted: What a worker makes of bodies in a row that it cannot read, by queue.
+      max_body_bytes: The largest body that is decoded, None for any.
       parked: Redis: the messages that keep their slots, since the broker takes them in no form, by queue.
       fatal: Why this process must not go on, None while it may.
     """
@@ -47,6 +50,7 @@ class Wiring:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.policies: dict[str, ActorPolicy] = {}
+        self.max_body_bytes: int | None = MAX_BODY_BYTES
         #: What the consumers of one broker share among them.
         self.shared: dict[str, Any] = {}
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
@@ -94,6 +98,7 @@ class Wiring:
         self.moving = threading.local()
         self.refused: dict[str, object] = {}
         self.parked: dict[str, Parking] = {}
+        self.distrusted: dict[str, Distrust] = {}
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
         self.put_back_later: list[Callable[[], object]] = []
         #: RabbitMQ: how many messages the consumer of each queue holds.

@@ -9,6 +9,7 @@ from dramatiq.common import q_name
 from .. import _dramatiq
 from ..broker_kinds import kind_of
 from ..consumer import PolicyConsumer
+from ..errors import ConfigurationError
 from ..forks import after_fork
 from ..safe_logger import SafeLogger
 from ..struck import keep_out_of
@@ -58,6 +59,9 @@ def prepare(wiring: Wiring) -> None:
 
     A broker on Redis gets the id of this process, and one on RabbitMQ connections of its own in a forked child. A broker for
     tests names an argument that can't be sent.
+
+    Raises:
+      ConfigurationError: Its workers could read nothing.
     """
     kind = kind_of(wiring.broker)
     if kind == "stub":
@@ -67,6 +71,7 @@ def prepare(wiring: Wiring) -> None:
     elif kind == "redis":
         from .worker_id import WorkerId
 
+        _refuse_decoding(wiring.broker)
         wiring.shared["worker_id"] = WorkerId(wiring.broker)
         # What sends must not use a connection that was struck, or that leads to a demoted server.
         keep_out_of(getattr(vars(wiring.broker).get("client"), "connection_pool", None))
@@ -85,3 +90,17 @@ class _Connections:
 
     def begin_anew(self) -> None:
         self.of_parents.append(_dramatiq.leave_rabbitmq_connections(self.broker))
+
+
+def _refuse_decoding(broker: Any) -> None:
+    """Refuse a client of Redis that decodes answers: its workers would move each message to the dead letters."""
+    pool = getattr(vars(broker).get("client"), "connection_pool", None)
+    settings = getattr(pool, "connection_kwargs", None) or {}
+    if settings.get("decode_responses"):
+        raise ConfigurationError.of_option(
+            type(broker).__name__,
+            "client",
+            "a client that answers with bytes",
+            "one with decode_responses=True",
+            "Messages are bytes: workers could read none. Leave decode_responses out, or give the broker a client of its own.",
+        )

@@ -7,8 +7,6 @@ none. Once this consumer's channel is closed the server has put its messages bac
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
-from functools import partial
 from typing import Any
 
 import pika
@@ -19,11 +17,9 @@ from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
-from ..consumer import PolicyConsumer
+from ..consumer import REDELIVERED
 from ..delay_queue import DelayQueue
 from ..delivery import Delivery, Send
-from ..errors import MalformedMessage
-from ..handing_off import RETURNED, wait_before_return
 from ..history import now_ms
 from ..outcomes import text_of
 from ..refusals import Fault, Parking
@@ -31,27 +27,28 @@ from ..safe_logger import SafeLogger
 from ..struck import drop
 from ..wiring import Wiring
 from .acks import SharedAcks
+from .rabbitmq_unreadable import LOST, UNREADABLE, UnreadableBodies
 
 __all__ = ["RabbitmqConsumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
-alerts = SafeLogger("dramatiq_policies.alerts")
 
 _REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
 #: Why the server closes a channel: what was published, or declared, is refused for good.
 _FOR_GOOD = frozenset({311, 403, 406})
-#: The message option of a body that can't be read and waits until the dead-letter queue takes it, in base64.
-_UNREADABLE = "unreadable"
-_LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
+#: From which number of returns on a message is published anew, so that limits of two and more do not strike.
+_RETURNS = 2
 
 
-class RabbitmqConsumer(PolicyConsumer):
+class RabbitmqConsumer(UnreadableBodies):
     """Consumes, acks and dead-letters on RabbitMQ."""
 
     def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
         super().__init__(wiring, inner, queue_name)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
+        #: Whether its queue was deleted under it, and with it all that the server would have given back.
+        self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         wiring.held[queue_name] = self.held
 
@@ -60,24 +57,37 @@ class RabbitmqConsumer(PolicyConsumer):
         return 0 if self.gone() else len(self.inner.known_tags)
 
     def take(self) -> MessageProxy | None:
+        if self.distrust.is_pausing:
+            return self.look_again()
         try:
-            method, _properties, body = next(self.deliveries)
-        except _LOST as error:
+            method, properties, body = next(self.deliveries)
+        except StopIteration:
+            # The server cancelled this consumer. A job that ends before it is known why hands on: better twice than not at all.
+            self.deleted = True
+            self.closed = True
+            self.deleted = self._is_queue_deleted()
+            raise ConnectionClosed(f"RabbitMQ no longer delivers the queue {self.source!r}") from None
+        except LOST as error:
             if getattr(error, "reply_code", None) == 404:
                 # The queue has disappeared: have it declared again.
                 self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
             self.closed = True
             raise ConnectionClosed(error) from None
-        if body is None:
-            return None
+        return None if body is None else self.received(method, properties, body)
+
+    def received(self, method: Any, properties: Any, body: bytes) -> MessageProxy | None:
+        """The message of one delivery; None if it cannot be read, or goes back to its queue."""
         try:
-            message: Message[Any] = Message.decode(body)
-            self.adopt(message)
+            message = self.decode(body)
         except Exception as error:
-            self._dead_letter_raw(method, body, f"the body can't be read: {text_of(error)}")
+            self.unreadable(method.delivery_tag, properties, body, error)
             return None
-        if _UNREADABLE in message.options:
-            self._dead_letter_again(method, message)
+        if self.distrust.count:
+            self.distrust.readable()
+        if UNREADABLE in message.options:
+            self.dead_letter_again(method.delivery_tag, message)
+            return None
+        if method.redelivered and self._returns_of(properties) >= _RETURNS and self._is_published_anew(method, message):
             return None
         if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
             self.wiring.taken[self.queue_name] = message
@@ -85,79 +95,68 @@ class RabbitmqConsumer(PolicyConsumer):
         proxy.body = body  # type: ignore[attr-defined]
         return proxy
 
-    def _dead_letter_raw(self, method: Any, body: bytes, reason: str, times: int = 0) -> None:
-        """Move a body that can't be read to the dead letters; where these refuse it, enqueue it again in a message."""
-        tag = method.delivery_tag
-        try:
-            self._publish(xq_name(self.source), body, None)
-        except Exception as error:
-            if self.fault_of(error) is Fault.LOST:
-                raise ConnectionClosed(error) from None
-            self._return_raw(tag, body, error, times)
-            return
-        self.dead_letters_accepted()
-        self.inner.channel.basic_ack(tag)
-        self.report_malformed(MalformedMessage(reason))
+    @staticmethod
+    def _returns_of(properties: Any) -> int:
+        """How often the message was returned to its quorum queue; 0 on another queue, which does not count."""
+        count: Any = (properties.headers or {}).get("x-delivery-count")
+        return int(count) if isinstance(count, int) else 0  # pika has a type of its own for it.
 
-    def _return_raw(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
-        if self.dead_letters_refused():
-            alerts.critical(
-                "The dead-letter queue of %r would not take a body that can't be read (%s: %s). The body is enqueued again: "
-                "make room in the dead-letter queue.",
-                self.queue_name,
-                type(refused).__name__,
-                text_of(refused),
-            )
-        wait = wait_before_return(times)
-        options = {_UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
+    def _is_published_anew(self, method: Any, message: Message[Any]) -> bool:
+        """Publish a message anew that RabbitMQ would soon count out; whether the server has accepted it.
+
+        A quorum queue drops a message, or dead-letters it without a word, that was returned more often than its limit.
+        """
+        again = message
+        if not self.is_delay_queue:
+            again = message.copy(options={REDELIVERED: True})
         try:
-            self._enqueue(Send(Message(self.queue_name, "?", (), {}, options), wait))
+            self.publish(self.source, self.encoded(again), message.options.get("broker_priority"))
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.error("A body that can't be read keeps its slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
-            self.parked.park(wait, partial(self._nack, tag))
+            logger.warning("Message %s can't be published anew: %s", message.message_id, text_of(error))
+            return False
+        self.ack_here(method.delivery_tag)
+        return True
+
+    def _is_queue_deleted(self) -> bool:
+        """Whether what this consumer held is gone with its queue. A queue on a node that is down keeps its messages."""
+        try:
+            self.inner.channel.queue_declare(self.source, passive=True)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            deleted = error.reply_code == 404 and "no queue" in error.reply_text
+        except LOST:
+            deleted = False
         else:
-            self.inner.channel.basic_ack(tag)
-
-    def _dead_letter_again(self, method: Any, message: Message[Any]) -> None:
-        try:
-            body = b64decode(message.options[_UNREADABLE], validate=True)
-            times = int(message.options[RETURNED])
-        except Exception:
-            body, times = message.encode(), 0
-        self._dead_letter_raw(method, body, "the body can't be read", times)
+            deleted = True  # And declared again by somebody, empty.
+        if deleted:
+            self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+            logger.warning("Queue %r was deleted. Jobs that run go on, and their retries are published.", self.source)
+        return deleted
 
     def give_back(self, message: MessageProxy) -> None:
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
         if tag is not None:
-            self._nack(tag)
-
-    def _nack(self, tag: int) -> None:
-        if not self.gone():
-            try:
-                self.inner.channel.basic_nack(tag, requeue=True)
-            except _LOST as error:
-                raise ConnectionClosed(error) from None
+            self.nack_here(tag)
 
     def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
-        if self.gone() and not delivery.is_remembered():
+        if self.gave_back() and not delivery.is_remembered():
             raise ConnectionClosed("the consumer that delivered this message is closed")
         steps = delivery.steps
         while steps:
             step = steps[0]
             assert isinstance(step, Send)
-            self._enqueue(step)
+            self.enqueue(step)
             steps.pop(0)
         if isinstance(dead, bytes):
-            self._publish(xq_name(self.source), dead, None)
+            self.publish(xq_name(self.source), dead, None)
         elif dead is not None:
-            self._publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
+            self.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
 
-    def _enqueue(self, step: Send) -> None:
+    def enqueue(self, step: Send) -> None:
         """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
         self._encode(step)
-        self._publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
+        self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
         self.broker.emit_after("enqueue", step.message, step.delay)
 
     def _encode(self, step: Send) -> None:
@@ -168,7 +167,7 @@ class RabbitmqConsumer(PolicyConsumer):
             self.broker.emit_before("enqueue", message, delay)
             step.message, step.encoded = message, self.encoded(message)
 
-    def _publish(self, queue: str, body: bytes, priority: int | None) -> None:
+    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
         broker: Any = self.broker
         properties = pika.BasicProperties(delivery_mode=2, priority=priority)
         try:
@@ -210,6 +209,8 @@ class RabbitmqConsumer(PolicyConsumer):
         drop(_dramatiq.take_rabbitmq_connection(broker))
 
     def finish(self, message: MessageProxy) -> None:
+        if self.deleted:
+            return
         if self.gone():
             logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
             return
@@ -236,6 +237,9 @@ class RabbitmqConsumer(PolicyConsumer):
     def gone(self) -> bool:
         return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
 
+    def gave_back(self) -> bool:
+        return self.gone() and not self.deleted
+
     def fault_of(self, error: Exception) -> Fault:
         if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code in _FOR_GOOD:
             return Fault.HOPELESS
@@ -244,7 +248,7 @@ class RabbitmqConsumer(PolicyConsumer):
     def lost_connection(self, error: Exception) -> bool:
         if isinstance(error, _REFUSED):
             return False
-        return isinstance(error, _LOST) or super().lost_connection(error)
+        return isinstance(error, LOST) or super().lost_connection(error)
 
     def close(self) -> None:
         super().close()
@@ -255,5 +259,5 @@ class RabbitmqConsumer(PolicyConsumer):
         if self.inner.connection.is_open:
             try:
                 self.inner.connection.close()
-            except _LOST:
+            except LOST:
                 pass

@@ -11,7 +11,6 @@ consumer's connection. A process killed in between leaves at most one batch in b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from heapq import heappop, heappush
 from time import monotonic
 from typing import Any
@@ -27,7 +26,8 @@ from ..history import now_ms
 from ..moving import Move, attempt
 from ..struck import drop
 from ..wiring import Wiring
-from .rabbitmq import _LOST, RabbitmqConsumer
+from .rabbitmq import RabbitmqConsumer
+from .rabbitmq_unreadable import LOST
 
 __all__ = ["RabbitmqDelayConsumer"]
 
@@ -59,7 +59,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         self.batches: _Batches | None = None
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
-        self._on_connection(inner.channel.basic_qos, 0)
+        self.on_connection(inner.channel.basic_qos, 0)
 
     def held(self) -> int:
         return super().held() + len(self.far)
@@ -73,7 +73,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
             self._return_near()
             wait = self._seconds_to_wait()
             if wait is not None:
-                self._on_connection(self.inner.connection.process_data_events, wait)
+                self.on_connection(self.inner.connection.process_data_events, wait)
                 if not self.has_received():
                     # Whatever was returned has gone to other workers.
                     self.returned = 0 if wait > 0.1 else self.returned
@@ -101,7 +101,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         """Return those of the far messages that are due soon, as many as can be kept."""
         room, until = self._room(), now_ms() + _AHEAD
         while room > 0 and self.far and self.far[0][0] <= until:
-            self._on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
+            self.on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
             self.returned += 1
             room -= 1
 
@@ -128,20 +128,12 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         if connection is not None:
             try:
                 connection.process_data_events(0)
-            except (*_LOST, OSError):
+            except (*LOST, OSError):
                 self._stop_publishing()
 
     def _stop_publishing(self) -> None:
         self.batches = None
         drop(_dramatiq.take_rabbitmq_connection(self.broker))
-
-    def _on_connection(self, call: Callable[[Any], object], argument: Any) -> None:
-        """Use this consumer's connection."""
-        try:
-            call(argument)
-        except (*_LOST, OSError) as error:
-            self.closed = True
-            raise ConnectionClosed(error) from None
 
     def move(self, moves: list[Move]) -> None:
         steps = []
@@ -156,11 +148,11 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         accepted = self._publish_all([step for _, step in steps])
         done = [(move, step) for number, (move, step) in enumerate(steps) if number in accepted]
         tags = [_dramatiq.take_rabbitmq_tag(self.inner, move.message) for move, _ in done]
-        self._on_connection(self.acks.send, [tag for tag in tags if tag is not None])
+        self.on_connection(self.acks.send, [tag for tag in tags if tag is not None])
         for move, step in done:
             move.done = True
             self.broker.emit_after("enqueue", step.message, None)
-        self._on_connection(self.inner.connection.process_data_events, 0)
+        self.on_connection(self.inner.connection.process_data_events, 0)
         if self.wiring.stopping.is_set() and len(accepted) < len(steps):
             # No further try, which may take as long. The server gives the messages out again.
             self._stop_publishing()
@@ -171,7 +163,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
                 attempt(self, move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: Send) -> None:
-        self._enqueue(step)
+        self.enqueue(step)
         self.send_ack(move.message)
 
     def _publish_all(self, steps: list[Send]) -> set[int]:
@@ -183,19 +175,19 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
             if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
                 batches = self.batches = _Batches(broker.connection)
             batches.write(self.queue_name, steps)
-        except (*_LOST, OSError, ConnectionClosed):
+        except (*LOST, OSError, ConnectionClosed):
             self._stop_publishing()
             return set()
         began = monotonic()
         while batches.waiting and batches.channel.is_open:
             try:
                 batches.connection.process_data_events(0.2)
-            except (*_LOST, OSError):
+            except (*LOST, OSError):
                 self._stop_publishing()
                 break
             if batches.waiting:
                 # The server takes its time: it must hear from the consumer meanwhile.
-                self._on_connection(self.inner.connection.process_data_events, 0)
+                self.on_connection(self.inner.connection.process_data_events, 0)
                 if self.wiring.stopping.is_set() and monotonic() - began > _PATIENCE:
                     break
         return batches.accepted

@@ -18,12 +18,12 @@ from time import monotonic
 from typing import Any
 
 import redis
-from dramatiq import Message
 from dramatiq.common import q_name
 
 from ..history import FAILURE
 from ..round_trips import RAW, Script
 from ..safe_logger import SafeLogger
+from ..shape import decode
 from .worker_id import BY_SERVER_CLOCK
 
 __all__ = ["Recovery"]
@@ -106,8 +106,7 @@ class Recovery:
     def _marked(self, body: bytes) -> bool:
         """Whether a body is the dead letter of a worker of 0.1.0, which died before it could move it."""
         try:
-            message: Message[Any] = Message.decode(body)
-            return FAILURE in message.options
+            return FAILURE in decode(body).options
         except Exception:
             return False  # What can't be read is for the consumer to say.
 

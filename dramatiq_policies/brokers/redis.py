@@ -27,7 +27,7 @@ from ..delivery import Delivery, GivenAway, Send
 from ..errors import MalformedMessage
 from ..history import FAILURE, now_ms
 from ..records import completed_by
-from ..refusals import Fault, Unsendable
+from ..refusals import IN_A_ROW, Fault, Unsendable
 from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
 from ..wiring import Wiring
@@ -96,14 +96,20 @@ class RedisConsumer(PolicyConsumer):
         """The message that lies under an id; None if it is on the dead-letter queue."""
         try:
             redis_id = name.decode()
-            message: Message[Any] = Message.decode(data)
-            self.adopt(message)
+            message = self.decode(data)
             if type(message.options.get("redis_message_id", "")) is not str:
                 raise MalformedMessage("redis_message_id is no string")
         except Exception as error:
+            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            if self.distrust.unreadable(error):
+                # It stays on the queue, behind the others.
+                self._guarded(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
+                return None
             self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
-            self.report_malformed(MalformedMessage(f"the body can't be read: {error}"))
+            self.report_malformed(unreadable)
             return None
+        if self.distrust.count:
+            self.distrust.readable()
         # The body may say anything: another message's id, or one that can't be sent.
         message.options["redis_message_id"] = redis_id
         if recovered:
@@ -125,7 +131,10 @@ class RedisConsumer(PolicyConsumer):
             self._guarded(self._put_back_the_lost)
             self.looked = monotonic()
         self._guarded(self.recovery.look)
-        room = self.room()
+        if left := self.distrust.seconds_left():
+            self.idle(min(left, self.timeout_ms / 1_000))
+            return False
+        room = min(self.room(), IN_A_ROW) if self.distrust.is_pausing else self.room()
         if self.holding and not self.is_delay_queue:
             # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
             self.idle(self.timeout_ms / 1_000)

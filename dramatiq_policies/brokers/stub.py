@@ -34,8 +34,7 @@ class StubConsumer(PolicyConsumer):
         if data is None:
             return None
         try:
-            message: Message[Any] = Message.decode(data)
-            self.adopt(message)
+            message = self.decode(data)
         except Exception as error:
             letter = _dramatiq.StubMessage(self._raw(data))
             unreadable = MalformedMessage(f"the body can't be read: {error}")

@@ -24,7 +24,7 @@ from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, 
 from ..rule_set import RuleSet
 from ..rules import RetryPolicy
 from ..safe_logger import SafeLogger
-from ..shape import timedeltas_to_ms
+from ..shape import MAX_BODY_BYTES, timedeltas_to_ms
 from ..wiring import wiring_of
 from .base import PolicyMiddleware
 
@@ -62,6 +62,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
       max_snooze: How long a job may snooze in all, from the first time on. Default 7 days.
       dead_letter_discards: Whether discarded messages are kept on the dead-letter queue. Default False.
       after_discard: ``callable(message, exception)``, called once when a message has ended badly for good.
+      max_body_bytes: The largest message body that a worker decodes, in bytes. A larger one becomes a dead letter as it is,
+        reason ``malformed``. None for any size. Default 16 MB.
       on_outcome: Called with each `OutcomeEvent`, or several such callables. What they raise is logged.
       max_retries, min_backoff, max_backoff, retry_when: As in Dramatiq's ``Retries``. Left out, those of a ``Retries``
         that was on the broker are kept.
@@ -81,6 +83,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         alert_interval: int | timedelta = 300_000,
         max_snooze: int | timedelta = WEEK_MS,
         dead_letter_discards: bool = False,
+        max_body_bytes: int | None = MAX_BODY_BYTES,
         after_discard: Callable[[Any, BaseException], object] | None = None,
         on_outcome: Subscriber | tuple[Subscriber, ...] | list[Subscriber] | None = None,
         **stock: Any,
@@ -107,6 +110,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if not isinstance(dead_letter_discards, bool):
             raise ConfigurationError.of_option(where, "dead_letter_discards", "True or False", dead_letter_discards)
         self.dead_letter_discards = dead_letter_discards
+        if max_body_bytes is not None and (type(max_body_bytes) is not int or max_body_bytes < 1):
+            expected = "bytes, an int of at least 1, or None"
+            raise ConfigurationError.of_option(where, "max_body_bytes", expected, max_body_bytes)
+        self.max_body_bytes = max_body_bytes
         if after_discard is not None:
             expect_callable(where, "after_discard", after_discard, "message, exception")
         self.after_discard = after_discard
@@ -131,6 +138,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def attach(self, wiring: Wiring) -> None:
         make_stock_loggers_safe(wiring.broker)
+        wiring.max_body_bytes = self.max_body_bytes
         wiring.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             wiring.subscribe(self, subscriber)

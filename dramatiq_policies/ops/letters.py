@@ -11,7 +11,7 @@ from dramatiq.message import generate_unique_id
 
 from ..delivery import READY_AT
 from ..history import FAILURE, POLICIES, History, now_ms
-from ..shape import check_shape, is_number
+from ..shape import check_shape, decode, is_number
 from ..wiring import wiring_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _type_of(value: Any) -> str:
 def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
     """What a dead letter says. It may come from anybody: what can't be read is None."""
     try:
-        message = Message.decode(item.body)
+        message = decode(item.body, wiring_of(broker).max_body_bytes)
         check_shape(message)
     except Exception:
         return DeadLetter(

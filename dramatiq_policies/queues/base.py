@@ -13,7 +13,7 @@ from dramatiq.common import q_name
 from ..delivery import READY_AT
 from ..history import now_ms
 from ..safe_logger import SafeLogger
-from ..shape import is_number
+from ..shape import decode, is_number
 
 __all__ = ["ENDS", "QueueReader", "QueueReading", "oldest", "ready_at"]
 
@@ -110,8 +110,7 @@ def oldest(bodies: Iterable[bytes | str | None], now: int) -> int:
         if body is None:
             continue  # Taken meanwhile.
         try:
-            message: Message[Any] = Message.decode(body.encode() if isinstance(body, str) else body)
-            ready = ready_at(message)
+            ready = ready_at(decode(body.encode() if isinstance(body, str) else body))
         except Exception:  # noqa: S112  Whatever an encoder raises; the consumer dead-letters and reports it.
             continue
         if ready is not None:

@@ -197,7 +197,7 @@ def test_a_body_that_can_t_be_read_and_whose_dead_letter_is_lost_is_read_again(
     app.actor(lambda: None, actor_name="job")
     app.broker.declare_queue(rabbitmq_place.queue, ensure=True)
     rabbitmq_place.push(b"not json")
-    fail_once(monkeypatch, RabbitmqConsumer, "_publish", ConnectionError("gone"))
+    fail_once(monkeypatch, RabbitmqConsumer, "publish", ConnectionError("gone"))
     app.work_until("dead")
     assert rabbitmq_place.dead_bodies() == [b"not json"]
     assert rabbitmq_place.left() == []

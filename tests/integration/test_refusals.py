@@ -156,14 +156,14 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
     app.broker.add_middleware(heartbeat)
     refusing = threading.Event()
     refusing.set()
-    stock = RabbitmqConsumer._publish
+    stock = RabbitmqConsumer.publish
 
     def publish(self: Any, *args: Any) -> None:
         if refusing.is_set():
             raise pika.exceptions.NackError([])
         stock(self, *args)
 
-    monkeypatch.setattr(RabbitmqConsumer, "_publish", publish)
+    monkeypatch.setattr(RabbitmqConsumer, "publish", publish)
     monkeypatch.setattr(handing_off, "_FIRST_RETURN", 1_500)
 
     @app.actor(max_retries=0)
