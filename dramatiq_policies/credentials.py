@@ -133,9 +133,9 @@ def described(value: Any, depth: int = 3) -> str:
 
 def _described(value: Any, depth: int) -> str:
     kind = type(value)
-    if isinstance(value, str) and redact(value) != value:
-        # Where its password ends is a guess.
-        return f"a {kind.__name__} with a password"
+    if isinstance(value, str) and ("://" in value or redact(value) != value):
+        # Where its password ends is a guess, and that of a webhook is a part of its path.
+        return f"a {kind.__name__} with a URL or a password"
     if value is None or isinstance(
         value, (bool, int, float, complex, str, timedelta, date, datetime, PurePath, enum.Enum, type, BaseException)
     ):

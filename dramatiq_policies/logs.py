@@ -61,13 +61,14 @@ def report_unheard(wiring: Wiring) -> None:
 
     Called when a worker boots: by then the application has configured its logging.
     """
-    needed = {ALERTS: logging.CRITICAL}
+    warns = any(getattr(middleware, "logs_alerts", False) for middleware in wiring.broker.middleware)
+    needed = {ALERTS: logging.WARNING if warns else logging.CRITICAL}
     if wiring.failure_level is not None:
         needed[OUTCOMES] = wiring.failure_level
     unheard = [_why_unheard(name) for name, level in sorted(needed.items()) if not is_heard(name, level)]
     if not unheard:
         return
-    text = "Nobody hears of dead messages, alerts and stuck jobs as they should: %s. Dramatiq's own lines on failed jobs stay."
+    text = "Nobody hears of dead messages, alerts, stuck jobs or queues as they should: %s. Dramatiq's own lines on failed jobs stay."
     for name in (ALERTS, _dramatiq.WORKER_LOGGER, ""):
         if is_heard(name, logging.WARNING):
             SafeLogger(name).warning(text, "; ".join(unheard))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from datetime import timedelta
@@ -36,7 +37,10 @@ def _stops_the_thread(error: BaseException) -> bool:
     """Whether it came from outside of the log call, and is meant for what called it."""
     if isinstance(error, Exception):
         return False
-    return isinstance(error, (KeyboardInterrupt, Interrupt, GeneratorExit)) or any(
+    if isinstance(error, KeyboardInterrupt):
+        # Ctrl-C reaches the main thread alone.
+        return threading.current_thread() is threading.main_thread()
+    return isinstance(error, (Interrupt, GeneratorExit)) or any(
         cls.__module__.partition(".")[0] in ("gevent", "greenlet") for cls in type(error).__mro__
     )
 
@@ -178,11 +182,14 @@ def _clean(record: logging.LogRecord) -> None:
             record.exc_text = f"{record.exc_info[0].__qualname__}: its traceback raised {type(error).__name__}"
 
 
-def _clean_value(value: Any) -> Any:
+def _clean_value(value: Any, depth: int = 10) -> Any:
+    """A field's value, with printable texts in it."""
     if isinstance(value, str):
         return _safe(value)
-    if isinstance(value, Mapping):
-        return {name: _safe(one) if isinstance(one, str) else one for name, one in value.items()}
+    if depth and type(value) in (dict, list, tuple):
+        if type(value) is dict:
+            return {_clean_value(name): _clean_value(one, depth - 1) for name, one in value.items()}
+        return type(value)(_clean_value(one, depth - 1) for one in value)
     return value
 
 

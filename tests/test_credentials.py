@@ -69,6 +69,7 @@ def plants():
     return {
         "url": f"redis://:{PASSWORD}@localhost:1/0",
         "url with a user": f"amqp://user:{PASSWORD}@localhost:1/",
+        "webhook": "https://hooks.example.com/services/T0/hunter2",
         "dsn": f"host=db password='{PASSWORD}'",
         "query": "redis://localhost/0?password=p%40ss%2Fw0rd&x=1",
         "client": client,

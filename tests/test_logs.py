@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from dramatiq.middleware import SkipMessage
 
-from dramatiq_policies import DiscardLogger, RetryPolicy, constant
+from dramatiq_policies import DiscardLogger, QueueMonitor, RetryPolicy, Threshold, constant
 from dramatiq_policies.safe_logger import ALERTS, OUTCOMES
 
 from .support import Stage
@@ -96,6 +96,13 @@ def test_an_alert_of_a_disabled_logger_is_written_by_the_root(silent, caplog):
     failing(alert_on=KeyError)
     (alert,) = lines(caplog, ALERTS)
     assert alert.levelname == "CRITICAL"
+
+
+@pytest.mark.parametrize(("on_alert", "said"), [("log", True), ([print, "log"], True), (print, False)])
+def test_a_queue_that_is_late_is_a_warning_that_somebody_must_hear(on_alert, said, silent, caplog):
+    logging.getLogger(ALERTS).setLevel(logging.ERROR)
+    failing({"queue_monitor": QueueMonitor(thresholds={"default": Threshold(ready=1)}, on_alert=on_alert)})
+    assert ("Nobody hears" in caplog.text) is said
 
 
 def test_where_nobody_hears_anything_it_is_said_on_stderr(silent, monkeypatch, capsys):

@@ -124,7 +124,21 @@ def test_an_exception_that_stops_the_thread_passes(heard):
         logging.getLogger(NAME).handlers.insert(0, Raises(error))
         with pytest.raises(error):
             SafeLogger(NAME).error("x")
-        assert threading.current_thread().is_alive()
+
+
+def test_ctrl_c_that_a_handler_raises_in_a_workers_thread_ends_no_thread(heard, capsys):
+    logging.getLogger(NAME).handlers.insert(0, Raises(KeyboardInterrupt))
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(SafeLogger(NAME).error("x")))
+    thread.start()
+    thread.join()
+    assert ended == [None]
+
+
+def test_arguments_in_a_field_are_printable_at_any_depth(heard):
+    hostile = ("a\nb", [{"c\u202e": ["\ud83d", 1, None]}])
+    SafeLogger(NAME).warning("x", extra={"job_args": hostile})
+    assert heard[0].job_args == (r"a\nb", [{r"c\u202e": [r"\ud83d", 1, None]}])
 
 
 def test_a_field_that_the_applications_factory_sets_too_is_ours_unless_ours_is_none(heard, factory):

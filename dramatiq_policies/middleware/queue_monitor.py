@@ -85,6 +85,8 @@ class QueueMonitor(PolicyMiddleware):
         self.in_workers = in_workers
         self._watch = Watch(thresholds)
         self._tellers = tellers(on_alert)
+        #: Whether alerts are log records: a WARNING that somebody must hear.
+        self.logs_alerts = on_alert in (None, "log") or (isinstance(on_alert, (list, tuple)) and "log" in on_alert)
         self._statsd: Statsd | None = None
         if client is not None:
             from ..statsd import Statsd
