@@ -22,6 +22,7 @@ from dramatiq.middleware import Shutdown
 from .errors import TimeoutExceeded
 from .interrupts import cause_of, nothing
 from .slots import Watch, report_apart
+from .struck import strikes_anywhere
 
 __all__ = ["call", "shutdown"]
 
@@ -119,7 +120,8 @@ def call(
     run = _runs[greenlet] = _Run(deadline, on_shutdown, watch, job)
     try:
         return fn(*args, **kwargs)
-    except RuntimeError as error:
+    except BaseException as error:
+        run.struck = run.struck or strikes_anywhere(error)
         cause = cause_of(error)
         if cause is error:
             raise

@@ -70,6 +70,7 @@ from dramatiq.threading import Interrupt, is_gevent_active
 
 from .errors import TimeoutExceeded
 from .slots import Slot, Target, Tokens, Watch, supported
+from .struck import strikes_anywhere
 from .timer import Timer
 
 __all__ = ["Caller", "call", "caller", "end_timer", "reset", "shutdown", "timer_runs"]
@@ -132,7 +133,7 @@ def call(
       watch: Who is told if it goes on after the deadline; None for nobody.
       job: What the watch is told that it is.
       after_interrupt: Called, on this thread, if there was an interrupt and once none can come any more, to give up what it
-        may have struck in the middle. Must not raise.
+        may have struck in the middle. Must not raise. Also called if ``fn`` ended by an interrupt that others raised.
 
     Returns what ``fn`` returns and raises what it raises, an interrupt included. No interrupt is raised after that, and
     one that comes when ``fn`` has already ended is dropped.
@@ -176,7 +177,7 @@ def call(
         if not returned and error is None:
             error = later
         slot.disarm(tokens)
-    if struck:
+    if struck or (error is not None and strikes_anywhere(error)):
         after_interrupt()
     if error is None:
         return result

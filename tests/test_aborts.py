@@ -188,3 +188,21 @@ def test_aborts_at_any_moment_end_each_job_once_and_leave_none_running(event_loo
     assert counted["done"]
     assert counted["aborted"]
     assert not counted["broken"]
+
+
+def test_a_sync_job_that_an_abort_ends_gives_up_what_it_may_have_struck():
+    given_up = []
+
+    def job():
+        raise_thread_exception(threading.get_ident(), Abort)
+        deadline = monotonic() + 20
+        while monotonic() < deadline:
+            pass
+
+    with pytest.raises(Abort):
+        interrupts.call(job, (), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(1))
+    assert given_up == [1]
+    with pytest.raises(KeyError):
+        interrupts.call({}.__getitem__, (1,), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(2))
+    assert given_up == [1]
+    interrupts.reset()
