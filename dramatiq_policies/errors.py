@@ -27,6 +27,7 @@ dead letter names when no error of the job's own explains its end.
 from __future__ import annotations
 
 import math
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +53,7 @@ __all__ = [
     "Verdict",
     "checked_duration",
     "checked_wait",
+    "how_to_add",
 ]
 
 
@@ -84,6 +86,13 @@ class ConfigurationError(PolicyError, MiddlewareError):
         shown = f"a {type(got).__name__}" if hidden else f"{described(got):.500}"
         message = f"{where}: {option}: expected {expected}, got {shown}"
         return cls(f"{message}. {do}" if do else f"{message}.")
+
+
+def how_to_add(middleware: str, call: str) -> str:
+    """A sentence on how to put a middleware on the broker: in Django's settings where django_dramatiq makes the broker."""
+    if "django_dramatiq" in sys.modules:
+        return f"Add {middleware} to MIDDLEWARE of DRAMATIQ_BROKER in your Django settings"
+    return f"Pass one to install(): {call}"
 
 
 def checked_duration(where: str, option: str, value: Any, *, least: int = 0, most: float = math.inf) -> int:

@@ -14,7 +14,7 @@ from . import coroutines, interrupts
 from .backoff import bounds_of
 from .callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature, unwrapped
 from .durations import CENTURY_MS, WEEK_MS
-from .errors import ConfigurationError, checked_duration
+from .errors import ConfigurationError, checked_duration, how_to_add
 from .keys import checked_key, encodable, signature_of, template_key
 from .rule_set import RuleSet
 
@@ -141,8 +141,12 @@ def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
         # Not by equality: 0 asks for something too.
         if not (value is None or value is False):
             raise ConfigurationError(
-                f"{where}: {name}: the broker has no Idempotency with a store. Pass one to install(): on RabbitMQ "
-                "install(broker, idempotency=Idempotency(RedisStore.from_url(…)))."
+                f"{where}: {name}: the broker has no Idempotency with a store. "
+                + how_to_add(
+                    "Idempotency(RedisStore.from_url(…))",
+                    "on RabbitMQ install(broker, idempotency=Idempotency(RedisStore.from_url(…)))",
+                )
+                + "."
             )
 
 

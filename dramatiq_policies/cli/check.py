@@ -16,17 +16,19 @@ from ..ops import (
     load_broker,
     read_baseline,
     read_exemptions,
+    require_actors,
     write_baseline,
 )
 from ..ops.apps import StandIn
 from ..ops.findings import Finding
 from ..ops.gate import BASELINE, checked_reason, missing_extra
+from .app_command import AppCommand
 from .base import console, counted, format_option, length, path_option, print_json, seen_enough, shown
 
 __all__ = ["check"]
 
 
-@click.command()
+@click.command(cls=AppCommand)
 @click.argument("app")
 @path_option
 @format_option("github")
@@ -90,6 +92,7 @@ def check(
             raise
         _show(form, missing, 0, missing.failed(), None)
         return 1
+    require_actors(app, broker)
     findings, facts = check_live(broker) if live else ((), None)
     report = gate(broker, settings, exemptions=exemptions, baseline=known, live=findings)
     if writing:

@@ -11,6 +11,7 @@ import click
 from dramatiq.broker import Broker
 
 from .. import ops
+from .app_command import AppCommand
 from .base import (
     age,
     confirm,
@@ -38,7 +39,7 @@ def dead() -> None:
     """Look at the dead letters, send them again, or delete them."""
 
 
-@dead.command()
+@dead.command(cls=AppCommand)
 @filters
 @format_option()
 def summary(form: str, **meant: Any) -> None:
@@ -74,7 +75,7 @@ def _outcome(outcome: str, reason: str | None) -> str:
     return outcome if reason is None else f"{outcome} ({reason})"
 
 
-@dead.command("list")
+@dead.command("list", cls=AppCommand)
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @format_option()
@@ -106,7 +107,7 @@ def list_(form: str, limit: int | None, **meant: Any) -> None:
         click.echo("No dead letters.", err=True)
 
 
-@dead.command()
+@dead.command(cls=AppCommand)
 @click.argument("app")
 @click.argument("message_id")
 @path_option
@@ -146,7 +147,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
         click.echo(f"\n{shown(trace, lines=True).rstrip()}")
 
 
-@dead.command()
+@dead.command(cls=AppCommand)
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
@@ -178,7 +179,7 @@ def replay(
     _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
 
-@dead.command()
+@dead.command(cls=AppCommand)
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")

@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from .. import ops
+from .app_command import AppCommand
 from .base import console, duration, format_option, path_option, print_json, print_table, shown
 
 __all__ = ["explain"]
 
 
-@click.command()
+@click.command(cls=AppCommand)
 @click.argument("actor")
 @click.argument("exception", required=False)
 @path_option

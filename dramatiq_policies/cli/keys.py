@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from .. import ops
+from .app_command import AppCommand
 from .base import age, confirm, duration, format_option, path_option, print_json, print_table, shown
 
 __all__ = ["keys"]
@@ -20,7 +21,7 @@ def keys() -> None:
     """
 
 
-@keys.command()
+@keys.command(cls=AppCommand)
 @click.argument("actor")
 @click.argument("args", nargs=-1)
 @path_option
@@ -45,7 +46,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
     print_table(["", ""], [(name, value) for name, value in rows.items() if value is not None])
 
 
-@keys.command()
+@keys.command(cls=AppCommand)
 @click.argument("actor")
 @click.argument("args", nargs=-1)
 @click.option("-y", "--yes", is_flag=True, help="Don't ask whether to forget a job that is running.")

@@ -14,8 +14,10 @@ import click
 from rich.text import Text
 
 from .. import ops
+from ..errors import how_to_add
 from ..queues import reader_of
 from ..safe_logger import SafeLogger
+from .app_command import AppCommand
 from .base import (
     as_json,
     console,
@@ -42,7 +44,7 @@ class _WithDefault(click.Group):
     """``queues app`` is ``queues show app``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
             args = ["show", *args]
         return super().parse_args(ctx, args)
 
@@ -57,7 +59,7 @@ _COLUMNS = ("queue", "ready", "delayed", "running", "dead", "oldest")
 _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": "dead"}
 
 
-@queues.command()
+@queues.command(cls=AppCommand)
 @click.argument("app")
 @path_option
 @click.option(
@@ -150,7 +152,7 @@ def _signed(change: float | None) -> str | None:
     return None if change is None else f"{change:+.1f}" if change else "0"
 
 
-@queues.command()
+@queues.command(cls=AppCommand)
 @click.argument("app")
 @click.argument("queue", shell_complete=queue_names)
 @click.option(
@@ -191,7 +193,7 @@ def move(
     say_unreadable(moved)
 
 
-@click.command()
+@click.command(cls=AppCommand)
 @click.argument("app")
 @path_option
 def monitor(app: str, path: tuple[str, ...]) -> None:
@@ -200,7 +202,9 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
     found = ops.monitor_of(broker)
     if found is None:
         raise ops.OperationError(
-            "There is no QueueMonitor on the broker; pass one to install(broker, queue_monitor=…)."
+            "There is no QueueMonitor on the broker. "
+            + how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
+            + "."
         )
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(message)s")

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from .apps import OperationError, find_actor, find_queue, known_queues, load_broker, meant, one_line, redact
+from .apps import (
+    OperationError,
+    find_actor,
+    find_queue,
+    known_queues,
+    load_broker,
+    meant,
+    one_line,
+    redact,
+    require_actors,
+)
 from .checks import Settings, check_actor, check_broker
 from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
 from .designs import Design, IncompleteDesign, parse_design
+from .django_project import DJANGO, set_up_django
 from .exceptions import find_exception
 from .explanations import Attempt, Explanation, explain
 from .findings import CODES, Code, Finding
@@ -19,6 +30,7 @@ from .scaffold import scaffold
 
 __all__ = [
     "CODES",
+    "DJANGO",
     "Attempt",
     "Code",
     "DeadLetter",
@@ -61,7 +73,9 @@ __all__ = [
     "read_queues",
     "redact",
     "replay",
+    "require_actors",
     "scaffold",
+    "set_up_django",
     "summarise",
     "write_baseline",
 ]

@@ -33,11 +33,13 @@ __all__ = [
     "find_actor",
     "find_queue",
     "import_object",
+    "importing",
     "known_queues",
     "load_broker",
     "meant",
     "one_line",
     "redact",
+    "require_actors",
 ]
 
 
@@ -71,23 +73,46 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
       OperationError: If there is no such thing, or importing it fails.
     """
     extend_path(path)
+    if app == "django":
+        with importing(app):
+            found: Any = get_broker()
+        return _arranged(app, found)
     if stand_in and dramatiq.broker.global_broker is None:
         set_broker(install(StandIn()))
     found = import_object(app)
     if found is not None and not isinstance(found, Broker):
         if not callable(found):
             raise OperationError(f"{app!r} is neither a broker nor a callable that sets one.")
-        with _importing(app):
+        with importing(app):
             found()
         found = None
     if found is None:
-        with _importing(app):
+        with importing(app):
             found = get_broker()
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in found.middleware):
-        with _importing(app):
-            arrange(found)
-    broker: Broker = found
+    return _arranged(app, found)
+
+
+def _arranged(app: str, broker: Broker) -> Broker:
+    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        with importing(app):
+            arrange(broker)
     return broker
+
+
+def require_actors(app: str, broker: Broker) -> None:
+    """Refuse an application without actors: nothing can be said of it.
+
+    Raises:
+      OperationError: No actor is declared on the broker.
+    """
+    if not broker.actors:
+        raise OperationError(
+            f"{app} declares no actors. Name the module that imports your actors, as you name it for the dramatiq command; "
+            "for a Django project pass --django."
+            if app != "django"
+            else "Django's installed apps declare no actors. Put them into tasks.py of an app in INSTALLED_APPS, or name the "
+            "module that imports them."
+        )
 
 
 def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = False) -> Actor[..., Any]:
@@ -99,10 +124,12 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
       OperationError: If there is none, with the names that come near.
     """
     app, _, name = target.rpartition(":")
+    if not app and dramatiq.broker.global_broker is not None and target in dramatiq.broker.global_broker.actors:
+        app = "django"  # It is set up, and has declared the actor.
     if not app:
         raise OperationError(f"{target!r} names no actor; write it as app:actor.")
     broker = load_broker(app, path, stand_in=stand_in)
-    if ":" not in app:
+    if ":" not in app and app != "django":
         with contextlib.suppress(OperationError):
             found = import_object(target)
             actor = getattr(found, "__actor__", found)
@@ -139,7 +166,7 @@ def import_object(path: str) -> Any:
     name, _, attributes = path.partition(":")
     if name.endswith(".py"):
         raise OperationError(f"{path!r} is a file; name the module, {name[:-3].replace(os.sep, '.')!r}.")
-    with _importing(path):
+    with importing(path):
         module = importlib.import_module(name)
     if not attributes:
         return None
@@ -151,7 +178,7 @@ def import_object(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _importing(app: str) -> Any:
+def importing(app: str) -> Any:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

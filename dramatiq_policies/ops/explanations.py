@@ -234,7 +234,8 @@ def policy_of(actor: Actor[..., Any]) -> ActorPolicy:
     policy = wiring_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
         raise OperationError(
-            f"The actor {actor.actor_name!r} is on a broker without the bundle; call install(broker) first."
+            f"The actor {actor.actor_name!r} is on a broker without the bundle. Call install(broker) before you declare "
+            "actors, or, in Django, list dramatiq_policies.ErrorClassifier in MIDDLEWARE of DRAMATIQ_BROKER."
         )
     return policy
 

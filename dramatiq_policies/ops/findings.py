@@ -56,7 +56,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP019", "warning", "a queue without a threshold", "Give it one: QueueMonitor(thresholds={…})"),
     Code("DP020", "error", "an async actor without AsyncIO", "Add dramatiq.middleware.AsyncIO to the broker"),
     Code("DP021", "error", "an extra is not installed", "Install it"),
-    Code("DP022", "error", "the bundle is not on the broker", "Call install(broker) before the actors are declared"),
+    Code("DP022", "error", "the bundle is not on the broker", "Call install(broker) before the actors are declared; in Django, list its middleware in MIDDLEWARE of DRAMATIQ_BROKER"),
     Code("DP023", "error", "a rule's class can't be imported", "Mend its dotted path"),
     Code("DP024", "error", "idempotency remembers within one process", "Pass Idempotency(RedisStore.from_url(…))"),
     Code("DP025", "warning", "a subclass of a stock middleware keeps its holes", "Derive it from ours, in dramatiq_policies.middleware.composition and .shutdown"),

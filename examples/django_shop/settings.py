@@ -10,7 +10,13 @@ SECRET_KEY = "an example's, not a secret"  # noqa: S105
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ.get("DATABASE", ":memory:")}}
-INSTALLED_APPS = ["django_dramatiq", "examples.django_shop"]  # django_dramatiq first: it makes the broker
+INSTALLED_APPS = [
+    "django_dramatiq",  # first: it makes the broker
+    "dramatiq_policies.contrib.django",  # manage.py policies
+    "examples.django_shop",
+]
+# Its only job deletes rows of django_dramatiq's AdminMiddleware, which is not in use here.
+DRAMATIQ_IGNORED_MODULES = ["django_dramatiq.tasks"]
 
 BROKER_URL = os.environ.get("BROKER_URL", "stub://")
 
@@ -27,6 +33,8 @@ DRAMATIQ_BROKER = {
         # In the place of Retries and TimeLimit, in any order.
         "dramatiq_policies.Timeout",
         ErrorClassifier(retry_on={"django.db.utils.OperationalError": 5}),
+        # In the broker's Redis; on a StubBroker in memory. On RabbitMQ: Idempotency(RedisStore.from_url("redis://…")).
+        "dramatiq_policies.Idempotency",
         "dramatiq_policies.DiscardLogger",
         "dramatiq_policies.contrib.django.WarnInsideAtomic",
         "django_dramatiq.middleware.DbConnectionsMiddleware",

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import dramatiq
 from django.db.models import F
 
-from dramatiq_policies import RetryPolicy, constant
+from dramatiq_policies import RetryPolicy, constant, current_job, exponential
 
+from . import mail
 from .models import Order
 
 
 @dramatiq.actor(
     queue_name="mail",
-    # Not committed yet? Then it is there in a moment, or never.
-    retry_on={Order.DoesNotExist: RetryPolicy(attempts=3, wait=constant(50), then="discard")},
-    timeout=30_000,
+    retry_on={
+        # Not committed yet? Then it is there in a moment, or never.
+        Order.DoesNotExist: RetryPolicy(attempts=3, wait=constant(timedelta(milliseconds=50)), then="discard"),
+        mail.MailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=timedelta(seconds=2))),
+    },
+    discard_on=mail.AddressRefused,
+    idempotency_key="order-confirmation:{order_id}",
+    timeout=timedelta(seconds=30),
 )
 def send_confirmation(order_id: int) -> None:
     """The customer learns that the order was taken."""
     order = Order.objects.get(pk=order_id)
+    mail.send(order.email, f"Order {order_id}", key=current_job().idempotency_key)
     Order.objects.filter(pk=order.pk).update(mails=F("mails") + 1)

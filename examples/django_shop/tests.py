@@ -11,7 +11,9 @@ from dramatiq.middleware import Retries, TimeLimit
 
 from dramatiq_policies import DiscardLogger, ErrorClassifier, Timeout
 from dramatiq_policies.contrib.django import SentInsideAtomic, WarnInsideAtomic
+from dramatiq_policies.testing import drain, fail
 
+from . import mail
 from .checkout import place_order, place_order_too_early
 from .models import Order
 from .tasks import send_confirmation
@@ -79,6 +81,24 @@ class JobTest(TransactionTestCase):
         work()
         order.refresh_from_db()
         assert order.mails == 1
+
+    def test_a_second_message_about_the_same_order_is_skipped(self) -> None:
+        order = place_order("ada@example.com")
+        send_confirmation.send(order.pk)
+        with self.assertLogs("dramatiq_policies.outcomes", "INFO") as logs:
+            work()
+        order.refresh_from_db()
+        assert order.mails == 1
+        assert "duplicate" in [getattr(record, "outcome", None) for record in logs.records]
+
+    def test_an_address_that_is_refused_is_discarded_at_once(self) -> None:
+        order = place_order("nobody@example.com")
+        with fail(send_confirmation, mail.AddressRefused), self.assertLogs("dramatiq_policies.outcomes") as logs:
+            run = drain(dramatiq.get_broker())
+        run.assert_outcomes(send_confirmation, "discarded")
+        assert logs.records
+        order.refresh_from_db()
+        assert order.mails == 0
 
     def test_an_order_that_is_never_committed_is_discarded_after_three_tries(self) -> None:
         send_confirmation.send(404)

@@ -431,8 +431,19 @@ def test_the_broker_may_be_named_or_made_by_a_factory(command):
     app = command.app(source, broker="mine = StubBroker()\ninstall(mine)\n")
     assert command.json("check", f"{app}:mine")["actors"] == 1
     factory = "def make():\n    broker = StubBroker()\n    install(broker)\n    dramatiq.set_broker(broker)\n"
-    app = command.app("print('a line of its own')\n", broker=factory)
-    assert command.json("check", f"{app}:make")["actors"] == 0
+    app = command.app(
+        "print('a line of its own')\n" + "def jobs():\n    " + "\n    ".join(READY.splitlines()) + "\n",
+        broker=factory + "    jobs()\n",
+    )
+    assert command.json("check", f"{app}:make")["actors"] == 1
+
+
+@pytest.mark.parametrize("form", ["human", "json", "github"])
+def test_an_application_without_actors_is_never_ready_and_is_told_what_to_name(command, form):
+    app = command.app("")
+    line = command.refuses("check", app, "--format", form)
+    assert line.startswith(f"Error: {app} declares no actors. Name the module that imports your actors")
+    assert "--django" in line
 
 
 def test_a_module_of_jobs_alone_is_checked_with_a_broker_that_stands_in(command):

@@ -1,10 +1,4 @@
-"""For Django: messages that are sent before their transaction has committed.
-
-A worker may take such a message before the row that it is about can be seen, and a rollback leaves a message about
-nothing. `WarnInsideAtomic` finds the places; ``transaction.on_commit`` mends them::
-
-    transaction.on_commit(partial(send_confirmation.send, order.id))
-"""
+"""Messages that are sent before their transaction has committed."""
 
 from __future__ import annotations
 
@@ -13,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Middleware
 
-from ..errors import ConfigurationError
-from ..safe_logger import SafeLogger
+from ...errors import ConfigurationError
+from ...safe_logger import SafeLogger
 
 try:
     from django.db import connections

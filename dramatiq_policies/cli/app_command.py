@@ -1,0 +1,50 @@
+"""Commands that work on an application: ``APP`` as the ``dramatiq`` command names it, or a Django project."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from .. import ops
+
+__all__ = ["AppCommand"]
+
+
+class AppCommand(click.Command):
+    """A command whose ``APP`` may be left out for a Django project: ``--django``, or ``DJANGO_SETTINGS_MODULE`` is set."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(
+                ["--django"],
+                is_flag=True,
+                help="Set Django up first; APP may be left out. Also by DJANGO_SETTINGS_MODULE.",
+            ),
+            click.Option(["--settings"], metavar="MODULE", help="Django's settings module; implies --django."),
+        ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        arguments = [str(one.name) for one in self.params if isinstance(one, click.Argument)]
+        if "app" in arguments and not ctx.resilient_parsing and _wants_django(ctx, args):
+            given, _, _ = self.make_parser(ctx).parse_args(list(args))
+            if any(not isinstance(given.get(name), str) for name in arguments):
+                args = [ops.DJANGO, *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        django, settings = ctx.params.pop("django"), ctx.params.pop("settings")
+        if django or settings or ctx.obj == ops.DJANGO or os.environ.get("DJANGO_SETTINGS_MODULE"):
+            ops.set_up_django(settings, ctx.params.get("path", (".",)))
+        return super().invoke(ctx)
+
+
+def _wants_django(ctx: click.Context, args: list[str]) -> bool:
+    return (
+        ctx.obj == ops.DJANGO
+        or "--django" in args
+        or any(one == "--settings" or one.startswith("--settings=") for one in args)
+        or bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
+    )
