@@ -192,6 +192,9 @@ class RedisConsumer(PolicyConsumer):
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
         if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
             raise GivenAway
+        if dead is not None and "do_nack" in vars(self.broker):
+            # Somebody's own, as in `finish`. It hears of a dead letter that lies in its place already.
+            self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
             delivery.claim = claim.completed()
         steps, delivery.steps = delivery.steps, None

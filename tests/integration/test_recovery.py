@@ -181,6 +181,31 @@ def test_a_dead_letter_is_one_step(redis_place: RedisPlace, monkeypatch: pytest.
     assert before < score < before + 120_000
 
 
+def test_an_instrumentation_of_dramatiqs_nack_hears_of_each_dead_letter(redis_place: RedisPlace) -> None:
+    app = app_of(redis_place)
+    heard = []
+    nack = app.broker.do_nack
+
+    def instrumented(queue: str, redis_id: str) -> None:
+        heard.append((queue, redis_id))
+        assert len(redis_place.dead()) == 1
+        nack(queue, redis_id)
+        if len(heard) == 1:
+            raise redis.ConnectionError("lost")
+
+    app.broker.do_nack = instrumented
+
+    @app.actor(max_retries=0)
+    def fails() -> None:
+        raise ValueError
+
+    redis_place.push_as("the-id", fails.message().encode())
+    app.work_until("dead")
+    assert heard == [(redis_place.queue, "the-id")] * 2
+    assert len(redis_place.dead()) == 1
+    assert redis_place.left() == []
+
+
 def test_a_message_whose_dead_letters_have_no_place_is_not_lost(redis_place: RedisPlace) -> None:
     app = app_of(redis_place)
     redis_place.client.set(redis_place.key(f"{redis_place.queue}.XQ"), "of another program")
