@@ -87,7 +87,11 @@ class RabbitmqConsumer(UnreadableBodies):
         if UNREADABLE in message.options:
             self.dead_letter_again(method.delivery_tag, message)
             return None
-        if method.redelivered and self._returns_of(properties) >= _RETURNS and self._is_published_anew(method, message):
+        if (
+            method.redelivered
+            and self._returns_of(properties) >= _RETURNS
+            and self.is_published_anew(method.delivery_tag, message)
+        ):
             return None
         if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
             self.wiring.taken[self.queue_name] = message
@@ -101,14 +105,12 @@ class RabbitmqConsumer(UnreadableBodies):
         count: Any = (properties.headers or {}).get("x-delivery-count")
         return int(count) if isinstance(count, int) else 0  # pika has a type of its own for it.
 
-    def _is_published_anew(self, method: Any, message: Message[Any]) -> bool:
-        """Publish a message anew that RabbitMQ would soon count out; whether the server has accepted it.
+    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+        """Publish a message anew that RabbitMQ would soon count out. Returns False if the server does not take it.
 
         A quorum queue drops a message, or dead-letters it without a word, that was returned more often than its limit.
         """
-        again = message
-        if not self.is_delay_queue:
-            again = message.copy(options={REDELIVERED: True})
+        again = message.copy(options={REDELIVERED: True})
         try:
             self.publish(self.source, self.encoded(again), message.options.get("broker_priority"))
         except Exception as error:
@@ -116,7 +118,7 @@ class RabbitmqConsumer(UnreadableBodies):
                 raise ConnectionClosed(error) from None
             logger.warning("Message %s can't be published anew: %s", message.message_id, text_of(error))
             return False
-        self.ack_here(method.delivery_tag)
+        self.ack_here(tag)
         return True
 
     def _is_queue_deleted(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pika
 import pika.exceptions
+from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
 
@@ -24,6 +25,7 @@ from .. import _dramatiq
 from ..delivery import Send
 from ..history import now_ms
 from ..moving import Move, attempt
+from ..refusals import Unsendable
 from ..struck import drop
 from ..wiring import Wiring
 from .rabbitmq import RabbitmqConsumer
@@ -33,6 +35,8 @@ __all__ = ["RabbitmqDelayConsumer"]
 
 #: How long before its time a message is returned for another delivery, in milliseconds.
 _AHEAD = 5_000
+#: How many messages are published anew at a time.
+_ANEW = 100
 #: How many messages a consumer keeps at least, whatever the prefetch.
 _FEWEST = 100
 #: Every how many seconds the connection on which this thread publishes is served, so that its server hears heartbeats.
@@ -57,6 +61,8 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         #: How many messages were returned and have not been delivered again.
         self.returned = 0
         self.batches: _Batches | None = None
+        #: What is to be published anew, with its tag: see `is_published_anew`.
+        self.anew: list[tuple[int, Send]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
         self.on_connection(inner.channel.basic_qos, 0)
@@ -68,6 +74,8 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         return bool(self.inner.channel.get_waiting_message_count() > 0)
 
     def take(self) -> MessageProxy | None:
+        if self.anew and (len(self.anew) >= _ANEW or not self.has_received()):
+            self._publish_anew()
         if not self.has_received():
             self._serve_publishing()
             self._return_near()
@@ -88,6 +96,24 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         if self.returned and vars(message)["redelivered"]:
             self.returned -= 1
         return message
+
+    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+        step = Send(message)
+        try:
+            step.encoded = self.encoded(message)
+        except Unsendable:
+            return False
+        # In batches: after a restart it may be the whole delay queue.
+        self.anew.append((tag, step))
+        return True
+
+    def _publish_anew(self) -> None:
+        renewed, self.anew = self.anew, []
+        accepted = self._publish_all(self.source, [step for _, step in renewed])
+        self.on_connection(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
+        for number, (tag, _) in enumerate(renewed):
+            if number not in accepted:
+                self.nack_here(tag)
 
     def _forget_far(self) -> None:
         """Keep of the farthest messages nothing but tag and due time."""
@@ -145,7 +171,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
                 move.error = error
             else:
                 steps.append((move, step))
-        accepted = self._publish_all([step for _, step in steps])
+        accepted = self._publish_all(self.queue_name, [step for _, step in steps])
         done = [(move, step) for number, (move, step) in enumerate(steps) if number in accepted]
         tags = [_dramatiq.take_rabbitmq_tag(self.inner, move.message) for move, _ in done]
         self.on_connection(self.acks.send, [tag for tag in tags if tag is not None])
@@ -166,15 +192,15 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         self.enqueue(step)
         self.send_ack(move.message)
 
-    def _publish_all(self, steps: list[Send]) -> set[int]:
-        """Publish to the work queue, confirmed. Returns the numbers of those that the server has accepted."""
+    def _publish_all(self, queue: str, steps: list[Send]) -> set[int]:
+        """Publish to a queue, confirmed. Returns the numbers of those that the server has accepted."""
         broker: Any = self.broker
         try:
             broker.declare_queue(self.queue_name, ensure=True)
             batches = self.batches
             if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
                 batches = self.batches = _Batches(broker.connection)
-            batches.write(self.queue_name, steps)
+            batches.write(queue, steps)
         except (*LOST, OSError, ConnectionClosed):
             self._stop_publishing()
             return set()

@@ -82,6 +82,22 @@ def test_a_message_that_workers_hold_and_return_again_and_again_is_not_counted_o
     assert sorted(message.args[0] for message in rabbitmq_place.left()) == list(range(5))
 
 
+def test_many_messages_are_published_anew_in_batches(rabbitmq_place: RabbitmqPlace) -> None:
+    app = rabbitmq_place.app(broker=quorum(rabbitmq_place))
+
+    @app.actor()
+    def job(n: int) -> None:
+        pass
+
+    for n in range(250):
+        job.send_with_options(args=(n,), delay=3_600_000)
+    for _ in range(7):
+        with app.working(threads=1):
+            until(lambda: app.in_hand() == 250)
+    assert rabbitmq_place.dead() == []
+    assert sorted(message.args[0] for message in rabbitmq_place.left()) == list(range(250))
+
+
 def quorum(place: RabbitmqPlace) -> QuorumBroker:
     broker = QuorumBroker(url=place.url)
     place._brokers.append(broker)
