@@ -24,6 +24,8 @@ _NAMES = (
     r"(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|"
     r"(?:access|auth|bearer|refresh|api)[_-]?token)"
 )
+#: One of these is in each name: to look for them is far cheaper than to search for a pattern.
+_HINTS = ("pass", "secret", "key", "credential", "authorization", "token")
 _IS_SECRET = re.compile(_NAMES, re.IGNORECASE)
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _NAMED = re.compile(
@@ -55,8 +57,12 @@ def redact(text: str) -> str:
         text = _pattern.sub(_MASK, text)
     if "://" in text:
         text = _IN_URL.sub(f"{_MASK}@", text)
-    text = _PORT.sub(_MASK, text)
-    return _NAMED.sub(_mask_value, text)
+    if "Port could not be cast" in text:
+        text = _PORT.sub(_MASK, text)
+    lowered = text.lower()
+    if any(hint in lowered for hint in _HINTS):
+        text = _NAMED.sub(_mask_value, text)
+    return text
 
 
 def _mask_value(found: re.Match[str]) -> str:

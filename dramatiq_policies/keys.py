@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigurationError
+from .texts import encodable
 
 __all__ = ["checked_key", "encodable", "roots_of", "signature_of", "template_key"]
 
@@ -85,8 +86,3 @@ def checked_key(key: Any) -> str:
     # Made of the arguments: what it is does not belong into a log.
     got = "an empty one" if key == "" else f"a {type(key).__name__}"
     raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {got}")
-
-
-def encodable(text: str) -> str:
-    """The text itself; if JSON brought half a character, which no store can encode, that is spelt out."""
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from dramatiq.broker import MessageProxy
 
 from . import _dramatiq
-from .safe_logger import ALERTS, OUTCOMES, SafeLogger, is_heard, make_safe, write_to_stderr
+from .safe_logger import ALERTS, OUTCOMES, SafeLogger, clean_stack, is_heard, make_safe, write_to_stderr
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
     from .wiring import Wiring
 
-__all__ = ["make_stock_loggers_safe", "replace_worker_lines", "report_unheard"]
+__all__ = ["make_stock_loggers_safe", "report_unheard"]
 
 _REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq.SKIPPED_LINE})
 
@@ -28,6 +28,12 @@ class _ReplacedLines(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        stays = self._stays(record)
+        if stays:
+            clean_stack(record)
+        return stays
+
+    def _stays(self, record: logging.LogRecord) -> bool:
         if record.msg not in _REPLACED or not isinstance(record.args, tuple) or not record.args:
             return True
         message = record.args[0]
@@ -41,15 +47,16 @@ class _ReplacedLines(logging.Filter):
 _filter = _ReplacedLines()
 
 
-def replace_worker_lines() -> None:
+def filter_worker_lines() -> None:
     """Put the filter on the worker's logger, once per process."""
     # A logger keeps a filter only once.
     logging.getLogger(_dramatiq.WORKER_LOGGER).addFilter(_filter)
 
 
 def make_stock_loggers_safe(broker: Broker) -> None:
-    """Have the loggers of Dramatiq's worker, broker, middleware and actors raise no more."""
+    """Have the loggers of Dramatiq's worker, broker, middleware and actors raise no more, and filter the worker's lines."""
     of_worker = [logging.getLogger(name) for name in (_dramatiq.WORKER_LOGGER, *_dramatiq.OTHER_LOGGERS)]
+    filter_worker_lines()
     used = (vars(one).get("logger") for one in (broker, *broker.middleware, *broker.actors.values()))
     for logger in (*of_worker, *used):
         if isinstance(logger, logging.Logger):

@@ -27,7 +27,7 @@ from dramatiq.middleware import Interrupt
 from .credentials import described, redact
 from .texts import printable
 
-__all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "is_heard", "make_safe", "write_to_stderr"]
+__all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "clean_stack", "is_heard", "make_safe", "write_to_stderr"]
 
 OUTCOMES = "dramatiq_policies.outcomes"
 ALERTS = "dramatiq_policies.alerts"
@@ -170,6 +170,15 @@ def _clean(record: logging.LogRecord) -> None:
         clean = False
     if not clean:
         record.args = tuple(_printable(arg) for arg in record.args or ())
+        text = record.getMessage()
+        if (shown := _safe(text, lines=True)) != text:
+            # A password of which one argument has the name and another the value.
+            record.msg, record.args = shown, ()
+    clean_stack(record)
+
+
+def clean_stack(record: logging.LogRecord) -> None:
+    """Have formatters write the record's stack without passwords, and with nothing that a terminal obeys."""
     if record.exc_info and record.exc_info[0] is not None:
         try:
             stack = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")

@@ -118,6 +118,21 @@ def test_a_level_that_is_asked_for_and_that_nobody_writes_is_not_heard(caplog):
     assert [record.levelname for record in lines(caplog, WORKER)][-1:] == ["ERROR"]
 
 
+def test_a_line_of_dramatiqs_that_stays_has_a_stack_that_every_file_takes(caplog):
+    stage = Stage(bundle={"discard_logger": False})
+
+    @stage.actor(max_retries=0)
+    def pay():
+        raise ValueError("half \ud83d \x1b[2J redis://u:hunter2@h")
+
+    pay.send()
+    stage.run()
+    (record,) = lines(caplog, WORKER)
+    written = logging.Formatter().format(record)
+    assert r"half \ud83d \x1b[2J redis://***@h" in written
+    written.encode("utf-8")
+
+
 def test_without_the_discard_logger_the_workers_line_is_what_there_is(silent, caplog):
     logging.getLogger(OUTCOMES).disabled = True
     failing({"discard_logger": False})

@@ -11,7 +11,7 @@ import pytest
 from dramatiq.middleware import TimeLimitExceeded
 
 import dramatiq_policies
-from dramatiq_policies.safe_logger import ALERTS, SafeLogger, is_heard, make_safe
+from dramatiq_policies.safe_logger import ALERTS, Lines, SafeLogger, is_heard, make_safe
 
 PACKAGE = Path(dramatiq_policies.__file__).parent
 NAME = "dramatiq_policies.a_test"
@@ -197,6 +197,11 @@ def test_a_line_end_an_escape_and_a_direction_mark_forge_no_line(heard):
     written.encode("utf-8")
     assert set(written) & set("\r\x1b\u202e\u2066\u200f\x9b\u2028\ud83d") == set()
     assert written.splitlines()[-1].startswith("ERROR forged\\r")  # A traceback keeps its line ends.
+
+
+def test_a_password_of_two_arguments_is_masked(heard):
+    SafeLogger(NAME).warning("%s=%s\nand %s", "password", "hunter2", Lines("a\nb"))
+    assert heard[0].getMessage() == "password=***\nand a\nb"
 
 
 def test_dramatiqs_own_logger_is_made_safe_once(heard, factory, capsys):

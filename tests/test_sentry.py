@@ -126,6 +126,21 @@ def test_one_event_per_bad_ending_and_not_one_per_retry(either):
     assert [event["level"] for event in sentry.events] == ["error", "warning", "fatal"]
 
 
+def test_half_a_character_costs_no_event(either):
+    sentry = either()
+    stage = stage_with(discard_on=Unpaid)
+
+    @stage.actor(tags={"team": "half \ud83d"})
+    def pay(text):
+        raise Unpaid(text)
+
+    pay.send("half \ud83d")
+    stage.run()
+    (event,) = sentry.events
+    assert event["exception"]["values"][-1]["value"] == r"half \ud83d"
+    json.dumps(event, ensure_ascii=False).encode("utf-8")
+
+
 @pytest.mark.parametrize("discard_logger", [None, False])
 def test_the_log_lines_on_it_are_no_second_event(either, discard_logger):
     sentry = either()

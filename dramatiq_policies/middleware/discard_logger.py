@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from ..logs import replace_worker_lines
 from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
 from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
@@ -67,7 +66,6 @@ class DiscardLogger(PolicyMiddleware):
     def attach(self, wiring: Wiring) -> None:
         wiring.failure_level = self.levels["dead"]
         wiring.observe(self, self._record, self, successes=False)
-        replace_worker_lines()
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         outcome = event.outcome

@@ -19,7 +19,7 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
 from ..bundle import arrange, install
-from ..credentials import redact
+from ..credentials import learn_passwords, redact
 from ..errors import PolicyError
 from ..middleware.base import PolicyMiddleware
 
@@ -96,6 +96,7 @@ def _arranged(app: str, broker: Broker) -> Broker:
     if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
         with importing(app):
             arrange(broker)
+    learn_passwords(broker, *broker.middleware)
     return broker
 
 
