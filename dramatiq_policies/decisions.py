@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["decide"]
 
 _UNCLASSIFIED = "unclassified"
+#: The wait of a `Snooze` whose own can't be read, in milliseconds.
+_UNREADABLE_SNOOZE = 15_000
 
 
 def decide(
@@ -49,8 +51,8 @@ def decide(
         return _interrupted(classifier, delivery, declared, message, history, error)
     if is_a(cause, Verdict):
         return _obey(classifier, delivery, declared, message, history, error, cause)
-    if is_a(cause, Retry) and quietly(lambda: cause.delay) is not None:
-        quietly(lambda: setattr(cause, "delay", _asked_delay(message, cause)))
+    if is_a(cause, Retry):
+        cause = _with_checked_delay(message, cause)
     policy, rule_id = (None, None) if rule is None else (rule.policy, rule.id)
     if rule is None and classifier.unclassified is not None and not _is_stock(declared, error, cause):
         policy, rule_id = classifier.unclassified, _UNCLASSIFIED
@@ -71,13 +73,25 @@ def _is_stock(declared: ActorPolicy, error: BaseException, cause: BaseException)
     return is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
 
 
-def _asked_delay(message: MessageProxy, asking: Retry) -> int | None:
-    """The delay of a job's ``Retry`` in milliseconds; None, with a warning, if it is no duration."""
+def _asked_delay(message: MessageProxy, asking: Any) -> int | None:
+    """The delay of a job's ``Retry`` or `Snooze` in milliseconds; None, with a warning, if it is no duration."""
+    what = f"The delay of the {'Snooze' if is_a(asking, Snooze) else 'Retry'} in message {message.message_id}"
     try:
-        return clamped_wait(asking.delay, f"The delay of the Retry in message {message.message_id}")
-    except (TypeError, ValueError) as error:
-        logger.warning("The delay of the Retry in message %s is ignored: %s", message.message_id, text_of(error))
+        return clamped_wait(asking.delay, what)
+    except BaseException as error:  # The delay may be a property of the user's.
+        logger.warning("%s is ignored: %s", what, text_of(error))
         return None
+
+
+def _with_checked_delay(message: MessageProxy, asking: Retry) -> Retry:
+    """The job's ``Retry``, with a delay that Dramatiq's own code takes; another in its place if it can't be given one."""
+    if quietly(lambda: asking.delay is None):
+        return asking
+    delay = _asked_delay(message, asking)
+    quietly(lambda: setattr(asking, "delay", delay))
+    if quietly(lambda: asking.delay == delay):
+        return asking
+    return Retry(text_of(asking), delay=delay)
 
 
 def _is_thrown(declared: ActorPolicy, error: BaseException) -> bool:
@@ -121,7 +135,8 @@ def _obey(
     if left <= 0:
         return Settlement(Outcome.DEAD, "exhausted", exception=error, attempt=history.attempt, dead_letter=True)
     history.snoozes += 1
-    delay = min(clamped_wait(verdict.delay, f"The snooze of message {message.message_id}"), left)
+    asked = _asked_delay(message, verdict)
+    delay = min(_UNREADABLE_SNOOZE if asked is None else asked, left)
     delivery.hand_on(Send(_again(delivery, history), delay or None))
     return Settlement(Outcome.DEFERRED, "snoozed", exception=error, attempt=history.attempt, delay_ms=delay)
 
@@ -165,7 +180,7 @@ def _retry(
     exhausted = number >= policy.attempts or history.ended >= highest
     delay = 0
     if not exhausted:
-        asked = quietly(lambda: cause.delay) if is_a(cause, Retry) else None
+        asked = cause.delay if is_a(cause, Retry) else None
         delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(error, now, None if exhausted else delay)

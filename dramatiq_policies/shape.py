@@ -9,6 +9,7 @@ from typing import Any
 
 from dramatiq import Message
 
+from .durations import WEEK_MS
 from .errors import MalformedMessage
 from .safe_logger import SafeLogger
 
@@ -120,6 +121,7 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "eta": lambda value: type(value) is not float or math.isfinite(value),
 }
 _CHECKED = frozenset(_ACCEPTS)
+_BACKOFFS = frozenset({"min_backoff", "max_backoff"})
 _warned: set[tuple[str, str]] = set()
 
 
@@ -128,15 +130,18 @@ def clean_options(message: Message[Any]) -> None:
     options = message.options
     for name in _CHECKED.intersection(options):
         if not _ACCEPTS[name](options[name]):
-            value = options.pop(name)
-            if (message.actor_name, name) not in _warned and len(_warned) < 1_000:
-                _warned.add((message.actor_name, name))
-                logger.warning(
-                    "A message for actor %r carries the option %s=%s, which can't be used and is ignored.",
-                    message.actor_name,
-                    name,
-                    described(value),
-                )
+            _warn_once(message.actor_name, name, options.pop(name), "can't be used and is ignored")
+        elif name in _BACKOFFS and options[name] > WEEK_MS:
+            # Dramatiq shortens the wait in silence.
+            _warn_once(message.actor_name, name, options[name], "is more than 7 days: the longest wait is 7 days")
+
+
+def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
+    if (actor_name, option) not in _warned and len(_warned) < 1_000:
+        _warned.add((actor_name, option))
+        logger.warning(
+            "A message for actor %r carries the option %s=%s, which %s.", actor_name, option, described(value), what
+        )
 
 
 def timedeltas_to_ms(options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import Middleware, Shutdown
 
 from dramatiq_policies import Discard, RetryPolicy, Snooze
+from dramatiq_policies.claims import Claim
 from dramatiq_policies.history import attempt_of, run_of
 
 from .support import Stage
@@ -270,3 +271,29 @@ def test_a_message_that_0_1_0_has_retried_goes_on_where_it_was():
     assert noting.runs == [1, 2, 3, 4]
     assert noting.attempts == [2, 3, 4, 5]
     assert [options["retries"] for options in noting.options] == [None, 1, 2, 3]
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["accepted at once", "at the second try"])
+def test_what_a_redelivery_does_not_hand_on_again_is_handed_on_before_the_key_says_that_the_run_has_ended(
+    monkeypatch, refused
+):
+    order, stage = [], Told()
+    stage.job(OSError(), **ALL, idempotency_key=lambda *args: "k", retry_on={OSError: TWICE}).send()
+    enqueue, ending, left = stage.broker.enqueue, Claim.ending, [1] if refused else []
+
+    def noting(message, *, delay=None):
+        if message.actor_name == "failed" and left:
+            left.pop()
+            raise ConnectionError("lost for a moment")
+        order.append(message.actor_name)
+        return enqueue(message, delay=delay)
+
+    def noting_the_end(claim, send):
+        order.append("ended")
+        ending(claim, send)
+
+    stage.broker.enqueue = noting
+    monkeypatch.setattr(Claim, "ending", noting_the_end)
+    stage.run()
+    assert order[:3] == ["failed", "ended", "job"]
+    assert sorted(stage.names()) == ["done", "failed"]

@@ -121,3 +121,45 @@ def test_a_message_is_sent_with_a_timedelta_for_a_delay():
     job = stage.actor(lambda: None, actor_name="job")
     job.send_with_options(delay=timedelta(milliseconds=3))
     assert stage.run().outcomes() == ["succeeded"]
+
+
+class ReadOnly(Retry):
+    @property
+    def delay(self):
+        return timedelta(milliseconds=44)
+
+    @delay.setter
+    def delay(self, value):
+        pass
+
+
+class Unreadable(Snooze):
+    def __init__(self):
+        Exception.__init__(self, "the bank is closed")
+
+
+@pytest.mark.parametrize("declared", [{}, {"retry_on": {Retry: RetryPolicy(wait=33)}}], ids=["stock", "rule"])
+def test_the_delay_of_a_retry_that_can_not_be_set_is_honoured(declared):
+    event = first_event(ReadOnly("later"), **declared)
+    assert (event.outcome, event.delay_ms, type(event.exception)) == ("retried", 44, ReadOnly)
+
+
+def test_a_snooze_without_a_delay_waits_a_while_and_that_is_said(caplog):
+    event = first_event(Unreadable())
+    assert (event.outcome, event.delay_ms) == ("deferred", 15_000)
+    assert "The delay of the Snooze in message" in caplog.text
+
+
+def test_a_backoff_of_a_message_that_is_longer_than_dramatiq_can_wait_is_said(caplog):
+    stage, runs = Stage(), []
+
+    @stage.actor(actor_name=f"job {id(caplog)}")
+    def job():
+        runs.append(1)
+        raise OSError
+
+    job.send_with_options(min_backoff=timedelta(days=30), max_backoff=timedelta(days=60))
+    with stage.working():
+        stage.collected.wait_for(lambda events: events)
+    assert stage.events[0].delay_ms <= WEEK_MS
+    assert caplog.text.count("is more than 7 days: the longest wait is 7 days") == 2
