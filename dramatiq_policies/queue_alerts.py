@@ -193,7 +193,7 @@ def _teller(one: Any) -> Teller:
     def guarded(alert: QueueAlert) -> None:
         try:
             one(alert)
-        except Exception:
+        except BaseException:  # Not even an exit: it would end the monitor.
             logger.exception("%r failed when it was told: %s", one, alert)
 
     return guarded

@@ -194,7 +194,7 @@ def clean_stack(record: logging.LogRecord) -> None:
 def _clean_value(value: Any, depth: int = 10) -> Any:
     """A field's value, with printable texts in it."""
     if isinstance(value, str):
-        return _safe(value)
+        return _safe(value, lines=isinstance(value, Lines))
     if depth and type(value) in (dict, list, tuple):
         if type(value) is dict:
             return {_clean_value(name): _clean_value(one, depth - 1) for name, one in value.items()}

@@ -209,9 +209,10 @@ def test_by_default_an_alert_is_a_warning_with_its_fields(caplog):
     assert breach.getMessage() == "Queue mail: 3 messages wait (threshold 2)"
 
 
-def test_several_are_told_and_one_that_fails_keeps_nobody_from_it(caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_several_are_told_and_one_that_fails_keeps_nobody_from_it(error, caplog):
     def broken(alert):
-        raise ValueError("no pager")
+        raise error("no pager")
 
     first, second = [], []
     queue = Queue(Threshold(ready=1), on_alert=[first.append, broken, "log", second.append])

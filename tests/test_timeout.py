@@ -270,6 +270,7 @@ def test_a_stuck_job_is_one_critical_record_with_its_stack(caplog):
     assert "The job mail" in record.getMessage()
     assert "its timeout is 500 ms" in record.getMessage()
     assert 'File "jobs.py", line 1, in mail' in record.getMessage()
+    assert record.stack == 'File "jobs.py", line 1, in mail\n'
     assert (record.actor, record.queue) == ("mail", "default")
 
 
@@ -293,11 +294,12 @@ def test_a_callable_and_the_subscribers_get_a_frozen_record_in_that_order(caplog
         record.actor = "other"
 
 
-def test_one_that_fails_is_logged_and_keeps_nobody_from_it(caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_one_that_fails_is_logged_and_keeps_nobody_from_it(error, caplog):
     seen = []
 
     def fails(record):
-        raise ValueError("subscriber")
+        raise error("subscriber")
 
     middleware = Timeout(on_stuck=seen.append)
     middleware.stuck_subscribers.append(fails)

@@ -219,7 +219,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
                 "message_id": record.message_id,
                 "duration_ms": record.elapsed_ms,
                 "timeout_ms": timeout_ms,
-                "stack": record.stack,
+                "stack": Lines(record.stack),
             },
         )
         if callable(self.on_stuck):
@@ -228,7 +228,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
     def _call(self, subscriber: Callable[[StuckJob], object], record: StuckJob) -> None:
         try:
             subscriber(record)
-        except Exception:
+        except BaseException:  # Not even an exit: the others, and the record, come after it.
             alerts.exception("%r failed when it was told of a stuck job.", subscriber)
 
 
