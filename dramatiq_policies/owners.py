@@ -2,13 +2,16 @@
 
 An owner names its host, its process and when that started, as ``host:pid:place:start``. The place is a digest of the boot
 and of the namespace in which the pid means something, so that another container, or the same host before a reboot, is
-another place; the start tells a process from an earlier one with its pid. Of a process in another place, or where there
-is no ``/proc``, nothing is certain: its claims last until their lease ends.
+another place; the start tells a process from an earlier one with its pid. Of a process in another place nothing is
+certain: its claims last until their lease ends. Where the place can't be read (no ``/proc``, or systemd's
+``ProcSubset=pid``, which hides ``/proc/sys``), each process draws a place of its own at random, so that it equals no other
+process' place. A constant in its stead would make processes of two hosts look like neighbours.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from hashlib import blake2b
 
@@ -24,7 +27,7 @@ def this_process() -> str:
     known = _known
     if known is None or known[0] != pid:
         host = socket.gethostname().replace(":", "-")
-        known = _known = (pid, f"{host}:{pid}:{_place()}:{_stat(pid)[1]}")
+        known = _known = (pid, f"{host}:{pid}:{_place() or secrets.token_hex(6)}:{_stat(pid)[1]}")
     return known[1]
 
 
@@ -53,10 +56,13 @@ def _read(path: str) -> str:
 
 
 def _place() -> str:
+    """The digest of this place, empty where the place can't be read."""
     try:
-        boot = _read("/proc/sys/kernel/random/boot_id")
+        boot = _read("/proc/sys/kernel/random/boot_id").strip()
         namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
     except OSError:
+        return ""
+    if not boot or not namespace:
         return ""
     return blake2b(f"{socket.gethostname()} {boot} {namespace}".encode(), digest_size=6).hexdigest()
 

@@ -126,3 +126,46 @@ def test_where_nothing_says_which_machine_this_is_nobody_is_certainly_dead(monke
     monkeypatch.setattr(owners, "_read", unreadable)
     assert owners._place() == ""
     assert owners._stat(os.getpid()) == ("", "")
+
+
+HIDDEN = {
+    "/proc/sys": lambda path: path.startswith("/proc/sys/"),
+    "/proc/self/ns": lambda path: path.startswith("/proc/self/ns/"),
+    "/proc": lambda path: True,
+}
+
+
+@pytest.fixture(params=HIDDEN)
+def hidden_place(request, monkeypatch):
+    """A host on which a process can't read where it is."""
+    read, readlink, is_hidden = owners._read, os.readlink, HIDDEN[request.param]
+
+    def refuse(path, ask):
+        if is_hidden(path):
+            raise FileNotFoundError(path)
+        return ask(path)
+
+    monkeypatch.setattr(owners, "_read", lambda path: refuse(path, read))
+    monkeypatch.setattr(owners.os, "readlink", lambda path: refuse(path, readlink))
+    monkeypatch.setattr(owners, "_known", None)
+
+
+def test_where_the_place_is_hidden_no_process_of_a_host_that_hides_it_too_is_certainly_dead(hidden_place, monkeypatch):
+    theirs = changed(owners.this_process(), pid=2**22 - 1, start=1)
+    monkeypatch.setattr(owners, "_known", None)  # The other host.
+    assert not owners.is_dead(theirs)
+    assert not owners.is_dead(f"host:{2**22 - 1}::1")  # As version 0.1.0 writes it there.
+    assert owners.this_process().rsplit(":", 3)[2] != ""  # Version 0.1.0 takes "" for its own place.
+
+
+def test_where_the_place_is_hidden_two_processes_of_one_pid_and_start_are_two_owners(hidden_place, monkeypatch):
+    one = owners.this_process()
+    assert owners.this_process() == one
+    assert not owners.is_dead(one)
+    monkeypatch.setattr(owners, "_known", None)
+    assert owners.this_process() != one
+
+
+def test_an_empty_boot_id_names_no_place(monkeypatch):
+    monkeypatch.setattr(owners, "_read", lambda path: "\n")
+    assert owners._place() == ""
