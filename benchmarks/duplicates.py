@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
-        work(asked.worker, asked.seconds)
+        work(asked.worker)
     else:
         print(json.dumps(measure(asked.duplicates, asked.seconds), indent=2))
 
@@ -58,7 +58,7 @@ def app(port: int, **options: Any) -> tuple[Any, Any, Any]:
     return broker, long, other
 
 
-def work(port: int, seconds: float) -> None:
+def work(port: int) -> None:
     outcomes: Counter[str] = Counter()
 
     def count(event: OutcomeEvent) -> None:
@@ -68,7 +68,9 @@ def work(port: int, seconds: float) -> None:
     worker = dramatiq.Worker(broker, worker_threads=8)
     began = cpu()
     worker.start()
-    time.sleep(seconds)
+    client = redis.Redis(port=port)
+    while not client.exists("stop"):
+        time.sleep(0.1)
     used = cpu() - began
     print(json.dumps({"cpu_seconds": round(used, 1), "outcomes": outcomes}), flush=True)
     os._exit(0)
@@ -104,9 +106,9 @@ def measure(duplicates: int, seconds: float) -> dict[str, Any]:
 
 def _measure(client: Any, port: int, duplicates: int, seconds: float) -> dict[str, Any]:
     _, long, other = app(port)
-    long.send("the one", seconds + 30)
+    long.send("the one", seconds + 60)
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.duplicates", "--worker", str(port), "--seconds", str(seconds)],
+        [sys.executable, "-m", "benchmarks.duplicates", "--worker", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -117,11 +119,13 @@ def _measure(client: Any, port: int, duplicates: int, seconds: float) -> dict[st
         for _ in range(duplicates):
             long.send("the one", 0)
         before = _commands(client)
-        sent, ends = 0, time.time() + seconds - 8
+        sent, ends = 0, time.time() + seconds
         while time.time() < ends:
             other.send(sent, time.time())
             sent += 1
             time.sleep(0.1)
+        time.sleep(3)
+        client.set("stop", 1)
         assert worker.stdout is not None
         seen = json.loads(worker.stdout.read())
     waits = sorted(float(wait) for wait in client.lrange("waits", 0, -1))

@@ -18,7 +18,7 @@ from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_na
 from .consumer import REDELIVERED
 from .delivery import Delivery, Send, Settlement
 from .errors import Crashed, NoResult, UnknownRecord
-from .guards import Guard, name_of
+from .guards import Guard, Register, register_of
 from .history import POLICIES, History, now_ms, run_of
 from .outcomes import Outcome, logger
 
@@ -32,6 +32,8 @@ __all__ = ["Admission"]
 #: The shortest wait of a message that is put back unrun, in milliseconds; it doubles with each.
 _FIRST_WAIT = 1_000
 _LEAST_WAIT = 20
+#: How often a job that must start alone is put back, where others run, before it starts beside them.
+_RETURNS = 10
 
 
 class Admission:
@@ -39,13 +41,21 @@ class Admission:
 
     Parameters:
       claims: Where keys are claimed.
+      place: Tells this broker's messages from those of other services in the store; None where the namespace does.
       run_without_store: Whether a job runs unguarded while the store is down; otherwise its message waits.
     """
 
-    def __init__(self, wiring: Wiring, claims: Claims, *, run_without_store: bool) -> None:
+    def __init__(self, wiring: Wiring, claims: Claims, *, run_without_store: bool, place: str | None = None) -> None:
         self.wiring = wiring
+        self.place = place
         self.claims = claims
         self.run_without_store = run_without_store
+
+    def register_of(self, actor_name: str, key: str) -> Register:
+        """Where a key of an actor is remembered."""
+        if self.place is None:
+            return register_of(actor_name, key)
+        return register_of(actor_name, key, (self.place, self.wiring.broker.get_actor(actor_name).queue_name))
 
     def admit(self, delivery: Delivery, guard: Guard, key: str | None) -> None:
         """Claim the key, or count a start.
@@ -56,20 +66,21 @@ class Admission:
         message = delivery.message
         if delivery.redelivered and (left := self.wiring.booting_until - time.monotonic()) > 0:
             time.sleep(left)
+        earlier = None
         if key is None:
             if not delivery.redelivered or guard.max_crashes is None:
                 return
             # The start that was not counted is the first, if there was one: a single start is never refused for it.
             name, starts = uncounted_name(message.message_id), min(2, guard.max_crashes)
         else:
-            name, starts = name_of(message.actor_name, key), 1
+            name, earlier = self.register_of(message.actor_name, key)
+            starts = 1
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
         try:
-            answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl)
+            answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl, earlier=earlier)
             if isinstance(answer, records.Take):
-                self.claims.solitude.make_alone(delivery)
-                request = request._replace(alone=True)
-                answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl)
+                request = self._alone(delivery, request, answer.starts)
+                answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl, earlier=earlier)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s waits: %s", message.message_id, message.actor_name, error)
             self._defer(delivery, "store_down", None)
@@ -86,8 +97,23 @@ class Admission:
             return
         if isinstance(answer, Claim):
             delivery.claim = answer
+            if self.claims.stopping:
+                # The shutdown looked for the jobs that run before this one could be seen.
+                self.claims.excuse(delivery)
         else:
             self._refuse(delivery, answer)
+
+    def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
+        """The request of a job that is to start while nothing else runs in this process; it is put back if others do.
+
+        After ten returns it starts beside others: they may never end. Such a start proves nothing.
+        """
+        unproven = max(0, starts - (request.max_crashes or starts))
+        if self.claims.solitude.make_alone(delivery, unproven):
+            return request._replace(alone=True)
+        if History(delivery.message.options).deferrals < _RETURNS * (unproven + 1):
+            self._defer(delivery, "running", None)
+        return request._replace(beside=True)
 
     def _refuse(self, delivery: Delivery, answer: records.Action | Quarantined) -> None:
         if isinstance(answer, Quarantined):

@@ -16,12 +16,14 @@ What may happen between any two lines:
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import clock, owners, records
 from .delivery import COMPLETING, Settlement
+from .earlier import EarlierRecords
 from .forks import after_fork
 from .history import now_ms, run_of
 from .keys import encodable
@@ -48,6 +50,9 @@ _numbers = itertools.count(1)
 #: Seconds between the tries to write a completion. Then it is written by the renewing thread.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 _TRIES = 20
+#: For how long, in milliseconds, it is remembered that a start without a key does not count: until its message comes back,
+#: which may be long after the end of its worker.
+_EXCUSED_FOR = 86_400_000
 
 
 class Claim:
@@ -58,9 +63,10 @@ class Claim:
       record, value: What it holds, decoded and as bytes.
       keyed: Whether its completion is remembered; otherwise it only counts starts.
       over: Its ending is being written.
+      excused: Its start does not count.
     """
 
-    __slots__ = ("claims", "keep", "keyed", "name", "over", "record", "value")
+    __slots__ = ("claims", "excused", "keep", "keyed", "name", "over", "record", "value")
 
     def __init__(self, claims: Claims, name: str, record: Record, value: bytes, keyed: bool, keep: int) -> None:
         self.claims = claims
@@ -70,6 +76,7 @@ class Claim:
         self.keyed = keyed
         self.keep = keep
         self.over = False
+        self.excused = False
 
     def ending(self, send: Send) -> None:
         """The run has ended, and its retry is about to be handed on."""
@@ -77,14 +84,28 @@ class Claim:
             return  # Put back unrun. Handed on again, it would find the same, without end.
         options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
         due = None if send.delay is None else now_ms() + send.delay
-        record = self.record._replace(state=records.ENDING, follow={"options": options, "due": due})
-        value = record.encode()
+        # Where that fails a crash before the ack runs it once more.
+        self.rewrite(state=records.ENDING, follow={"options": options, "due": due})
+
+    def rewrite(self, **changes: Any) -> bool:
+        """Change what the register says of this run, if it is still this run's.
+
+        Returns:
+          False if the store can't be asked.
+        """
         claims = self.claims
-        try:
-            if claims.ask(partial(claims.store.swap, self.name, self.value, value, claims.lease + self.keep)) is None:
+        with claims.rewriting:
+            if self.over:
+                return True
+            record = self.record._replace(**changes)
+            value = record.encode()
+            try:
+                found = claims.ask(partial(claims.store.swap, self.name, self.value, value, claims.lease + self.keep))
+            except StoreDown:
+                return False
+            if found is None or found.value == value:
                 self.record, self.value = record, value
-        except StoreDown:
-            pass  # Then a crash before the ack runs it once more.
+            return True
 
     def completion(self) -> tuple[Any, ...]:
         """The command that remembers the completion, of a store that has round trips to share."""
@@ -126,15 +147,28 @@ class Claims:
         #: Calls the store; a `StoreDown` where it can't.
         self.ask = StoreCalls().ask
         self.leases = Leases(store, self.ask, lease)
+        #: What 0.1.0 knew of keys that have another register now.
+        self.earlier = EarlierRecords(store, self.ask)
         self.begin_anew()
         after_fork(self)
 
     def begin_anew(self) -> None:
         """In a new process nothing runs."""
-        self.solitude = Solitude()
+        #: Held while a claim's record is changed, by whatever thread, or its ending decided.
+        self.rewriting = threading.Lock()
+        self.solitude = Solitude(self._expose)
+        #: Whether the worker shuts down: whoever started it may kill it soon.
+        self.stopping = False
 
-    def claim(self, name: str, request: Request, *, keyed: bool, keep: int) -> Claim | Quarantined | records.Action:
+    def claim(
+        self, name: str, request: Request, *, keyed: bool, keep: int, earlier: str | None = None
+    ) -> Claim | Quarantined | records.Action:
         """Claim a register for a run; or what becomes of the message instead.
+
+        Parameters:
+          keyed: Whether its completion is remembered.
+          keep: For how long, in milliseconds.
+          earlier: The register that 0.1.0 would have claimed, None if that is the same.
 
         Raises:
           StoreDown: The store could not be asked.
@@ -146,6 +180,10 @@ class Claims:
         claimed = False
         try:
             action = records.decide(None, 0, request)
+            if earlier is not None and (known := self.earlier.find(earlier, keep)) is not None:
+                action = records.decide(*known, request)
+                if isinstance(action, records.Crashed):
+                    return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, keep)
             expected: bytes | None = None
             for _ in range(_TRIES):
                 if not isinstance(action, Take) or action.alone:
@@ -166,9 +204,7 @@ class Claims:
                 stored = self._read(found.value)
                 action = records.decide(stored, found.left, request)
                 if isinstance(action, records.Crashed) and stored is not None and found.value is not None:
-                    # Another process' token may also be that of a run here.
-                    record = stored._replace(message_id=request.message_id, run=request.run, token="")
-                    return Quarantined(Claim(self, name, record, found.value, keyed, keep), action.starts)
+                    return self._quarantined(action, name, stored, found.value, request, keyed, keep)
                 expected = found.value
             return records.Defer(self.lease)
         except StoreDown:
@@ -179,6 +215,13 @@ class Claims:
             if not claimed:
                 _live.discard(token)
 
+    def _quarantined(
+        self, found: records.Crashed, name: str, stored: Record, value: bytes, request: Request, keyed: bool, keep: int
+    ) -> Quarantined:
+        # Another process' token may also be that of a run here.
+        record = stored._replace(message_id=request.message_id, run=request.run, token="")
+        return Quarantined(Claim(self, name, record, value, keyed, keep), found.starts)
+
     def _read(self, value: bytes | None) -> Record | None:
         if value is None:
             return None
@@ -187,23 +230,44 @@ class Claims:
             return record._replace(starts=record.starts - 1)
         return record
 
-    def excuse(self, delivery: Delivery) -> None:
-        """Don't count the start of a run that is about to be ended from outside."""
+    def _expose(self, delivery: Delivery) -> bool:
+        """Record that the start of a run is no longer one made alone: a crash from now on is no proof against it."""
         claim: Claim | None = delivery.claim
+        # Without a claim it is about to make one; whoever asks asks again.
+        return claim is not None and claim.rewrite(beside=True)
+
+    def excuse(self, delivery: Delivery) -> bool:
+        """Don't count the start of a run that may be ended from outside.
+
+        Returns:
+          False if the store can't be asked.
+        """
+        claim: Claim | None = delivery.claim
+        if claim is not None:
+            if claim.excused:
+                return True
+            claim.excused = claim.rewrite(starts=claim.record.starts - 1, beside=True)
+            return claim.excused
+        # Without a key nothing is held: its lease is over as soon as it is written.
+        message = delivery.message
+        request = Request(message.message_id, run_of(message.options), is_dead)
+        record = records.taken(
+            Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=_EXCUSED_FOR
+        )
+        name = uncounted_name(message.message_id)
         try:
-            if claim is not None:
-                value = claim.record._replace(starts=claim.record.starts - 1).encode()
-                self.ask(partial(self.store.swap, claim.name, claim.value, value, self.lease + claim.keep))
-                return
-            # Without a key nothing is held: its lease is over as soon as it is written.
-            message = delivery.message
-            request = Request(message.message_id, run_of(message.options), is_dead)
-            record = records.taken(
-                Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=self.lease
-            )
-            self.ask(partial(self.store.put, uncounted_name(message.message_id), record.encode(), self.lease))
+            self.ask(partial(self.store.swap, name, None, record.encode(), _EXCUSED_FOR))
         except StoreDown:
-            pass  # Then it is counted.
+            return False
+        return True
+
+    def excuse_all(self) -> None:
+        """The worker shuts down: from now on the end of this process is no crash of the jobs that run in it."""
+        self.stopping = True
+        for delivery in list(self.solitude.running):
+            is_to_claim = delivery.claim is None and delivery.key is not None
+            if not is_to_claim and not self.excuse(delivery):
+                return  # Each call may wait for a second, and the starts count.
 
     def conclude(self, claim: Claim, decided: Settlement) -> None:
         """Remember how a claim's run has ended."""
@@ -212,7 +276,8 @@ class Claims:
             # Given up half-way: the redelivery hands the retry on.
             self.let_go(claim)
             return
-        claim.over = True
+        with self.rewriting:
+            claim.over = True
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:

@@ -275,7 +275,8 @@ class CurrentJob:
         Without a key of the actor's or the message's own it is the message id.
         """
         delivery = self._delivery
-        return delivery.message.message_id if delivery.key is None else delivery.key
+        # A `TypedKey` becomes plain text: drivers of databases look at the very type.
+        return delivery.message.message_id if delivery.key is None else str(delivery.key)
 
     def remaining_ms(self) -> float | None:
         """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.asyncio import async_to_sync
 from dramatiq.middleware import SkipMessage
@@ -15,7 +15,7 @@ from .backoff import bounds_of
 from .callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature, unwrapped
 from .durations import CENTURY_MS, WEEK_MS
 from .errors import ConfigurationError, checked_duration, how_to_add
-from .keys import checked_key, encodable, signature_of, template_key
+from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
 from .rule_set import RuleSet
 
 if TYPE_CHECKING:
@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
     from .interrupts import Caller
 
-__all__ = ["OPTIONS", "Done", "Guard", "checked_crashes", "key_of", "name_of", "resolve_guard"]
+__all__ = [
+    "OPTIONS",
+    "Done",
+    "Guard",
+    "Register",
+    "checked_crashes",
+    "key_of",
+    "name_of",
+    "register_of",
+    "resolve_guard",
+]
 
 #: The actor options of idempotency.
 OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
@@ -64,7 +74,34 @@ class Done(SkipMessage):
 
 def name_of(actor_name: str, key: str) -> str:
     """The register of an actor's key."""
+    if type(key) is TypedKey:
+        return typed_name(("a", actor_name), *key.parts)
     return encodable(f"{actor_name}\0{key}")
+
+
+class Register(NamedTuple):
+    """Where a key is remembered.
+
+    Attributes:
+      name: The register.
+      earlier: The register of the same key in version 0.1.0, where that was another one; None where it is the same.
+    """
+
+    name: str
+    earlier: str | None = None
+
+
+def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Register:
+    """The register of an actor's key, and the one that 0.1.0 used.
+
+    Parameters:
+      scope: Tells the services apart that share the store; empty where the store's namespace does.
+    """
+    if type(key) is not TypedKey and not scope:
+        return Register(name_of(actor_name, key))
+    parts = key.parts if type(key) is TypedKey else (("k", key),)
+    name = typed_name(*(("@", text) for text in scope), ("a", actor_name), *parts)
+    return Register(name, encodable(f"{actor_name}\0{key}"))
 
 
 def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str | None:
@@ -78,10 +115,11 @@ def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str
     if not guard.keyed:
         return None
     if guard.key_of is None:
-        return message.message_id
+        return text_key(message.message_id)
     if guard.call_key is not None:
         return checked_key(call(guard.key_of))
-    return checked_key(guard.key_of(message.args, message.kwargs))
+    key: str = guard.key_of(message.args, message.kwargs)
+    return key or checked_key(key)
 
 
 def resolve_guard(

@@ -13,6 +13,7 @@ import json
 import operator
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -47,6 +48,8 @@ class Record(NamedTuple):
       keep: How much longer than its lease the record lives, in milliseconds.
       ended: Runs that have ended, the last of each message.
       follow: ``ending``: the message options and the time of the retry that is being handed on.
+      beside: Whether other jobs ran in the process at that start, so that its crash proves nothing. None in a record
+        of 0.1.0.
     """
 
     state: str
@@ -59,6 +62,7 @@ class Record(NamedTuple):
     keep: int = 0
     ended: tuple[tuple[str, int], ...] = ()
     follow: dict[str, Any] | None = None
+    beside: bool | None = None
 
     def encode(self) -> bytes:
         if self.state == COMPLETED:
@@ -66,11 +70,12 @@ class Record(NamedTuple):
         # One is written for each job: by hand it takes a quarter of the time.
         ended = _json(self.ended) if self.ended else "[]"
         follow = "" if self.follow is None else f',"f":{_json(self.follow)}'
+        beside = "" if self.beside is None else f',"x":{self.beside:d}'
         return (
             _VERSION
             + (
                 f'{{"s":{_quoted(self.state)},"m":{_quoted(self.message_id)},"n":{self.run},"o":{_quoted(self.owner)},'
-                f'"t":{_quoted(self.token)},"b":{self.since},"c":{self.starts},"k":{self.keep},"e":{ended}{follow}}}'
+                f'"t":{_quoted(self.token)},"b":{self.since},"c":{self.starts},"k":{self.keep},"e":{ended}{beside}{follow}}}'
             ).encode()
         )
 
@@ -94,7 +99,20 @@ class Record(NamedTuple):
             numbers = [operator.index(f[name]) for name in "nbck"]
             ended = tuple((str(message), operator.index(run)) for message, run in f["e"])
             run, since, starts, keep = numbers
-            return cls(f["s"], str(f["m"]), run, str(f["o"]), str(f["t"]), since, starts, keep, ended, f.get("f"))
+            beside = None if f.get("x") is None else bool(f["x"])
+            return cls(
+                f["s"],
+                str(f["m"]),
+                run,
+                str(f["o"]),
+                str(f["t"]),
+                since,
+                starts,
+                keep,
+                ended,
+                f.get("f"),
+                beside,
+            )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnknownRecord(
                 f"The store holds {data[:40]!r} where a record of this version of dramatiq_policies should be ({error}). "
@@ -124,6 +142,7 @@ class Request(NamedTuple):
       max_crashes: After how many starts that never ended it is quarantined; None for never.
       starts: How many starts are known from elsewhere, this one included.
       alone: Whether nothing else runs in this process.
+      beside: Whether it may start although others run in this process: they would not end in time.
     """
 
     message_id: str
@@ -132,6 +151,7 @@ class Request(NamedTuple):
     max_crashes: int | None = None
     starts: int = 1
     alone: bool = False
+    beside: bool = False
 
 
 class Take(NamedTuple):
@@ -149,10 +169,17 @@ class Skip(NamedTuple):
     twin: str | None = None
 
 
-class Defer(NamedTuple):
-    """Somebody else runs it, or will; what is left of that lease in milliseconds."""
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """Somebody else runs it, or will.
+
+    Attributes:
+      left: What is left of that lease in milliseconds.
+      since: When that run began, ms since the epoch; 0 where that is not known.
+    """
 
     left: int
+    since: int = field(default=0, compare=False)
 
 
 class HandOnAgain(NamedTuple):
@@ -189,21 +216,24 @@ def decide(record: Record | None, left: int, request: Request) -> Action:
         return Skip("stale")
     if not mine or record.state == WAITING:
         if left > 0:
-            return Defer(left)
+            return Defer(left, record.since)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
         # The same job in another message, which may kill its worker, too; but it is granted one start of its own.
         return _after_a_crash(record, request, 1)
     # The very same run once more: redelivered, or a copy of it.
     if left > 0 and not request.is_dead(record):
-        return Defer(left)
+        return Defer(left, record.since)
     if record.state == ENDING:
         return HandOnAgain(record.follow or {})
     return _after_a_crash(record, request, 0)
 
 
 def _after_a_crash(record: Record, request: Request, more: int) -> Action:
-    if request.max_crashes is not None and record.starts >= request.max_crashes + more:
+    limit = request.max_crashes
+    # A limit of one leaves no start to be made alone.
+    is_proof = not record.beside or limit == 1
+    if limit is not None and record.starts >= limit + more and is_proof:
         return Crashed(record.starts)
     return _take(record.starts + 1, record.ended, request)
 
@@ -211,12 +241,23 @@ def _after_a_crash(record: Record, request: Request, more: int) -> Action:
 def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Take:
     # The last start that it is granted. Those that only ran beside a killer do not die of this one.
     last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
-    return Take(starts, ended, alone=last and not request.alone)
+    return Take(starts, ended, alone=last and not (request.alone or request.beside))
 
 
 def taken(action: Take, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
     """The record of a claim."""
-    return Record(RUNNING, request.message_id, request.run, owner, token, since, action.starts, keep, action.ended)
+    return Record(
+        RUNNING,
+        request.message_id,
+        request.run,
+        owner,
+        token,
+        since,
+        action.starts,
+        keep,
+        action.ended,
+        beside=not request.alone,
+    )
 
 
 def released(record: Record, state: str, *, ended: bool, keep: int) -> Record | None:

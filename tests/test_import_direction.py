@@ -40,7 +40,7 @@ LAYERS = [
     {"brokers", "records"},
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
     {"stores", "owners", "keys", "solitude", "store_calls"},
-    {"leases"},
+    {"leases", "earlier", "services"},
     {"claims", "guards"},
     {"admission", "piggyback"},
     {"middleware", "running"},

@@ -7,13 +7,28 @@ from types import SimpleNamespace
 
 import dramatiq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dramatiq_policies import ConfigurationError, Idempotency, Timeout, TimeoutExceeded, current_job
 from dramatiq_policies.callables import unwrapped
-from dramatiq_policies.keys import checked_key, encodable, signature_of, template_key
+from dramatiq_policies.guards import register_of
+from dramatiq_policies.keys import checked_key, encodable, signature_of, template_key, text_key, typed_name
 from dramatiq_policies.testing import drain
 
 from .support import Stage
+
+#: What JSON brings, with texts that look like something else.
+VALUES = (
+    st.text(st.sampled_from("a1:-0 \\\ud83d"))
+    | st.integers(-20, 20)
+    | st.booleans()
+    | st.none()
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["None", "True", "1.0", "[]", "-1", "01"])
+    | st.lists(st.integers(0, 2), max_size=2)
+)
+TEMPLATES = ["{a}:{b}", "{a}{b}", "{a}-{b}", "x{a}1{b}y", "{b} {a}", "{a}::{b}:{a}"]
 
 
 def key_of(template, fn, *args, **kwargs):
@@ -244,3 +259,125 @@ def test_an_async_actor_may_be_declared_before_the_rest_of_the_bundle_is_on_its_
     ship.send(7)
     assert drain(broker).outcomes("ship") == ["duplicate"]
     assert asked == [7]
+
+
+# Keys whose text is the same.
+
+
+def register(template, fn, *args, **kwargs):
+    key = key_of(template, fn, *args, **kwargs)
+    return str(key), register_of("job", key).name
+
+
+def two(a, b):
+    pass
+
+
+AMBIGUOUS = [
+    ("{a}:{b}", [("a", "b:c"), ("a:b", "c")]),
+    ("{a}{b}", [(1, 23), (12, 3), ("1", 23), ("12", "3")]),
+    ("{a}-{b}", [(-1, 2), ("", "1-2"), ("-1", 2), ("-1", "2")]),
+    ("{a}::{b}", [(":", ""), ("", ":"), ("", "::")][:2]),
+    ("{a}{b!s}", [(1, "2"), ("1", 2), ("", "12")]),
+]
+
+
+@pytest.mark.parametrize(("template", "calls"), AMBIGUOUS)
+def test_values_that_give_the_same_text_have_different_registers(template, calls):
+    found = [register(template, two, *call) for call in calls]
+    assert len({text for text, _ in found}) == 1
+    assert len({name for _, name in found}) == len(calls)
+
+
+ALIKE = [
+    [1, "1"],
+    [-1, "-1"],
+    [0, "0"],
+    [None, "None"],
+    [True, "True"],
+    [1.0, "1.0"],
+    [1e16, "1e+16"],
+    [[1], (1,)[0:1], "[1]"][::2],
+    [["a"], "['a']"],
+    [{"a": 1}, "{'a': 1}"],
+    ["\ud83d", "\\ud83d"],
+]
+
+
+@pytest.mark.parametrize("values", ALIKE, ids=repr)
+def test_a_value_and_its_text_are_two_keys(values):
+    found = [register("user:{a}", lambda a: None, value) for value in values]
+    assert len({name for _, name in found}) == len(values)
+    for _, name in found:
+        name.encode()
+
+
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=2, max_size=2, unique_by=repr), st.sampled_from(TEMPLATES))
+def test_two_calls_never_share_a_register(calls, template):
+    one, other = (register(template, two, *call)[1] for call in calls)
+    assert one != other
+
+
+@given(VALUES, VALUES, st.sampled_from(TEMPLATES))
+def test_a_calls_text_is_what_the_template_says(a, b, template):
+    key = key_of(template, two, a, b)
+    assert str(key) == template.format(a=a, b=b)
+    assert type(str(key)) is str
+
+
+@pytest.mark.parametrize("values", [(7, "ann"), ("ann", 7), ("", "x"), ("6f1c7a52-3a35", "ann@example.com")])
+def test_the_usual_values_keep_the_register_of_0_1_0(values):
+    key = key_of("{a}:{b}", two, *values)
+    assert register_of("job", key) == (f"job\0{key}", None)
+
+
+def test_the_text_alone_counts_where_the_template_asks_for_text():
+    names = {register("user:{a!s}", lambda a: None, value) for value in (1, "1")}
+    assert names == {("user:1", "job\0user:1")}
+
+
+def test_a_key_that_a_message_or_a_callable_gives_is_an_int_or_text_as_a_whole():
+    assert checked_key(7) == checked_key("7") == "7"
+    names = [register_of("job", checked_key(key)).name for key in (7, "7", "\ud83d", "\\ud83d", "07", "-0")]
+    assert len(set(names)) == 6
+    assert register_of("job", text_key("7")) == register_of("job", checked_key("7"))
+    assert register_of("job", text_key(""))  # A message id may be empty.
+
+
+def test_the_names_of_tagged_texts_can_be_read_again():
+    parts = [(("s", "a"), ("s", "b")), (("s", "as1:b"),), (("s", "a"), ("sb", "")), (("s", "ab"),), (("i", "ab"),)]
+    assert len({typed_name(*one) for one in parts}) == len(parts)
+
+
+def test_a_job_sees_its_key_as_plain_text():
+    stage = Stage()
+    seen = []
+
+    @stage.actor(idempotency_key="user:{number}")
+    def job(number):
+        seen.append(current_job().idempotency_key)
+
+    job.send("1")
+    stage.run()
+    assert seen == ["user:1"]
+    assert type(seen[0]) is str
+
+
+@pytest.mark.parametrize("sent", [(1, 2), [1, 2], {"a": (1,)}], ids=repr)
+def test_arguments_are_looked_up_as_they_arrive(sent):
+    stage = Stage()
+    job = stage.actor(lambda value: None, actor_name="job", idempotency_key="{value}")
+    message = job.send(sent)
+    drain(stage.broker)
+    assert Idempotency.state(job, sent).message_id == message.message_id
+    assert Idempotency.state(job, value=sent).message_id == message.message_id
+    assert Idempotency.forget(job, sent)
+    assert Idempotency.state(job, sent).state == "none"
+
+
+def test_arguments_that_can_not_be_sent_are_refused_when_they_are_looked_up():
+    stage = Stage()
+    job = stage.actor(lambda value: None, actor_name="job", idempotency_key="{value}")
+    for ask in (Idempotency.state, Idempotency.forget):
+        with pytest.raises(ConfigurationError, match=r"^actor 'job': its arguments can't be sent.*send\(\)"):
+            ask(job, object())

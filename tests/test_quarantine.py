@@ -404,3 +404,170 @@ def test_what_came_back_and_has_no_key_runs_while_its_starts_can_not_be_counted(
     assert app.comes_back(app.job.message(7)) == ("succeeded", None)
     assert app.runs == [7]
     assert "without a claim" not in caplog.text
+
+
+# Proof: a start is made alone, or it proves nothing.
+
+
+def long_beside(app):
+    entered, go_on = threading.Event(), threading.Event()
+
+    @app.stage.actor()
+    def long():
+        entered.set()
+        assert go_on.wait(30)
+
+    return long, entered, go_on
+
+
+@pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
+def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(monkeypatch, options):
+    monkeypatch.setattr("dramatiq_policies.solitude._OTHERS_MAY_TAKE", 0.01)
+    monkeypatch.setattr("dramatiq_policies.admission._FIRST_WAIT", 20)
+    app = Crashing(**options)
+    long, entered, go_on = long_beside(app)
+    message = app.job.message(7)
+    app.began(message, 2, key="7" if options else None)
+    with app.stage.working(threads=2):
+        long.send()
+        assert entered.wait(10)
+        app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+        app.stage.collected.wait_for(lambda events: len(events) >= 2)
+        assert app.runs == []
+        go_on.set()
+        app.stage.drain()
+    assert app.runs == [7]
+    assert {event.reason for event in app.stage.events if event.outcome == "deferred"} == {"running"}
+    assert app.stage.outcomes("job")[-1] == "succeeded"
+
+
+def test_a_last_start_beside_a_job_that_never_ends_is_no_proof(monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.solitude._OTHERS_MAY_TAKE", 0.01)
+    monkeypatch.setattr("dramatiq_policies.admission._FIRST_WAIT", 20)
+    monkeypatch.setattr("dramatiq_policies.admission._RETURNS", 2)
+    app = Crashing(**GUARDED)
+    long, entered, go_on = long_beside(app)
+    seen = []
+    app.runs = Watching(lambda: seen.append(records.Record.decode(app.store.get("job\x007").value)))
+    message = app.job.message(7)
+    app.began(message, 2, key="7")
+    with app.stage.working(threads=2):
+        long.send()
+        assert entered.wait(10)
+        app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+        app.stage.collected.wait_for(lambda events: any(event.outcome == "succeeded" for event in events))
+        go_on.set()
+        app.stage.drain()
+    assert [(record.starts, record.beside) for record in seen] == [(3, True)]
+    assert app.stage.outcomes("job") == ["deferred", "deferred", "succeeded"]
+
+
+class Watching(list):
+    def __init__(self, watch):
+        self.watch = watch
+
+    def append(self, item):
+        super().append(item)
+        self.watch()
+
+
+def test_a_last_start_is_exposed_before_another_job_begins_beside_it(monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.solitude._ALONE_AT_MOST", 0.05)
+    app = Crashing(**GUARDED)
+    alone, go_on = threading.Event(), threading.Event()
+    seen = []
+
+    def look():
+        return records.Record.decode(app.store.get("job\x007").value).beside
+
+    def run_alone():
+        seen.append(look())
+        alone.set()
+        assert go_on.wait(30)
+
+    app.runs = Watching(run_alone)
+
+    @app.stage.actor()
+    def other():
+        seen.append(look())
+        go_on.set()
+
+    message = app.job.message(7)
+    app.began(message, 2, key="7")
+    with app.stage.working(threads=2):
+        app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
+        assert alone.wait(10)
+        other.send()
+        app.stage.drain()
+    assert seen == [False, True]
+    assert app.stage.outcomes("job") == ["succeeded"]
+
+
+# A worker that shuts down may be killed before its jobs end.
+
+
+def test_the_jobs_that_run_when_a_worker_begins_to_shut_down_have_not_crashed():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store)})
+    all_in, go_on = threading.Barrier(3), threading.Event()
+
+    @stage.actor(idempotency_key="{number}")
+    def guarded(number):
+        all_in.wait(10)
+        assert go_on.wait(10)
+
+    @stage.actor()
+    def plain(number):
+        all_in.wait(10)
+        assert go_on.wait(10)
+
+    with stage.working(threads=2):
+        guarded.send(1)
+        other = plain.send(2)
+        all_in.wait(10)
+        idempotency = idempotency_of(stage)
+        for _ in range(2):  # Several workers of a process may stop.
+            idempotency.before_worker_shutdown(stage.broker, None)
+        found = [
+            records.Record.decode(store.get(name).value) for name in ("guarded\x001", uncounted_name(other.message_id))
+        ]
+        go_on.set()
+        stage.drain()
+    assert [(record.starts, record.beside) for record in found] == [(0, True)] * 2
+    assert stage.outcomes() == ["succeeded"] * 2
+    assert records.Record.decode(store.get("guarded\x001").value).state == "completed"
+
+
+def test_a_job_that_is_claimed_while_the_worker_shuts_down_has_not_crashed_either():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store)})
+    seen = []
+
+    @stage.actor(idempotency_key="{number}")
+    def guarded(number):
+        seen.append(records.Record.decode(store.get("guarded\x001").value).starts)
+
+    with stage.working():
+        idempotency_of(stage).before_worker_shutdown(stage.broker, None)
+        guarded.send(1)
+        stage.drain()
+    assert seen == [0]
+
+
+def test_a_retry_of_a_job_that_went_on_through_the_shutdown_is_counted_from_the_beginning():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store)})
+    starts = []
+
+    @stage.actor(idempotency_key="{number}", min_backoff=1, max_retries=1)
+    def guarded(number):
+        starts.append(records.Record.decode(store.get("guarded\x001").value).starts)
+        if len(starts) == 1:
+            idempotency_of(stage).before_worker_shutdown(stage.broker, None)
+            idempotency_of(stage).claims.stopping = False
+            raise ValueError
+
+    guarded.send(1)
+    stage.run()
+    assert starts == [1, 1]
+    assert stage.outcomes() == ["retried", "succeeded"]

@@ -249,3 +249,27 @@ def test_a_lease_holds_to_its_last_millisecond():
     for record in (mine(), theirs(), theirs(WAITING)):
         assert decide(record, record.keep + 1, Request("m", 1, LIVE, 3)) == Defer(1)
         assert decide(record, record.keep, Request("m", 1, LIVE, 3)) != Defer(0)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["the same message", "another message"])
+def test_a_start_beside_others_is_no_proof_however_many_there_were(others):
+    request = Request("m" if not others else "another", 1, GONE, max_crashes=3)
+    for starts in (3, 4, 50):
+        record = mine(starts=starts, beside=True)
+        assert decide(record, 0, request) == Take(starts + 1, record.ended, alone=True)
+        if starts >= 3 + others:
+            assert decide(record._replace(beside=False), 0, request) == Crashed(starts)
+            # A record of 0.1.0 does not say.
+            assert decide(record._replace(beside=None), 0, request) == Crashed(starts)
+
+
+def test_a_limit_of_one_counts_every_start_for_none_is_made_alone():
+    assert decide(mine(starts=1, beside=True), 0, Request("m", 1, GONE, max_crashes=1)) == Crashed(1)
+
+
+def test_a_claim_says_whether_it_was_made_beside_others():
+    request = Request("m", 1, GONE, max_crashes=3)
+    for asked, beside in [({}, True), ({"alone": True}, False), ({"beside": True}, True)]:
+        claim = taken(Take(3), request._replace(**asked), owner="o", token="t", since=0, keep=1)
+        assert claim.beside is beside
+        assert Record.decode(claim.encode()) == claim

@@ -114,3 +114,55 @@ def test_a_job_that_fails_leaves_too(alone):
     following = Job(solitude)
     assert begins(following)
     following.finish()
+
+
+def test_a_job_that_can_not_be_alone_in_time_is_told_so_and_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
+    solitude = Solitude()
+    long, wanting = object(), object()
+    solitude.enter(long)
+    solitude.enter(wanting)
+    assert not solitude.make_alone(wanting)
+    assert solitude.is_open
+    solitude.leave(long)
+    assert solitude.make_alone(wanting)
+
+
+def test_a_second_job_that_must_be_alone_does_not_begin_beside_the_first(monkeypatch):
+    monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
+    solitude = Solitude()
+    first, second = object(), object()
+    solitude.enter(first)
+    assert solitude.make_alone(first)
+    assert not solitude.make_alone(second)
+    assert not solitude.is_open
+
+
+def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypatch):
+    monkeypatch.setattr(module, "_ALONE_AT_MOST", 0.05)
+    monkeypatch.setattr(module, "_EXPOSE_AGAIN", 0.01)
+    answers, asked = [True, False, False], []
+
+    def expose(delivery):
+        asked.append((delivery, set(solitude.running)))
+        return answers.pop()
+
+    solitude = Solitude(expose)
+    alone = object()
+    solitude.enter(alone)
+    assert solitude.make_alone(alone)
+    other = Job(solitude)
+    assert begins(other)
+    # The store was asked until it had recorded that, and nothing else ran so far.
+    assert asked == [(alone, {alone})] * 3
+    other.finish()
+
+
+def test_each_start_that_proved_nothing_gives_the_next_one_twice_the_time(monkeypatch):
+    monkeypatch.setattr(module, "_ALONE_AT_MOST", 30)
+    now = 1_000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    for unproven, seconds in [(0, 30), (1, 60), (3, 240), (5, 600), (10**6, 600)]:
+        solitude = Solitude()
+        assert solitude.make_alone(object(), unproven)
+        assert solitude._until == now + seconds

@@ -7,7 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dramatiq import Actor, Message
 
@@ -18,8 +19,9 @@ from ..callables import is_coroutine_callable
 from ..claims import Claims, StoreDown
 from ..durations import CENTURY_MS
 from ..errors import ConfigurationError, checked_duration
-from ..guards import OPTIONS, Guard, checked_crashes, key_of, name_of
+from ..guards import OPTIONS, Guard, Register, checked_crashes, key_of
 from ..safe_logger import SafeLogger
+from ..services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 
@@ -73,17 +75,18 @@ class Idempotency(PolicyMiddleware):
     ``current_job().idempotency_key`` to the service that makes the effect, or commit the key with it.
 
     Parameters:
-      store: An `IdempotencyStore`. None, the default: on a RedisBroker its own Redis over connections of its own, on a
-        StubBroker memory; elsewhere there is none, and an actor that asks for idempotency is refused.
+      store: An `IdempotencyStore`. None, the default: on a RedisBroker its own Redis over connections of its own, in a
+        namespace made of the broker's; on a StubBroker memory; elsewhere there is none, and an actor that asks for
+        idempotency is refused. Services that share a store need a namespace each: see `RedisStore`.
       lease: For how long a claim holds if its process falls silent, in milliseconds or as a ``timedelta``. It is renewed
         while the job runs, and must be longer than a renewal may take. Default 60,000.
       ttl: How long a completed key is remembered; the actor option ``idempotency_ttl`` overrides it. Default 24 h.
       on_store_error: ``"retry"``: while the store is down a message that needs it waits. ``"run"``: it runs, and that is
         said. Default ``"retry"``.
       max_crashes: After how many starts that never ended (SIGKILL, out of memory, segfault) a message goes to the dead
-        letters, reason ``crashed``. The last start is made while nothing else runs in its process, so that those that
-        merely ran beside a killer are not blamed. None switches it off. The actor option of that name overrides it.
-        Default 3.
+        letters, reason ``crashed``. The last start is made while no other job runs in its process, and only such a start
+        is proof, so that jobs beside a killer are not blamed. A process that is killed after its shutdown has begun
+        counts for none. None switches it off. The actor option of that name overrides it. Default 3.
 
     Raises:
       ConfigurationError: An argument makes no sense.
@@ -131,11 +134,18 @@ class Idempotency(PolicyMiddleware):
         if store is None:
             return
         self.claims = Claims(store, self.lease)
-        wiring.admission = Admission(wiring, self.claims, run_without_store=self.on_store_error == "run")
+        wiring.admission = Admission(
+            wiring,
+            self.claims,
+            run_without_store=self.on_store_error == "run",
+            place=place_of(wiring.broker, store),
+        )
         wiring.guard_defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         wiring = self.arrange(broker)
+        if self.claims is not None:
+            self.claims.stopping = False
         if wiring.in_command:
             wiring.booting_until = time.monotonic() + _BOOTING
 
@@ -150,13 +160,29 @@ class Idempotency(PolicyMiddleware):
             wiring.piggyback = Piggyback(wiring, self.claims, trips) if Piggyback.is_safe(wiring) else None
         if self._excuse_neighbours not in wiring.stuck_subscribers:
             wiring.stuck_subscribers.append(self._excuse_neighbours)
-        warnings = getattr(self.store, "warnings", None)
-        if callable(warnings):
-            try:
+        try:
+            warnings = getattr(self.store, "warnings", None)
+            if callable(warnings):
                 for warning in self.claims.ask(warnings):
                     alerts.warning(warning)
-            except StoreDown:
-                pass  # Said already.
+            if kind_of(broker) != "stub":
+                self.claims.earlier.mark()
+                self._look_for_neighbours(wiring)
+        except StoreDown:
+            pass  # Said already.
+
+    def _look_for_neighbours(self, wiring: Wiring) -> None:
+        assert wiring.admission is not None
+        claims, broker = wiring.admission.claims, wiring.broker
+        queues, server = keyed_queues(wiring), server_of(broker, claims.store)
+        if server is None or not queues:
+            return
+        for found in claims.ask(partial(record_service, claims.store, server, wiring.admission.place, queues)):
+            alerts.warning("%s.", found)
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if self.claims is not None:
+            self.claims.excuse_all()
 
     def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
         if self.attached_to is not None and self.attached_to.piggyback is not None:
@@ -181,18 +207,22 @@ class Idempotency(PolicyMiddleware):
 
         Parameters:
           actor: The actor, and then what it is called with; or a `Message`. For an actor with ``idempotent=True`` the
-            argument is a message id.
+            argument is a message id. Arguments are taken as a worker receives them: through Dramatiq's encoder.
 
         Raises:
-          ConfigurationError: The actor has no idempotency key.
+          ConfigurationError: The actor has no idempotency key, or its arguments can't be sent.
           Exception: The store can't be asked, or holds what this version can't read (`UnknownRecord`).
         """
-        claims, key, name = _lookup(actor, args, kwargs)
-        found = claims.store.get(name)
-        if found.value is None:
+        job = _lookup(actor, args, kwargs)
+        key = str(job.key)
+        found = job.claims.store.get(job.register.name)
+        known = None if found.value is None else (records.Record.decode(found.value), found.left)
+        if known is None:
+            known = job.known_earlier()
+        if known is None:
             return KeyState(state="none", key=key)
-        record = records.Record.decode(found.value)
-        left = max(0, found.left - record.keep)
+        record, left = known
+        left = max(0, left - record.keep)
         if record.state == records.COMPLETED:
             return KeyState(state="completed", key=key, message_id=record.message_id, left_ms=left)
         if record.state == records.WAITING and left:
@@ -215,11 +245,31 @@ class Idempotency(PolicyMiddleware):
 
         Of a job that runs now only the record is lost: it goes on, and a second one may begin beside it.
         """
-        claims, _, name = _lookup(actor, args, kwargs)
-        return claims.store.delete(name)
+        job = _lookup(actor, args, kwargs)
+        forgotten = job.claims.store.delete(job.register.name)
+        if job.register.earlier is not None and job.known_earlier() is not None:
+            return job.claims.store.delete(job.register.earlier) or forgotten
+        return forgotten
 
 
-def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Claims, str, str]:
+class _Job(NamedTuple):
+    """What `Idempotency.state` is asked about."""
+
+    claims: Claims
+    key: str
+    register: Register
+    ttl: int
+
+    def known_earlier(self) -> tuple[records.Record, int] | None:
+        """What 0.1.0 left of it, where that had another register."""
+        earlier = self.register.earlier
+        try:
+            return None if earlier is None else self.claims.earlier.find(earlier, self.ttl)
+        except StoreDown as error:
+            raise error.__cause__ or error from None
+
+
+def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
     message = actor if isinstance(actor, Message) else None
     if message is not None:
         from dramatiq import get_broker
@@ -239,10 +289,25 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         message = Message(actor.queue_name, actor.actor_name, args, kwargs, {})
         if by_id:
             message = message.copy(message_id=args[0])
+    args, kwargs = _as_received(where, message)
+    message = message.copy(args=args, kwargs=kwargs)
     key = key_of(message, guard, lambda make: _ask(make, args, kwargs))
     if key is None:
         raise ConfigurationError(f"{where} has no idempotency key.")
-    return wiring.admission.claims, key, name_of(actor.actor_name, key)
+    return _Job(wiring.admission.claims, key, wiring.admission.register_of(actor.actor_name, key), guard.ttl)
+
+
+def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A message's arguments as its job receives them."""
+    bare: Message[Any] = Message(message.queue_name, message.actor_name, message.args, message.kwargs, {})
+    try:
+        received = Message.decode(bare.encode())
+    except Exception as error:
+        raise ConfigurationError(
+            f"{where}: its arguments can't be sent, so no message has them ({type(error).__name__}: {error}). "
+            "Pass what you pass to send()."
+        ) from error
+    return tuple(received.args), dict(received.kwargs)
 
 
 def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,6 +317,16 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return make(*args, **kwargs)
     with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
         return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
+
+
+def keyed_queues(wiring: Wiring) -> list[tuple[str, str]]:
+    """The actors of a broker that have keys, each with its queue."""
+    actors = wiring.broker.actors
+    return [
+        (name, actors[name].queue_name)
+        for name, policy in wiring.policies.items()
+        if name in actors and policy.guard is not None and policy.guard.keyed
+    ]
 
 
 def _default_store(broker: Broker) -> IdempotencyStore | None:

@@ -71,6 +71,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP108", "warning", "dead letters are kept for less than a day", "Raise dead_message_ttl, or the environment's dramatiq_dead_message_ttl"),
     Code("DP109", "error", "Redis is a replica", "Connect to the primary"),
     Code("DP110", "error", "the idempotency store may forget", "Do what it says"),
+    Code("DP111", "error", "two services share idempotency keys", "RedisStore(namespace=…), another one for each service"),
 )  # fmt: skip
 
 

@@ -10,7 +10,9 @@ from dramatiq.common import dq_name, xq_name
 
 from .. import _dramatiq
 from ..broker_kinds import kind_of
-from ..middleware.idempotency import Idempotency
+from ..middleware.idempotency import Idempotency, keyed_queues
+from ..services import neighbours, server_of
+from ..wiring import wiring_of
 from .apps import OperationError, known_queues, one_line, redact
 from .findings import CODES, Finding
 
@@ -118,16 +120,21 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
 
 def _store(broker: Broker, facts: dict[str, Any]) -> Found:
     idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
-    warnings = getattr(None if idempotency is None else idempotency.store, "warnings", None)
-    if not callable(warnings):
+    wiring = wiring_of(broker)
+    if idempotency is None or idempotency.store is None or wiring.admission is None:
         return
+    store, place = idempotency.store, wiring.admission.place
+    warnings, server = getattr(store, "warnings", None), server_of(broker, store)
     try:
-        found = warnings()
+        found = warnings() if callable(warnings) else []
+        others = [] if server is None else neighbours(store, server, place, keyed_queues(wiring))
     except Exception as error:
         raise OperationError(f"The idempotency store can't be asked: {one_line(error)}.") from None
-    facts["store"] = type(idempotency.store).__name__ if idempotency is not None else None
+    facts["store"] = type(store).__name__
     for text in found:
         yield "DP110", text.removesuffix(".")
+    for other in others:
+        yield "DP111", str(other)
 
 
 def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:

@@ -30,6 +30,15 @@ _SWAP = Script(resources.files(__package__).joinpath("swap.lua").read_text())
 _SOCKET_TIMEOUT = 1.0
 
 
+class _Namespace(str):
+    """The namespace where none was given, which equals one of that name and is not the same."""
+
+    __slots__ = ()
+
+
+_DERIVED = _Namespace("idem")
+
+
 class RedisStore:
     """Remembers on a Redis server: one string key per job, so that it works on a cluster.
 
@@ -38,28 +47,32 @@ class RedisStore:
     Parameters:
       client: Any client of redis-py (Sentinel's and cluster's too, decoding or not). Give it a ``socket_timeout``: a hung
         server holds up each job for as long. Default: a client of ``localhost:6379/0`` with one of 1 s.
-      namespace: What its keys begin with. Default ``"idem"``. Keys are digests: they say nothing of the jobs' arguments.
+      namespace: What its keys begin with. Give each service that shares the server a namespace of its own. Without one keys
+        begin with ``"idem"``, and each is told apart from other services' by the broker's virtual host (or namespace) and
+        the actor's queue. Keys are digests: they say nothing of the jobs' arguments.
 
     Raises:
       ConfigurationError: An argument makes no sense.
     """
 
-    def __init__(self, client: Any = None, *, namespace: str = "idem") -> None:
+    def __init__(self, client: Any = None, *, namespace: str = _DERIVED) -> None:
         command = getattr(client, "execute_command", None)
         if client is not None and (not callable(command) or is_coroutine_callable(command)):
             do = "RedisStore.from_url() takes a URL" if isinstance(client, str) else ""
             raise ConfigurationError.of_option(
                 "RedisStore", "client", "a client of redis-py that is not async", client, do, secret=True
             )
-        if type(namespace) is not str or not namespace:
+        if namespace is not _DERIVED and (type(namespace) is not str or not namespace):
             raise ConfigurationError.of_option("RedisStore", "namespace", "a str that is not empty", namespace)
         self.client = redis.Redis(**_client_arguments()) if client is None else client
-        self.namespace = namespace
+        #: Whether the namespace was given, and so tells services apart.
+        self.is_namespaced = namespace is not _DERIVED
+        self.namespace = str(namespace)
         #: What its calls share with one another, and with the acks of a Redis broker beside it.
         self.trips = RoundTrips(self.client)
 
     @classmethod
-    def from_url(cls, url: str, *, namespace: str = "idem", **arguments: Any) -> RedisStore:
+    def from_url(cls, url: str, *, namespace: str = _DERIVED, **arguments: Any) -> RedisStore:
         """A store with a client of its own, whose sockets time out after 1 s unless an argument says otherwise.
 
         Raises:
@@ -81,7 +94,7 @@ class RedisStore:
         return cls(client, namespace=namespace)
 
     @classmethod
-    def beside(cls, client: Any, *, namespace: str = "idem") -> RedisStore:
+    def beside(cls, client: Any, *, namespace: str = _DERIVED) -> RedisStore:
         """A store on the same server as a client, with connections of its own that time out after 1 s."""
         pool = client.connection_pool
         arguments = {**pool.connection_kwargs, **_client_arguments()}

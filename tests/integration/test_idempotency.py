@@ -24,9 +24,10 @@ from dramatiq.rate_limits.backends import RedisBackend
 
 import dramatiq_policies
 from dramatiq_policies import Idempotency
+from dramatiq_policies.ops import check_live
 from dramatiq_policies.stores.redis import RedisStore
 
-from .places import Place, RedisPlace, until
+from .places import App, Place, RabbitmqPlace, RedisPlace, until
 
 APP = """
 import os, pathlib, signal, time
@@ -85,7 +86,12 @@ class DieAfterTheResult(dramatiq.Middleware):
         if message.actor_name == "dies_after_result" and once("result"):
             die()
 
+class NoteTheShutdown(dramatiq.Middleware):
+    def before_worker_shutdown(self, broker, worker):
+        note("stopping")
+
 broker.add_middleware(DieAfterTheRetryWasEnqueued())
+broker.add_middleware(NoteTheShutdown())
 broker.add_middleware(DieAfterTheResult(), before=ErrorClassifier)
 
 options = dict(queue_name="{queue}", idempotency_key="k:{{number}}")
@@ -93,6 +99,15 @@ options = dict(queue_name="{queue}", idempotency_key="k:{{number}}")
 @dramatiq.actor(**options)
 def plain(number):
     note("effect", number)
+
+def endures(number):
+    note("began", number)
+    while not (journal.parent / "end").exists():
+        time.sleep(0.02)
+    note("effect", number)
+
+dramatiq.actor(actor_name="endures", queue_name="{queue}")(endures)
+dramatiq.actor(actor_name="guarded_endures", **options)(endures)
 
 @dramatiq.actor(**options)
 def dies_before(number):
@@ -288,6 +303,73 @@ def test_a_job_that_kills_its_worker_is_quarantined_and_its_neighbours_are_not(
     assert application.lines()["start 1"] == 3, application.lines()
     assert [letter.options["failure"]["reason"] for letter in application.place.dead()] == ["crashed"]
     assert application.place.left() == []
+
+
+@pytest.mark.parametrize("actor", ["endures", "guarded_endures"])
+def test_a_long_job_survives_any_number_of_deployments_that_kill(application: Application, actor: str) -> None:
+    application.send(actor, 7)
+    for deployment in range(1, 5):
+        process = application._start()
+        until(lambda count=deployment: application.lines()["began 7"] == count, 60, application.lines)
+        process.send_signal(signal.SIGTERM)
+        until(lambda count=deployment: application.lines()["stopping"] == count, 20, application.lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+    (application.folder / "end").touch()
+    with application.working():
+        application.wait_for(f"outcome {actor} succeeded None", timeout=60)
+    assert application.lines()["effect 7"] == 1, application.lines()
+    assert application.place.dead() == []
+
+
+def second_queue(place: Place) -> str:
+    return f"{place.queue}-b"
+
+
+@pytest.fixture
+def two_services(place: Place, redis_client: redis.Redis, redis_namespace: str) -> Any:
+    """Makes two services on one server, each with an actor of the same name and a queue of its own."""
+
+    def make(**store: Any) -> list[tuple[App, Any]]:
+        found = []
+        for queue in (place.queue, second_queue(place)):
+            shared = RedisStore(redis_client, **store)
+            shared.namespace = shared.namespace if store else redis_namespace
+            app = App(place, place.broker(), Idempotency(shared))
+            found.append((app, dramatiq.actor(broker=app.broker, queue_name=queue, actor_name="charge", **CHARGE)(abs)))
+        return found
+
+    yield make
+    if isinstance(place, RabbitmqPlace):
+        for suffix in ("", ".DQ", ".XQ"):
+            place.channel.queue_delete(second_queue(place) + suffix)
+
+
+CHARGE = {"idempotency_key": "{x}"}
+
+
+def test_two_services_that_share_a_store_run_each_its_own_job(two_services: Any) -> None:
+    for app, charge in two_services():
+        for _ in range(2):
+            charge.send(7)
+        app.work_until("succeeded", "duplicate", threads=1)
+        assert Idempotency.state(charge, 7).state == "completed"
+
+
+def test_two_services_that_meet_in_a_namespace_are_found(
+    two_services: Any, redis_namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (one, charge), (other, _) = two_services(namespace=f"{redis_namespace}:shared")
+    charge.send(7)
+    one.work_until("succeeded")
+    assert "namespace" not in caplog.text
+    findings, _ = check_live(other.broker)
+    assert [(finding.code, finding.severity) for finding in findings if finding.code == "DP111"] == [("DP111", "error")]
+    with other.working():
+        pass
+    said = [record for record in caplog.records if "Two services use the idempotency keys" in record.getMessage()]
+    assert [(record.name, record.levelname) for record in said] == [("dramatiq_policies.alerts", "WARNING")]
+    assert one.place.queue in said[0].getMessage()
 
 
 def test_another_message_never_runs_beside_a_live_owner(application: Application) -> None:
