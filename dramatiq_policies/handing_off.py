@@ -162,7 +162,7 @@ class HandOff:
         """Go on with less than was to be handed on."""
         delivery, decided = self.delivery, self.decided
         hopeless = self.consumer.fault_of(error) is Fault.HOPELESS
-        if not decided.dead_letter or delivery.steps:
+        if not decided.dead_letter or (delivery.steps and not self._is_dead_letter_at_fault(hopeless)):
             self._say(
                 "The broker would not take what follows message %s of actor %r (%s: %s); "
                 "it goes to the dead-letter queue.",
@@ -179,6 +179,12 @@ class HandOff:
             self.dead = delivery.body
         else:
             self._return(error)
+
+    def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
+        """Whether what can never be sent is the dead letter, and not a callback that goes with it."""
+        encoded = all(isinstance(step, Send) and step.encoded is not None for step in self.delivery.steps or ())
+        # Elsewhere the dead letter is sent when no step is left.
+        return hopeless and encoded and self.consumer.acks_with_hand_off and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Settlement:
         """The decision on a message whose retry, or next stage, was refused."""

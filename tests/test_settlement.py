@@ -223,11 +223,12 @@ def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_th
     def refuse(*args):
         raise Unsendable("never")
 
-    with monkeypatch.context() as patch, stage.working():
+    with monkeypatch.context() as patch:
         patch.setattr(f"{CONSUMER}.hand_off", refuse)
-        stage.collected.wait_for(lambda events: events)
-        patch.undo()
-        stage.collected.wait_for(lambda events: len(events) == 2)
+        with stage.working():
+            stage.collected.wait_for(lambda events: events)
+            patch.undo()
+            stage.collected.wait_for(lambda events: len(events) == 2)
     assert list(zip(stage.outcomes(), stage.reasons(), strict=True)) == [
         ("interrupted", "handoff_failed"),
         ("succeeded", None),

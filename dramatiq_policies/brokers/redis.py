@@ -48,7 +48,7 @@ _FETCH, _SETTLE = (
 #: What Redis answers when no waiting will help.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
 #: What Redis answers when it takes no writes for now: it is full, cannot save, or has lost its replicas.
-_FULL = ("OOM", "MISCONF", "NOREPLICAS")
+_FULL = ("used memory > 'maxmemory'", "MISCONF", "NOREPLICAS")
 #: Every how many seconds that is logged.
 _SAY_AGAIN = 300.0
 #: What Redis answers when a value is larger than it ever takes (``proto-max-bulk-len``).
@@ -319,7 +319,8 @@ class RedisConsumer(PolicyConsumer):
                 raise Unsendable(f"{type(error).__name__}: {text}") from error
             if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
                 self._permanent(error)
-            if text.startswith(_FULL) and monotonic() - self.wiring.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
+            is_full = any(part in text for part in _FULL)
+            if is_full and monotonic() - self.wiring.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
                 self.wiring.shared["full"] = monotonic()
                 alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
             raise ConnectionClosed(error) from None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pika
 import pytest
+import redis
 from dramatiq import Message
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 
 from dramatiq_policies import Heartbeat, RetryPolicy, constant, handing_off
 from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
+from dramatiq_policies.round_trips import RoundTrips
 
-from .places import App, RabbitmqPlace, until
+from .places import App, Place, RabbitmqPlace, RedisPlace, until
 
 pytestmark = pytest.mark.usefixtures("quick_restarts", "impatient")
 
@@ -182,3 +186,64 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
         until(heartbeat.well)
     assert len(rabbitmq_place.dead()) == 2
     assert rabbitmq_place.left() == []
+
+
+def test_a_redis_that_is_full_is_waited_for_and_said_once(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = redis_place.app()
+    full = threading.Event()
+    full.set()
+    tried = []
+    stock = RoundTrips.call
+
+    def call(self: Any, *command: Any, **kwargs: Any) -> Any:
+        if full.is_set() and b"policies" in command[-1]:
+            tried.append(1)
+            raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+        return stock(self, *command, **kwargs)
+
+    monkeypatch.setattr(RoundTrips, "call", call)
+
+    @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
+    def job() -> None:
+        raise Transient
+
+    job.send()
+    with app.working():
+        # For longer than a refusal is tried: this one is of no single message.
+        until(lambda: len(tried) > 4)
+        assert app.outcomes == []
+        full.clear()
+        app.wait_for("retried", "dead")
+    assert app.outcomes == ["retried", "dead"]
+    assert caplog.text.count("Redis takes nothing") == 1
+    assert redis_place.left() == []
+
+
+def test_what_can_be_read_and_not_written_is_dead_after_one_run(place: Place) -> None:
+    """Nested so deep that the consumer's stack has room to decode it, and a job's deeper stack none to encode it."""
+    app, runs = place.app(), Counter[int]()
+
+    @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
+    def job(depth: int, nested: Any) -> None:
+        runs[depth] += 1
+        raise Transient
+
+    @app.actor()
+    def good() -> None:
+        pass
+
+    good.send()
+    depths = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() - 15)
+    for depth in depths:
+        # A readable one after each: some are too deep for the consumer, too.
+        nested = b"[" * depth + b"]" * depth
+        place.push(job.message(depth, "nested").encode().replace(b'"nested"', nested), good.message().encode())
+    with app.working():
+        until(lambda: app.outcomes.count("dead") == len(depths), describe=lambda: app.outcomes)
+        until(lambda: app.outcomes.count("succeeded") == len(depths) + 1)
+    assert set(runs.values()) <= {1, 2}
+    assert len(place.dead_bodies()) == len(depths)
+    reasons = {event.reason for event in app.events if event.outcome == "dead"}
+    assert reasons <= {"exhausted", "handoff_failed", "malformed"}
