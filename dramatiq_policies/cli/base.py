@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -129,14 +130,37 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
     """Print such a table."""
     out = console()
+    rows = [list(row) for row in rows]
     made = table(columns, rows, right=right)
     if out.is_terminal:
-        out.print(made)
+        if Measurement.get(out, out.options.update(max_width=100_000), made).maximum > out.width:
+            _stack(out, columns, rows)
+        else:
+            out.print(made)
         return
     with out.capture() as captured:
         out.print(made)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
+
+
+def _stack(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """What is too wide for a table: one block for each row, a line for each value, no name broken."""
+    margin = max((len(column) for column in columns), default=0)
+    for row in rows:
+        for column, cell in zip(columns, row, strict=False):
+            if cell is not None or not column:
+                value = cell if isinstance(cell, Text) else Text(shown("-" if cell is None else cell))
+                out.print(
+                    Text(f"{column:{margin}}  " if column else "", style="bold"),
+                    value,
+                    sep="",
+                    no_wrap=True,
+                    overflow="ignore",
+                    crop=False,
+                )
+        if len(columns) > 2 or any(columns):
+            out.print()
 
 
 def shown(value: object, *, lines: bool = False) -> str:
@@ -203,9 +227,11 @@ def duration(ms: float | None) -> str:
 
 
 def age(ms: Any) -> str:
-    """A time in ms since the epoch as local date and time; anybody may have written it, and what is none is ``-``."""
+    """A time in ms since the epoch as local date, time and zone; anybody may have written it, and what is none is ``-``."""
     try:
-        return datetime.fromtimestamp(ms / 1_000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        when = datetime.fromtimestamp(ms / 1_000).astimezone()
+        zone = when.strftime("%z")
+        return f"{when:%Y-%m-%d %H:%M:%S}{'Z' if zone == '+0000' else zone[:3] + ':' + zone[3:5]}"
     except (TypeError, ValueError, OverflowError, OSError):
         return "-"
 
@@ -235,7 +261,7 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
     return value
 
 
-def parse_tags(tags: Sequence[str]) -> dict[str, str]:
+def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
     """``name=value`` options as a mapping.
 
     Raises:
@@ -245,7 +271,7 @@ def parse_tags(tags: Sequence[str]) -> dict[str, str]:
     for tag in tags:
         name, found, value = tag.partition("=")
         if not found:
-            raise OperationError(f"{tag!r} is no tag; write name=value.")
+            raise OperationError(f"{tag!r} is not {what}; write name=value.")
         parsed[name] = value
     return parsed
 

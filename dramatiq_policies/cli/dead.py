@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import click
 from dramatiq.broker import Broker
+from rich.cells import cell_len
 
 from .. import ops
+from ..shape import is_number
 from .app_command import AppCommand
 from .base import (
     age,
     confirm,
     console,
     counted,
+    duration,
     finite,
     format_option,
     interruptible,
@@ -29,7 +33,7 @@ from .base import (
     shown,
 )
 from .completion import queue_names
-from .filters import check_actor_name, chosen, filters
+from .filters import chosen, filters, say_nothing_found
 
 __all__ = ["dead"]
 
@@ -46,10 +50,11 @@ def summary(form: str, **meant: Any) -> None:
     """How many of what: counts by actor, exception and outcome, the most frequent first."""
     broker, queues, where = chosen(**meant)
     groups = ops.summarise(broker, queues, where)
-    if not groups:
-        check_actor_name(broker, where)
     if form == "json":
         print_json([group.asdict() for group in groups])
+    if not groups:
+        say_nothing_found(broker, where)
+    if form == "json":
         return
     if not groups:
         click.echo("No dead letters.")
@@ -78,33 +83,56 @@ def _outcome(outcome: str, reason: str | None) -> str:
 @dead.command("list", cls=AppCommand)
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
+@click.option("--oldest", is_flag=True, help="The oldest of each queue first, each as it is read.")
 @format_option()
-def list_(form: str, limit: int | None, **meant: Any) -> None:
-    """One line for each dead letter, the oldest of each queue first, as they are read."""
+def list_(form: str, limit: int | None, oldest: bool, **meant: Any) -> None:
+    """One line for each dead letter, the newest first.
+
+    On a terminal ids are shortened, and what does not fit on a line stands on two. Every command takes a shortened id.
+    """
     broker, queues, where = chosen(**meant)
-    letters = ops.dead_letters(broker, queues, where, limit=limit)
-    if form == "json":
-        print_json_stream(letter.row() for letter in letters)
-        return
+    with contextlib.closing(ops.dead_letters(broker, queues, where, limit=limit if oldest else None)) as read:
+        letters = read if oldest else iter(ops.newest(read, limit))
+        if form == "json":
+            print_json_stream(letter.row() for letter in letters)
+        else:
+            _print_letters(letters)
+    if not where.matched and not where.unreadable:
+        say_nothing_found(broker, where)
+        if form != "json":
+            click.echo("No dead letters.", err=True)
+
+
+#: Characters of an id on a terminal. Of 10,000 random ids, two begin alike in one of 86 lists.
+_SHORT_ID = 8
+
+
+def _print_letters(letters: Iterator[ops.DeadLetter]) -> None:
     out = console()
-    found = False
-    with contextlib.closing(letters):
-        for letter in letters:
-            found = True
-            text = " ".join((letter.text or "").split())
-            error = f"{(letter.exception or '-').rpartition('.')[2]}: {text}" if text else letter.exception or "-"
-            line = shown(
-                f"{age(letter.failed_at)}  {letter.message_id or '-'}  {letter.queue}  {letter.actor or '-'}  "
-                f"{_outcome(letter.outcome, letter.reason)}  {error}"
-            )
-            if out.is_terminal:
-                out.print(line, overflow="ellipsis", no_wrap=True)
-            else:
-                # Ten times as fast.
-                click.echo(line)
-    if not found:
-        check_actor_name(broker, where)
-        click.echo("No dead letters.", err=True)
+    for letter in letters:
+        text = " ".join((letter.text or "").split())
+        error = f"{(letter.exception or '-').rpartition('.')[2]}: {text}" if text else letter.exception or "-"
+        id_ = letter.message_id or "-"
+        place = [letter.queue, letter.actor or "-"]
+        ending = [_outcome(letter.outcome, letter.reason), error]
+        if not out.is_terminal:
+            # Ten times as fast.
+            click.echo(shown("  ".join([age(letter.failed_at), id_, *place, *ending])))
+            continue
+        head = [age(letter.failed_at), id_[:_SHORT_ID], *place]
+        line = shown("  ".join([*head, *ending]))
+        if cell_len(line) <= out.width:
+            click.echo(line)
+        else:
+            for part, indent in (("  ".join(head), ""), *((part, "    ") for part in ending)):
+                click.echo(_folded(shown(part), out.width, indent))
+
+
+def _folded(text: str, width: int, indent: str) -> str:
+    """Wrapped at blanks only: no name is broken."""
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 @dead.command(cls=AppCommand)
@@ -116,7 +144,8 @@ def list_(form: str, limit: int | None, **meant: Any) -> None:
 def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str) -> None:
     """All that one dead letter says: its failure, its history, its traceback; its arguments only if asked for."""
     broker = ops.load_broker(app, path)
-    letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=(message_id,))))
+    whole = ops.resolve_ids(broker, (), (message_id,))
+    letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=whole)))
     if not letters:
         raise ops.OperationError(f"There is no dead letter with the id {message_id!r}.")
     # On RabbitMQ one message may have two.
@@ -138,13 +167,17 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
                     age(run.get("failed_at")),
                     run.get("exception"),
                     " ".join(str(run.get("message")).split()),
-                    None if run.get("delay_ms") is None else f"{run['delay_ms']} ms",
+                    _wait(run.get("delay_ms")),
                 ]
                 for run in history
             ],
         )
     if trace:
         click.echo(f"\n{shown(trace, lines=True).rstrip()}")
+
+
+def _wait(delay: Any) -> str | None:
+    return duration(delay) if is_number(delay) else None
 
 
 @dead.command(cls=AppCommand)
@@ -174,7 +207,7 @@ def replay(
     broker, queues, where = chosen(**meant)
     if to_queue is not None:
         ops.find_queue(broker, to_queue)
-    act = functools.partial(ops.replay, broker, queues, where, to_queue=to_queue, new_id=new_id, rate=rate, limit=limit)
+    act = functools.partial(ops.replay, broker, queues, to_queue=to_queue, new_id=new_id, rate=rate, limit=limit)
     words = _Words("Replay {}?", "Replaying", "replayed")
     _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
@@ -188,7 +221,7 @@ def replay(
 def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **meant: Any) -> None:
     """Delete dead letters for good."""
     broker, queues, where = chosen(**meant)
-    act = functools.partial(ops.purge, broker, queues, where, limit=limit)
+    act = functools.partial(ops.purge, broker, queues, limit=limit)
     words = _Words("Delete {} for good?", "Deleting", "deleted")
     _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
@@ -203,7 +236,7 @@ def _carry_out(
     act: Callable[..., ops.Moved],
     words: _Words,
     broker: Broker,
-    where: ops.Filter,
+    where: ops.Tally,
     *,
     dry_run: bool,
     yes: bool,
@@ -211,17 +244,19 @@ def _carry_out(
 ) -> None:
     """Do it, after a question unless somebody has said yes already; or only say what it would be."""
     if dry_run or not yes:
-        would = act(dry_run=True)
-        if not would.count and not would.unreadable:
-            check_actor_name(broker, where)
+        would = act(where=where, dry_run=True)
         if dry_run or not would.count:
             _said(form, would, f"would be {words.done}" if dry_run else words.done, dry_run=dry_run)
+            if not would.count and not would.unreadable:
+                say_nothing_found(broker, where)
             return
-        confirm(words.question.format(counted(would.count, "dead letter")))
-    moved = ops.Moved()
+        confirm(words.question.format(f"{counted(would.count, 'dead letter')} ({where.named(would.count)})"))
+    moved, where = ops.Moved(), ops.Tally(where.where)
     with progress_bar(words.doing) as progress, interruptible(moved, "dead letter", words.done):
-        act(progress=progress, moved=moved)
+        act(where=where, progress=progress, moved=moved)
     _said(form, moved, words.done, dry_run=False)
+    if not moved.count and not moved.unreadable:
+        say_nothing_found(broker, where)
 
 
 def _said(form: str, moved: ops.Moved, done: str, *, dry_run: bool) -> None:

@@ -9,10 +9,11 @@ import click
 from dramatiq.broker import Broker
 
 from .. import ops
-from .base import length, parse_tags, path_option
+from ..callables import stated_signature, unwrapped
+from .base import length, parse_tags, path_option, shown
 from .completion import actor_names, queue_names
 
-__all__ = ["check_actor_name", "chosen", "filters"]
+__all__ = ["chosen", "filters", "say_nothing_found"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +40,18 @@ def filters(command: F) -> F:
                 "--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated."
             ),
             click.option(
-                "--id", "message_ids", multiple=True, metavar="ID", help="Only this message; may be repeated."
+                "--id",
+                "message_ids",
+                multiple=True,
+                metavar="ID",
+                help="Only this message: its id or the beginning of it; may be repeated.",
+            ),
+            click.option(
+                "--where",
+                "arguments",
+                multiple=True,
+                metavar="ARG=VALUE",
+                help="Only with this argument; VALUE is text or JSON, ARG a name, a place (0), or order.id; may be repeated.",
             ),
             click.option("--older-than", callback=length, metavar="TIME", help="Only if it failed longer ago: 2h, 7d."),
             click.option("--newer-than", callback=length, metavar="TIME", help="Only if it failed later: 30m."),
@@ -59,27 +71,38 @@ def chosen(
     reason: str | None,
     tags: tuple[str, ...],
     message_ids: tuple[str, ...],
+    arguments: tuple[str, ...],
     older_than: int | None,
     newer_than: int | None,
-) -> tuple[Broker, tuple[str, ...], ops.Filter]:
+) -> tuple[Broker, tuple[str, ...], ops.Tally]:
     """The broker, the queues and the filter that those options say."""
     broker = ops.load_broker(app, path)
-    for queue in queues:
-        ops.find_queue(broker, queue)
     where = ops.Filter(
         actor=actor,
         outcome=outcome,
         reason=reason,
         error=error,
         tags=parse_tags(tags),
-        message_ids=message_ids,
+        message_ids=ops.resolve_ids(broker, queues, message_ids),
+        arguments=parse_tags(arguments, "an argument"),
+        parameters=_parameters(broker) if arguments else {},
         older_than_ms=older_than,
         newer_than_ms=newer_than,
     )
-    return broker, queues, where
+    return broker, queues, ops.Tally(where)
 
 
-def check_actor_name(broker: Broker, where: ops.Filter) -> None:
-    """Nothing was found: perhaps the actor's name is wrong."""
-    if where.actor is not None and where.actor not in broker.actors:
-        raise ops.OperationError(f"There is no actor {where.actor!r}{ops.meant(where.actor, broker.actors)}")
+def _parameters(broker: Broker) -> dict[str, tuple[str, ...]]:
+    return {
+        name: tuple(signature.parameters)
+        for name, actor in broker.actors.items()
+        if (signature := stated_signature(unwrapped(actor.fn))) is not None
+    }
+
+
+def say_nothing_found(broker: Broker, where: ops.Tally) -> None:
+    """Say that a filter has matched nothing, with the nearest name, and exit with 1; return where nothing is there at all."""
+    sentence = where.nothing(broker.actors)
+    if sentence is not None:
+        click.echo(shown(sentence), err=True)
+        raise click.exceptions.Exit(1)

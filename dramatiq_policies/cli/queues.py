@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from ..safe_logger import SafeLogger
 from .app_command import AppCommand
 from .base import (
     as_json,
+    confirm,
     console,
     counted,
     duration,
@@ -100,7 +102,7 @@ def _row(state: ops.QueueState) -> list[Any]:
     reading = state.reading
     late = {_MEASURES[breach.measure] for breach in state.breaches}
     cells = {
-        "queue": reading.queue,
+        "queue": reading.queue if state.declared else f"{reading.queue} (no actor)",
         **{name: getattr(reading, name) for name in ("ready", "delayed", "running", "dead")},
         "oldest": None if reading.oldest_ms is None else duration(reading.oldest_ms) if reading.ready else None,
     }
@@ -119,9 +121,10 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
             while True:
                 states = ops.read_queues(broker, names, reader=reader)
                 changes = {state.reading.queue: _change(before, state.reading) for state in states}
+                at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 if form == "json":
                     for state in states:
-                        found = {**state.asdict(), "ready_per_second": changes[state.reading.queue]}
+                        found = {"at": at, **state.asdict(), "ready_per_second": changes[state.reading.queue]}
                         click.echo(as_json(found))
                     sys.stdout.flush()
                 else:
@@ -165,10 +168,20 @@ def _signed(change: float | None) -> str | None:
 )
 @click.option("--actor", metavar="NAME", shell_complete=actor_names, help="Move only this actor's messages.")
 @click.option("-n", "--limit", metavar="COUNT", type=click.IntRange(1), help="Move at most so many, the oldest first.")
+@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @path_option
 @format_option()
 def move(
-    app: str, queue: str, target: str, actor: str | None, limit: int | None, path: tuple[str, ...], form: str
+    app: str,
+    queue: str,
+    target: str,
+    actor: str | None,
+    limit: int | None,
+    dry_run: bool,
+    yes: bool,
+    path: tuple[str, ...],
+    form: str,
 ) -> None:
     """Move the messages that are ready in QUEUE of APP behind those of another one, in their order.
 
@@ -181,16 +194,23 @@ def move(
     in both, and runs twice unless it is idempotent. Call it again for the rest.
     """
     broker = ops.load_broker(app, path)
-    if actor is not None and actor not in broker.actors:
-        raise ops.OperationError(f"There is no actor {actor!r}{ops.meant(actor, broker.actors)}")
-    moved = ops.Moved()
-    with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
-        ops.move(broker, queue, target, actor=actor, limit=limit, progress=progress, moved=moved)
+    moved, where = ops.Moved(), ops.Tally(ops.Filter(actor=actor))
+    if dry_run or not yes:
+        ops.move(broker, queue, target, limit=limit, dry_run=True, where=where, moved=moved)
+        if moved.count and not dry_run:
+            confirm(f"Move {counted(moved.count, 'message')} ({where.named(moved.count)}) to {target}?")
+    if not dry_run and (yes or moved.count):
+        moved, where = ops.Moved(), ops.Tally(where.where)
+        with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
+            ops.move(broker, queue, target, limit=limit, progress=progress, moved=moved, where=where)
     if form == "json":
-        print_json({"count": moved.count, "unreadable": moved.unreadable})
+        print_json({"count": moved.count, "unreadable": moved.unreadable, "dry_run": dry_run})
     else:
-        click.echo(f"{counted(moved.count, 'message')} moved to {target}.")
+        click.echo(f"{counted(moved.count, 'message')} {'would be moved' if dry_run else 'moved'} to {target}.")
     say_unreadable(moved)
+    if not moved.count and not moved.unreadable and (sentence := where.nothing(broker.actors)) is not None:
+        click.echo(shown(sentence.replace("dead letter", "ready message")), err=True)
+        raise click.exceptions.Exit(1)
 
 
 @click.command(cls=AppCommand)

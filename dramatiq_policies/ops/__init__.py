@@ -20,6 +20,7 @@ from .django_project import DJANGO, set_up_django
 from .exceptions import find_exception
 from .explanations import Attempt, Explanation, explain
 from .findings import CODES, Code, Finding
+from .found import Tally, newest, resolve_ids
 from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .keys import forget_key, key_state, read_arguments
 from .letters import DeadLetter, Filter
@@ -46,6 +47,7 @@ __all__ = [
     "QueueState",
     "Report",
     "Settings",
+    "Tally",
     "assert_job_ready",
     "check_actor",
     "check_broker",
@@ -64,6 +66,7 @@ __all__ = [
     "meant",
     "monitor_of",
     "move",
+    "newest",
     "one_line",
     "parse_design",
     "purge",
@@ -74,6 +77,7 @@ __all__ = [
     "redact",
     "replay",
     "require_actors",
+    "resolve_ids",
     "scaffold",
     "set_up_django",
     "summarise",

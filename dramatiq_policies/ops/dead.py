@@ -12,12 +12,15 @@ from dramatiq import Message
 from .apps import OperationError, find_queue, known_queues
 from .letters import DeadLetter, Filter, read_letter, renewed
 from .piles import Item, Pile, open_pile
+from .strays import find_any_queue, stray_queues
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
 __all__ = ["Group", "Moved", "dead_letters", "move", "purge", "replay", "summarise"]
 
+#: A `Filter`, or what wraps one.
+Where = Callable[[DeadLetter], bool]
 Progress = Callable[[int, int], object]
 
 
@@ -58,13 +61,13 @@ class Moved:
 
 
 def dead_letters(
-    broker: Broker, queues: Iterable[str] = (), where: Filter | None = None, *, limit: int | None = None
+    broker: Broker, queues: Iterable[str] = (), where: Where | None = None, *, limit: int | None = None
 ) -> Generator[DeadLetter, None, None]:
     """Dead letters, one by one, the oldest of each queue first.
 
     Parameters:
       broker: As `load_broker` returns it.
-      queues: Which queues'; all that the application declares by default.
+      queues: Which queues'; by default all that the application declares, and on Redis those that nobody declares any more.
       where: Which of them; all by default.
       limit: How many at most.
 
@@ -91,7 +94,7 @@ def _looked_at(pile: Pile, limit: int | None) -> Iterable[Item]:
     return pile.read_all() if limit is None and len(pile) else pile
 
 
-def summarise(broker: Broker, queues: Iterable[str] = (), where: Filter | None = None) -> list[Group]:
+def summarise(broker: Broker, queues: Iterable[str] = (), where: Where | None = None) -> list[Group]:
     """The first question: how many of what, the most frequent first. Arguments and errors as `dead_letters`."""
     counts: dict[Any, list[Any]] = {}
     for letter in dead_letters(broker, queues, where):
@@ -109,7 +112,7 @@ def summarise(broker: Broker, queues: Iterable[str] = (), where: Filter | None =
 def replay(
     broker: Broker,
     queues: Iterable[str] = (),
-    where: Filter | None = None,
+    where: Where | None = None,
     *,
     to_queue: str | None = None,
     new_id: bool = False,
@@ -138,6 +141,13 @@ def replay(
     """
     if to_queue is not None:
         find_queue(broker, to_queue)
+    else:
+        for queue in queues:
+            if queue not in known_queues(broker) and find_any_queue(broker, queue):
+                raise OperationError(
+                    f"No actor uses the queue {queue!r} any more; say with --to-queue where its letters go."
+                )
+        queues = [*queues] or known_queues(broker)
 
     def successor(letter: DeadLetter) -> Message[Any] | None:
         if letter.message is None:
@@ -153,7 +163,7 @@ def replay(
 def purge(
     broker: Broker,
     queues: Iterable[str] = (),
-    where: Filter | None = None,
+    where: Where | None = None,
     *,
     limit: int | None = None,
     dry_run: bool = False,
@@ -174,8 +184,10 @@ def move(
     *,
     actor: str | None = None,
     limit: int | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
     moved: Moved | None = None,
+    where: Where | None = None,
 ) -> Moved:
     """Move messages that are ready from one queue to another, in their order and as safely as `replay`.
 
@@ -185,7 +197,7 @@ def move(
     Raises:
       OperationError: If a queue is unknown, both are one, or the broker can't be reached.
     """
-    find_queue(broker, queue)
+    find_any_queue(broker, queue)
     find_queue(broker, to_queue)
     if queue == to_queue:
         raise OperationError(f"The messages are in {queue!r} already.")
@@ -194,7 +206,8 @@ def move(
     def successor(letter: DeadLetter) -> Message[Any] | None:
         return None if letter.message is None else letter.message.copy(queue_name=to_queue)
 
-    _work(broker, queue, False, Filter(actor=actor), successor, moved, limit, progress)
+    wanted = Filter(actor=actor) if where is None else where
+    _work(broker, queue, False, wanted, successor, moved, limit, progress, dry_run=dry_run)
     return moved
 
 
@@ -202,7 +215,7 @@ def _work(
     broker: Broker,
     queue: str,
     dead: bool,
-    where: Filter | None,
+    where: Where | None,
     successor: Callable[[DeadLetter], Message[Any] | None] | None,
     moved: Moved,
     limit: int | None,
@@ -235,5 +248,5 @@ def _work(
 
 
 def _chosen(broker: Broker, queues: Iterable[str]) -> list[str]:
-    chosen = [find_queue(broker, queue) for queue in queues]
-    return chosen or known_queues(broker)
+    chosen = [find_any_queue(broker, queue) for queue in queues]
+    return chosen or [*known_queues(broker), *stray_queues(broker)]

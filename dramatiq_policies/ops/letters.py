@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,9 @@ class Filter:
       tags: Names and values, all of them.
       message_ids: One of them.
       older_than_ms, newer_than_ms: How long ago it failed.
+      arguments: Names of arguments and their values as text or JSON; ``order.id`` looks into an argument that is an object, ``0``
+        is the first by position.
+      parameters: The names of each actor's parameters, for arguments by position.
     """
 
     actor: str | None = None
@@ -184,6 +188,8 @@ class Filter:
     message_ids: tuple[str, ...] = ()
     older_than_ms: int | None = None
     newer_than_ms: int | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, letter: DeadLetter) -> bool:
         return all(self._tests(letter))
@@ -199,3 +205,33 @@ class Filter:
         age = None if letter.failed_at is None else now_ms() - letter.failed_at
         yield self.older_than_ms is None or (age is not None and age >= self.older_than_ms)
         yield self.newer_than_ms is None or (age is not None and age <= self.newer_than_ms)
+        if self.arguments:
+            given = _arguments_of(letter, self.parameters)
+            yield all(_is_given(given, name, text) for name, text in self.arguments.items())
+
+
+_NONE = object()
+
+
+def _arguments_of(letter: DeadLetter, parameters: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    message = letter.message
+    if message is None:
+        return {}
+    names = parameters.get(message.actor_name, ())
+    by_place = {str(place): value for place, value in enumerate(message.args)}
+    return {**by_place, **dict(zip(names, message.args, strict=False)), **message.kwargs}
+
+
+def _is_given(arguments: Mapping[str, Any], name: str, text: str) -> bool:
+    value: Any = arguments
+    for part in [name] if name in arguments else name.split("."):
+        value = value.get(part, _NONE) if isinstance(value, Mapping) else _NONE
+    if value is _NONE:
+        return False
+    if str(value) == text:
+        return True
+    try:
+        meant = json.loads(text)
+    except ValueError:
+        return False
+    return type(meant) is type(value) and bool(meant == value)

@@ -12,7 +12,8 @@ from ..broker_kinds import kind_of
 from ..middleware.queue_monitor import QueueMonitor
 from ..queue_alerts import QueueAlert
 from ..queues import QueueReader, QueueReading, reader_of
-from .apps import OperationError, find_queue, redact
+from .apps import OperationError, known_queues, redact
+from .strays import find_any_queue, stray_queues
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -27,15 +28,20 @@ class QueueState:
     Attributes:
       reading: What lies in it.
       breaches: The thresholds of the broker's QueueMonitor that it has reached.
+      declared: Whether an actor uses it.
     """
 
     reading: QueueReading
     breaches: tuple[QueueAlert, ...] = ()
+    declared: bool = True
 
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
         breaches = [{name: getattr(one, name) for name in ("measure", "value", "threshold")} for one in self.breaches]
-        return {**asdict(self.reading), "breaches": breaches}
+        found = {**asdict(self.reading), "breaches": breaches, "declared": self.declared}
+        if not self.reading.ready:
+            found["oldest_ms"] = None  # As "-" in the table: there is none.
+        return found
 
 
 def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueReader | None = None) -> list[QueueState]:
@@ -48,10 +54,12 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     Raises:
       OperationError: If a queue is unknown or the broker can't be reached.
     """
-    chosen = [find_queue(broker, queue) for queue in queues]
+    chosen = [find_any_queue(broker, queue) for queue in queues]
     monitor = monitor_of(broker)
     own = reader_of(broker) if reader is None else reader
     try:
+        if not chosen and reader is None:
+            chosen = [*own.queues(), *stray_queues(broker)]
         readings = own.read_all(chosen or None)
     except ConnectionClosed as error:
         if kind_of(broker) == "rabbitmq":
@@ -62,7 +70,8 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     finally:
         if reader is None:
             own.close()
-    return [QueueState(reading, _breaches(monitor, reading)) for reading in readings]
+    declared = set(known_queues(broker))
+    return [QueueState(reading, _breaches(monitor, reading), reading.queue in declared) for reading in readings]
 
 
 def monitor_of(broker: Broker) -> QueueMonitor | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dramatiq_policies import ops
 from dramatiq_policies.history import now_ms
+from dramatiq_policies.ops import DeadLetter
 from dramatiq_policies.ops.piles.stub import StubPile
 
 APP = """
@@ -87,15 +88,107 @@ def test_the_summary_counts_by_actor_exception_and_outcome_the_most_frequent_fir
         (("--outcome", "alerted"), ["m3"]),
         (("--reason", "exhausted"), ["m1", "m2"]),
         (("--tag", "team=shop"), ["m1", "m2", "m3"]),
-        (("--tag", "team=books"), []),
         (("--older-than", "1h"), ["m1"]),
         (("--newer-than", "30s"), ["i1", "m3"]),
         (("--id", "m2", "--id", "i1"), ["i1", "m2"]),
-        (("--id", "m2", "--outcome", "alerted"), []),
+        (("--where", "order_id=8"), ["m5"]),
+        (("--where", "0=8"), ["m5"]),
+        (("--where", "address=ada@example.com", "--where", "order_id=7"), ["m1", "m2", "m3"]),
     ],
 )
 def test_filters_say_which_are_meant(command, app, options, meant):
-    assert ids(command, app, *options) == meant
+    if "--where" in options:
+        app = command.app(APP + 'bury(send_mail, "m5", args=(8,))\n')
+        options = (*options, "--actor", "send_mail")
+    assert ids(command, app, *options, "--oldest") == meant
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "held"),
+    [
+        (7, "7", True),
+        ("7", "7", True),
+        ("7", '"7"', True),
+        (7, '"7"', False),
+        (True, "true", True),
+        (None, "null", True),
+        (1, "true", False),
+        ([1, 2], "[1,2]", True),
+        ("ada", "bob", False),
+    ],
+)
+def test_an_argument_is_compared_as_text_or_as_json(value, text, held):
+    letter = DeadLetter(
+        queue="mail",
+        message_id="m",
+        actor="send",
+        outcome="dead",
+        reason=None,
+        exception=None,
+        text=None,
+        traceback=None,
+        attempts=1,
+        failed_at=None,
+        message=Message("mail", "send", (value,), {"order": {"id": value}}, {}),
+    )
+    assert ops.Filter(arguments={"first": text}, parameters={"send": ("first",)})(letter) is held
+    assert ops.Filter(arguments={"order.id": text})(letter) is held
+    assert not ops.Filter(arguments={"missing": text})(letter)
+
+
+def test_a_list_has_the_newest_first_unless_the_oldest_are_asked_for(command, app):
+    assert ids(command, app) == ["i1", "m3", "m2", "m1"]
+    assert ids(command, app, "--limit", "2") == ["i1", "m3"]
+    assert ids(command, app, "--oldest") == ["i1", "m1", "m2", "m3"]
+    assert ids(command, app, "--queue", "mail", "--limit", "2", "--oldest") == ["m1", "m2"]
+
+
+NOTHING = [
+    (("--error", "MialDown"), "Nothing matches --error MialDown: 0 of 4 dead letters; did you mean 'MailDown'"),
+    (("--actor", "send_mial"), "Nothing matches --actor send_mial: 0 of 4 dead letters; did you mean 'send_mail'?"),
+    (("--actor", "nosuch"), "Nothing matches --actor nosuch: 0 of 4 dead letters."),
+    (("--reason", "exausted"), "Nothing matches --reason exausted: 0 of 4 dead letters; did you mean 'exhausted'?"),
+    (("--tag", "team=shp"), "Nothing matches --tag team=shp: 0 of 4 dead letters; did you mean 'team=shop'?"),
+    (("--where", "order_id=9"), "Nothing matches --where order_id=9: 0 of 4 dead letters."),
+    (("--queue", "mail", "--actor", "import_batch"), "Nothing matches --actor import_batch: 0 of 3 dead letters."),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), NOTHING)
+@pytest.mark.parametrize("form", ["human", "json"])
+@pytest.mark.parametrize("act", [("summary",), ("list",), ("replay", "--yes"), ("purge", "--dry-run")], ids=" ".join)
+def test_a_filter_that_matches_nothing_is_said_with_the_nearest_name(command, app, act, form, options, sentence):
+    result = command("dead", act[0], app, *act[1:], *options, "--format", form)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(sentence)
+    if form == "json":
+        assert json.loads(result.stdout) in ([], {"count": 0, "unreadable": 0, "dry_run": "--dry-run" in act})
+
+
+def test_the_beginning_of_an_id_is_enough_where_no_other_has_it(command):
+    app = command.app(APP + 'bury(send_mail, "abc-1")\nbury(send_mail, "abc-2")\nbury(send_mail, "abd")\n')
+    assert command.json("dead", "show", app, "abd")["message_id"] == "abd"
+    assert command.json("dead", "show", app, "i")["message_id"] == "i1"
+    assert ids(command, app, "--id", "abd") == ["abd"]
+    assert command.json("dead", "replay", app, "--id", "abc-1", "--dry-run")["count"] == 1
+    for given in (("show", app, "ab"), ("purge", app, "--id", "ab", "--yes"), ("list", app, "--id", "ab")):
+        assert "3 dead letters begin with 'ab' (abc-1, abc-2, abd); write more of it." in command.refuses(
+            "dead", *given
+        )
+    assert len(ids(command, app)) == 7
+
+
+def test_letters_of_a_queue_that_no_actor_declares_any_more_are_found(command):
+    app = command.app(
+        APP + "gone = dramatiq.Message('old', 'gone', (), {}, {}, 'g1')\n"
+        "broker.dead_letters_by_queue['old'].append(StubMessage(gone))\n"
+    )
+    assert [group["actor"] for group in command.json("dead", "summary", app) if group["actor"] == "gone"] == ["gone"]
+    assert ids(command, app, "-q", "old") == ["g1"]
+    assert "say with --to-queue where its letters go" in command.refuses("dead", "replay", app, "-q", "old", "--yes")
+    assert command.json("dead", "replay", app, "--yes")["count"] == 4
+    assert command.json("dead", "replay", app, "-q", "old", "--to-queue", "mail", "--dry-run")["count"] == 1
+    assert command.json("dead", "purge", app, "-q", "old", "--yes")["count"] == 1
 
 
 def test_a_list_is_one_line_each_and_holds_no_arguments_or_passwords(command, app):
@@ -110,7 +203,7 @@ def test_a_json_list_has_one_element_a_line(command, app):
     lines = command("dead", "list", app, "--format", "json").stdout.splitlines()
     assert lines[0] == "["
     assert json.loads(lines[1].rstrip(","))["message_id"] == "i1"
-    assert command.json("dead", "list", app, "--id", "nobody") == []
+    assert command.json("dead", "list", app, "--id", "nobody", code=1) == []
 
 
 def test_show_tells_all_of_one_but_its_arguments(command, app):
@@ -158,7 +251,16 @@ def test_what_acts_tells_programs_what_it_did(command, app):
     assert command.json("dead", "replay", app, "--id", "m1", "--yes") == {"count": 1, "dry_run": False, "unreadable": 0}
     assert command.json("dead", "purge", app, "--dry-run") == {"count": 3, "dry_run": True, "unreadable": 0}
     assert command.json("dead", "purge", app, "--yes") == {"count": 3, "dry_run": False, "unreadable": 0}
-    assert command.json("queues", "move", app, "mail", "--to", "import") == {"count": 1, "unreadable": 0}
+    assert command.json("queues", "move", app, "mail", "--to", "import", "--dry-run") == {
+        "count": 1,
+        "unreadable": 0,
+        "dry_run": True,
+    }
+    assert command.json("queues", "move", app, "mail", "--to", "import", "--yes") == {
+        "count": 1,
+        "unreadable": 0,
+        "dry_run": False,
+    }
 
 
 def test_a_dry_run_changes_nothing(command, app, broker):
@@ -172,7 +274,7 @@ def test_a_dry_run_changes_nothing(command, app, broker):
 def test_it_asks_first(command, app, broker):
     no = command("dead", "replay", app, answers="n\n")
     assert (no.exit_code, no.stdout) == (1, "")
-    assert "Replay 4 dead letters?" in no.stderr
+    assert "Replay 4 dead letters (3 of send_mail in mail, 1 of import_batch in import)?" in no.stderr
     silent = command("dead", "purge", app)
     assert silent.exit_code == 2
     assert silent.stderr.endswith("Error: Nothing was done: nobody said yes, and there is no --yes.\n")
@@ -255,7 +357,7 @@ def test_what_can_t_be_read_is_not_asked_about_but_can_be_purged(command, app, b
     result = command("dead", "replay", app, "--queue", "mail")
     assert (result.exit_code, result.stdout) == (0, "0 dead letters replayed.\n")
     assert result.stderr == "3 messages can't be read and stay where they are.\n"
-    assert "Replay 1 dead letter?" in command("dead", "replay", app, answers="n\n").stderr
+    assert "Replay 1 dead letter (1 of import_batch in import)?" in command("dead", "replay", app, answers="n\n").stderr
     assert command.json("dead", "purge", app, "--queue", "mail", "--dry-run")["count"] == 3
     assert command("dead", "purge", app, "--queue", "mail", "--yes").stdout == "3 dead letters deleted.\n"
 
@@ -271,7 +373,6 @@ def test_a_stock_dead_letter_says_what_its_traceback_says(command, app, broker):
 
 def test_a_wrong_name_is_one_sentence_that_helps(command, app):
     assert "did you mean 'mail'" in command.refuses("dead", "list", app, "--queue", "mial")
-    assert "did you mean 'send_mail'" in command.refuses("dead", "summary", app, "--actor", "send_mial")
     assert "write name=value" in command.refuses("dead", "list", app, "--tag", "team")
     assert "no length of time" in command.refuses("dead", "list", app, "--older-than", "soon")
     assert "did you mean 'mail'" in command.refuses("dead", "replay", app, "--yes", "--to-queue", "mails")
@@ -303,15 +404,17 @@ def test_a_moved_message_is_the_same_in_another_queue(command, app, broker):
 
 
 def test_where_nothing_is_dead_it_says_so(command, app):
-    elsewhere = ("--tag", "team=none")
-    assert command("dead", "summary", app, *elsewhere).stdout == "No dead letters.\n"
-    listed = command("dead", "list", app, *elsewhere)
+    app = command.app("@dramatiq.actor\ndef send_mail(): pass\n")
+    assert command("dead", "summary", app).stdout == "No dead letters.\n"
+    listed = command("dead", "list", app, "--reason", "exhausted")
     assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "No dead letters.\n")
 
 
-def test_an_actor_that_nobody_declared_and_no_letter_names_is_refused(command, app):
+def test_an_actor_that_nobody_declares_is_told_where_no_letter_is_there_at_all(command):
+    app = command.app("@dramatiq.actor\ndef send_mail(): pass\n")
     for name in ("summary", "list"):
-        assert "no actor 'send_fax'" in command.refuses("dead", name, app, "--actor", "send_fax")
+        result = command("dead", name, app, "--actor", "send_mial")
+        assert (result.exit_code, "did you mean 'send_mail'?" in result.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("failed_at", [10**18, -(10**18), 1e300])
@@ -331,9 +434,30 @@ def test_a_terminal_gets_lines_of_its_width(command, app, monkeypatch):
         return Console(file=sys.stdout, width=24, force_terminal=True, color_system=None)
 
     monkeypatch.setattr(sys.modules["dramatiq_policies.cli.dead"], "console", narrow)
-    (line,) = command("dead", "list", app, "--actor", "import_batch").stdout.splitlines()
-    assert line.endswith("…")
-    assert len(line) == 24
+    lines = command("dead", "list", app, "--actor", "import_batch").stdout.splitlines()
+    assert all(len(line) <= 24 for line in lines)
+    assert " ".join(" ".join(lines).split()[2:]) == "i1 import import_batch discarded ValueError: row 7"
+
+
+def test_on_80_columns_nothing_is_cut_ids_are_short_and_no_name_is_broken(command, monkeypatch):
+    def terminal():
+        return Console(file=sys.stdout, width=80, force_terminal=True, color_system=None)
+
+    id_ = "3f2a9c1e-0000-4000-8000-000000000000"
+    app = command.app(
+        APP + f"bury(send_mail, '{id_}', exception='shop.gateway.PaymentGatewayUnreachable', text='no answer ' * 12)\n"
+    )
+    for module in ("dead", "base"):
+        monkeypatch.setattr(sys.modules[f"dramatiq_policies.cli.{module}"], "console", terminal)
+    listed = command("dead", "list", app).stdout
+    assert id_ not in listed
+    assert all(len(line) <= 80 for line in listed.splitlines())
+    assert "3f2a9c1e  mail  send_mail" in listed
+    assert "PaymentGatewayUnreachable: no answer" in listed
+    assert listed.count("no answer") == 12 + 2
+    summary = command("dead", "summary", app).stdout
+    assert "shop.gateway.PaymentGatewayUnreachable" in summary
+    assert command.json("dead", "show", app, "3f2a9c1e")["message_id"] == id_
 
 
 def test_a_letter_without_a_past_is_shown_without_one(command, app, broker):
@@ -352,7 +476,9 @@ def test_a_group_whose_times_nobody_knows_has_none(command, app, broker):
 
 
 def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
-    assert "did you mean 'send_mail'" in command.refuses("dead", "replay", app, "--actor", "send_mial")
+    result = command("dead", "replay", app, "--actor", "send_mial")
+    assert (result.exit_code, result.stdout) == (1, "0 dead letters replayed.\n")
+    assert "did you mean 'send_mail'" in result.stderr
     assert len(dead(broker)) == 4
 
 

@@ -23,7 +23,7 @@ PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "d
 LINE = re.compile(r"^(?:\$ |- run: |\s*entry: )?(dramatiq-policies .*?)(?:  +#.*)?$", re.MULTILINE)
 SESSION = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: What differs from run to run.
-VARIES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|[0-9a-f]{8}-[0-9a-f-]{27}| +\d+ ms$", re.MULTILINE)
+VARIES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*|[0-9a-f]{8}-[0-9a-f-]{27}| +\d+ ms$", re.MULTILINE)
 
 
 def commands():

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
@@ -90,23 +91,50 @@ def test_watching_reads_again_and_again_and_tells_the_change(command, app, monke
 
 def test_messages_can_be_moved(command, app):
     broker = ops.load_broker(app)
-    assert command("queues", "move", app, "mail", "--to", "urgent").stdout == "1 message moved to urgent.\n"
+    assert command("queues", "move", app, "mail", "--to", "urgent", "--yes").stdout == "1 message moved to urgent.\n"
     assert broker.queues["mail"].qsize() == 0
     assert broker.queues["urgent"].qsize() == 2
-    assert command("queues", "move", app, "urgent", "--to", "mail", "--actor", "send_mail").stdout.startswith(
+    assert command("queues", "move", app, "urgent", "--to", "mail", "--actor", "send_mail", "-y").stdout.startswith(
         "1 message "
     )
     assert "did you mean 'mail'" in command.refuses("queues", "move", app, "mial", "--to", "urgent")
     assert "in 'mail' already" in command.refuses("queues", "move", app, "mail", "--to", "mail")
-    assert "did you mean 'send_mail'" in command.refuses(
-        "queues", "move", app, "mail", "--to", "urgent", "--actor", "send_mial"
+    mistaken = command("queues", "move", app, "mail", "--to", "urgent", "--actor", "send_mial")
+    assert mistaken.exit_code == 1
+    assert mistaken.stderr == "Nothing matches --actor send_mial: 0 of 1 ready message; did you mean 'send_mail'?\n"
+
+
+def test_a_move_asks_with_names_and_numbers_and_a_dry_run_only_counts(command, app):
+    broker = ops.load_broker(app)
+    no = command("queues", "move", app, "mail", "--to", "urgent", answers="n\n")
+    assert (no.exit_code, no.stdout) == (1, "")
+    assert "Move 1 message (1 of send_mail in mail) to urgent?" in no.stderr
+    dry = command("queues", "move", app, "mail", "--to", "urgent", "--dry-run")
+    assert dry.stdout == "1 message would be moved to urgent.\n"
+    assert broker.queues["mail"].qsize() == 1
+    yes = command("queues", "move", app, "mail", "--to", "urgent", answers="y\n")
+    assert yes.stdout == "1 message moved to urgent.\n"
+    assert broker.queues["mail"].qsize() == 0
+
+
+def test_messages_of_an_actor_and_a_queue_that_are_gone_are_shown_and_can_be_moved(command, app):
+    broker = ops.load_broker(app)
+    broker.declare_queue("old")
+    broker.enqueue(Message("old", "gone", (), {}, {}))
+    del broker.actors["send_mail"]
+    assert command("queues", "move", app, "old", "--to", "urgent", "--actor", "gone", "-y").stdout.startswith(
+        "1 message"
     )
+
+
+def test_queues_alone_shows_queues_and_asks_for_what_it_needs(command, app):
+    assert "Missing argument 'APP'" in command.refuses("queues")
 
 
 def test_what_can_t_be_read_is_not_moved_and_that_is_said(command, app):
     broker = ops.load_broker(app)
     broker.queues["mail"].put(b"{no json")
-    told = command("queues", "move", app, "mail", "--to", "urgent")
+    told = command("queues", "move", app, "mail", "--to", "urgent", "--yes")
     assert told.stdout == "1 message moved to urgent.\n"
     assert told.stderr == "1 message can't be read and stays where it is.\n"
     assert broker.queues["mail"].qsize() == 1

@@ -203,6 +203,7 @@ def test_a_table_has_a_bold_head_and_is_no_wider_than_the_terminal(command):
     assert "\x1b[1m" in shown
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert max(map(len, lines)) <= 60
+    assert "exception   app.MailDown" in lines
 
 
 def test_a_replay_shows_how_far_it_is_and_takes_that_away_again(command):

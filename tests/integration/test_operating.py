@@ -288,7 +288,7 @@ def test_a_move_that_is_killed_loses_nothing(place, app, run):
         if isinstance(place, RabbitmqPlace):
             app.broker.declare_queue(target, ensure=True)
             until(lambda: place.ready() == 1_000)
-        moving = ("queues", "move", "killed_app", place.queue, "--to", target)
+        moving = ("queues", "move", "killed_app", place.queue, "--to", target, "--yes")
         killed = 0
         for _ in range(2):
             before = place.ready()

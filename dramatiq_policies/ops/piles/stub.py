@@ -30,7 +30,7 @@ class StubPile:
 
     def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:
         self.broker = broker
-        self.queue = broker.queues[queue]
+        self.queue: Any = broker.queues[queue] if queue in broker.queues or not dead else None
         self.letters = broker.dead_letters_by_queue[queue] if dead else None
         self.items = [Item(letter.encode(), None, letter) for letter in self.letters or ()]
         if not dead:

@@ -1,0 +1,134 @@
+"""What a filter has found among the dead letters, and what it meant if it has found nothing."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .apps import OperationError, meant
+from .dead import dead_letters
+from .letters import DeadLetter, Filter
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["Tally", "newest", "resolve_ids"]
+
+_SHOWN = 3
+
+
+class Tally:
+    """A filter that counts what it sees.
+
+    Attributes:
+      seen: How many letters it was asked about.
+      matched: How many it let pass, by actor and queue.
+      unreadable: How many more, whose bodies can't be read.
+    """
+
+    def __init__(self, where: Filter) -> None:
+        self.where = where
+        self.seen = 0
+        self.unreadable = 0
+        self.matched: Counter[tuple[str, str]] = Counter()
+        self._values: dict[str, Counter[str]] = {
+            name: Counter() for name in ("actor", "error", "outcome", "reason", "tag")
+        }
+
+    def __call__(self, letter: DeadLetter) -> bool:
+        self.seen += 1
+        for name, value in (
+            ("actor", letter.actor),
+            ("error", letter.exception and letter.exception.rpartition(".")[2]),
+            ("error", letter.exception),
+            ("outcome", letter.outcome),
+            ("reason", letter.reason),
+            *(("tag", f"{name}={value}") for name, value in letter.tags.items()),
+        ):
+            if value:
+                self._values[name][value] += 1
+        if not self.where(letter):
+            return False
+        if letter.message is None:
+            self.unreadable += 1
+        else:
+            self.matched[letter.message.actor_name, letter.queue] += 1
+        return True
+
+    def named(self, count: int) -> str:
+        """Whose letters the ``count`` that matched are: ``20 of send_mail in mail, 3 of import_batch in import``."""
+        most = self.matched.most_common()
+        parts = [f"{count} of {actor} in {queue}" for (actor, queue), count in most[:_SHOWN]]
+        rest = sum(count for _, count in most[_SHOWN:])
+        parts += [f"{rest} of others"] if rest else []
+        unreadable = count - self.matched.total()
+        return ", ".join([*parts, f"{unreadable} that can't be read"] if unreadable > 0 else parts)
+
+    def nothing(self, actors: Iterable[str]) -> str | None:
+        """A sentence on what matched nothing, with the nearest name; None where there was nothing to be found.
+
+        Parameters:
+          actors: The names of the actors that the application declares.
+        """
+        where, given = self.where, []
+        hint = ""
+        wanted = [
+            *(("actor", value) for value in (where.actor,) if value is not None),
+            *(("error", value) for value in (where.error,) if value is not None),
+            *(("outcome", value) for value in (where.outcome,) if value is not None),
+            *(("reason", value) for value in (where.reason,) if value is not None),
+            *(("tag", f"{name}={value}") for name, value in where.tags.items()),
+        ]
+        for name, value in wanted:
+            given.append(f"--{name} {value}")
+            known = {*self._values[name], *(actors if name == "actor" else ())}
+            if value not in known and not hint:
+                hint = meant(value, sorted(known)).removesuffix(".")
+        given += [f"--where {name}={value}" for name, value in where.arguments.items()]
+        given += [f"--id {value}" for value in where.message_ids]
+        given += ["--older-than"] if where.older_than_ms is not None else []
+        given += ["--newer-than"] if where.newer_than_ms is not None else []
+        misspelt = where.actor is not None and where.actor not in [*self._values["actor"], *actors]
+        if not given or not (self.seen or misspelt):
+            return None
+        return f"Nothing matches {' '.join(given)}: 0 of {self.seen} dead letter{'' if self.seen == 1 else 's'}{hint or '.'}"
+
+
+def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]:
+    """The letters that failed last, the newest first."""
+
+    def failed_at(letter: DeadLetter) -> int:
+        return letter.failed_at or 0
+
+    if limit is None:
+        return sorted(letters, key=failed_at, reverse=True)
+    return heapq.nlargest(limit, letters, key=failed_at)
+
+
+def resolve_ids(broker: Broker, queues: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
+    """The whole ids of dead letters, each given whole or by a beginning that no other one has.
+
+    Raises:
+      OperationError: A beginning fits several, or none.
+    """
+    found: dict[str, set[str]] = {one: set() for one in given}
+    if not found:
+        return ()
+    for letter in dead_letters(broker, queues):
+        for one, ids in found.items():
+            if letter.message_id is not None and letter.message_id.startswith(one):
+                ids.add(letter.message_id)
+    return tuple(_only(one, ids) for one, ids in found.items())
+
+
+def _only(given: str, ids: set[str]) -> str:
+    if given in ids or len(ids) == 1:
+        return given if given in ids else next(iter(ids))
+    if not ids:
+        return given
+    several = ", ".join(sorted(ids)[:_SHOWN])
+    raise OperationError(
+        f"{len(ids)} dead letters begin with {given!r} ({several}{', …' if len(ids) > _SHOWN else ''}); write more of it."
+    )

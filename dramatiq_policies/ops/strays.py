@@ -1,0 +1,68 @@
+"""Queues that lie on the server although no actor declares them any more: their dead letters and messages can still be found."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..broker_kinds import kind_of
+from .apps import OperationError, known_queues, meant
+from .piles import open_pile
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["find_any_queue", "stray_queues"]
+
+
+def stray_queues(broker: Broker) -> list[str]:
+    """The names of undeclared queues that hold messages, sorted. RabbitMQ lists no queues, so none are known there."""
+    kind = kind_of(broker)
+    stub: Any = broker
+    if kind == "redis":
+        found = _in_redis(broker)
+    elif kind == "stub":
+        found = {*(name for name, letters in stub.dead_letters_by_queue.items() if letters), *stub.queues}
+    else:
+        return []
+    return sorted({re.sub(r"\.(DQ|XQ)$", "", name) for name in found} - set(known_queues(broker)))
+
+
+def _in_redis(broker: Any) -> set[str]:
+    import redis
+
+    from ..queues.redis import own_client
+
+    client = own_client(broker.client)
+    begins = f"{broker.namespace}:"
+    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", begins) + "*.msgs"
+    try:
+        names = [
+            key.decode(errors="replace") if isinstance(key, bytes) else key
+            for key in client.scan_iter(match=pattern, count=5_000)
+        ]
+    except (redis.RedisError, OSError):
+        return set()  # Perhaps this user may not scan; whoever reads next says so if the server is away.
+    finally:
+        client.connection_pool.disconnect()
+    return {name.removeprefix(begins).removesuffix(".msgs") for name in names if not name.startswith(f"{begins}__")}
+
+
+def find_any_queue(broker: Broker, queue: str) -> str:
+    """The queue's name, if an actor declares it or if it holds messages on the server.
+
+    Raises:
+      OperationError: There is no such queue, with the names that come near.
+    """
+    known = known_queues(broker)
+    if queue in known:
+        return queue
+    strays = stray_queues(broker)
+    if queue in strays:
+        return queue
+    if kind_of(broker) == "rabbitmq":
+        for dead in (True, False):
+            with open_pile(broker, queue, dead=dead) as pile:
+                if len(pile):
+                    return queue
+    raise OperationError(f"No actor uses a queue {queue!r}, and it holds no messages{meant(queue, [*known, *strays])}")
