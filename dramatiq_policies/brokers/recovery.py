@@ -82,7 +82,8 @@ class Recovery:
             for worker, beat, holds in silent:
                 if holds:
                     self._take_from(worker, beat)
-            self._forget({worker: beat for worker, beat, holds in silent if not holds})
+            ours = BY_SERVER_CLOCK.encode()
+            self._forget({worker: beat for worker, beat, holds in silent if not holds and not worker.endswith(ours)})
 
     def _take_from(self, worker: bytes, beat: bytes) -> None:
         unacked = b":".join([self.broker.namespace.encode(), b"__acks__." + worker + b"." + self.queue.encode()])
@@ -111,7 +112,7 @@ class Recovery:
             return False  # What can't be read is for the consumer to say.
 
     def _forget(self, silent: dict[bytes, bytes]) -> None:
-        """Have the server forget silent workers that hold nothing of any queue.
+        """Have the server forget silent workers of another version that hold nothing of any queue.
 
         Dramatiq's own maintenance calls ``KEYS`` for each that is left. Here ``SCAN`` goes once over all keys, a few at each
         look: a worker that was silent all the while, and has no key, holds nothing.
@@ -144,8 +145,8 @@ class Recovery:
             pairs = [part for pair in self.idle.items() for part in pair]
             if pairs:
                 self._call(_FORGET, pairs)
-            # One look may not have read all of them. If none is idle, the next search takes a twentieth of the time at most.
-            pause = 1 if pairs else _SEARCH_AGAIN + round(20_000 * self.searched)
+            # Where there are many, one look has not read all of them. Else a hundredth of the time at most is for searches.
+            pause = 1 if len(pairs) >= _PAGE else _SEARCH_AGAIN + round(100_000 * self.searched)
             self._ask("SET", self.lock, "1", "PX", pause)
             self.idle = {}
 

@@ -1,8 +1,9 @@
 """The consumer on Redis.
 
 Hand-off and ack are one script, so no crash or lost reply falls between them. A message's id is the one under which it
-lies, whatever its body says. The consumer knows every redis id that this process holds; what the server says this
-process holds beyond that was lost with a reply, and is put back when the connection comes back. Any error of Redis is a lost connection, but for those that no waiting cures.
+lies, whatever its body says. The consumer knows every redis id that this process holds; what the server says this process
+holds beyond that was lost with a reply, and is put back when the connection comes back. Any error of Redis is a lost
+connection, but for those that no waiting cures.
 """
 
 from __future__ import annotations

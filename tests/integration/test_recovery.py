@@ -330,6 +330,32 @@ def test_silent_workers_that_hold_nothing_are_forgotten_and_no_others(redis_plac
     assert {name.decode() for name in observed} == {"elsewhere", "with.dots", "with"}
 
 
+def test_a_silent_process_of_this_version_is_forgotten_without_a_search(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recovery, "_search", None)
+    app = app_of(redis_place)
+    heartbeats = redis_place.key("__heartbeats__")
+    elsewhere = redis_place.app(broker=broker_of(redis_place))
+    elsewhere.broker.declare_queue("another")
+    elsewhere.broker.enqueue(app.job.message(1).copy(queue_name="another"))
+    holder = elsewhere.broker.consume("another", timeout=1)
+    message = until(lambda: next(holder))
+    producer = redis_place.app(broker=broker_of(redis_place)).broker
+    producer.enqueue(app.job.message(2))
+
+    def left() -> set[str]:
+        return {name.decode() for name in redis_place.client.zrange(heartbeats, 0, -1)}
+
+    assert left() == {elsewhere.broker.broker_id, producer.broker_id}
+    with app.working():
+        until(lambda: left() == {elsewhere.broker.broker_id, app.broker.broker_id}, describe=left)
+        time.sleep(4 * TIMEOUT / 1_000)
+        assert left() == {elsewhere.broker.broker_id, app.broker.broker_id}
+        holder.finish(message)
+        until(lambda: left() == {app.broker.broker_id}, describe=left)
+
+
 def test_a_namespace_with_the_letters_of_a_pattern_is_no_pattern(redis_place: RedisPlace) -> None:
     redis_place.namespace += ":[a-z]*"
     app, dead = app_of(redis_place), DeadWorker(redis_place)
