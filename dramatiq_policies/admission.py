@@ -16,6 +16,7 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from . import records
 from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_name
 from .consumer import REDELIVERED
+from .crowds import Crowds
 from .delivery import Delivery, Send, Settlement
 from .errors import Crashed, NoResult, UnknownRecord
 from .guards import Guard, Register, register_of
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Admission"]
 
-#: The shortest wait of a message that is put back unrun, in milliseconds; it doubles with each.
-_FIRST_WAIT = 1_000
-_LEAST_WAIT = 20
 #: How often a job that must start alone is put back, where others run, before it starts beside them.
 _RETURNS = 10
 
@@ -49,6 +47,7 @@ class Admission:
         self.wiring = wiring
         self.place = place
         self.claims = claims
+        self.crowds = Crowds(claims.lease)
         self.run_without_store = run_without_store
 
     def register_of(self, actor_name: str, key: str) -> Register:
@@ -75,20 +74,16 @@ class Admission:
         else:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
-        request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
         try:
-            answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl, earlier=earlier)
-            if isinstance(answer, records.Take):
-                request = self._alone(delivery, request, answer.starts)
-                answer = self.claims.claim(name, request, keyed=key is not None, keep=guard.ttl, earlier=earlier)
+            answer = self._ask(delivery, guard, name, starts, keyed=key is not None, earlier=earlier)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s waits: %s", message.message_id, message.actor_name, error)
-            self._defer(delivery, "store_down", None)
+            self._defer(delivery, "store_down")
         except StoreDown:
             if key is None:
                 return
             if not self.run_without_store:
-                self._defer(delivery, "store_down", None)
+                self._defer(delivery, "store_down")
             logger.warning(
                 "Message %s of actor %s runs without a claim: the idempotency store is down.",
                 message.message_id,
@@ -100,8 +95,28 @@ class Admission:
             if self.claims.stopping:
                 # The shutdown looked for the jobs that run before this one could be seen.
                 self.claims.excuse(delivery)
+        elif isinstance(answer, records.Defer):
+            self._defer(delivery, "running", name, answer)
         else:
             self._refuse(delivery, answer)
+
+    def _ask(
+        self, delivery: Delivery, guard: Guard, name: str, starts: int, *, keyed: bool, earlier: str | None
+    ) -> Claim | Quarantined | records.Action:
+        """Claim a register, or what becomes of the message instead."""
+        message = delivery.message
+        if name in self.crowds.waiting and not delivery.redelivered:
+            known = self.crowds.known(name, message.message_id)
+            if known is not None:
+                return known
+        request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
+        answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
+        if isinstance(answer, records.Take):
+            request = self._alone(delivery, request, answer.starts)
+            answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
+        if isinstance(answer, records.Defer):
+            self.crowds.saw(name, answer)
+        return answer
 
     def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
         """The request of a job that is to start while nothing else runs in this process; it is put back if others do.
@@ -112,7 +127,7 @@ class Admission:
         if self.claims.solitude.make_alone(delivery, unproven):
             return request._replace(alone=True)
         if History(delivery.message.options).deferrals < _RETURNS * (unproven + 1):
-            self._defer(delivery, "running", None)
+            self._defer(delivery, "running")
         return request._replace(beside=True)
 
     def _refuse(self, delivery: Delivery, answer: records.Action | Quarantined) -> None:
@@ -122,8 +137,6 @@ class Admission:
                 f"began {answer.starts} times and never ended: its worker was killed, or crashed, each time"
             )
             delivery.skip(Settlement(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
-        if isinstance(answer, records.Defer):
-            self._defer(delivery, "running", answer.left)
         if isinstance(answer, records.HandOnAgain):
             follow = answer.follow
             again = delivery.again(**follow.get("options", {}))
@@ -166,7 +179,7 @@ class Admission:
                     pass
                 except Exception as error:
                     logger.warning("The result of message %s can't be read now: %s", twin, error)
-                    self._defer(delivery, "store_down", None)
+                    self._defer(delivery, "store_down")
         if target is not None and not found and not self._ignores_result(target, message.actor_name):
             missing = NoResult(f"the next stage needs the result of message {twin}, which is not stored")
             delivery.skip(Settlement(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
@@ -184,12 +197,10 @@ class Admission:
             target.get("options", {}).get("pipe_ignore") or (actor is not None and actor.options.get("pipe_ignore"))
         )
 
-    def _defer(self, delivery: Delivery, reason: str, left: int | None) -> None:
+    def _defer(self, delivery: Delivery, reason: str, name: str = "", answer: records.Defer | None = None) -> None:
         message = delivery.message
         history = History(message.options)
-        lease = self.claims.lease
-        wait = min(_FIRST_WAIT << min(history.deferrals, 20), lease // 4)
-        wait = max(_LEAST_WAIT, wait if left is None else min(wait, left))
+        wait = self.crowds.wait(name, history.deferrals, answer)
         history.deferrals += 1
         again = delivery.again(**{POLICIES: history.option()})
         if delivery.redelivered:

@@ -176,10 +176,12 @@ class Defer:
     Attributes:
       left: What is left of that lease in milliseconds.
       since: When that run began, ms since the epoch; 0 where that is not known.
+      message_id: Whose run it is.
     """
 
     left: int
     since: int = field(default=0, compare=False)
+    message_id: str = field(default="", compare=False)
 
 
 class HandOnAgain(NamedTuple):
@@ -216,14 +218,14 @@ def decide(record: Record | None, left: int, request: Request) -> Action:
         return Skip("stale")
     if not mine or record.state == WAITING:
         if left > 0:
-            return Defer(left, record.since)
+            return Defer(left, record.since, record.message_id)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
         # The same job in another message, which may kill its worker, too; but it is granted one start of its own.
         return _after_a_crash(record, request, 1)
     # The very same run once more: redelivered, or a copy of it.
     if left > 0 and not request.is_dead(record):
-        return Defer(left, record.since)
+        return Defer(left, record.since, record.message_id)
     if record.state == ENDING:
         return HandOnAgain(record.follow or {})
     return _after_a_crash(record, request, 0)

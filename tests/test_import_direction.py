@@ -40,7 +40,7 @@ LAYERS = [
     {"brokers", "records"},
     {"interrupts", "coroutines", "greenlets", "logs", "_sentry_sdk"},
     {"stores", "owners", "keys", "solitude", "store_calls"},
-    {"leases", "earlier", "services"},
+    {"leases", "earlier", "services", "crowds"},
     {"claims", "guards"},
     {"admission", "piggyback"},
     {"middleware", "running"},

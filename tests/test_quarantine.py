@@ -423,7 +423,7 @@ def long_beside(app):
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
 def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(monkeypatch, options):
     monkeypatch.setattr("dramatiq_policies.solitude._OTHERS_MAY_TAKE", 0.01)
-    monkeypatch.setattr("dramatiq_policies.admission._FIRST_WAIT", 20)
+    monkeypatch.setattr("dramatiq_policies.crowds._FIRST_WAIT", 20)
     app = Crashing(**options)
     long, entered, go_on = long_beside(app)
     message = app.job.message(7)
@@ -443,7 +443,7 @@ def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(mon
 
 def test_a_last_start_beside_a_job_that_never_ends_is_no_proof(monkeypatch):
     monkeypatch.setattr("dramatiq_policies.solitude._OTHERS_MAY_TAKE", 0.01)
-    monkeypatch.setattr("dramatiq_policies.admission._FIRST_WAIT", 20)
+    monkeypatch.setattr("dramatiq_policies.crowds._FIRST_WAIT", 20)
     monkeypatch.setattr("dramatiq_policies.admission._RETURNS", 2)
     app = Crashing(**GUARDED)
     long, entered, go_on = long_beside(app)
