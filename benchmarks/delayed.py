@@ -68,7 +68,8 @@ def work(kind: str, variant: str, name: str, path: str) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         usage = resource.getrusage(resource.RUSAGE_SELF)
         kib = pages * resource.getpagesize() // 1024
-        Path(f"{path}.usage").write_text(f"{usage.ru_utime + usage.ru_stime} {kib}")
+        Path(f"{path}.new").write_text(f"{usage.ru_utime + usage.ru_stime} {kib}")
+        Path(f"{path}.new").replace(f"{path}.usage")
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The consumer of a delay queue on RabbitMQ.
 
-The server delivers the whole delay queue, without limit. The consumer keeps the nearest messages. Of the others it keeps
-only the delivery tag and the due time: shortly before that time it returns the message, and the server delivers it again.
-So a nearer message never waits behind far ones, nothing is published for it, and whatever happens to the process the
-server still has every message in its place.
+The server delivers the whole delay queue, up to 65,535 messages. The consumer keeps the nearest messages. Of the others it
+keeps only the delivery tag and the due time: shortly before that time it returns the message, and the server delivers it
+again. So a nearer message does not wait behind far ones, nothing is published for it, and whatever happens to the process
+the server still has every message in its place.
 
 Due messages are moved in batches: published with pipelined confirms, then acked at once on the thread that owns the
 consumer's connection. A process killed in between leaves at most one batch in both queues.
@@ -37,6 +37,9 @@ __all__ = ["RabbitmqDelayConsumer"]
 _AHEAD = 5_000
 #: How many messages are published anew at a time.
 _ANEW = 100
+#: How many messages the server may deliver before the first is acked: as many as AMQP can say. "No limit" (0) means 2,000
+#: to a quorum queue.
+_WINDOW = 65_535
 #: How many messages a consumer keeps at least, whatever the prefetch.
 _FEWEST = 100
 #: Every how many seconds the connection on which this thread publishes is served, so that its server hears heartbeats.
@@ -65,7 +68,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         self.anew: list[tuple[int, Send]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
-        self.on_connection(inner.channel.basic_qos, 0)
+        self.on_connection(inner.channel.basic_qos, 0, _WINDOW)
 
     def held(self) -> int:
         return super().held() + len(self.far)

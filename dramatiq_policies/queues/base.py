@@ -31,7 +31,7 @@ class QueueReading:
       queue: The queue's canonical name (never ``.DQ``).
       ready: Messages that wait for a worker.
       delayed: Messages whose time had not come when they were sent: delayed ones and retries. On RabbitMQ without those
-        held by workers that are not heard; a worker takes up to a thousand per thread in advance.
+        held by workers that are not heard; workers hold all of them, up to 65,535 each.
       running: Messages that a worker has taken, whether a job runs yet or not. On RabbitMQ None while there is a worker
         that is not heard.
       dead: Dead letters.

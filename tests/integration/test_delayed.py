@@ -203,6 +203,23 @@ def test_a_batch_that_was_published_and_not_acked_is_all_that_runs_twice(
     assert rabbitmq_place.left() == []
 
 
+def test_a_nearer_message_runs_on_time_behind_far_ones_in_a_quorum_queue(rabbitmq_place: RabbitmqPlace) -> None:
+    """To a quorum queue a consumer without a limit is one that holds 2,000."""
+    broker = rabbitmq_place.broker()
+    stock = broker._build_queue_arguments
+    broker._build_queue_arguments = lambda name: {**stock(name), "x-queue-type": "quorum"}
+    app = rabbitmq_place.app(broker=broker)
+    ran: list[int] = []
+    near = app.actor(ran.append, actor_name="near")
+    send_far(app, 2_100)
+    with app.working(1):
+        held = wiring_of(app.broker).held
+        until(lambda: held.get(f"{rabbitmq_place.queue}.DQ", int)() == 2_100)
+        near.send_with_options(args=(1,), delay=200)
+        app.wait_for("succeeded")
+    assert ran == [1]
+
+
 def test_due_messages_whose_queue_was_deleted_are_moved_to_one_declared_again(rabbitmq_place: RabbitmqPlace) -> None:
     app = rabbitmq_place.app()
     ran: list[int] = []
