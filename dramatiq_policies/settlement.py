@@ -46,6 +46,9 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
         if delivery.claim is not None:
             delivery.claim.conclude(decided)
         delivery.settled = True
+        if decided.outcome is Outcome.INTERRUPTED:
+            # The message comes back: no hook is to take this failure for its end, as that of Dramatiq's Results does.
+            message.failed = False
         _conclude(wiring, message, delivery, decided, succeeded)
         # The error's traceback leads to the message: no cycle is left behind.
         delivery.settlement = None

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from dramatiq.errors import Retry
+from dramatiq.errors import ConnectionClosed, Retry
 from dramatiq.middleware import Middleware, SkipMessage
 from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
@@ -192,5 +192,28 @@ def test_a_result_that_was_seen_stays_where_what_follows_can_not_be_handed_on():
     job = stage.actor(raising(), actor_name="job", on_success="nobody")
     message = job.send()
     assert stage.run().reasons() == ["handoff_failed"]
+    assert outcome_of(message, backend) == "done"
+    assert len(backend.stored) == 1
+
+
+def test_a_failed_message_that_comes_back_stores_nothing_yet():
+    backend = Backend()
+    stage = stage_with(backend)
+    stage.actor(lambda *told: None, actor_name="told", store_results=False)
+    message = sent(stage, OSError("x"), on_failure="told", max_retries=0)
+    enqueue, refused = stage.broker.enqueue, threading.Semaphore(0)
+
+    def away(message, *, delay=None):
+        refused.release()
+        raise ConnectionClosed(OSError("gone"))
+
+    stage.broker.enqueue = away
+    with stage.working():
+        assert refused.acquire(timeout=20)
+        assert refused.acquire(timeout=20)
+    assert stage.outcomes() == ["interrupted"]
+    assert backend.stored == []
+    stage.broker.enqueue = enqueue
+    stage.run()
     assert outcome_of(message, backend) == "done"
     assert len(backend.stored) == 1
