@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .wiring import Wiring
 
-__all__ = ["make_stock_loggers_safe", "report_unheard"]
+__all__ = ["make_stock_loggers_safe", "report_unheard", "stock_lines_logger"]
 
 _REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq.SKIPPED_LINE})
 
@@ -61,6 +61,14 @@ def make_stock_loggers_safe(broker: Broker) -> None:
     for logger in (*of_worker, *used):
         if isinstance(logger, logging.Logger):
             make_safe(logger)
+
+
+def stock_lines_logger() -> logging.Logger:
+    """The logger of the stock Retries, whose lines on a single message our own records replace."""
+    logger = logging.getLogger("dramatiq_policies.stock")
+    logger.setLevel(logging.ERROR)
+    make_safe(logger)
+    return logger
 
 
 def report_unheard(wiring: Wiring) -> None:

@@ -9,7 +9,6 @@ records at its start which actors it runs from which queue, and logs what anothe
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from .broker_kinds import kind_of
 from .durations import WEEK_MS
 from .history import now_ms
 from .keys import typed_name
+from .safe_logger import SafeLogger
 from .stores import IdempotencyStore
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Neighbour", "neighbours", "place_of", "record_service", "server_of"]
 
-logger = logging.getLogger("dramatiq_policies.outcomes")
+logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: The register in which workers record their service.
 _SERVICES = typed_name(("#", "services"))

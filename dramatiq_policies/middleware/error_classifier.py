@@ -18,7 +18,7 @@ from ..durations import WEEK_MS
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..history import now_ms
 from ..interrupts import cause_of
-from ..logs import make_stock_loggers_safe, report_unheard
+from ..logs import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..options import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rule_set import RuleSet
@@ -39,10 +39,6 @@ __all__ = ["ErrorClassifier"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
-#: What the stock Retries logs of a single message is said by our own records.
-_stock_lines = SafeLogger("dramatiq_policies.stock")
-_stock_lines.logger.setLevel(logging.ERROR)
-
 #: Of how many pairs of actor and exception it is remembered that they have alerted.
 _REMEMBERED = 1_000
 _DEFAULTS = {"max_retries": 20, "min_backoff": None, "max_backoff": None, "retry_when": None}
@@ -97,7 +93,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         stock = {**stock, **checked_stock_options(where, {k: v for k, v in stock.items() if v is not None})}
         Retries.__init__(self, **{**_DEFAULTS, **stock})
         self._given = stock
-        self.logger = _stock_lines
+        self.logger = stock_lines_logger()
         self.rules = parse_rules(where, "broker", retry_on=retry_on, discard_on=discard_on, alert_on=alert_on)
         if unclassified is not None and not isinstance(unclassified, RetryPolicy):
             raise ConfigurationError.of_option(where, "unclassified", "a RetryPolicy or None", unclassified)

@@ -13,6 +13,7 @@ from dramatiq.message import generate_unique_id
 from ..delivery import READY_AT
 from ..history import FAILURE, POLICIES, History, now_ms
 from ..shape import check_shape, decode, is_number
+from ..texts import printable
 from ..wiring import wiring_of
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class Filter:
       actor, outcome, reason: Exactly.
       error: A class as a dotted path or by its bare name, or any part of ``path: text``, whatever the case.
       tags: Names and values, all of them.
-      message_ids: One of them.
+      message_ids: One of them, also as a list prints it, with its control characters escaped.
       older_than_ms, newer_than_ms: How long ago it failed.
       arguments: Names of arguments and their values as text or JSON; ``order.id`` looks into an argument that is an object, ``0``
         is the first by position.
@@ -201,7 +202,9 @@ class Filter:
         if self.error is not None:
             yield self.error.lower() in f"{letter.exception or ''}: {letter.text or ''}".lower()
         yield all(letter.tags.get(name) == value for name, value in self.tags.items())
-        yield not self.message_ids or letter.message_id in self.message_ids
+        yield not self.message_ids or bool(
+            {letter.message_id, printable(letter.message_id or "")} & {*self.message_ids}
+        )
         age = None if letter.failed_at is None else now_ms() - letter.failed_at
         yield self.older_than_ms is None or (age is not None and age >= self.older_than_ms)
         yield self.newer_than_ms is None or (age is not None and age <= self.newer_than_ms)

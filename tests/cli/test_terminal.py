@@ -76,7 +76,7 @@ def test_no_message_forges_a_line_of_a_list(command):
     listed = command("dead", "list", app)
     assert len(listed.stdout.splitlines()) == len(honest) + 1
     assert not set("\u202e\u2066\ud83d") & set(listed.stdout)
-    for args in (["summary"], ["show", "a\n2026-01-01 forged"]):
+    for args in (["summary"], ["show", "a\n2026-01-01 forged"], ["show", r"a\n2026-01-01 forged"]):
         shown = command("dead", args[0], app, *args[1:])
         assert shown.exit_code == 0
         assert not any(
