@@ -14,6 +14,7 @@ from .base import encode_whatever_comes, seen_enough, shown
 from .check import check
 from .dead import dead
 from .explain import explain
+from .help import WholeSummaries, add_examples
 from .keys import keys
 from .new import new
 from .queues import monitor, queues
@@ -24,7 +25,7 @@ __all__ = ["main"]
 _NO_COMMAND: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
-class OneSentence(click.Group):
+class OneSentence(WholeSummaries):
     """A group whose errors are one sentence on stderr, exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -62,6 +63,9 @@ def main() -> None:
 
     Applications are named as dramatiq names them: package.module, package.module:broker, package.module:factory. Every
     command exits with 0 if all is well, 1 if it found something, 2 if it could not do what was asked.
+
+    For a Django project pass --django (or set DJANGO_SETTINGS_MODULE) and leave APP out. For completion at a Tab:
+    eval "$(_DRAMATIQ_POLICIES_COMPLETE=bash_source dramatiq-policies)", with zsh_source in zsh, fish_source in fish.
     """
     # A library's own complaints would stand before our sentence.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -69,3 +73,4 @@ def main() -> None:
 
 for command in (check, new, explain, dead, queues, monitor, keys):
     main.add_command(command)
+add_examples(main)

@@ -34,11 +34,12 @@ from .base import (
 )
 from .completion import queue_names
 from .filters import chosen, filters, say_nothing_found
+from .help import WholeSummaries
 
 __all__ = ["dead"]
 
 
-@click.group()
+@click.group(cls=WholeSummaries)
 def dead() -> None:
     """Look at the dead letters, send them again, or delete them."""
 

@@ -9,11 +9,12 @@ import click
 from .. import ops
 from .app_command import AppCommand
 from .base import age, confirm, duration, format_option, path_option, print_json, print_table, shown
+from .help import WholeSummaries
 
 __all__ = ["keys"]
 
 
-@click.group()
+@click.group(cls=WholeSummaries)
 def keys() -> None:
     """What idempotency remembers of a job, which is named by its arguments.
 

@@ -38,11 +38,12 @@ from .base import (
 )
 from .base import table as make_table
 from .completion import actor_names, queue_names
+from .help import WholeSummaries
 
 __all__ = ["monitor", "queues"]
 
 
-class _WithDefault(click.Group):
+class _WithDefault(WholeSummaries):
     """``queues app`` is ``queues show app``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
