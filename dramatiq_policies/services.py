@@ -130,17 +130,19 @@ def record_service(
       queues: The actors that have keys, each with its queue.
     """
     queues = list(queues)
+    held: bytes | None = None
     for _ in range(_TRIES):
-        entry = store.get(_SERVICES)
-        known = _read(entry.value)
+        known = _read(held)
         now = now_ms()
         found = list(_others(known, server, place, queues, now))
         for actor, queue in queues:
             of_actor = known.setdefault(_key(place, actor, queue), {})
             of_actor[_name(server, queue)] = now
         value = json.dumps({actor: _lately(seen, now) for actor, seen in known.items() if _lately(seen, now)})
-        if store.swap(_SERVICES, entry.value, value.encode(), 4 * WEEK_MS) is None:
+        entry = store.swap(_SERVICES, held, value.encode(), 4 * WEEK_MS)
+        if entry is None:
             return found
+        held = entry.value
     return []
 
 
