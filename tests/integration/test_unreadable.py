@@ -150,3 +150,26 @@ def test_a_client_that_decodes_answers_is_refused(redis_url: str, form: str) -> 
     broker.add_middleware(ErrorClassifier())
     with pytest.raises(ConfigurationError, match="decode_responses"):
         broker.emit_before("worker_boot", None)
+
+
+def test_delayed_messages_that_a_worker_cannot_read_stay_delayed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    app, ran = place.app(), []
+
+    @app.actor()
+    def job(n: int) -> None:
+        ran.append(n)
+
+    for n in range(MOST + 5):
+        job.send_with_options(args=(n,), delay=200)
+    stock, other = get_encoder(), Other()
+    set_encoder(other)
+    try:
+        with app.working(threads=1):
+            until(lambda: "cannot read 10 messages" in caplog.text)
+            other.blind = False
+            until(lambda: len(ran) == 5)
+    finally:
+        set_encoder(stock)
+    assert app.outcomes.count("dead") == MOST
+    assert place.left() == []
+    assert sorted([*ran, *(letter.args[0] for letter in place.dead())]) == list(range(MOST + 5))
