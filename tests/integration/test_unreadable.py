@@ -152,7 +152,9 @@ def test_a_client_that_decodes_answers_is_refused(redis_url: str, form: str) -> 
         broker.emit_before("worker_boot", None)
 
 
-def test_delayed_messages_that_a_worker_cannot_read_stay_delayed(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_delayed_messages_that_a_worker_cannot_read_stay_delayed(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     app, ran = place.app(), []
 
     @app.actor()
