@@ -103,6 +103,7 @@ class PolicyConsumer(Consumer):
         delivery.body = own.get("body") or _body_of(plain)
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
+            delivery.carried = own.get("carried")
         if RETURNED in options and (decided := returned(options)) is not None:
             self._settle_unrun(message, delivery, decided)
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
 
 from dramatiq import Message
 from dramatiq.middleware import SkipMessage
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from .options import ActorPolicy
 
-__all__ = ["CurrentJob", "Delivery", "GivenAway", "Recorder", "Send", "Settlement", "current_job", "running_delivery"]
+__all__ = [
+    "Carried",
+    "CurrentJob",
+    "Delivery",
+    "GivenAway",
+    "Recorder",
+    "Send",
+    "Settlement",
+    "current_job",
+    "running_delivery",
+]
 
 T = TypeVar("T")
 
@@ -96,6 +106,14 @@ class Settlement:
 #: Every success is the same decision.
 SUCCEEDED = Settlement(Outcome.SUCCEEDED)
 
+
+class Carried(NamedTuple):
+    """What an earlier delivery of the same message has left to do: the decision, and what was not handed on yet."""
+
+    settlement: Settlement
+    steps: list[Send | Callable[[], list[Send]]] | None
+
+
 #: The outcomes after which an idempotency key is completed.
 COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
@@ -123,6 +141,7 @@ class Delivery:
       settled: Everything but the ack is done and must not be done again.
       acked: The hand-off took the message off its queue in the same step.
       redelivered: It may have been begun before, by a worker that did not end it.
+      carried: What is left of an earlier run that has ended in this process: it is settled so, and does not run.
       claim: The claim on its idempotency key, None without one.
       key: The key, as the user knows it; None without one.
       abandoned: The message is neither acked nor nacked: it comes back.
@@ -132,6 +151,7 @@ class Delivery:
         "abandoned",
         "acked",
         "body",
+        "carried",
         "claim",
         "consumer",
         "ended",
@@ -163,6 +183,7 @@ class Delivery:
         self.settled = False
         self.acked = False
         self.redelivered = False
+        self.carried: Carried | None = None
         self.claim: Any = None
         self.key: str | None = None
         self.abandoned = False

@@ -264,8 +264,9 @@ class HandOff:
 
     def _give_up(self, error: Exception) -> Settlement:
         self.delivery.abandoned = True
-        self.delivery.steps = None
+        # Which may keep what is left of the steps.
         self.consumer.abandon(self.message)
+        self.delivery.steps = None
         return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
     def _announce(self) -> None:

@@ -65,6 +65,8 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 def _run(
     wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    if delivery.carried is not None:
+        _carry_on(delivery)
     policy = delivery.policy
     timeout = wiring.timeout
     limit = None
@@ -88,6 +90,13 @@ def _run(
         return _call(wiring, delivery, call, fn, args, kwargs)
     finally:
         solitude.leave(delivery)
+
+
+def _carry_on(delivery: Delivery) -> None:
+    """Settle what an earlier run in this process has left to do, and do not run."""
+    assert delivery.carried is not None
+    decided, delivery.steps = delivery.carried
+    delivery.skip(decided)
 
 
 def _run_once(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .delivery import Delivery, Settlement
+from .delivery import SUCCEEDED, Delivery, Settlement
 from .errors import HandoffFailed
 from .handing_off import HandOff
 from .history import attempt_of
@@ -51,7 +51,7 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
             message.failed = False
         _conclude(wiring, message, delivery, decided, succeeded)
         # The error's traceback leads to the message: no cycle is left behind.
-        delivery.settlement = None
+        delivery.settlement = SUCCEEDED if decided is SUCCEEDED else None
     return not (delivery.acked or delivery.abandoned)
 
 

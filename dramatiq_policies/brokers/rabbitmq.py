@@ -27,6 +27,7 @@ from ..safe_logger import SafeLogger
 from ..struck import drop
 from ..wiring import Wiring
 from .acks import SharedAcks
+from .ended import Ended, Runs
 from .rabbitmq_unreadable import LOST, UNREADABLE, UnreadableBodies
 
 __all__ = ["RabbitmqConsumer"]
@@ -51,6 +52,7 @@ class RabbitmqConsumer(UnreadableBodies):
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         wiring.held[queue_name] = self.held
+        self.runs = Runs(wiring.shared.setdefault("ended", Ended()), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acked."""
@@ -59,6 +61,8 @@ class RabbitmqConsumer(UnreadableBodies):
     def take(self) -> MessageProxy | None:
         if self.distrust.is_pausing:
             return self.look_again()
+        if self.runs.inherited:
+            return self.runs.inherited.popleft()
         try:
             method, properties, body = next(self.deliveries)
         except StopIteration:
@@ -71,7 +75,7 @@ class RabbitmqConsumer(UnreadableBodies):
             if getattr(error, "reply_code", None) == 404:
                 # The queue has disappeared: have it declared again.
                 self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
-            self.closed = True
+            self._lost()
             raise ConnectionClosed(error) from None
         return None if body is None else self.received(method, properties, body)
 
@@ -97,7 +101,13 @@ class RabbitmqConsumer(UnreadableBodies):
             self.wiring.taken[self.queue_name] = message
         proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
         proxy.body = body  # type: ignore[attr-defined]
-        return proxy
+        if self.is_delay_queue or self.runs.take(proxy, body, method.redelivered):
+            return proxy
+        return None
+
+    def _lost(self) -> None:
+        self.closed = True
+        self.runs.lost()
 
     @staticmethod
     def _returns_of(properties: Any) -> int:
@@ -214,6 +224,7 @@ class RabbitmqConsumer(UnreadableBodies):
         if self.deleted:
             return
         if self.gone():
+            self._not_acked(message)
             logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
             return
         super().finish(message)
@@ -222,8 +233,20 @@ class RabbitmqConsumer(UnreadableBodies):
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
         if tag is None:
             logger.warning("Message %s was acked already.", message.message_id)
-        else:
-            self.acks.put(tag)
+            return
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None:
+            self.runs.acked(delivery)
+        self.acks.put(tag)
+
+    def abandon(self, message: MessageProxy) -> None:
+        if self.gone():
+            self._not_acked(message)
+
+    def _not_acked(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None:
+            self.runs.not_acked(delivery)
 
     def parking(self) -> Parking:
         # The server gives the messages of a closed consumer out again.
@@ -235,6 +258,10 @@ class RabbitmqConsumer(UnreadableBodies):
 
     def put_back(self, messages: list[MessageProxy]) -> None:
         """The server does it when the consumer closes."""
+        for message in messages:
+            delivery = vars(message).get("delivery")
+            if delivery is not None:
+                self.runs.put_back(delivery)
 
     def gone(self) -> bool:
         return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
@@ -253,8 +280,11 @@ class RabbitmqConsumer(UnreadableBodies):
         return isinstance(error, LOST) or super().lost_connection(error)
 
     def close(self) -> None:
+        if self.gone():
+            self._lost()
         super().close()
         self.closed = True
+        self.runs.closed(self.wiring.stopping.is_set())
         if self.wiring.held.get(self.source) == self.held:
             del self.wiring.held[self.source]
         # The stock consumer leaves its connection open if its channel was closed already.

@@ -24,7 +24,7 @@ from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from ..consumer import REDELIVERED, PolicyConsumer
-from ..delivery import Delivery, GivenAway, Send
+from ..delivery import Carried, Delivery, GivenAway, Send
 from ..errors import MalformedMessage
 from ..history import FAILURE, now_ms
 from ..records import completed_by
@@ -32,6 +32,7 @@ from ..refusals import IN_A_ROW, Fault, Unsendable
 from ..round_trips import RAW, RoundTrips, Script
 from ..safe_logger import SafeLogger
 from ..wiring import Wiring
+from .ended import Ended, is_keyed, left_of
 from .places import Places
 from .recovery import Recovery
 
@@ -69,6 +70,7 @@ class RedisConsumer(PolicyConsumer):
         self.client = inner.broker.client
         self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
         self.timeout_ms = inner.timeout
+        self.ended: Ended = wiring.shared.setdefault("ended", Ended())
         #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = Places(wiring.in_flight.setdefault(queue_name, set()), inner.prefetch)
@@ -91,7 +93,14 @@ class RedisConsumer(PolicyConsumer):
                 proxy = MessageProxy(message)
                 if not self.is_delay_queue:
                     proxy.body = data  # type: ignore[attr-defined]
+                    if self.ended.known:
+                        self._recall(proxy)
                 return proxy
+
+    def _recall(self, proxy: MessageProxy) -> None:
+        carried = self.ended.recall(proxy.options["redis_message_id"])
+        if carried is not None:
+            proxy.carried, proxy.redelivered = carried, True  # type: ignore[attr-defined]
 
     def _read(self, name: bytes, data: bytes, recovered: bytes = b"") -> Message[Any] | None:
         """The message that lies under an id; None if it is on the dead-letter queue."""
@@ -170,8 +179,8 @@ class RedisConsumer(PolicyConsumer):
             if "do_ack" in vars(self.broker):
                 # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
                 self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
-            else:
-                self._settle(self._over(message), b"", [])
+            elif not self._settle(self._over(message), b"", []):
+                self._not_acked(message)
         except BrokerConnectionError as error:
             self.places.over(redis_id)
             if not self.wiring.stopping.is_set():
@@ -187,12 +196,15 @@ class RedisConsumer(PolicyConsumer):
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
         redis_id = self._over(message)
-        claim, at_once = delivery.claim, self.completes(delivery)
-        # Elsewhere a completion is remembered between hand-off and ack.
-        keep = not at_once and delivery.is_remembered()
+        claim, at_once, keep = delivery.claim, self.completes(delivery), False
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
-        if not self._settle(redis_id, body, sends, keep, claim if at_once else None) and claim is not None:
-            raise GivenAway
+        settled = self._complete(redis_id, body, sends, claim) if at_once else None
+        if settled is None:
+            # A completion is remembered between hand-off and ack.
+            at_once, keep = False, delivery.is_remembered()
+            settled = self._settle(redis_id, body, sends, keep)
+        if not settled:
+            self._given_away(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
             # Somebody's own, as in `finish`. It hears of a dead letter that lies in its place already.
             self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
@@ -200,11 +212,28 @@ class RedisConsumer(PolicyConsumer):
             delivery.claim = claim.completed()
         steps, delivery.steps = delivery.steps, None
         delivery.acked = not keep
-        for step in steps or ():
+        for step in (steps or ()) if settled else ():
             assert isinstance(step, Send)
             self.broker.emit_after("enqueue", step.message, step.delay)
         if not keep:
             self._release(message)
+
+    def _given_away(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
+        """Nothing was handed on, since another worker has the message; or all was, by a call whose answer was lost.
+
+        Should it come back here, all that this run has left to do is done then, and it does not run.
+        """
+        decided = delivery.settlement
+        if decided is not None and not is_keyed(delivery):
+            left = decided if dead or delivery.claim is not None else left_of(delivery).settlement
+            self.ended.remember(redis_id, Carried(left, delivery.steps))
+        if delivery.claim is not None:
+            raise GivenAway
+
+    def _not_acked(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None and not is_keyed(delivery):
+            self.ended.remember(message.options["redis_message_id"], left_of(delivery))
 
     def _encode(self, step: Send) -> tuple[str, str, bytes]:
         """What ``RedisBroker.enqueue`` would send, its hooks run."""
@@ -241,12 +270,26 @@ class RedisConsumer(PolicyConsumer):
             self._release(message)
         super().conclude(message, delivery)
 
-    def _settle(
-        self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False, completes: Claim | None = None
-    ) -> bool:
-        # With a claim on the line of the claims: they share round trips.
-        trips = self.trips if completes is None else self.store.trips
-        return bool(self._guarded(trips.call, *self._settling(redis_id, dead, sends, keep, completes)))
+    def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
+        """Settle a message and complete its key in one step; None if it takes two.
+
+        Goes over the line of the claims, to share round trips. Where the client of the store can't reach the server, the
+        broker's own may, and the call may be repeated.
+        """
+        command = self._settling(redis_id, dead, sends, completes=claim)
+        try:
+            return bool(self.store.trips.call(*command))
+        except redis.DataError:
+            raise
+        except (redis.RedisError, OSError):
+            try:
+                return bool(self.trips.call(*command))
+            except (redis.RedisError, OSError):
+                # Also where it may not touch the store's keys. Is the whole server away, the next step says so.
+                return None
+
+    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> bool:
+        return bool(self._guarded(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
 
     def _settling(
         self,

@@ -201,9 +201,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if decided is None:
             delivery.settlement = Settlement(Outcome.SKIPPED)
         elif decided.exception is not None:
-            # Dead, and skipped by the wrapper of the actor's function.
-            message.fail()
+            # Skipped by the wrapper of the actor's function.
             message.stuff_exception(decided.exception)
+            if decided.dead_letter:
+                message.fail()
 
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
