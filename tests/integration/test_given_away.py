@@ -12,6 +12,7 @@ from dramatiq import pipeline
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies.stores import IdempotencyStore
 from dramatiq_policies.stores.memory import MemoryStore
+from dramatiq_policies.wiring import wiring_of
 from tests.proxy import Proxy
 
 from .places import App, Gate, Place, RabbitmqPlace, RedisPlace, until
@@ -125,7 +126,8 @@ def test_what_follows_a_job_whose_connection_to_rabbitmq_was_lost_comes_once(
             consumer = worker.consumers[rabbitmq_place.queue].consumer
             proxy.cut()
             until(consumer.gone)
-            app.wait_for("deferred")
+            # It has come again, and waits for the end of the run.
+            until(lambda: wiring_of(app.broker).shared["ended"]._heirs)
             shop.gate.open.set()
             until(lambda: shop.effects == effects and len(rabbitmq_place.dead()) == letters, 5, lambda: shop.effects)
             calm(app, 1.0)
