@@ -40,7 +40,13 @@ class StoreCalls:
         except Exception as error:
             with self._lock:
                 first, self._down = not self._down, True
-            if first:
+            if first and type(error).__name__ == "NoPermissionError":
+                alerts.critical(
+                    "The idempotency store refuses this user for good: %s. Jobs with a key wait until the user may use the "
+                    "store's keys and commands: docs/brokers.md has an ACL line.",
+                    text_of(error),
+                )
+            elif first:
                 alerts.error(
                     "The idempotency store can't be reached: %s: %s",
                     type(error).__name__,

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 try:
     import redis
     from redis.backoff import NoBackoff
+    from redis.exceptions import NoPermissionError
     from redis.retry import Retry
 except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
@@ -144,7 +145,12 @@ class RedisStore:
 
     def warnings(self) -> list[str]:
         """What is wrong with how the server is set up, as sentences. Connects."""
-        memory = self.client.info("memory")
+        try:
+            memory = self.client.info("memory")
+        except NoPermissionError:
+            # A user with least rights may not ask. What such a user must be able to do is tried instead.
+            self.get("")
+            return []
         policy = memory.get("maxmemory_policy", "noeviction")
         if not memory.get("maxmemory") or policy == "noeviction":
             return []

@@ -12,7 +12,8 @@ if ARGV[1] == 'dead' then
   if redis.call('zrem', source, ARGV[3]) == 0 then
     return 0
   end
-elseif redis.call('lrem', source, 0, ARGV[3]) == 0 then
+-- From the front, where it is, and no further: a whole queue is moved in as many steps as it has messages.
+elseif redis.call('lrem', source, 1, ARGV[3]) == 0 then
   return 0
 end
 redis.call('hdel', source .. '.msgs', ARGV[3])

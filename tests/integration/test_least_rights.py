@@ -1,0 +1,84 @@
+"""A user of Redis that may do what docs/brokers.md says, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dramatiq
+import pytest
+from dramatiq import Worker
+from dramatiq.brokers.redis import RedisBroker
+
+from dramatiq_policies import QueueMonitor, RetryPolicy, constant, current_job, install
+from tests.chaos.servers import RedisServer
+
+from .places import until
+
+PAGE = Path(__file__).parents[2] / "docs" / "brokers.md"
+(LINE,) = [line for line in PAGE.read_text().splitlines() if line.startswith("ACL SETUSER jobs ")]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    one = RedisServer(tmp_path / "server")
+    one.start()
+    yield one
+    one.close()
+
+
+def set_user(server: RedisServer, line: str) -> str:
+    with server.client() as client:
+        client.execute_command(*line.split())
+    return server.url.replace("redis://", "redis://jobs:secret@")
+
+
+@pytest.mark.parametrize("namespace", ["dramatiq", "shop"])
+def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_said(
+    server: RedisServer, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = LINE if namespace == "dramatiq" else LINE.replace("~dramatiq ~dramatiq:* ~idem:*", "~shop ~shop:*")
+    broker = RedisBroker(url=set_user(server, line), namespace=namespace)
+    install(broker, queue_monitor=QueueMonitor(interval=100))
+    runs: list[int] = []
+
+    @dramatiq.actor(
+        broker=broker, idempotent=True, max_retries=0, retry_on={OSError: RetryPolicy(attempts=3, wait=constant(50))}
+    )
+    def job(number: int) -> None:
+        runs.append(number)
+        if current_job().attempt == 1:
+            raise OSError
+        if number == 2:
+            raise KeyError
+
+    for number in range(3):
+        job.send(number)
+    worker = Worker(broker, worker_timeout=100, worker_threads=2)
+    worker.start()
+    with server.client() as client:
+        until(lambda: sorted(runs) == [0, 0, 1, 1, 2, 2], 20, lambda: (runs, caplog.text))
+        until(lambda: client.zcard(f"{namespace}:default.XQ") == 1)
+        worker.stop(10_000)
+        refused = [entry[b"object"] if b"object" in entry else entry["object"] for entry in client.acl_log()]
+    assert set(refused) <= {"info", b"info"}
+    said = [one for one in caplog.records if one.name.endswith("alerts")]
+    assert not said, caplog.text
+    broker.close()
+
+
+def test_a_user_that_may_not_use_the_store_is_told_once(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    broker = install(RedisBroker(url=set_user(server, LINE.replace("~idem:*", "~idem:no"))))
+
+    @dramatiq.actor(broker=broker, idempotent=True)
+    def job() -> None: ...
+
+    job.send()
+    worker = Worker(broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    until(lambda: "deferred" in caplog.text or "store_down" in caplog.text or "refuses this user" in caplog.text, 20)
+    worker.stop(10_000)
+    said = [one for one in caplog.records if one.levelname in ("ERROR", "CRITICAL")]
+    assert len(said) == 1
+    assert "refuses this user for good" in said[0].getMessage()
+    broker.close()
