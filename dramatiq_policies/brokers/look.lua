@@ -3,7 +3,7 @@
 -- KEYS[1]  the broker's namespace
 -- ARGV     the worker's id, queue, for how many ms a living worker may be silent, for how many ms nobody else need look,
 --          the end of ids whose heartbeats are by the server's clock, where in the heartbeats to begin, how many to read,
---          for how many ms dead letters are kept, for how many ms to watch an old heartbeat that is seen first
+--          for how many ms dead letters are kept or '' to leave them, for how many ms to watch an old heartbeat that is seen first
 --
 -- Returns {} if another looks, else {where to go on, worker, its heartbeat, '1' if it holds messages of the queue or '', …}.
 --
@@ -29,10 +29,12 @@ if not redis.call('set', namespace .. ':__recovery__.' .. queue, '1', 'nx', 'px'
 end
 
 -- Dead letters that have been kept long enough, some at a time.
-local letters = namespace .. ':' .. queue .. '.XQ'
-for _, id in ipairs(redis.pcall('zrangebyscore', letters, '-inf', now - kept, 'limit', 0, 1000)) do
-  redis.call('zrem', letters, id)
-  redis.call('hdel', letters .. '.msgs', id)
+if kept then
+  local letters = namespace .. ':' .. queue .. '.XQ'
+  for _, id in ipairs(redis.pcall('zrangebyscore', letters, '-inf', now - kept, 'limit', 0, 5000)) do
+    redis.call('zrem', letters, id)
+    redis.call('hdel', letters .. '.msgs', id)
+  end
 end
 
 local function by_server_clock(worker)

@@ -35,6 +35,8 @@ _FORGET, _LOOK, _RECOVER = (
 )
 #: Every how many seconds to look.
 _LOOK_EVERY = 2.0
+#: Every how many seconds a consumer removes dead letters that have been kept for the broker's ``dead_message_ttl``.
+_EXPIRE_EVERY = 60.0
 #: How many messages are moved in one step, and how many heartbeats are read in one.
 _BATCH, _PAGE = 100, 1_000
 #: For how many milliseconds an old heartbeat is watched that nobody has seen before. A living worker sends one every few
@@ -56,6 +58,8 @@ class Recovery:
         #: A delayed message was not begun.
         self.begun = queue_name == q_name(queue_name)
         self.looked = -_LOOK_EVERY
+        #: When to remove expired dead letters next.
+        self.expires_at = monotonic() + _EXPIRE_EVERY
         #: Where the next look begins in the heartbeats.
         self.place = 0
         #: The search for workers that hold nothing: its cursor, None while there is none, and who may hold nothing.
@@ -75,7 +79,9 @@ class Recovery:
         # A worker whose threads are all busy fetches nothing, which is all that Dramatiq takes for a sign of life.
         pause = round(_LOOK_EVERY * 900)
         where = [BY_SERVER_CLOCK, self.place, _PAGE]
-        kept = broker.dead_message_ttl
+        kept = ""
+        if now >= self.expires_at:
+            self.expires_at, kept = now + _EXPIRE_EVERY, broker.dead_message_ttl
         found = self._call(_LOOK, [broker.broker_id, self.queue, broker.heartbeat_timeout, pause, *where, kept, _WATCH])
         if found:
             self.place, silent = found[0], list(zip(found[1::3], found[2::3], found[3::3], strict=True))

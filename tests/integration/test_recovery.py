@@ -381,7 +381,10 @@ def test_no_command_of_a_broker_with_the_bundle_runs_dramatiqs_maintenance(redis
     broker.close()
 
 
-def test_dead_letters_that_were_kept_long_enough_are_removed(redis_place: RedisPlace) -> None:
+def test_dead_letters_that_were_kept_long_enough_are_removed(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dramatiq_policies.brokers.recovery._EXPIRE_EVERY", 0.1)
     app = app_of(redis_place)
     letters = redis_place.key(f"{redis_place.queue}.XQ")
     old = current_millis() - app.broker.dead_message_ttl - 60_000
