@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from dramatiq import Worker
 from dramatiq.brokers.redis import RedisBroker
 
-from dramatiq_policies import QueueMonitor, RetryPolicy, constant, current_job, install
+from dramatiq_policies import Idempotency, QueueMonitor, RetryPolicy, constant, current_job, install
+from dramatiq_policies.stores.redis import RedisStore
 from tests.chaos.servers import RedisServer
 
 from .places import until
@@ -81,4 +83,31 @@ def test_a_user_that_may_not_use_the_store_is_told_once(server: RedisServer, cap
     said = [one for one in caplog.records if one.levelname in ("ERROR", "CRITICAL")]
     assert len(said) == 1
     assert "refuses this user for good" in said[0].getMessage()
+    broker.close()
+
+
+def test_a_store_client_that_is_down_holds_no_job_that_has_ended_while_the_broker_answers(server: RedisServer) -> None:
+    own = set_user(server, "ACL SETUSER jobs on >secret ~* &* +@all")
+    broker = install(
+        RedisBroker(url=server.url), idempotency=Idempotency(RedisStore.from_url(own, namespace="dramatiq:idem"))
+    )
+    begun, gate = threading.Event(), threading.Event()
+
+    @dramatiq.actor(broker=broker, idempotent=True)
+    def job() -> None:
+        begun.set()
+        gate.wait(20)
+
+    message = job.send()
+    worker = Worker(broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    with server.client() as client:
+        assert begun.wait(20)
+        client.execute_command("ACL", "SETUSER", "jobs", "off")
+        client.execute_command("CLIENT", "KILL", "USER", "jobs")
+        gate.set()
+        until(lambda: client.hlen("dramatiq:default.msgs") == 0, 20)
+        client.execute_command("ACL", "SETUSER", "jobs", "on")
+        until(lambda: Idempotency.state(job, message.message_id).state == "completed", 20)
+    worker.stop(10_000)
     broker.close()
