@@ -32,7 +32,7 @@ coverage: $(VENV)/installed  ## of branches, by all tests but those that no trac
 
 fuzz: export FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/installed  ## rubbish of every kind for ten minutes; FUZZ_SECONDS=60 for less
-	$(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/project/test_fuzz.py $(ARGS)
 
 mutants: $(VENV)/installed  ## small sabotage that the tests should notice: ARGS="--count 100 rules" for more of one module
 	$(WITH_SERVICES) $(BIN)/python scripts/mutate.py $(ARGS)

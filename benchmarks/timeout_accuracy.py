@@ -26,8 +26,8 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import TimeLimitExceeded
 from dramatiq.middleware.time_limit import TimeLimit
 
-from dramatiq_policies import interrupts
-from dramatiq_policies.limits import limit_for
+from dramatiq_policies.delivery.limits import limit_for
+from dramatiq_policies.interrupts import threads as interrupts
 from dramatiq_policies.middleware.timeout import Timeout
 
 Call = Callable[[Callable[[], None], float], None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .backoff import constant, exponential, polynomial, retry_after
 from .bundle import install
-from .delivery import CurrentJob, current_job
+from .delivery.actor_policy import ActorOptions
+from .delivery.delivery import CurrentJob, current_job
 from .errors import (
     ConfigurationError,
     Crashed,
@@ -28,9 +28,9 @@ from .middleware.discard_logger import DiscardLogger
 from .middleware.error_classifier import ErrorClassifier
 from .middleware.idempotency import Idempotency, KeyState
 from .middleware.timeout import StuckJob, Timeout
-from .options import ActorOptions
 from .outcomes import Outcome, OutcomeEvent
-from .rules import RetryPolicy, when
+from .rules.backoff import constant, exponential, polynomial, retry_after
+from .rules.rule import RetryPolicy, when
 
 if TYPE_CHECKING:
     from ._typed_actor import actor

@@ -6,11 +6,12 @@ Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, 
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from queue import Empty, PriorityQueue
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from dramatiq import Message
 from dramatiq import worker as _worker
@@ -326,3 +327,18 @@ class _Consumer(_worker.ConsumerThread):
 class _Thread(_worker.WorkerThread):
     def join(self, timeout: float | None = None) -> None:
         self.broker.emit_before("worker_thread_shutdown", self)
+
+
+Kind = Literal["stub", "redis", "rabbitmq"]
+
+_CLASSES: dict[Kind, str] = {"stub": "StubBroker", "redis": "RedisBroker", "rabbitmq": "RabbitmqBroker"}
+
+
+def kind_of(broker: Broker) -> Kind | None:
+    """``"stub"``, ``"redis"`` or ``"rabbitmq"``, subclasses included; None for any other broker."""
+    for kind, name in _CLASSES.items():
+        # Who has such a broker has imported its module; no client is imported that is not in use.
+        module = sys.modules.get(f"dramatiq.brokers.{kind}")
+        if module is not None and isinstance(broker, getattr(module, name)):
+            return kind
+    return None

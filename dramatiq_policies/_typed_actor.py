@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 from dramatiq import Actor, Broker, Message
 from dramatiq.actor import ActorDecorator
 
-from .options import Exceptions, RetryOn
+from .delivery.actor_policy import Exceptions, RetryOn
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -18,10 +18,14 @@ from dramatiq.worker import ConsumerThread
 
 from . import _dramatiq
 from .brokers import prepare, wrap_consumer
-from .credentials import learn_passwords
+from .common.credentials import learn_passwords
+from .common.safe_logger import make_safe
+from .delivery.actor_policy import ActorPolicy
+from .delivery.broker_state import Wiring, wiring_of
+from .delivery.executor import wrap_actor
+from .delivery.limits import validate
 from .errors import ConfigurationError
-from .guards import resolve_guard
-from .limits import validate
+from .idempotency.options import resolve_guard
 from .middleware.base import PolicyMiddleware
 from .middleware.composition import Callbacks, GroupCallbacks, Pipelines, storing
 from .middleware.discard_logger import DiscardLogger
@@ -30,10 +34,6 @@ from .middleware.idempotency import Idempotency
 from .middleware.prometheus import count_retries_of
 from .middleware.shutdown import ShutdownNotifications
 from .middleware.timeout import Timeout
-from .options import ActorPolicy
-from .running import wrap_actor
-from .safe_logger import make_safe
-from .wiring import Wiring, wiring_of
 
 if TYPE_CHECKING:
     from .middleware.heartbeat import Heartbeat

@@ -33,8 +33,8 @@ from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
-from .credentials import described, redact
-from .durations import clamped_wait, to_ms
+from .common.credentials import described, redact
+from .common.durations import clamped_wait, to_ms
 
 __all__ = [
     "ConfigurationError",
@@ -207,7 +207,7 @@ class TimeoutExceeded(TimeLimitExceeded):
 
     def _describe(self) -> None:
         # An interrupt is set by class, without arguments; the interrupted thread knows which job it runs.
-        from .delivery import running_delivery
+        from .delivery.delivery import running_delivery
 
         delivery = running_delivery()
         if delivery is not None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from .safe_logger import SafeLogger
-from .texts import encodable
-from .user_errors import quietly
+from ._job_errors import quietly
+from .common.safe_logger import SafeLogger
+from .common.texts import encodable
 
 __all__ = ["Outcome", "OutcomeEvent", "Subscriber"]
 

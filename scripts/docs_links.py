@@ -1,6 +1,6 @@
 """A hook of mkdocs: pages link to files of the repository, which are not on the site; their names stay.
 
-That each of them exists is tested by tests/test_readme.py.
+That each of them exists is tested by tests/project/test_readme.py.
 """
 
 from __future__ import annotations

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import q_name
 
 from .. import _dramatiq
-from ..broker_kinds import kind_of
-from ..consumer import PolicyConsumer
+from .._dramatiq import kind_of
+from ..common.connections import keep_out_of
+from ..common.forks import after_fork
+from ..common.safe_logger import SafeLogger
+from ..delivery.consumer import PolicyConsumer
 from ..errors import ConfigurationError
-from ..forks import after_fork
-from ..safe_logger import SafeLogger
-from ..struck import keep_out_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
 
 __all__ = ["prepare", "wrap_consumer"]
 
@@ -29,19 +29,19 @@ def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str, prefetch: int = 1
     # A broker of somebody else's that has one of the three inside hands out consumers of that one's.
     kind = kind_of(wiring.broker)
     if kind == "stub" and _dramatiq.is_stub_consumer(inner):
-        from .stub import StubConsumer
+        from .stub.consumer import StubConsumer
 
         return StubConsumer(wiring, inner, queue_name)
     if kind == "redis" and _dramatiq.is_redis_consumer(inner):
-        from .redis import RedisConsumer
-        from .redis_delayed import RedisDelayConsumer
+        from .redis.consumer import RedisConsumer
+        from .redis.delayed import RedisDelayConsumer
 
         if queue_name != q_name(queue_name):
             return RedisDelayConsumer(wiring, inner, queue_name)
         return RedisConsumer(wiring, inner, queue_name)
     if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
-        from .rabbitmq import RabbitmqConsumer
-        from .rabbitmq_delayed import RabbitmqDelayConsumer
+        from .rabbitmq.consumer import RabbitmqConsumer
+        from .rabbitmq.delayed import RabbitmqDelayConsumer
 
         if queue_name != q_name(queue_name):
             return RabbitmqDelayConsumer(wiring, inner, queue_name, prefetch)
@@ -65,11 +65,11 @@ def prepare(wiring: Wiring) -> None:
     """
     kind = kind_of(wiring.broker)
     if kind == "stub":
-        from . import stub
+        from .stub import consumer as stub
 
         stub.explain_unsendable(wiring.broker)
     elif kind == "redis":
-        from .worker_id import WorkerId
+        from .redis.worker_id import WorkerId
 
         _refuse_decoding(wiring.broker)
         wiring.shared["worker_id"] = WorkerId(wiring.broker)

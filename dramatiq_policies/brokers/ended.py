@@ -17,8 +17,8 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..delivery import SUCCEEDED, Carried, Delivery, Settlement
-from ..forks import after_fork
+from ..common.forks import after_fork
+from ..delivery.delivery import SUCCEEDED, Carried, Delivery, Settlement
 from ..outcomes import Outcome
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from ..common.safe_logger import SafeLogger
 from ..ops import OperationError, one_line
-from ..safe_logger import SafeLogger
 from .base import encode_whatever_comes, seen_enough, shown
 from .check import check
 from .dead import dead

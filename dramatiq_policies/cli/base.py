@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import ops
-from ..credentials import is_secret_name
+from ..common.credentials import is_secret_name
+from ..common.texts import UNPRINTABLE, printable
 from ..ops import Moved, OperationError
-from ..texts import UNPRINTABLE, printable
 
 __all__ = [
     "age",

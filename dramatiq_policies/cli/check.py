@@ -19,9 +19,9 @@ from ..ops import (
     require_actors,
     write_baseline,
 )
-from ..ops.apps import StandIn
-from ..ops.findings import Finding
-from ..ops.gate import BASELINE, checked_reason, missing_extra
+from ..ops.app import StandIn
+from ..ops.checks.findings import Finding
+from ..ops.checks.gate import BASELINE, checked_reason, missing_extra
 from .app_command import AppCommand
 from .base import console, counted, format_option, length, path_option, print_json, seen_enough, shown
 

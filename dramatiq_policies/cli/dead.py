@@ -13,7 +13,7 @@ from dramatiq.broker import Broker
 from rich.cells import cell_len
 
 from .. import ops
-from ..shape import is_number
+from ..delivery.validation import is_number
 from .app_command import AppCommand
 from .base import (
     age,

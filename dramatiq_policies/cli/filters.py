@@ -9,7 +9,7 @@ import click
 from dramatiq.broker import Broker
 
 from .. import ops
-from ..callables import stated_signature, unwrapped
+from ..common.callables import stated_signature, unwrapped
 from .base import length, parse_tags, path_option, shown
 from .completion import actor_names, queue_names
 

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
-from ..ops.apps import extend_path
-from ..ops.gate import read_toml
-from ..ops.scaffold import module_name
+from ..ops.app import extend_path
+from ..ops.checks.gate import read_toml
+from ..ops.scaffolding.scaffold import module_name
 from .base import path_option
 
 __all__ = ["new"]

@@ -15,9 +15,9 @@ import click
 from rich.text import Text
 
 from .. import ops
+from ..brokers.readers import reader_of
+from ..common.safe_logger import SafeLogger
 from ..errors import how_to_add
-from ..queues import reader_of
-from ..safe_logger import SafeLogger
 from .app_command import AppCommand
 from .base import (
     as_json,

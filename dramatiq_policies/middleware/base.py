@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware, MiddlewareError
 
+from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
-from ..safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Worker
     from typing_extensions import Self
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
 
 __all__ = ["PolicyMiddleware", "rivals_of"]
 

@@ -21,10 +21,10 @@ from dramatiq.rate_limits import Barrier
 from dramatiq.rate_limits.backends import StubBackend
 from dramatiq.results import Results as StockResults
 
-from .. import clock
-from ..callbacks import callback_of, send_to
-from ..delivery import Delivery, Recorder, Send
-from ..interrupts import cause_of
+from ..common import clock
+from ..delivery.callbacks import callback_of, send_to
+from ..delivery.delivery import Delivery, Recorder, Send
+from ..interrupts.threads import cause_of
 from ..outcomes import Outcome, text_of
 
 if TYPE_CHECKING:

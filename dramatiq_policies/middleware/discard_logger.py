@@ -6,15 +6,15 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
 from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
-from ..safe_logger import SafeLogger
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
 
 __all__ = ["DiscardLogger"]
 

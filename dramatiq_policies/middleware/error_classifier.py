@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from .. import clock
-from ..consumer import hold
-from ..decisions import decide
-from ..declarations import parse_rules
-from ..delivery import READY, READY_AT, SUCCEEDED, Delivery, Settlement, current
-from ..durations import WEEK_MS
+from ..common import clock
+from ..common.durations import WEEK_MS
+from ..common.safe_logger import SafeLogger
+from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
+from ..delivery.broker_state import wiring_of
+from ..delivery.consumer import hold
+from ..delivery.decisions import decide
+from ..delivery.delivery import READY, READY_AT, SUCCEEDED, Delivery, Settlement, current
+from ..delivery.history import now_ms
+from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
-from ..history import now_ms
-from ..interrupts import cause_of
-from ..logs import make_stock_loggers_safe, report_unheard, stock_lines_logger
-from ..options import ACTOR_OPTIONS, checked_stock_options, expect_callable
+from ..interrupts.threads import cause_of
+from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
-from ..rule_set import RuleSet
-from ..rules import RetryPolicy
-from ..safe_logger import SafeLogger
-from ..shape import MAX_BODY_BYTES, timedeltas_to_ms
-from ..wiring import wiring_of
+from ..rules.matching import RuleSet
+from ..rules.parsing import parse_rules
+from ..rules.rule import RetryPolicy
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from typing_extensions import Self
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
 
 __all__ = ["ErrorClassifier"]
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from dramatiq.errors import ConnectionClosed
 
-from ..consumer import PolicyConsumer
-from ..durations import CENTURY_MS
+from ..brokers.readers import reader_of
+from ..common.durations import CENTURY_MS
+from ..common.forks import after_fork
+from ..common.safe_logger import SafeLogger
+from ..delivery.consumer import PolicyConsumer
 from ..errors import ConfigurationError, checked_duration
-from ..forks import after_fork
-from ..private_files import lock, make_private, open_own, private_folder, require_file_locks
-from ..queues import reader_of
-from ..safe_logger import SafeLogger
+from ..observability.private_files import lock, make_private, open_own, private_folder, require_file_locks
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
 
 __all__ = ["Heartbeat"]
 

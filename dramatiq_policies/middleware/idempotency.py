@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dramatiq import Actor, Message
 
-from .. import records
-from ..admission import Admission
-from ..broker_kinds import kind_of
-from ..callables import is_coroutine_callable
-from ..claims import Claims, StoreDown
-from ..durations import CENTURY_MS
+from .._dramatiq import kind_of
+from ..common.callables import is_coroutine_callable
+from ..common.durations import CENTURY_MS
+from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
-from ..guards import OPTIONS, Guard, Register, checked_crashes, key_of
-from ..safe_logger import SafeLogger
-from ..services import place_of, record_service, server_of
+from ..idempotency import records
+from ..idempotency.claims import Claims, StoreDown
+from ..idempotency.guard import Admission
+from ..idempotency.options import OPTIONS, Guard, Register, checked_crashes, key_of
+from ..idempotency.services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
     from .timeout import StuckJob
 
 __all__ = ["Idempotency", "KeyState"]
@@ -155,7 +155,7 @@ class Idempotency(PolicyMiddleware):
             return
         trips = getattr(self.store, "trips", None)
         if trips is not None:
-            from ..piggyback import Piggyback  # It needs redis.
+            from ..idempotency.batched_completion import Piggyback  # It needs redis.
 
             wiring.piggyback = Piggyback(wiring, self.claims, trips) if Piggyback.is_safe(wiring) else None
         if self._excuse_neighbours not in wiring.stuck_subscribers:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.middleware import Shutdown, TimeLimitExceeded
 
-from ..delivery import READY_AT
+from .._job_errors import is_a
+from ..delivery.delivery import READY_AT
 from ..errors import ConfigurationError, Snooze
+from ..observability.statsd import Statsd, Value, metric_name, tag_list
 from ..outcomes import Outcome, OutcomeEvent
-from ..statsd import Statsd, Value, metric_name, tag_list
-from ..user_errors import is_a
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from typing_extensions import Self
 
-    from ..delivery import Delivery
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
+    from ..delivery.delivery import Delivery
     from .timeout import StuckJob
 
 __all__ = ["Metrics"]

@@ -13,8 +13,8 @@ from ..outcomes import Outcome
 if TYPE_CHECKING:
     from dramatiq.middleware import Middleware
 
+    from ..delivery.broker_state import Wiring
     from ..outcomes import OutcomeEvent
-    from ..wiring import Wiring
 
 __all__ = ["count_retries_of"]
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..durations import CENTURY_MS
+from ..brokers.readers import QueueReader, QueueReading, reader_of
+from ..common.durations import CENTURY_MS
+from ..common.forks import after_fork
+from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
-from ..forks import after_fork
-from ..private_files import require_file_locks
-from ..queue_alerts import OnAlert, QueueAlert, Threshold, Watch, tellers
-from ..queues import QueueReader, QueueReading, reader_of
-from ..safe_logger import SafeLogger
+from ..observability.private_files import require_file_locks
+from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, Watch, tellers
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..election import Election
-    from ..statsd import Statsd, Value
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
+    from ..observability.election import Election
+    from ..observability.statsd import Statsd, Value
 
 __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 
@@ -89,7 +89,7 @@ class QueueMonitor(PolicyMiddleware):
         self.logs_alerts = on_alert in (None, "log") or (isinstance(on_alert, (list, tuple)) and "log" in on_alert)
         self._statsd: Statsd | None = None
         if client is not None:
-            from ..statsd import Statsd
+            from ..observability.statsd import Statsd
 
             self._statsd = Statsd(client)
         self.begin_anew()
@@ -157,7 +157,7 @@ class QueueMonitor(PolicyMiddleware):
           ConfigurationError: If the monitor is on no broker yet.
         """
         stop = threading.Event() if stop is None else stop
-        from ..election import elect
+        from ..observability.election import elect
 
         election = elect(self._wiring(), self.interval)
         with self._reading:
@@ -252,7 +252,7 @@ class QueueMonitor(PolicyMiddleware):
                 tell(alert)
 
     def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
-        from ..statsd import metric_name, tag_list
+        from ..observability.statsd import metric_name, tag_list
 
         metrics = self._wiring().metrics
         statsd, queues = self._statsd, self.queue_prefix

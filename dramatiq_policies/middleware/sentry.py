@@ -6,17 +6,17 @@ import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .. import _dramatiq
-from .._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
+from ..common.texts import encodable_all
 from ..errors import ConfigurationError
+from ..observability._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, class_path, traceparent_of
-from ..texts import encodable_all
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker, MessageProxy
 
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
     from .timeout import StuckJob
 
 __all__ = ["SentryReporter"]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from dramatiq.middleware import Middleware
 from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
 
-from .. import interrupts, slots
-from ..consumer import hold
+from ..delivery.consumer import hold
+from ..interrupts import slots
+from ..interrupts import threads as interrupts
 
 if TYPE_CHECKING:
     from dramatiq import Worker

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dramatiq.middleware import Middleware, TimeLimit
 
-from .. import slots
-from ..callables import is_plain
-from ..delivery import RUNNING
-from ..durations import WEEK_MS
+from ..common.callables import is_plain
+from ..common.durations import WEEK_MS
+from ..common.safe_logger import Lines, SafeLogger
+from ..delivery.delivery import RUNNING
+from ..delivery.limits import checked, finite, milliseconds
 from ..errors import ConfigurationError
-from ..limits import checked, finite, milliseconds
-from ..safe_logger import Lines, SafeLogger
+from ..interrupts import slots
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..delivery import Delivery
-    from ..wiring import Wiring
+    from ..delivery.broker_state import Wiring
+    from ..delivery.delivery import Delivery
 
 __all__ = ["StuckJob", "Timeout"]
 

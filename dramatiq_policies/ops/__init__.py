@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .apps import (
+from .app import (
     OperationError,
     find_actor,
     find_queue,
@@ -13,21 +13,21 @@ from .apps import (
     redact,
     require_actors,
 )
-from .checks import Settings, check_actor, check_broker
-from .dead import Group, Moved, dead_letters, move, purge, replay, summarise
-from .designs import Design, IncompleteDesign, parse_design
+from .checks.actor_checks import Settings, check_actor, check_broker
+from .checks.actor_summary import Portrait, describe
+from .checks.findings import CODES, Code, Finding
+from .checks.gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
+from .checks.live import check_live
+from .dead_letters.commands import Group, Moved, dead_letters, move, purge, replay, summarise
+from .dead_letters.dead_letter import DeadLetter, Filter
 from .django_project import DJANGO, set_up_django
-from .exceptions import find_exception
-from .explanations import Attempt, Explanation, explain
-from .findings import CODES, Code, Finding
+from .explanations.exceptions import find_exception
+from .explanations.explanation import Attempt, Explanation, explain
 from .found import Tally, newest, resolve_ids
-from .gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .keys import forget_key, key_state, read_arguments
-from .letters import DeadLetter, Filter
-from .live import check_live
-from .portraits import Portrait, describe
 from .queues import QueueState, monitor_of, read_queues
-from .scaffold import scaffold
+from .scaffolding.design import Design, IncompleteDesign, parse_design
+from .scaffolding.scaffold import scaffold
 
 __all__ = [
     "CODES",

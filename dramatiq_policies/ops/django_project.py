@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .apps import OperationError, extend_path, importing
+from .app import OperationError, extend_path, importing
 
 __all__ = ["DJANGO", "set_up_django"]
 

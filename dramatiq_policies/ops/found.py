@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .apps import OperationError, meant
-from .dead import dead_letters
-from .letters import DeadLetter, Filter
+from .app import OperationError, meant
+from .dead_letters.commands import dead_letters
+from .dead_letters.dead_letter import DeadLetter, Filter
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker

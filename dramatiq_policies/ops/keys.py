@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from ..keys import signature_of
+from ..idempotency.keys import signature_of
 from ..middleware.idempotency import Idempotency, KeyState
-from .apps import OperationError, one_line
+from .app import OperationError, one_line
 
 if TYPE_CHECKING:
     from dramatiq import Actor

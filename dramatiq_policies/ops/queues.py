@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import ConnectionClosed
 
-from ..broker_kinds import kind_of
+from .._dramatiq import kind_of
+from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..middleware.queue_monitor import QueueMonitor
-from ..queue_alerts import QueueAlert
-from ..queues import QueueReader, QueueReading, reader_of
-from .apps import OperationError, known_queues, redact
+from ..observability.queue_thresholds import QueueAlert
+from .app import OperationError, known_queues, redact
 from .strays import find_any_queue, stray_queues
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     """Every queue, or these, read once; no message is taken.
 
     Parameters:
-      reader: Of `dramatiq_policies.queues.reader_of`, for whoever reads again and again: it keeps its connection, and on
+      reader: Of `dramatiq_policies.brokers.readers.reader_of`, for whoever reads again and again: it keeps its connection, and on
         RabbitMQ knows ages from the second reading on.
 
     Raises:
@@ -63,7 +63,7 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
         readings = own.read_all(chosen or None)
     except ConnectionClosed as error:
         if kind_of(broker) == "rabbitmq":
-            from .piles.rabbitmq import unreachable
+            from ..brokers.rabbitmq.browser import unreachable
 
             raise unreachable(broker, error.__context__) from None
         raise OperationError(f"The broker can't be read: {redact(str(error))}") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..broker_kinds import kind_of
-from .apps import OperationError, known_queues, meant
-from .piles import open_pile
+from .._dramatiq import kind_of
+from ..brokers.browser import open_pile
+from .app import OperationError, known_queues, meant
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -31,7 +31,7 @@ def stray_queues(broker: Broker) -> list[str]:
 def _in_redis(broker: Any) -> set[str]:
     import redis
 
-    from ..queues.redis import own_client
+    from ..brokers.redis.queue_reader import own_client
 
     client = own_client(broker.client)
     begins = f"{broker.namespace}:"

@@ -1,7 +1,7 @@
 """Where idempotency remembers: the protocol that a store implements.
 
 A store is a set of registers, one for each key, with compare-and-swap and expiry. It need not know what a register means:
-every rule of claims, leases and takeovers is in `dramatiq_policies.records`, above it. What it must guarantee:
+every rule of claims, leases and takeovers is in `dramatiq_policies.idempotency.records`, above it. What it must guarantee:
 
 - Each call is atomic for its key, and calls for one key have one order that all processes see: what `swap` wrote is what
   the next call finds, whoever makes it. A store that may forget an acknowledged write (a failover to a replica that lags,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from threading import Lock
 
-from .. import clock as clocks
-from ..forks import after_fork
+from ..common import clock as clocks
+from ..common.forks import after_fork
 from . import Entry, Renewal
 
 __all__ = ["MemoryStore"]

@@ -18,10 +18,10 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
 
-from ..callables import is_coroutine_callable
-from ..delivery import running_delivery
+from .._redis import RoundTrips, Script
+from ..common.callables import is_coroutine_callable
+from ..delivery.delivery import running_delivery
 from ..errors import ConfigurationError
-from ..round_trips import RoundTrips, Script
 from . import Entry, Renewal
 
 __all__ = ["RedisStore"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops.gate import assert_job_ready
-from .cases import StubBrokerMixin
+from ..ops.checks.gate import assert_job_ready
 from .crash_safety import assert_crash_safe
 from .draining import TooManyRuns, drain
 from .faults import crash, enqueue_down, fail, hang, redeliver, store_down
@@ -11,6 +10,7 @@ from .performing import perform
 from .run import Run
 from .store_contract import IdempotencyStoreContract
 from .stubbing import stub
+from .unittest_cases import StubBrokerMixin
 
 __all__ = [
     "IdempotencyStoreContract",

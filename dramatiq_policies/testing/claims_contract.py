@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..claims import Claim, Claims
-from ..delivery import Settlement
+from ..delivery.delivery import Settlement
+from ..idempotency.claims import Claim, Claims
+from ..idempotency.records import Defer, Record, Request, Skip
 from ..outcomes import Outcome
-from ..records import Defer, Record, Request, Skip
 from ..stores import IdempotencyStore
-from .stress import THREADS, at_once
+from .concurrency import THREADS, at_once
 
 __all__ = ["ClaimsContract"]
 

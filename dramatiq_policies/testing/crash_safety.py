@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.asyncio import async_to_sync
 
-from ..callables import unwrapped
-from ..coroutines import is_async
+from ..common.callables import unwrapped
+from ..interrupts.coroutines import is_async
 from .draining import drain
 from .faults import die_in_job, redeliver
-from .replacing import in_place_of
+from .patching import in_place_of
 from .stubbing import stub
 
 if TYPE_CHECKING:

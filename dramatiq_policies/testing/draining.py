@@ -22,13 +22,14 @@ from dramatiq.common import q_name
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
-from .. import _dramatiq, interrupts
-from ..consumer import REDELIVERED
-from ..delivery import current
+from .. import _dramatiq
+from ..delivery.consumer import REDELIVERED
+from ..delivery.delivery import current
 from ..errors import checked_duration
-from .bench import Bench, bench_of
-from .collecting import collecting
+from ..interrupts import threads as interrupts
+from .recorder import collecting
 from .run import Entry, Run
+from .stub_environment import Bench, bench_of
 from .virtual_time import VirtualStop
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
 from ..bundle import arrange
-from ..delivery import Delivery, running_delivery
+from ..delivery.delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
-from .bench import bench_of
 from .draining import WorkerDied, drain_in_progress
-from .replacing import around, in_place_of
+from .patching import around, in_place_of
+from .stub_environment import bench_of
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.brokers.stub import StubBroker
 
 from ..outcomes import OutcomeEvent
-from .bench import bench_of
 from .draining import Drain
+from .stub_environment import bench_of
 from .stubbing import stub
 
 if TYPE_CHECKING:

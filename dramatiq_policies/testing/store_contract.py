@@ -7,7 +7,7 @@ from typing import Any
 
 from ..stores import Entry, IdempotencyStore, Renewal
 from .claims_contract import ClaimsContract
-from .stress import THREADS, at_once, clock_wrong_by, in_a_child
+from .concurrency import THREADS, at_once, clock_wrong_by, in_a_child
 
 __all__ = ["IdempotencyStoreContract"]
 

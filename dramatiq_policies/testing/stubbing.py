@@ -18,9 +18,9 @@ from dramatiq.results.backends.stub import StubBackend as StubResults
 
 from .. import _dramatiq
 from ..bundle import arrange, install
-from ..callables import unwrapped
+from ..common.callables import unwrapped
 from ..middleware.base import PolicyMiddleware
-from .bench import bench_of
+from .stub_environment import bench_of
 
 if TYPE_CHECKING:
     from dramatiq import Actor

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from .. import _dramatiq, clock
+from .. import _dramatiq
+from ..common import clock
 
 __all__ = ["VirtualClock", "VirtualStop", "clock_in_force"]
 

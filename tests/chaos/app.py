@@ -20,8 +20,8 @@ from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
 from dramatiq_policies import ErrorClassifier, Idempotency, RetryPolicy, constant, current_job, install
+from dramatiq_policies.delivery.broker_state import wiring_of
 from dramatiq_policies.stores.redis import RedisStore
-from dramatiq_policies.wiring import wiring_of
 
 from .clients import redis_client
 

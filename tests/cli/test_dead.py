@@ -11,9 +11,9 @@ from dramatiq import Message
 from rich.console import Console
 
 from dramatiq_policies import ops
-from dramatiq_policies.history import now_ms
+from dramatiq_policies.brokers.stub.browser import StubPile
+from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.ops import DeadLetter
-from dramatiq_policies.ops.piles.stub import StubPile
 
 APP = """
 import time
@@ -290,7 +290,7 @@ def test_a_limit_bounds_it(command, app, broker):
 
 def test_a_rate_bounds_it(command, app, monkeypatch):
     waits = []
-    monkeypatch.setattr("dramatiq_policies.ops.piles.stub.time.sleep", waits.append)
+    monkeypatch.setattr("dramatiq_policies.brokers.stub.browser.time.sleep", waits.append)
     command("dead", "replay", app, "--queue", "mail", "--rate", "0.5", "--yes")
     # Against a clock on which the waits take no time.
     assert waits == pytest.approx([2, 4, 6], abs=0.5)

@@ -8,8 +8,8 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.common import compute_backoff
 
 from dramatiq_policies import Snooze, install, ops
-from dramatiq_policies.ops.actor_source import source_of
-from dramatiq_policies.ops.explanations import stock_bounds
+from dramatiq_policies.ops.checks.actor_source import source_of
+from dramatiq_policies.ops.explanations.explanation import stock_bounds
 from dramatiq_policies.testing import drain, fail
 
 APP = """

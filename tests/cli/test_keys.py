@@ -7,7 +7,7 @@ from dramatiq import Message
 
 from dramatiq_policies import Idempotency, ops
 from dramatiq_policies.testing import drain, fail, redeliver
-from dramatiq_policies.testing.replacing import in_place_of
+from dramatiq_policies.testing.patching import in_place_of
 
 APP = """
 @dramatiq.actor(queue_name="mail", idempotency_key="order:{order_id}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dramatiq_policies import ops
-from dramatiq_policies.ops.gate import read_toml
+from dramatiq_policies.ops.checks.gate import read_toml
 
 from .conftest import PREAMBLE
 

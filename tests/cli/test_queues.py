@@ -16,7 +16,7 @@ from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
-from dramatiq_policies.queues.stub import StubReader
+from dramatiq_policies.brokers.stub.queue_reader import StubReader
 
 ROOT = Path(__file__).parents[2]
 BROKER = """
@@ -205,7 +205,7 @@ def interrupted_by_ctrl_c(seconds):
 
 def test_a_queue_that_can_t_be_read_has_no_change(command, monkeypatch):
     broker = """
-from tests.test_other_brokers import ListBroker
+from tests.brokers.test_other_brokers import ListBroker
 broker = install(ListBroker())
 dramatiq.set_broker(broker)
 """

@@ -14,9 +14,9 @@ import redis
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
-from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
-from dramatiq_policies.brokers.redis import RedisConsumer
-from dramatiq_policies.round_trips import Post, RoundTrips
+from dramatiq_policies._redis import Post, RoundTrips
+from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
+from dramatiq_policies.brokers.redis.consumer import RedisConsumer
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -131,7 +131,7 @@ def test_round_trips_need_no_hiredis(
     redis_client: redis.Redis, redis_namespace: str, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     if not packed:
-        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+        monkeypatch.setattr("dramatiq_policies._redis._pack", None)
     commands = [("SET", f"{redis_namespace}:a", b"\xff", "PX", 5_000), ("GET", f"{redis_namespace}:a")]
     assert RoundTrips(redis_client).together(commands) == [b"OK", b"\xff"]
 
@@ -142,7 +142,7 @@ def test_a_call_that_can_not_be_sent_fails_alone(
     redis_client: redis.Redis, redis_namespace: str, monkeypatch: pytest.MonkeyPatch, packed: bool, poison: object
 ) -> None:
     if not packed:
-        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+        monkeypatch.setattr("dramatiq_policies._redis._pack", None)
     trips = RoundTrips(redis_client)
     key = f"{redis_namespace}:a"
     told: list[Any] = []
@@ -242,8 +242,8 @@ class Refusing:
 def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.handing_off._PATIENCE", 0.05)
-    monkeypatch.setattr("dramatiq_policies.handing_off._PAUSES", (0.0, 0.05))
+    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PATIENCE", 0.05)
+    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PAUSES", (0.0, 0.05))
     app = rabbitmq_place.app()
 
     @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})

@@ -16,11 +16,12 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import current_millis
 from dramatiq.middleware import Middleware, MiddlewareError
 
-from dramatiq_policies import RetryPolicy, moving
-from dramatiq_policies.brokers import rabbitmq_delayed
-from dramatiq_policies.brokers.acks import SharedAcks
-from dramatiq_policies.brokers.delay_index import DelayIndex
-from dramatiq_policies.wiring import wiring_of
+from dramatiq_policies import RetryPolicy
+from dramatiq_policies.brokers.rabbitmq import delayed as rabbitmq_delayed
+from dramatiq_policies.brokers.rabbitmq.acks import SharedAcks
+from dramatiq_policies.brokers.redis.delay_index import DelayIndex
+from dramatiq_policies.delivery import moving
+from dramatiq_policies.delivery.broker_state import wiring_of
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
 

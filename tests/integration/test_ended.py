@@ -12,7 +12,7 @@ from dramatiq import pipeline
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
-from dramatiq_policies.wiring import wiring_of
+from dramatiq_policies.delivery.broker_state import wiring_of
 from tests.proxy import Proxy, amqp_method
 
 from .places import App, RabbitmqPlace, RedisPlace, until

@@ -16,7 +16,7 @@ from .places import Place, RedisPlace
 #: What both servers' apps have in common. Each child works until all jobs are done, and then a while longer.
 APP = """\
 import dramatiq, logging, multiprocessing, os, sys, time
-import dramatiq_policies.brokers.redis as consumer
+import dramatiq_policies.brokers.redis.consumer as consumer
 from dramatiq_policies import install
 from dramatiq.brokers.{kind} import {broker_class}
 
@@ -140,7 +140,7 @@ def in_a_child(look: Any) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork beside threads, which is the subject
 def test_in_a_child_no_worker_runs_and_nothing_is_held(redis_place: RedisPlace) -> None:
-    from dramatiq_policies.wiring import wiring_of
+    from dramatiq_policies.delivery.broker_state import wiring_of
 
     app = redis_place.app()
     wiring = wiring_of(app.broker)

@@ -10,9 +10,9 @@ import pytest
 from dramatiq import pipeline
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
+from dramatiq_policies.delivery.broker_state import wiring_of
 from dramatiq_policies.stores import IdempotencyStore
 from dramatiq_policies.stores.memory import MemoryStore
-from dramatiq_policies.wiring import wiring_of
 from tests.proxy import Proxy
 
 from .places import App, Gate, Place, RabbitmqPlace, RedisPlace, until

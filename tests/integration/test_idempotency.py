@@ -137,7 +137,7 @@ def retrying(number):
 def completes_and_dies(number):
     note("effect", number)
     if once("complete"):
-        from dramatiq_policies.claims import Claims
+        from dramatiq_policies.idempotency.claims import Claims
         stock = Claims.conclude
         def conclude(self, claim, decided):
             stock(self, claim, decided)
@@ -529,7 +529,7 @@ def test_the_default_store_of_a_redis_broker_has_its_own_connections_that_time_o
 
 
 def test_a_completed_key_takes_at_most_170_bytes(redis_client: redis.Redis, redis_namespace: str) -> None:
-    from dramatiq_policies.records import completed_by
+    from dramatiq_policies.idempotency.records import completed_by
 
     store = RedisStore(redis_client, namespace=redis_namespace)
     store.put("job\0" + "x" * 30, completed_by(str(uuid.uuid4())), 86_400_000)

@@ -14,10 +14,10 @@ import redis
 from dramatiq import Worker
 
 from dramatiq_policies import ErrorClassifier, Idempotency, install
-from dramatiq_policies.piggyback import Piggyback
-from dramatiq_policies.round_trips import RoundTrips
+from dramatiq_policies._redis import RoundTrips
+from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.idempotency.batched_completion import Piggyback
 from dramatiq_policies.stores.redis import RedisStore
-from dramatiq_policies.wiring import wiring_of
 
 from .places import Gate, Place, RedisPlace, until
 

@@ -11,8 +11,8 @@ from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
-from dramatiq_policies.ops.piles import Item, open_pile
-from dramatiq_policies.queues import reader_of
+from dramatiq_policies.brokers.browser import Item, open_pile
+from dramatiq_policies.brokers.readers import reader_of
 
 from .places import App, RabbitmqPlace, RedisPlace, until
 from .test_operating import bury, count_dead

@@ -21,7 +21,7 @@ from dramatiq import Worker
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import Idempotency, QueueAlert, QueueMonitor, Threshold, install
-from dramatiq_policies.election import CommandElection, FleetElection
+from dramatiq_policies.observability.election import CommandElection, FleetElection
 from dramatiq_policies.stores.redis import RedisStore
 from tests.proxy import Proxy
 
@@ -423,7 +423,7 @@ def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
         proxy.refuse()
         proxy.cut()
         first.post({"threads": 8})
-        # Two of one process share its lock; that one of several has it is shown in tests/test_election.py.
+        # Two of one process share its lock; that one of several has it is shown in tests/observability/test_election.py.
         assert first.wins()
         assert first.notes() == [{"threads": 8}]
         assert second.kept() is None

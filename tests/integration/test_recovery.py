@@ -13,7 +13,7 @@ from dramatiq.common import current_millis
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import install
-from dramatiq_policies.brokers.recovery import Recovery
+from dramatiq_policies.brokers.redis.recovery import Recovery
 
 from .places import RedisPlace, until
 
@@ -23,8 +23,8 @@ TIMEOUT = 600
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.recovery._LOOK_EVERY", 0.05)
-    monkeypatch.setattr("dramatiq_policies.brokers.recovery._SEARCH_AGAIN", 50)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._LOOK_EVERY", 0.05)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._SEARCH_AGAIN", 50)
 
 
 class DeadWorker:
@@ -226,7 +226,7 @@ def no_command_of_dramatiqs(broker: Any, name: str) -> Any:
 def test_no_clock_of_a_worker_stands_in_its_heartbeat(redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("dramatiq.brokers.redis.current_millis", "dramatiq.common.current_millis"):
         monkeypatch.setattr(name, lambda: 5)
-    monkeypatch.setattr("dramatiq_policies.clock.time", lambda: 5.0)
+    monkeypatch.setattr("dramatiq_policies.common.clock.time", lambda: 5.0)
     app = app_of(redis_place)
 
     @app.actor
@@ -384,7 +384,7 @@ def test_no_command_of_a_broker_with_the_bundle_runs_dramatiqs_maintenance(redis
 def test_dead_letters_that_were_kept_long_enough_are_removed(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.recovery._EXPIRE_EVERY", 0.1)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._EXPIRE_EVERY", 0.1)
     app = app_of(redis_place)
     letters = redis_place.key(f"{redis_place.queue}.XQ")
     old = current_millis() - app.broker.dead_message_ttl - 60_000
@@ -402,7 +402,7 @@ def test_dead_letters_that_were_kept_long_enough_are_removed(
 def test_a_message_that_says_another_id_runs_once_and_its_neighbour_too(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, said: str | None
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis._LOOK_EVERY", 0.1)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.consumer._LOOK_EVERY", 0.1)
     app = app_of(redis_place)
     body = app.job.message(1).asdict()
     options = {} if said is None else {"redis_message_id": said}

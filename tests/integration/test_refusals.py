@@ -16,9 +16,10 @@ from dramatiq import Message
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 
-from dramatiq_policies import Heartbeat, RetryPolicy, constant, handing_off
-from dramatiq_policies.brokers.rabbitmq import RabbitmqConsumer
-from dramatiq_policies.round_trips import RoundTrips
+from dramatiq_policies import Heartbeat, RetryPolicy, constant
+from dramatiq_policies._redis import RoundTrips
+from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
+from dramatiq_policies.delivery import handing_off
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
 

@@ -40,7 +40,7 @@ class TestOverAClientThatDecodes(OnRedis):
 class TestWithoutHiredis(OnRedis):
     @pytest.fixture
     def store(self, redis_url: str, redis_namespace: str, monkeypatch: pytest.MonkeyPatch) -> RedisStore:
-        monkeypatch.setattr("dramatiq_policies.round_trips._pack", None)
+        monkeypatch.setattr("dramatiq_policies._redis._pack", None)
         return RedisStore.from_url(redis_url, namespace=redis_namespace)
 
 

@@ -10,7 +10,8 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.encoder import JSONEncoder
 from dramatiq.message import get_encoder, set_encoder
 
-from dramatiq_policies import ConfigurationError, ErrorClassifier, Heartbeat, install, refusals
+from dramatiq_policies import ConfigurationError, ErrorClassifier, Heartbeat, install
+from dramatiq_policies.delivery import refusals
 
 from .places import Place, until
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Middleware
 
+from ...common.safe_logger import SafeLogger
 from ...errors import ConfigurationError
-from ...safe_logger import SafeLogger
 
 try:
     from django.db import connections

@@ -1,0 +1,3 @@
+"""RabbitMQ: consume, confirm, count and browse."""
+
+from __future__ import annotations

@@ -1,0 +1,137 @@
+"""Piles on RabbitMQ, through AMQP alone.
+
+Messages are got one by one and held unacknowledged; when the channel closes, for whatever reason, the server puts back what
+was not acked, in its place and with its clock. What is sent is published mandatory and confirmed before its ack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import pika
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.common import xq_name
+
+from ...common.connections import drop, strikes_anywhere
+from ...ops.app import OperationError
+from ..browser import Item
+
+__all__ = ["connect", "open_pile", "unreachable"]
+
+#: For how many seconds the server may send nothing before we take it that there is no more.
+_SILENCE = 1.0
+
+
+@contextmanager
+def connect(broker: Any) -> Iterator[Any]:
+    """A connection of our own to the broker's server.
+
+    Raises:
+      OperationError: If it can't be reached, or closes the connection or a channel.
+    """
+    try:
+        connection = pika.BlockingConnection(broker.parameters)
+    except (pika.exceptions.AMQPError, OSError) as error:
+        raise unreachable(broker, error) from None
+    end = _close
+    try:
+        yield connection
+    except (pika.exceptions.AMQPError, OSError) as error:
+        raise OperationError(f"RabbitMQ ended it ({_reason(error)}); nothing is lost, run it again.") from None
+    except BaseException as error:
+        if strikes_anywhere(error):
+            end = drop
+        raise
+    finally:
+        end(connection)
+
+
+def _close(connection: Any) -> None:
+    with suppress(pika.exceptions.AMQPError, OSError):
+        connection.close()
+
+
+def unreachable(broker: Any, error: BaseException | None) -> OperationError:
+    """Says that the broker's server can't be reached, and why."""
+    parameters = broker.parameters
+    first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
+    return OperationError(f"RabbitMQ can't be reached at {first.host}:{first.port} ({_reason(error)}).")
+
+
+def _reason(error: Any) -> str:
+    """What a pika error says; the outer ones say nothing, and hold those that do."""
+    inner = getattr(error, "exception", None) or next(iter([*getattr(error, "exceptions", ()), *error.args][-1:]), None)
+    if isinstance(inner, BaseException):
+        return _reason(inner)
+    text = getattr(error, "reply_text", "") or " ".join(str(part) for part in error.args)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def open_pile(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqPile]:
+    """See the package's."""
+    with connect(broker) as connection:
+        yield RabbitmqPile(broker, connection, xq_name(queue) if dead else queue)
+
+
+class RabbitmqPile:
+    """The messages of one queue."""
+
+    def __init__(self, broker: Any, connection: Any, name: str) -> None:
+        self.broker = broker
+        self.connection = connection
+        self.name = name
+        self.channel = connection.channel()
+        self.size = 0
+        try:
+            self.size = self.channel.queue_declare(name, passive=True).method.message_count
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+        self._out: Any = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Item]:
+        for _ in range(self.size):
+            method, _properties, body = self.channel.basic_get(self.name)
+            if method is None:
+                return
+            yield Item(body, None, method.delivery_tag)
+
+    def read_all(self) -> Iterator[Item]:
+        """As iterating, several times as fast: the server sends all there is at once, as fast as it is read."""
+        arriving = self.channel.consume(self.name, inactivity_timeout=_SILENCE)
+        for method, _properties, body in islice(arriving, self.size):
+            if method is None:
+                # Somebody else has the rest in hand.
+                return
+            yield Item(body, None, method.delivery_tag)
+
+    def send(self, item: Item, message: Message[Any]) -> bool:
+        self.broker.emit_before("enqueue", message, None)
+        properties = pika.BasicProperties(delivery_mode=2, priority=message.options.get("broker_priority"))
+        try:
+            self._confirmed().basic_publish("", message.queue_name, message.encode(), properties, mandatory=True)
+        except pika.exceptions.UnroutableError:
+            raise OperationError(f"RabbitMQ has no queue {message.queue_name!r}; start a worker once.") from None
+        self.broker.emit_after("enqueue", message, None)
+        return self.drop(item)
+
+    def _confirmed(self) -> Any:
+        if self._out is None:
+            self._out = self.connection.channel()
+            self._out.confirm_delivery()
+        return self._out
+
+    def drop(self, item: Item) -> bool:
+        self.channel.basic_ack(item.place)
+        return True
+
+    def wait(self, seconds: float) -> None:
+        self.connection.sleep(seconds)

@@ -1,0 +1,295 @@
+"""The consumer on RabbitMQ.
+
+Hand-offs go over a channel of ours, mandatory and confirmed, on the calling thread's own connection. A dead letter is
+published to the dead-letter queue and the message acked after that was confirmed: a crash in between leaves two, never
+none. Once this consumer's channel is closed the server has put its messages back, so nothing is handed on for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pika
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import dq_name, q_name, xq_name
+from dramatiq.errors import ConnectionClosed
+
+from ... import _dramatiq
+from ...common.connections import drop
+from ...common.safe_logger import SafeLogger
+from ...delivery.broker_state import Wiring
+from ...delivery.consumer import REDELIVERED
+from ...delivery.delay_queue import DelayQueue
+from ...delivery.delivery import Delivery, Send
+from ...delivery.history import now_ms
+from ...delivery.refusals import Fault, Parking
+from ...outcomes import text_of
+from ..ended import Ended, Runs
+from .acks import SharedAcks
+from .unreadable import LOST, UNREADABLE, UnreadableBodies
+
+__all__ = ["RabbitmqConsumer"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+_REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
+#: Why the server closes a channel: what was published, or declared, is refused for good.
+_FOR_GOOD = frozenset({311, 403, 406})
+#: From which number of returns on a message is published anew, so that limits of two and more do not strike.
+_RETURNS = 2
+
+
+class RabbitmqConsumer(UnreadableBodies):
+    """Consumes, acks and dead-letters on RabbitMQ."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
+        self.closed = False
+        #: Whether its queue was deleted under it, and with it all that the server would have given back.
+        self.deleted = False
+        self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
+        wiring.held[queue_name] = self.held
+        self.runs = Runs(wiring.shared.setdefault("ended", Ended()), self)
+
+    def held(self) -> int:
+        """How many messages were delivered and not yet acked."""
+        return 0 if self.gone() else len(self.inner.known_tags)
+
+    def take(self) -> MessageProxy | None:
+        if self.distrust.is_pausing:
+            return self.look_again()
+        if self.runs.inherited:
+            return self.runs.inherited.popleft()
+        try:
+            method, properties, body = next(self.deliveries)
+        except StopIteration:
+            # The server cancelled this consumer. A job that ends before it is known why hands on: better twice than not at all.
+            self.deleted = True
+            self.closed = True
+            self.deleted = self._is_queue_deleted()
+            raise ConnectionClosed(f"RabbitMQ no longer delivers the queue {self.source!r}") from None
+        except LOST as error:
+            if getattr(error, "reply_code", None) == 404:
+                # The queue has disappeared: have it declared again.
+                self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+            self._lost()
+            raise ConnectionClosed(error) from None
+        return None if body is None else self.received(method, properties, body)
+
+    def received(self, method: Any, properties: Any, body: bytes) -> MessageProxy | None:
+        """The message of one delivery; None if it cannot be read, or goes back to its queue."""
+        try:
+            message = self.decode(body)
+        except Exception as error:
+            self.unreadable(method.delivery_tag, properties, body, error)
+            return None
+        if self.distrust.count:
+            self.distrust.readable()
+        if UNREADABLE in message.options:
+            self.dead_letter_again(method.delivery_tag, message)
+            return None
+        if (
+            method.redelivered
+            and self._returns_of(properties) >= _RETURNS
+            and self.is_published_anew(method.delivery_tag, message)
+        ):
+            return None
+        if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
+            self.wiring.taken[self.queue_name] = message
+        proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
+        proxy.body = body  # type: ignore[attr-defined]
+        if self.is_delay_queue or self.runs.take(proxy, body, method.redelivered):
+            return proxy
+        return None
+
+    def _lost(self) -> None:
+        self.closed = True
+        self.runs.lost()
+
+    @staticmethod
+    def _returns_of(properties: Any) -> int:
+        """How often the message was returned to its quorum queue; 0 on another queue, which does not count."""
+        count: Any = (properties.headers or {}).get("x-delivery-count")
+        return int(count) if isinstance(count, int) else 0  # pika has a type of its own for it.
+
+    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+        """Publish a message anew that RabbitMQ would soon count out. Returns False if the server does not take it.
+
+        A quorum queue drops a message, or dead-letters it without a word, that was returned more often than its limit.
+        """
+        again = message.copy(options={REDELIVERED: True})
+        try:
+            self.publish(self.source, self.encoded(again), message.options.get("broker_priority"))
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            logger.warning("Message %s can't be published anew: %s", message.message_id, text_of(error))
+            return False
+        self.ack_here(tag)
+        return True
+
+    def _is_queue_deleted(self) -> bool:
+        """Whether what this consumer held is gone with its queue. A queue on a node that is down keeps its messages."""
+        try:
+            self.inner.channel.queue_declare(self.source, passive=True)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            deleted = error.reply_code == 404 and "no queue" in error.reply_text
+        except LOST:
+            deleted = False
+        else:
+            deleted = True  # And declared again by somebody, empty.
+        if deleted:
+            self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+            logger.warning("Queue %r was deleted. Jobs that run go on, and their retries are published.", self.source)
+        return deleted
+
+    def give_back(self, message: MessageProxy) -> None:
+        tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
+        if tag is not None:
+            self.nack_here(tag)
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        if self.gave_back() and not delivery.is_remembered():
+            raise ConnectionClosed("the consumer that delivered this message is closed")
+        steps = delivery.steps
+        while steps:
+            step = steps[0]
+            assert isinstance(step, Send)
+            self.enqueue(step)
+            steps.pop(0)
+        if isinstance(dead, bytes):
+            self.publish(xq_name(self.source), dead, None)
+        elif dead is not None:
+            self.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
+
+    def enqueue(self, step: Send) -> None:
+        """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
+        self._encode(step)
+        self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
+        self.broker.emit_after("enqueue", step.message, step.delay)
+
+    def _encode(self, step: Send) -> None:
+        if step.encoded is None:
+            message, delay = step.message, step.delay
+            if delay is not None:
+                message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
+            self.broker.emit_before("enqueue", message, delay)
+            step.message, step.encoded = message, self.encoded(message)
+
+    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
+        broker: Any = self.broker
+        properties = pika.BasicProperties(delivery_mode=2, priority=priority)
+        try:
+            for again in (True, False):
+                broker.declare_queue(q_name(queue), ensure=True)
+                try:
+                    self._channel().basic_publish("", queue, body, properties, mandatory=True)
+                    return
+                except pika.exceptions.UnroutableError:
+                    # The queue has disappeared: have it declared again.
+                    broker.queues_pending.add(q_name(queue))
+                    if not again:
+                        raise
+        except _REFUSED:
+            raise
+        except Exception:
+            # The next try opens a new connection.
+            del broker.connection
+            raise
+
+    def _channel(self) -> Any:
+        """This thread's confirmed channel, on the connection that the broker keeps for this thread."""
+        broker: Any = self.broker
+        connection = broker.connection
+        channel = getattr(broker.state, "dramatiq_policies_channel", None)
+        if channel is None or channel.connection is not connection or not channel.is_open:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            broker.state.dramatiq_policies_channel = channel
+        return channel
+
+    def after_interrupt(self) -> None:
+        """Forget this thread's connection: a send of the job's may have been struck, and its confirm never come.
+
+        The next one who needs it opens another. What the job had sent may have been confirmed or not.
+        """
+        broker: Any = self.broker
+        broker.state.dramatiq_policies_channel = None
+        drop(_dramatiq.take_rabbitmq_connection(broker))
+
+    def finish(self, message: MessageProxy) -> None:
+        if self.deleted:
+            return
+        if self.gone():
+            self._not_acked(message)
+            logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
+            return
+        super().finish(message)
+
+    def send_ack(self, message: MessageProxy) -> None:
+        tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
+        if tag is None:
+            logger.warning("Message %s was acked already.", message.message_id)
+            return
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None:
+            self.runs.acked(delivery)
+        self.acks.put(tag)
+
+    def abandon(self, message: MessageProxy) -> None:
+        if self.gone():
+            self._not_acked(message)
+
+    def _not_acked(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None:
+            self.runs.not_acked(delivery)
+
+    def parking(self) -> Parking:
+        # The server gives the messages of a closed consumer out again.
+        return Parking()
+
+    def delay_queue(self) -> DelayQueue:
+        # The server gives the delayed messages of a closed consumer out again.
+        return DelayQueue()
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        """The server does it when the consumer closes."""
+        for message in messages:
+            delivery = vars(message).get("delivery")
+            if delivery is not None:
+                self.runs.put_back(delivery)
+
+    def gone(self) -> bool:
+        return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
+
+    def gave_back(self) -> bool:
+        return self.gone() and not self.deleted
+
+    def fault_of(self, error: Exception) -> Fault:
+        if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code in _FOR_GOOD:
+            return Fault.HOPELESS
+        return super().fault_of(error)
+
+    def lost_connection(self, error: Exception) -> bool:
+        if isinstance(error, _REFUSED):
+            return False
+        return isinstance(error, LOST) or super().lost_connection(error)
+
+    def close(self) -> None:
+        if self.gone():
+            self._lost()
+        super().close()
+        self.closed = True
+        self.runs.closed(self.wiring.stopping.is_set())
+        if self.wiring.held.get(self.source) == self.held:
+            del self.wiring.held[self.source]
+        # The stock consumer leaves its connection open if its channel was closed already.
+        if self.inner.connection.is_open:
+            try:
+                self.inner.connection.close()
+            except LOST:
+                pass

@@ -1,0 +1,260 @@
+"""The consumer of a delay queue on RabbitMQ.
+
+The server delivers the whole delay queue, up to 65,535 messages. The consumer keeps the nearest messages. Of the others it
+keeps only the delivery tag and the due time: shortly before that time it returns the message, and the server delivers it
+again. So a nearer message does not wait behind far ones, nothing is published for it, and whatever happens to the process
+the server still has every message in its place.
+
+Due messages are moved in batches: published with pipelined confirms, then acked at once on the thread that owns the
+consumer's connection. A process killed in between leaves at most one batch in both queues.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from time import monotonic
+from typing import Any
+
+import pika
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.errors import ConnectionClosed
+
+from ... import _dramatiq
+from ...common.connections import drop
+from ...delivery.broker_state import Wiring
+from ...delivery.delivery import Send
+from ...delivery.history import now_ms
+from ...delivery.moving import Move, attempt
+from ...delivery.refusals import Unsendable
+from .consumer import RabbitmqConsumer
+from .unreadable import LOST
+
+__all__ = ["RabbitmqDelayConsumer"]
+
+#: How long before its time a message is returned for another delivery, in milliseconds.
+_AHEAD = 5_000
+#: How many messages are published anew at a time.
+_ANEW = 100
+#: How many messages the server may deliver before the first is acked: as many as AMQP can say. "No limit" (0) means 2,000
+#: to a quorum queue.
+_WINDOW = 65_535
+#: How many messages a consumer keeps at least, whatever the prefetch.
+_FEWEST = 100
+#: Every how many seconds the connection on which this thread publishes is served, so that its server hears heartbeats.
+_SERVE_EVERY = 5.0
+#: For how many seconds a worker that stops waits for confirms.
+_PATIENCE = 5.0
+
+
+class RabbitmqDelayConsumer(RabbitmqConsumer):
+    """Consumes a delay queue, and moves its messages when they are due.
+
+    Parameters:
+      wiring, inner, queue_name: As for every consumer.
+      prefetch: How many messages it keeps, at least 100.
+    """
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.limit = max(prefetch, _FEWEST)
+        #: The due time and the tag of each message that was delivered and is not kept, the nearest first.
+        self.far: list[tuple[float, int]] = []
+        #: How many messages were returned and have not been delivered again.
+        self.returned = 0
+        self.batches: _Batches | None = None
+        #: What is to be published anew, with its tag: see `is_published_anew`.
+        self.anew: list[tuple[int, Send]] = []
+        self.served = monotonic()
+        # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
+        self.on_connection(inner.channel.basic_qos, 0, _WINDOW)
+
+    def held(self) -> int:
+        return super().held() + len(self.far)
+
+    def has_received(self) -> bool:
+        return bool(self.inner.channel.get_waiting_message_count() > 0)
+
+    def take(self) -> MessageProxy | None:
+        if self.anew and (len(self.anew) >= _ANEW or not self.has_received()):
+            self._publish_anew()
+        if not self.has_received():
+            self._serve_publishing()
+            self._return_near()
+            wait = self._seconds_to_wait()
+            if wait is not None:
+                self.on_connection(self.inner.connection.process_data_events, wait)
+                if not self.has_received():
+                    # Whatever was returned has gone to other workers.
+                    self.returned = 0 if wait > 0.1 else self.returned
+                    return None
+        if len(self.delayed.queue) >= self.limit:
+            self._forget_far()
+        message = super().take()
+        if message is None:
+            self.returned = 0
+            return None
+        vars(message).pop("body", None)
+        if self.returned and vars(message)["redelivered"]:
+            self.returned -= 1
+        return message
+
+    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+        step = Send(message)
+        try:
+            step.encoded = self.encoded(message)
+        except Unsendable:
+            return False
+        # In batches: after a restart it may be the whole delay queue.
+        self.anew.append((tag, step))
+        return True
+
+    def _publish_anew(self) -> None:
+        renewed, self.anew = self.anew, []
+        accepted = self._publish_all(self.source, [step for _, step in renewed])
+        self.on_connection(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
+        for number, (tag, _) in enumerate(renewed):
+            if number not in accepted:
+                self.nack_here(tag)
+
+    def _forget_far(self) -> None:
+        """Keep of the farthest messages nothing but tag and due time."""
+        for item in self.delayed.cut(self.limit * 3 // 4):
+            tag = _dramatiq.take_rabbitmq_tag(self.inner, _dramatiq.delayed_message(item))
+            if tag is not None:
+                heappush(self.far, (_dramatiq.eta_of(item), tag))
+            self.delayed.task_done()
+
+    def _return_near(self) -> None:
+        """Return those of the far messages that are due soon, as many as can be kept."""
+        room, until = self._room(), now_ms() + _AHEAD
+        while room > 0 and self.far and self.far[0][0] <= until:
+            self.on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
+            self.returned += 1
+            room -= 1
+
+    def _room(self) -> int:
+        # Below the mark to which the farthest are forgotten: the same message does not go back and forth.
+        return self.limit // 2 - len(self.delayed.queue) - self.returned
+
+    def _seconds_to_wait(self) -> float | None:
+        """For how long no message is due; None if that is longer than the stock consumer waits for a delivery."""
+        eta = self.delayed.next_eta()
+        if self.far and self._room() > 0:
+            nearest = self.far[0][0] - _AHEAD
+            eta = nearest if eta is None else min(eta, nearest)
+        wait = None if eta is None else (eta - now_ms()) / 1_000
+        return None if wait is None or wait > 1 else max(0.0, wait)
+
+    def _serve_publishing(self) -> None:
+        """Let the connection on which this thread publishes answer its server, or give it up if it is lost."""
+        now = monotonic()
+        if now - self.served < _SERVE_EVERY:
+            return
+        self.served = now
+        connection = getattr(self.broker.state, "connection", None)  # type: ignore[attr-defined]
+        if connection is not None:
+            try:
+                connection.process_data_events(0)
+            except (*LOST, OSError):
+                self._stop_publishing()
+
+    def _stop_publishing(self) -> None:
+        self.batches = None
+        drop(_dramatiq.take_rabbitmq_connection(self.broker))
+
+    def move(self, moves: list[Move]) -> None:
+        steps = []
+        for move in moves:
+            step = Send(move.moved)
+            try:
+                self._encode(step)
+            except Exception as error:
+                move.error = error
+            else:
+                steps.append((move, step))
+        accepted = self._publish_all(self.queue_name, [step for _, step in steps])
+        done = [(move, step) for number, (move, step) in enumerate(steps) if number in accepted]
+        tags = [_dramatiq.take_rabbitmq_tag(self.inner, move.message) for move, _ in done]
+        self.on_connection(self.acks.send, [tag for tag in tags if tag is not None])
+        for move, step in done:
+            move.done = True
+            self.broker.emit_after("enqueue", step.message, None)
+        self.on_connection(self.inner.connection.process_data_events, 0)
+        if self.wiring.stopping.is_set() and len(accepted) < len(steps):
+            # No further try, which may take as long. The server gives the messages out again.
+            self._stop_publishing()
+            raise ConnectionClosed("RabbitMQ did not confirm before the worker stopped")
+        for number, (move, step) in enumerate(steps):
+            if number not in accepted:
+                # One by one: the queue is declared again, the connection made anew, and an error is its own message's.
+                attempt(self, move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
+
+    def _move_alone(self, move: Move, step: Send) -> None:
+        self.enqueue(step)
+        self.send_ack(move.message)
+
+    def _publish_all(self, queue: str, steps: list[Send]) -> set[int]:
+        """Publish to a queue, confirmed. Returns the numbers of those that the server has accepted."""
+        broker: Any = self.broker
+        try:
+            broker.declare_queue(self.queue_name, ensure=True)
+            batches = self.batches
+            if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
+                batches = self.batches = _Batches(broker.connection)
+            batches.write(queue, steps)
+        except (*LOST, OSError, ConnectionClosed):
+            self._stop_publishing()
+            return set()
+        began = monotonic()
+        while batches.waiting and batches.channel.is_open:
+            try:
+                batches.connection.process_data_events(0.2)
+            except (*LOST, OSError):
+                self._stop_publishing()
+                break
+            if batches.waiting:
+                # The server takes its time: it must hear from the consumer meanwhile.
+                self.on_connection(self.inner.connection.process_data_events, 0)
+                if self.wiring.stopping.is_set() and monotonic() - began > _PATIENCE:
+                    break
+        return batches.accepted
+
+
+class _Batches:
+    """A channel on which many messages are published before the first is confirmed, all of them mandatory."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.channel = connection.channel()
+        self._inner = _dramatiq.rabbitmq_confirmed(self.channel, self._confirmed, self._unroutable)
+        self._published = 0
+        #: What was published and not confirmed yet: the number in the batch by the channel's own count.
+        self.waiting: dict[int, int] = {}
+        self.accepted: set[int] = set()
+        self._bodies: list[Any] = []
+
+    def write(self, queue: str, steps: list[Send]) -> None:
+        self.waiting, self.accepted = {}, set()
+        self._bodies = [step.encoded for step in steps]
+        for number, step in enumerate(steps):
+            self._published += 1
+            self.waiting[self._published] = number
+            properties = pika.BasicProperties(delivery_mode=2, priority=step.message.options.get("broker_priority"))
+            self._inner.basic_publish("", queue, step.encoded, properties, mandatory=True)
+
+    def _confirmed(self, frame: Any) -> None:
+        method = frame.method
+        last = method.delivery_tag
+        for tag in [tag for tag in self.waiting if tag <= last] if method.multiple else [last]:
+            number = self.waiting.pop(tag, None)
+            # A returned message is confirmed, too.
+            if number is not None and isinstance(method, pika.spec.Basic.Ack) and self._bodies[number] is not None:
+                self.accepted.add(number)
+        if not self.waiting:
+            # Ends `process_data_events`, which a confirm alone does not.
+            self.connection.add_callback_threadsafe(lambda: None)
+
+    def _unroutable(self, _channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
+        self._bodies = [None if one == body else one for one in self._bodies]

@@ -1,0 +1,172 @@
+"""The queues on RabbitMQ: passive declares on a connection of our own, and what follows from one after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from copy import copy
+from typing import Any
+
+import pika
+from dramatiq.broker import Broker
+from dramatiq.common import dq_name, xq_name
+from dramatiq.errors import ConnectionClosed
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.exceptions import AMQPError, ChannelClosedByBroker
+
+from ...common.connections import drop, strikes_anywhere
+from ...delivery.broker_state import wiring_of
+from ..queue_reader import QueueReader, QueueReading, ready_at
+
+__all__ = ["Flow", "RabbitmqReader"]
+
+_LOST = (AMQPError, AMQPConnectorException, OSError)
+#: Seconds that a new connection may take.
+_PATIENCE = 5
+#: How many earlier readings of a queue are remembered at most.
+MARKS = 1_024
+
+
+class RabbitmqReader(QueueReader):
+    """Reads the counts of passive declares, over a connection of its own, and works out the rest.
+
+    What the server does not say is what its consumers hold: workers say so to whoever hears them (`note`). Where some
+    are not heard, ``running`` is None, and ``delayed`` leaves out what those hold.
+
+    To look at the oldest message would be to take it, and each time it is put back counts against a quorum queue's
+    delivery limit. So the age is what it can be at most: a queue is first in, first out, and its oldest message became
+    ready
+
+    - after the one that a worker that is heard took last (redelivered ones aside), and
+    - after the latest reading of whose messages at least as many have gone since as lay there then; an empty queue is
+      the simplest case.
+
+    The later counts. So the age is right to within the interval of the readings for a queue that is emptied between
+    them, or that such a worker takes from; it is too long, and never too short, for one that is never empty and that only
+    others take from: by the time that a message takes through the queue, and for as long as the queue only grows. Before
+    either is known it is None at the first reading, then the time since that one. Queues with priorities
+    (``x-max-priority``) are not first in, first out: what waits behind those may be older.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        super().__init__(broker)
+        self._connection: Any = None
+        self._channel: Any = None
+        self._flows: dict[str, Flow] = {}
+
+    def _read(self, queue: str, now: int) -> QueueReading:
+        idle = self._connection is not None
+        try:
+            try:
+                counts = self._counts(queue)
+            except _LOST:
+                if not idle:
+                    raise
+                # An idle connection is often gone: once more, on a new one.
+                self.close()
+                counts = self._counts(queue)
+        except _LOST as error:
+            self.close()
+            raise ConnectionClosed(f"{type(error).__name__}: {error}") from None
+        except BaseException as error:
+            if strikes_anywhere(error):
+                drop(self._take())
+            raise
+        (ready, consumers), (delayed, holders), (dead, _) = counts
+        notes = [self.note()] if self.heard is None else self.heard
+        flow = self._flows.setdefault(queue, Flow(now))
+        flow.saw(ready, now)
+        taken = [note["taken"][queue] for note in notes if queue in note.get("taken", ())]
+        after = [since for since in (flow.after, *(since for _, since in taken)) if since is not None]
+        running, ahead = (
+            [note["held"][name] for note in notes if name in note.get("held", ())] for name in (queue, dq_name(queue))
+        )
+        return QueueReading(
+            queue=queue,
+            ready=ready,
+            delayed=delayed + (sum(ahead) if holders else 0),
+            running=0 if not consumers else sum(running) if len(running) == consumers else None,
+            dead=dead,
+            oldest_ms=self._age(flow, max(after, default=None), now) if ready else 0,
+            stalled_ms=self._stalled(queue, (flow.gone, frozenset(map(tuple, taken))) if ready else None, now),
+        )
+
+    @staticmethod
+    def _age(flow: Flow, after: int | None, now: int) -> int | None:
+        if after is not None:
+            return max(0, now - after)
+        return None if flow.first == now else now - flow.first
+
+    def note(self) -> dict[str, Any]:
+        wiring = wiring_of(self.broker)
+        taken = list((wiring.taken or {}).items())
+        return {
+            "taken": {queue: [message.message_id, ready_at(message)] for queue, message in taken},
+            "held": {queue: held() for queue, held in list(wiring.held.items())},
+        }
+
+    def _counts(self, queue: str) -> list[tuple[int, int]]:
+        """How many messages are ready in the queue, its delay and its dead-letter queue; and each one's consumers."""
+        if self._connection is None or not self._connection.is_open:
+            self._connection = pika.BlockingConnection(parameters=self._parameters())
+            self._channel = None
+        counts = []
+        for name in (queue, dq_name(queue), xq_name(queue)):
+            if self._channel is None or not self._channel.is_open:
+                self._channel = self._connection.channel()
+            try:
+                found = self._channel.queue_declare(name, passive=True).method
+            except ChannelClosedByBroker as error:
+                if error.reply_code != 404:
+                    raise
+                counts.append((0, 0))
+            else:
+                counts.append((found.message_count, found.consumer_count))
+        return counts
+
+    def _parameters(self) -> Any:
+        """The broker's, but for how long to wait for an answer."""
+        broker: Any = self.broker
+        several = broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]
+        copies = [copy(one) for one in several]
+        for one in copies:
+            one.socket_timeout = one.stack_timeout = _PATIENCE
+        return copies
+
+    def _take(self) -> Any:
+        connection, self._connection, self._channel = self._connection, None, None
+        return connection
+
+    def close(self) -> None:
+        connection = self._take()
+        if connection is not None and connection.is_open:
+            with suppress(*_LOST):
+                connection.close()
+
+
+class Flow:
+    """What a queue's counts, one after the other, say of when its oldest message came.
+
+    ``gone`` is how many messages were seen to go: each fall of the count is that many at least. A reading that saw n
+    messages when g had gone is over once g + n have: all that lay there then has gone, and the oldest came later.
+    """
+
+    def __init__(self, now: int) -> None:
+        self.first = now
+        #: The oldest message came after this time, None if nothing is known.
+        self.after: int | None = None
+        self.gone = 0
+        self._last = 0
+        #: (g + n, when), both rising; of the readings with one sum the latest.
+        self._marks: deque[tuple[int, int]] = deque()
+
+    def saw(self, count: int, now: int) -> None:
+        self.gone += max(0, self._last - count)
+        self._last = count
+        if self._marks and self._marks[-1][0] == self.gone + count:
+            self._marks.pop()
+        self._marks.append((self.gone + count, now))
+        while self._marks and self._marks[0][0] <= self.gone:
+            self.after = self._marks.popleft()[1]
+        if len(self._marks) > MARKS:
+            self._marks = deque(list(self._marks)[::2])

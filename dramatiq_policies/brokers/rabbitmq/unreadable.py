@@ -1,0 +1,159 @@
+"""Bodies on RabbitMQ that cannot be read: to the dead letters, raw; and a worker that can read none takes no more.
+
+A body that the dead-letter queue refuses is enqueued again inside of a message, which waits on the delay queue: so it takes
+no slot, and holds up nobody.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from functools import partial
+from typing import Any
+
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import xq_name
+from dramatiq.errors import ConnectionClosed
+
+from ...common.safe_logger import SafeLogger
+from ...delivery.consumer import PolicyConsumer
+from ...delivery.delivery import Send
+from ...delivery.handing_off import RETURNED, wait_before_return
+from ...delivery.refusals import IN_A_ROW, Fault
+from ...errors import MalformedMessage
+from ...outcomes import text_of
+
+__all__ = ["LOST", "UNREADABLE", "UnreadableBodies"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
+#: The message option of a body that can't be read and waits until the dead-letter queue takes it, in base64.
+UNREADABLE = "unreadable_body"
+#: For how many seconds the connection is served at a time while nothing is taken.
+_SERVE = 1.0
+
+
+class UnreadableBodies(PolicyConsumer):
+    """The part of a RabbitMQ consumer that deals with bodies that it cannot read."""
+
+    deliveries: Any
+    closed: bool
+
+    def unreadable(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
+        """Deal with a body that cannot be read."""
+        was_pausing = self.distrust.is_pausing
+        if self.distrust.unreadable(error):
+            if not was_pausing:
+                self._stop_taking()
+            self._leave(tag, properties, body)
+        else:
+            self._dead_letter_raw(tag, body, f"the body can't be read: {text_of(error)}")
+            if self.distrust.is_pausing:
+                self._stop_taking()
+
+    def _stop_taking(self) -> None:
+        """Have the server give to other workers what it has delivered and no thread has begun."""
+        self.on_connection(self.inner.channel.cancel)
+
+    def _leave(self, tag: int, properties: Any, body: bytes) -> None:
+        """Put a body behind the others on its queue."""
+        try:
+            self.publish(self.source, body, properties.priority)
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            self.nack_here(tag)
+        else:
+            self.ack_here(tag)
+
+    def look_again(self) -> MessageProxy | None:
+        """Serve the connection during a pause, and look at some messages after it; go on if one can be read."""
+        left = self.distrust.seconds_left()
+        if left or self.holding:
+            self.on_connection(self.inner.connection.process_data_events, min(left or _SERVE, _SERVE))
+            return None
+        for _ in range(IN_A_ROW):
+            method, properties, body = self.on_connection(self.inner.channel.basic_get, self.source)
+            if method is None:
+                break
+            message = self.received(method, properties, body)
+            if not self.distrust.is_pausing:
+                logger.warning("Messages of queue %r can be read again.", self.source)
+                self.deliveries = self.inner.iterator = self.inner.channel.consume(
+                    self.source, inactivity_timeout=_SERVE
+                )
+                return message
+        self.on_connection(self.inner.connection.process_data_events, _SERVE)
+        return None
+
+    def received(self, method: Any, properties: Any, body: bytes) -> MessageProxy | None:
+        raise NotImplementedError
+
+    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
+        raise NotImplementedError
+
+    def enqueue(self, step: Send) -> None:
+        raise NotImplementedError
+
+    def ack_here(self, tag: int) -> None:
+        """Ack on the thread of this consumer's connection."""
+        self.on_connection(self.inner.channel.basic_ack, tag)
+
+    def nack_here(self, tag: int) -> None:
+        """Give a message back to its queue, on the thread of this consumer's connection."""
+        if not self.gone():
+            self.on_connection(partial(self.inner.channel.basic_nack, requeue=True), tag)
+
+    def on_connection(self, call: Any, *args: Any) -> Any:
+        """Use this consumer's connection."""
+        try:
+            return call(*args)
+        except (*LOST, OSError) as error:
+            self.closed = True
+            raise ConnectionClosed(error) from None
+
+    def _dead_letter_raw(self, tag: int, body: bytes, reason: str, times: int = 0) -> None:
+        """Move a body that can't be read to the dead letters; where these refuse it, enqueue it again in a message."""
+        try:
+            self.publish(xq_name(self.source), body, None)
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            self._return_raw(tag, body, error, times)
+            return
+        self.dead_letters_accepted()
+        self.ack_here(tag)
+        self.report_malformed(MalformedMessage(reason))
+
+    def _return_raw(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
+        if self.dead_letters_refused():
+            alerts.critical(
+                "The dead-letter queue of %r would not take a body that can't be read (%s: %s). The body is enqueued again: "
+                "make room in the dead-letter queue.",
+                self.queue_name,
+                type(refused).__name__,
+                text_of(refused),
+            )
+        wait = wait_before_return(times)
+        options = {UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
+        try:
+            self.enqueue(Send(Message(self.queue_name, "?", (), {}, options), wait))
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            logger.error("A body that can't be read keeps its slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
+            self.parked.park(wait, partial(self.nack_here, tag))
+        else:
+            self.ack_here(tag)
+
+    def dead_letter_again(self, tag: int, message: Message[Any]) -> None:
+        """Try once more to move a body to the dead letters that refused it."""
+        try:
+            body = b64decode(message.options[UNREADABLE], validate=True)
+            times = int(message.options[RETURNED])
+        except Exception:
+            body, times = message.encode(), 0
+        self._dead_letter_raw(tag, body, "the body can't be read", times)

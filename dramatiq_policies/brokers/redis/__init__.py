@@ -1,0 +1,3 @@
+"""Redis: fetch, settle, recover, count and browse."""
+
+from __future__ import annotations

@@ -1,0 +1,394 @@
+"""The consumer on Redis.
+
+Hand-off and ack are one script, so no crash or lost reply falls between them. A message's id is the one under which it
+lies, whatever its body says. The consumer knows every redis id that this process holds; what the server says this process
+holds beyond that was lost with a reply, and is put back when the connection comes back. Any error of Redis is a lost
+connection, but for those that no waiting cures.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Sequence
+from importlib import resources
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import redis
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import compute_backoff, dq_name
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+
+from ..._redis import RAW, RoundTrips, Script
+from ...common.safe_logger import SafeLogger
+from ...delivery.broker_state import Wiring
+from ...delivery.consumer import REDELIVERED, PolicyConsumer
+from ...delivery.delivery import Carried, Delivery, GivenAway, Send
+from ...delivery.history import FAILURE, now_ms
+from ...delivery.refusals import IN_A_ROW, Fault, Unsendable
+from ...errors import MalformedMessage
+from ...idempotency.records import completed_by
+from ..ended import Ended, is_keyed, left_of
+from .prefetch import Places
+from .recovery import Recovery
+
+if TYPE_CHECKING:
+    from ...idempotency.claims import Claim
+
+__all__ = ["RedisConsumer"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+_FETCH, _SETTLE = (
+    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
+)
+#: What Redis answers when no waiting will help.
+_PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
+#: What Redis answers when it takes no writes for now: it is full, cannot save, or has lost its replicas.
+_FULL = ("used memory > 'maxmemory'", "MISCONF", "NOREPLICAS")
+#: Every how many seconds that is logged.
+_SAY_AGAIN = 300.0
+#: What Redis answers when a value is larger than it ever takes (``proto-max-bulk-len``).
+_TOO_LARGE = ("invalid bulk length", "string exceeds maximum allowed size")
+#: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
+#: accord gets other messages, and raises nothing.
+_LOOK_EVERY = 5.0
+
+
+class RedisConsumer(PolicyConsumer):
+    """Fetches, acks and dead-letters on Redis."""
+
+    acks_with_hand_off = True
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.client = inner.broker.client
+        self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
+        self.timeout_ms = inner.timeout
+        self.ended: Ended = wiring.shared.setdefault("ended", Ended())
+        #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
+        self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
+        self.places = Places(wiring.in_flight.setdefault(queue_name, set()), inner.prefetch)
+        #: The store of the claims that were seen last, and whether it is on this server.
+        self.store: Any = None
+        self.beside_store = False
+        self.recovery = Recovery(inner.broker, queue_name)
+        self.misses = 0
+        #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
+        self.looked = -_LOOK_EVERY
+
+    def take(self) -> MessageProxy | None:
+        while True:
+            if not self.cache and not self._fetch():
+                return None
+            name, data, recovered = self.cache.popleft()
+            message = self._read(name, data, recovered)
+            # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
+            if message is not None and self.places.take(message.options["redis_message_id"]):
+                proxy = MessageProxy(message)
+                if not self.is_delay_queue:
+                    proxy.body = data  # type: ignore[attr-defined]
+                    if self.ended.known:
+                        self._recall(proxy)
+                return proxy
+
+    def _recall(self, proxy: MessageProxy) -> None:
+        carried = self.ended.recall(proxy.options["redis_message_id"])
+        if carried is not None:
+            proxy.carried, proxy.redelivered = carried, True  # type: ignore[attr-defined]
+
+    def _read(self, name: bytes, data: bytes, recovered: bytes = b"") -> Message[Any] | None:
+        """The message that lies under an id; None if it is on the dead-letter queue."""
+        try:
+            redis_id = name.decode()
+            message = self.decode(data)
+            if type(message.options.get("redis_message_id", "")) is not str:
+                raise MalformedMessage("redis_message_id is no string")
+        except Exception as error:
+            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            if self.distrust.unreadable(error):
+                # It stays on the queue, behind the others.
+                self._guarded(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
+                return None
+            self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+            self.report_malformed(unreadable)
+            return None
+        if self.distrust.count:
+            self.distrust.readable()
+        # The body may say anything: another message's id, or one that can't be sent.
+        message.options["redis_message_id"] = redis_id
+        if recovered:
+            if FAILURE in message.options:
+                # The dead letter of a worker of 0.1.0 that died before it could move it.
+                self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+                return None
+            message.options[REDELIVERED] = True
+        return message
+
+    @property
+    def outstanding_message_count(self) -> int:
+        """As the stock consumer has it: how many messages take one of the places that may be prefetched."""
+        return self.places.taken + len(self.cache)
+
+    def _fetch(self) -> bool:
+        """Fill the cache; False if there was nothing to be had for a while."""
+        if monotonic() - self.looked > _LOOK_EVERY:
+            self._guarded(self._put_back_the_lost)
+            self.looked = monotonic()
+        self._guarded(self.recovery.look)
+        if left := self.distrust.seconds_left():
+            self.idle(min(left, self.timeout_ms / 1_000))
+            return False
+        room = min(self.room(), IN_A_ROW) if self.distrust.is_pausing else self.room()
+        if self.holding and not self.is_delay_queue:
+            # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
+            self.idle(self.timeout_ms / 1_000)
+            return False
+        if room > 0:
+            self.places.about_to_fetch()
+            taken = self._guarded(self._take_off, room)
+            self.cache.extend(zip(taken[::3], taken[1::3], taken[2::3], strict=True))
+            if self.cache:
+                self.misses = 0
+                return True
+        if self.is_delay_queue or room > 0:
+            self.misses, pause = compute_backoff(self.misses, max_backoff=self.timeout_ms)
+            self.idle(pause / 1_000)
+            return False
+        # All that may be prefetched is in hand, and the cache is empty.
+        self.places.wait(self.timeout_ms / 1_000)
+        return False
+
+    def room(self) -> int:
+        """How many messages may be fetched."""
+        return self.places.prefetch - self.outstanding_message_count
+
+    def _take_off(self, most: int) -> list[bytes]:
+        broker: Any = self.broker
+        taken: list[bytes] = _FETCH.call(self.client, [broker.namespace], [broker.broker_id, self.source, most])
+        return taken
+
+    def finish(self, message: MessageProxy) -> None:
+        redis_id = message.options["redis_message_id"]
+        try:
+            if "do_ack" in vars(self.broker):
+                # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
+                self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+            elif not self._settle(self._over(message), b"", []):
+                self._not_acked(message)
+        except BrokerConnectionError as error:
+            self.places.over(redis_id)
+            if not self.wiring.stopping.is_set():
+                raise
+            logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
+        self._release(message)
+
+    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        sends: list[str | bytes] = []
+        for step in delivery.steps or ():
+            assert isinstance(step, Send)
+            if step.encoded is None:
+                step.encoded = self._encode(step)
+            sends.extend(step.encoded)
+        redis_id = self._over(message)
+        claim, at_once, keep = delivery.claim, self.completes(delivery), False
+        body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
+        settled = self._complete(redis_id, body, sends, claim) if at_once else None
+        if settled is None:
+            # A completion is remembered between hand-off and ack.
+            at_once, keep = False, delivery.is_remembered()
+            settled = self._settle(redis_id, body, sends, keep)
+        if not settled:
+            self._given_away(redis_id, delivery, dead is not None)
+        if dead is not None and "do_nack" in vars(self.broker):
+            # Somebody's own, as in `finish`. It hears of a dead letter that lies in its place already.
+            self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+        if at_once:
+            delivery.claim = claim.completed()
+        steps, delivery.steps = delivery.steps, None
+        delivery.acked = not keep
+        for step in (steps or ()) if settled else ():
+            assert isinstance(step, Send)
+            self.broker.emit_after("enqueue", step.message, step.delay)
+        if not keep:
+            self._release(message)
+
+    def _given_away(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
+        """Nothing was handed on, since another worker has the message; or all was, by a call whose answer was lost.
+
+        Should it come back here, all that this run has left to do is done then, and it does not run.
+        """
+        decided = delivery.settlement
+        if decided is not None and not is_keyed(delivery):
+            left = decided if dead or delivery.claim is not None else left_of(delivery).settlement
+            self.ended.remember(redis_id, Carried(left, delivery.steps))
+        if delivery.claim is not None:
+            raise GivenAway
+
+    def _not_acked(self, message: MessageProxy) -> None:
+        delivery: Delivery | None = vars(message).get("delivery")
+        if delivery is not None and not is_keyed(delivery):
+            self.ended.remember(message.options["redis_message_id"], left_of(delivery))
+
+    def _encode(self, step: Send) -> tuple[str, str, bytes]:
+        """What ``RedisBroker.enqueue`` would send, its hooks run."""
+        message, delay = step.message, step.delay
+        redis_id = str(uuid4())
+        queue = message.queue_name
+        options: dict[str, Any] = {"redis_message_id": redis_id}
+        if delay is not None:
+            queue = dq_name(queue)
+            options["eta"] = now_ms() + delay
+        self.broker.declare_queue(message.queue_name)
+        step.message = message = message.copy(queue_name=queue, options=options)
+        self.broker.emit_before("enqueue", message, delay)
+        return queue, redis_id, self.encoded(message)
+
+    def completes(self, delivery: Delivery) -> bool:
+        if not delivery.is_remembered():
+            return False
+        store = delivery.claim.claims.store
+        if store is not self.store:
+            self.store = store
+            shares = getattr(store, "is_beside", None)
+            self.beside_store = shares is not None and shares(self.client)
+        return self.beside_store
+
+    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+        if not self.completes(delivery):
+            return super().completion(delivery)
+        return self._settling(self._over(delivery.message), completes=delivery.claim), True
+
+    def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
+        if delivery.acked and not delivery.settled:
+            # By the completion that was posted.
+            self._release(message)
+        super().conclude(message, delivery)
+
+    def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
+        """Settle a message and complete its key in one step; None if it takes two.
+
+        Goes over the line of the claims, to share round trips. Where the client of the store can't reach the server, the
+        broker's own may, and the call may be repeated.
+        """
+        command = self._settling(redis_id, dead, sends, completes=claim)
+        try:
+            return bool(self.store.trips.call(*command))
+        except redis.DataError:
+            raise
+        except (redis.RedisError, OSError):
+            try:
+                return bool(self.trips.call(*command))
+            except (redis.RedisError, OSError):
+                # Also where it may not touch the store's keys. Is the whole server away, the next step says so.
+                return None
+
+    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> bool:
+        return bool(self._guarded(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
+
+    def _settling(
+        self,
+        redis_id: str,
+        dead: bytes = b"",
+        sends: Sequence[str | bytes] = (),
+        keep: bool = False,
+        completes: Claim | None = None,
+    ) -> tuple[Any, ...]:
+        broker: Any = self.broker
+        keys, completed, ttl, held = [broker.namespace], b"", 0, b""
+        if completes is not None:
+            keys.append(self.store.name_of(completes.name))
+            completed, ttl = completed_by(completes.record.message_id), completes.keep
+            held = completes.value
+        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
+        return _SETTLE.command(keys, args)
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        ids = [message.options["redis_message_id"] for message in messages]
+        if ids:
+            self._guarded(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
+            for redis_id in ids:
+                self.places.release(redis_id)
+
+    def abandon(self, message: MessageProxy) -> None:
+        # In the unacked set of this process still: found there when it next connects, or when it is gone.
+        self._release(message)
+
+    def give_back(self, message: MessageProxy) -> None:
+        self.abandon(message)
+
+    def fault_of(self, error: Exception) -> Fault:
+        return Fault.HOPELESS if isinstance(error, redis.DataError) else super().fault_of(error)
+
+    def lost_connection(self, error: Exception) -> bool:
+        lost = isinstance(error, redis.RedisError) and not isinstance(error, redis.DataError)
+        return lost or super().lost_connection(error)
+
+    def _over(self, message: MessageProxy | Message[Any]) -> str:
+        redis_id: str = message.options["redis_message_id"]
+        self.places.over(redis_id)
+        return redis_id
+
+    def _release(self, message: MessageProxy) -> None:
+        self.places.release(message.options["redis_message_id"])
+
+    def _put_back_the_lost(self) -> None:
+        """Requeue what the server gave this process and this process never got."""
+        broker: Any = self.broker
+        unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
+        # One that is acked and released in between is not lost.
+        held = frozenset(self.places.held)
+        names = self.client.execute_command("SMEMBERS", unacked, **RAW)
+        held |= self.places.held
+        lost = [name for name in names if name.decode(errors="replace") not in held]
+        if lost:
+            log = logger.info if self.wiring.stopping.is_set() else logger.warning
+            log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
+            broker.do_requeue(self.source, *lost)
+
+    def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call Redis; any of its errors is a lost connection, but a permanent one also ends this process."""
+        try:
+            return call(*args, **kwargs)
+        except redis.DataError:
+            raise  # It can't be sent, on any connection.
+        except redis.RedisError as error:
+            text = str(error)
+            if any(part in text for part in _TOO_LARGE):
+                raise Unsendable(f"{type(error).__name__}: {text}") from error
+            if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
+                self._permanent(error)
+            is_full = any(part in text for part in _FULL)
+            if is_full and monotonic() - self.wiring.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
+                self.wiring.shared["full"] = monotonic()
+                alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
+            raise ConnectionClosed(error) from None
+        except OSError as error:
+            raise ConnectionClosed(error) from None
+
+    def _permanent(self, error: Exception) -> None:
+        wiring = self.wiring
+        if wiring.fatal is None:
+            wiring.fatal = f"{type(error).__name__}: {error}"
+            alerts.critical(
+                "Redis refuses this worker for good (%s). %s",
+                wiring.fatal,
+                "The process ends." if wiring.in_command else "Stop the worker and mend what it says.",
+            )
+            if wiring.in_command:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self) -> None:
+        super().close()
+        if self.wiring.stopping.is_set():
+            self.cache.clear()
+            try:
+                # What was prefetched and never handed out, and what was given up.
+                self._put_back_the_lost()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("Messages of queue %r come back later than now: %s", self.source, error)

@@ -1,0 +1,102 @@
+"""The consumer of a delay queue on Redis: it holds the nearest messages, and leaves the others to an index on the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from dramatiq.broker import MessageProxy
+from dramatiq.errors import BrokerConnectionError
+
+from ... import _dramatiq
+from ...common.safe_logger import SafeLogger
+from ...delivery.broker_state import Wiring
+from ...delivery.delivery import Send
+from ...delivery.history import now_ms
+from ...delivery.moving import Move
+from ...delivery.validation import is_number
+from .consumer import RedisConsumer
+from .delay_index import BATCH, DelayIndex
+
+__all__ = ["RedisDelayConsumer"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+
+class RedisDelayConsumer(RedisConsumer):
+    """Consumes a delay queue, and moves its messages when they are due."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
+
+    def room(self) -> int:
+        """How many messages may be fetched, once the farthest are left to the index and what is due there is taken."""
+        places, delayed = self.places, self.delayed
+        if places.taken >= places.prefetch:
+            self._keep(delayed.cut(places.prefetch * 3 // 4))
+        for name, data in self._guarded(self.index.take, super().room()):
+            message = self._read(name, data)
+            if message is not None and places.take(message.options["redis_message_id"]):
+                eta: Any = message.options.get("eta")
+                delayed.put(_dramatiq.delay_item(eta if is_number(eta) else 0, MessageProxy(message)))
+        return min(super().room(), BATCH)
+
+    def _keep(self, far: list[Any]) -> None:
+        """Leave messages to the index."""
+        places, delayed = self.places, self.delayed
+        kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
+        try:
+            self._guarded(self.index.keep, kept.items())
+        except BrokerConnectionError:
+            # What Redis may have kept all the same is not in this worker's unacked set: moving it here does nothing.
+            for item in far:
+                delayed.put(item)
+            raise
+        finally:
+            for _ in far:
+                delayed.task_done()
+        for redis_id in kept:
+            places.release(redis_id)
+
+    def idle(self, seconds: float) -> None:
+        """Wait, but not beyond the time when a message of this worker's, or of the index, may be due."""
+        etas = (self.index.next_look, self.delayed.next_eta())
+        nearest = min(eta for eta in etas if eta is not None)
+        super().idle(max(0.0, min(seconds, (nearest - now_ms()) / 1_000)))
+
+    def has_received(self) -> bool:
+        return bool(self.cache)
+
+    def move(self, moves: list[Move]) -> None:
+        """Move messages in one round trip."""
+        sent = []
+        for move in moves:
+            step = Send(move.moved)
+            try:
+                redis_id = move.message.options["redis_message_id"]
+                sent.append((move, step, redis_id, self._settling(redis_id, sends=self._encode(step))))
+            except Exception as error:
+                move.error = error
+        answers = self._guarded(self.trips.answers, [command for *_, command in sent]) if sent else []
+        for (move, step, redis_id, _), answer in zip(sent, answers, strict=True):
+            if isinstance(answer, Exception):
+                move.error = answer
+                continue
+            move.done = True
+            self.places.release(redis_id)
+            if answer:
+                self.broker.emit_after("enqueue", step.message, None)
+
+    def dead_letter_unmoved(self, message: MessageProxy) -> None:
+        redis_id = message.options["redis_message_id"]
+        self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+        self.places.release(redis_id)
+
+    def close(self) -> None:
+        super().close()
+        if self.wiring.stopping.is_set():
+            try:
+                self.index.release()
+            except (redis.RedisError, OSError) as error:
+                logger.warning("Far messages of queue %r come back later than now: %s", self.source, error)

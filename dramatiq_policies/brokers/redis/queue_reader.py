@@ -1,0 +1,74 @@
+"""The queues on Redis: keys are read, and none of Dramatiq's commands is sent, for each of those is a heartbeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from dramatiq.broker import Broker
+from dramatiq.common import dq_name, xq_name
+from dramatiq.errors import ConnectionClosed
+
+from ...common.connections import keep_out_of
+from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
+
+__all__ = ["RedisReader", "own_client"]
+
+#: Seconds that Redis may take to answer.
+_PATIENCE = 5
+
+
+class RedisReader(QueueReader):
+    """Reads Dramatiq's keys, over a connection of its own.
+
+    The age is that of the oldest of the first and the last messages of the list, by the clock of whoever sent it. What
+    a worker puts back when it stops lies at the end, and is not the oldest again until it comes near the front.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        super().__init__(broker)
+        self._client: Any = None
+
+    def _read(self, queue: str, now: int) -> QueueReading:
+        broker: Any = self.broker
+        key, later = f"{broker.namespace}:{queue}", f"{broker.namespace}:{dq_name(queue)}"
+        if self._client is None:
+            self._client = own_client(broker.client)
+        try:
+            with self._client.pipeline() as all_at_once:
+                all_at_once.llen(key).hlen(f"{key}.msgs").hlen(f"{later}.msgs")
+                all_at_once.zcard(f"{broker.namespace}:{xq_name(queue)}")
+                all_at_once.lrange(key, 0, ENDS - 1).lrange(key, -ENDS, -1)
+                ready, held, delayed, dead, first, last = all_at_once.execute()
+            ids = list(dict.fromkeys((*first, *last)))
+            bodies = self._client.hmget(f"{key}.msgs", ids) if ids else []
+        except (redis.RedisError, OSError) as error:
+            raise ConnectionClosed(error) from None
+        return QueueReading(
+            queue=queue,
+            ready=ready,
+            delayed=delayed,
+            running=max(0, held - ready),
+            dead=dead,
+            oldest_ms=oldest(bodies, now),
+            stalled_ms=self._stalled(queue, first[0] if first else None, now),
+        )
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.connection_pool.disconnect()
+        self._client = None
+
+
+def own_client(client: Any) -> Any:
+    """A client of the same server with connections of its own, which do not wait for ever; close it by its pool."""
+    pool = client.connection_pool
+    settings = {**pool.connection_kwargs, "socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE}
+    if hasattr(pool, "service_name"):
+        # Sentinel's: it asks where the server is.
+        settings.pop("connection_pool", None)
+        own: Any = type(pool)(pool.service_name, pool.sentinel_manager, **settings)
+    else:
+        own = redis.ConnectionPool(connection_class=pool.connection_class, **settings)
+    keep_out_of(own)
+    return redis.Redis(connection_pool=own)

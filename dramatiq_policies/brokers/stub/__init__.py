@@ -1,0 +1,3 @@
+"""StubBroker: consume, count and browse."""
+
+from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Piles on a StubBroker, for tests and demonstrations: nobody else is at work on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import Empty
+from typing import Any
+
+from dramatiq import Message
+
+from ..browser import Item
+
+__all__ = ["open_pile"]
+
+
+@contextmanager
+def open_pile(broker: Any, queue: str, *, dead: bool) -> Iterator[StubPile]:
+    """See the package's."""
+    pile = StubPile(broker, queue, dead=dead)
+    try:
+        yield pile
+    finally:
+        pile.put_back()
+
+
+class StubPile:
+    """The dead letters, or the ready messages, of one queue."""
+
+    def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:
+        self.broker = broker
+        self.queue: Any = broker.queues[queue] if queue in broker.queues or not dead else None
+        self.letters = broker.dead_letters_by_queue[queue] if dead else None
+        self.items = [Item(letter.encode(), None, letter) for letter in self.letters or ()]
+        if not dead:
+            self._take_all()
+        self.size = len(self.items)
+
+    def _take_all(self) -> None:
+        while True:
+            try:
+                self.items.append(Item(self.queue.get_nowait(), None, object()))
+            except Empty:
+                return
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from list(self.items)
+
+    def read_all(self) -> Iterator[Item]:
+        return iter(self)
+
+    def send(self, item: Item, message: Message[Any]) -> bool:
+        self.broker.enqueue(message)
+        return self.drop(item)
+
+    def drop(self, item: Item) -> bool:
+        self.items = [other for other in self.items if other.place is not item.place]
+        if self.letters is None:
+            self.queue.task_done()
+        else:
+            self.letters[:] = [letter for letter in self.letters if letter is not item.place]
+        return True
+
+    def put_back(self) -> None:
+        """Ready messages were taken to be looked at."""
+        if self.letters is None:
+            for item in self.items:
+                self.queue.put(item.body)
+                self.queue.task_done()
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)

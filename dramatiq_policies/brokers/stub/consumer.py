@@ -1,0 +1,134 @@
+"""The consumer on a StubBroker, and what the broker says of arguments that can't be sent."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial, wraps
+from typing import Any
+
+from dramatiq import Message
+from dramatiq.broker import Broker, MessageProxy
+from dramatiq.errors import DramatiqError
+from dramatiq.message import get_encoder
+
+from ... import _dramatiq
+from ...delivery.broker_state import Wiring
+from ...delivery.consumer import PolicyConsumer
+from ...delivery.moving import Move
+from ...errors import MalformedMessage
+
+__all__ = ["StubConsumer", "explain_unsendable"]
+
+
+class StubConsumer(PolicyConsumer):
+    """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
+
+    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
+        super().__init__(wiring, inner, queue_name)
+        if self.is_delay_queue:
+            # All delayed messages are in memory anyhow: far ones must not keep nearer ones out.
+            _dramatiq.lift_stub_limit(inner)
+
+    def take(self) -> MessageProxy | None:
+        data = _dramatiq.next_stub_body(self.inner)
+        if data is None:
+            return None
+        try:
+            message = self.decode(data)
+        except Exception as error:
+            letter = _dramatiq.StubMessage(self._raw(data))
+            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            letter.stuff_exception(unreadable)
+            self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
+            self.report_malformed(unreadable)
+            _dramatiq.release_stub_slot(self.inner)
+            return None
+        proxy = _dramatiq.StubMessage(message)
+        # As received: it is put back so, and the test kit delivers it again when the worker has died in its job.
+        proxy.body = data  # type: ignore[attr-defined]
+        return proxy
+
+    def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
+        if isinstance(dead, bytes):
+            dead = self._raw(dead)
+        else:
+            self.encoded(dead)  # As on a server, a dead letter can be encoded.
+        letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
+        letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
+
+    def _raw(self, body: bytes) -> Message[Any]:
+        return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
+
+    def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
+        if self.wiring.stopping.is_set() and delivery.steps:
+            # A thread of the worker that stops would take it, and nobody put it back.
+            steps, delivery.steps = delivery.steps, None
+            for step in steps:
+                self.wiring.put_back_later.append(partial(self.broker.enqueue, step.message, delay=step.delay))
+        super().hand_off(message, delivery, dead)
+        # Not before the outcome is published: whoever joins the queue expects to see it.
+        delivery.acked = False
+
+    def finish(self, message: MessageProxy) -> None:
+        _dramatiq.release_stub_slot(self.inner)
+
+    def put_back(self, messages: list[MessageProxy]) -> None:
+        for message in messages:
+            self.inner.queue.put(message.body)
+            _dramatiq.release_stub_slot(self.inner)
+
+    def abandon(self, message: MessageProxy) -> None:
+        self.wiring.put_back_later.append(partial(self.put_back, [message]))
+
+    def move_one(self, move: Move) -> None:
+        self.broker.enqueue(move.moved)
+        self.finish(move.message)
+
+
+def explain_unsendable(broker: Broker) -> None:
+    """Have a StubBroker name the argument to blame where a message can't be encoded."""
+    stock = broker.enqueue
+
+    @wraps(stock)
+    def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        try:
+            return stock(message, delay=delay)
+        except DramatiqError:
+            raise  # The broker would not have it, whatever is in it.
+        except Exception as error:
+            _explain(broker, message, error)
+            raise
+
+    broker.enqueue = enqueue  # type: ignore[method-assign]
+
+
+def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
+    """If a message can't be encoded, say which of its arguments is to blame.
+
+    Raises:
+      TypeError: It can't be encoded.
+    """
+    for name, value in _named(broker, message):
+        try:
+            get_encoder().encode({"value": value})
+        except Exception as reason:
+            raise TypeError(
+                f"The argument {name!r} of a message to {message.actor_name!r} can't be sent: {reason}. "
+                f"It is a {type(value).__name__}: {value!r:.200}. Send ids and plain values."
+            ) from error
+
+
+def _named(broker: Broker, message: Message[Any]) -> list[tuple[str, Any]]:
+    """A message's arguments with the names that its actor has for them, and its options."""
+    options = [(f"{name} (an option)", value) for name, value in message.options.items()]
+    numbered = [(str(number), value) for number, value in enumerate(message.args)]
+    named = [*message.kwargs.items()]
+    actor = broker.actors.get(message.actor_name)
+    if actor is not None:
+        try:
+            bound = inspect.signature(actor.fn).bind(*message.args, **message.kwargs)
+        except (TypeError, ValueError):
+            pass
+        else:
+            numbered, named = [], [*bound.arguments.items()]
+    return [*numbered, *named, *options]

@@ -1,0 +1,3 @@
+"""Leaves that every package may use: clocks, durations, callables, connections."""
+
+from __future__ import annotations

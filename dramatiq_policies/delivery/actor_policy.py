@@ -1,0 +1,218 @@
+"""What an actor declares, checked once at its declaration and resolved once for all its messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..common.callables import is_coroutine_callable, is_plain
+from ..errors import ConfigurationError, checked_duration, checked_wait
+from ..rules.matching import RuleSet
+from ..rules.parsing import parse_rules
+from ..rules.rule import RetryPolicy, Rule, When
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+    from ..idempotency.options import Guard
+
+__all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
+
+#: The actor options of the bundle that are always known, so that what is missing can be said.
+ACTOR_OPTIONS = frozenset(
+    {
+        "after_discard",
+        "alert_on",
+        "broker_rules",
+        "dead_letter_discards",
+        "discard_on",
+        "policy_exempt",
+        "done_when",
+        "idempotency_key",
+        "idempotency_ttl",
+        "idempotent",
+        "max_crashes",
+        "retry_on",
+        "tags",
+    }
+)
+
+
+#: What ``discard_on`` and ``alert_on`` take.
+Exceptions = type[BaseException] | When | Sequence[type[BaseException] | When] | AbstractSet[type[BaseException] | When]
+#: What ``retry_on`` takes. The keys are not spelt out: a mapping's are invariant, and declared ones are checked anyway.
+RetryOn = Exceptions | Mapping[Any, RetryPolicy | int]
+
+
+class ActorOptions(TypedDict, total=False):
+    """Every option that an actor may declare with the bundle, for sets that actors share::
+
+    MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
+
+    @actor(**MAIL)
+    def send_mail(...): ...
+    """
+
+    # Dramatiq's own.
+    queue_name: str
+    actor_name: str
+    priority: int
+    max_retries: int | None
+    min_backoff: int
+    max_backoff: int
+    retry_when: Callable[[int, BaseException], bool]
+    throws: type[BaseException] | Iterable[type[BaseException]]
+    on_retry_exhausted: str
+    on_failure: str
+    on_success: str
+    time_limit: float
+    max_age: int
+    notify_shutdown: bool
+    pipe_ignore: bool
+    pipe_target: Any
+    store_results: bool
+    result_ttl: int
+    # The bundle's.
+    retry_on: RetryOn
+    discard_on: Exceptions
+    alert_on: Exceptions
+    broker_rules: bool
+    after_discard: Callable[[Any, BaseException], object]
+    dead_letter_discards: bool
+    policy_exempt: Mapping[str, str]
+    tags: Mapping[str, str]
+    timeout: float | timedelta | None
+    queue_timeout: float | timedelta | None
+    idempotent: bool
+    idempotency_key: str | Callable[..., Any]
+    idempotency_ttl: int | timedelta
+    done_when: Callable[..., object]
+    max_crashes: int | None
+
+
+class ActorPolicy:
+    """One actor's options, resolved.
+
+    Attributes:
+      actor_name: The actor.
+      rules: Which rule applies to an exception.
+      max_attempts: The highest number of attempts that any of its rules allows; 0 if none retries.
+      tags: Its constant tags.
+      after_discard: Its own hook.
+      dead_letter_discards: Whether its discarded messages are kept; None leaves it to the broker.
+      exempt: The reason for each finding of ``dramatiq-policies check`` that does not count for it.
+      timeout, guarded_by: What resolved them.
+      guard: What it declares about running once; None where there is no Idempotency.
+      timeout_ms, queue_timeout_ms: Its timeouts, None for none.
+    """
+
+    __slots__ = (
+        "actor_name",
+        "after_discard",
+        "dead_letter_discards",
+        "exempt",
+        "guard",
+        "guarded_by",
+        "max_attempts",
+        "options",
+        "queue_timeout_ms",
+        "rules",
+        "tags",
+        "timeout",
+        "timeout_ms",
+    )
+
+    def __init__(self, actor: Actor[..., Any], broker_rules: tuple[Rule, ...]) -> None:
+        where = f"actor {actor.actor_name!r}"
+        options = actor.options
+        self.actor_name = actor.actor_name
+        self.options = options
+        own = parse_rules(
+            where,
+            "actor",
+            retry_on=options.get("retry_on"),
+            discard_on=options.get("discard_on"),
+            alert_on=options.get("alert_on"),
+        )
+        use_broker_rules = options.get("broker_rules", True)
+        _expect_bool(where, "broker_rules", use_broker_rules)
+        self.rules = RuleSet(own, broker_rules if use_broker_rules else ())
+        self.max_attempts = self.rules.max_attempts
+        self.tags = _strings(where, "tags", options.get("tags"))
+        self.exempt = _strings(where, "policy_exempt", options.get("policy_exempt")) or {}
+        if not all(reason.strip() for reason in self.exempt.values()):
+            raise ConfigurationError.of_option(where, "policy_exempt", "a reason for each code", self.exempt)
+        self.after_discard = options.get("after_discard")
+        for option, takes in (("after_discard", "message, exception"), ("retry_when", "retries, exception")):
+            if options.get(option) is not None:
+                expect_callable(where, option, options[option], takes)
+        options.update(checked_stock_options(where, options))
+        self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
+        if self.dead_letter_discards is not None:
+            _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)
+        throws = options.get("throws")
+        if throws is not None:
+            options["throws"] = exception_classes(where, "throws", throws)
+        self.timeout: object = None
+        self.guard: Guard | None = None
+        self.guarded_by: object = None
+        self.timeout_ms: float | None = None
+        self.queue_timeout_ms: float | None = None
+
+
+def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
+    """Refuse what can't be called with the arguments that ``takes`` names, and functions that would only make an object."""
+    if not is_plain(value, len(takes.split(", "))):
+        asynchronous = callable(value) and is_coroutine_callable(value)
+        do = "A coroutine function would never be awaited here" if asynchronous else ""
+        raise ConfigurationError.of_option(where, option, f"a plain callable({takes})", value, do)
+
+
+def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Dramatiq's options on retries and age that were given, a ``timedelta`` as milliseconds.
+
+    Dramatiq itself looks at them only when a job fails, and then can't decide what becomes of it.
+
+    Raises:
+      ConfigurationError: If one makes no sense.
+    """
+    checked = {}
+    for option in ("min_backoff", "max_backoff", "max_age"):
+        value = options.get(option)
+        if option in options and not (option == "max_age" and value is None):
+            ms = (checked_duration if option == "max_age" else checked_wait)(where, option, value)
+            checked[option] = ms if isinstance(value, timedelta) else value
+    retries = options.get("max_retries")
+    endless = isinstance(retries, float) and retries == math.inf
+    if isinstance(retries, bool) or not (retries is None or endless or isinstance(retries, int)):
+        raise ConfigurationError.of_option(where, "max_retries", "an int, or None for no bound", retries)
+    exhausted = options.get("on_retry_exhausted")
+    if not (exhausted is None or isinstance(exhausted, str)):
+        raise ConfigurationError.of_option(where, "on_retry_exhausted", "an actor's name", exhausted)
+    return checked
+
+
+def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseException], ...]:
+    """A class or an iterable of classes as the tuple that ``isinstance`` takes."""
+    classes = (value,) if isinstance(value, type) else value
+    if isinstance(classes, (list, set, frozenset)):
+        classes = tuple(classes)
+    if not isinstance(classes, tuple) or not all(isinstance(c, type) and issubclass(c, BaseException) for c in classes):
+        raise ConfigurationError.of_option(where, option, "an exception class or a tuple of them", value)
+    return classes
+
+
+def _expect_bool(where: str, option: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError.of_option(where, option, "True or False", value)
+
+
+def _strings(where: str, option: str, value: Any) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise ConfigurationError.of_option(where, option, "a mapping of strings to strings", value)
+    return dict(value)

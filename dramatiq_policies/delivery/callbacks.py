@@ -1,0 +1,69 @@
+"""The messages of ``on_success``, ``on_failure`` and ``on_retry_exhausted``: each is a step of the hand-off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.errors import ActorNotFound
+
+from ..common.safe_logger import SafeLogger
+from .delivery import Delivery, Send
+from .refusals import Unsendable
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker, MessageProxy
+
+__all__ = ["callback_of", "send_to", "tell_exhausted"]
+
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+
+def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | None:
+    """The name of the actor that a message, or else the message's own actor, names in an option; None without one."""
+    name: str | None = message.options.get(option)
+    if not name:
+        actor = broker.actors.get(message.actor_name)
+        name = None if actor is None else actor.options.get(option)
+    return name or None
+
+
+def send_to(
+    broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, told: Any
+) -> list[Send]:
+    """The callback's message, with the job's message as received and what is told of the run.
+
+    Where this worker does not know the callback's actor, a failed job's own message is kept, as a retry or a dead letter:
+    the callback is logged at CRITICAL and not sent. A job that succeeded would be gone.
+
+    Parameters:
+      option: ``on_success``, ``on_failure`` or ``on_retry_exhausted``.
+      target: The name of the callback's actor.
+
+    Raises:
+      Unsendable: This worker does not know the actor of ``on_success``.
+    """
+    try:
+        actor = broker.get_actor(target)
+    except ActorNotFound:
+        if option == "on_success":
+            raise Unsendable(f"on_success names {target!r}, and this worker knows no actor of that name") from None
+        alerts.critical(
+            "%s %r could not be told of message %s of actor %s: this worker knows no actor of that name.",
+            option,
+            target,
+            message.message_id,
+            message.actor_name,
+            extra={"actor": message.actor_name, "message_id": message.message_id},
+        )
+        return []
+    delivery.restore(message)
+    return [Send(actor.message(message.asdict(), told))]
+
+
+def tell_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
+    """Have ``on_retry_exhausted`` told, if the message or its actor names one."""
+    option = "on_retry_exhausted"
+    target = callback_of(broker, message, option)
+    if target:
+        told = {"retries": retries, "max_retries": max_retries}
+        delivery.hand_on(lambda: send_to(broker, delivery, message, option, target, told))

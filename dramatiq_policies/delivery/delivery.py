@@ -1,0 +1,353 @@
+"""One message on its way from the consumer to its ack, and the job that sees it.
+
+A `Delivery` is made by the wrapping consumer for each message that it takes from a work queue. Hooks and the wrapper of
+``actor.fn`` only fill it in; `settlement` acts on it. It belongs to one thread at a time (consumer, then worker), so
+nothing in it is locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
+
+from dramatiq import Message
+from dramatiq.middleware import SkipMessage
+
+from ..common import clock
+from ..errors import NoCurrentJob
+from ..outcomes import Outcome
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker, MessageProxy
+
+    from .actor_policy import ActorPolicy
+
+__all__ = [
+    "Carried",
+    "CurrentJob",
+    "Delivery",
+    "GivenAway",
+    "Recorder",
+    "Send",
+    "Settlement",
+    "current_job",
+    "running_delivery",
+]
+
+T = TypeVar("T")
+
+#: The delivery that this thread (greenlet, task) works on.
+current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
+
+
+class Send:
+    """A message that must be accepted by the broker before its cause is acked."""
+
+    __slots__ = ("delay", "encoded", "message")
+
+    def __init__(self, message: Message[Any], delay: int | None = None) -> None:
+        self.message = message
+        self.delay = delay
+        #: What the broker is sent, made once: a repeated hand-off sends the very same.
+        self.encoded: Any = None
+
+
+class GivenAway(Exception):
+    """The broker has given the message to another worker meanwhile, who is to settle it."""
+
+
+class Recorder:
+    """Stands in for the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.sends: list[Send] = []
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        self.sends.append(Send(message, delay))
+        return message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broker, name)
+
+
+class Settlement:
+    """What was decided: how the delivery ends, and what becomes of its message.
+
+    Attributes:
+      outcome, reason, exception, rule, delay_ms, attempt: As in the record that is published.
+      dead_letter: The message goes to the dead-letter queue.
+    """
+
+    __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "outcome", "reason", "rule")
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        reason: str | None = None,
+        *,
+        exception: BaseException | None = None,
+        rule: str | None = None,
+        delay_ms: int | None = None,
+        dead_letter: bool = False,
+        attempt: int | None = None,
+    ) -> None:
+        self.outcome = outcome
+        self.reason = reason
+        self.exception = exception
+        self.rule = rule
+        self.delay_ms = delay_ms
+        self.dead_letter = dead_letter
+        self.attempt = attempt
+
+
+#: Every success is the same decision.
+SUCCEEDED = Settlement(Outcome.SUCCEEDED)
+
+
+class Carried(NamedTuple):
+    """What an earlier delivery of the same message has left to do: the decision, and what was not handed on yet."""
+
+    settlement: Settlement
+    steps: list[Send | Callable[[], list[Send]]] | None
+
+
+#: The outcomes after which an idempotency key is completed.
+COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
+
+#: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
+TAKEN, READY, RUNNING, RAN = range(4)
+
+
+class Delivery:
+    """One message taken from a work queue.
+
+    Attributes:
+      consumer: The wrapping consumer that delivered it; no other may ack it.
+      message: The message; not Dramatiq's proxy of it, which refers to the delivery: a cycle for each message would keep
+        the garbage collector busy.
+      body: The message as received, encoded. Retries and dead letters take their arguments from here, since the job
+        may change its own in place. None where the broker does not show it.
+      proxy: Dramatiq's proxy of the message, from the before-hooks to the after-hooks; None otherwise.
+      policy: The actor's resolved options; None until the before-hooks ran.
+      stage: TAKEN, READY, RUNNING or RAN.
+      started, ended: Monotonic seconds at which the actor was called and was over; None before.
+      timeout_ms: The execution timeout in force, None for none.
+      settlement: What was decided, None until then.
+      steps: What must be handed on before the ack, in order: messages, and calls that yield some. Emptied as the
+        broker accepts.
+      settled: Everything but the ack is done and must not be done again.
+      acked: The hand-off took the message off its queue in the same step.
+      redelivered: It may have been begun before, by a worker that did not end it.
+      carried: What is left of an earlier run that has ended in this process: it is settled so, and does not run.
+      claim: The claim on its idempotency key, None without one.
+      key: The key, as the user knows it; None without one.
+      abandoned: The message is neither acked nor nacked: it comes back.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "acked",
+        "body",
+        "carried",
+        "claim",
+        "consumer",
+        "ended",
+        "key",
+        "message",
+        "policy",
+        "proxy",
+        "redelivered",
+        "settled",
+        "settlement",
+        "stage",
+        "started",
+        "steps",
+        "timeout_ms",
+    )
+
+    def __init__(self, consumer: Any, message: Message[Any]) -> None:
+        self.consumer = consumer
+        self.message = message
+        self.body: bytes | None = None
+        self.proxy: MessageProxy | None = None
+        self.policy: ActorPolicy | None = None
+        self.stage = TAKEN
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.timeout_ms: float | None = None
+        self.settlement: Settlement | None = None
+        self.steps: list[Send | Callable[[], list[Send]]] | None = None
+        self.settled = False
+        self.acked = False
+        self.redelivered = False
+        self.carried: Carried | None = None
+        self.claim: Any = None
+        self.key: str | None = None
+        self.abandoned = False
+
+    def hand_on(self, step: Send | Callable[[], list[Send]]) -> None:
+        """Have a message, or those that a call yields, accepted by the broker before this delivery is acked."""
+        if self.steps is None:
+            self.steps = []
+        self.steps.append(step)
+
+    def skip(self, decided: Settlement, why: str = "") -> NoReturn:
+        """Decide that the job is not run now, from inside the wrapper of its function.
+
+        Dramatiq's ``Results`` stores None for what is skipped and not failed: whoever waits would see that first.
+
+        Raises:
+          SkipMessage: Always.
+        """
+        self.settlement = decided
+        if not decided.dead_letter:
+            self.message.options["store_results"] = False
+        elif self.proxy is not None:
+            self.proxy.fail()
+        raise SkipMessage(why or f"{decided.outcome.value} ({decided.reason})")
+
+    def received(self) -> Message[Any] | None:
+        """Decode the message as received; None if there is no body, or this thread cannot decode it."""
+        if self.body is None:
+            return None
+        try:
+            return Message.decode(self.body)
+        except Exception:  # A RecursionError: the stack is deeper here than in the consumer.
+            return None
+
+    def again(self, **options: Any) -> Message[Any]:
+        """Copy the message for its next run: arguments as received, options as they are now and with these."""
+        sent = self.received() or self.message
+        return self.message.copy(args=sent.args, kwargs=sent.kwargs, options=options)
+
+    def restore(self, proxy: MessageProxy) -> None:
+        """Give the message, and the worker's proxy of it, the arguments as received."""
+        sent = self.received()
+        if sent is not None:
+            for name in ("args", "kwargs"):
+                value = getattr(sent, name)
+                object.__setattr__(self.message, name, value)  # A message is frozen.
+                vars(proxy)[name] = value
+
+    def is_plain_success(self) -> bool:
+        """Whether nothing follows from it but its ack."""
+        return self.settlement is SUCCEEDED and self.steps is None
+
+    def is_remembered(self) -> bool:
+        """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""
+        claim, decided = self.claim, self.settlement
+        return claim is not None and claim.keyed and decided is not None and decided.outcome in COMPLETING
+
+    def elapsed_ms(self) -> float:
+        """How long the actor has run, or ran, in milliseconds."""
+        if self.started is None:
+            return 0.0
+        return ((monotonic() if self.ended is None else self.ended) - self.started) * 1_000
+
+    def waited_ms(self) -> float | None:
+        """From ready to started, in milliseconds; None where no clock says when it became ready."""
+        ready: float | None = self.message.options.get(READY_AT)
+        if ready is None or self.started is None:
+            return None
+        return max(0.0, (clock.time() - (monotonic() - self.started)) * 1_000 - ready)
+
+
+#: The message option that says when it became, or becomes, ready: ms since the epoch.
+READY_AT = "ready_at"
+
+
+class CurrentJob:
+    """What a job may know of itself. See :func:`current_job`."""
+
+    __slots__ = ("_delivery",)
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    @property
+    def message_id(self) -> str:
+        """The message's id, the same in every attempt."""
+        return self._delivery.message.message_id
+
+    @property
+    def actor(self) -> str:
+        """The actor's name."""
+        return self._delivery.message.actor_name
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue."""
+        return self._delivery.message.queue_name
+
+    @property
+    def attempt(self) -> int:
+        """Which run of the message this is, 1 for the first."""
+        from .history import attempt_of
+
+        return attempt_of(self._delivery.message.options)
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key that is the same in every attempt of this job: hand it to the payment service.
+
+        Without a key of the actor's or the message's own it is the message id.
+        """
+        delivery = self._delivery
+        # A `TypedKey` becomes plain text: drivers of databases look at the very type.
+        return delivery.message.message_id if delivery.key is None else str(delivery.key)
+
+    def remaining_ms(self) -> float | None:
+        """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""
+        delivery = self._delivery
+        if delivery.timeout_ms is None:
+            return None
+        return max(0.0, delivery.timeout_ms - delivery.elapsed_ms())
+
+
+def running_delivery() -> Delivery | None:
+    """The delivery whose job is running in this thread, greenlet or task; None outside a job."""
+    delivery = current.get()
+    return delivery if delivery is not None and delivery.stage == RUNNING else None
+
+
+@overload
+def current_job() -> CurrentJob: ...
+
+
+@overload
+def current_job(default: T, /) -> CurrentJob | T: ...
+
+
+def current_job(*default: Any) -> Any:
+    """Return the job that runs in this thread, greenlet or task.
+
+    ::
+
+        current_job().attempt           # in a job
+        job = current_job(None)         # in code that also runs outside of a job
+
+    Python copies a context into a task, but not into a thread or greenlet. In a thread that a job starts, run the
+    function in the job's context: ``executor.submit(contextvars.copy_context().run, function)``. Or call
+    ``current_job()`` first, and pass the result: it stays valid.
+
+    Parameters:
+      default: The value to return outside of a job. Without it, that is an error.
+
+    Raises:
+      NoCurrentJob: No job runs here, and there is no default. It is a ``LookupError``.
+    """
+    if len(default) > 1:
+        raise TypeError(f"current_job() takes at most 1 argument, a default; got {len(default)}")
+    delivery = running_delivery()
+    if delivery is not None:
+        return CurrentJob(delivery)
+    if default:
+        return default[0]
+    raise NoCurrentJob(
+        "current_job() was called outside of a job. Call it in the function of an actor that a worker runs; use "
+        "current_job(None) in code that also runs elsewhere. In a thread or greenlet that the job started, run the code "
+        "in contextvars.copy_context(), or pass the job's current_job() to it."
+    )

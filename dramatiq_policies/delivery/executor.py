@@ -1,0 +1,164 @@
+"""The wrapper of ``actor.fn``: what must hold exactly while the job runs.
+
+It is inert unless a worker runs the actor's message: a direct call, or one actor calling another, goes straight through.
+It runs after every before-hook and is over before any after-hook, so that no order of middleware matters.
+"""
+
+from __future__ import annotations
+
+import functools
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .._job_errors import stand_in_for
+from ..common.callables import mark_wrapper, unwrapped
+from ..errors import QueueTimeoutExceeded
+from ..idempotency.options import Done, key_of
+from ..interrupts import threads as interrupts
+from ..outcomes import Outcome
+from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
+from .history import now_ms
+from .limits import CLOSE, expired_after, limit_for, warn_if_close
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+    from ..idempotency.guard import Admission
+    from ..idempotency.options import Guard
+    from ..interrupts.threads import Caller
+    from .broker_state import Wiring
+
+__all__ = ["wrap_actor"]
+
+
+def wrap_actor(actor: Actor[..., Any]) -> None:
+    """Replace ``actor.fn``, once.
+
+    The function of another actor, which that actor's wrapper may be around, gets a wrapper of its own for this actor. The
+    wrapper acts for the broker that delivered the message: one wrapper serves actors of the same name on several brokers.
+    """
+    name = actor.actor_name
+    given: Any = actor.fn
+    fn = unwrapped(given)
+    if fn is not given and given.dramatiq_policies_wraps.actor_name == name:
+        return
+    call = interrupts.caller(fn)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        delivery = current.get()
+        if delivery is None or delivery.stage != READY or delivery.message.actor_name != name:
+            return fn(*args, **kwargs)
+        try:
+            return _run(delivery.consumer.wiring, delivery, call, fn, args, kwargs)
+        except BaseException as error:
+            stand_in = stand_in_for(error)
+            if stand_in is None:
+                raise
+        # Outside of the handler: in there the error would become its context.
+        raise stand_in
+
+    mark_wrapper(run, fn, name)
+    actor.fn = run
+
+
+def _run(
+    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if delivery.carried is not None:
+        _carry_on(delivery)
+    policy = delivery.policy
+    timeout = wiring.timeout
+    limit = None
+    if timeout is not None and policy is not None:
+        if policy.queue_timeout_ms is not None:
+            _expire(delivery, policy.queue_timeout_ms)
+        limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
+    delivery.timeout_ms = limit
+    admission, guard, piggyback = wiring.admission, None if policy is None else policy.guard, wiring.piggyback
+    if piggyback is not None and not (
+        guard is not None and guard.claims_at_once and not delivery.redelivered and piggyback.claims.solitude.is_open
+    ):
+        piggyback.flush()
+    if admission is None or guard is None:
+        return _call(wiring, delivery, call, fn, args, kwargs)
+    solitude = admission.claims.solitude
+    solitude.enter(delivery)
+    try:
+        if guard.asked or delivery.redelivered or "idempotency_key" in delivery.message.options:
+            return _run_once(admission, guard, wiring, delivery, call, fn, args, kwargs)
+        return _call(wiring, delivery, call, fn, args, kwargs)
+    finally:
+        solitude.leave(delivery)
+
+
+def _carry_on(delivery: Delivery) -> None:
+    """Settle what an earlier run in this process has left to do, and do not run."""
+    assert delivery.carried is not None
+    decided, delivery.steps = delivery.carried
+    delivery.skip(decided)
+
+
+def _run_once(
+    admission: Admission,
+    guard: Guard,
+    wiring: Wiring,
+    delivery: Delivery,
+    call: Caller,
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    def call_inside_the_timeout(key: Any) -> Any:
+        assert guard.call_key is not None
+        return _call(wiring, delivery, guard.call_key, key, args, kwargs)
+
+    delivery.key = key_of(delivery.message, guard, call_inside_the_timeout)
+    # What ran so far was not the job.
+    delivery.started = delivery.ended = None
+    if delivery.key is not None or delivery.redelivered:
+        # Outside any interrupt: it would land in the store's client.
+        admission.admit(delivery, guard, delivery.key)
+    if guard.job is None or guard.call is None:
+        return _call(wiring, delivery, call, fn, args, kwargs)
+    try:
+        return _call(wiring, delivery, guard.call, guard.job, args, kwargs)
+    except Done:
+        delivery.started = None
+        admission.done(delivery)
+        raise
+
+
+def _call(
+    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call it with everything that interrupts a job, and its clock running."""
+    limit = delivery.timeout_ms
+    delivery.stage = RUNNING
+    delivery.started = started = monotonic()
+    delivery.ended = None
+    try:
+        return call(
+            fn,
+            args,
+            kwargs,
+            deadline=None if limit is None else started + limit / 1_000,
+            on_shutdown=wiring.interrupted_by_shutdown(delivery),
+            watch=wiring.timeout,
+            job=delivery,
+            after_interrupt=delivery.consumer.after_interrupt,
+        )
+    finally:
+        delivery.ended = ended = monotonic()
+        delivery.stage = RAN
+        if limit is not None and limit * CLOSE < (ended - started) * 1_000 <= limit:
+            warn_if_close(delivery)
+
+
+def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
+    """Skip a message that waited too long before its first run."""
+    waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
+    if waited is None:
+        return
+    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
+    delivery.skip(Settlement(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

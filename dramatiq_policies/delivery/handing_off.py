@@ -1,0 +1,320 @@
+"""The hand-off: have the broker accept what follows from a delivery, whatever it takes.
+
+Each try fails in one of three ways (see `Fault`). A lost connection is tried until it is back. A refusal escalates, after
+five seconds or at once if it is for good:
+
+1. What follows (a retry, a next stage) is given up; the message becomes a dead letter, reason ``handoff_failed``.
+2. The dead letter is made small: without traceback and history.
+3. The body as received becomes the dead letter. This needs no encoding.
+4. The message is enqueued again with its failure, after a wait that grows. It is not run again: the worker that takes it
+   goes on with this hand-off. Its slot is free meanwhile.
+5. Where even that is refused, the message keeps its slot for the wait and is then given back to its queue.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..common import clock
+from ..common.safe_logger import SafeLogger
+from ..errors import HandoffFailed
+from ..outcomes import BAD_ENDINGS, Outcome, text_of
+from .delivery import Delivery, GivenAway, Send, Settlement
+from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
+from .refusals import Fault
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import MessageProxy
+
+    from .broker_state import Wiring
+    from .consumer import PolicyConsumer
+
+__all__ = ["RETURNED", "HandOff", "returned", "wait_before_return"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+#: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
+_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
+#: For how many seconds a refusal is tried again.
+_PATIENCE = 5.0
+#: The outcomes of a run that has ended and whose message is enqueued again.
+_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
+
+#: The message option that says how often the message was enqueued again since its dead letter was refused.
+RETURNED = "returned"
+_FIRST_RETURN = 10_000
+_LAST_RETURN = 300_000
+
+
+def wait_before_return(times: int) -> int:
+    """For how many milliseconds a message waits whose dead letter was refused so often before."""
+    return min(_FIRST_RETURN << min(times, 10), _LAST_RETURN)
+
+
+def returned(options: dict[str, Any]) -> Settlement | None:
+    """What was decided on a message that was enqueued again since its dead letter was refused; None of any other."""
+    failure, times = options.get(FAILURE), options.get(RETURNED)
+    if type(times) is not int or not isinstance(failure, dict):
+        options.pop(RETURNED, None)
+        return None
+    try:
+        outcome = Outcome(failure.get("outcome"))
+    except ValueError:
+        outcome = Outcome.DEAD
+    reason, attempts = failure.get("reason"), failure.get("attempts")
+    return Settlement(
+        outcome if outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED else Outcome.DEAD,
+        reason if isinstance(reason, str) else None,
+        exception=HandoffFailed(f"{failure.get('exception')}: {failure.get('message')}"),
+        attempt=attempts if type(attempts) is int else None,
+        dead_letter=True,
+    )
+
+
+class HandOff:
+    """One delivery's hand-off.
+
+    Parameters:
+      decided: What was decided on the delivery.
+    """
+
+    def __init__(
+        self, wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, decided: Settlement
+    ) -> None:
+        self.wiring = wiring
+        self.consumer = consumer
+        self.message = message
+        self.delivery = delivery
+        self.decided = decided
+        #: The dead letter: a message, or the body as received.
+        self.dead: Message[Any] | bytes | None = None
+        self.small = False
+        #: Whether the message is being enqueued again, since its dead letter was refused.
+        self.returning = False
+        self.tries = 0
+        self.first_refusal: float | None = None
+
+    def run(self) -> Settlement:
+        """Have the broker accept all that follows from the decision; what was really decided in the end."""
+        if self.decided.outcome is not Outcome.SUCCEEDED and self._is_given_back():
+            # Whatever follows from this run would happen twice.
+            return self._give_up(ConnectionError("the consumer's connection is closed"))
+        while True:
+            try:
+                self._try()
+                return self.decided
+            except Exception as error:
+                if isinstance(error, GivenAway) or self._is_given_back():
+                    return self._give_up(error)
+                if self._is_at_an_end(error):
+                    if self.returning:
+                        return self._park(error)
+                    try:
+                        self._escalate(error)
+                    except Exception as another:
+                        logger.exception("Message %s can't be given up.", self.message.message_id)
+                        return self._give_up(another)
+                    self.first_refusal, self.tries = None, 0
+                    continue
+                if self.tries == 0:
+                    logger.warning(
+                        "The broker did not take what follows message %s of actor %r (%s: %s); trying again.",
+                        self.message.message_id,
+                        self.message.actor_name,
+                        type(error).__name__,
+                        text_of(error),
+                    )
+                pause = _PAUSES[min(self.tries, len(_PAUSES) - 1)]
+                self.tries += 1
+                if self.wiring.stopping.wait(pause) and self.tries > 1:
+                    return self._give_up(error)
+
+    def _try(self) -> None:
+        consumer, delivery = self.consumer, self.delivery
+        if self.decided.dead_letter and self.dead is None:
+            self.dead = self._dead_letter()
+        if delivery.steps or self.dead is not None or consumer.completes(delivery):
+            _resolve(delivery)
+            self._announce()
+            consumer.hand_off(self.message, delivery, self.dead)
+        if self.dead is not None:
+            consumer.dead_letters_accepted()
+
+    def _is_given_back(self) -> bool:
+        """Whether the broker has given this message back to its queue already."""
+        return self.consumer.gave_back() and not self.delivery.is_remembered()
+
+    def _is_at_an_end(self, error: Exception) -> bool:
+        """Whether there is no point in the same try once more."""
+        fault = self.consumer.fault_of(error)
+        if fault is Fault.LOST:
+            return False
+        now = clock.monotonic()
+        if self.first_refusal is None:
+            self.first_refusal = now
+        # One that is known to refuse dead letters is not waited for with each of them.
+        known = self.decided.dead_letter and (self.consumer.refuses_dead_letters or RETURNED in self.message.options)
+        return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _PATIENCE
+
+    def _escalate(self, error: Exception) -> None:
+        """Go on with less than was to be handed on."""
+        delivery, decided = self.delivery, self.decided
+        hopeless = self.consumer.fault_of(error) is Fault.HOPELESS
+        if not decided.dead_letter or (delivery.steps and not self._is_dead_letter_at_fault(hopeless)):
+            self._say(
+                "The broker would not take what follows message %s of actor %r (%s: %s); "
+                "it goes to the dead-letter queue.",
+                error,
+            )
+            delivery.steps = None
+            if not decided.dead_letter:
+                self.decided = delivery.settlement = self._failed(error)
+                self.message.fail()
+            self.dead = None
+        elif hopeless and not self.small and not isinstance(self.dead, bytes):
+            self.small, self.dead = True, None
+        elif hopeless and delivery.body is not None and not isinstance(self.dead, bytes):
+            self.dead = delivery.body
+        else:
+            self._return(error)
+
+    def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
+        """Whether what can never be sent is the dead letter, and not a callback that goes with it."""
+        encoded = all(isinstance(step, Send) and step.encoded is not None for step in self.delivery.steps or ())
+        # Elsewhere the dead letter is sent when no step is left.
+        return hopeless and encoded and self.consumer.acks_with_hand_off and not isinstance(self.dead, bytes)
+
+    def _failed(self, error: Exception) -> Settlement:
+        """The decision on a message whose retry, or next stage, was refused."""
+        decided = self.decided
+        stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
+        stand_in.__cause__ = error
+        if decided.outcome is Outcome.RETRIED and decided.exception is not None:
+            # The dead letter tells of the run whose retry would have told of it.
+            history = History(self.message.options)
+            history.attempt = decided.attempt or history.attempt
+            history.failed(decided.exception, now_ms(), None)
+            self.message.options[POLICIES] = history.option()
+        return Settlement(
+            Outcome.DEAD,
+            "handoff_failed",
+            exception=stand_in,
+            rule=decided.rule,
+            attempt=decided.attempt,
+            dead_letter=True,
+        )
+
+    def _dead_letter(self) -> Message[Any]:
+        message = self.message
+        failure = message.options[FAILURE] if RETURNED in message.options else self._failure()
+        sent = self.delivery.received() if self.small else None
+        # The options, too, may have been changed to what cannot be sent.
+        dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.consumer.queue_name)
+        dead.options.pop(POLICIES, None)
+        dead.options.pop(RETURNED, None)
+        if replays := replays_of(message.options) - (RETURNED in message.options):
+            dead.options[POLICIES] = {"replays": replays}
+        dead.options[FAILURE] = {**failure, "traceback": None, "history": []} if self.small else failure
+        return dead
+
+    def _failure(self) -> dict[str, Any]:
+        policy = self.wiring.policies.get(self.message.actor_name)
+        return failure_of(self.decided, self.message.options, None if policy is None else policy.tags)
+
+    def _return(self, error: Exception) -> None:
+        """Enqueue the message again, with its failure, for the dead-letter queue refuses it."""
+        options = self.message.options
+        times = options.get(RETURNED, 0)
+        wait = wait_before_return(times)
+        if self.consumer.dead_letters_refused():
+            self._say(
+                "The dead-letter queue would not take message %s of actor %r (%s: %s). The message, and others like it, "
+                "are enqueued again and not run: make room in the dead-letter queue.",
+                error,
+            )
+        failure = options[FAILURE] if times else self._failure()
+        if self.small:
+            failure = {**failure, "traceback": None, "history": []}
+        again = self.delivery.again(**{FAILURE: failure, RETURNED: times + 1})
+        self.returning, self.dead = True, None
+        self.delivery.steps = [Send(again, wait)]
+        self.decided = self.delivery.settlement = Settlement(
+            Outcome.INTERRUPTED,
+            "handoff_failed",
+            exception=error,
+            attempt=self.decided.attempt or attempt_of(options),
+            delay_ms=wait,
+        )
+
+    def _park(self, error: Exception) -> Settlement:
+        """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
+        self.delivery.abandoned = True
+        self.delivery.steps = None
+        self.consumer.park(self.message, self.decided.delay_ms or _FIRST_RETURN)
+        logger.error(
+            "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
+            self.message.message_id,
+            self.message.actor_name,
+            type(error).__name__,
+            text_of(error),
+        )
+        return self.decided
+
+    def _give_up(self, error: Exception) -> Settlement:
+        self.delivery.abandoned = True
+        # Which may keep what is left of the steps.
+        self.consumer.abandon(self.message)
+        self.delivery.steps = None
+        return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
+
+    def _announce(self) -> None:
+        """Have the claim say that the run has ended, before its retry is enqueued.
+
+        A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
+        """
+        delivery, consumer, steps = self.delivery, self.consumer, self.delivery.steps
+        if delivery.claim is None or consumer.acks_with_hand_off or self.decided.outcome not in _AGAIN or not steps:
+            return
+        message_id = self.message.message_id
+        again = next((step for step in steps if isinstance(step, Send) and step.message.message_id == message_id), None)
+        if again is None:
+            return
+        if len(steps) > 1:
+            steps.remove(again)
+            try:
+                consumer.hand_off(self.message, delivery, None)
+            finally:
+                steps.append(again)
+        delivery.claim.ending(again)
+
+    def _say(self, text: str, error: Exception) -> None:
+        message = self.message
+        alerts.critical(
+            text,
+            message.message_id,
+            message.actor_name,
+            type(error).__name__,
+            text_of(error),
+            exc_info=error,
+            extra={
+                "actor": message.actor_name,
+                "queue": self.consumer.queue_name,
+                "message_id": message.message_id,
+                "reason": "handoff_failed",
+            },
+        )
+
+
+def _resolve(delivery: Delivery) -> None:
+    """Turn the calls among the steps into the messages that they yield."""
+    steps = delivery.steps
+    if steps is None:
+        return
+    for index, step in enumerate(steps):
+        if not isinstance(step, Send):
+            # Replaced at once: a group's barrier must not be counted again when a later step fails.
+            steps[index : index + 1] = step()
+            _resolve(delivery)
+            return

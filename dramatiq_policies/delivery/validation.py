@@ -1,0 +1,151 @@
+"""Messages come from anywhere: what can't be read is said to be so, and what can't be used is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from dramatiq import Message
+
+from ..common.durations import WEEK_MS
+from ..common.safe_logger import SafeLogger
+from ..errors import MalformedMessage
+
+#: The default of ``max_body_bytes``.
+MAX_BODY_BYTES = 16_000_000
+
+__all__ = ["MAX_BODY_BYTES", "check_composition", "check_shape", "clean_options", "decode", "described"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+_REQUIRED = {"queue_name": str, "actor_name": str, "args": (list, tuple), "kwargs": dict, "options": dict}
+_ALLOWED: dict[str, Any] = {**_REQUIRED, "message_id": str, "message_timestamp": (int, float)}
+
+
+def decode(body: bytes, most: int | None = MAX_BODY_BYTES) -> Message[Any]:
+    """Decode a body, unless it is longer than ``most`` bytes: decoded it may be larger than the machine.
+
+    Raises:
+      MalformedMessage: It is too long.
+      dramatiq.DecodeError: The encoder cannot read it.
+    """
+    if most is not None and len(body) > most:
+        raise MalformedMessage(f"the body has {len(body)} bytes, and max_body_bytes is {most}")
+    return Message.decode(body)
+
+
+def check_shape(message: Message[Any]) -> None:
+    """See that every field has its type.
+
+    Raises:
+      MalformedMessage: If one has not.
+    """
+    if not (
+        type(message.options) is dict
+        and type(message.message_id) is str
+        and type(message.actor_name) is str
+        and type(message.queue_name) is str
+        and type(message.kwargs) is dict
+        and is_number(message.message_timestamp)
+    ):
+        raise MalformedMessage("a field of the message has the wrong type")
+
+
+def check_composition(options: dict[str, Any]) -> None:
+    """See that what must be handed on after the job can be.
+
+    Raises:
+      MalformedMessage: If ``pipe_target`` or a group's callbacks are no messages.
+    """
+    target = options.get("pipe_target")
+    if target is not None:
+        _check_nested(target, "pipe_target")
+    callbacks = options.get("group_completion_callbacks")
+    if callbacks is not None:
+        if not isinstance(callbacks, list) or not isinstance(options.get("group_completion_uuid"), str):
+            raise MalformedMessage("group_completion_callbacks: expected a list of messages and the group's uuid")
+        for callback in callbacks:
+            _check_nested(callback, "group_completion_callbacks")
+
+
+def _check_nested(data: Any, option: str) -> None:
+    # Pipelines nest one stage in another: a loop, since a hostile one may be deeper than the stack.
+    while data is not None:
+        if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
+            raise MalformedMessage(f"{option}: expected a message, got {described(data)}")
+        for name, value in data.items():
+            if not isinstance(value, _ALLOWED[name]):
+                raise MalformedMessage(f"{option}: {name} has the wrong type: {described(value)}")
+        data = data["options"].get("pipe_target")
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a finite number, and no bool."""
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def described(value: Any) -> str:
+    """A value out of a message as it may stand in a log: a number as it is, of all else the type, for it may be a secret."""
+    return f"{value!r:.100}" if value is None or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
+
+
+def _is_wait(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 10**15
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or type(value) is str
+
+
+#: The options of Dramatiq's own middleware that a message may carry, and what each accepts.
+_ACCEPTS: dict[str, Callable[[Any], bool]] = {
+    "throws": lambda value: False,
+    "retries": _is_count,
+    "max_retries": lambda value: value is None or (type(value) is int and value < 2**53),
+    "min_backoff": _is_wait,
+    "max_backoff": _is_wait,
+    "max_age": lambda value: value is None or _is_wait(value),
+    "result_ttl": lambda value: _is_wait(value) and value > 0,
+    "broker_priority": lambda value: value is None or (type(value) is int and 0 <= value <= 255),
+    "on_failure": _is_name,
+    "on_success": _is_name,
+    "on_retry_exhausted": _is_name,
+    "ready_at": _is_wait,
+    # Dramatiq runs a message with any other rubbish here at once, and says so itself; one that is due at infinity, never.
+    "eta": lambda value: type(value) is not float or math.isfinite(value),
+}
+_CHECKED = frozenset(_ACCEPTS)
+_BACKOFFS = frozenset({"min_backoff", "max_backoff"})
+_warned: set[tuple[str, str]] = set()
+
+
+def clean_options(message: Message[Any]) -> None:
+    """Leave out each option whose value can't be used, with one warning for each actor and option."""
+    options = message.options
+    for name in _CHECKED.intersection(options):
+        if not _ACCEPTS[name](options[name]):
+            _warn_once(message.actor_name, name, options.pop(name), "can't be used and is ignored")
+        elif name in _BACKOFFS and options[name] > WEEK_MS:
+            # Dramatiq shortens the wait in silence.
+            _warn_once(message.actor_name, name, options[name], "is more than 7 days: the longest wait is 7 days")
+
+
+def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
+    if (actor_name, option) not in _warned and len(_warned) < 1_000:
+        _warned.add((actor_name, option))
+        logger.warning(
+            "A message for actor %r carries the option %s=%s, which %s.", actor_name, option, described(value), what
+        )
+
+
+def timedeltas_to_ms(options: dict[str, Any]) -> None:
+    """Turn each ``timedelta`` in a message's options into milliseconds, since a message is JSON."""
+    for name, value in options.items():
+        if isinstance(value, timedelta):
+            options[name] = round(value.total_seconds() * 1_000)

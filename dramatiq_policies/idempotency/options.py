@@ -1,0 +1,265 @@
+"""What an actor declares about running once: checked at its declaration, with the key of each of its messages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dramatiq.asyncio import async_to_sync
+from dramatiq.middleware import SkipMessage
+
+from ..common.callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature, unwrapped
+from ..common.durations import CENTURY_MS, WEEK_MS
+from ..errors import ConfigurationError, checked_duration, how_to_add
+from ..interrupts import coroutines
+from ..interrupts import threads as interrupts
+from ..rules.backoff import bounds_of
+from ..rules.matching import RuleSet
+from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
+
+if TYPE_CHECKING:
+    from dramatiq import Actor, Message
+
+    from ..interrupts.threads import Caller
+
+__all__ = [
+    "OPTIONS",
+    "Done",
+    "Guard",
+    "Register",
+    "checked_crashes",
+    "key_of",
+    "name_of",
+    "register_of",
+    "resolve_guard",
+]
+
+#: The actor options of idempotency.
+OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
+
+
+class Guard:
+    """What an actor declares about running once.
+
+    Attributes:
+      asked: Whether it asks for anything at all.
+      keyed: Whether it has a key; without one only ``done_when`` and the count of crashes are left.
+      key_of: Makes the key; None for the message id. If ``call_key`` is given, it takes what the actor takes.
+      claims_at_once: Whether nothing of the user's runs before the claim.
+      call_key: How a ``key_of`` that is code of the user's is called; None for a template.
+      job, call: The actor's function with ``done_when`` before it, and how it is called; None without one.
+      ttl: How long a completed key is remembered, in milliseconds.
+      max_crashes: See `Idempotency`.
+    """
+
+    __slots__ = ("asked", "call", "call_key", "claims_at_once", "job", "key_of", "keyed", "max_crashes", "ttl")
+
+    asked: bool
+    keyed: bool
+    claims_at_once: bool
+    ttl: int
+    max_crashes: int | None
+
+    def __init__(self) -> None:
+        self.key_of: Callable[..., Any] | None = None
+        self.call_key: Caller | None = None
+        self.job: Callable[..., Any] | None = None
+        self.call: Caller | None = None
+
+
+class Done(SkipMessage):
+    """``done_when`` said that there is nothing left to do."""
+
+
+def name_of(actor_name: str, key: str) -> str:
+    """The register of an actor's key."""
+    if type(key) is TypedKey:
+        return typed_name(("a", actor_name), *key.parts)
+    return encodable(f"{actor_name}\0{key}")
+
+
+class Register(NamedTuple):
+    """Where a key is remembered.
+
+    Attributes:
+      name: The register.
+      earlier: The register of the same key in version 0.1.0, where that was another one; None where it is the same.
+    """
+
+    name: str
+    earlier: str | None = None
+
+
+def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Register:
+    """The register of an actor's key, and the one that 0.1.0 used.
+
+    Parameters:
+      scope: Tells the services apart that share the store; empty where the store's namespace does.
+    """
+    if type(key) is not TypedKey and not scope:
+        return Register(name_of(actor_name, key))
+    parts = key.parts if type(key) is TypedKey else (("k", key),)
+    name = typed_name(*(("@", text) for text in scope), ("a", actor_name), *parts)
+    return Register(name, encodable(f"{actor_name}\0{key}"))
+
+
+def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str | None:
+    """The key of a message: its own, or what the actor's makes of its arguments; None if it has none.
+
+    ``call`` calls code of the user's with what the actor was called with.
+    """
+    own = message.options.get("idempotency_key")
+    if own is not None:
+        return checked_key(own)
+    if not guard.keyed:
+        return None
+    if guard.key_of is None:
+        return text_key(message.message_id)
+    if guard.call_key is not None:
+        return checked_key(call(guard.key_of))
+    key: str = guard.key_of(message.args, message.kwargs)
+    return key or checked_key(key)
+
+
+def resolve_guard(
+    where: str, actor: Actor[..., Any], rules: RuleSet, defaults: tuple[int, int | None] | None
+) -> Guard | None:
+    """Check an actor's options of idempotency.
+
+    Parameters:
+      defaults: The broker's ttl and max_crashes; None if it has no Idempotency.
+
+    Raises:
+      ConfigurationError: An option makes no sense, or there is no Idempotency to serve it.
+    """
+    options = actor.options
+    if defaults is None:
+        _refuse_any(where, options)
+        return None
+    guard = Guard()
+    fn: Any = unwrapped(actor.fn)
+    idempotent = options.get("idempotent")
+    if not (idempotent is None or isinstance(idempotent, bool)):
+        raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)
+    given, done_when = options.get("idempotency_key"), options.get("done_when")
+    takes = None if given is None and done_when is None else _signature_of(fn)
+    if given is not None:
+        if isinstance(given, str):
+            if takes is None:
+                raise ConfigurationError.of_option(
+                    where, "idempotency_key", "a callable, for the actor does not say what it takes", given
+                )
+            guard.key_of = template_key(where, given, takes)
+        else:
+            _check_callable(where, "idempotency_key", "a template or a callable", given, fn, takes)
+            guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
+            guard.call_key = interrupts.caller(guard.key_of)
+    guard.keyed = bool(idempotent) or given is not None
+    guard.claims_at_once = guard.keyed and guard.call_key is None
+    guard.asked = guard.keyed or done_when is not None
+    if done_when is not None:
+        _check_callable(where, "done_when", "a callable", done_when, fn, takes)
+        guard.job = _with_done_when(fn, done_when)
+        guard.call = interrupts.caller(guard.job)
+    ttl, max_crashes = defaults
+    declared = options.get("idempotency_ttl")
+    if declared is not None:
+        ttl = checked_duration(where, "idempotency_ttl", declared, least=1, most=CENTURY_MS)
+    guard.ttl = max(ttl, _longest_wait(rules))
+    if "max_crashes" in options:
+        max_crashes = checked_crashes(where, options["max_crashes"])
+    guard.max_crashes = max_crashes
+    return guard
+
+
+def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
+    for name in OPTIONS:
+        value = options.get(name)
+        # Not by equality: 0 asks for something too.
+        if not (value is None or value is False):
+            raise ConfigurationError(
+                f"{where}: {name}: the broker has no Idempotency with a store. "
+                + how_to_add(
+                    "Idempotency(RedisStore.from_url(…))",
+                    "on RabbitMQ install(broker, idempotency=Idempotency(RedisStore.from_url(…)))",
+                )
+                + "."
+            )
+
+
+def checked_crashes(where: str, value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigurationError.of_option(where, "max_crashes", "an int of at least 1, or None", value)
+    return value
+
+
+def _longest_wait(rules: RuleSet) -> int:
+    """The longest wait between two runs that rules which retry allow, in milliseconds."""
+    longest = 0
+    for policy in rules.retry_policies():
+        bounds = [bounds_of(policy.wait, attempt)[1] for attempt in range(1, min(policy.attempts, 100))]
+        longest = max([longest, *bounds])
+    return min(longest, WEEK_MS)
+
+
+def _signature_of(fn: Any) -> inspect.Signature | None:
+    """What the actor takes, None if it does not say."""
+    try:
+        return signature_of(fn)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_decorated(fn: Any) -> bool:
+    return hasattr(fn.__wrapped__ if coroutines.is_async(fn) else fn, "__wrapped__")
+
+
+def _check_callable(
+    where: str, option: str, expected: str, given: Any, fn: Any, takes: inspect.Signature | None
+) -> None:
+    """Refuse what can't be called as the actor is; ``takes`` is what that takes, None if it does not say."""
+    if not callable(given):
+        raise ConfigurationError.of_option(where, option, expected, given)
+    if only_makes_an_object(given) and not (is_coroutine_callable(given) and coroutines.is_async(fn)):
+        raise ConfigurationError.of_option(
+            where,
+            option,
+            "a plain function",
+            given,
+            "A coroutine function works on an async actor only, a generator nowhere",
+        )
+    # A decorator may take other arguments than what it wraps.
+    if takes is not None and not _is_decorated(fn) and not accepts_call_of(given, takes):
+        raise ConfigurationError.of_option(
+            where,
+            option,
+            f"a callable that takes what the actor takes, {takes}",
+            given,
+            f"It takes {stated_signature(given)}; give it the actor's parameters",
+        )
+
+
+def _with_done_when(fn: Any, done_when: Callable[..., Any]) -> Callable[..., Any]:
+    """The job, which asks first whether it has been done: inside its timeout, and on the loop of an async actor."""
+    if coroutines.is_async(fn):
+        coroutine = fn.__wrapped__
+
+        @functools.wraps(coroutine)
+        async def ask_and_run(*args: Any, **kwargs: Any) -> Any:
+            done = done_when(*args, **kwargs)
+            if inspect.isawaitable(done):
+                done = await done
+            if done:
+                raise Done
+            return await coroutine(*args, **kwargs)
+
+        return async_to_sync(ask_and_run)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if done_when(*args, **kwargs):
+            raise Done
+        return fn(*args, **kwargs)
+
+    return run

@@ -1,0 +1,190 @@
+"""Which services share an idempotency store, and whether two of them share their keys.
+
+A key belongs to its actor, and an actor to its service. Two services with an actor of one name must not share a namespace of
+the store: the second one's jobs would be duplicates of the first one's. Where no namespace is given, a register's name
+contains what tells services apart: the broker's virtual host or namespace, and the actor's queue. For all else each worker
+records at its start which actors it runs from which queue, and logs what another service has recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from .._dramatiq import kind_of
+from ..common.durations import WEEK_MS
+from ..common.safe_logger import SafeLogger
+from ..delivery.history import now_ms
+from ..stores import IdempotencyStore
+from .keys import typed_name
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["Neighbour", "neighbours", "place_of", "record_service", "server_of"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+#: The register in which workers record their service.
+_SERVICES = typed_name(("#", "services"))
+#: For how long, in milliseconds, a service is one that still runs.
+_LATELY = WEEK_MS
+_TRIES = 20
+#: Seconds to wait for RabbitMQ's name.
+_PATIENCE = 2.0
+
+
+class Neighbour(NamedTuple):
+    """An actor whose keys another service uses, too.
+
+    Attributes:
+      actor: The actor's name.
+      other: The queue and the broker of the other service.
+      seen: When a worker of that service started last, ms since the epoch.
+    """
+
+    actor: str
+    other: str
+    seen: int
+
+    def __str__(self) -> str:
+        return (
+            f"Two services use the idempotency keys of actor {self.actor!r}: another one runs it from {self.other}. A job of "
+            "the one is skipped as a duplicate of the other's. Give each service a namespace of its own: "
+            "RedisStore(namespace=…). If you have moved the actor to another queue, ignore this for a week"
+        )
+
+
+def place_of(broker: Broker, store: IdempotencyStore) -> str | None:
+    """The part of a register's name that tells services apart; None where the store's own namespace does."""
+    kind = kind_of(broker)
+    if kind == "stub" or getattr(store, "is_namespaced", True):
+        return None
+    return _within(broker)
+
+
+def _within(broker: Any) -> str:
+    """The part of its server that a broker uses."""
+    kind = kind_of(broker)
+    if kind == "redis":
+        return f"redis {broker.namespace}"
+    if kind == "rabbitmq":
+        parameters = broker.parameters
+        first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
+        return f"rabbitmq {getattr(first, 'virtual_host', '/')}"
+    return type(broker).__name__
+
+
+def server_of(broker: Any, store: Any) -> str | None:
+    """A name for the part of its server that a broker uses, the same for each client; None if it can't be told now."""
+    try:
+        kind = kind_of(broker)
+        if kind == "rabbitmq":
+            return f"{_within(broker)} of {_cluster_of(broker)}"
+        if kind == "redis":
+            beside = getattr(store, "is_beside", None)
+            if beside is not None and beside(broker.client):
+                return _within(broker)
+            return f"{_within(broker)} of {_id_of(broker)}"
+    except Exception as error:
+        logger.debug("The broker's server can't be asked for its name: %s", error)
+    return None
+
+
+def _cluster_of(broker: Any) -> str:
+    import pika
+
+    several = broker.parameters if isinstance(broker.parameters, (list, tuple)) else [broker.parameters]
+    copies = [copy(one) for one in several]
+    for one in copies:
+        one.socket_timeout = one.stack_timeout = _PATIENCE
+        one.connection_attempts = 1
+    connection = pika.BlockingConnection(copies)
+    try:
+        # Pika keeps to itself what the server said when it opened the connection.
+        name = connection._impl.server_properties.get("cluster_name", "")  # noqa: SLF001
+    finally:
+        connection.close()
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _id_of(broker: Any) -> str:
+    # A Redis server's own id is another one after each start.
+    name = f"{broker.namespace}:dramatiq_policies:id"
+    broker.client.set(name, uuid4().hex, nx=True)
+    found = broker.client.get(name)
+    return found.decode() if isinstance(found, bytes) else str(found)
+
+
+def record_service(
+    store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
+) -> list[Neighbour]:
+    """Record which actors a service runs; what other services have recorded of the same keys.
+
+    Parameters:
+      server: See `server_of`.
+      place: See `place_of`.
+      queues: The actors that have keys, each with its queue.
+    """
+    queues = list(queues)
+    held: bytes | None = None
+    for _ in range(_TRIES):
+        known = _read(held)
+        now = now_ms()
+        found = list(_others(known, server, place, queues, now))
+        for actor, queue in queues:
+            of_actor = known.setdefault(_key(place, actor, queue), {})
+            of_actor[_name(server, queue)] = now
+        value = json.dumps({actor: _lately(seen, now) for actor, seen in known.items() if _lately(seen, now)})
+        entry = store.swap(_SERVICES, held, value.encode(), 4 * WEEK_MS)
+        if entry is None:
+            return found
+        held = entry.value
+    return []
+
+
+def neighbours(
+    store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
+) -> list[Neighbour]:
+    """What other services have recorded of the same keys. Nothing is changed; parameters as for `record_service`."""
+    return list(_others(_read(store.get(_SERVICES).value), server, place, queues, now_ms()))
+
+
+def _others(
+    known: dict[str, dict[str, int]], server: str, place: str | None, queues: Iterable[tuple[str, str]], now: int
+) -> Iterator[Neighbour]:
+    for actor, queue in queues:
+        for other, seen in _lately(known.get(_key(place, actor, queue), {}), now).items():
+            if other != _name(server, queue):
+                yield Neighbour(actor, other, seen)
+
+
+def _key(place: str | None, actor: str, queue: str) -> str:
+    return actor if place is None else json.dumps([place, queue, actor])
+
+
+def _name(server: str, queue: str) -> str:
+    return f"queue {queue!r} ({server})"
+
+
+def _lately(seen: dict[str, int], now: int) -> dict[str, int]:
+    latest = sorted(seen.items(), key=lambda item: item[1])[-10:]
+    return {name: at for name, at in latest if now - at < _LATELY}
+
+
+def _read(value: bytes | None) -> dict[str, dict[str, int]]:
+    """What the register holds; what is not as ours is left out."""
+    try:
+        found = json.loads(value or b"{}")
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        actor: {name: at for name, at in seen.items() if type(at) is int}
+        for actor, seen in found.items()
+        if isinstance(seen, dict)
+    }

@@ -1,0 +1,113 @@
+"""What is done to Sentry's SDK, and the private names of it that this takes.
+
+Checked against sentry-sdk 2.0, 2.25 and 2.75. When a new release of it breaks us, it breaks here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from .. import _dramatiq
+from ..outcomes import Outcome
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker, MessageProxy
+
+__all__ = ["drop_our_lines", "forget_last_seen", "job_scope", "quieten"]
+
+#: Outcomes that Sentry need not count as a failed transaction.
+_NO_FAILURES: Final = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
+_OUR_LOGGERS: Final = frozenset({"dramatiq_policies.outcomes", "dramatiq_policies.alerts"})
+
+
+def job_scope(scope_class: Any) -> Any:
+    """The class of a job's isolation scope: a fork of the one around it, made when the job first needs it.
+
+    A fork copies a dozen containers, which costs a sixth of what Dramatiq takes for a whole message; most jobs leave no
+    breadcrumb. An instance is made without them, so that the first that is missed brings all.
+    """
+
+    class JobScope(scope_class):  # type: ignore[misc]
+        __slots__ = ("around",)
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in scope_class.__slots__:
+                raise AttributeError(name)
+            fork = self.around.fork()
+            fork.clear_breadcrumbs()
+            for slot in scope_class.__slots__:
+                # What the job has set already stays; and some versions leave one unset in a copy.
+                if not _is_set(self, slot) and _is_set(fork, slot):
+                    setattr(self, slot, getattr(fork, slot))
+            return object.__getattribute__(self, name)
+
+    return JobScope
+
+
+def _is_set(scope: Any, slot: str) -> bool:
+    try:
+        object.__getattribute__(scope, slot)
+    except AttributeError:
+        return False
+    return True
+
+
+def quieten(middleware: Any) -> None:
+    """Have Sentry's own middleware report no job of ours; its transactions go on to say which failed.
+
+    Any other middleware is left alone.
+    """
+    if type(middleware).__module__ != "sentry_sdk.integrations.dramatiq":
+        return
+    if "after_process_message" in vars(middleware):
+        return
+    stock = middleware.after_process_message
+
+    def after_process_message(
+        broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        delivery = getattr(message, "delivery", None)
+        if delivery is None:
+            stock(broker, message, result=result, exception=exception)
+            return
+        decided = delivery.settlement
+        span = getattr(message, "_sentry_span_ctx", None)
+        if exception is not None and span is not None and (decided is None or decided.outcome not in _NO_FAILURES):
+            if hasattr(span, "set_status"):
+                span.set_status("internal_error")
+            else:
+                span.status = "error"
+        stock(broker, message, result=result, exception=None)
+
+    middleware.after_process_message = after_process_message
+
+
+def forget_last_seen(client: Any) -> None:
+    """Have an error reported that a log line, of Dramatiq's or the job's own, has told Sentry of before."""
+    from sentry_sdk.integrations.dedupe import DedupeIntegration
+
+    last_seen = getattr(client.get_integration(DedupeIntegration), "_last_seen", None)
+    if last_seen is not None:
+        last_seen.set(None)
+
+
+def drop_our_lines() -> None:
+    """Have Sentry make no event of a log line on what is reported already."""
+    from sentry_sdk.scope import add_global_event_processor, global_event_processors
+
+    if _without_our_lines not in global_event_processors:
+        add_global_event_processor(_without_our_lines)
+
+
+def _without_our_lines(event: Any, hint: Any) -> Any:
+    """None for the event that Sentry makes of a log line on something that is reported already."""
+    record = hint.get("log_record") if hint else None
+    if not isinstance(record, logging.LogRecord):
+        return event
+    if record.name in _OUR_LOGGERS:
+        # Of a delivery, or of a stuck job.
+        told = hasattr(record, "reason") or hasattr(record, "stack")
+    else:
+        told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
+    return None if told else event

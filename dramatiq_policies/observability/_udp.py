@@ -1,0 +1,127 @@
+"""A ``statsd`` client over UDP that finds its server by itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any
+
+from ..errors import ConfigurationError
+
+__all__ = ["MAX_BYTES", "udp_client"]
+
+#: The most that fits into one datagram on any Ethernet without being taken apart.
+MAX_BYTES = 1_432
+#: Seconds after which the host is looked up again, and after a failure.
+_RESOLVED_FOR, _RESOLVE_AGAIN = 300.0, 30.0
+
+
+def udp_client(say: Callable[[str, str], None]) -> Any:
+    """A client for ``STATSD_HOST``/``STATSD_PORT``, localhost:8125 by default.
+
+    ``say(what, text)`` logs what goes wrong, each ``what`` once.
+
+    Raises:
+      ImportError: The ``statsd`` package is not installed.
+      ConfigurationError: ``STATSD_PORT`` is no port.
+    """
+    try:
+        from statsd import StatsClient
+    except ImportError as error:
+        raise ImportError('Metrics needs the statsd package: pip install "dramatiq-policies[statsd]"') from error
+
+    class UdpClient(_Udp, StatsClient):  # type: ignore[misc]
+        pass
+
+    port = os.environ.get("STATSD_PORT") or "8125"
+    if not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ConfigurationError.of_option("Metrics", "STATSD_PORT", "a port in the environment, or nothing", port)
+    return UdpClient(os.environ.get("STATSD_HOST") or "localhost", int(port), say)
+
+
+class _Udp:
+    """What ``statsd.StatsClient`` does with a socket, for one thread that may wait for a name, and no longer.
+
+    That one's constructor looks the host up, and raises if it can't; its socket never says that nobody listens.
+    """
+
+    def __init__(self, host: str, port: int, say: Callable[[str, str], None]) -> None:
+        self.host, self.port = host, port
+        self.say = say
+        # What StatsClient's own methods read.
+        self._prefix = None
+        self._maxudpsize = MAX_BYTES
+        self._sock: socket.socket | None = None
+        self._look_up_at = 0.0
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Close the socket; the next value opens another."""
+        sock, self._sock = self._sock, None
+        self._look_up_at = 0.0
+        if sock is not None:
+            sock.close()
+
+    __del__ = close
+
+    def deliver_all(self, texts: Iterable[str]) -> None:
+        """Send lines in as few datagrams as they need; those of one text stay together, if they fit into one."""
+        packet: list[str] = []
+        size = 0
+        for text in texts:
+            for part in (text,) if len(text) <= MAX_BYTES else text.split("\n"):
+                size += len(part) + 1
+                if size > MAX_BYTES + 1 and packet:
+                    self._send("\n".join(packet))
+                    packet, size = [], len(part) + 1
+                packet.append(part)
+        self._send("\n".join(packet))
+
+    def _send(self, text: str) -> None:
+        """Send what a method of StatsClient has formatted."""
+        if self._pid != os.getpid():
+            self.close()
+            self._pid = os.getpid()
+        if monotonic() >= self._look_up_at:
+            self._look_up()
+        sock = self._sock
+        if sock is None:
+            return
+        data = text.encode("ascii", "replace")
+        try:
+            sock.send(data)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            # A connected socket tells of the datagram before: nobody listened. This one is still to be sent.
+            self._lost(error)
+            try:
+                sock.send(data)
+            except OSError:
+                pass
+
+    def _look_up(self) -> None:
+        sock = self._sock
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
+            # As the statsd package: IPv4 where there is both.
+            family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+            if sock is None:
+                sock = socket.socket(family, kind, protocol)
+                sock.setblocking(False)
+            sock.connect(address)
+            self._sock = sock
+            self._look_up_at = monotonic() + _RESOLVED_FOR
+        except Exception as error:  # Not only an OSError: a name that can't be one is a UnicodeError.
+            self._look_up_at = monotonic() + _RESOLVE_AGAIN
+            if sock is not None and sock is not self._sock:
+                sock.close()
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        self.say(
+            "unreachable",
+            f"No StatsD server can be reached at {self.host}:{self.port} ({error}); metrics are left out until there is.",
+        )

@@ -1,0 +1,287 @@
+"""Which of many processes does what only one should do, and what each of them lets that one know.
+
+Among the worker processes of one ``dramatiq`` command a lock on a file elects the one: the kernel takes it back when the
+process dies, however it dies. Where Redis is at hand, a lease elects one for the whole fleet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from .._dramatiq import kind_of
+from ..common.safe_logger import SafeLogger
+from ..delivery.history import now_ms
+from .notes import Note, memory_in, note_in, timed_note_in
+from .private_files import lock, make_private, open_own, private_folder
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+    from ..delivery.broker_state import Wiring
+
+__all__ = ["CommandElection", "Election", "FleetElection", "elect"]
+
+logger = SafeLogger("dramatiq_policies.alerts")
+
+
+class Election:
+    """Nobody else is there: this process is the one.
+
+    A note counts for ``fresh_ms``; a lease ends that long after it was last asked for.
+    """
+
+    #: Whether `notes` has those of everybody, so that none means that nobody is there.
+    hears_all = False
+
+    def __init__(self, fresh_ms: int = 60_000) -> None:
+        self.fresh_ms = fresh_ms
+        self._note: Note | None = None
+
+    def wins(self) -> bool:
+        """Whether this process is the elected one, from now until it asks next; asks again what it was asked before."""
+        return True
+
+    def post(self, note: Note) -> None:
+        """Let the elected one know; replaces what this process posted before."""
+        self._note = note
+
+    def notes(self) -> list[Note]:
+        """What every process has posted lately, this one included."""
+        return [] if self._note is None else [self._note]
+
+    def keep(self, memory: list[Any]) -> None:
+        """Leave something to the next one that is elected; best effort."""
+
+    def kept(self) -> list[Any] | None:
+        """What the one before has left; None if nothing, or if nothing can be left."""
+        return None
+
+    def resign(self) -> None:
+        """Leave the place to another at once."""
+
+
+class CommandElection(Election):
+    """One among the processes with the same ``name`` and master on this host, by a lock on a file.
+
+    Where the file can't be made every process elects itself, and says so: to hear it twice is better than never.
+
+    Parameters:
+      name: What is elected for.
+      master: The process id that they have in common.
+      fresh_ms: For how long a note counts.
+      folder: Where the file lies; by default a folder of this user's in the temporary directory.
+    """
+
+    def __init__(self, name: str, master: int, *, fresh_ms: int = 60_000, folder: str | None = None) -> None:
+        super().__init__(fresh_ms)
+        # Containers may share a folder, and their processes have the same few ids.
+        self._ours = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-"
+        file = f"{self._ours}{master}-{name}"
+        self._private = folder is None
+        self.path = Path(folder or private_folder(), file)
+        self._own = self.path.with_name(f"{file}.{os.getpid()}")
+        self._lock: int | None = None
+        self._said = False
+
+    def wins(self) -> bool:
+        if self._lock is not None:
+            return True
+        try:
+            descriptor = self._open(self.path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            self._say(error)
+            return True
+        try:
+            if lock(descriptor) and os.path.samestat(os.fstat(descriptor), self.path.lstat()):
+                self._lock = descriptor
+                self._sweep()
+                return True
+        except FileNotFoundError:
+            pass  # Somebody resigned, and removed it.
+        except OSError as error:
+            self._say(error)
+            os.close(descriptor)
+            return True
+        os.close(descriptor)
+        return False
+
+    def _open(self, path: Path, flags: int) -> int:
+        if self._private:
+            make_private(path.parent)
+        return open_own(path, flags)
+
+    def _say(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
+
+    def _sweep(self) -> None:
+        """Remove what commands that were killed have left."""
+        for path in self.path.parent.glob(f"{self._ours}*"):
+            master = path.name.removeprefix(self._ours).partition("-")[0]
+            try:
+                os.kill(int(master), 0)
+            except ProcessLookupError:
+                with suppress(OSError):
+                    path.unlink()
+            except (ValueError, OverflowError, OSError):
+                continue
+
+    def post(self, note: Note) -> None:
+        super().post(note)
+        with suppress(OSError):
+            new = self._own.with_suffix(f"{self._own.suffix}-new")
+            with os.fdopen(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                json.dump(note, file)
+            new.replace(self._own)
+
+    def notes(self) -> list[Note]:
+        found = super().notes()
+        for path in self.path.parent.glob(f"{self.path.name}.*"):
+            with suppress(OSError, ValueError):
+                if now_ms() - path.lstat().st_mtime * 1_000 > self.fresh_ms:
+                    path.unlink()
+                elif path != self._own and path.suffix[1:].isdigit():
+                    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+                        note = note_in(file.read())
+                    found += [] if note is None else [note]
+        return found
+
+    def resign(self) -> None:
+        with suppress(OSError):
+            self._own.unlink()
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with suppress(OSError):
+                self.path.unlink()
+            os.close(lock)
+
+
+class FleetElection(Election):
+    """One among all processes that use the same key of the same Redis, by a lease; while Redis can't be reached, one of
+    each command.
+
+    Parameters:
+      client: A client of redis-py, for this alone.
+      key: What its keys begin with.
+      near: The election among the processes that are near.
+      fresh_ms: How long the lease lasts when it is not asked for again, and for how long a note counts.
+    """
+
+    hears_all = True
+
+    def __init__(self, client: Any, key: str, near: Election, *, fresh_ms: int) -> None:
+        super().__init__(fresh_ms)
+        self.client = client
+        self.key = key
+        self.near = near
+        self.me = f"{socket.gethostname()}:{os.getpid()}:{uuid4()}"
+        from importlib import resources
+
+        self._lease = client.register_script(resources.files(__package__).joinpath("lease.lua").read_text())
+
+    def wins(self) -> bool:
+        from redis import RedisError
+
+        try:
+            won = bool(self._lease(keys=[self.key], args=[self.me, self.fresh_ms]))
+        except (RedisError, OSError):
+            return self.near.wins()
+        if not won:
+            self.near.resign()
+        return won
+
+    def post(self, note: Note) -> None:
+        from redis import RedisError
+
+        try:
+            with self.client.pipeline() as both:
+                both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
+                both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
+        except (RedisError, OSError):
+            self.near.post(note)
+
+    def notes(self) -> list[Note]:
+        from redis import RedisError
+
+        try:
+            found = []
+            for who, text in self.client.hgetall(f"{self.key}:notes").items():
+                timed = timed_note_in(text)
+                if timed is None:
+                    continue
+                if now_ms() - timed[0] <= self.fresh_ms:
+                    found.append(timed[1])
+                else:
+                    self.client.hdel(f"{self.key}:notes", who)
+        except (RedisError, OSError, ValueError):
+            return self.near.notes()
+        return found
+
+    def keep(self, memory: list[Any]) -> None:
+        from redis import RedisError
+
+        with suppress(RedisError, OSError):
+            self.client.set(f"{self.key}:memory", json.dumps(memory), px=max(3_600_000, 10 * self.fresh_ms))
+
+    def kept(self) -> list[Any] | None:
+        from redis import RedisError
+
+        try:
+            text = self.client.get(f"{self.key}:memory")
+            return None if text is None else memory_in(text)
+        except (RedisError, OSError, ValueError):
+            return None
+
+    def resign(self) -> None:
+        from redis import RedisError
+
+        self.near.resign()
+        with suppress(RedisError, OSError):
+            self.client.hdel(f"{self.key}:notes", self.me)
+            self._lease(keys=[self.key], args=[self.me, 0])
+        self.client.connection_pool.disconnect()
+
+
+def elect(wiring: Wiring, interval: int) -> Election:
+    """The election of who watches a broker's queues: in the fleet, in this command, or of this process alone.
+
+    Parameters:
+      wiring: The broker's.
+      interval: How often each asks, in milliseconds.
+    """
+    fresh = max(1_000, 3 * interval)
+    queues = "\n".join(sorted(wiring.broker.get_declared_queues()))
+    name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
+    near = CommandElection(name, os.getppid(), fresh_ms=fresh) if wiring.in_command else Election(fresh)
+    at_hand = _redis_of(wiring.broker)
+    if at_hand is None:
+        return near
+    from ..brokers.redis.queue_reader import own_client
+
+    client, namespace = at_hand
+    try:
+        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+    except Exception:
+        logger.exception(
+            "A %s can't be used for a lease: one process of each command watches the queues.", type(client).__name__
+        )
+        return near
+
+
+def _redis_of(broker: Broker) -> tuple[Any, str] | None:
+    """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
+    stores = (getattr(middleware, "store", None) for middleware in broker.middleware)
+    for place in (broker if kind_of(broker) == "redis" else None, *stores):
+        # Of a RedisBroker every name that it does not know is a command of its server.
+        known = getattr(place, "__dict__", {})
+        if hasattr(known.get("client"), "connection_pool"):
+            return known["client"], str(known.get("namespace", "dramatiq"))
+    return None

@@ -1,0 +1,231 @@
+"""When a queue is late, and who is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from ..brokers.readers import QueueReading
+from ..common.callables import is_plain
+from ..common.safe_logger import SafeLogger
+from ..errors import ConfigurationError, checked_duration
+
+__all__ = ["OnAlert", "QueueAlert", "Threshold", "Watch", "tellers"]
+
+logger = SafeLogger("dramatiq_policies.alerts")
+
+#: A threshold that was reached is reached again only after the value has come down to this share of it.
+_DOWN = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold:
+    """From which values on a queue is late. None is no threshold; at least one must be given.
+
+    Attributes:
+      ready: Messages that wait.
+      oldest: Age of the oldest ready message, in milliseconds or as a ``timedelta``.
+      stalled: For how long messages wait and none is taken, in milliseconds or as a ``timedelta``. No reading knows of
+        what was before the first one.
+      dead: Dead letters.
+      notify_clear: Also tell when it is over, that is, when the value has come down to four fifths of the threshold.
+
+    Raises:
+      ConfigurationError: A number below 1, what is no duration, or no threshold at all.
+    """
+
+    ready: int | None = None
+    oldest: int | timedelta | None = None
+    stalled: int | timedelta | None = None
+    dead: int | None = None
+    notify_clear: bool = False
+
+    def __post_init__(self) -> None:
+        given = False
+        for name in ("ready", "dead", "oldest", "stalled"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            given = True
+            if name in ("ready", "dead"):
+                if type(value) is not int or value < 1:
+                    raise ConfigurationError.of_option("Threshold", name, "a number of messages, at least 1", value)
+                continue
+            object.__setattr__(self, name, checked_duration("Threshold", name, value, least=1))
+        if not given:
+            raise ConfigurationError("Threshold(): expected at least one of ready, oldest, stalled and dead.")
+
+    def measures(self, reading: QueueReading) -> list[tuple[str, int, int]]:
+        """Each measure that has a threshold and is known: its name, its value and the threshold."""
+        pairs = (
+            ("ready", reading.ready, self.ready),
+            ("oldest", reading.oldest_ms, self.oldest),
+            ("stalled", reading.stalled_ms, self.stalled),
+            ("dead", reading.dead, self.dead),
+        )
+        return [(name, value, int(limit)) for name, value, limit in pairs if value is not None and limit is not None]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueAlert:
+    """A queue has reached a threshold, or has come down again.
+
+    Attributes:
+      queue: The queue's name.
+      measure: ``"ready"``, ``"oldest"``, ``"stalled"`` or ``"dead"``, as in `Threshold`.
+      value: What was read; ``oldest`` and ``stalled`` in milliseconds.
+      threshold: What it has reached, or has come down from.
+      cleared: Whether it is over.
+    """
+
+    queue: str
+    measure: str
+    value: int
+    threshold: int
+    cleared: bool = False
+
+    def __str__(self) -> str:
+        value, limit = (
+            (f"{self.value} ms", f"{self.threshold} ms")
+            if self.measure in ("oldest", "stalled")
+            else (str(self.value), str(self.threshold))
+        )
+        what = {
+            "ready": f"{value} messages wait",
+            "oldest": f"the oldest message has waited for {value}",
+            "stalled": f"messages wait and none was taken for {value}",
+            "dead": f"{value} dead letters",
+        }[self.measure]
+        return f"Queue {self.queue}: {what} (threshold {limit}){'; it is over' if self.cleared else ''}"
+
+
+class Watch:
+    """Compares readings with thresholds, and says what is new: a breach once, until its value has come down.
+
+    Parameters:
+      thresholds: By queue name or pattern. A queue's own name counts first, then the first pattern that matches.
+
+    Raises:
+      ConfigurationError: It is no mapping of names to thresholds.
+    """
+
+    def __init__(self, thresholds: Mapping[str, Threshold] | None) -> None:
+        given: Any = {} if thresholds is None else thresholds
+        if not isinstance(given, Mapping):
+            raise ConfigurationError.of_option("QueueMonitor", "thresholds", "a mapping of queue names", given)
+        for queue, threshold in given.items():
+            if not isinstance(queue, str) or not isinstance(threshold, Threshold):
+                raise ConfigurationError.of_option(
+                    "QueueMonitor",
+                    "thresholds",
+                    "names or patterns of queues, each with a Threshold",
+                    {queue: threshold},
+                )
+        self._thresholds: dict[str, Threshold] = dict(given)
+        #: The breaches that were told and are not over, (queue, measure).
+        self.open: set[tuple[str, str]] = set()
+
+    def afresh(self) -> Watch:
+        """One with the same thresholds that has told nothing yet."""
+        return Watch(self._thresholds)
+
+    def threshold_of(self, queue: str) -> Threshold | None:
+        exact = self._thresholds.get(queue)
+        if exact is not None:
+            return exact
+        return next((found for name, found in self._thresholds.items() if fnmatchcase(queue, name)), None)
+
+    def news(self, reading: QueueReading) -> list[QueueAlert]:
+        """What is to be told after this reading."""
+        threshold = self.threshold_of(reading.queue)
+        if threshold is None:
+            return []
+        news = []
+        for measure, value, limit in threshold.measures(reading):
+            what = (reading.queue, measure)
+            if what not in self.open and value >= limit:
+                self.open.add(what)
+                news.append(QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit))
+            elif what in self.open and value <= limit * _DOWN:
+                self.open.discard(what)
+                if threshold.notify_clear:
+                    news.append(
+                        QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit, cleared=True)
+                    )
+        return news
+
+
+Teller = Callable[[QueueAlert], object]
+#: What ``on_alert`` takes.
+OnAlert = Literal["log", "sentry"] | Teller | Sequence[Literal["log", "sentry"] | Teller]
+
+
+def tellers(on_alert: OnAlert | None) -> list[Teller]:
+    """Who is told. What one raises is logged, and the others are told still.
+
+    Raises:
+      ConfigurationError: One is neither a known name nor a callable that takes an alert and does something.
+      ImportError: ``"sentry"``, and ``sentry_sdk`` is not installed.
+    """
+    if on_alert is None:
+        on_alert = "log"
+    several = on_alert if isinstance(on_alert, (list, tuple)) else [on_alert]
+    return [_teller(one) for one in several]
+
+
+def _teller(one: Any) -> Teller:
+    if one == "log":
+        return _log
+    if one == "sentry":
+        return _to_sentry()
+    if not is_plain(one, 1):
+        raise ConfigurationError.of_option(
+            "QueueMonitor",
+            "on_alert",
+            "'log', 'sentry', a callable(alert) that is no coroutine function, or several",
+            one,
+        )
+
+    def guarded(alert: QueueAlert) -> None:
+        try:
+            one(alert)
+        except BaseException:  # Not even an exit: it would end the monitor.
+            logger.exception("%r failed when it was told: %s", one, alert)
+
+    return guarded
+
+
+def _fields(alert: QueueAlert) -> dict[str, Any]:
+    return {
+        "queue": alert.queue,
+        "measure": alert.measure,
+        "value": alert.value,
+        "threshold": alert.threshold,
+        "cleared": alert.cleared,
+    }
+
+
+def _log(alert: QueueAlert) -> None:
+    # No ERROR: Sentry's logging integration would make an event of it, and nobody has asked for one.
+    logger.log(logging.INFO if alert.cleared else logging.WARNING, "%s", alert, extra=_fields(alert))
+
+
+def _to_sentry() -> Teller:
+    try:
+        import sentry_sdk
+    except ImportError as error:
+        raise ImportError('on_alert="sentry" needs sentry-sdk: pip install "dramatiq-policies[sentry]"') from error
+
+    def tell(alert: QueueAlert) -> None:
+        with sentry_sdk.new_scope() as scope:
+            scope.fingerprint = ["dramatiq_policies", "queue", alert.queue, alert.measure]
+            scope.set_tag("queue", alert.queue)
+            scope.set_tag("measure", alert.measure)
+            scope.set_context("queue alert", _fields(alert))
+            sentry_sdk.capture_message(str(alert), level="info" if alert.cleared else "error")
+
+    return _teller(tell)

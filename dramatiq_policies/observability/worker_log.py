@@ -1,0 +1,103 @@
+"""The log lines that the bundle writes in place of the worker's, and a word at boot on those that nobody would see."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from dramatiq.broker import MessageProxy
+
+from .. import _dramatiq
+from ..common.safe_logger import ALERTS, OUTCOMES, SafeLogger, clean_stack, is_heard, make_safe, write_to_stderr
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+    from ..delivery.broker_state import Wiring
+
+__all__ = ["make_stock_loggers_safe", "report_unheard", "stock_lines_logger"]
+
+_REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq.SKIPPED_LINE})
+
+
+class _ReplacedLines(logging.Filter):
+    """Drops the worker's lines on failed and skipped messages, where the bundle writes a record of its own.
+
+    The worker logs an ERROR with stack and arguments before any hook can say that the error is retried. The line stays where
+    no handler would write the bundle's record of a dead message.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        stays = self._stays(record)
+        if stays:
+            clean_stack(record)
+        return stays
+
+    def _stays(self, record: logging.LogRecord) -> bool:
+        if record.msg not in _REPLACED or not isinstance(record.args, tuple) or not record.args:
+            return True
+        message = record.args[0]
+        delivery = getattr(message, "delivery", None) if isinstance(message, MessageProxy) else None
+        if delivery is None:
+            return True
+        level = delivery.consumer.wiring.failure_level
+        return level is None or not is_heard(OUTCOMES, level)
+
+
+_filter = _ReplacedLines()
+
+
+def filter_worker_lines() -> None:
+    """Put the filter on the worker's logger, once per process."""
+    # A logger keeps a filter only once.
+    logging.getLogger(_dramatiq.WORKER_LOGGER).addFilter(_filter)
+
+
+def make_stock_loggers_safe(broker: Broker) -> None:
+    """Have the loggers of Dramatiq's worker, broker, middleware and actors raise no more, and filter the worker's lines."""
+    of_worker = [logging.getLogger(name) for name in (_dramatiq.WORKER_LOGGER, *_dramatiq.OTHER_LOGGERS)]
+    filter_worker_lines()
+    used = (vars(one).get("logger") for one in (broker, *broker.middleware, *broker.actors.values()))
+    for logger in (*of_worker, *used):
+        if isinstance(logger, logging.Logger):
+            make_safe(logger)
+
+
+def stock_lines_logger() -> logging.Logger:
+    """The logger of the stock Retries, whose lines on a single message our own records replace."""
+    logger = logging.getLogger("dramatiq_policies.stock")
+    logger.setLevel(logging.ERROR)
+    make_safe(logger)
+    return logger
+
+
+def report_unheard(wiring: Wiring) -> None:
+    """Log which of the bundle's loggers no handler writes, through a logger that one does; else on stderr.
+
+    Called when a worker boots: by then the application has configured its logging.
+    """
+    warns = any(getattr(middleware, "logs_alerts", False) for middleware in wiring.broker.middleware)
+    needed = {ALERTS: logging.WARNING if warns else logging.CRITICAL}
+    if wiring.failure_level is not None:
+        needed[OUTCOMES] = wiring.failure_level
+    unheard = [_why_unheard(name) for name, level in sorted(needed.items()) if not is_heard(name, level)]
+    if not unheard:
+        return
+    text = "Nobody hears of dead messages, alerts, stuck jobs or queues as they should: %s. Dramatiq's own lines on failed jobs stay."
+    for name in (ALERTS, _dramatiq.WORKER_LOGGER, ""):
+        if is_heard(name, logging.WARNING):
+            SafeLogger(name).warning(text, "; ".join(unheard))
+            return
+    write_to_stderr(ALERTS, logging.WARNING, text, ("; ".join(unheard),))
+
+
+def _why_unheard(name: str) -> str:
+    logger = logging.getLogger(name)
+    if logger.disabled:
+        return (
+            f"the logger {name} is disabled, as logging.config does with each logger that exists already: "
+            'set "disable_existing_loggers" to False, or name the logger in the configuration'
+        )
+    return (
+        f"no handler writes what the logger {name} is given: lower its level, or give it or the root logger a handler"
+    )

@@ -1,0 +1,3 @@
+"""What ``dramatiq-policies check`` finds."""
+
+from __future__ import annotations

@@ -1,0 +1,264 @@
+"""The production gate: is a job ready to go out? Nothing here connects."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.middleware import AsyncIO
+
+from ..._dramatiq import kind_of
+from ...common.durations import to_ms
+from ...common.safe_logger import ALERTS, is_heard
+from ...delivery.broker_state import Wiring, wiring_of
+from ...errors import ConfigurationError
+from ...middleware.base import PolicyMiddleware
+from ...middleware.error_classifier import ErrorClassifier
+from ...middleware.idempotency import Idempotency
+from ...middleware.timeout import Timeout
+from ...outcomes import class_path
+from ...rules.backoff import bounds_of
+from ...rules.rule import RetryPolicy, Rule, Verb
+from .actor_source import purpose_of, source_of
+from .broker_checks import OF_BROKERS, Found, named
+from .findings import CODES, Finding
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+    from dramatiq.broker import Broker
+
+    from ...delivery.actor_policy import ActorPolicy
+
+__all__ = ["Settings", "check_actor", "check_broker", "retry_horizon"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the gate must be told, since no application says it.
+
+    Attributes:
+      required_tags: Tags that every actor must have.
+      shutdown_timeout_ms: What ``dramatiq --worker-shutdown-timeout`` is; its own default is ten minutes.
+      consumer_timeout_ms: RabbitMQ's ``consumer_timeout``; its own default is half an hour.
+    """
+
+    required_tags: tuple[str, ...] = ()
+    shutdown_timeout_ms: int = 600_000
+    consumer_timeout_ms: int = 1_800_000
+
+
+@dataclass(slots=True)
+class _Job:
+    """One actor, and what is known of it."""
+
+    actor: Actor[..., Any]
+    policy: ActorPolicy
+    wiring: Wiring
+    settings: Settings
+    options: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.options = self.actor.options
+
+    def one(self, kind: type[Any]) -> Any:
+        return next((middleware for middleware in self.wiring.broker.middleware if isinstance(middleware, kind)), None)
+
+    def named(self, name: str) -> Any:
+        """A middleware by its class's name, for those whose module may not be imported."""
+        return named(self.wiring.broker, name)
+
+
+def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
+    """Everything that is wrong with a broker's actors and middleware, exemptions not yet applied."""
+    settings = Settings() if settings is None else settings
+    if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        return [_finding("DP022", None, f"The {type(broker).__name__} has no middleware of dramatiq_policies")]
+    found = [_finding(code, None, text) for check in OF_BROKERS for code, text in check(broker)]
+    for name in sorted(broker.actors):
+        found += check_actor(broker.actors[name], settings)
+    return found
+
+
+def check_actor(actor: Actor[..., Any], settings: Settings | None = None) -> list[Finding]:
+    """Everything that is wrong with one actor, exemptions not yet applied."""
+    settings = Settings() if settings is None else settings
+    policy = wiring_of(actor.broker).policies.get(actor.actor_name)
+    if policy is None:
+        return [_finding("DP022", actor, "It was declared on a broker without the bundle")]
+    job = _Job(actor, policy, wiring_of(actor.broker), settings)
+    return [_finding(code, actor, text) for check in _OF_ACTORS for code, text in check(job)]
+
+
+def _finding(code: str, actor: Actor[..., Any] | None, text: str) -> Finding:
+    file, line = (None, None) if actor is None else source_of(actor)
+    return Finding(
+        code=code,
+        severity=CODES[code].severity,
+        actor=None if actor is None else actor.actor_name,
+        message=text,
+        fix=CODES[code].fix,
+        file=file,
+        line=line,
+    )
+
+
+def _design(job: _Job) -> Found:
+    declared = {rule.verb for rule in job.policy.rules.rules}
+    if Verb.RETRY not in declared and "retry_on" not in job.options:
+        yield "DP001", "No retry_on names its transient errors"
+    if Verb.DISCARD not in declared and "discard_on" not in job.options:
+        yield "DP002", "No discard_on names its permanent errors"
+    yield from _uncapped(job)
+    timeout = job.one(Timeout)
+    if job.policy.timeout_ms is None:
+        yield "DP004", "It may run forever"
+    elif job.options.get("timeout") is None and job.options.get("time_limit") is None and not timeout.is_explicit:
+        yield "DP004", "It has no timeout but the default of ten minutes, which nobody chose"
+    if job.actor.queue_name == "default":
+        yield "DP005", "It shares the queue 'default' with whatever has none of its own"
+    if not any(job.options.get(option) for option in ("idempotency_key", "idempotent", "done_when")):
+        yield "DP006", "Its message may be delivered twice, and nothing stops the second run"
+    if not purpose_of(job.actor):
+        yield "DP007", "It has no docstring"
+    for tag in job.settings.required_tags:
+        if tag not in (job.policy.tags or {}):
+            yield "DP008", f"It has no tag {tag!r}"
+
+
+def _uncapped(job: _Job) -> Found:
+    classifier: ErrorClassifier = job.one(ErrorClassifier)
+    if classifier.unclassified is not None:
+        return
+    if job.options.get("retry_when", classifier.retry_when) is not None:
+        yield "DP003", "retry_when decides alone on errors that no rule names, and knows no cap"
+    elif job.options.get("max_retries", classifier.max_retries) is None:
+        yield "DP003", "max_retries is None, and errors that no rule names are retried without end"
+
+
+def _memory(job: _Job) -> Found:
+    idempotency, guard, timeout = job.one(Idempotency), job.policy.guard, job.policy.timeout_ms
+    if idempotency is None or guard is None or not guard.keyed:
+        return
+    # It is renewed while the job runs. A call that lets no other thread run is not covered by a lease that is short.
+    if timeout is not None and idempotency.lease < min(timeout, _LEASE):
+        yield "DP009", f"The lease is {idempotency.lease} ms, the timeout {timeout:.0f} ms"
+    horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
+    if guard.ttl < horizon:
+        yield "DP010", f"Retries may go on for {horizon} ms, and a completed key is remembered for {guard.ttl:.0f} ms"
+
+
+#: The lease that Idempotency has by default, in ms.
+_LEASE = 60_000
+
+
+def retry_horizon(policy: RetryPolicy) -> int:
+    """The longest time between a rule's first failure and the start of its last attempt, runs taken as instant."""
+    longest = sum(bounds_of(policy.wait, number)[1] for number in range(1, min(policy.attempts, 10_000)))
+    return longest if policy.max_elapsed is None else min(longest, to_ms(policy.max_elapsed))
+
+
+def _rules(job: _Job) -> Found:
+    rules = job.policy.rules
+    try:
+        for rule in rules.unreachable():
+            if rule.owner == "actor" or not _overridden(job, rule):
+                yield "DP011", f"The rule for {_target(rule)} ({rule.verb.value}, {rule.where}) never decides"
+        for wide, near in _beaten(rules.rules):
+            text = f"{_target(near)} is a {_target(wide)} ({wide.verb.value}, by the actor)"
+            yield "DP012", f"{text}, but the broker's rule is nearer and wins ({near.verb.value})"
+    except ConfigurationError as error:
+        yield "DP023", str(error)
+
+
+def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
+    """An actor's rule, and the broker's that does something else with errors of a narrower class."""
+    own = [rule for rule in rules if rule.owner == "actor" and rule.predicate is None]
+    named = {rule.resolve() for rule in own}
+    for wide in own:
+        for near in rules:
+            narrower = near.resolve() not in named and issubclass(near.resolve(), wide.resolve())
+            differs = near.verb is not wide.verb or near.policy != wide.policy
+            if near.owner == "broker" and differs and narrower:
+                yield wide, near
+
+
+def _overridden(job: _Job, rule: Any) -> bool:
+    """A broker's rule that this actor has replaced by its own for the same class: as it is meant to be."""
+    return any(own.owner == "actor" and own.resolve() is rule.resolve() for own in job.policy.rules.rules)
+
+
+def _target(rule: Any) -> str:
+    return rule.target if isinstance(rule.target, str) else class_path(rule.target).removeprefix("builtins.")
+
+
+def _references(job: _Job) -> Found:
+    for option in ("on_retry_exhausted", "on_failure", "on_success"):
+        named = job.options.get(option)
+        if isinstance(named, str) and named not in job.wiring.broker.actors:
+            yield "DP014", f"{option} names {named!r}, which no actor is called"
+
+
+def _clocks(job: _Job) -> Found:
+    timeout = job.policy.timeout_ms
+    if timeout is None or not math.isfinite(timeout):
+        return
+    settings = job.settings
+    if timeout > settings.shutdown_timeout_ms:
+        yield (
+            "DP015",
+            f"It may run for {timeout:.0f} ms; a worker that shuts down waits {settings.shutdown_timeout_ms} ms",
+        )
+    if kind_of(job.wiring.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
+        yield (
+            "DP017",
+            (
+                f"It may run for {timeout:.0f} ms; after {settings.consumer_timeout_ms} ms RabbitMQ closes the channel and "
+                "gives its message to another worker"
+            ),
+        )
+
+
+def _class_based(job: _Job) -> Found:
+    cls = type(inspect.unwrap(job.actor.fn))
+    meta = vars(cls).get("Meta")
+    if meta is None:
+        return
+    bases = [*meta.__mro__[1:], *(vars(base)["Meta"] for base in cls.__mro__[1:] if "Meta" in vars(base))]
+    inherited = {name for base in bases if base is not object for name in vars(base) if not name.startswith("_")}
+    lost = sorted(inherited - set(vars(meta)) - {"abstract", "actor"})
+    if lost:
+        yield "DP016", f"Its Meta has lost {', '.join(lost)}"
+
+
+def _alerts(job: _Job) -> Found:
+    rules = job.policy.rules.rules
+    if not any(rule.verb is Verb.ALERT or (rule.policy is not None and rule.policy.then == "alert") for rule in rules):
+        return
+    classifier: ErrorClassifier = job.one(ErrorClassifier)
+    heard = (
+        classifier.subscribers or classifier.after_discard or job.policy.after_discard or job.named("SentryReporter")
+    )
+    if not heard and not is_heard(ALERTS, logging.CRITICAL):
+        yield "DP018", "It alerts, and no Sentry, no on_outcome, no after_discard and no log handler would tell anybody"
+
+
+def _asynchronous(job: _Job) -> Found:
+    fn: Any = inspect.unwrap(job.actor.fn)
+    if inspect.iscoroutinefunction(fn) and job.one(AsyncIO) is None:
+        yield "DP020", "It is a coroutine function, and no event loop would run it"
+
+
+_OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
+    _design,
+    _memory,
+    _rules,
+    _references,
+    _clocks,
+    _class_based,
+    _alerts,
+    _asynchronous,
+)

@@ -1,0 +1,114 @@
+"""An actor's whole policy, in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...common.durations import to_ms
+from ...outcomes import class_path
+from ..explanations.explanation import policy_of, predicate_name, unnamed
+from .actor_source import purpose_of, source_of
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+    from ...delivery.actor_policy import ActorPolicy
+
+__all__ = ["Portrait", "describe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portrait:
+    """An actor's whole policy.
+
+    Attributes:
+      actor, queue, purpose, file, line: Who it is.
+      facts: What holds for it, by name, in words.
+      rules: One row for each rule: verb, errors, narrowed by, attempts, waits, then, owner.
+    """
+
+    actor: str
+    queue: str
+    purpose: str | None
+    file: str | None
+    line: int | None
+    facts: dict[str, str]
+    rules: tuple[dict[str, Any], ...]
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def describe(actor: Actor[..., Any]) -> Portrait:
+    """An actor's whole policy.
+
+    Raises:
+      OperationError: If it is on a broker without the bundle.
+    """
+    policy = policy_of(actor)
+    file, line = source_of(actor)
+    rules = []
+    for rule in policy.rules.rules:
+        retry = rule.policy
+        rules.append(
+            {
+                "verb": rule.verb.value,
+                "error": rule.target if isinstance(rule.target, str) else class_path(rule.target),
+                "only_if": predicate_name(rule),
+                "attempts": None if retry is None else retry.attempts,
+                "wait": None if retry is None else repr(retry.wait),
+                "max_elapsed_ms": None if retry is None or retry.max_elapsed is None else to_ms(retry.max_elapsed),
+                "then": None if retry is None else retry.then,
+                "owner": rule.owner,
+            }
+        )
+    return Portrait(
+        actor=actor.actor_name,
+        queue=actor.queue_name,
+        purpose=(purpose_of(actor) or "").strip().partition("\n")[0] or None,
+        file=file,
+        line=line,
+        facts=_facts(actor, policy),
+        rules=tuple(rules),
+    )
+
+
+def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
+    facts = {
+        "timeout": _said(policy.timeout_ms, "none: it may run for ever"),
+        "queue_timeout": _said(policy.queue_timeout_ms, "none: it may wait for ever"),
+        "other errors": unnamed(actor).why,
+    }
+    for option in ("max_retries", "idempotency_key", "idempotent", "done_when"):
+        if option in actor.options:
+            value = actor.options[option]
+            facts[option] = getattr(value, "__qualname__", None) or str(value)
+    if policy.tags:
+        facts["tags"] = ", ".join(f"{name}={value}" for name, value in policy.tags.items())
+    if policy.exempt:
+        facts["exempt"] = "; ".join(f"{code}: {reason}" for code, reason in policy.exempt.items())
+    facts["a duplicate"], facts["a crash"] = _again(actor, policy)
+    return facts
+
+
+def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
+    """What a second message of the same job does, and what follows when the worker dies in one."""
+    guard = policy.guard
+    again = "the message is delivered again and the job runs again from its start"
+    crash = (
+        again
+        if guard is None or guard.max_crashes is None
+        else f"{again}; dead (crashed) after {guard.max_crashes} such runs"
+    )
+    if guard is not None and guard.keyed:
+        kept = f"skipped for {guard.ttl} ms after the job is completed, put off while it runs"
+        return (kept if guard.key_of is not None else f"{kept}; only of this very message"), crash
+    if "done_when" in actor.options:
+        return "runs, unless done_when says that there is nothing left to do", crash
+    return "runs again: nothing in the actor's options stops it", crash
+
+
+def _said(ms: float | None, none: str) -> str:
+    return none if ms is None else f"{ms:.0f} ms"

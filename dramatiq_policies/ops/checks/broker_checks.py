@@ -1,0 +1,86 @@
+"""What the production gate looks for in a broker's middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.middleware import Callbacks as StockCallbacks
+from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.middleware import Middleware, Retries, TimeLimit
+from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
+
+from ..._dramatiq import kind_of
+from ...middleware.base import PolicyMiddleware, rivals_of
+from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
+from ...middleware.error_classifier import ErrorClassifier
+from ...middleware.idempotency import Idempotency
+from ...middleware.queue_monitor import QueueMonitor
+from ...middleware.shutdown import ShutdownNotifications
+from ...middleware.timeout import Timeout
+from ...stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["OF_BROKERS", "Found", "named"]
+
+#: The code and the text of each finding.
+Found = Iterator[tuple[str, str]]
+
+
+def named(broker: Broker, name: str) -> Any:
+    """A middleware of ours by its class's name, for those whose module may not be imported; None if there is none."""
+    for middleware in broker.middleware:
+        if name in {cls.__name__ for cls in type(middleware).__mro__} and isinstance(middleware, PolicyMiddleware):
+            return middleware
+    return None
+
+
+#: What ours takes the place of: both at once work against each other.
+_REPLACED: tuple[tuple[type[Middleware], type[Middleware]], ...] = ((Retries, ErrorClassifier), (TimeLimit, Timeout))
+#: What a subclass of ours takes the place of, but not where it is a user's own subclass.
+_WITH_HOLES: tuple[tuple[type[Middleware], type[Middleware]], ...] = (
+    (StockCallbacks, Callbacks),
+    (StockPipelines, Pipelines),
+    (StockGroupCallbacks, GroupCallbacks),
+    (StockShutdownNotifications, ShutdownNotifications),
+)
+_SENDING: tuple[type[Middleware], ...] = (StockCallbacks, StockPipelines)
+
+
+def _leftovers(broker: Broker) -> Found:
+    for stock, ours in _REPLACED:
+        if any(isinstance(middleware, ours) for middleware in broker.middleware):
+            for name in rivals_of(broker, stock, ours):
+                yield "DP013", f"{name} is a {stock.__name__} and works against {ours.__name__}"
+    for stock, ours in _WITH_HOLES:
+        for name in rivals_of(broker, stock, ours):
+            yield "DP025", f"{name} is a {stock.__name__} of your own, and works as the stock one does"
+    for stock in _SENDING:
+        if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:
+            yield "DP013", f"The broker has two {stock.__name__}: what they send is sent twice"
+
+
+def _thresholds(broker: Broker) -> Found:
+    monitor = next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
+    if monitor is None:
+        yield "DP019", "No QueueMonitor is on the broker: nobody is told when a queue backs up"
+        return
+    for queue in sorted({actor.queue_name for actor in broker.actors.values()}):
+        if monitor.threshold_of(queue) is None:
+            yield "DP019", f"The queue {queue!r} has no threshold"
+
+
+def _memory_store(broker: Broker) -> Found:
+    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    if idempotency is not None and isinstance(idempotency.store, MemoryStore) and kind_of(broker) != "stub":
+        yield "DP024", "Idempotency has a MemoryStore"
+
+
+OF_BROKERS: tuple[Callable[[Broker], Found], ...] = (
+    _leftovers,
+    _thresholds,
+    _memory_store,
+)

@@ -1,0 +1,203 @@
+"""What the servers say: the part of the gate that connects."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.common import dq_name, xq_name
+
+from ... import _dramatiq
+from ..._dramatiq import kind_of
+from ...delivery.broker_state import wiring_of
+from ...idempotency.services import neighbours, server_of
+from ...middleware.idempotency import Idempotency, keyed_queues
+from ..app import OperationError, known_queues, one_line, redact
+from .findings import CODES, Finding
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["check_live"]
+
+Found = Iterator[tuple[str, str]]
+#: Clocks that differ by more, in ms, are a finding.
+_SKEW = 1_000
+_DAY = 86_400_000
+
+
+def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
+    """Connect to a broker's server; what is wrong there, and what was seen.
+
+    Nothing is changed and no message is taken. The facts are ``server``, ``version`` and others, as far as the server tells
+    them; what it does not let us ask is said under ``unknown``.
+
+    Raises:
+      OperationError: If it can't be reached.
+    """
+    facts: dict[str, Any] = {"server": None, "unknown": []}
+    check: Callable[[Any, dict[str, Any]], Found] | None = None
+    kind = kind_of(broker)
+    if kind == "redis":
+        check = _redis
+    elif kind == "rabbitmq":
+        check = _rabbitmq
+    if check is None:
+        facts["unknown"].append(f"a {type(broker).__name__} has no server that could be asked")
+        return (), facts
+    findings = [
+        Finding(code=code, severity=CODES[code].severity, actor=None, message=text, fix=CODES[code].fix)
+        for code, text in (*check(broker, facts), *_store(broker, facts))
+    ]
+    return tuple(findings), facts
+
+
+def _redis(broker: Any, facts: dict[str, Any]) -> Found:
+    import redis
+
+    try:
+        yield from _ask_redis(broker, facts)
+    except (redis.RedisError, OSError) as error:
+        raise OperationError(f"Redis can't be asked: {redact(str(error))}") from None
+
+
+def _ask_redis(broker: Any, facts: dict[str, Any]) -> Found:
+    client = broker.client
+    # INFO by sections: some of the managed ones refuse the whole.
+    server, memory, kept, role = (
+        client.info(section) for section in ("server", "memory", "persistence", "replication")
+    )
+    policy = memory.get("maxmemory_policy")
+    facts.update(
+        server="Redis",
+        version=server.get("redis_version"),
+        maxmemory=memory.get("maxmemory"),
+        maxmemory_policy=policy,
+        appendonly=bool(kept.get("aof_enabled")),
+        role=role.get("role"),
+    )
+    if role.get("role") not in (None, "master"):
+        yield "DP109", f"It is a {role['role']}"
+    if policy not in (None, "noeviction"):
+        yield "DP101", f"maxmemory-policy is {policy}, maxmemory {memory.get('maxmemory')}"
+    snapshots = _snapshots(client, facts)
+    if not facts["appendonly"]:
+        if snapshots == "":
+            yield "DP102", "appendonly is off, and there are no snapshots"
+        else:
+            yield "DP103", f"appendonly is off; snapshots: {snapshots or 'not known'}"
+    yield from _skew(client, facts)
+    facts["dead_message_ttl_ms"] = broker.dead_message_ttl
+    if broker.dead_message_ttl < _DAY:
+        yield "DP108", f"dead_message_ttl is {broker.dead_message_ttl} ms"
+
+
+def _snapshots(client: Any, facts: dict[str, Any]) -> str | None:
+    import redis
+
+    try:
+        snapshots: str | None = client.config_get("save").get("save")
+    except redis.ResponseError:
+        # CONFIG is forbidden on most managed servers.
+        facts["unknown"].append("whether Redis makes snapshots (CONFIG GET is refused)")
+        return None
+    facts["snapshots"] = snapshots
+    return snapshots
+
+
+def _skew(client: Any, facts: dict[str, Any]) -> Found:
+    before = time.time()
+    seconds, micros = client.time()
+    after = time.time()
+    there = seconds + micros / 1_000_000
+    # Between the two readings of our clock there was a moment at which the server read its own.
+    skew = round((there - after if there > after else min(0.0, there - before)) * 1_000)
+    facts["clock_skew_ms"] = skew
+    if abs(skew) > _SKEW:
+        yield "DP104", f"The server's clock is {abs(skew)} ms {'ahead of' if skew > 0 else 'behind'} this machine's"
+
+
+def _store(broker: Broker, facts: dict[str, Any]) -> Found:
+    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    wiring = wiring_of(broker)
+    if idempotency is None or idempotency.store is None or wiring.admission is None:
+        return
+    store, place = idempotency.store, wiring.admission.place
+    warnings, server = getattr(store, "warnings", None), server_of(broker, store)
+    try:
+        found = warnings() if callable(warnings) else []
+        others = [] if server is None else neighbours(store, server, place, keyed_queues(wiring))
+    except Exception as error:
+        raise OperationError(f"The idempotency store can't be asked: {one_line(error)}.") from None
+    facts["store"] = type(store).__name__
+    for text in found:
+        yield "DP110", text.removesuffix(".")
+    for other in others:
+        yield "DP111", str(other)
+
+
+def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:
+    from ...brokers.rabbitmq.browser import connect
+
+    with connect(broker) as connection:
+        yield from _ask_rabbitmq(broker, connection, facts)
+
+
+def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
+    # Pika keeps to itself what the server said when it opened the connection.
+    inner = connection._impl  # noqa: SLF001
+    properties, tuned = inner.server_properties, inner.params.heartbeat
+    facts.update(server="RabbitMQ", version=_text(properties.get("version")), heartbeat_s=tuned)
+    if not tuned:
+        yield "DP107", "Neither side wants heartbeats"
+    facts["confirm_delivery"] = bool(broker.confirm_delivery)
+    if not broker.confirm_delivery:
+        yield "DP106", "confirm_delivery is False: what the application sends may be lost on its way, unnoticed"
+    for queue in known_queues(broker):
+        for name, arguments in _declared(broker, queue):
+            error = _mismatch(connection, name, arguments)
+            if error:
+                yield "DP105", f"{name}: {error}"
+    ttl = _dead_message_ttl()
+    facts["dead_message_ttl_ms"] = ttl
+    if ttl < _DAY:
+        yield "DP108", f"The dead-letter queues' x-message-ttl is {ttl} ms"
+    facts["unknown"] += ["consumer_timeout (AMQP does not tell; give it by --consumer-timeout)", "the server's clock"]
+
+
+def _declared(broker: Any, queue: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The queues that Dramatiq declares for one, with their arguments."""
+    arguments = _dramatiq.rabbitmq_queue_arguments(broker, queue)
+    yield queue, arguments
+    yield dq_name(queue), arguments
+    yield xq_name(queue), {"x-message-ttl": _dead_message_ttl()}
+
+
+def _dead_message_ttl() -> int:
+    from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
+
+    return int(DEAD_MESSAGE_TTL)
+
+
+def _mismatch(connection: Any, name: str, arguments: dict[str, Any]) -> str | None:
+    """What the server says to the declaration of a queue that exists; None if it agrees, or there is none."""
+    import pika.exceptions
+
+    # Passive first: a declaration of what is not there would make it. Each on a channel of its own, which an error closes.
+    for options in ({"passive": True}, {"durable": True, "arguments": arguments}):
+        channel = connection.channel()
+        try:
+            channel.queue_declare(name, **options)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code == 404:
+                return None
+            if error.reply_code == 406:
+                return str(error.reply_text).removeprefix("PRECONDITION_FAILED - ")
+            raise
+        channel.close()
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

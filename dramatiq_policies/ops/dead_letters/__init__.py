@@ -1,0 +1,3 @@
+"""Lists, shows, replays and purges dead letters."""
+
+from __future__ import annotations

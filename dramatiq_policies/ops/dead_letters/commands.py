@@ -1,0 +1,252 @@
+"""Dead letters: counted, listed, replayed, purged; and ready messages moved to another queue by the same mover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import asdict, dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message
+
+from ...brokers.browser import Item, Pile, open_pile
+from ..app import OperationError, find_queue, known_queues
+from ..strays import find_any_queue, stray_queues
+from .dead_letter import DeadLetter, Filter, read_letter, renewed
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["Group", "Moved", "dead_letters", "move", "purge", "replay", "summarise"]
+
+#: A `Filter`, or what wraps one.
+Where = Callable[[DeadLetter], bool]
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Dead letters that have an actor, an exception and an outcome in common.
+
+    Attributes:
+      first_seen, last_seen: When the first and the last of them failed, in ms since the epoch.
+    """
+
+    actor: str | None
+    exception: str | None
+    outcome: str
+    reason: str | None
+    count: int
+    first_seen: int | None
+    last_seen: int | None
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a replay, a purge or a move did, or would do.
+
+    Attributes:
+      count: How many messages.
+      seen: How many were looked at.
+      unreadable: How many were meant and can't be sent, since their bodies can't be read. They stay.
+    """
+
+    count: int = 0
+    seen: int = 0
+    unreadable: int = 0
+
+
+def dead_letters(
+    broker: Broker, queues: Iterable[str] = (), where: Where | None = None, *, limit: int | None = None
+) -> Generator[DeadLetter, None, None]:
+    """Dead letters, one by one, the oldest of each queue first.
+
+    Parameters:
+      broker: As `load_broker` returns it.
+      queues: Which queues'; by default all that the application declares, and on Redis those that nobody declares any more.
+      where: Which of them; all by default.
+      limit: How many at most.
+
+    On RabbitMQ nobody else sees the letters that were looked at until the iterator is closed.
+
+    Raises:
+      OperationError: If a queue is unknown or the broker can't be reached.
+    """
+    left = limit
+    for queue in _chosen(broker, queues):
+        with open_pile(broker, queue, dead=True) as pile:
+            for item in _looked_at(pile, limit):
+                letter = read_letter(broker, queue, item)
+                if where is None or where(letter):
+                    yield letter
+                    if left is not None:
+                        left -= 1
+                        if left <= 0:
+                            return
+
+
+def _looked_at(pile: Pile, limit: int | None) -> Iterable[Item]:
+    """What is only looked at: all at once, but whoever needs a few takes no more off RabbitMQ than those."""
+    return pile.read_all() if limit is None and len(pile) else pile
+
+
+def summarise(broker: Broker, queues: Iterable[str] = (), where: Where | None = None) -> list[Group]:
+    """The first question: how many of what, the most frequent first. Arguments and errors as `dead_letters`."""
+    counts: dict[Any, list[Any]] = {}
+    for letter in dead_letters(broker, queues, where):
+        key = (letter.actor, letter.exception, letter.outcome, letter.reason)
+        count = counts.setdefault(key, [0, None, None])
+        count[0] += 1
+        if letter.failed_at is not None:
+            count[1] = letter.failed_at if count[1] is None else min(count[1], letter.failed_at)
+            count[2] = letter.failed_at if count[2] is None else max(count[2], letter.failed_at)
+    return sorted(
+        (Group(*key, *count) for key, count in counts.items()), key=lambda group: (-group.count, str(group.actor))
+    )
+
+
+def replay(
+    broker: Broker,
+    queues: Iterable[str] = (),
+    where: Where | None = None,
+    *,
+    to_queue: str | None = None,
+    new_id: bool = False,
+    rate: float | None = None,
+    limit: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    moved: Moved | None = None,
+) -> Moved:
+    """Send dead letters again, as if for the first time, each to the queue that it came from.
+
+    Interrupted at any moment, it has lost none: on Redis each lies either among the dead or in its queue, on RabbitMQ one
+    may lie in both. It can be called again. Letters that come while it works are not of this replay.
+
+    Parameters:
+      broker, queues, where, limit: As for `dead_letters`.
+      to_queue: Send them to this queue instead.
+      new_id: Give each a message id of its own; by default it keeps its id, and counts the replay.
+      rate: So many a second at most.
+      dry_run: Only count what it would be.
+      progress: Called with how many were looked at, and how many there are.
+      moved: Counted on while it works, for whoever interrupts it.
+
+    Raises:
+      OperationError: If a queue is unknown or the broker can't be reached.
+    """
+    if to_queue is not None:
+        find_queue(broker, to_queue)
+    else:
+        for queue in queues:
+            if queue not in known_queues(broker) and find_any_queue(broker, queue):
+                raise OperationError(
+                    f"No actor uses the queue {queue!r} any more; say with --to-queue where its letters go."
+                )
+        queues = [*queues] or known_queues(broker)
+
+    def successor(letter: DeadLetter) -> Message[Any] | None:
+        if letter.message is None:
+            return None
+        return renewed(letter.message, letter.queue if to_queue is None else to_queue, new_id=new_id)
+
+    moved = Moved() if moved is None else moved
+    for queue in _chosen(broker, queues):
+        _work(broker, queue, True, where, successor, moved, limit, progress, rate=rate, dry_run=dry_run)
+    return moved
+
+
+def purge(
+    broker: Broker,
+    queues: Iterable[str] = (),
+    where: Where | None = None,
+    *,
+    limit: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    moved: Moved | None = None,
+) -> Moved:
+    """Delete dead letters for good. Arguments and errors as for `replay`."""
+    moved = Moved() if moved is None else moved
+    for queue in _chosen(broker, queues):
+        _work(broker, queue, True, where, None, moved, limit, progress, dry_run=dry_run)
+    return moved
+
+
+def move(
+    broker: Broker,
+    queue: str,
+    to_queue: str,
+    *,
+    actor: str | None = None,
+    limit: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    moved: Moved | None = None,
+    where: Where | None = None,
+) -> Moved:
+    """Move messages that are ready from one queue to another, in their order and as safely as `replay`.
+
+    Delayed messages, and those that a worker has in hand, stay. On RabbitMQ the messages that were looked at and stay
+    (with ``actor``) are marked as redelivered.
+
+    Raises:
+      OperationError: If a queue is unknown, both are one, or the broker can't be reached.
+    """
+    find_any_queue(broker, queue)
+    find_queue(broker, to_queue)
+    if queue == to_queue:
+        raise OperationError(f"The messages are in {queue!r} already.")
+    moved = Moved() if moved is None else moved
+
+    def successor(letter: DeadLetter) -> Message[Any] | None:
+        return None if letter.message is None else letter.message.copy(queue_name=to_queue)
+
+    wanted = Filter(actor=actor) if where is None else where
+    _work(broker, queue, False, wanted, successor, moved, limit, progress, dry_run=dry_run)
+    return moved
+
+
+def _work(
+    broker: Broker,
+    queue: str,
+    dead: bool,
+    where: Where | None,
+    successor: Callable[[DeadLetter], Message[Any] | None] | None,
+    moved: Moved,
+    limit: int | None,
+    progress: Progress | None,
+    *,
+    rate: float | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
+    with open_pile(broker, queue, dead=dead) as pile:
+        next_at = monotonic()
+        if limit is not None and moved.count >= limit:
+            return
+        for item in _looked_at(pile, limit) if dry_run else pile:
+            letter = read_letter(broker, queue, item)
+            moved.seen += 1
+            if where is None or where(letter):
+                message = None if successor is None else successor(letter)
+                if successor is not None and message is None:
+                    moved.unreadable += 1
+                elif dry_run or (pile.drop(item) if message is None else pile.send(item, message)):
+                    moved.count += 1
+                    if limit is not None and moved.count >= limit:
+                        return
+                    if rate is not None and not dry_run:
+                        next_at = max(next_at + 1 / rate, monotonic())
+                        pile.wait(max(0.0, next_at - monotonic()))
+            if progress is not None:
+                progress(moved.seen, len(pile))
+
+
+def _chosen(broker: Broker, queues: Iterable[str]) -> list[str]:
+    chosen = [find_any_queue(broker, queue) for queue in queues]
+    return chosen or [*known_queues(broker), *stray_queues(broker)]

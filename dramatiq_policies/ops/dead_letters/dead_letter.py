@@ -1,0 +1,240 @@
+"""Dead letters as records: who, why and when, whoever wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message
+from dramatiq.message import generate_unique_id
+
+from ...common.texts import printable
+from ...delivery.broker_state import wiring_of
+from ...delivery.delivery import READY_AT
+from ...delivery.history import FAILURE, POLICIES, History, now_ms
+from ...delivery.validation import check_shape, decode, is_number
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+    from ...brokers.browser import Item
+
+__all__ = ["DeadLetter", "Filter", "read_letter", "renewed"]
+
+#: What a message carries of its past, and must not carry into a replay.
+PAST = frozenset({"eta", FAILURE, POLICIES, READY_AT, "redis_message_id", "requeue_timestamp", "retries", "traceback"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """One dead letter. What it does not say is None.
+
+    Attributes:
+      queue: The queue whose dead letter it is.
+      message_id, actor: Of the message; None if its body can't be read.
+      outcome, reason, exception, text, traceback, attempts, history: Of `failure`; a stock dead letter says only what its
+        traceback does.
+      failed_at: When, in ms since the epoch.
+      replays: How often it was replayed before.
+      tags: Its actor's.
+      message: The message itself; None if its body can't be read.
+    """
+
+    queue: str
+    message_id: str | None
+    actor: str | None
+    outcome: str
+    reason: str | None
+    exception: str | None
+    text: str | None
+    traceback: str | None
+    attempts: int | None
+    failed_at: int | None
+    replays: int = 0
+    tags: Mapping[str, str] = field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
+    message: Message[Any] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """What a list shows of it."""
+        names = ("queue", "message_id", "actor", "outcome", "reason", "exception", "text", "attempts", "failed_at")
+        return {**{name: getattr(self, name) for name in names}, "replays": self.replays, "tags": dict(self.tags)}
+
+    def asdict(self, *, args: bool = False) -> dict[str, Any]:
+        """All of it; the arguments by their types only, unless asked for."""
+        message = self.message
+        shown: dict[str, Any] = {"args": None, "kwargs": None, "options": None}
+        if message is not None:
+            mask = _itself if args else _type_of
+            shown = {
+                "args": [mask(value) for value in message.args],
+                "kwargs": {name: mask(value) for name, value in message.kwargs.items()},
+                "options": {name: value for name, value in message.options.items() if name not in PAST},
+            }
+            if not args and shown["options"]:
+                shown["options"] = {
+                    name: value if isinstance(value, (int, float, bool)) else _type_of(value)
+                    for name, value in shown["options"].items()
+                }
+        return {**self.row(), "traceback": self.traceback, "history": list(self.history), **shown}
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _type_of(value: Any) -> str:
+    return f"<{type(value).__name__}>"
+
+
+def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
+    """What a dead letter says. It may come from anybody: what can't be read is None."""
+    try:
+        message = decode(item.body, wiring_of(broker).max_body_bytes)
+        check_shape(message)
+    except Exception:
+        return DeadLetter(
+            queue=queue,
+            message_id=None,
+            actor=None,
+            outcome="dead",
+            reason="malformed",
+            exception=None,
+            text=item.body[:200].decode(errors="replace"),
+            traceback=None,
+            attempts=None,
+            failed_at=item.at_ms,
+        )
+    options = message.options
+    failure = options.get(FAILURE)
+    failure = failure if isinstance(failure, dict) else _stock_failure(options)
+    policy = wiring_of(broker).policies.get(message.actor_name)
+    tags = failure.get("tags")
+    history = failure.get("history")
+    failed_at: Any = failure.get("failed_at")
+    return DeadLetter(
+        queue=queue,
+        message_id=message.message_id,
+        actor=message.actor_name,
+        outcome=_text(failure.get("outcome")) or "dead",
+        reason=_text(failure.get("reason")),
+        exception=_text(failure.get("exception")),
+        text=_text(failure.get("message")),
+        traceback=_text(failure.get("traceback")),
+        attempts=failure["attempts"] if type(failure.get("attempts")) is int else None,
+        failed_at=int(failed_at) if is_number(failed_at) else item.at_ms,
+        replays=History(options).replays,
+        tags=tags if isinstance(tags, dict) else ((policy.tags or {}) if policy is not None else {}),
+        history=tuple(run for run in history if isinstance(run, dict)) if isinstance(history, list) else (),
+        message=message,
+    )
+
+
+def _stock_failure(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dead letter of plain Dramatiq's says: its traceback is that of the failure before the last."""
+    trace = _text(options.get("traceback"))
+    retries = options.get("retries")
+    found: dict[str, Any] = {"traceback": trace, "attempts": retries + 1 if type(retries) is int else None}
+    last = trace.strip().splitlines()[-1] if trace and trace.strip() else ""
+    name, _, text = last.partition(": ")
+    if name and name.replace(".", "").isidentifier():
+        found.update(exception=name, message=text)
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def renewed(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
+    """The message for its replay: without its past, made now, and counting one replay more.
+
+    The count is part of the run's identity: what remembers that the earlier run has ended lets this one run.
+    """
+    options = {name: value for name, value in message.options.items() if name not in PAST}
+    options[POLICIES] = {"replays": History(message.options).replays + 1}
+    return Message(
+        queue_name=queue,
+        actor_name=message.actor_name,
+        args=message.args,
+        kwargs=message.kwargs,
+        options=options,
+        message_id=generate_unique_id() if new_id else message.message_id,
+        message_timestamp=now_ms(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which dead letters are meant; all of what is given must hold.
+
+    Attributes:
+      actor, outcome, reason: Exactly.
+      error: A class as a dotted path or by its bare name, or any part of ``path: text``, whatever the case.
+      tags: Names and values, all of them.
+      message_ids: One of them, also as a list prints it, with its control characters escaped.
+      older_than_ms, newer_than_ms: How long ago it failed.
+      arguments: Names of arguments and their values as text or JSON; ``order.id`` looks into an argument that is an object, ``0``
+        is the first by position.
+      parameters: The names of each actor's parameters, for arguments by position.
+    """
+
+    actor: str | None = None
+    outcome: str | None = None
+    reason: str | None = None
+    error: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    message_ids: tuple[str, ...] = ()
+    older_than_ms: int | None = None
+    newer_than_ms: int | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __call__(self, letter: DeadLetter) -> bool:
+        return all(self._tests(letter))
+
+    def _tests(self, letter: DeadLetter) -> Iterator[bool]:
+        for name in ("actor", "outcome", "reason"):
+            wanted = getattr(self, name)
+            yield wanted is None or wanted == getattr(letter, name)
+        if self.error is not None:
+            yield self.error.lower() in f"{letter.exception or ''}: {letter.text or ''}".lower()
+        yield all(letter.tags.get(name) == value for name, value in self.tags.items())
+        yield not self.message_ids or bool(
+            {letter.message_id, printable(letter.message_id or "")} & {*self.message_ids}
+        )
+        age = None if letter.failed_at is None else now_ms() - letter.failed_at
+        yield self.older_than_ms is None or (age is not None and age >= self.older_than_ms)
+        yield self.newer_than_ms is None or (age is not None and age <= self.newer_than_ms)
+        if self.arguments:
+            given = _arguments_of(letter, self.parameters)
+            yield all(_is_given(given, name, text) for name, text in self.arguments.items())
+
+
+_NONE = object()
+
+
+def _arguments_of(letter: DeadLetter, parameters: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    message = letter.message
+    if message is None:
+        return {}
+    names = parameters.get(message.actor_name, ())
+    by_place = {str(place): value for place, value in enumerate(message.args)}
+    return {**by_place, **dict(zip(names, message.args, strict=False)), **message.kwargs}
+
+
+def _is_given(arguments: Mapping[str, Any], name: str, text: str) -> bool:
+    value: Any = arguments
+    for part in [name] if name in arguments else name.split("."):
+        value = value.get(part, _NONE) if isinstance(value, Mapping) else _NONE
+    if value is _NONE:
+        return False
+    if str(value) == text:
+        return True
+    try:
+        meant = json.loads(text)
+    except ValueError:
+        return False
+    return type(meant) is type(value) and bool(meant == value)

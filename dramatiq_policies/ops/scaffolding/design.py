@@ -1,0 +1,225 @@
+"""The design that comes before the job: eight answers, complete or refused."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ...common.callables import accepts_call_of
+from ...common.durations import WEEK_MS
+from ...idempotency.keys import roots_of
+from ..app import OperationError, meant, one_line
+
+__all__ = ["Argument", "Design", "IncompleteDesign", "Named", "parse_design"]
+
+
+class IncompleteDesign(OperationError):
+    """A design has no answer, or one that makes no sense, to some questions.
+
+    Attributes:
+      problems: One for each, as ``job.purpose: what is missing``.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("The design is incomplete:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One of the job's arguments: its name, and its type as it is written, None without one."""
+
+    name: str
+    annotation: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.annotation is None else f"{self.name}: {self.annotation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Something that is imported: ``module:Name``."""
+
+    module: str
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """What a job is, before it is written. Attributes as in the file that `parse_design` reads."""
+
+    purpose: str
+    trigger: str
+    arguments: tuple[Argument, ...]
+    effect: str
+    criticality: str
+    queue: str
+    timeout: int
+    transient: tuple[Named, ...]
+    permanent: tuple[Named, ...]
+    configuration: tuple[Named, ...]
+    idempotency_key: str | None = None
+    idempotent: bool = False
+    done_when: Named | None = None
+
+
+_TEXTS = {
+    "purpose": "what it is for, in one sentence",
+    "trigger": "what sends it, and when",
+    "effect": "what is different in the world afterwards",
+    "criticality": "how bad it is if it does not run: high, low, …",
+    "queue": "the name of its queue: what must it not wait behind?",
+}
+_ERRORS = {
+    "transient": "errors that will pass, which are retried; [] if there are none",
+    "permanent": "errors that will be the same the next time, which are discarded; [] if there are none",
+    "configuration": "errors that somebody must act on, which alert; [] if there are none",
+}
+
+
+_JOB = (*_TEXTS, "input", "timeout", "idempotency_key", "idempotent", "done_when")
+
+
+def parse_design(data: Mapping[str, Any]) -> Design:
+    """A design from the tables ``[job]`` and ``[errors]``.
+
+    Raises:
+      IncompleteDesign: With everything that is missing or makes no sense.
+      OperationError: It answers what nobody asks.
+    """
+    problems: list[str] = []
+    job: Any = data.get("job", {})
+    errors: Any = data.get("errors", {})
+    if not isinstance(job, Mapping) or not isinstance(errors, Mapping):
+        raise IncompleteDesign(["expected the tables [job] and [errors]"])
+    _refuse_unknown("", data, ("job", "errors"))
+    _refuse_unknown("job.", job, _JOB)
+    _refuse_unknown("errors.", errors, _ERRORS)
+    texts: dict[str, Any] = {}
+    for name, what in _TEXTS.items():
+        value = job.get(name)
+        texts[name] = value.strip() if isinstance(value, str) else ""
+        if not texts[name]:
+            problems.append(f"job.{name}: {what}")
+    if texts["queue"] == "default":
+        problems.append("job.queue: a queue of its own, not 'default', which all wait behind")
+    arguments = _arguments(job.get("input"), problems)
+    timeout = job.get("timeout")
+    if type(timeout) is not int or not 0 < timeout <= WEEK_MS:
+        problems.append("job.timeout: after how many milliseconds it is not merely slow")
+        timeout = 0
+    named: dict[str, Any] = {
+        name: tuple(_exceptions(name, errors.get(name), what, problems)) for name, what in _ERRORS.items()
+    }
+    seen: dict[Any, str] = {}
+    problems += [
+        f"errors.{name}: {one} stands under errors.{seen[one.value]} too"
+        for name, listed in named.items()
+        for one in listed
+        if seen.setdefault(one.value, name) != name
+    ]
+    idempotency = _idempotency(job, arguments, problems)
+    if problems:
+        raise IncompleteDesign(problems)
+    return Design(arguments=arguments, timeout=timeout, **texts, **named, **idempotency)
+
+
+def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """An answer under another name would be none at all."""
+    for name in given:
+        if name not in known:
+            there = ", ".join(f"{table}{one}" for one in known)
+            raise OperationError(f"{table}{name} answers no question{meant(name, known)} There are {there}.")
+
+
+def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:
+    what = 'its arguments, ids and values: ["order_id: int", …]; [] if it takes none'
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        problems.append(f"job.input: {what}")
+        return ()
+    try:
+        (function,) = ast.parse(f"def job({', '.join(given)}): ...").body
+        assert isinstance(function, ast.FunctionDef)
+        args = function.args
+        if args.vararg or args.kwarg or args.posonlyargs or args.kwonlyargs or args.defaults:
+            raise SyntaxError("only names and types")
+    except (SyntaxError, ValueError):
+        problems.append(f"job.input: {what}, got {given!r}")
+        return ()
+    return tuple(
+        Argument(one.arg, None if one.annotation is None else ast.unparse(one.annotation)) for one in args.args
+    )
+
+
+def _exceptions(name: str, given: Any, what: str, problems: list[str]) -> Iterator[Named]:
+    if not isinstance(given, list):
+        problems.append(f"errors.{name}: {what}")
+        return
+    for path in given:
+        found = _import(f"errors.{name}", path, problems)
+        if found is None:
+            continue
+        if isinstance(found.value, type) and issubclass(found.value, BaseException):
+            yield found
+        else:
+            problems.append(f"errors.{name}: {path!r} is no exception class")
+
+
+def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], problems: list[str]) -> dict[str, Any]:
+    key, idempotent, done_when = (job.get(name) for name in ("idempotency_key", "idempotent", "done_when"))
+    if not key and not idempotent and not done_when:
+        problems.append(
+            'job.idempotency_key: what makes a second run harmless: "order:{order_id}"; or idempotent = true, or done_when'
+        )
+    if key is not None:
+        names = {argument.name for argument in arguments}
+        try:
+            fields = set(roots_of(key))
+        except (TypeError, ValueError):
+            problems.append(f"job.idempotency_key: a template over the arguments, got {key!r}")
+        else:
+            problems += [f"job.idempotency_key: {field!r} is none of the arguments" for field in sorted(fields - names)]
+            if not fields and (arguments or not key):
+                problems.append(
+                    "job.idempotency_key: a template over the arguments; without one all messages are one job"
+                )
+    if idempotent is not None and type(idempotent) is not bool:
+        problems.append(f"job.idempotent: true or false, got {idempotent!r}")
+    found = None
+    if done_when is not None:
+        found = _import("job.done_when", done_when, problems)
+        if found is not None and not callable(found.value):
+            problems.append(f"job.done_when: {done_when!r} can't be called")
+        elif found is not None and not accepts_call_of(found.value, _signature_of(arguments)):
+            takes = ", ".join(argument.name for argument in arguments)
+            problems.append(f"job.done_when: {done_when!r} does not take what the job takes, ({takes})")
+    return {"idempotency_key": key, "idempotent": bool(idempotent), "done_when": found}
+
+
+def _signature_of(arguments: tuple[Argument, ...]) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(argument.name, kind) for argument in arguments])
+
+
+def _import(where: str, path: Any, problems: list[str]) -> Named | None:
+    if not isinstance(path, str) or not path:
+        problems.append(f'{where}: expected "module:Name", got {path!r}')
+        return None
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module and hasattr(builtins, name):
+        module = "builtins"
+    try:
+        return Named(module, name, functools.reduce(getattr, name.split("."), import_module(module)))
+    except Exception as error:
+        problems.append(f'{where}: {path!r} can\'t be imported as "module:Name" ({one_line(error)})')
+        return None

@@ -1,0 +1,147 @@
+"""A job and its tests, written from a design: the rules stand, the tests fail, and the job is to be written."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from ..app import OperationError
+from .design import Design, Named
+from .source import WIDTH, Imports, called, prose, quoted, sentence
+from .tests import render_tests
+
+__all__ = ["module_name", "render_conftest", "render_job", "scaffold"]
+
+
+def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
+    """Write the job's module and its tests; what was written.
+
+    Parameters:
+      design: A complete one.
+      file: The module, below the current folder: ``shop/jobs/send_confirmation.py``. Its name is the job's.
+      tests: The folder for ``test_<job>.py``. It also gets a ``conftest.py`` if it has none and no package of the module
+        sets a broker.
+
+    Raises:
+      OperationError: If one of them exists, or the path is no module's. Nothing is written then.
+    """
+    module = module_name(file)
+    test_file, conftest = tests / f"test_{file.stem}.py", tests / "conftest.py"
+    for one in (file, test_file):
+        if one.exists():
+            raise OperationError(f"{one} is there already, and is not overwritten.")
+    texts = {file: render_job(design, file.stem), test_file: render_tests(design, module, file.stem)}
+    if not conftest.exists() and not _sets_broker(file):
+        texts[conftest] = render_conftest(_app_of(file))
+    for path, text in texts.items():
+        _make_folders(path.parent)
+        path.write_text(text, encoding="utf-8")
+    return list(texts)
+
+
+def module_name(file: Path) -> str:
+    """The dotted name of a module from its file.
+
+    Raises:
+      OperationError: If it can't have one.
+    """
+    parts = list(file.with_suffix("").parts)
+    if parts[:1] == ["src"]:
+        parts = parts[1:]
+    if file.is_absolute() or file.suffix != ".py" or not parts or not all(part.isidentifier() for part in parts):
+        raise OperationError(f"{file} is no module; name a file below this folder, shop/jobs/send_confirmation.py.")
+    return ".".join(parts)
+
+
+def _make_folders(folder: Path) -> None:
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        # A new folder of a package is a package.
+        if (one.parent / "__init__.py").exists():
+            (one / "__init__.py").touch()
+
+
+def _sets_broker(file: Path) -> bool:
+    """Whether importing the module imports something of its packages that sets the broker."""
+    return any(_mentions(folder / "__init__.py") for folder in file.parents)
+
+
+def _mentions(file: Path) -> bool:
+    try:
+        return "set_broker(" in file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _app_of(file: Path) -> str | None:
+    """The one module of the same package that sets the broker, if there is one."""
+    top = file.parts[0] if file.parts[0] != "src" else str(Path(*file.parts[:2]))
+    found = [one for one in sorted(Path(top).rglob("*.py")) if _mentions(one)] if len(file.parts) > 1 else []
+    return module_name(found[0]).removesuffix(".__init__") if len(found) == 1 else None
+
+
+def render_job(design: Design, name: str) -> str:
+    """The module of the job."""
+    imports, ours = Imports(), Imports()
+    options = [f"queue_name={quoted(design.queue)}"]
+    if design.transient:
+        ours.add("dramatiq_policies", "RetryPolicy")
+        rows = "".join(f"        {called(imports, one)}: RetryPolicy(attempts=5),\n" for one in design.transient)
+        options.append(f"retry_on={{\n{rows}    }}")
+    else:
+        options.append("retry_on=()")
+    options.append(f"discard_on={_listed(imports, design.permanent)}")
+    if design.configuration:
+        options.append(f"alert_on={_listed(imports, design.configuration)}")
+    if design.idempotency_key is not None:
+        options.append(f"idempotency_key={quoted(design.idempotency_key)}")
+    elif design.idempotent:
+        options.append("idempotent=True")
+    if design.done_when is not None:
+        options.append(f"done_when={called(imports, design.done_when)}")
+    options.append(f"timeout={design.timeout:_}")
+    options.append(f'tags={{"criticality": {quoted(design.criticality)}}}')
+    listed = "".join(f"    {option},\n" for option in options)
+    third_party = "\n".join(part for part in ("import dramatiq", ours.render()) if part)
+    parts = ["from __future__ import annotations", third_party, imports.render()]
+    head = "\n\n".join(part for part in parts if part)
+    signature = f"def {name}({', '.join(map(str, design.arguments))}) -> None:"
+    if len(signature) > WIDTH:
+        signature = "\n".join([f"def {name}(", *(f"    {argument}," for argument in design.arguments), ") -> None:"])
+    return (
+        f"{head}\n\n\n@dramatiq.actor(\n{listed})\n{signature}\n{_docstring(design)}\n"
+        f'    raise NotImplementedError("{name} is not written yet")\n'
+    )
+
+
+def _docstring(design: Design) -> str:
+    summary = sentence(design.purpose)
+    body = [
+        textwrap.fill(f"{label}: {prose(text)}", 80 - 4)
+        for label, text in (("Trigger", design.trigger), ("Effect", design.effect))
+    ]
+    whole = f'"""{textwrap.fill(summary, 80 - 7)}\n\n' + "\n".join(body) + '\n"""'
+    return textwrap.indent(whole, "    ")
+
+
+def _listed(imports: Imports, named: tuple[Named, ...]) -> str:
+    if not named:
+        return "()"
+    names = [called(imports, one) for one in named]
+    if len(names) == 1:
+        return names[0]
+    line = f"({', '.join(names)})"
+    return line if len(line) <= WIDTH - 20 else "(\n" + "".join(f"        {one},\n" for one in names) + "    )"
+
+
+def render_conftest(app: str | None) -> str:
+    """What sets the broker for the tests, where importing the job does not."""
+    if app is not None:
+        return f'"""The tests run on the broker that the application sets, with stubs in its place."""\n\nimport {app}  # noqa: F401\n'
+    return (
+        '"""The application sets no broker yet; until it does, the tests do."""\n\n'
+        "import dramatiq\nfrom dramatiq.brokers.stub import StubBroker\n"
+        "from dramatiq_policies import install\n\n"
+        "dramatiq.set_broker(install(StubBroker()))\n"
+    )

@@ -1,0 +1,3 @@
+"""Which rule decides on an exception, and how long to wait before a retry."""
+
+from __future__ import annotations

@@ -1,0 +1,115 @@
+"""The rules that ``retry_on``, ``discard_on`` and ``alert_on`` declare: what was written, checked and made `Rule`s."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ..errors import ConfigurationError
+from .rule import Owner, RetryPolicy, Rule, Verb, When, refuse_twice
+
+__all__ = ["parse_rules"]
+
+
+def parse_rules(
+    where: str, owner: Owner, *, retry_on: Any = None, discard_on: Any = None, alert_on: Any = None
+) -> tuple[Rule, ...]:
+    """The rules that an actor, or a broker, declares.
+
+    Raises:
+      ConfigurationError: If one is wrong, or the same bare class stands under two verbs or twice.
+    """
+    rules: list[Rule] = []
+    used: Counter[str] = Counter()
+    for verb, declared in ((Verb.RETRY, retry_on), (Verb.DISCARD, discard_on), (Verb.ALERT, alert_on)):
+        option = f"{verb.value}_on"
+        for targets, policy in _entries(where, option, verb, declared):
+            conditions = list(_flatten(where, option, targets, owner))
+            if not conditions and isinstance(declared, Mapping):
+                raise ConfigurationError.of_option(where, option, "an exception class for each policy", targets)
+            together = isinstance(declared, Mapping)
+            for counted in [conditions] if together else [[condition] for condition in conditions]:
+                # Sorted, since a frozenset has no order that two processes agree on.
+                name = "|".join(sorted(_id(target, predicate, owner) for target, predicate in counted))
+                used[name] += 1
+                # Two lambdas on one class have the same name.
+                unique = name if used[name] == 1 else f"{name}#{used[name]}"
+                rules.extend(
+                    Rule(verb, target, predicate, policy, unique, owner, where) for target, predicate in counted
+                )
+    refuse_twice(rules)
+    return tuple(rules)
+
+
+def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tuple[Any, RetryPolicy | None]]:
+    if declared is None:
+        return
+    if isinstance(declared, Mapping):
+        if verb is not Verb.RETRY:
+            raise ConfigurationError.of_option(
+                where, option, "an exception class or a tuple of them", declared, "Only retry_on takes a mapping"
+            )
+        for targets, given in declared.items():
+            if type(given) is int and given < 1:
+                raise ConfigurationError.of_option(where, option, "at least 1 attempt", given)
+            policy = RetryPolicy(attempts=given) if type(given) is int else given
+            if not isinstance(policy, RetryPolicy):
+                raise ConfigurationError.of_option(
+                    where, option, "a RetryPolicy or a number of attempts for each class", policy
+                )
+            yield targets, policy
+    else:
+        yield declared, RetryPolicy() if verb is Verb.RETRY else None
+
+
+def _flatten(
+    where: str, option: str, declared: Any, owner: Owner
+) -> Iterator[tuple[type[BaseException] | str, Callable[[Any], object] | None]]:
+    if isinstance(declared, (tuple, list, set, frozenset)):
+        for one in declared:
+            yield from _flatten(where, option, one, owner)
+    elif isinstance(declared, When):
+        narrowed = list(_flatten(where, option, declared.exceptions, owner))
+        if not narrowed:
+            raise ConfigurationError.of_option(where, option, "a class in when()", declared)
+        for target, inner in narrowed:
+            if inner is not None:
+                raise ConfigurationError.of_option(where, option, "one when() around a class", declared)
+            yield target, declared.predicate
+    elif (isinstance(declared, type) and issubclass(declared, BaseException)) or (
+        isinstance(declared, str) and owner == "broker"
+    ):
+        yield declared, None
+    else:
+        raise ConfigurationError.of_option(
+            where,
+            option,
+            "an exception class, when(class, predicate), or a tuple or list of them",
+            declared,
+            _advice(declared),
+        )
+
+
+def _advice(got: Any) -> str:
+    if isinstance(got, BaseException):
+        return f"Name the class {type(got).__name__}, not an instance of it"
+    if isinstance(got, str):
+        return "Import the class; only a broker's rules may be dotted paths"
+    if isinstance(got, Mapping):
+        return "A mapping stands alone: retry_on={SomeError: RetryPolicy()}"
+    if callable(got) and not isinstance(got, type):
+        return "To narrow a class by a function write when(SomeError, function)"
+    return "Did you mean a class that derives from Exception?"
+
+
+def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None, owner: Owner) -> str:
+    name = target.replace(":", ".") if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+    if predicate is None:
+        return name
+    while isinstance(predicate, functools.partial):
+        predicate = predicate.func
+    # An actor's lambda and the broker's on one class are two rules, and both are tried.
+    mark = "?" if owner == "actor" else "??"
+    return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"

@@ -1,0 +1,81 @@
+"""What the test kit keeps of one StubBroker: its time, and what it sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dramatiq import Message
+from dramatiq.broker import Broker
+from dramatiq.brokers.stub import StubBroker
+
+from ..bundle import arrange
+from ..delivery.broker_state import Wiring
+from ..errors import ConfigurationError
+from ..idempotency.claims import StoreDown
+from ..middleware.base import PolicyMiddleware
+from .virtual_time import VirtualClock, clock_in_force
+
+__all__ = ["Bench", "bench_of"]
+
+_ATTRIBUTE = "dramatiq_policies_bench"
+
+
+class Bench:
+    """One StubBroker under test. What is sent through it is sent at its own, virtual, time."""
+
+    def __init__(self, broker: StubBroker, wiring: Wiring) -> None:
+        self.broker = broker
+        self.wiring = wiring
+        self.clock = VirtualClock(self._renew_leases)
+        self.draining = False
+        #: Whether the idempotency store is down for good: what waits for it waits in vain.
+        self.store_is_down = False
+        stock, began = broker.enqueue, self.clock.now
+        clock = self.clock
+
+        def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+            if clock_in_force() is clock:
+                return stock(message, delay=delay)
+            with clock.in_force():
+                if message.message_timestamp >= began:
+                    # Made just now, by the real clock.
+                    message = message.copy(message_timestamp=clock.now)
+                return stock(message, delay=delay)
+
+        broker.enqueue = enqueue  # type: ignore[method-assign]
+
+    def _renew_leases(self) -> None:
+        """What a thread of the process would have done meanwhile."""
+        if self.wiring.admission is not None:
+            try:
+                self.wiring.admission.claims.leases.renew()
+            except StoreDown:
+                pass
+
+    def delayed(self) -> list[Message[Any]]:
+        """The messages on the delay queues."""
+        return [
+            Message.decode(body) for name in self.broker.delay_queues for body in tuple(self.broker.queues[name].queue)
+        ]
+
+
+def bench_of(broker: Broker) -> Bench:
+    """The broker's bench, made at the first call.
+
+    Raises:
+      ConfigurationError: It is no StubBroker, or has none of the bundle's middleware.
+    """
+    bench: Bench | None = vars(broker).get(_ATTRIBUTE)
+    if bench is None:
+        if not isinstance(broker, StubBroker):
+            raise ConfigurationError(
+                f"The test kit runs what is queued on a StubBroker, and got a {type(broker).__name__}. "
+                "Use `with stub() as broker:`, which lends its actors to a StubBroker."
+            )
+        if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+            raise ConfigurationError(
+                "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
+                "Call install(broker) before its actors are declared."
+            )
+        bench = vars(broker)[_ATTRIBUTE] = Bench(broker, arrange(broker))
+    return bench

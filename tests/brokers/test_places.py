@@ -1,0 +1,62 @@
+"""The places of messages in hand, without a server."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from dramatiq_policies.brokers.redis.prefetch import Places
+
+
+@pytest.fixture
+def full():
+    places = Places(set(), 4)
+    for number in range(4):
+        assert places.take(f"r{number}")
+    return places
+
+
+def seconds_of(call, *args):
+    started = time.monotonic()
+    call(*args)
+    return time.monotonic() - started
+
+
+def test_nobody_waits_while_there_is_a_place(full):
+    full.release("r0")
+    assert full.taken == 3
+    assert seconds_of(full.wait, 20) < 10
+
+
+def test_who_waits_goes_on_once_half_of_the_places_are_free(full):
+    class Room(threading.Event):
+        def wait(self, seconds):
+            for one in ("r0", "r1"):
+                full.over(one)
+                free.append(self.is_set())
+            return super().wait(seconds)
+
+    free = []
+    full._room = Room()
+    assert seconds_of(full.wait, 20) < 10
+    assert free == [False, True]
+    assert full.taken == 2
+
+
+def test_one_whose_ack_is_on_its_way_takes_no_place_and_is_held(full):
+    full.over("r0")
+    full.over("r0")
+    assert full.taken == 3
+    assert not full.take("r0")
+    full.release("r0")
+    assert full.taken == 3
+
+
+def test_one_that_was_held_when_it_was_fetched_is_not_taken_although_it_was_acked_since(full):
+    full.about_to_fetch()
+    full.release("r0")
+    assert not full.take("r0")
+    full.about_to_fetch()
+    assert full.take("r0")

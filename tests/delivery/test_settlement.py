@@ -1,0 +1,249 @@
+"""What comes between a decision and its ack, where something fails; the rest is in test_error_classifier.py."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from dramatiq import Message, Middleware
+from dramatiq.results import ResultFailure, ResultMissing, Results
+from dramatiq.results.backends import StubBackend
+
+from dramatiq_policies.delivery import handing_off
+from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.delivery import GivenAway
+from dramatiq_policies.delivery.refusals import Unsendable
+from dramatiq_policies.testing import drain
+
+from ..support import Stage
+
+CONSUMER = "dramatiq_policies.brokers.stub.consumer.StubConsumer"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PATIENCE", 0.05)
+    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PAUSES", (0.0, 0.01))
+    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._FIRST_RETURN", 100)
+
+
+def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_success():
+    stage = Stage()
+    job = stage.actor(lambda: None, actor_name="job")
+    sent = job.send()
+    consumer = stage.broker.consume("default")
+    consumer.ack(next(consumer))
+    assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
+    assert [letter.message_id for letter in stage.dead] == [sent.message_id]
+    assert "came to no decision" in stage.failures()[0]["message"]
+
+
+def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkeypatch, caplog):
+    stage = Stage()
+    ran = []
+
+    def fail():
+        ran.append(1)
+        1 / 0  # noqa: B018
+
+    job = stage.actor(fail, actor_name="job", max_retries=0)
+    sent = job.send()
+
+    def refuse(*args):
+        raise ValueError("too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dramatiq_policies.brokers.stub.consumer.StubConsumer.dead_letter", refuse)
+        with stage.working():
+            stage.collected.wait_for(lambda events: events)
+    assert (stage.outcomes(), stage.reasons()) == (["interrupted"], ["handoff_failed"])
+    assert "make room in the dead-letter queue" in caplog.text
+    assert stage.dead == []
+    assert stage.run().outcomes() == ["interrupted", "dead"]
+    assert [letter.message_id for letter in stage.dead] == [sent.message_id]
+    # It is not run again: the dead letter tells of the run that has failed.
+    assert len(ran) == 1
+    assert stage.failures()[0]["exception"] == "builtins.ZeroDivisionError"
+    assert stage.reasons() == ["handoff_failed", "unclassified"]
+    assert "returned" not in stage.dead[0].options
+
+
+def test_of_a_message_that_stores_no_results_no_failure_is_stored():
+    results = Results(backend=StubBackend())
+    stage = Stage(middleware=[results])
+    loud, silent = (
+        stage.actor(lambda: 1 / 0, actor_name=f"job{store}", max_retries=0, store_results=store).send()
+        for store in (True, False)
+    )
+    assert stage.run().outcomes() == ["dead", "dead"]
+    with pytest.raises(ResultFailure, match="division by zero"):
+        loud.get_result(backend=results.backend)
+    with pytest.raises(ResultMissing):
+        silent.get_result(backend=results.backend)
+
+
+@pytest.fixture
+def acks(monkeypatch):
+    acked = []
+    monkeypatch.setattr(f"{CONSUMER}.finish", lambda consumer, message: acked.append(message.message_id))
+    return acked
+
+
+def taken(stage, **options):
+    """A consumer and the message that it holds."""
+    stage.actor(lambda: None, actor_name="job")
+    stage.broker.enqueue(Message("default", "job", (), {}, options))
+    consumer = stage.broker.consume("default")
+    return consumer, next(consumer)
+
+
+def test_what_is_acked_again_after_a_lost_connection_is_settled_once(acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    for _ in range(2):
+        consumer.ack(message)
+    assert (stage.outcomes(), len(acks)) == (["dead"], 2)
+    assert len(stage.dead) == 1
+
+
+def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back(monkeypatch, acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    wiring_of(stage.broker).stopping.set()
+    tries = []
+
+    def refuse(*args):
+        tries.append(1)
+        raise ConnectionError
+
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    consumer.ack(message)
+    assert len(tries) == 2
+    assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
+
+
+def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(monkeypatch, acks):
+    stage = Stage()
+    consumer, message = taken(stage)
+    handed = []
+    monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: True)
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", lambda *args: handed.append(args))
+    consumer.ack(message)
+    assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
+
+
+@pytest.mark.parametrize(("error", "gone"), [(GivenAway(), False), (ConnectionError(), True)], ids=repr)
+def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_again(monkeypatch, acks, error, gone):
+    stage = Stage()
+    consumer, message = taken(stage)
+    tries = []
+
+    def refuse(*args):
+        tries.append(1)
+        monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: gone)
+        raise error
+
+    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    consumer.ack(message)
+    assert len(tries) == 1
+    assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
+
+
+@pytest.mark.parametrize("replays", [0, 2])
+def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
+    stage = Stage()
+    consumer, message = taken(stage, policies={"replays": replays, "total": 3})
+    consumer.ack(message)
+    (letter,) = stage.dead
+    assert letter.options.get("policies") == ({"replays": replays} if replays else None)
+
+
+def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
+    stage = Stage()
+    told = []
+    wiring_of(stage.broker).on_success = (told.append,)
+    stage.actor(lambda: None, actor_name="good").send()
+    stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
+    assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]
+    assert [delivery.message.actor_name for delivery in told] == ["good"]
+
+
+class Unfit(Middleware):
+    """Puts into a message's options what no encoder takes, as a tracer might."""
+
+    def before_process_message(self, broker, message):
+        message.options["span"] = object()
+
+
+def test_a_dead_letter_that_cannot_be_encoded_is_made_from_the_message_as_received():
+    stage = Stage(middleware=[Unfit()])
+    stage.actor(lambda order: 1 / 0, actor_name="job", max_retries=0).send({"id": 1})
+    began = time.monotonic()
+    assert stage.run().outcomes() == ["dead"]
+    assert time.monotonic() - began < handing_off._PATIENCE
+    (letter,) = stage.dead
+    assert (letter.args, "span" in letter.options) == (({"id": 1},), False)
+    assert letter.options["failure"]["exception"] == "builtins.ZeroDivisionError"
+
+
+def test_a_retry_that_cannot_be_encoded_is_dead_at_once():
+    stage = Stage(middleware=[Unfit()])
+    stage.actor(lambda: 1 / 0, actor_name="job", max_retries=3).send()
+    assert drain(stage.broker).outcomes() == ["dead"]
+    assert stage.reasons() == ["handoff_failed"]
+
+
+def test_a_message_that_cannot_be_encoded_at_all_is_dead_as_received(monkeypatch):
+    stage = Stage()
+    sent = stage.actor(lambda: 1 / 0, actor_name="job", max_retries=0).send()
+    body = stage.broker.queues["default"].queue[0]
+
+    def refuse(message):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(Message, "encode", refuse)
+    assert drain(stage.broker).outcomes() == ["dead"]
+    assert stage.reasons() == ["unclassified"]
+    (letter,) = stage.dead
+    assert letter.options["raw"] == body.decode()
+    assert sent.message_id in letter.options["raw"]
+
+
+def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_then_runs_again(impatient, monkeypatch):
+    stage = Stage()
+    fails = []
+
+    def job():
+        fails.append(1)
+        if len(fails) == 1:
+            raise ValueError
+
+    stage.actor(job, actor_name="job", max_retries=0).send()
+
+    def refuse(*args):
+        raise Unsendable("never")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{CONSUMER}.hand_off", refuse)
+        with stage.working():
+            stage.collected.wait_for(lambda events: events)
+            patch.undo()
+            stage.collected.wait_for(lambda events: len(events) == 2)
+    assert list(zip(stage.outcomes(), stage.reasons(), strict=True)) == [
+        ("interrupted", "handoff_failed"),
+        ("succeeded", None),
+    ]
+
+
+@pytest.mark.parametrize("value", [0, "1", True, None, {}])
+def test_a_message_that_only_says_that_it_was_returned_is_run(value):
+    stage = Stage()
+    stage.actor(lambda: None, actor_name="job")
+    stage.broker.enqueue(Message("default", "job", (), {}, {"returned": value}))
+    assert stage.run().outcomes() == ["succeeded"]
+
+
+def test_the_wait_of_a_returned_message_grows_up_to_five_minutes():
+    assert [handing_off.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
+        10_000, 20_000, 160_000, 300_000, 300_000,
+    ]  # fmt: skip

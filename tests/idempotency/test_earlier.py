@@ -1,0 +1,148 @@
+"""Records that 0.1.0 left under the name that it gave a key."""
+
+from __future__ import annotations
+
+import pytest
+
+from dramatiq_policies import Idempotency
+from dramatiq_policies.idempotency import records
+from dramatiq_policies.idempotency.claims import Claims
+from dramatiq_policies.idempotency.records import Record, completed_by
+from dramatiq_policies.stores.memory import MemoryStore
+
+from ..support import Stage
+
+DAY = 86_400_000
+#: What made the key "7" in 0.1.0, beside the int, whose register is the same still.
+TEXT = "7"
+
+
+class App:
+    def __init__(self):
+        self.now = 1_000.0
+        self.store = MemoryStore(lambda: self.now)
+        self.stage = Stage(bundle={"idempotency": Idempotency(self.store)})
+        self.runs = []
+
+        @self.stage.actor(idempotency_key="{number}")
+        def job(number):
+            self.runs.append(number)
+
+        self.job = job
+
+    @property
+    def claims(self):
+        return next(one for one in self.stage.broker.middleware if isinstance(one, Idempotency)).claims
+
+    @property
+    def earlier(self):
+        return self.claims.earlier
+
+    def old(self, record, left=DAY):
+        value = record if isinstance(record, bytes) else record.encode()
+        self.store.put("job\x007", value, left)
+
+
+@pytest.fixture
+def app(monkeypatch):
+    app = App()
+    monkeypatch.setattr("dramatiq_policies.idempotency.earlier.clock.monotonic", lambda: app.now)
+    return app
+
+
+def running(message_id="theirs", **more):
+    return Record(records.RUNNING, message_id, owner="elsewhere:1:place:1", token="1", keep=1_000, **more)
+
+
+def test_a_running_claim_of_0_1_0_is_honoured(app):
+    app.old(running(), 1_000 + 30_000)
+    message = app.job.message(TEXT)
+    claims = app.claims
+    answer = claims.claim("new", request(message), keyed=True, keep=DAY, earlier="job\x007")
+    assert answer == records.Defer(30_000)
+    assert Idempotency.state(app.job, TEXT).state == "running"
+    assert Idempotency.state(app.job, TEXT).message_id == "theirs"
+
+
+def request(message):
+    return records.Request(message.message_id, 0, lambda record: False, 3)
+
+
+def test_what_0_1_0_counted_goes_on(app):
+    message = app.job.message(TEXT)
+    app.old(running(message.message_id, starts=2))
+    claims = app.claims
+    dead = request(message)._replace(is_dead=lambda record: True)
+    answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
+    assert answer == records.Take(3, alone=True)
+    app.old(running(message.message_id, starts=3))
+    answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
+    assert answer.starts == 3
+    assert answer.claim.name == "job\x007"
+    claims.close()
+
+
+def test_a_run_that_has_ended_under_0_1_0_is_stale(app):
+    message = app.job.message(TEXT)
+    app.old(Record(records.FREE, "theirs", keep=1_000, ended=((message.message_id, 0),)))
+    app.stage.broker.enqueue(message)
+    app.stage.run()
+    assert app.stage.reasons() == ["stale"]
+
+
+def test_a_job_that_was_completed_before_the_first_newer_worker_came_is_a_duplicate(app):
+    app.old(completed_by("theirs"))
+    app.now += 60
+    app.earlier.mark()
+    app.now += 60
+    app.job.send(TEXT)
+    app.stage.run()
+    assert app.stage.reasons() == ["completed"]
+    assert Idempotency.state(app.job, TEXT).state == "completed"
+    assert Idempotency.forget(app.job, TEXT)
+    app.job.send(TEXT)
+    app.stage.run()
+    assert app.runs == [TEXT]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_job_with_the_same_text_that_a_newer_worker_completed_is_another_one(app, marked):
+    if marked:
+        app.earlier.mark()
+    app.now += 60
+    app.job.send(7)
+    app.stage.run()
+    app.now += 60
+    assert Idempotency.state(app.job, TEXT).state == "none"
+    assert not Idempotency.forget(app.job, TEXT)
+    app.job.send(TEXT)
+    app.job.send(7)
+    app.job.send(TEXT)
+    app.stage.run()
+    assert app.runs == [7, TEXT]
+
+
+def test_a_job_with_the_same_text_that_a_newer_worker_runs_is_another_one(app):
+    app.old(running()._replace(beside=True))
+    app.job.send(TEXT)
+    app.stage.run()
+    assert app.stage.outcomes() == ["succeeded"]
+
+
+def test_the_mark_keeps_the_time_of_the_first(app):
+    app.earlier.mark()
+    app.now += 1_000
+    another = Claims(app.store, 60_000).earlier
+    another.mark()
+    assert another.marked == app.earlier.marked
+    third = Claims(app.store, 60_000).earlier
+    assert third.find("job\x007", DAY) is None
+    assert third.marked == app.earlier.marked
+
+
+def test_nobody_looks_once_all_that_0_1_0_wrote_has_expired(app):
+    app.earlier.mark()
+    app.old(running(), 365 * DAY)
+    assert app.earlier.find("job\x007", DAY) is not None
+    app.now += 16 * DAY / 1_000
+    assert app.earlier.find("job\x007", DAY) is None

@@ -1,0 +1,220 @@
+"""What is posted for the next claim to carry, and what becomes of it; with real servers in tests/integration/test_piggyback.py."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from dramatiq import Middleware
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
+
+from dramatiq_policies import install
+from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.idempotency import batched_completion as piggyback
+from dramatiq_policies.idempotency.batched_completion import Piggyback
+
+MESSAGE = SimpleNamespace(message_id="m")
+
+
+class Trips:
+    """Keeps what is posted until a call carries it."""
+
+    def __init__(self):
+        self.posted = []
+        self.calls = 0
+
+    def post(self, post):
+        self.posted.append(post)
+
+    def together(self, calls, *, carries):
+        assert (calls, carries) == ((), True)
+        self.calls += 1
+        self.posted.clear()
+
+
+class Stopping:
+    """An event that is never set, and remembers for how long it was waited for."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+
+
+class Consumer:
+    """Acks after as many errors as it is given."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.concluded = 0
+
+    def completion(self, delivery):
+        return ("SET", "key", "done"), True
+
+    def conclude(self, message, delivery):
+        self.concluded += 1
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+def ended(*, remembered=True, plain=True):
+    said = []
+    claim = SimpleNamespace(completed=lambda: said.append("completed"))
+    return SimpleNamespace(
+        is_remembered=lambda: remembered,
+        is_plain_success=lambda: plain,
+        claim=claim,
+        said=said,
+        acked=False,
+        settled=False,
+    )
+
+
+@pytest.fixture
+def carrier(monkeypatch):
+    """A Piggyback of threads that have more to do."""
+    monkeypatch.setattr(piggyback, "_has_more", lambda thread: True)
+    wiring = SimpleNamespace(successes_observed=False, stopping=Stopping())
+    return Piggyback(wiring, None, Trips())
+
+
+def test_the_completion_of_a_plain_success_is_posted(carrier):
+    assert carrier.post(Consumer(), MESSAGE, ended())
+    assert [post.command for post in carrier.trips.posted] == [("SET", "key", "done")]
+
+
+@pytest.mark.parametrize("way", [{"remembered": False}, {"plain": False}])
+def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_way(carrier, way):
+    assert not carrier.post(Consumer(), MESSAGE, ended(**way))
+    assert carrier.trips.posted == []
+
+
+def test_so_is_a_success_that_somebody_is_told_of(carrier):
+    carrier.wiring.successes_observed = True
+    assert not carrier.post(Consumer(), MESSAGE, ended())
+
+
+def test_so_is_the_last_one_for_now(carrier, monkeypatch):
+    monkeypatch.setattr(piggyback, "_has_more", lambda thread: False)
+    assert not carrier.post(Consumer(), MESSAGE, ended())
+    assert carrier.trips.posted == []
+
+
+def test_nothing_is_sent_where_nothing_was_posted(carrier):
+    carrier.flush()
+    carrier.look()
+    assert carrier.trips.calls == 0
+
+
+def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
+    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.look()
+    assert carrier.trips.calls == 0
+    monkeypatch.setattr(piggyback, "_has_more", lambda thread: False)
+    carrier.look()
+    assert carrier.trips.calls == 1
+
+
+def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
+    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.trips.posted.clear()  # under way, and not answered
+    other = threading.Thread(target=carrier.flush)
+    other.start()
+    other.join()
+    assert carrier.trips.calls == 0
+    carrier.flush()
+    assert carrier.trips.calls == 1
+
+
+def test_what_was_answered_is_not_waited_for(carrier):
+    carrier.post(Consumer(), MESSAGE, ended())
+    [post] = carrier.trips.posted
+    carrier.trips.posted.clear()
+    post.answer = 1
+    carrier.flush()
+    assert carrier.trips.calls == 0
+
+
+def test_what_others_have_posted_is_sent_along(carrier):
+    other = threading.Thread(target=carrier.post, args=(Consumer(), MESSAGE, ended()))
+    other.start()
+    other.join()
+    carrier.flush()
+    assert carrier.trips.calls == 1
+
+
+def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
+    consumer = Consumer(ConnectionClosed("gone"), ConnectionClosed("still gone"))
+    carrier._settle(consumer, MESSAGE, ended())
+    assert consumer.concluded == 3
+    assert carrier.wiring.stopping.waits == [5.0, 5.0]
+
+
+def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier, caplog):
+    consumer = Consumer(ValueError("a bug"))
+    carrier._settle(consumer, MESSAGE, ended())
+    assert consumer.concluded == 1
+    assert [record.getMessage() for record in caplog.records] == ["Message m could not be acked; it comes back."]
+
+
+@pytest.mark.parametrize(("answer", "acked"), [(1, True), (0, False), (OSError("lost"), False)])
+def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_way(carrier, answer, acked):
+    consumer, delivery = Consumer(), ended()
+    carrier.post(consumer, MESSAGE, delivery)
+    carrier.trips.posted[0].told(answer)
+    assert consumer.concluded == 1
+    assert delivery.acked is acked
+    assert (delivery.claim is None) is acked
+    assert delivery.said == (["completed"] if acked else [])
+
+
+@pytest.mark.parametrize(
+    ("state", "more"),
+    [({}, True), ({"running": False}, False), ({"paused": True}, False), ({"waiting": []}, False)],
+)
+def test_a_thread_has_more_to_do_while_it_goes_on_and_messages_wait(state, more):
+    state = {"running": True, "paused": False, "waiting": [MESSAGE], **state}
+    queue = SimpleNamespace(queue=state.pop("waiting"))
+    assert piggyback._has_more(SimpleNamespace(work_queue=queue, **state)) is more
+
+
+def test_a_thread_of_somebody_elses_has_not():
+    assert piggyback._has_more(threading.current_thread()) is False
+
+
+class Idle(Middleware):
+    """Has none of the hooks that matter."""
+
+    def before_enqueue(self, broker, message, delay):
+        pass
+
+
+class Before(Middleware):
+    def before_process_message(self, broker, message):
+        pass
+
+
+class After(Middleware):
+    def after_ack(self, broker, message):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("middleware", "safe"), [((), True), ((Idle(),), True), ((Before(),), False), ((After(),), False)]
+)
+def test_nothing_is_posted_where_a_middleware_of_somebody_elses_acts_between_two_jobs(middleware, safe):
+    broker = install(StubBroker())
+    for one in middleware:
+        broker.add_middleware(one)
+    assert Piggyback.is_safe(wiring_of(broker)) is safe
+
+
+@pytest.mark.parametrize("package", ["dramatiq", "dramatiq_policies", "sentry_sdk"])
+def test_the_middleware_of_those_who_are_known_does_not_matter(package, monkeypatch):
+    monkeypatch.setattr(Before, "__module__", f"{package}.integrations")
+    broker = install(StubBroker())
+    broker.add_middleware(Before())
+    assert Piggyback.is_safe(wiring_of(broker))

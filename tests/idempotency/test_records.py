@@ -1,0 +1,275 @@
+"""What a key's record says to a message that asks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dramatiq_policies.errors import UnknownRecord
+from dramatiq_policies.idempotency.records import (
+    _KEPT,
+    ENDING,
+    FREE,
+    RUNNING,
+    WAITING,
+    Crashed,
+    Defer,
+    HandOnAgain,
+    Record,
+    Request,
+    Skip,
+    Take,
+    completed_by,
+    decide,
+    released,
+    taken,
+)
+
+ID = "6f1c7a52-3a35-4a5e-9d0e-2f4a0c3b1f10"
+LIVE, GONE = (lambda record: False), (lambda record: True)
+
+counts = st.integers(0, 2**53)
+RECORDS = st.builds(
+    Record,
+    state=st.sampled_from([RUNNING, ENDING, WAITING, FREE]),
+    message_id=st.text(),
+    run=counts,
+    owner=st.text(),
+    token=st.text(),
+    since=counts,
+    starts=counts,
+    keep=counts,
+    ended=st.lists(st.tuples(st.text(), counts)).map(tuple),
+    follow=st.none() | st.dictionaries(st.text(), st.text() | st.integers()),
+)
+
+
+@given(RECORDS)
+def test_a_record_is_read_as_it_was_written(record):
+    assert Record.decode(record.encode()) == record
+
+
+@given(st.text(st.characters(exclude_categories=()) | st.sampled_from("\ud800\0é")) | st.uuids().map(str))
+def test_a_completed_key_names_the_message_whatever_its_id_is(message_id):
+    completed = Record("completed", message_id)
+    assert completed.encode() == completed_by(message_id)
+    assert Record.decode(completed.encode()) == completed
+
+
+def test_a_completed_key_takes_18_bytes():
+    assert len(completed_by(ID)) == 18
+
+
+@given(st.binary() | st.binary().map(lambda tail: b"\x01" + tail) | st.binary().map(lambda tail: b"\x01C" + tail))
+def test_whatever_else_a_store_holds_is_a_record_or_a_clear_error(data):
+    try:
+        record = Record.decode(data)
+    except UnknownRecord:
+        return
+    assert Record.decode(record.encode()) == record
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x02C" + b"\0" * 16,
+        b"\x01Cshort",
+        b"\x01[]",
+        b"\x01{}",
+        b"\x011",
+        b"\x01" + b"[" * 100_000,
+        b"\x01" + json.dumps({**json.loads(Record(RUNNING).encode()[1:]), "s": "paused"}).encode(),
+        b"\x01" + json.dumps({**json.loads(Record(RUNNING).encode()[1:]), "k": "long"}).encode(),
+        b"\x01" + json.dumps({**json.loads(Record(RUNNING).encode()[1:]), "e": [["m", float("inf")]]}).encode(),
+    ],
+)
+def test_what_this_version_can_not_read_is_never_guessed(data):
+    with pytest.raises(UnknownRecord):
+        Record.decode(data)
+
+
+def mine(state=RUNNING, run=1, **fields):
+    return Record(state, "m", run, "owner", "t", keep=1_000, **fields)
+
+
+def theirs(state=RUNNING, **fields):
+    return Record(state, "other", 0, "owner", "t", keep=1_000, **fields)
+
+
+LEFT, OVER = 1_500, 900  # a lease of which 500 ms are left, and one that ended 100 ms ago
+RETRY = {"options": {"retries": 2}, "due": None}
+
+TABLE = {
+    "nothing is known: it runs": (None, 0, LIVE, Take(1)),
+    "it completed itself: its redelivery is skipped": (Record("completed", "m"), LEFT, LIVE, Skip("completed")),
+    "another completed it: it is skipped, for that one": (
+        Record("completed", "other"),
+        LEFT,
+        LIVE,
+        Skip("completed", "other"),
+    ),
+    "another runs: it waits": (theirs(), LEFT, LIVE, Defer(500)),
+    "another runs and its owner is dead: it waits all the same": (theirs(), LEFT, GONE, Defer(500)),
+    "another ran and its lease ended: it runs, and that was a start of the job": (theirs(), OVER, LIVE, Take(2)),
+    "another's ran three times, which is no fault of its own yet: it runs, alone": (
+        theirs(starts=3),
+        OVER,
+        LIVE,
+        Take(4, alone=True),
+    ),
+    "another's ran four times, once alone: it is a killer, too": (theirs(starts=4), OVER, LIVE, Crashed(4)),
+    "another waits for its retry: it waits": (theirs(WAITING), LEFT, LIVE, Defer(500)),
+    "another's retry never came: it runs": (
+        theirs(WAITING, ended=(("other", 0),)),
+        OVER,
+        LIVE,
+        Take(1, (("other", 0),)),
+    ),
+    "another hands its retry on: it waits": (theirs(ENDING, follow=RETRY), LEFT, GONE, Defer(500)),
+    "another's retry may never have been handed on: it runs, and that run has not ended": (
+        theirs(ENDING, follow=RETRY),
+        OVER,
+        LIVE,
+        Take(1),
+    ),
+    "the key is free: it runs, and what has ended stays known": (
+        theirs(FREE, ended=(("other", 0),)),
+        OVER,
+        LIVE,
+        Take(1, (("other", 0),)),
+    ),
+    "this run has ended: it is stale": (theirs(FREE, ended=(("m", 1),)), OVER, LIVE, Skip("stale")),
+    "a later run has ended: it is stale": (theirs(FREE, ended=(("m", 2),)), OVER, LIVE, Skip("stale")),
+    "an earlier run has ended: it runs": (
+        theirs(FREE, ended=(("m", 0),)),
+        OVER,
+        LIVE,
+        Take(1, (("m", 0),)),
+    ),
+    "a later run is on: it is stale": (mine(run=2), LEFT, LIVE, Skip("stale")),
+    "its earlier run never said that it ended, but here is the retry: it runs": (
+        mine(run=0),
+        LEFT,
+        LIVE,
+        Take(1, (("m", 0),)),
+    ),
+    "its retry was waited for: it runs": (
+        mine(WAITING, run=0, ended=(("m", 0),)),
+        LEFT,
+        LIVE,
+        Take(1, (("m", 0),)),
+    ),
+    "this very run is on in a live process: it waits": (mine(), LEFT, LIVE, Defer(500)),
+    "this very run was on in a dead one: it takes over at once": (mine(), LEFT, GONE, Take(2)),
+    "this very run was on somewhere, and its lease ended: it takes over": (mine(), OVER, LIVE, Take(2)),
+    "it began twice and died: its last start is made alone": (mine(starts=2), LEFT, GONE, Take(3, alone=True)),
+    "it began three times and died: it is a killer": (mine(starts=3), LEFT, GONE, Crashed(3)),
+    "this very run is being ended by a live process: it waits": (
+        mine(ENDING, follow=RETRY),
+        LEFT,
+        LIVE,
+        Defer(500),
+    ),
+    "this very run was being ended by a dead one: its retry is handed on again": (
+        mine(ENDING, follow=RETRY),
+        LEFT,
+        GONE,
+        HandOnAgain(RETRY),
+    ),
+    "it was being ended by a dead one that did not say how: there is nothing to hand on": (
+        mine(ENDING),
+        LEFT,
+        GONE,
+        HandOnAgain({}),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_what_becomes_of_a_message(case):
+    record, left, is_dead, answer = TABLE[case]
+    found = decide(record, left, Request("m", 1, is_dead, max_crashes=3))
+    # They are tuples, and a number of starts equals a time that is left.
+    assert (type(found), found) == (type(answer), answer)
+
+
+def test_without_a_limit_it_takes_over_for_ever():
+    assert decide(mine(starts=1_000), LEFT, Request("m", 1, GONE)) == Take(1_001)
+    assert decide(theirs(starts=1_000), OVER, Request("m", 1, GONE)) == Take(1_001)
+
+
+@given(st.none() | RECORDS, st.integers(0, 2**40), st.builds(Request, st.text(), counts, st.sampled_from([LIVE, GONE])))
+def test_there_is_an_answer_for_every_record(record, left, request):
+    answer = decide(record, left, request)
+    if isinstance(answer, Defer):
+        assert answer.left > 0
+    if isinstance(answer, Take) and record is not None:
+        # As many as a register keeps, the run at hand among them.
+        others = [(message, run) for message, run in record.ended if message != record.message_id]
+        assert set(others[1 - _KEPT :]) <= set(answer.ended)
+
+
+@given(RECORDS, counts)
+def test_a_run_that_ended_is_stale_from_then_on(record, keep):
+    after = released(record, FREE, ended=True, keep=keep)
+    request = Request(record.message_id, record.run, GONE)
+    assert decide(after, 0, request) == Skip("stale")
+    claim = taken(Take(1, after.ended), request._replace(message_id="next"), owner="o", token="t", since=0, keep=keep)
+    assert decide(claim, 0, request) == Skip("stale") or record.message_id == "next"
+
+
+def test_a_key_of_which_nothing_is_to_be_remembered_is_removed():
+    assert released(mine(), FREE, ended=False, keep=1) is None
+
+
+def test_only_the_last_eight_messages_that_ended_are_remembered():
+    record = mine(ended=tuple((f"m{number}", 0) for number in range(20)))
+    assert record.having_ended() == (*((f"m{number}", 0) for number in range(13, 20)), ("m", 1))
+
+
+def test_a_first_start_is_not_made_alone_though_a_limit_of_one_grants_no_other():
+    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=1)) == Take(1)
+    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=2, starts=2)) == Take(2, alone=True)
+
+
+@pytest.mark.parametrize("state", ["running", "ending", "waiting", "free"])
+def test_what_a_store_holds_is_read_by_workers_of_a_later_version(state):
+    held = b'\x01{"s":"%s","m":"m","n":2,"o":"host:1:place:5","t":"7","b":3,"c":4,"k":6,"e":[["x",1]]}' % state.encode()
+    record = Record(state, "m", 2, "host:1:place:5", "7", 3, 4, 6, (("x", 1),))
+    assert record.state in (RUNNING, ENDING, WAITING, FREE)
+    assert Record.decode(held) == record
+    assert record.encode() == held
+
+
+def test_a_lease_holds_to_its_last_millisecond():
+    for record in (mine(), theirs(), theirs(WAITING)):
+        assert decide(record, record.keep + 1, Request("m", 1, LIVE, 3)) == Defer(1)
+        assert decide(record, record.keep, Request("m", 1, LIVE, 3)) != Defer(0)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["the same message", "another message"])
+def test_a_start_beside_others_is_no_proof_however_many_there_were(others):
+    request = Request("m" if not others else "another", 1, GONE, max_crashes=3)
+    for starts in (3, 4, 50):
+        record = mine(starts=starts, beside=True)
+        assert decide(record, 0, request) == Take(starts + 1, record.ended, alone=True)
+        if starts >= 3 + others:
+            assert decide(record._replace(beside=False), 0, request) == Crashed(starts)
+            # A record of 0.1.0 does not say.
+            assert decide(record._replace(beside=None), 0, request) == Crashed(starts)
+
+
+def test_a_limit_of_one_counts_every_start_for_none_is_made_alone():
+    assert decide(mine(starts=1, beside=True), 0, Request("m", 1, GONE, max_crashes=1)) == Crashed(1)
+
+
+def test_a_claim_says_whether_it_was_made_beside_others():
+    request = Request("m", 1, GONE, max_crashes=3)
+    for asked, beside in [({}, True), ({"alone": True}, False), ({"beside": True}, True)]:
+        claim = taken(Take(3), request._replace(**asked), owner="o", token="t", since=0, keep=1)
+        assert claim.beside is beside
+        assert Record.decode(claim.encode()) == claim

@@ -1,0 +1,290 @@
+"""One among many: by a lock on a file, which the kernel takes back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from dramatiq.brokers.redis import RedisBroker
+
+from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.observability.election import CommandElection, Election, elect
+from dramatiq_policies.observability.notes import memory_in, note_in, timed_note_in
+
+PROCESS = """
+import os, sys, time
+from dramatiq_policies.observability.election import CommandElection
+election = CommandElection("queues", int(sys.argv[1]), folder=sys.argv[2])
+election.post({"me": os.getpid()})
+print(election.wins(), flush=True)
+for line in sys.stdin:
+    if line == "resign\\n":
+        election.resign()
+    print(election.wins(), flush=True)
+"""
+
+
+class Process:
+    def __init__(self, folder, master=None):
+        master = os.getpid() if master is None else master
+        command = [sys.executable, "-c", PROCESS, str(master), str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.won = self.answer()
+
+    def answer(self):
+        return self.process.stdout.readline() == "True\n"
+
+    def ask(self, question="again"):
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def process(tmp_path):
+    made = []
+
+    def make(**arguments):
+        made.append(Process(tmp_path, **arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_one_of_several_processes_wins_and_stays_the_one(process):
+    first, second = process(), process()
+    assert (first.won, second.won) == (True, False)
+    assert (first.ask(), second.ask()) == (True, False)
+
+
+def test_when_it_is_killed_another_one_wins(process):
+    first, second, third = process(), process(), process()
+    first.kill()
+    assert (second.ask(), third.ask()) == (True, False)
+
+
+def test_when_it_resigns_another_one_wins(process):
+    first, second = process(), process()
+    first.process.stdin.write("resign\n")
+    first.process.stdin.flush()
+    # It asks again at once, and may win again; but then the file is a new one.
+    assert [first.answer(), second.ask()].count(True) == 1
+
+
+def test_processes_of_another_command_have_one_of_their_own(process):
+    assert (process(master=os.getpid()).won, process(master=os.getppid()).won) == (True, True)
+
+
+def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_path):
+    others = [process(), process()]
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    mine.post({"me": os.getpid()})
+    pids = {other.process.pid for other in others}
+    assert {note["me"] for note in mine.notes()} == pids | {os.getpid()}
+    mine.fresh_ms = 0
+    time.sleep(0.01)
+    assert mine.notes() == [{"me": os.getpid()}]
+
+
+def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path, caplog):
+    elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path / "missing")) for _ in range(2)]
+    assert [election.wins() for election in elections] == [True, True]
+    assert elections[0].wins()
+    assert len(caplog.records) == 2
+
+
+def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    left = [tmp_path / f"{mine._ours}{master}-queues" for master in ("nobody", "9" * 30, os.getppid(), 1)]
+    for path in left:
+        path.touch()
+    assert mine.wins()
+    assert all(path.exists() for path in left)
+    mine.resign()
+
+
+def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_it_is_said(monkeypatch, caplog):
+    def fails(client):
+        raise TypeError("an unexpected argument")
+
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.queue_reader.own_client", fails)
+    election = elect(wiring_of(RedisBroker(url="redis://127.0.0.1:1/0")), 1_000)
+    assert type(election) is Election
+    assert "can't be used for a lease: one process of each command watches the queues." in caplog.text
+
+
+def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, monkeypatch):
+    """As whoever resigns does it: who has the old one open must not win beside who makes the new one."""
+    election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    stock = fcntl.lockf
+
+    def lock_and_lose(file, how):
+        stock(file, how)
+        election.path.unlink()
+        election.path.touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "lockf", lock_and_lose)
+        assert not election.wins()
+    assert election.wins()
+    election.resign()
+
+
+def test_a_note_that_can_not_be_read_is_none(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    mine.post({"me": "here"})
+    mine.path.with_name(f"{mine.path.name}.1").write_text("{")
+    mine.path.with_name(f"{mine.path.name}.2").write_text('{"me": "there"}')
+    assert [note["me"] for note in mine.notes()] == ["here", "there"]
+
+
+#: What somebody else may have put in the place of a note.
+ODD = [
+    "{",
+    "",
+    "5",
+    "null",
+    "[]",
+    '"text"',
+    "[1]",
+    "[1, 2]",
+    '[null, {"busy": 1}]',
+    "[NaN, {}]",
+    "[" * 100_000,
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd[:12]))
+def test_no_odd_text_is_a_note_or_an_error(odd):
+    assert timed_note_in(odd) is None
+    assert note_in(odd) is None
+    assert memory_in(odd) in (None, [])
+
+
+def test_of_a_note_only_the_parts_that_nobody_can_use_are_left_out():
+    text = (
+        '{"threads": 8, "busy": "many", "held": {"mail": 3, "odd": [], "huge": 1%s}, "me": 7, "other": {},'
+        ' "taken": {"mail": ["m1", null], "late": ["m2", 5], "odd": "m", "odder": [[], 1]}}' % ("0" * 400)
+    )
+    assert note_in(text) == {
+        "threads": 8,
+        "me": 7,
+        "held": {"mail": 3},
+        "taken": {"mail": ["m1", None], "late": ["m2", 5]},
+    }
+    assert note_in('{"taken": 1, "held": [], "threads": -1}') == {}
+
+
+def test_of_a_memory_only_pairs_of_names_are_kept():
+    assert memory_in('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
+
+
+def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
+    election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    target = tmp_path / "somebody's"
+    election.path.symlink_to(target)
+    assert election.wins()
+    assert not target.exists()
+
+
+def test_by_default_its_files_lie_in_a_folder_that_only_this_user_enters(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"dramatiq-policies-{os.getuid()}"
+    election = CommandElection("queues", os.getpid())
+    assert not folder.exists()
+    election.post({"me": "here"})
+    assert election.wins()
+    assert election.path.parent == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600, 0o600]
+    folder.chmod(0o777)
+    election.resign()
+    assert election.wins()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    election.resign()
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "other user's"])
+def test_a_folder_that_is_not_this_user_s_own_is_not_entered_and_each_elects_itself(
+    kind, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder, elsewhere = tmp_path / f"dramatiq-policies-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "link":
+        folder.symlink_to(elsewhere)
+    elif kind == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+    elections = [CommandElection("queues", os.getpid()) for _ in range(2)]
+    if kind == "other user's":
+        monkeypatch.setattr("dramatiq_policies.observability.private_files.os.getuid", lambda: 4_000_000)
+    for election in elections:
+        election.post({"me": "here"})
+        assert election.wins()
+        assert election.notes() == [{"me": "here"}]
+    assert list(elsewhere.iterdir()) == []
+    assert [record.getMessage().startswith("No process can be elected") for record in caplog.records] == [True, True]
+
+
+def test_a_lock_file_of_another_user_elects_everybody_and_is_said(tmp_path, monkeypatch, caplog):
+    elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path)) for _ in range(2)]
+    elections[0].path.touch()
+    monkeypatch.setattr("dramatiq_policies.observability.private_files.os.getuid", lambda: 4_000_000)
+    assert [election.wins() for election in elections] == [True, True]
+    assert "is a file of user" in caplog.text
+
+
+def test_a_fifo_or_a_link_in_the_place_of_a_note_is_not_read_and_hangs_nobody(tmp_path):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    os.mkfifo(mine.path.with_name(f"{mine.path.name}.1"))
+    secret = tmp_path / "secret"
+    secret.write_text('{"me": "secret"}')
+    mine.path.with_name(f"{mine.path.name}.2").symlink_to(secret)
+    os.mkfifo(mine._own.with_suffix(f"{mine._own.suffix}-new"))
+    mine.post({"me": "here"})
+    assert mine.notes() == [{"me": "here"}]
+
+
+def test_a_fifo_in_the_place_of_the_lock_elects_everybody(tmp_path, caplog):
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    os.mkfifo(mine.path)
+    assert mine.wins()
+    assert "no regular file" in caplog.text
+
+
+def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    left = CommandElection("queues", gone.pid, folder=str(tmp_path))
+    left.path.touch()
+    left.post({})
+    other = tmp_path / "dramatiq-policies-notes.txt"
+    other.touch()
+    neighbour = process(master=os.getppid())
+    mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
+    assert mine.wins()
+    assert not left.path.exists()
+    assert not left._own.exists()
+    assert other.exists()
+    assert neighbour.ask()
+    assert CommandElection("queues", os.getppid(), folder=str(tmp_path)).path.exists()
+    mine.resign()

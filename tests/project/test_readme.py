@@ -1,0 +1,146 @@
+"""Every Python snippet of the README and the guides runs, in the order of its page."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import dramatiq.broker
+import dramatiq.brokers.redis
+import pytest
+import sentry_sdk
+from dramatiq.brokers.stub import StubBroker
+
+import dramatiq_policies
+from dramatiq_policies import errors
+from examples.orders import gateway
+from examples.orders.shop import OrderNotFound
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+#: Followed step by step in tests/kit/test_kit_guide.py.
+STEP_BY_STEP = "docs/test-driven-jobs.md"
+WITH_SNIPPETS = [page for page in PAGES if page != STEP_BY_STEP and "```python" in (ROOT / page).read_text()]
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+#: Every page that somebody reads, examples and benchmarks included.
+WRITTEN = sorted(
+    page for where in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md") for page in ROOT.glob(where)
+)
+
+
+class Gateway(gateway.MailGateway):
+    """The README's gateway calls its key `key`."""
+
+    def send(self, to, subject, *, key, timeout_ms):
+        super().send(to, subject, idempotency_key=key, timeout_ms=timeout_ms)
+
+
+@pytest.fixture
+def shop(monkeypatch):
+    """What the snippets import: errors and a gateway, and a StubBroker where they make a RedisBroker."""
+    module = types.ModuleType("shop")
+    for name in ("EmailTimeout", "InvalidEmail", "MissingCredentials", "RateLimited"):
+        setattr(module, name, getattr(gateway, name))
+    module.OrderNotFound = OrderNotFound
+    module.mail_gateway = Gateway()
+    monkeypatch.setitem(sys.modules, "shop", module)
+    monkeypatch.setattr(dramatiq.broker, "global_broker", None)
+    monkeypatch.setattr(sentry_sdk, "init", lambda **_: None)
+    monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda **_: StubBroker())
+    return module
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS)
+def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog, monkeypatch):
+    text = (ROOT / page).read_text()
+    snippets = list(SNIPPET.finditer(text))
+    assert len(snippets) == text.count("```python")
+    # A module of its own, since class paths and dotted strings name it; the get-started page calls it `jobs`.
+    module = types.ModuleType("snippets")
+    monkeypatch.setitem(sys.modules, "jobs", module)
+    for snippet in snippets:
+        line = text.count("\n", 0, snippet.start(1))
+        exec(compile("\n" * line + snippet[1], page, "exec"), module.__dict__)
+    for name, test in list(vars(module).items()):
+        if name.startswith("test_"):
+            caplog.clear()
+            test(**{fixture: request.getfixturevalue(fixture) for fixture in inspect.signature(test).parameters})
+
+
+def test_the_readmes_job_passes_strict_type_checks(tmp_path):
+    (tmp_path / "app.py").write_text(SNIPPET.findall((ROOT / "README.md").read_text())[0])
+    (tmp_path / "shop.py").write_text(
+        "from typing import Any\nmail_gateway: Any\n"
+        "class EmailTimeout(Exception): ...\nclass InvalidEmail(Exception): ...\nclass OrderNotFound(Exception): ...\n"
+        "class MissingCredentials(Exception): ...\nclass RateLimited(Exception): ...\n"
+    )
+    # Dramatiq's brokers have no annotations.
+    options = ["--strict", "--config-file=", "--untyped-calls-exclude=dramatiq", f"--cache-dir={tmp_path}", "app.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and MkDocs make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
+
+
+def broken(page: Path) -> list[str]:
+    found = []
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("http"):
+            if not re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(:\d+)?(/[\w./~%?=&@#+-]*)?", link):
+                found.append(link)
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    assert broken(page) == []
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A head, line\n[1](#a-head-line) [2](#none) [3](none.md) [4](http://a.b) [5](https://a) [6](https://a.b/c)"
+    )
+    assert broken(page) == ["#none", "none.md", "http://a.b", "https://a"]
+
+
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)?::(test_\w+)`")
+
+
+def test_every_test_that_shows_a_promise_is_there():
+    path, named = None, []
+    for found, name in NAMED_TEST.findall((ROOT / "docs/guarantees.md").read_text()):
+        path = found or path
+        named.append((path, name))
+    assert len(named) > 10
+    missing = [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
+    assert missing == []
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    named = {*re.findall(r"^::: dramatiq_policies\.(\w+)$", page, re.MULTILINE), *errors.__all__}
+    assert set(dramatiq_policies.__all__) - named == {"actor"}  # a function of Dramatiq's
