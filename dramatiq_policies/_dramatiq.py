@@ -260,7 +260,7 @@ def lift_stub_limit(consumer: Any) -> None:
         consumer.prefetch_semaphore = _NoLimit()
 
 
-class WorkerOnThisThread(_worker.Worker):
+class InlineWorker(_worker.Worker):
     """Dramatiq's worker without its threads: whoever has started it takes and runs the messages.
 
     Parameters:

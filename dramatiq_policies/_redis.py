@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError
 from .common.connections import keep_out_of, leave, lost_its_rank
 from .common.forks import after_fork
 
-__all__ = ["RAW", "Post", "RoundTrips", "Script"]
+__all__ = ["RAW", "CommandBatcher", "Post", "Script"]
 
 #: hiredis' own, where that is installed: redis-py's around it costs as much again.
 _pack: Callable[[tuple[Any, ...]], bytes] | None = None
@@ -121,7 +121,7 @@ def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[byte
     return sent, [b"".join(parts)]
 
 
-class _Turn:
+class _Batch:
     """One thread's calls; it sleeps until they are answered, or it is to send them and those that have come meanwhile."""
 
     __slots__ = ("calls", "posts", "sends", "woken")
@@ -130,12 +130,12 @@ class _Turn:
         self.posts: list[Post] = []
         self.calls = [_Call(command) for command in commands]
         #: The turns that this one sends, itself included.
-        self.sends: list[_Turn] = []
+        self.sends: list[_Batch] = []
         self.woken = Lock()
         self.woken.acquire()
 
 
-class RoundTrips:
+class CommandBatcher:
     """Calls a server on one connection, made as those of a client's pool are; of a cluster's client, on its connections.
 
     The connection is none of the pool's, which may have no other to give. Answers are bytes, numbers, lists of them and
@@ -147,13 +147,13 @@ class RoundTrips:
         keep_out_of(getattr(client, "connection_pool", None))
         self._line: Any = None
         self._lock = Lock()
-        self._waiting: list[_Turn] = []
-        self._sender: _Turn | None = None
+        self._waiting: list[_Batch] = []
+        self._sender: _Batch | None = None
         #: Posts that no turn has taken along yet.
         self.posted: list[Post] = []
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
         # Kept, since giving it back to its pool takes that pool's lock.
         _of_parents.append(self._line)
@@ -181,7 +181,7 @@ class RoundTrips:
         return [call.result() for call in self._ask(commands, carries=carries)]
 
     def _ask(self, commands: Sequence[Sequence[Any]], *, carries: bool) -> list[_Call]:
-        turn = _Turn(commands)
+        turn = _Batch(commands)
         try:
             with self._lock:
                 if carries and self.posted:
@@ -224,7 +224,7 @@ class RoundTrips:
         except NoScriptError:
             return self.client.execute_command(*Script.in_full(command), **RAW)
 
-    def _leave(self, turn: _Turn) -> None:
+    def _leave(self, turn: _Batch) -> None:
         """Wake those who were answered, and one of those who came since, to send."""
         with self._lock:
             if self._sender is turn:

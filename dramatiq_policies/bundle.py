@@ -21,7 +21,7 @@ from .brokers import prepare, wrap_consumer
 from .common.credentials import learn_passwords
 from .common.safe_logger import make_safe
 from .delivery.actor_policy import ActorPolicy
-from .delivery.broker_state import Wiring, wiring_of
+from .delivery.broker_state import BrokerState, state_of
 from .delivery.executor import wrap_actor
 from .delivery.limits import validate
 from .errors import ConfigurationError
@@ -119,17 +119,17 @@ def _expected(name: str, value: Any, kind: str) -> PolicyMiddleware:
 _lock = threading.RLock()
 
 
-def arrange(broker: Broker) -> Wiring:
+def arrange(broker: Broker) -> BrokerState:
     """Bring the broker's middleware into order, and wire up what is new since the last time.
 
     ErrorClassifier and Timeout stand where ``Retries`` and ``TimeLimit`` stood; those that only listen, behind the
     ErrorClassifier. Hooks are iterating over the list while this is called: it is replaced, never changed.
     """
-    wiring = wiring_of(broker)
-    if wiring.arranged is broker.middleware and wiring.arranged_length == len(broker.middleware):
-        if wiring.arranged_actors != len(broker.actors):
-            _resolve_actors(wiring)
-        return wiring
+    state = state_of(broker)
+    if state.arranged is broker.middleware and state.arranged_length == len(broker.middleware):
+        if state.arranged_actors != len(broker.actors):
+            _resolve_actors(state)
+        return state
     with _lock:
         ours: dict[str, PolicyMiddleware] = {}
         for middleware in broker.middleware:
@@ -140,7 +140,7 @@ def arrange(broker: Broker) -> Wiring:
                         f"The broker has two {kind} middleware. Add each once, or call install() once."
                     )
                 if kind in ours:
-                    _replace_implied(wiring, ours[kind], middleware)
+                    _replace_implied(state, ours[kind], middleware)
                 ours[kind] = middleware
         if "ErrorClassifier" not in ours:
             # The others stand on its seams; with no rules it does what the stock Retries did.
@@ -148,31 +148,31 @@ def arrange(broker: Broker) -> Wiring:
             implied.implied = True
         broker.middleware = _ordered(broker.middleware, ours)
         for middleware in broker.middleware:
-            count_retries_of(middleware, wiring)
+            count_retries_of(middleware, state)
             _dramatiq.add_options(broker, middleware)
-            if isinstance(middleware, PolicyMiddleware) and middleware not in wiring.attached:
-                _attach(wiring, middleware)
+            if isinstance(middleware, PolicyMiddleware) and middleware not in state.attached:
+                _attach(state, middleware)
             elif isinstance(middleware, ShutdownNotifications):
-                wiring.shutdown_notifications = middleware
-        if not wiring.attached_to_consume:
-            prepare(wiring)
-            wiring.attached_to_consume = True
-            _wrap_consume(wiring)
+                state.shutdown_notifications = middleware
+        if not state.attached_to_consume:
+            prepare(state)
+            state.attached_to_consume = True
+            _wrap_consume(state)
         learn_passwords(broker, *broker.middleware)
-        wiring.arranged = broker.middleware
-        wiring.arranged_length = len(broker.middleware)
-        _resolve_actors(wiring)
-    return wiring
+        state.arranged = broker.middleware
+        state.arranged_length = len(broker.middleware)
+        _resolve_actors(state)
+    return state
 
 
-def _replace_implied(wiring: Wiring, implied: Middleware, explicit: Middleware) -> None:
+def _replace_implied(state: BrokerState, implied: Middleware, explicit: Middleware) -> None:
     """An ErrorClassifier that was only put there for another middleware makes room for the user's own."""
     assert isinstance(implied, ErrorClassifier)
     assert isinstance(explicit, ErrorClassifier)
     explicit.take_over(implied)
-    wiring.forget(implied)
-    wiring.attached.remove(implied)
-    wiring.policies.clear()
+    state.forget(implied)
+    state.attached.remove(implied)
+    state.policies.clear()
 
 
 def _kind(middleware: PolicyMiddleware) -> str:
@@ -180,16 +180,16 @@ def _kind(middleware: PolicyMiddleware) -> str:
     return next(cls.__name__ for cls in type(middleware).__mro__ if PolicyMiddleware in cls.__bases__)
 
 
-def _attach(wiring: Wiring, middleware: PolicyMiddleware) -> None:
-    if middleware.attached_to not in (None, wiring):
+def _attach(state: BrokerState, middleware: PolicyMiddleware) -> None:
+    if middleware.attached_to not in (None, state):
         raise ConfigurationError(
             f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
         )
-    middleware.attached_to = wiring
-    wiring.attached.append(middleware)
+    middleware.attached_to = state
+    state.attached.append(middleware)
     if isinstance(middleware, Timeout):
-        wiring.timeout = middleware
-    middleware.attach(wiring)
+        state.timeout = middleware
+    middleware.attach(state)
 
 
 def _ordered(present: list[Middleware], ours: dict[str, PolicyMiddleware]) -> list[Middleware]:
@@ -210,11 +210,11 @@ def _ordered(present: list[Middleware], ours: dict[str, PolicyMiddleware]) -> li
         elif middleware is timeout:
             ordered += [] if TimeLimit in kinds else [timeout]
         elif not isinstance(middleware, PolicyMiddleware):
-            ordered.append(_without_holes(middleware))
+            ordered.append(_replace_stock(middleware))
     return ordered if classifier in ordered else [*ordered, classifier, *listeners]
 
 
-def _without_holes(middleware: Middleware) -> Middleware:
+def _replace_stock(middleware: Middleware) -> Middleware:
     """Our version of a stock middleware that loses messages, with its settings; any other as it is."""
     if type(middleware) is StockPipelines:
         return Pipelines()
@@ -235,51 +235,51 @@ def _with_its_settings(kind: type[Middleware], stock: Middleware) -> Middleware:
     return ours
 
 
-def _resolve_actors(wiring: Wiring) -> None:
+def _resolve_actors(state: BrokerState) -> None:
     """Check and resolve the options of actors that are new, and wrap their functions."""
-    broker = wiring.broker
+    broker = state.broker
     for actor in list(broker.actors.values()):
-        resolve_actor(wiring, actor)
-    wiring.arranged_actors = len(broker.actors)
+        resolve_actor(state, actor)
+    state.arranged_actors = len(broker.actors)
 
 
-def resolve_actor(wiring: Wiring, actor: Any) -> None:
+def resolve_actor(state: BrokerState, actor: Any) -> None:
     """Check one actor's options, keep them resolved, and wrap its function.
 
     Raises:
       ConfigurationError: If an option makes no sense.
     """
-    known = wiring.policies.get(actor.actor_name)
+    known = state.policies.get(actor.actor_name)
     if (
         known is not None
         and known.options is actor.options
-        and known.timeout is wiring.timeout
-        and known.guarded_by is wiring.admission
+        and known.timeout is state.timeout
+        and known.guarded_by is state.admission
     ):
         return
-    classifier = next(m for m in wiring.attached if isinstance(m, ErrorClassifier))
+    classifier = next(m for m in state.attached if isinstance(m, ErrorClassifier))
     policy = ActorPolicy(actor, classifier.rules)
-    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, wiring.guard_defaults)
-    policy.guarded_by = wiring.admission
-    if wiring.timeout is not None:
+    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.guard_defaults)
+    policy.guarded_by = state.admission
+    if state.timeout is not None:
         validate(f"actor {actor.actor_name!r}", actor.options)
-        policy.timeout_ms, policy.queue_timeout_ms = wiring.timeout.resolve(actor.options)
-    policy.timeout = wiring.timeout
-    wiring.policies[actor.actor_name] = policy
+        policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)
+    policy.timeout = state.timeout
+    state.policies[actor.actor_name] = policy
     wrap_actor(actor)
 
 
-def _wrap_consume(wiring: Wiring) -> None:
+def _wrap_consume(state: BrokerState) -> None:
     """Have the broker hand out consumers of ours, each around one of its own."""
-    stock = wiring.broker.consume
+    stock = state.broker.consume
 
     @functools.wraps(stock)
     def consume(queue_name: str, *args: Any, **kwargs: Any) -> Consumer:
-        if wiring.polled is not None:
+        if state.polled is not None:
             # While the broker is away, too: this is called again and again.
-            wiring.polled[queue_name] = monotonic()
+            state.polled[queue_name] = monotonic()
         prefetch = kwargs.get("prefetch", args[0] if args else 1)
-        consumer = wrap_consumer(wiring, stock(queue_name, *args, **kwargs), queue_name, prefetch)
+        consumer = wrap_consumer(state, stock(queue_name, *args, **kwargs), queue_name, prefetch)
         consumer.prefetch = prefetch
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):
@@ -287,7 +287,7 @@ def _wrap_consume(wiring: Wiring) -> None:
             make_safe(thread.logger)
         return consumer
 
-    wiring.broker.consume = consume  # type: ignore[method-assign]
+    state.broker.consume = consume  # type: ignore[method-assign]
 
 
 PolicyMiddleware.arrange = staticmethod(arrange)  # type: ignore[method-assign]

@@ -33,7 +33,7 @@ from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
-from .common.credentials import described, redact
+from .common.credentials import redact, redacted_repr
 from .common.durations import clamped_wait, to_ms
 
 __all__ = [
@@ -83,7 +83,7 @@ class ConfigurationError(PolicyError, MiddlewareError):
         ``secret`` is for an option that takes a URL, a client, a broker or a store: of what came only the type is shown.
         """
         hidden = secret and not (got is None or isinstance(got, (int, float)))
-        shown = f"a {type(got).__name__}" if hidden else f"{described(got):.500}"
+        shown = f"a {type(got).__name__}" if hidden else f"{redacted_repr(got):.500}"
         message = f"{where}: {option}: expected {expected}, got {shown}"
         return cls(f"{message}. {do}" if do else f"{message}.")
 

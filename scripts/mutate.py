@@ -49,7 +49,7 @@ TESTS = {
     "outcomes": ["test_outcomes", "test_discard_logger", "test_error_classifier"],
     "history": ["test_history", "test_kit_stub", "test_error_classifier", "test_quarantine"],
     "decisions": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
-    "settlement": ["test_settlement", "test_consumer", "test_error_classifier", "test_idempotency", "test_quarantine"],
+    "decision": ["test_settlement", "test_consumer", "test_error_classifier", "test_idempotency", "test_quarantine"],
     "delivery": ["test_delivery", "test_consumer", "test_error_classifier", "test_timeout", "test_idempotency"],
     "middleware/error_classifier": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
     "limits": ["test_timeout", "test_error_classifier"],

@@ -17,44 +17,44 @@ from ..errors import ConfigurationError
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["prepare", "wrap_consumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def wrap_consumer(wiring: Wiring, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
+def wrap_consumer(state: BrokerState, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
     """The wrapping consumer for what ``broker.consume`` returned."""
     # A broker of somebody else's that has one of the three inside hands out consumers of that one's.
-    kind = kind_of(wiring.broker)
+    kind = kind_of(state.broker)
     if kind == "stub" and _dramatiq.is_stub_consumer(inner):
         from .stub.consumer import StubConsumer
 
-        return StubConsumer(wiring, inner, queue_name)
+        return StubConsumer(state, inner, queue_name)
     if kind == "redis" and _dramatiq.is_redis_consumer(inner):
         from .redis.consumer import RedisConsumer
         from .redis.delayed import RedisDelayConsumer
 
         if queue_name != q_name(queue_name):
-            return RedisDelayConsumer(wiring, inner, queue_name)
-        return RedisConsumer(wiring, inner, queue_name)
+            return RedisDelayConsumer(state, inner, queue_name)
+        return RedisConsumer(state, inner, queue_name)
     if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
         from .rabbitmq.consumer import RabbitmqConsumer
         from .rabbitmq.delayed import RabbitmqDelayConsumer
 
         if queue_name != q_name(queue_name):
-            return RabbitmqDelayConsumer(wiring, inner, queue_name, prefetch)
-        return RabbitmqConsumer(wiring, inner, queue_name)
-    if wiring.unknown_storage_said.acquire(blocking=False):
+            return RabbitmqDelayConsumer(state, inner, queue_name, prefetch)
+        return RabbitmqConsumer(state, inner, queue_name)
+    if state.warned_of_unknown_broker.acquire(blocking=False):
         logger.info(
             "How %s stores messages is not known: its dead letters carry no reason; all rules work.",
-            type(wiring.broker).__name__,
+            type(state.broker).__name__,
         )
-    return PolicyConsumer(wiring, inner, queue_name)
+    return PolicyConsumer(state, inner, queue_name)
 
 
-def prepare(wiring: Wiring) -> None:
+def prepare(state: BrokerState) -> None:
     """Set up a broker once.
 
     A broker on Redis gets the id of this process, and one on RabbitMQ connections of its own in a forked child. A broker for
@@ -63,20 +63,20 @@ def prepare(wiring: Wiring) -> None:
     Raises:
       ConfigurationError: Its workers could read nothing.
     """
-    kind = kind_of(wiring.broker)
+    kind = kind_of(state.broker)
     if kind == "stub":
         from .stub import consumer as stub
 
-        stub.explain_unsendable(wiring.broker)
+        stub.explain_unserialisable(state.broker)
     elif kind == "redis":
         from .redis.worker_id import WorkerId
 
-        _refuse_decoding(wiring.broker)
-        wiring.shared["worker_id"] = WorkerId(wiring.broker)
+        _refuse_decoding(state.broker)
+        state.shared["worker_id"] = WorkerId(state.broker)
         # What sends must not use a connection that was struck, or that leads to a demoted server.
-        keep_out_of(getattr(vars(wiring.broker).get("client"), "connection_pool", None))
+        keep_out_of(getattr(vars(state.broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
-        wiring.shared["connections"] = _Connections(wiring.broker)
+        state.shared["connections"] = _Connections(state.broker)
 
 
 class _Connections:
@@ -88,7 +88,7 @@ class _Connections:
         self.of_parents: list[object] = []
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         self.of_parents.append(_dramatiq.leave_rabbitmq_connections(self.broker))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker
 
-__all__ = ["Item", "Pile", "open_pile"]
+__all__ = ["Item", "QueueBrowser", "open_browser"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Item:
     place: Any
 
 
-class Pile(Protocol):
+class QueueBrowser(Protocol):
     """See the module's docstring."""
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Pile(Protocol):
         """Wait, and keep the connection alive."""
 
 
-def open_pile(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[Pile]:
+def open_browser(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[QueueBrowser]:
     """The dead letters of a queue, or the messages that are ready in it.
 
     Raises:
@@ -72,5 +72,5 @@ def open_pile(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManag
     kind = kind_of(broker)
     if kind is None:
         raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
-    opening = import_module(f"{__package__}.{kind}.browser").open_pile
+    opening = import_module(f"{__package__}.{kind}.browser").open_browser
     return opening(broker, queue, dead=dead)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..common.forks import after_fork
-from ..delivery.delivery import SUCCEEDED, Carried, Delivery, Settlement
+from ..delivery.delivery import SUCCEEDED, Carried, Decision, Delivery
 from ..outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ _CAPACITY = 10_000
 #: How many of the last acks may be lost with their connection. RabbitMQ delivers no more than may be prefetched beyond what it
 #: has seen acked.
 _UNSEEN = 1_000
-_COMPLETED = Carried(Settlement(Outcome.DUPLICATE, "completed"), None)
-_STALE = Carried(Settlement(Outcome.DUPLICATE, "stale"), None)
+_COMPLETED = Carried(Decision(Outcome.DUPLICATE, "completed"), None)
+_STALE = Carried(Decision(Outcome.DUPLICATE, "stale"), None)
 
 
 def left_of(delivery: Delivery) -> Carried:
     """What is left to do of a run that has ended."""
-    decided = delivery.settlement
-    if delivery.abandoned and decided is not None:
-        return Carried(decided, delivery.steps)
-    return _COMPLETED if decided is SUCCEEDED else _STALE
+    decision = delivery.decision
+    if delivery.abandoned and decision is not None:
+        return Carried(decision, delivery.steps)
+    return _COMPLETED if decision is SUCCEEDED else _STALE
 
 
 def is_keyed(delivery: Delivery) -> bool:
@@ -52,10 +52,10 @@ class Ended:
     """What is known of the runs of one broker, each by a key that its redelivery has too."""
 
     def __init__(self) -> None:
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process nothing has run."""
         self._lock = threading.Lock()
         #: What becomes of the redeliveries. Looked at without the lock: empty but after a connection was lost.

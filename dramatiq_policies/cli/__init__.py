@@ -25,7 +25,7 @@ __all__ = ["main"]
 _NO_COMMAND: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
-class OneSentence(WholeSummaries):
+class OneLineErrors(WholeSummaries):
     """A group whose errors are one sentence on stderr, exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -56,7 +56,7 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dramatiq-policies")
 def main() -> None:
     """Operate Dramatiq jobs: check them before they go out, look at what went wrong, and put it right.

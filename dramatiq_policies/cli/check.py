@@ -19,7 +19,7 @@ from ..ops import (
     require_actors,
     write_baseline,
 )
-from ..ops.app import StandIn
+from ..ops.app import PlaceholderBroker
 from ..ops.checks.findings import Finding
 from ..ops.checks.gate import BASELINE, checked_reason, missing_extra
 from .app_command import AppCommand
@@ -101,7 +101,7 @@ def check(
         return 0
     failed = report.failed(strict=strict)
     _show(form, report, len(broker.actors), failed, facts)
-    if form == "human" and isinstance(broker, StandIn):
+    if form == "human" and isinstance(broker, PlaceholderBroker):
         click.echo("No broker is set: the actors were declared on one that stands in.", err=True)
     return 1 if failed else 0
 

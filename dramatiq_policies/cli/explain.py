@@ -39,7 +39,7 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
             _print_answer(answer)
 
 
-def _print_portrait(portrait: ops.Portrait) -> None:
+def _print_portrait(portrait: ops.ActorSummary) -> None:
     out = console()
     out.print(shown(portrait.actor), style="bold", end="")
     out.print(f" on {portrait.queue}" + ("" if portrait.file is None else f", {portrait.file}:{portrait.line}"))

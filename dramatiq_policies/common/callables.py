@@ -11,9 +11,9 @@ __all__ = [
     "accepts",
     "accepts_call_of",
     "is_coroutine_callable",
-    "is_plain",
+    "is_sync_callable",
     "mark_wrapper",
-    "only_makes_an_object",
+    "returns_coroutine_or_generator",
     "stated_signature",
     "unwrapped",
 ]
@@ -48,14 +48,14 @@ def is_coroutine_callable(fn: Any) -> bool:
     return _is_any(fn, inspect.iscoroutinefunction)
 
 
-def only_makes_an_object(fn: Any) -> bool:
+def returns_coroutine_or_generator(fn: Any) -> bool:
     """Whether calling it runs nothing of what it is written to do: it gives a coroutine or a generator."""
     return _is_any(fn, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
-def is_plain(fn: Any, count: int) -> bool:
+def is_sync_callable(fn: Any, count: int) -> bool:
     """Whether it can be called with so many positional arguments, and does its work then."""
-    return callable(fn) and not only_makes_an_object(fn) and accepts(fn, count)
+    return callable(fn) and not returns_coroutine_or_generator(fn) and accepts(fn, count)
 
 
 def _is_any(fn: Any, *kinds: Callable[[Any], bool]) -> bool:

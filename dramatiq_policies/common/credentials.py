@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-__all__ = ["described", "is_secret_name", "learn_passwords", "redact"]
+__all__ = ["is_secret_name", "learn_passwords", "redact", "redacted_repr"]
 
 _MASK = "***"
 #: Everybody knows RabbitMQ's default; of anything shorter than three characters each text would be full.
@@ -128,7 +128,7 @@ def _as_text(password: str | bytes) -> str:
     return password if isinstance(password, str) else password.decode(errors="replace")
 
 
-def described(value: Any, depth: int = 3) -> str:
+def redacted_repr(value: Any, depth: int = 3) -> str:
     """A value as an error or a log record may show it: never the inside of an object that may hold a password."""
     try:
         return redact(_described(value, depth))

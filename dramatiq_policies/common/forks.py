@@ -12,7 +12,7 @@ __all__ = ["BeginsAnew", "after_fork"]
 class BeginsAnew(Protocol):
     """Has state of its own in each process."""
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Called in a forked child, in which no other thread runs."""
 
 
@@ -26,7 +26,7 @@ def after_fork(one: BeginsAnew) -> None:
 
 def _after_fork_in_child() -> None:
     for one in list(_all):
-        one.begin_anew()
+        one.reset_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -24,7 +24,7 @@ from typing import Any
 
 from dramatiq.middleware import Interrupt
 
-from .credentials import described, redact
+from .credentials import redact, redacted_repr
 from .texts import printable
 
 __all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "clean_stack", "is_heard", "make_safe", "write_to_stderr"]
@@ -159,7 +159,7 @@ def _clean(record: logging.LogRecord) -> None:
     """Make the record's texts printable. Its template stays, and each argument that is printable."""
     if isinstance(record.args, tuple):
         record.args = tuple(
-            arg if isinstance(arg, _PLAIN) or _is_ours(arg) else _Shown(described(arg)) for arg in record.args
+            arg if isinstance(arg, _PLAIN) or _is_ours(arg) else _Shown(redacted_repr(arg)) for arg in record.args
         )
     try:
         text = record.getMessage()

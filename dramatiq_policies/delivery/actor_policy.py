@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..common.callables import is_coroutine_callable, is_plain
+from ..common.callables import is_coroutine_callable, is_sync_callable
 from ..errors import ConfigurationError, checked_duration, checked_wait
 from ..rules.matching import RuleSet
 from ..rules.parsing import parse_rules
@@ -17,7 +17,7 @@ from ..rules.rule import RetryPolicy, Rule, When
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-    from ..idempotency.options import Guard
+    from ..idempotency.options import IdempotencyOptions
 
 __all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 
@@ -157,7 +157,7 @@ class ActorPolicy:
         if throws is not None:
             options["throws"] = exception_classes(where, "throws", throws)
         self.timeout: object = None
-        self.guard: Guard | None = None
+        self.guard: IdempotencyOptions | None = None
         self.guarded_by: object = None
         self.timeout_ms: float | None = None
         self.queue_timeout_ms: float | None = None
@@ -165,7 +165,7 @@ class ActorPolicy:
 
 def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
     """Refuse what can't be called with the arguments that ``takes`` names, and functions that would only make an object."""
-    if not is_plain(value, len(takes.split(", "))):
+    if not is_sync_callable(value, len(takes.split(", "))):
         asynchronous = callable(value) and is_coroutine_callable(value)
         do = "A coroutine function would never be awaited here" if asynchronous else ""
         raise ConfigurationError.of_option(where, option, f"a plain callable({takes})", value, do)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.middleware import Middleware
 
-    from ..idempotency.batched_completion import Piggyback
-    from ..idempotency.guard import Admission
+    from ..idempotency.batched_completion import BatchedCompletions
+    from ..idempotency.guard import IdempotencyGuard
     from ..middleware.metrics import Metrics
     from ..middleware.shutdown import ShutdownNotifications
     from ..middleware.timeout import StuckJob, Timeout
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from .delay_queue import DelayQueue
     from .delivery import Delivery
 
-__all__ = ["Observer", "Wiring", "wiring_of"]
+__all__ = ["BrokerState", "Observer", "state_of"]
 
 #: An observer of ours gets the message too (None if it could not be read).
 Observer = Callable[[OutcomeEvent, "MessageProxy | None"], object]
 
 
-class Wiring:
+class BrokerState:
     """The state of the bundle on one broker, in one process.
 
     Attributes:
@@ -64,9 +64,9 @@ class Wiring:
         #: Called with each stuck job, on a thread of its own, before ``on_stuck``.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: What lets jobs begin once, None without Idempotency.
-        self.admission: Admission | None = None
+        self.admission: IdempotencyGuard | None = None
         #: What posts completions, None where that could be seen from outside.
-        self.piggyback: Piggyback | None = None
+        self.batched_completions: BatchedCompletions | None = None
         #: The ttl and max_crashes of the Idempotency, None without one that has a store.
         self.guard_defaults: tuple[int, int | None] | None = None
         #: Dramatiq's ShutdownNotifications, in our version.
@@ -87,10 +87,10 @@ class Wiring:
         self.on_success: tuple[Callable[[Delivery], object], ...] = ()
         #: At which level the bundle logs a dead message, in place of the worker's line; None where it does not.
         self.failure_level: int | None = None
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process no worker runs and nothing is held."""
         self.stopping = threading.Event()
         self.delayed: dict[str, DelayQueue] = {}
@@ -100,7 +100,7 @@ class Wiring:
         self.parked: dict[str, Parking] = {}
         self.distrusted: dict[str, Distrust] = {}
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
-        self.put_back_later: list[Callable[[], object]] = []
+        self.requeue_after_shutdown: list[Callable[[], object]] = []
         #: RabbitMQ: how many messages the consumer of each queue holds.
         self.held: dict[str, Callable[[], int]] = {}
         self.fatal: str | None = None
@@ -109,7 +109,7 @@ class Wiring:
         #: for a worker process that dies while it says that it has booted.
         self.booting_until = 0.0
         #: Taken by the consumer that says that this broker's storage is not known, and never given back.
-        self.unknown_storage_said = threading.Lock()
+        self.warned_of_unknown_broker = threading.Lock()
         for seen in (self.taken, self.polled):
             if seen is not None:
                 seen.clear()
@@ -173,12 +173,12 @@ _ATTRIBUTE = "dramatiq_policies_wiring"
 _lock = threading.Lock()
 
 
-def wiring_of(broker: Broker) -> Wiring:
+def state_of(broker: Broker) -> BrokerState:
     """The bundle's state on this broker, made at the first call."""
-    wiring: Wiring | None = vars(broker).get(_ATTRIBUTE)
-    if wiring is None:
+    state: BrokerState | None = vars(broker).get(_ATTRIBUTE)
+    if state is None:
         with _lock:
-            wiring = vars(broker).get(_ATTRIBUTE)
-            if wiring is None:
-                wiring = vars(broker)[_ATTRIBUTE] = Wiring(broker)
-    return wiring
+            state = vars(broker).get(_ATTRIBUTE)
+            if state is None:
+                state = vars(broker)[_ATTRIBUTE] = BrokerState(broker)
+    return state

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import ActorNotFound
 
 from ..common.safe_logger import SafeLogger
-from .delivery import Delivery, Send
+from .delivery import Delivery, OutgoingMessage
 from .refusals import Unsendable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | Non
 
 def send_to(
     broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, told: Any
-) -> list[Send]:
+) -> list[OutgoingMessage]:
     """The callback's message, with the job's message as received and what is told of the run.
 
     Where this worker does not know the callback's actor, a failed job's own message is kept, as a retry or a dead letter:
@@ -57,7 +57,7 @@ def send_to(
         )
         return []
     delivery.restore(message)
-    return [Send(actor.message(message.asdict(), told))]
+    return [OutgoingMessage(actor.message(message.asdict(), told))]
 
 
 def tell_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
@@ -66,4 +66,4 @@ def tell_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, re
     target = callback_of(broker, message, option)
     if target:
         told = {"retries": retries, "max_retries": max_retries}
-        delivery.hand_on(lambda: send_to(broker, delivery, message, option, target, told))
+        delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, told))

@@ -22,7 +22,7 @@ from ..common.safe_logger import SafeLogger
 from ..errors import MalformedMessage
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue
-from .delivery import Delivery, Send, Settlement
+from .delivery import Decision, Delivery, OutgoingMessage
 from .handing_off import RETURNED, returned
 from .moving import Move, attempt, move_due
 from .refusals import Distrust, Fault, Parking, Unsendable
@@ -30,7 +30,7 @@ from .settlement import settle
 from .validation import check_composition, check_shape, clean_options, decode, is_number
 
 if TYPE_CHECKING:
-    from .broker_state import Wiring
+    from .broker_state import BrokerState
 
 __all__ = ["PolicyConsumer", "hold"]
 
@@ -56,17 +56,17 @@ class PolicyConsumer(Consumer):
     #: How many messages it may hold at once.
     prefetch = 1
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
-        self.wiring = wiring
-        self.broker = wiring.broker
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
+        self.state = state
+        self.broker = state.broker
         self.inner = inner
         self.source = queue_name
         self.queue_name = q_name(queue_name)
         self.is_delay_queue = self.source != self.queue_name
         self.delayed = self.delay_queue()
         self.parked = self.parking()
-        self.distrust = wiring.distrusted.setdefault(queue_name, Distrust(queue_name))
-        self.max_body_bytes = wiring.max_body_bytes
+        self.distrust = state.distrusted.setdefault(queue_name, Distrust(queue_name))
+        self.max_body_bytes = state.max_body_bytes
         #: Whether the worker shuts down: what still comes is for others. See `hold`.
         self.holding = False
         self.held_back: list[MessageProxy] = []
@@ -74,7 +74,7 @@ class PolicyConsumer(Consumer):
     # What a worker calls.
 
     def __next__(self) -> MessageProxy | None:
-        polled = self.wiring.polled
+        polled = self.state.polled
         if polled is not None:
             polled[self.source] = time.monotonic()
         if self.parked:
@@ -104,16 +104,16 @@ class PolicyConsumer(Consumer):
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
             delivery.carried = own.get("carried")
-        if RETURNED in options and (decided := returned(options)) is not None:
-            self._settle_unrun(message, delivery, decided)
+        if RETURNED in options and (decision := returned(options)) is not None:
+            self._settle_unrun(message, delivery, decision)
             return None
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
                 check_composition(options)
             except MalformedMessage as error:
                 error = _unstacked(error)
-                decided = Settlement(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
-                self._settle_unrun(message, delivery, decided)
+                decision = Decision(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
+                self._settle_unrun(message, delivery, decision)
                 return None
         return message
 
@@ -122,24 +122,24 @@ class PolicyConsumer(Consumer):
         if delivery is None:
             self.finish(message)
             return
-        owner, piggyback = delivery.consumer, self.wiring.piggyback
-        if piggyback is None:
+        owner, batched_completions = delivery.consumer, self.state.batched_completions
+        if batched_completions is None:
             owner.conclude(message, delivery)
             return
-        if not piggyback.post(owner, message, delivery):
+        if not batched_completions.post(owner, message, delivery):
             owner.conclude(message, delivery)
-        piggyback.look()
+        batched_completions.look()
 
     def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
         """Settle a message that this consumer has delivered, and ack it."""
-        wiring = self.wiring
-        if delivery.claim is None and delivery.is_plain_success() and not wiring.successes_observed:
-            if wiring.on_success and not delivery.settled:
+        state = self.state
+        if delivery.claim is None and delivery.is_plain_success() and not state.successes_observed:
+            if state.on_success and not delivery.settled:
                 delivery.settled = True
-                wiring.tell_success(delivery)
+                state.tell_success(delivery)
             if not delivery.acked:
                 self.finish(message)
-        elif settle(wiring, self, message, delivery):
+        elif settle(state, self, message, delivery):
             self.finish(message)
 
     def nack(self, message: MessageProxy) -> None:
@@ -147,16 +147,16 @@ class PolicyConsumer(Consumer):
         if delivery is None:
             self.inner.nack(message)
             return
-        decided = delivery.settlement
-        if decided is None or not decided.dead_letter:
+        decision = delivery.decision
+        if decision is None or not decision.dead_letter:
             # Failed by somebody else: Dramatiq for an unknown actor, or a middleware of the user's.
             error = _dramatiq.exception_of(message)
             if isinstance(error, ActorNotFound):
-                decided = Settlement(Outcome.DEAD, "unknown_actor", exception=error, dead_letter=True)
+                decision = Decision(Outcome.DEAD, "unknown_actor", exception=error, dead_letter=True)
             else:
-                decided = Settlement(Outcome.SKIPPED, exception=error, dead_letter=True)
+                decision = Decision(Outcome.SKIPPED, exception=error, dead_letter=True)
             if not delivery.settled:
-                delivery.settlement = decided
+                delivery.decision = decision
         self.ack(message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
@@ -168,7 +168,7 @@ class PolicyConsumer(Consumer):
             logger.warning("%d messages could not be put back on queue %r: %s", len(held), self.source, error)
 
     def close(self) -> None:
-        if self.wiring.stopping.is_set():
+        if self.state.stopping.is_set():
             self.parked.give_back(everything=True)
             items, self.held_back = self.held_back, []
             while (item := self.delayed.take()) is not None:
@@ -192,7 +192,7 @@ class PolicyConsumer(Consumer):
         steps = delivery.steps
         while steps:
             step = steps[0]
-            assert isinstance(step, Send)
+            assert isinstance(step, OutgoingMessage)
             self.broker.enqueue(step.message, delay=step.delay)
             steps.pop(0)
         if dead is not None:
@@ -204,7 +204,7 @@ class PolicyConsumer(Consumer):
         return False
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
-        """The command that completes the key of a plain success, for `Piggyback`; and whether it also acks."""
+        """The command that completes the key of a plain success, for `BatchedCompletions`; and whether it also acks."""
         return delivery.claim.completion(), False
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
@@ -218,7 +218,7 @@ class PolicyConsumer(Consumer):
         except Exception as error:
             if not self.lost_connection(error):
                 raise
-            if self.wiring.stopping.is_set():
+            if self.state.stopping.is_set():
                 logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
                 return
             raise ConnectionClosed(error) from None
@@ -251,16 +251,16 @@ class PolicyConsumer(Consumer):
     @property
     def refuses_dead_letters(self) -> bool:
         """Whether the broker refused the last dead letter of this queue."""
-        return self.queue_name in self.wiring.refused
+        return self.queue_name in self.state.refused
 
     def dead_letters_refused(self) -> bool:
         """Remember that the broker refuses this queue's dead letters; whether this is news."""
         news = object()
-        return self.wiring.refused.setdefault(self.queue_name, news) is news
+        return self.state.refused.setdefault(self.queue_name, news) is news
 
     def dead_letters_accepted(self) -> None:
         """Remember that the broker takes this queue's dead letters."""
-        if self.wiring.refused and self.wiring.refused.pop(self.queue_name, None) is not None:
+        if self.state.refused and self.state.refused.pop(self.queue_name, None) is not None:
             logger.warning("The dead-letter queue of %r takes messages again.", self.queue_name)
 
     def park(self, message: MessageProxy, wait_ms: float) -> None:
@@ -336,11 +336,11 @@ class PolicyConsumer(Consumer):
 
     def delay_queue(self) -> DelayQueue:
         """The delayed messages in hand. They outlive this consumer: no broker was told to give them to another."""
-        return self.wiring.delayed.setdefault(self.source, DelayQueue())
+        return self.state.delayed.setdefault(self.source, DelayQueue())
 
     def parking(self) -> Parking:
         """The messages that keep their slots. They outlive this consumer, as the delayed ones do."""
-        return self.wiring.parked.setdefault(self.source, Parking())
+        return self.state.parked.setdefault(self.source, Parking())
 
     # Shared by them.
 
@@ -365,10 +365,10 @@ class PolicyConsumer(Consumer):
         event = OutcomeEvent(
             outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=_unstacked(error)
         )
-        self.wiring.publish(event, None)
+        self.state.publish(event, None)
 
-    def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decided: Settlement) -> None:
-        delivery.settlement = decided
+    def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
+        delivery.decision = decision
         message.fail()
         self.nack(message)
 

@@ -19,7 +19,7 @@ from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding
 from .callbacks import tell_exhausted
-from .delivery import Delivery, Recorder, Send, Settlement
+from .delivery import Decision, Delivery, OutgoingMessage, Recorder
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def decide(
     declared: ActorPolicy,
     message: MessageProxy,
     error: BaseException,
-) -> Settlement:
+) -> Decision:
     """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
     history = History(message.options)
     rule, cause = deciding(declared.rules, error)
     if is_a(cause, Shutdown):
         return _interrupted(classifier, delivery, declared, message, history, error)
     if is_a(cause, Verdict):
-        return _obey(classifier, delivery, declared, message, history, error, cause)
+        return _apply_verdict(classifier, delivery, declared, message, history, error, cause)
     if is_a(cause, Retry):
         cause = _with_checked_delay(message, cause)
     policy, rule_id = (None, None) if rule is None else (rule.policy, rule.id)
@@ -65,7 +65,7 @@ def decide(
     _show_traceback(message, error)
     if rule.verb is Verb.DISCARD:
         return _discarded(classifier, declared, history, error, rule.id)
-    return Settlement(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
+    return Decision(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
 
 
 def _is_stock(declared: ActorPolicy, error: BaseException, cause: BaseException) -> bool:
@@ -106,14 +106,14 @@ def _interrupted(
     message: MessageProxy,
     history: History,
     error: BaseException,
-) -> Settlement:
+) -> Decision:
     if message.options.get("max_retries", declared.options.get("max_retries", classifier.max_retries)) == 0:
-        return Settlement(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
-    delivery.hand_on(Send(_again(delivery, history)))
-    return Settlement(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
+        return Decision(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
+    delivery.add_to_outbox(OutgoingMessage(_again(delivery, history)))
+    return Decision(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
 
 
-def _obey(
+def _apply_verdict(
     classifier: ErrorClassifier,
     delivery: Delivery,
     declared: ActorPolicy,
@@ -121,7 +121,7 @@ def _obey(
     history: History,
     error: BaseException,
     verdict: Verdict,
-) -> Settlement:
+) -> Decision:
     """Do what a job itself said by raising ``verdict``, which is ``error`` or one of the leaves of that group."""
     now = now_ms()
     if not is_a(verdict, Snooze):
@@ -133,12 +133,12 @@ def _obey(
         history.snoozed_since = now
     left = history.snoozed_since + classifier.max_snooze - now
     if left <= 0:
-        return Settlement(Outcome.DEAD, "exhausted", exception=error, attempt=history.attempt, dead_letter=True)
+        return Decision(Outcome.DEAD, "exhausted", exception=error, attempt=history.attempt, dead_letter=True)
     history.snoozes += 1
     asked = _asked_delay(message, verdict)
     delay = min(_UNREADABLE_SNOOZE if asked is None else asked, left)
-    delivery.hand_on(Send(_again(delivery, history), delay or None))
-    return Settlement(Outcome.DEFERRED, "snoozed", exception=error, attempt=history.attempt, delay_ms=delay)
+    delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
+    return Decision(Outcome.DEFERRED, "snoozed", exception=error, attempt=history.attempt, delay_ms=delay)
 
 
 def _discarded(
@@ -148,11 +148,11 @@ def _discarded(
     error: BaseException,
     rule_id: str | None,
     reason: str | None = None,
-) -> Settlement:
+) -> Decision:
     keep = declared.dead_letter_discards
     if keep is None:
         keep = classifier.dead_letter_discards
-    return Settlement(
+    return Decision(
         Outcome.DISCARDED,
         reason,
         exception=error,
@@ -173,7 +173,7 @@ def _retry(
     cause: BaseException,
     policy: RetryPolicy,
     rule_id: str,
-) -> Settlement:
+) -> Decision:
     now = now_ms()
     number, first = history.count(rule_id, now)
     highest = max(classifier.max_attempts, policy.attempts, declared.max_attempts)
@@ -188,13 +188,13 @@ def _retry(
     if not exhausted:
         history.retry_by_rule(message.options)
         message.options["requeue_timestamp"] = now
-        delivery.hand_on(Send(_again(delivery, history), delay or None))
-        return Settlement(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
+        delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
+        return Decision(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
     message.options[POLICIES] = history.option()
     tell_exhausted(broker, delivery, message, history.attempt - 1, history.attempt - 1)
     if policy.then == "discard":
         return _discarded(classifier, declared, history, error, rule_id, "exhausted")
-    return Settlement(
+    return Decision(
         Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
         "exhausted",
         exception=error,
@@ -213,7 +213,7 @@ def _by_stock_options(
     history: History,
     error: BaseException,
     cause: BaseException,
-) -> Settlement:
+) -> Decision:
     """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
     recorder = _StockRetriesRecorder(broker)
     options = message.options
@@ -233,12 +233,12 @@ def _by_stock_options(
         send = recorder.sends[0]
         delay = max(0, int(send.delay or 0))
         history.failed(error, now, delay)
-        delivery.hand_on(Send(_again(delivery, history), delay or None))
-        return Settlement(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
+        delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
+        return Decision(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
     history.failed(error, now, None)
     message.options[POLICIES] = history.option()
     reason = "thrown" if _is_thrown(declared, error) else "exhausted" if retries else _UNCLASSIFIED
-    return Settlement(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+    return Decision(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
 
 
 class _StockRetriesRecorder(Recorder):

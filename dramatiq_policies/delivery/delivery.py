@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Carried",
     "CurrentJob",
+    "Decision",
     "Delivery",
-    "GivenAway",
+    "DeliveryReassigned",
+    "OutgoingMessage",
     "Recorder",
-    "Send",
-    "Settlement",
     "current_job",
     "running_delivery",
 ]
@@ -42,7 +42,7 @@ T = TypeVar("T")
 current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
 
 
-class Send:
+class OutgoingMessage:
     """A message that must be accepted by the broker before its cause is acked."""
 
     __slots__ = ("delay", "encoded", "message")
@@ -54,7 +54,7 @@ class Send:
         self.encoded: Any = None
 
 
-class GivenAway(Exception):
+class DeliveryReassigned(Exception):
     """The broker has given the message to another worker meanwhile, who is to settle it."""
 
 
@@ -63,17 +63,17 @@ class Recorder:
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        self.sends: list[Send] = []
+        self.sends: list[OutgoingMessage] = []
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        self.sends.append(Send(message, delay))
+        self.sends.append(OutgoingMessage(message, delay))
         return message
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.broker, name)
 
 
-class Settlement:
+class Decision:
     """What was decided: how the delivery ends, and what becomes of its message.
 
     Attributes:
@@ -104,21 +104,21 @@ class Settlement:
 
 
 #: Every success is the same decision.
-SUCCEEDED = Settlement(Outcome.SUCCEEDED)
+SUCCEEDED = Decision(Outcome.SUCCEEDED)
 
 
 class Carried(NamedTuple):
     """What an earlier delivery of the same message has left to do: the decision, and what was not handed on yet."""
 
-    settlement: Settlement
-    steps: list[Send | Callable[[], list[Send]]] | None
+    decision: Decision
+    steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
 
 
 #: The outcomes after which an idempotency key is completed.
 COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 #: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
-TAKEN, READY, RUNNING, RAN = range(4)
+RECEIVED, PREPARED, RUNNING, FINISHED = range(4)
 
 
 class Delivery:
@@ -154,6 +154,7 @@ class Delivery:
         "carried",
         "claim",
         "consumer",
+        "decision",
         "ended",
         "key",
         "message",
@@ -161,7 +162,6 @@ class Delivery:
         "proxy",
         "redelivered",
         "settled",
-        "settlement",
         "stage",
         "started",
         "steps",
@@ -174,12 +174,12 @@ class Delivery:
         self.body: bytes | None = None
         self.proxy: MessageProxy | None = None
         self.policy: ActorPolicy | None = None
-        self.stage = TAKEN
+        self.stage = RECEIVED
         self.started: float | None = None
         self.ended: float | None = None
         self.timeout_ms: float | None = None
-        self.settlement: Settlement | None = None
-        self.steps: list[Send | Callable[[], list[Send]]] | None = None
+        self.decision: Decision | None = None
+        self.steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
         self.settled = False
         self.acked = False
         self.redelivered = False
@@ -188,13 +188,13 @@ class Delivery:
         self.key: str | None = None
         self.abandoned = False
 
-    def hand_on(self, step: Send | Callable[[], list[Send]]) -> None:
+    def add_to_outbox(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
         """Have a message, or those that a call yields, accepted by the broker before this delivery is acked."""
         if self.steps is None:
             self.steps = []
         self.steps.append(step)
 
-    def skip(self, decided: Settlement, why: str = "") -> NoReturn:
+    def skip(self, decision: Decision, why: str = "") -> NoReturn:
         """Decide that the job is not run now, from inside the wrapper of its function.
 
         Dramatiq's ``Results`` stores None for what is skipped and not failed: whoever waits would see that first.
@@ -202,12 +202,12 @@ class Delivery:
         Raises:
           SkipMessage: Always.
         """
-        self.settlement = decided
-        if not decided.dead_letter:
+        self.decision = decision
+        if not decision.dead_letter:
             self.message.options["store_results"] = False
         elif self.proxy is not None:
             self.proxy.fail()
-        raise SkipMessage(why or f"{decided.outcome.value} ({decided.reason})")
+        raise SkipMessage(why or f"{decision.outcome.value} ({decision.reason})")
 
     def received(self) -> Message[Any] | None:
         """Decode the message as received; None if there is no body, or this thread cannot decode it."""
@@ -234,12 +234,12 @@ class Delivery:
 
     def is_plain_success(self) -> bool:
         """Whether nothing follows from it but its ack."""
-        return self.settlement is SUCCEEDED and self.steps is None
+        return self.decision is SUCCEEDED and self.steps is None
 
-    def is_remembered(self) -> bool:
+    def completes_key(self) -> bool:
         """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""
-        claim, decided = self.claim, self.settlement
-        return claim is not None and claim.keyed and decided is not None and decided.outcome in COMPLETING
+        claim, decision = self.claim, self.decision
+        return claim is not None and claim.keyed and decision is not None and decision.outcome in COMPLETING
 
     def elapsed_ms(self) -> float:
         """How long the actor has run, or ran, in milliseconds."""

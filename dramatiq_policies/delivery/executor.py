@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from .._job_errors import stand_in_for
 from ..common.callables import mark_wrapper, unwrapped
 from ..errors import QueueTimeoutExceeded
-from ..idempotency.options import Done, key_of
+from ..idempotency.options import AlreadyDone, key_of
 from ..interrupts import threads as interrupts
 from ..outcomes import Outcome
-from .delivery import RAN, READY, RUNNING, Delivery, Settlement, current
+from .delivery import FINISHED, PREPARED, RUNNING, Decision, Delivery, current
 from .history import now_ms
-from .limits import CLOSE, expired_after, limit_for, warn_if_close
+from .limits import WARN_RATIO, expired_after, limit_for, warn_if_close
 
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-    from ..idempotency.guard import Admission
-    from ..idempotency.options import Guard
+    from ..idempotency.guard import IdempotencyGuard
+    from ..idempotency.options import IdempotencyOptions
     from ..interrupts.threads import Caller
-    from .broker_state import Wiring
+    from .broker_state import BrokerState
 
 __all__ = ["wrap_actor"]
 
@@ -47,10 +47,10 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         delivery = current.get()
-        if delivery is None or delivery.stage != READY or delivery.message.actor_name != name:
+        if delivery is None or delivery.stage != PREPARED or delivery.message.actor_name != name:
             return fn(*args, **kwargs)
         try:
-            return _run(delivery.consumer.wiring, delivery, call, fn, args, kwargs)
+            return _run(delivery.consumer.state, delivery, call, fn, args, kwargs)
         except BaseException as error:
             stand_in = stand_in_for(error)
             if stand_in is None:
@@ -63,46 +63,53 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 
 
 def _run(
-    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: BrokerState, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if delivery.carried is not None:
         _carry_on(delivery)
     policy = delivery.policy
-    timeout = wiring.timeout
+    timeout = state.timeout
     limit = None
     if timeout is not None and policy is not None:
         if policy.queue_timeout_ms is not None:
             _expire(delivery, policy.queue_timeout_ms)
         limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
-    admission, guard, piggyback = wiring.admission, None if policy is None else policy.guard, wiring.piggyback
-    if piggyback is not None and not (
-        guard is not None and guard.claims_at_once and not delivery.redelivered and piggyback.claims.solitude.is_open
+    admission, guard, batched_completions = (
+        state.admission,
+        None if policy is None else policy.guard,
+        state.batched_completions,
+    )
+    if batched_completions is not None and not (
+        guard is not None
+        and guard.key_runs_no_user_code
+        and not delivery.redelivered
+        and batched_completions.claims.exclusive.is_open
     ):
-        piggyback.flush()
+        batched_completions.flush()
     if admission is None or guard is None:
-        return _call(wiring, delivery, call, fn, args, kwargs)
-    solitude = admission.claims.solitude
-    solitude.enter(delivery)
+        return _call(state, delivery, call, fn, args, kwargs)
+    exclusive = admission.claims.exclusive
+    exclusive.enter(delivery)
     try:
         if guard.asked or delivery.redelivered or "idempotency_key" in delivery.message.options:
-            return _run_once(admission, guard, wiring, delivery, call, fn, args, kwargs)
-        return _call(wiring, delivery, call, fn, args, kwargs)
+            return _run_once(admission, guard, state, delivery, call, fn, args, kwargs)
+        return _call(state, delivery, call, fn, args, kwargs)
     finally:
-        solitude.leave(delivery)
+        exclusive.leave(delivery)
 
 
 def _carry_on(delivery: Delivery) -> None:
     """Settle what an earlier run in this process has left to do, and do not run."""
     assert delivery.carried is not None
-    decided, delivery.steps = delivery.carried
-    delivery.skip(decided)
+    decision, delivery.steps = delivery.carried
+    delivery.skip(decision)
 
 
 def _run_once(
-    admission: Admission,
-    guard: Guard,
-    wiring: Wiring,
+    admission: IdempotencyGuard,
+    guard: IdempotencyOptions,
+    state: BrokerState,
     delivery: Delivery,
     call: Caller,
     fn: Any,
@@ -111,7 +118,7 @@ def _run_once(
 ) -> Any:
     def call_inside_the_timeout(key: Any) -> Any:
         assert guard.call_key is not None
-        return _call(wiring, delivery, guard.call_key, key, args, kwargs)
+        return _call(state, delivery, guard.call_key, key, args, kwargs)
 
     delivery.key = key_of(delivery.message, guard, call_inside_the_timeout)
     # What ran so far was not the job.
@@ -120,17 +127,17 @@ def _run_once(
         # Outside any interrupt: it would land in the store's client.
         admission.admit(delivery, guard, delivery.key)
     if guard.job is None or guard.call is None:
-        return _call(wiring, delivery, call, fn, args, kwargs)
+        return _call(state, delivery, call, fn, args, kwargs)
     try:
-        return _call(wiring, delivery, guard.call, guard.job, args, kwargs)
-    except Done:
+        return _call(state, delivery, guard.call, guard.job, args, kwargs)
+    except AlreadyDone:
         delivery.started = None
         admission.done(delivery)
         raise
 
 
 def _call(
-    wiring: Wiring, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: BrokerState, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call it with everything that interrupts a job, and its clock running."""
     limit = delivery.timeout_ms
@@ -143,15 +150,15 @@ def _call(
             args,
             kwargs,
             deadline=None if limit is None else started + limit / 1_000,
-            on_shutdown=wiring.interrupted_by_shutdown(delivery),
-            watch=wiring.timeout,
+            on_shutdown=state.interrupted_by_shutdown(delivery),
+            watch=state.timeout,
             job=delivery,
             after_interrupt=delivery.consumer.after_interrupt,
         )
     finally:
         delivery.ended = ended = monotonic()
-        delivery.stage = RAN
-        if limit is not None and limit * CLOSE < (ended - started) * 1_000 <= limit:
+        delivery.stage = FINISHED
+        if limit is not None and limit * WARN_RATIO < (ended - started) * 1_000 <= limit:
             warn_if_close(delivery)
 
 
@@ -161,4 +168,4 @@ def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
     if waited is None:
         return
     error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
-    delivery.skip(Settlement(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))
+    delivery.skip(Decision(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

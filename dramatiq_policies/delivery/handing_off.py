@@ -19,7 +19,7 @@ from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, text_of
-from .delivery import Delivery, GivenAway, Send, Settlement
+from .delivery import Decision, Delivery, DeliveryReassigned, OutgoingMessage
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .refusals import Fault
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import MessageProxy
 
-    from .broker_state import Wiring
+    from .broker_state import BrokerState
     from .consumer import PolicyConsumer
 
-__all__ = ["RETURNED", "HandOff", "returned", "wait_before_return"]
+__all__ = ["RETURNED", "Publication", "returned", "wait_before_return"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -53,7 +53,7 @@ def wait_before_return(times: int) -> int:
     return min(_FIRST_RETURN << min(times, 10), _LAST_RETURN)
 
 
-def returned(options: dict[str, Any]) -> Settlement | None:
+def returned(options: dict[str, Any]) -> Decision | None:
     """What was decided on a message that was enqueued again since its dead letter was refused; None of any other."""
     failure, times = options.get(FAILURE), options.get(RETURNED)
     if type(times) is not int or not isinstance(failure, dict):
@@ -64,7 +64,7 @@ def returned(options: dict[str, Any]) -> Settlement | None:
     except ValueError:
         outcome = Outcome.DEAD
     reason, attempts = failure.get("reason"), failure.get("attempts")
-    return Settlement(
+    return Decision(
         outcome if outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED else Outcome.DEAD,
         reason if isinstance(reason, str) else None,
         exception=HandoffFailed(f"{failure.get('exception')}: {failure.get('message')}"),
@@ -73,7 +73,7 @@ def returned(options: dict[str, Any]) -> Settlement | None:
     )
 
 
-class HandOff:
+class Publication:
     """One delivery's hand-off.
 
     Parameters:
@@ -81,13 +81,18 @@ class HandOff:
     """
 
     def __init__(
-        self, wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery, decided: Settlement
+        self,
+        state: BrokerState,
+        consumer: PolicyConsumer,
+        message: MessageProxy,
+        delivery: Delivery,
+        decision: Decision,
     ) -> None:
-        self.wiring = wiring
+        self.state = state
         self.consumer = consumer
         self.message = message
         self.delivery = delivery
-        self.decided = decided
+        self.decision = decision
         #: The dead letter: a message, or the body as received.
         self.dead: Message[Any] | bytes | None = None
         self.small = False
@@ -96,17 +101,17 @@ class HandOff:
         self.tries = 0
         self.first_refusal: float | None = None
 
-    def run(self) -> Settlement:
+    def run(self) -> Decision:
         """Have the broker accept all that follows from the decision; what was really decided in the end."""
-        if self.decided.outcome is not Outcome.SUCCEEDED and self._is_given_back():
+        if self.decision.outcome is not Outcome.SUCCEEDED and self._is_given_back():
             # Whatever follows from this run would happen twice.
             return self._give_up(ConnectionError("the consumer's connection is closed"))
         while True:
             try:
                 self._try()
-                return self.decided
+                return self.decision
             except Exception as error:
-                if isinstance(error, GivenAway) or self._is_given_back():
+                if isinstance(error, DeliveryReassigned) or self._is_given_back():
                     return self._give_up(error)
                 if self._is_at_an_end(error):
                     if self.returning:
@@ -128,12 +133,12 @@ class HandOff:
                     )
                 pause = _PAUSES[min(self.tries, len(_PAUSES) - 1)]
                 self.tries += 1
-                if self.wiring.stopping.wait(pause) and self.tries > 1:
+                if self.state.stopping.wait(pause) and self.tries > 1:
                     return self._give_up(error)
 
     def _try(self) -> None:
         consumer, delivery = self.consumer, self.delivery
-        if self.decided.dead_letter and self.dead is None:
+        if self.decision.dead_letter and self.dead is None:
             self.dead = self._dead_letter()
         if delivery.steps or self.dead is not None or consumer.completes(delivery):
             _resolve(delivery)
@@ -144,7 +149,7 @@ class HandOff:
 
     def _is_given_back(self) -> bool:
         """Whether the broker has given this message back to its queue already."""
-        return self.consumer.gave_back() and not self.delivery.is_remembered()
+        return self.consumer.gave_back() and not self.delivery.completes_key()
 
     def _is_at_an_end(self, error: Exception) -> bool:
         """Whether there is no point in the same try once more."""
@@ -155,22 +160,22 @@ class HandOff:
         if self.first_refusal is None:
             self.first_refusal = now
         # One that is known to refuse dead letters is not waited for with each of them.
-        known = self.decided.dead_letter and (self.consumer.refuses_dead_letters or RETURNED in self.message.options)
+        known = self.decision.dead_letter and (self.consumer.refuses_dead_letters or RETURNED in self.message.options)
         return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _PATIENCE
 
     def _escalate(self, error: Exception) -> None:
         """Go on with less than was to be handed on."""
-        delivery, decided = self.delivery, self.decided
+        delivery, decision = self.delivery, self.decision
         hopeless = self.consumer.fault_of(error) is Fault.HOPELESS
-        if not decided.dead_letter or (delivery.steps and not self._is_dead_letter_at_fault(hopeless)):
+        if not decision.dead_letter or (delivery.steps and not self._is_dead_letter_at_fault(hopeless)):
             self._say(
                 "The broker would not take what follows message %s of actor %r (%s: %s); "
                 "it goes to the dead-letter queue.",
                 error,
             )
             delivery.steps = None
-            if not decided.dead_letter:
-                self.decided = delivery.settlement = self._failed(error)
+            if not decision.dead_letter:
+                self.decision = delivery.decision = self._failed(error)
                 self.message.fail()
             self.dead = None
         elif hopeless and not self.small and not isinstance(self.dead, bytes):
@@ -182,27 +187,29 @@ class HandOff:
 
     def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
         """Whether what can never be sent is the dead letter, and not a callback that goes with it."""
-        encoded = all(isinstance(step, Send) and step.encoded is not None for step in self.delivery.steps or ())
+        encoded = all(
+            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.steps or ()
+        )
         # Elsewhere the dead letter is sent when no step is left.
         return hopeless and encoded and self.consumer.acks_with_hand_off and not isinstance(self.dead, bytes)
 
-    def _failed(self, error: Exception) -> Settlement:
+    def _failed(self, error: Exception) -> Decision:
         """The decision on a message whose retry, or next stage, was refused."""
-        decided = self.decided
+        decision = self.decision
         stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
         stand_in.__cause__ = error
-        if decided.outcome is Outcome.RETRIED and decided.exception is not None:
+        if decision.outcome is Outcome.RETRIED and decision.exception is not None:
             # The dead letter tells of the run whose retry would have told of it.
             history = History(self.message.options)
-            history.attempt = decided.attempt or history.attempt
-            history.failed(decided.exception, now_ms(), None)
+            history.attempt = decision.attempt or history.attempt
+            history.failed(decision.exception, now_ms(), None)
             self.message.options[POLICIES] = history.option()
-        return Settlement(
+        return Decision(
             Outcome.DEAD,
             "handoff_failed",
             exception=stand_in,
-            rule=decided.rule,
-            attempt=decided.attempt,
+            rule=decision.rule,
+            attempt=decision.attempt,
             dead_letter=True,
         )
 
@@ -220,8 +227,8 @@ class HandOff:
         return dead
 
     def _failure(self) -> dict[str, Any]:
-        policy = self.wiring.policies.get(self.message.actor_name)
-        return failure_of(self.decided, self.message.options, None if policy is None else policy.tags)
+        policy = self.state.policies.get(self.message.actor_name)
+        return failure_of(self.decision, self.message.options, None if policy is None else policy.tags)
 
     def _return(self, error: Exception) -> None:
         """Enqueue the message again, with its failure, for the dead-letter queue refuses it."""
@@ -239,20 +246,20 @@ class HandOff:
             failure = {**failure, "traceback": None, "history": []}
         again = self.delivery.again(**{FAILURE: failure, RETURNED: times + 1})
         self.returning, self.dead = True, None
-        self.delivery.steps = [Send(again, wait)]
-        self.decided = self.delivery.settlement = Settlement(
+        self.delivery.steps = [OutgoingMessage(again, wait)]
+        self.decision = self.delivery.decision = Decision(
             Outcome.INTERRUPTED,
             "handoff_failed",
             exception=error,
-            attempt=self.decided.attempt or attempt_of(options),
+            attempt=self.decision.attempt or attempt_of(options),
             delay_ms=wait,
         )
 
-    def _park(self, error: Exception) -> Settlement:
+    def _park(self, error: Exception) -> Decision:
         """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
         self.delivery.abandoned = True
         self.delivery.steps = None
-        self.consumer.park(self.message, self.decided.delay_ms or _FIRST_RETURN)
+        self.consumer.park(self.message, self.decision.delay_ms or _FIRST_RETURN)
         logger.error(
             "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
             self.message.message_id,
@@ -260,14 +267,14 @@ class HandOff:
             type(error).__name__,
             text_of(error),
         )
-        return self.decided
+        return self.decision
 
-    def _give_up(self, error: Exception) -> Settlement:
+    def _give_up(self, error: Exception) -> Decision:
         self.delivery.abandoned = True
         # Which may keep what is left of the steps.
         self.consumer.abandon(self.message)
         self.delivery.steps = None
-        return Settlement(Outcome.INTERRUPTED, "handoff_failed", exception=error)
+        return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
     def _announce(self) -> None:
         """Have the claim say that the run has ended, before its retry is enqueued.
@@ -275,10 +282,13 @@ class HandOff:
         A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
         """
         delivery, consumer, steps = self.delivery, self.consumer, self.delivery.steps
-        if delivery.claim is None or consumer.acks_with_hand_off or self.decided.outcome not in _AGAIN or not steps:
+        if delivery.claim is None or consumer.acks_with_hand_off or self.decision.outcome not in _AGAIN or not steps:
             return
         message_id = self.message.message_id
-        again = next((step for step in steps if isinstance(step, Send) and step.message.message_id == message_id), None)
+        again = next(
+            (step for step in steps if isinstance(step, OutgoingMessage) and step.message.message_id == message_id),
+            None,
+        )
         if again is None:
             return
         if len(steps) > 1:
@@ -313,7 +323,7 @@ def _resolve(delivery: Delivery) -> None:
     if steps is None:
         return
     for index, step in enumerate(steps):
-        if not isinstance(step, Send):
+        if not isinstance(step, OutgoingMessage):
             # Replaced at once: a group's barrier must not be counted again when a later step fails.
             steps[index : index + 1] = step()
             _resolve(delivery)

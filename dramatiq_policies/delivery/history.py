@@ -16,7 +16,7 @@ from ..common.texts import encodable, encodable_all
 from ..outcomes import class_path, text_of
 
 if TYPE_CHECKING:
-    from .delivery import Settlement
+    from .delivery import Decision
 
 __all__ = [
     "FAILURE",
@@ -169,19 +169,17 @@ class History:
         return carried
 
 
-def failure_of(
-    settlement: Settlement, options: dict[str, Any], tags: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def failure_of(decision: Decision, options: dict[str, Any], tags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The option ``failure`` of a dead letter; ``tags`` in it only if its actor has some."""
     history = History(options)
-    error = settlement.exception
+    error = decision.exception
     return {
-        "outcome": settlement.outcome.value,
-        "reason": settlement.reason,
+        "outcome": decision.outcome.value,
+        "reason": decision.reason,
         "exception": None if error is None else class_path(type(error)),
         "message": None if error is None else text_of(error),
         "traceback": None if error is None else traceback_of(error),
-        "attempts": settlement.attempt or history.attempt,
+        "attempts": decision.attempt or history.attempt,
         "history": history.failures,
         "failed_at": now_ms(),
         **({"tags": encodable_all(tags)} if tags else {}),

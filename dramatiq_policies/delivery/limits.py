@@ -12,16 +12,16 @@ from ..errors import ConfigurationError
 from ..outcomes import logger
 from .delivery import READY_AT, Delivery
 from .history import POLICIES
-from .validation import described
+from .validation import redacted_repr
 
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import MessageProxy
 
-__all__ = ["CLOSE", "checked", "expired_after", "finite", "limit_for", "milliseconds", "validate", "warn_if_close"]
+__all__ = ["WARN_RATIO", "checked", "expired_after", "finite", "limit_for", "milliseconds", "validate", "warn_if_close"]
 
 #: The share of its timeout that a job may use before it is warned of.
-CLOSE: Final = 0.8
+WARN_RATIO: Final = 0.8
 
 
 def validate(where: str, options: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor:
                 "A message of actor %s has %s=%s, which is not %s; it is ignored, here and from now on.",
                 actor,
                 option,
-                described(value),
+                redacted_repr(value),
                 _expected(_MOST_MS[option]),
                 extra={"actor": actor},
             )
@@ -108,7 +108,7 @@ def warn_if_close(delivery: Delivery) -> None:
     if limit is None:
         return
     elapsed = delivery.elapsed_ms()
-    if elapsed <= CLOSE * limit:
+    if elapsed <= WARN_RATIO * limit:
         return
     message = delivery.message
     logger.warning(

@@ -63,7 +63,7 @@ class Move:
 
 def move_due(consumer: PolicyConsumer) -> bool:
     """Move a batch of a consumer's due messages. Returns whether more are due."""
-    now, delayed, moving = now_ms(), consumer.delayed, consumer.wiring.moving
+    now, delayed, moving = now_ms(), consumer.delayed, consumer.state.moving
     moves = [Move.of(item, consumer.queue_name) for item in delayed.due(now, BATCH)]
     moving.on = True
     try:
@@ -104,7 +104,7 @@ def _dead_lettered(consumer: PolicyConsumer, move: Move, error: Exception) -> bo
             logger.exception("A message of %r that cannot be moved is not a dead letter yet.", consumer.source)
             return False
         message = move.message
-        consumer.wiring.publish(
+        consumer.state.publish(
             OutcomeEvent(
                 outcome=Outcome.DEAD,
                 reason="handoff_failed",

@@ -9,12 +9,12 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from .._dramatiq import message_of
 from ..common.safe_logger import SafeLogger
 from ..outcomes import text_of
-from .delivery import Settlement
+from .delivery import Decision
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from .broker_state import Wiring
+    from .broker_state import BrokerState
 
 __all__ = ["settle_results"]
 
@@ -25,23 +25,25 @@ _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
 def settle_results(
-    wiring: Wiring, message: MessageProxy, decided: Settlement, error: BaseException, succeeded: bool
+    state: BrokerState, message: MessageProxy, decision: Decision, error: BaseException, succeeded: bool
 ) -> None:
     """Store a failure that names the outcome, so that whoever waits for the result need not wait on.
 
     Dramatiq stores one for a nacked message only, and without the outcome; on the local copy ``store_results`` is
     switched off so that it does not overwrite ours. The result of a job that succeeded stays, for it may have been seen.
     """
-    for middleware in wiring.broker.middleware:
+    for middleware in state.broker.middleware:
         if not isinstance(middleware, Results):
             continue
-        actor = wiring.broker.actors.get(message.actor_name)
+        actor = state.broker.actors.get(message.actor_name)
         declared = {} if actor is None else actor.options
         options = message.options
         if options.get("store_results", declared.get("store_results", middleware.store_results)):
             ttl = options.get("result_ttl", declared.get("result_ttl", middleware.result_ttl))
             named = type(type(error).__name__, (Exception,), {})
-            text = text_of(error) if decided.reason in _STOCK_REASONS else f"{decided.outcome.value}: {text_of(error)}"
+            text = (
+                text_of(error) if decision.reason in _STOCK_REASONS else f"{decision.outcome.value}: {text_of(error)}"
+            )
             try:
                 if not (succeeded and _is_stored(middleware, message)):
                     middleware.backend.store_exception(message, named(text), ttl)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
-from .delivery import SUCCEEDED, Delivery, Settlement
-from .handing_off import HandOff
+from .delivery import SUCCEEDED, Decision, Delivery
+from .handing_off import Publication
 from .history import attempt_of
 from .results import settle_results
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from .broker_state import Wiring
+    from .broker_state import BrokerState
     from .consumer import PolicyConsumer
 
 __all__ = ["settle"]
@@ -28,7 +28,7 @@ __all__ = ["settle"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
+def settle(state: BrokerState, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
     """Do all that must come before the ack, once.
 
     Returns:
@@ -36,65 +36,67 @@ def settle(wiring: Wiring, consumer: PolicyConsumer, message: MessageProxy, deli
       hand-off was given up, for then the message must come back.
     """
     if not delivery.settled:
-        decided = delivery.settlement
-        if decided is None:
-            delivery.settlement = decided = undecided()
-        if decided.outcome is not Outcome.SUCCEEDED:
+        decision = delivery.decision
+        if decision is None:
+            delivery.decision = decision = undecided()
+        if decision.outcome is not Outcome.SUCCEEDED:
             delivery.restore(message)
-        succeeded = decided.outcome is Outcome.SUCCEEDED
-        delivery.settlement = decided = HandOff(wiring, consumer, message, delivery, decided).run()
+        succeeded = decision.outcome is Outcome.SUCCEEDED
+        delivery.decision = decision = Publication(state, consumer, message, delivery, decision).run()
         if delivery.claim is not None:
-            delivery.claim.conclude(decided)
+            delivery.claim.conclude(decision)
         delivery.settled = True
-        if decided.outcome is Outcome.INTERRUPTED:
+        if decision.outcome is Outcome.INTERRUPTED:
             # The message comes back: no hook is to take this failure for its end, as that of Dramatiq's Results does.
             message.failed = False
-        _conclude(wiring, message, delivery, decided, succeeded)
+        _conclude(state, message, delivery, decision, succeeded)
         # The error's traceback leads to the message: no cycle is left behind.
-        delivery.settlement = SUCCEEDED if decided is SUCCEEDED else None
+        delivery.decision = SUCCEEDED if decision is SUCCEEDED else None
     return not (delivery.acked or delivery.abandoned)
 
 
-def undecided() -> Settlement:
+def undecided() -> Decision:
     """For a message on which no hook of ours came to a decision: never a success."""
     error = HandoffFailed("the message was processed, but the bundle came to no decision on it")
-    return Settlement(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
+    return Decision(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
 
 
-def _conclude(wiring: Wiring, message: MessageProxy, delivery: Delivery, decided: Settlement, succeeded: bool) -> None:
+def _conclude(
+    state: BrokerState, message: MessageProxy, delivery: Delivery, decision: Decision, succeeded: bool
+) -> None:
     """The best-effort steps, after the hand-off; ``succeeded`` says whether the job did, whatever came of the hand-off."""
-    outcome = decided.outcome
+    outcome = decision.outcome
     if outcome is Outcome.SUCCEEDED:
-        wiring.tell_success(delivery)
-        if not wiring.successes_observed:
+        state.tell_success(delivery)
+        if not state.successes_observed:
             return
-    policy = delivery.policy or wiring.policies.get(message.actor_name)
+    policy = delivery.policy or state.policies.get(message.actor_name)
     if outcome in BAD_ENDINGS:
-        error = decided.exception
+        error = decision.exception
         assert error is not None  # What ends badly without an error of the job's has one of ours.
-        settle_results(wiring, message, decided, error, succeeded)
-        _after_discard(wiring, message, delivery, error)
+        settle_results(state, message, decision, error, succeeded)
+        _after_discard(state, message, delivery, error)
     event = OutcomeEvent(
         outcome=outcome,
-        reason=decided.reason,
+        reason=decision.reason,
         actor=message.actor_name,
         queue=delivery.consumer.queue_name,
         message_id=message.message_id,
-        attempt=attempt_of(message.options) if decided.attempt is None else decided.attempt,
+        attempt=attempt_of(message.options) if decision.attempt is None else decision.attempt,
         wait_ms=delivery.waited_ms(),
         duration_ms=None if delivery.started is None else delivery.elapsed_ms(),
-        delay_ms=decided.delay_ms,
-        exception=decided.exception,
-        rule=decided.rule,
+        delay_ms=decision.delay_ms,
+        exception=decision.exception,
+        rule=decision.rule,
         tags=None if policy is None else policy.tags,
     )
-    wiring.publish(event, message)
+    state.publish(event, message)
 
 
-def _after_discard(wiring: Wiring, message: MessageProxy, delivery: Delivery, error: BaseException) -> None:
-    policy = delivery.policy or wiring.policies.get(message.actor_name)
+def _after_discard(state: BrokerState, message: MessageProxy, delivery: Delivery, error: BaseException) -> None:
+    policy = delivery.policy or state.policies.get(message.actor_name)
     own = () if policy is None or policy.after_discard is None else (policy.after_discard,)
-    for hook in (*own, *wiring.after_discard):
+    for hook in (*own, *state.after_discard):
         try:
             hook(message, error)
         except BaseException:  # Not even an exit: it would end the worker's thread before the ack.

@@ -16,7 +16,7 @@ from ..errors import MalformedMessage
 #: The default of ``max_body_bytes``.
 MAX_BODY_BYTES = 16_000_000
 
-__all__ = ["MAX_BODY_BYTES", "check_composition", "check_shape", "clean_options", "decode", "described"]
+__all__ = ["MAX_BODY_BYTES", "check_composition", "check_shape", "clean_options", "decode", "redacted_repr"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -74,10 +74,10 @@ def _check_nested(data: Any, option: str) -> None:
     # Pipelines nest one stage in another: a loop, since a hostile one may be deeper than the stack.
     while data is not None:
         if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
-            raise MalformedMessage(f"{option}: expected a message, got {described(data)}")
+            raise MalformedMessage(f"{option}: expected a message, got {redacted_repr(data)}")
         for name, value in data.items():
             if not isinstance(value, _ALLOWED[name]):
-                raise MalformedMessage(f"{option}: {name} has the wrong type: {described(value)}")
+                raise MalformedMessage(f"{option}: {name} has the wrong type: {redacted_repr(value)}")
         data = data["options"].get("pipe_target")
 
 
@@ -86,7 +86,7 @@ def is_number(value: Any) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-def described(value: Any) -> str:
+def redacted_repr(value: Any) -> str:
     """A value out of a message as it may stand in a log: a number as it is, of all else the type, for it may be a secret."""
     return f"{value!r:.100}" if value is None or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
 
@@ -140,7 +140,7 @@ def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
     if (actor_name, option) not in _warned and len(_warned) < 1_000:
         _warned.add((actor_name, option))
         logger.warning(
-            "A message for actor %r carries the option %s=%s, which %s.", actor_name, option, described(value), what
+            "A message for actor %r carries the option %s=%s, which %s.", actor_name, option, redacted_repr(value), what
         )
 
 

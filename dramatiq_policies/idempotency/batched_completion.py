@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import Middleware
 
-from .._redis import Post, RoundTrips
+from .._redis import CommandBatcher, Post
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from ..delivery.consumer import PolicyConsumer
     from ..delivery.delivery import Delivery
     from .claims import Claims
 
-__all__ = ["Piggyback"]
+__all__ = ["BatchedCompletions"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -44,7 +44,7 @@ _KNOWN = ("dramatiq", "dramatiq_policies", "sentry_sdk")
 _AGAIN = 5.0
 
 
-class Piggyback:
+class BatchedCompletions:
     """What the worker threads of one broker have posted.
 
     Parameters:
@@ -52,24 +52,24 @@ class Piggyback:
       trips: What the store shares its round trips by.
     """
 
-    def __init__(self, wiring: Wiring, claims: Claims, trips: RoundTrips) -> None:
-        self.wiring = wiring
+    def __init__(self, state: BrokerState, claims: Claims, trips: CommandBatcher) -> None:
+        self.state = state
         self.claims = claims
         self.trips = trips
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process nothing is posted."""
         self._last = threading.local()
 
     @staticmethod
-    def is_safe(wiring: Wiring) -> bool:
+    def is_safe(state: BrokerState) -> bool:
         """Whether no hook of another's runs between the end of a job and the beginning of the next."""
         return not any(
             getattr(type(middleware), hook) is not getattr(Middleware, hook)
             and type(middleware).__module__.partition(".")[0] not in _KNOWN
-            for middleware in wiring.broker.middleware
+            for middleware in state.broker.middleware
             for hook in _HOOKS
         )
 
@@ -79,7 +79,7 @@ class Piggyback:
         Returns:
           False if the message is to be settled in the ordinary way.
         """
-        if not delivery.is_remembered() or not delivery.is_plain_success() or self.wiring.successes_observed:
+        if not delivery.completes_key() or not delivery.is_plain_success() or self.state.successes_observed:
             return False
         if not _has_more(threading.current_thread()):
             return False
@@ -102,7 +102,7 @@ class Piggyback:
                 return
             except BrokerConnectionError as error:
                 logger.warning("Message %s can't be acked yet: %s", message.message_id, error)
-                self.wiring.stopping.wait(_AGAIN)
+                self.state.stopping.wait(_AGAIN)
             except Exception:
                 logger.exception("Message %s could not be acked; it comes back.", message.message_id)
                 return

@@ -24,21 +24,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..common import clock
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
-from ..delivery.delivery import COMPLETING, Settlement
+from ..delivery.delivery import COMPLETING, Decision
 from ..delivery.history import now_ms, run_of
 from ..outcomes import BAD_ENDINGS, Outcome
 from ..stores import IdempotencyStore
 from . import owner as owners
 from . import records
 from .earlier import EarlierRecords
-from .exclusive import Solitude
+from .exclusive import ExclusiveRuns
 from .keys import encodable
 from .lease_renewal import Leases
 from .records import Record, Request, Take
-from .store_client import StoreCalls, StoreDown
+from .store_client import StoreClient, StoreDown
 
 if TYPE_CHECKING:
-    from ..delivery.delivery import Delivery, Send
+    from ..delivery.delivery import Delivery, OutgoingMessage
 
 __all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
 
@@ -47,7 +47,7 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 #: The tokens of this process' claims, in all its brokers: a record of this process without one is of a run that is over.
 _live: set[str] = set()
 #: Those of claims of which it is not known whether the store took them: their runs never began.
-_unborn: set[str] = set()
+_unconfirmed_tokens: set[str] = set()
 _numbers = itertools.count(1)
 #: Seconds between the tries to write a completion. Then it is written by the renewing thread.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
@@ -80,7 +80,7 @@ class Claim:
         self.over = False
         self.excused = False
 
-    def ending(self, send: Send) -> None:
+    def ending(self, send: OutgoingMessage) -> None:
         """The run has ended, and its retry is about to be handed on."""
         if run_of(send.message.options) <= self.record.run:
             return  # Put back unrun. Handed on again, it would find the same, without end.
@@ -117,11 +117,11 @@ class Claim:
 
     def completed(self) -> None:
         """The completion has been remembered."""
-        self.claims.let_go(self)
+        self.claims.drop(self)
 
-    def conclude(self, decided: Settlement) -> None:
+    def conclude(self, decision: Decision) -> None:
         """The delivery was handed on: say so before it is acked."""
-        self.claims.conclude(self, decided)
+        self.claims.conclude(self, decision)
 
 
 #: Options that may be large: the same in every run of a message, or not worth their place.
@@ -147,18 +147,18 @@ class Claims:
         self.store = store
         self.lease = lease
         #: Calls the store; a `StoreDown` where it can't.
-        self.ask = StoreCalls().ask
+        self.ask = StoreClient().ask
         self.leases = Leases(store, self.ask, lease)
         #: What 0.1.0 knew of keys that have another register now.
         self.earlier = EarlierRecords(store, self.ask)
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process nothing runs."""
         #: Held while a claim's record is changed, by whatever thread, or its ending decided.
         self.rewriting = threading.Lock()
-        self.solitude = Solitude(self._expose)
+        self.exclusive = ExclusiveRuns(self._expose)
         #: Whether the worker shuts down: whoever started it may kill it soon.
         self.stopping = False
 
@@ -210,8 +210,8 @@ class Claims:
                 expected = found.value
             return records.Defer(self.lease)
         except StoreDown:
-            if len(_unborn) < 10_000:
-                _unborn.add(token)
+            if len(_unconfirmed_tokens) < 10_000:
+                _unconfirmed_tokens.add(token)
             raise
         finally:
             if not claimed:
@@ -228,7 +228,7 @@ class Claims:
         if value is None:
             return None
         record = Record.decode(value)
-        if record.token in _unborn and record.owner == owners.this_process():
+        if record.token in _unconfirmed_tokens and record.owner == owners.this_process():
             return record._replace(starts=record.starts - 1)
         return record
 
@@ -238,7 +238,7 @@ class Claims:
         # Without a claim it is about to make one; whoever asks asks again.
         return claim is not None and claim.rewrite(beside=True)
 
-    def excuse(self, delivery: Delivery) -> bool:
+    def uncount_start(self, delivery: Delivery) -> bool:
         """Don't count the start of a run that may be ended from outside.
 
         Returns:
@@ -256,7 +256,7 @@ class Claims:
         record = records.taken(
             Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=_EXCUSED_FOR
         )
-        name = uncounted_name(message.message_id)
+        name = crash_counter_name(message.message_id)
         try:
             self.ask(partial(self.store.swap, name, None, record.encode(), _EXCUSED_FOR))
         except StoreDown:
@@ -266,17 +266,17 @@ class Claims:
     def excuse_all(self) -> None:
         """The worker shuts down: from now on the end of this process is no crash of the jobs that run in it."""
         self.stopping = True
-        for delivery in list(self.solitude.running):
+        for delivery in list(self.exclusive.running):
             is_to_claim = delivery.claim is None and delivery.key is not None
-            if not is_to_claim and not self.excuse(delivery):
+            if not is_to_claim and not self.uncount_start(delivery):
                 return  # Each call may wait for a second, and the starts count.
 
-    def conclude(self, claim: Claim, decided: Settlement) -> None:
+    def conclude(self, claim: Claim, decision: Decision) -> None:
         """Remember how a claim's run has ended."""
-        store, outcome = self.store, decided.outcome
+        store, outcome = self.store, decision.outcome
         if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
             # Given up half-way: the redelivery hands the retry on.
-            self.let_go(claim)
+            self.drop(claim)
             return
         with self.rewriting:
             claim.over = True
@@ -285,9 +285,9 @@ class Claims:
         elif outcome in COMPLETING:
             write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.keep)
         else:
-            waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decided.reason == "snoozed")
+            waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decision.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED
-            lease = (decided.delay_ms or 0) + self.lease if waits else 1
+            lease = (decision.delay_ms or 0) + self.lease if waits else 1
             state = records.WAITING if waits else records.FREE
             record = records.released(claim.record, state, ended=ended, keep=claim.keep)
             value = None if record is None else record.encode()
@@ -302,11 +302,11 @@ class Claims:
                 )
             self.leases.owe(claim, write)
             return
-        self.let_go(claim)
+        self.drop(claim)
 
-    def let_go(self, claim: Claim) -> None:
+    def drop(self, claim: Claim) -> None:
         """Hold it no more, and write nothing: its run is over, or its worker has died."""
-        self.leases.let_go(claim)
+        self.leases.drop(claim)
         _live.discard(claim.record.token)
 
     def _written(self, write: Callable[[], object], pauses: tuple[float, ...]) -> bool:
@@ -325,7 +325,7 @@ class Claims:
         self.leases.close()
 
 
-def uncounted_name(message_id: str) -> str:
+def crash_counter_name(message_id: str) -> str:
     """The register that counts the starts of a message without a key."""
     return encodable(f"\0{message_id}")
 

@@ -13,7 +13,7 @@ from threading import Condition
 from time import monotonic
 from typing import Any
 
-__all__ = ["Solitude"]
+__all__ = ["ExclusiveRuns"]
 
 #: How long, in seconds, the job waits for others to end.
 _OTHERS_MAY_TAKE = 10.0
@@ -25,7 +25,7 @@ _ALONE_AT_THE_VERY_MOST = 600.0
 _EXPOSE_AGAIN = 1.0
 
 
-class Solitude:
+class ExclusiveRuns:
     """Who runs in this process, and who wants to do so alone.
 
     Parameters:

@@ -14,27 +14,27 @@ from dramatiq.middleware import GroupCallbacks, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from ..delivery.consumer import REDELIVERED
-from ..delivery.delivery import Delivery, Send, Settlement
+from ..delivery.delivery import Decision, Delivery, OutgoingMessage
 from ..delivery.history import POLICIES, History, now_ms, run_of
 from ..errors import Crashed, NoResult, UnknownRecord
 from ..outcomes import Outcome, logger
 from . import records
-from .claims import Claim, Claims, Quarantined, StoreDown, is_dead, uncounted_name
+from .claims import Claim, Claims, Quarantined, StoreDown, crash_counter_name, is_dead
 from .crowds import Crowds
-from .options import Guard, Register, register_of
+from .options import IdempotencyOptions, Register, register_of
 
 if TYPE_CHECKING:
     from dramatiq import Message
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
-__all__ = ["Admission"]
+__all__ = ["IdempotencyGuard"]
 
 #: How often a job that must start alone is put back, where others run, before it starts beside them.
 _RETURNS = 10
 
 
-class Admission:
+class IdempotencyGuard:
     """Lets the jobs of one broker begin.
 
     Parameters:
@@ -43,8 +43,10 @@ class Admission:
       run_without_store: Whether a job runs unguarded while the store is down; otherwise its message waits.
     """
 
-    def __init__(self, wiring: Wiring, claims: Claims, *, run_without_store: bool, place: str | None = None) -> None:
-        self.wiring = wiring
+    def __init__(
+        self, state: BrokerState, claims: Claims, *, run_without_store: bool, place: str | None = None
+    ) -> None:
+        self.state = state
         self.place = place
         self.claims = claims
         self.crowds = Crowds(claims.lease)
@@ -54,23 +56,23 @@ class Admission:
         """Where a key of an actor is remembered."""
         if self.place is None:
             return register_of(actor_name, key)
-        return register_of(actor_name, key, (self.place, self.wiring.broker.get_actor(actor_name).queue_name))
+        return register_of(actor_name, key, (self.place, self.state.broker.get_actor(actor_name).queue_name))
 
-    def admit(self, delivery: Delivery, guard: Guard, key: str | None) -> None:
+    def admit(self, delivery: Delivery, guard: IdempotencyOptions, key: str | None) -> None:
         """Claim the key, or count a start.
 
         Raises:
           SkipMessage: The job is not to run now; the decision is on the delivery.
         """
         message = delivery.message
-        if delivery.redelivered and (left := self.wiring.booting_until - time.monotonic()) > 0:
+        if delivery.redelivered and (left := self.state.booting_until - time.monotonic()) > 0:
             time.sleep(left)
         earlier = None
         if key is None:
             if not delivery.redelivered or guard.max_crashes is None:
                 return
             # The start that was not counted is the first, if there was one: a single start is never refused for it.
-            name, starts = uncounted_name(message.message_id), min(2, guard.max_crashes)
+            name, starts = crash_counter_name(message.message_id), min(2, guard.max_crashes)
         else:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
@@ -94,14 +96,14 @@ class Admission:
             delivery.claim = answer
             if self.claims.stopping:
                 # The shutdown looked for the jobs that run before this one could be seen.
-                self.claims.excuse(delivery)
+                self.claims.uncount_start(delivery)
         elif isinstance(answer, records.Defer):
             self._defer(delivery, "running", name, answer)
         else:
             self._refuse(delivery, answer)
 
     def _ask(
-        self, delivery: Delivery, guard: Guard, name: str, starts: int, *, keyed: bool, earlier: str | None
+        self, delivery: Delivery, guard: IdempotencyOptions, name: str, starts: int, *, keyed: bool, earlier: str | None
     ) -> Claim | Quarantined | records.Action:
         """Claim a register, or what becomes of the message instead."""
         message = delivery.message
@@ -124,7 +126,7 @@ class Admission:
         After ten returns it starts beside others: they may never end. Such a start proves nothing.
         """
         unproven = max(0, starts - (request.max_crashes or starts))
-        if self.claims.solitude.make_alone(delivery, unproven):
+        if self.claims.exclusive.make_alone(delivery, unproven):
             return request._replace(alone=True)
         if History(delivery.message.options).deferrals < _RETURNS * (unproven + 1):
             self._defer(delivery, "running")
@@ -136,31 +138,31 @@ class Admission:
             error = Crashed(
                 f"began {answer.starts} times and never ended: its worker was killed, or crashed, each time"
             )
-            delivery.skip(Settlement(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
-        if isinstance(answer, records.HandOnAgain):
+            delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
+        if isinstance(answer, records.RepublishRetry):
             follow = answer.follow
             again = delivery.again(**follow.get("options", {}))
             due = follow.get("due")
-            delivery.hand_on(Send(again, None if due is None else max(1, due - now_ms())))
-            delivery.skip(Settlement(Outcome.DUPLICATE, "stale"))
+            delivery.add_to_outbox(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
+            delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
         assert isinstance(answer, records.Skip)
         if answer.twin is not None:
-            self.settle_place(delivery, answer.twin)
-        delivery.skip(Settlement(Outcome.DUPLICATE, answer.reason))
+            self.forward_first_result(delivery, answer.twin)
+        delivery.skip(Decision(Outcome.DUPLICATE, answer.reason))
 
     def done(self, delivery: Delivery) -> None:
         """``done_when`` said so: settle this message's place, as if its job had just succeeded."""
-        self.settle_place(delivery, delivery.message.message_id)
-        delivery.settlement = Settlement(Outcome.DUPLICATE, "done")
+        self.forward_first_result(delivery, delivery.message.message_id)
+        delivery.decision = Decision(Outcome.DUPLICATE, "done")
         delivery.message.options["store_results"] = False
 
-    def settle_place(self, delivery: Delivery, twin: str) -> None:
+    def forward_first_result(self, delivery: Delivery, twin: str) -> None:
         """Move on this message's pipeline and its group, with the result of the one that did its work.
 
         Raises:
           SkipMessage: That can't be done now, or never.
         """
-        message, broker = delivery.message, self.wiring.broker
+        message, broker = delivery.message, self.state.broker
         options = message.options
         target = options.get("pipe_target")
         results = next((m for m in broker.middleware if isinstance(m, Results)), None)
@@ -182,7 +184,7 @@ class Admission:
                     self._defer(delivery, "store_down")
         if target is not None and not found and not self._ignores_result(target, message.actor_name):
             missing = NoResult(f"the next stage needs the result of message {twin}, which is not stored")
-            delivery.skip(Settlement(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
+            delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
         if missed:
             _settle_result(results, message, twin, ttl)
         proxy: Any = MessageProxy(message)
@@ -192,7 +194,7 @@ class Admission:
             middleware.after_process_message(broker, proxy, result=result)
 
     def _ignores_result(self, target: Any, actor_name: str) -> bool:
-        actor = self.wiring.broker.actors.get(actor_name)
+        actor = self.state.broker.actors.get(actor_name)
         return bool(
             target.get("options", {}).get("pipe_ignore") or (actor is not None and actor.options.get("pipe_ignore"))
         )
@@ -206,8 +208,8 @@ class Admission:
         if delivery.redelivered:
             # Still what counts a start of a message without a key.
             again.options[REDELIVERED] = True
-        delivery.hand_on(Send(again, wait))
-        delivery.skip(Settlement(Outcome.DEFERRED, reason, delay_ms=wait))
+        delivery.add_to_outbox(OutgoingMessage(again, wait))
+        delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
 
 
 def _settle_result(results: Any, message: Message[Any], twin: str, ttl: int) -> None:

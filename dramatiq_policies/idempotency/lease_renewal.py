@@ -40,10 +40,10 @@ class Leases:
         self.store = store
         self.ask = ask
         self.lease = lease
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process nothing is held and no thread runs."""
         self._lock = threading.Lock()
         self._held: dict[str, Claim] = {}
@@ -60,7 +60,7 @@ class Leases:
         self._held[claim.name] = claim
         self._ensure_thread()
 
-    def let_go(self, claim: Claim) -> None:
+    def drop(self, claim: Claim) -> None:
         if self._held.get(claim.name) is claim:
             del self._held[claim.name]
 
@@ -101,7 +101,7 @@ class Leases:
         Raises:
           StoreDown: The store fails at all of them.
         """
-        self._answers = answers = self.settle_debts()
+        self._answers = answers = self.flush_pending_writes()
         held = list(self._held.values())
         if not held:
             return
@@ -154,7 +154,7 @@ class Leases:
                 claim.record.message_id,
             )
 
-    def settle_debts(self) -> bool:
+    def flush_pending_writes(self) -> bool:
         """Write what could not be written when its job was over; whether the store took any of it.
 
         What it does not take goes behind the others. It is given up where the store has refused it often and taken
@@ -196,12 +196,12 @@ class Leases:
         with self._lock:
             self._owed = [debt for debt in self._owed if debt[0] is not claim]
         self._refusals.pop(claim, None)
-        claim.claims.let_go(claim)
+        claim.claims.drop(claim)
 
     def close(self) -> None:
         """End the thread; the next claim starts another."""
         self._stop.set()
-        self.settle_debts()
+        self.flush_pending_writes()
         if self._owed:
             logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
         if self._thread is not None:

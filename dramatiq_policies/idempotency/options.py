@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dramatiq.asyncio import async_to_sync
 from dramatiq.middleware import SkipMessage
 
-from ..common.callables import accepts_call_of, is_coroutine_callable, only_makes_an_object, stated_signature, unwrapped
+from ..common.callables import (
+    accepts_call_of,
+    is_coroutine_callable,
+    returns_coroutine_or_generator,
+    stated_signature,
+    unwrapped,
+)
 from ..common.durations import CENTURY_MS, WEEK_MS
 from ..errors import ConfigurationError, checked_duration, how_to_add
 from ..interrupts import coroutines
@@ -26,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPTIONS",
-    "Done",
-    "Guard",
+    "AlreadyDone",
+    "IdempotencyOptions",
     "Register",
     "checked_crashes",
     "key_of",
@@ -40,7 +46,7 @@ __all__ = [
 OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
 
 
-class Guard:
+class IdempotencyOptions:
     """What an actor declares about running once.
 
     Attributes:
@@ -54,11 +60,11 @@ class Guard:
       max_crashes: See `Idempotency`.
     """
 
-    __slots__ = ("asked", "call", "call_key", "claims_at_once", "job", "key_of", "keyed", "max_crashes", "ttl")
+    __slots__ = ("asked", "call", "call_key", "job", "key_of", "key_runs_no_user_code", "keyed", "max_crashes", "ttl")
 
     asked: bool
     keyed: bool
-    claims_at_once: bool
+    key_runs_no_user_code: bool
     ttl: int
     max_crashes: int | None
 
@@ -69,7 +75,7 @@ class Guard:
         self.call: Caller | None = None
 
 
-class Done(SkipMessage):
+class AlreadyDone(SkipMessage):
     """``done_when`` said that there is nothing left to do."""
 
 
@@ -105,7 +111,7 @@ def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Registe
     return Register(name, encodable(f"{actor_name}\0{key}"))
 
 
-def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str | None:
+def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[..., Any]) -> str | None:
     """The key of a message: its own, or what the actor's makes of its arguments; None if it has none.
 
     ``call`` calls code of the user's with what the actor was called with.
@@ -125,7 +131,7 @@ def key_of(message: Message[Any], guard: Guard, call: Callable[..., Any]) -> str
 
 def resolve_guard(
     where: str, actor: Actor[..., Any], rules: RuleSet, defaults: tuple[int, int | None] | None
-) -> Guard | None:
+) -> IdempotencyOptions | None:
     """Check an actor's options of idempotency.
 
     Parameters:
@@ -138,7 +144,7 @@ def resolve_guard(
     if defaults is None:
         _refuse_any(where, options)
         return None
-    guard = Guard()
+    guard = IdempotencyOptions()
     fn: Any = unwrapped(actor.fn)
     idempotent = options.get("idempotent")
     if not (idempotent is None or isinstance(idempotent, bool)):
@@ -157,7 +163,7 @@ def resolve_guard(
             guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
             guard.call_key = interrupts.caller(guard.key_of)
     guard.keyed = bool(idempotent) or given is not None
-    guard.claims_at_once = guard.keyed and guard.call_key is None
+    guard.key_runs_no_user_code = guard.keyed and guard.call_key is None
     guard.asked = guard.keyed or done_when is not None
     if done_when is not None:
         _check_callable(where, "done_when", "a callable", done_when, fn, takes)
@@ -222,7 +228,7 @@ def _check_callable(
     """Refuse what can't be called as the actor is; ``takes`` is what that takes, None if it does not say."""
     if not callable(given):
         raise ConfigurationError.of_option(where, option, expected, given)
-    if only_makes_an_object(given) and not (is_coroutine_callable(given) and coroutines.is_async(fn)):
+    if returns_coroutine_or_generator(given) and not (is_coroutine_callable(given) and coroutines.is_async(fn)):
         raise ConfigurationError.of_option(
             where,
             option,
@@ -252,14 +258,14 @@ def _with_done_when(fn: Any, done_when: Callable[..., Any]) -> Callable[..., Any
             if inspect.isawaitable(done):
                 done = await done
             if done:
-                raise Done
+                raise AlreadyDone
             return await coroutine(*args, **kwargs)
 
         return async_to_sync(ask_and_run)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if done_when(*args, **kwargs):
-            raise Done
+            raise AlreadyDone
         return fn(*args, **kwargs)
 
     return run

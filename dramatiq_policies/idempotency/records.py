@@ -19,7 +19,7 @@ from uuid import UUID
 
 from ..errors import UnknownRecord
 
-__all__ = ["Crashed", "Defer", "HandOnAgain", "Record", "Request", "Skip", "Take", "completed_by", "decide"]
+__all__ = ["Crashed", "Defer", "Record", "RepublishRetry", "Request", "Skip", "Take", "completed_by", "decide"]
 
 _VERSION = b"\x01"
 _KEPT = 8
@@ -184,7 +184,7 @@ class Defer:
     message_id: str = field(default="", compare=False)
 
 
-class HandOnAgain(NamedTuple):
+class RepublishRetry(NamedTuple):
     """This run has ended; whether its retry was accepted is not known, so it is handed on once more."""
 
     follow: dict[str, Any]
@@ -196,7 +196,7 @@ class Crashed(NamedTuple):
     starts: int
 
 
-Action = Take | Skip | Defer | HandOnAgain | Crashed
+Action = Take | Skip | Defer | RepublishRetry | Crashed
 
 
 def decide(record: Record | None, left: int, request: Request) -> Action:
@@ -227,7 +227,7 @@ def decide(record: Record | None, left: int, request: Request) -> Action:
     if left > 0 and not request.is_dead(record):
         return Defer(left, record.since, record.message_id)
     if record.state == ENDING:
-        return HandOnAgain(record.follow or {})
+        return RepublishRetry(record.follow or {})
     return _after_a_crash(record, request, 0)
 
 

@@ -10,7 +10,7 @@ from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..outcomes import text_of
 
-__all__ = ["StoreCalls", "StoreDown"]
+__all__ = ["StoreClient", "StoreDown"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
@@ -21,15 +21,15 @@ class StoreDown(Exception):
     """The store could not be asked."""
 
 
-class StoreCalls:
+class StoreClient:
     """The calls of one store in this process."""
 
     def __init__(self) -> None:
         self._down = False
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process no other thread holds the lock, whatever it says."""
         self._lock = threading.Lock()
 

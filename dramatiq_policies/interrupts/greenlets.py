@@ -22,7 +22,7 @@ from dramatiq.middleware import Shutdown
 from ..common.connections import strikes_anywhere
 from ..errors import TimeoutExceeded
 from .slots import Watch, report_apart
-from .threads import cause_of, nothing
+from .threads import nothing, unwrap_interrupt
 
 __all__ = ["call", "shutdown"]
 
@@ -122,7 +122,7 @@ def call(
         return fn(*args, **kwargs)
     except BaseException as error:
         run.struck = run.struck or strikes_anywhere(error)
-        cause = cause_of(error)
+        cause = unwrap_interrupt(error)
         if cause is error:
             raise
         raise cause from None

@@ -186,7 +186,7 @@ def call(
         traceback = _TRACEBACK.__get__(error)
         # Raising it anew adds the line of this frame again.
         _TRACEBACK.__set__(error, None if traceback is None else traceback.tb_next)
-        raise cause_of(error)
+        raise unwrap_interrupt(error)
     finally:
         # They refer to this frame.
         del error, traceback
@@ -273,7 +273,7 @@ def arm(
         _timer.wake()
 
 
-def cause_of(error: BaseException) -> BaseException:
+def unwrap_interrupt(error: BaseException) -> BaseException:
     """The interrupt behind an error, where Dramatiq put another error in its place; else the error."""
     # A coroutine that a sync job waits for, and that takes over a second to end after an interrupt.
     if type(error) is RuntimeError and isinstance(error.__cause__, Interrupt):

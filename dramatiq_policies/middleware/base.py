@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dramatiq import Actor, Worker
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
-__all__ = ["PolicyMiddleware", "rivals_of"]
+__all__ = ["PolicyMiddleware", "conflicting_stock"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
 
-def rivals_of(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
+def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
     """The subclasses of a stock middleware, by name, that somebody has left beside the one of ours that replaces it."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
@@ -36,21 +36,21 @@ class PolicyMiddleware(Middleware):
     """
 
     @staticmethod
-    def arrange(broker: Broker) -> Wiring:
+    def arrange(broker: Broker) -> BrokerState:
         """Bring the broker's middleware into the bundle's order; replaced by ``dramatiq_policies.bundle``."""
         raise NotImplementedError
 
     @staticmethod
-    def resolve_actor(wiring: Wiring, actor: Any) -> None:
+    def resolve_actor(state: BrokerState, actor: Any) -> None:
         """Check and resolve one actor's options; replaced by ``dramatiq_policies.bundle``."""
         raise NotImplementedError
 
     #: The wiring of the broker that it is on, None until it has its place.
-    attached_to: Wiring | None = None
+    attached_to: BrokerState | None = None
     #: Whether it was put on the broker only since another middleware of the bundle needs one.
     implied = False
 
-    def attach(self, wiring: Wiring) -> None:
+    def attach(self, state: BrokerState) -> None:
         """Called once, when the middleware is in its place."""
 
     #: What Dramatiq's own does that this one takes the place of.
@@ -86,7 +86,7 @@ class PolicyMiddleware(Middleware):
         self.arrange(broker)
         if self.replaces is not None:
             stock, what = self.replaces
-            for name in rivals_of(broker, stock, type(self)):
+            for name in conflicting_stock(broker, stock, type(self)):
                 logger.warning(
                     "%s is a %s, and %s too: both %s. Take it off the broker.",
                     name,

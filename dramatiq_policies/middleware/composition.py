@@ -23,8 +23,8 @@ from dramatiq.results import Results as StockResults
 
 from ..common import clock
 from ..delivery.callbacks import callback_of, send_to
-from ..delivery.delivery import Delivery, Recorder, Send
-from ..interrupts.threads import cause_of
+from ..delivery.delivery import Delivery, OutgoingMessage, Recorder
+from ..interrupts.threads import unwrap_interrupt
 from ..outcomes import Outcome, text_of
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def _hand_on(
         stock.after_process_message(middleware, broker, message, result=result)
         return
 
-    def step() -> list[Send]:
+    def step() -> list[OutgoingMessage]:
         recorder = Recorder(broker)
         stock.after_process_message(middleware, recorder, message, result=result)  # type: ignore[arg-type]
         return recorder.sends
 
-    delivery.hand_on(step)
+    delivery.add_to_outbox(step)
 
 
 class Pipelines(StockPipelines):
@@ -81,18 +81,18 @@ class Callbacks(StockCallbacks):
         if not target:
             return
         if exception is None:
-            delivery.hand_on(lambda: send_to(broker, delivery, message, option, target, result))
+            delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, result))
             return
-        error = cause_of(exception)
+        error = unwrap_interrupt(exception)
         told = {"type": type(error).__name__, "message": text_of(error)}
 
-        def tell_failure() -> list[Send]:
-            decided = delivery.settlement
-            if decided is not None and decided.outcome in _NO_FAILURES:
+        def tell_failure() -> list[OutgoingMessage]:
+            decision = delivery.decision
+            if decision is not None and decision.outcome in _NO_FAILURES:
                 return []
             return send_to(broker, delivery, message, option, target, told)
 
-        delivery.hand_on(tell_failure)
+        delivery.add_to_outbox(tell_failure)
 
 
 #: The outcomes of a run that raised and did not fail.
@@ -118,12 +118,12 @@ class GroupCallbacks(StockGroupCallbacks):
             _hand_on(StockGroupCallbacks, self, broker, message, result)
             return
 
-        def step() -> list[Send]:
+        def step() -> list[OutgoingMessage]:
             if not count(options["group_completion_uuid"], message.message_id):
                 return []
-            return [Send(Message(**callback)) for callback in options["group_completion_callbacks"]]
+            return [OutgoingMessage(Message(**callback)) for callback in options["group_completion_callbacks"]]
 
-        delivery.hand_on(step)
+        delivery.add_to_outbox(step)
 
     def _counter(self) -> Callable[[str, str], bool] | None:
         """Counts a member at a group's barrier and says whether it completes the group; None where it can't be once."""

@@ -14,7 +14,7 @@ from .base import PolicyMiddleware
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["DiscardLogger"]
 
@@ -63,9 +63,9 @@ class DiscardLogger(PolicyMiddleware):
             raise ConfigurationError.of_option("DiscardLogger", "log_args", "True or False", log_args)
         self.log_args = log_args
 
-    def attach(self, wiring: Wiring) -> None:
-        wiring.failure_level = self.levels["dead"]
-        wiring.observe(self, self._record, self, successes=False)
+    def attach(self, state: BrokerState) -> None:
+        state.failure_level = self.levels["dead"]
+        state.observe(self, self._record, self, successes=False)
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         outcome = event.outcome

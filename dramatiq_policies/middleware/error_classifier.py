@@ -13,14 +13,14 @@ from ..common import clock
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
-from ..delivery.broker_state import wiring_of
+from ..delivery.broker_state import state_of
 from ..delivery.consumer import hold
 from ..delivery.decisions import decide
-from ..delivery.delivery import READY, READY_AT, SUCCEEDED, Delivery, Settlement, current
+from ..delivery.delivery import PREPARED, READY_AT, SUCCEEDED, Decision, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
-from ..interrupts.threads import cause_of
+from ..interrupts.threads import unwrap_interrupt
 from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rules.matching import RuleSet
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["ErrorClassifier"]
 
@@ -132,14 +132,14 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for name in _DEFAULTS.keys() - self._given.keys():
             setattr(self, name, getattr(stock, name))
 
-    def attach(self, wiring: Wiring) -> None:
-        make_stock_loggers_safe(wiring.broker)
-        wiring.max_body_bytes = self.max_body_bytes
-        wiring.observe(self, self._report, self, successes=False)
+    def attach(self, state: BrokerState) -> None:
+        make_stock_loggers_safe(state.broker)
+        state.max_body_bytes = self.max_body_bytes
+        state.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
-            wiring.subscribe(self, subscriber)
+            state.subscribe(self, subscriber)
         if self.after_discard is not None:
-            wiring.after_discard = (self.after_discard,)
+            state.after_discard = (self.after_discard,)
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
@@ -149,10 +149,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     # Hooks. The one before and the one after a run are on every message's way: they do no more than they must.
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
-        wiring = self.attached_to
-        if wiring is None:
-            wiring = self.arrange(broker)
-        if getattr(wiring.moving, "on", False):
+        state = self.attached_to
+        if state is None:
+            state = self.arrange(broker)
+        if getattr(state.moving, "on", False):
             # Out of the delay queue: it became ready when its time came, not now.
             return
         options = message.options
@@ -162,8 +162,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is not None:
-            delivery.policy = delivery.consumer.wiring.policies.get(message.actor_name)
-            delivery.stage = READY
+            delivery.policy = delivery.consumer.state.policies.get(message.actor_name)
+            delivery.stage = PREPARED
             delivery.proxy = message
             current.set(delivery)
 
@@ -178,17 +178,17 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         delivery.proxy = None
         if exception is None:
             # Or not, if another middleware has failed it: then the worker nacks it, which says so.
-            delivery.settlement = SUCCEEDED
+            delivery.decision = SUCCEEDED
         else:
             try:
                 # Not what is on the delivery: a before-hook of another's may have raised ahead of ours.
-                declared = delivery.consumer.wiring.policies[message.actor_name]
-                delivery.settlement = decide(self, broker, delivery, declared, message, cause_of(exception))
+                declared = delivery.consumer.state.policies[message.actor_name]
+                delivery.decision = decide(self, broker, delivery, declared, message, unwrap_interrupt(exception))
             except BaseException as error:  # Not even an exit: it would end the worker's thread.
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
                 stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
-                delivery.settlement = Settlement(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
-            if delivery.settlement.dead_letter:
+                delivery.decision = Decision(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
+            if delivery.decision.dead_letter:
                 message.fail()
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -197,32 +197,32 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if delivery is None:
             return
         delivery.proxy = None
-        decided = delivery.settlement
-        if decided is None:
-            delivery.settlement = Settlement(Outcome.SKIPPED)
-        elif decided.exception is not None:
+        decision = delivery.decision
+        if decision is None:
+            delivery.decision = Decision(Outcome.SKIPPED)
+        elif decision.exception is not None:
             # Skipped by the wrapper of the actor's function.
-            message.stuff_exception(decided.exception)
-            if decided.dead_letter:
+            message.stuff_exception(decision.exception)
+            if decision.dead_letter:
                 message.fail()
 
     def before_worker_boot(self, broker: Broker, worker: Any) -> None:
         super().before_worker_boot(broker, worker)
         RuleSet((), self.rules).resolve()
         make_stock_loggers_safe(broker)
-        report_unheard(wiring_of(broker))
-        wiring_of(broker).stopping.clear()
+        report_unheard(state_of(broker))
+        state_of(broker).stopping.clear()
 
     def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
-        wiring_of(broker).stopping.set()
+        state_of(broker).stopping.set()
         hold(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
-        wiring = wiring_of(broker)
-        later, wiring.put_back_later = wiring.put_back_later, []
+        state = state_of(broker)
+        later, state.requeue_after_shutdown = state.requeue_after_shutdown, []
         for put_back in later:
             put_back()
-        if wiring.fatal is not None and wiring.in_command:
+        if state.fatal is not None and state.in_command:
             # What dramatiq exits with when its broker can't be reached.
             raise SystemExit(3)
 

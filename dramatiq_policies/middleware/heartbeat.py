@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["Heartbeat"]
 
@@ -88,10 +88,10 @@ class Heartbeat(PolicyMiddleware):
             raise ConfigurationError.of_option("Heartbeat", "path", "the path of a file", path) from None
         self.interval = checked_duration("Heartbeat", "interval", interval, least=1, most=CENTURY_MS)
         self.silence = checked_duration("Heartbeat", "silence", silence, least=1, most=CENTURY_MS)
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget what belongs to a broker and its workers."""
         self._workers: list[Worker] = []
         self._stop = threading.Event()
@@ -103,12 +103,12 @@ class Heartbeat(PolicyMiddleware):
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
-        twin.begin_anew()
+        twin.reset_after_fork()
         after_fork(twin)
         return twin
 
-    def attach(self, wiring: Wiring) -> None:
-        wiring.polled = {}
+    def attach(self, state: BrokerState) -> None:
+        state.polled = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         self._workers.append(worker)
@@ -130,15 +130,15 @@ class Heartbeat(PolicyMiddleware):
 
     def well(self) -> bool:
         """Whether this process is well. False before its worker has started."""
-        wiring = self.attached_to
-        if wiring is None or not self._workers:
+        state = self.attached_to
+        if state is None or not self._workers:
             return False
-        stuck = 0 if wiring.timeout is None else len(wiring.timeout.still_stuck())
-        if wiring.stopping.is_set():
+        stuck = 0 if state.timeout is None else len(state.timeout.still_stuck())
+        if state.stopping.is_set():
             return stuck < sum(worker.worker_threads for worker in self._workers)
         if stuck >= sum(thread.is_alive() for worker in self._workers for thread in worker.workers):
             return False
-        now, polled = time.monotonic(), wiring.polled or {}
+        now, polled = time.monotonic(), state.polled or {}
         silent = False
         for worker in self._workers:
             for queue, consumer in list(worker.consumers.items()):
@@ -149,7 +149,7 @@ class Heartbeat(PolicyMiddleware):
                 if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.stands_still():
                     return False
                 silent = silent or (now - max(self._since, polled.get(queue, 0.0))) * 1_000 > self.silence
-        return not (silent and _answers(wiring.broker))
+        return not (silent and _answers(state.broker))
 
     def _beat(self, stop: threading.Event) -> None:
         try:

@@ -19,8 +19,8 @@ from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from ..idempotency import records
 from ..idempotency.claims import Claims, StoreDown
-from ..idempotency.guard import Admission
-from ..idempotency.options import OPTIONS, Guard, Register, checked_crashes, key_of
+from ..idempotency.guard import IdempotencyGuard
+from ..idempotency.options import OPTIONS, IdempotencyOptions, Register, checked_crashes, key_of
 from ..idempotency.services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from .timeout import StuckJob
 
 __all__ = ["Idempotency", "KeyState"]
@@ -129,37 +129,39 @@ class Idempotency(PolicyMiddleware):
         """Whether it needs no store there."""
         return kind_of(broker) in ("stub", "redis")
 
-    def attach(self, wiring: Wiring) -> None:
-        store = self.store = _default_store(wiring.broker) if self.store is None else self.store
+    def attach(self, state: BrokerState) -> None:
+        store = self.store = _default_store(state.broker) if self.store is None else self.store
         if store is None:
             return
         self.claims = Claims(store, self.lease)
-        wiring.admission = Admission(
-            wiring,
+        state.admission = IdempotencyGuard(
+            state,
             self.claims,
             run_without_store=self.on_store_error == "run",
-            place=place_of(wiring.broker, store),
+            place=place_of(state.broker, store),
         )
-        wiring.guard_defaults = (self.ttl, self.max_crashes)
+        state.guard_defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        wiring = self.arrange(broker)
+        state = self.arrange(broker)
         if self.claims is not None:
             self.claims.stopping = False
-        if wiring.in_command:
-            wiring.booting_until = time.monotonic() + _BOOTING
+        if state.in_command:
+            state.booting_until = time.monotonic() + _BOOTING
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        wiring = self.arrange(broker)
+        state = self.arrange(broker)
         if self.claims is None:
             return
         trips = getattr(self.store, "trips", None)
         if trips is not None:
-            from ..idempotency.batched_completion import Piggyback  # It needs redis.
+            from ..idempotency.batched_completion import BatchedCompletions  # It needs redis.
 
-            wiring.piggyback = Piggyback(wiring, self.claims, trips) if Piggyback.is_safe(wiring) else None
-        if self._excuse_neighbours not in wiring.stuck_subscribers:
-            wiring.stuck_subscribers.append(self._excuse_neighbours)
+            state.batched_completions = (
+                BatchedCompletions(state, self.claims, trips) if BatchedCompletions.is_safe(state) else None
+            )
+        if self._excuse_neighbours not in state.stuck_subscribers:
+            state.stuck_subscribers.append(self._excuse_neighbours)
         try:
             warnings = getattr(self.store, "warnings", None)
             if callable(warnings):
@@ -167,17 +169,17 @@ class Idempotency(PolicyMiddleware):
                     alerts.warning(warning)
             if kind_of(broker) != "stub":
                 self.claims.earlier.mark()
-                self._look_for_neighbours(wiring)
+                self._look_for_neighbours(state)
         except StoreDown:
             pass  # Said already.
 
-    def _look_for_neighbours(self, wiring: Wiring) -> None:
-        assert wiring.admission is not None
-        claims, broker = wiring.admission.claims, wiring.broker
-        queues, server = keyed_queues(wiring), server_of(broker, claims.store)
+    def _look_for_neighbours(self, state: BrokerState) -> None:
+        assert state.admission is not None
+        claims, broker = state.admission.claims, state.broker
+        queues, server = keyed_queues(state), server_of(broker, claims.store)
         if server is None or not queues:
             return
-        for found in claims.ask(partial(record_service, claims.store, server, wiring.admission.place, queues)):
+        for found in claims.ask(partial(record_service, claims.store, server, state.admission.place, queues)):
             alerts.warning("%s.", found)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
@@ -185,8 +187,8 @@ class Idempotency(PolicyMiddleware):
             self.claims.excuse_all()
 
     def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
-        if self.attached_to is not None and self.attached_to.piggyback is not None:
-            self.attached_to.piggyback.flush()
+        if self.attached_to is not None and self.attached_to.batched_completions is not None:
+            self.attached_to.batched_completions.flush()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         if self.claims is not None:
@@ -197,9 +199,9 @@ class Idempotency(PolicyMiddleware):
         if self.attached_to is None or self.attached_to.timeout is None or self.claims is None:
             return
         if self.attached_to.timeout.on_stuck == "exit":
-            for delivery in list(self.claims.solitude.running):
+            for delivery in list(self.claims.exclusive.running):
                 if delivery.message.message_id != stuck.message_id:
-                    self.claims.excuse(delivery)
+                    self.claims.uncount_start(delivery)
 
     @staticmethod
     def state(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> KeyState:
@@ -277,10 +279,10 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
         actor = get_broker().get_actor(message.actor_name)
         args, kwargs = message.args, message.kwargs
     where = f"actor {actor.actor_name!r}"
-    wiring = PolicyMiddleware.arrange(actor.broker)
-    policy = wiring.policies.get(actor.actor_name)
-    guard: Guard | None = None if policy is None else policy.guard
-    if guard is None or wiring.admission is None:
+    state = PolicyMiddleware.arrange(actor.broker)
+    policy = state.policies.get(actor.actor_name)
+    guard: IdempotencyOptions | None = None if policy is None else policy.guard
+    if guard is None or state.admission is None:
         raise ConfigurationError(f"{where}: the broker has no Idempotency with a store.")
     if message is None:
         by_id = guard.keyed and guard.key_of is None
@@ -294,7 +296,7 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
     key = key_of(message, guard, lambda make: _ask(make, args, kwargs))
     if key is None:
         raise ConfigurationError(f"{where} has no idempotency key.")
-    return _Job(wiring.admission.claims, key, wiring.admission.register_of(actor.actor_name, key), guard.ttl)
+    return _Job(state.admission.claims, key, state.admission.register_of(actor.actor_name, key), guard.ttl)
 
 
 def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -319,12 +321,12 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
 
 
-def keyed_queues(wiring: Wiring) -> list[tuple[str, str]]:
+def keyed_queues(state: BrokerState) -> list[tuple[str, str]]:
     """The actors of a broker that have keys, each with its queue."""
-    actors = wiring.broker.actors
+    actors = state.broker.actors
     return [
         (name, actors[name].queue_name)
-        for name, policy in wiring.policies.items()
+        for name, policy in state.policies.items()
         if name in actors and policy.guard is not None and policy.guard.keyed
     ]
 

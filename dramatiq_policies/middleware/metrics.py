@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
     from .timeout import StuckJob
 
@@ -93,17 +93,17 @@ class Metrics(PolicyMiddleware):
         self.statsd = Statsd(client)
         self.prefix = prefix
         self.queue_prefix = queue_prefix
-        self._wiring: Wiring | None = None
+        self._wiring: BrokerState | None = None
         self._names: dict[tuple[str | None, str | None, Outcome, bool], _Names] = {}
         #: What a success says, by its actor, but for the two times.
         self._lines: dict[str, str] = {}
 
-    def attach(self, wiring: Wiring) -> None:
-        self._wiring = wiring
-        wiring.metrics = self
-        wiring.observe(self, self._record, self, successes=False)
-        wiring.on_success = (*wiring.on_success, self._succeeded)
-        wiring.stuck_subscribers.append(self._stuck)
+    def attach(self, state: BrokerState) -> None:
+        self._wiring = state
+        state.metrics = self
+        state.observe(self, self._record, self, successes=False)
+        state.on_success = (*state.on_success, self._succeeded)
+        state.stuck_subscribers.append(self._stuck)
 
     def for_stub(self) -> Self:
         twin = super().for_stub()

@@ -13,13 +13,13 @@ from ..outcomes import Outcome
 if TYPE_CHECKING:
     from dramatiq.middleware import Middleware
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from ..outcomes import OutcomeEvent
 
 __all__ = ["count_retries_of"]
 
 
-def count_retries_of(middleware: Middleware, wiring: Wiring) -> None:
+def count_retries_of(middleware: Middleware, state: BrokerState) -> None:
     """Have a Prometheus middleware that is on the broker count each retry once; any other is left alone."""
     # Known by its module, since to import that is to make a folder.
     if type(middleware).__module__ != "dramatiq.middleware.prometheus" or "after_enqueue" in vars(middleware):
@@ -32,4 +32,4 @@ def count_retries_of(middleware: Middleware, wiring: Wiring) -> None:
             counter.labels(event.queue, event.actor).inc()
 
     middleware.after_enqueue = lambda broker, message, delay: None  # type: ignore[method-assign]
-    wiring.observe(middleware, record, middleware, successes=False)
+    state.observe(middleware, record, middleware, successes=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from ..observability.election import Election
     from ..observability.statsd import Statsd, Value
 
@@ -92,10 +92,10 @@ class QueueMonitor(PolicyMiddleware):
             from ..observability.statsd import Statsd
 
             self._statsd = Statsd(client)
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget what belongs to a broker and its workers."""
         self._reader: QueueReader | None = None
         #: Held while reading: a reader belongs to one thread at a time.
@@ -111,7 +111,7 @@ class QueueMonitor(PolicyMiddleware):
 
     def for_stub(self) -> Self:
         twin = super().for_stub()
-        twin.begin_anew()
+        twin.reset_after_fork()
         after_fork(twin)
         # In a test it is asked by `check`, and watches nothing by itself.
         twin.in_workers = False
@@ -120,9 +120,9 @@ class QueueMonitor(PolicyMiddleware):
 
     # In a worker.
 
-    def attach(self, wiring: Wiring) -> None:
+    def attach(self, state: BrokerState) -> None:
         if self.in_workers:
-            wiring.taken = {}
+            state.taken = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         if not self.in_workers:
@@ -287,7 +287,7 @@ class QueueMonitor(PolicyMiddleware):
             self._reader = reader_of(broker)
         return self._reader
 
-    def _wiring(self) -> Wiring:
+    def _wiring(self) -> BrokerState:
         if self.attached_to is None:
             raise ConfigurationError("This QueueMonitor is on no broker yet. Did you forget to install the bundle?")
         return self.attached_to

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dramatiq import Worker
     from dramatiq.broker import Broker, MessageProxy
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from .timeout import StuckJob
 
 __all__ = ["SentryReporter"]
@@ -74,18 +74,18 @@ class SentryReporter(PolicyMiddleware):
         self._get_scope: Any = sentry_sdk.Scope.get_isolation_scope
         self._set_scope: Any = sentry_sdk.Scope.set_isolation_scope
         self._job_scope = job_scope(sentry_sdk.Scope)
-        self._wiring: Wiring | None = None
+        self._wiring: BrokerState | None = None
 
-    def attach(self, wiring: Wiring) -> None:
+    def attach(self, state: BrokerState) -> None:
         from sentry_sdk.integrations.logging import ignore_logger
 
-        self._wiring = wiring
+        self._wiring = state
         # Before the log lines: Sentry takes the second event with one exception for a repetition.
-        wiring.observe(self, self._record, self, successes=False, first=True)
-        wiring.stuck_subscribers.append(self._stuck)
+        state.observe(self, self._record, self, successes=False, first=True)
+        state.stuck_subscribers.append(self._stuck)
         ignore_logger(_dramatiq.WORKER_LOGGER)
         drop_our_lines()
-        for middleware in wiring.broker.middleware:
+        for middleware in state.broker.middleware:
             quieten(middleware)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dramatiq.middleware import Middleware, TimeLimit
 
-from ..common.callables import is_plain
+from ..common.callables import is_sync_callable
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import Lines, SafeLogger
 from ..delivery.delivery import RUNNING
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
 
 __all__ = ["StuckJob", "Timeout"]
@@ -116,7 +116,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         grace_ms = milliseconds(grace)
         if grace_ms is None or not 0 <= grace_ms < math.inf:
             raise ConfigurationError.of_option("Timeout", "grace", "milliseconds, 0 or more, or a timedelta", grace)
-        if on_stuck not in ("log", "exit") and not is_plain(on_stuck, 1):
+        if on_stuck not in ("log", "exit") and not is_sync_callable(on_stuck, 1):
             raise ConfigurationError.of_option(
                 "Timeout", "on_stuck", "'log', 'exit' or a callable(stuck_job) that is no coroutine function", on_stuck
             )
@@ -141,10 +141,10 @@ class Timeout(PolicyMiddleware, TimeLimit):
     def actor_options(self) -> set[str]:
         return {"time_limit", "timeout", "queue_timeout"}
 
-    def attach(self, wiring: Wiring) -> None:
+    def attach(self, state: BrokerState) -> None:
         # One list, whoever came first.
-        wiring.stuck_subscribers += self.stuck_subscribers
-        self.stuck_subscribers = wiring.stuck_subscribers
+        state.stuck_subscribers += self.stuck_subscribers
+        self.stuck_subscribers = state.stuck_subscribers
 
     def for_stub(self) -> Self:
         twin = super().for_stub()

@@ -71,9 +71,9 @@ def quieten(middleware: Any) -> None:
         if delivery is None:
             stock(broker, message, result=result, exception=exception)
             return
-        decided = delivery.settlement
+        decision = delivery.decision
         span = getattr(message, "_sentry_span_ctx", None)
-        if exception is not None and span is not None and (decided is None or decided.outcome not in _NO_FAILURES):
+        if exception is not None and span is not None and (decision is None or decision.outcome not in _NO_FAILURES):
             if hasattr(span, "set_status"):
                 span.set_status("internal_error")
             else:

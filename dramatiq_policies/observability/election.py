@@ -24,7 +24,7 @@ from .private_files import lock, make_private, open_own, private_folder
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["CommandElection", "Election", "FleetElection", "elect"]
 
@@ -250,7 +250,7 @@ class FleetElection(Election):
         self.client.connection_pool.disconnect()
 
 
-def elect(wiring: Wiring, interval: int) -> Election:
+def elect(state: BrokerState, interval: int) -> Election:
     """The election of who watches a broker's queues: in the fleet, in this command, or of this process alone.
 
     Parameters:
@@ -258,10 +258,10 @@ def elect(wiring: Wiring, interval: int) -> Election:
       interval: How often each asks, in milliseconds.
     """
     fresh = max(1_000, 3 * interval)
-    queues = "\n".join(sorted(wiring.broker.get_declared_queues()))
+    queues = "\n".join(sorted(state.broker.get_declared_queues()))
     name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
-    near = CommandElection(name, os.getppid(), fresh_ms=fresh) if wiring.in_command else Election(fresh)
-    at_hand = _redis_of(wiring.broker)
+    near = CommandElection(name, os.getppid(), fresh_ms=fresh) if state.in_command else Election(fresh)
+    at_hand = _redis_of(state.broker)
     if at_hand is None:
         return near
     from ..brokers.redis.queue_reader import own_client

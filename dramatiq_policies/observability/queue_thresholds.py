@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from ..brokers.readers import QueueReading
-from ..common.callables import is_plain
+from ..common.callables import is_sync_callable
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 
@@ -182,7 +182,7 @@ def _teller(one: Any) -> Teller:
         return _log
     if one == "sentry":
         return _to_sentry()
-    if not is_plain(one, 1):
+    if not is_sync_callable(one, 1):
         raise ConfigurationError.of_option(
             "QueueMonitor",
             "on_alert",

@@ -13,7 +13,7 @@ from ..common.safe_logger import ALERTS, OUTCOMES, SafeLogger, clean_stack, is_h
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-    from ..delivery.broker_state import Wiring
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["make_stock_loggers_safe", "report_unheard", "stock_lines_logger"]
 
@@ -40,7 +40,7 @@ class _ReplacedLines(logging.Filter):
         delivery = getattr(message, "delivery", None) if isinstance(message, MessageProxy) else None
         if delivery is None:
             return True
-        level = delivery.consumer.wiring.failure_level
+        level = delivery.consumer.state.failure_level
         return level is None or not is_heard(OUTCOMES, level)
 
 
@@ -71,15 +71,15 @@ def stock_lines_logger() -> logging.Logger:
     return logger
 
 
-def report_unheard(wiring: Wiring) -> None:
+def report_unheard(state: BrokerState) -> None:
     """Log which of the bundle's loggers no handler writes, through a logger that one does; else on stderr.
 
     Called when a worker boots: by then the application has configured its logging.
     """
-    warns = any(getattr(middleware, "logs_alerts", False) for middleware in wiring.broker.middleware)
+    warns = any(getattr(middleware, "logs_alerts", False) for middleware in state.broker.middleware)
     needed = {ALERTS: logging.WARNING if warns else logging.CRITICAL}
-    if wiring.failure_level is not None:
-        needed[OUTCOMES] = wiring.failure_level
+    if state.failure_level is not None:
+        needed[OUTCOMES] = state.failure_level
     unheard = [_why_unheard(name) for name, level in sorted(needed.items()) if not is_heard(name, level)]
     if not unheard:
         return

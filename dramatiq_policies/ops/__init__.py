@@ -14,7 +14,7 @@ from .app import (
     require_actors,
 )
 from .checks.actor_checks import Settings, check_actor, check_broker
-from .checks.actor_summary import Portrait, describe
+from .checks.actor_summary import ActorSummary, describe
 from .checks.findings import CODES, Code, Finding
 from .checks.gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .checks.live import check_live
@@ -32,6 +32,7 @@ from .scaffolding.scaffold import scaffold
 __all__ = [
     "CODES",
     "DJANGO",
+    "ActorSummary",
     "Attempt",
     "Code",
     "DeadLetter",
@@ -43,7 +44,6 @@ __all__ = [
     "IncompleteDesign",
     "Moved",
     "OperationError",
-    "Portrait",
     "QueueState",
     "Report",
     "Settings",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OperationError",
-    "StandIn",
+    "PlaceholderBroker",
     "extend_path",
     "find_actor",
     "find_queue",
@@ -47,7 +47,7 @@ class OperationError(PolicyError):
     """An operation can't be carried out; its text is one sentence for whoever asked for it."""
 
 
-class StandIn(StubBroker):
+class PlaceholderBroker(StubBroker):
     """Stands in where a module of jobs alone is looked at, and no broker is set."""
 
 
@@ -78,7 +78,7 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
             found: Any = get_broker()
         return _arranged(app, found)
     if stand_in and dramatiq.broker.global_broker is None:
-        set_broker(install(StandIn()))
+        set_broker(install(PlaceholderBroker()))
     found = import_object(app)
     if found is not None and not isinstance(found, Broker):
         if not callable(found):

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .._dramatiq import kind_of
-from ..brokers.browser import open_pile
+from ..brokers.browser import open_browser
 from .app import OperationError, known_queues, meant
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def find_any_queue(broker: Broker, queue: str) -> str:
         return queue
     if kind_of(broker) == "rabbitmq":
         for dead in (True, False):
-            with open_pile(broker, queue, dead=dead) as pile:
+            with open_browser(broker, queue, dead=dead) as pile:
                 if len(pile):
                     return queue
     raise OperationError(f"No actor uses a queue {queue!r}, and it holds no messages{meant(queue, [*known, *strays])}")

@@ -16,11 +16,11 @@ from dataclasses import FrozenInstanceError
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
-from ..common.callables import is_plain
+from ..common.callables import is_sync_callable
 from ..common.durations import WEEK_MS, Duration, clamped_wait, to_ms
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_wait
-from .retry_after import asked_seconds
+from .retry_after import parse_retry_after
 
 __all__ = [
     "Wait",
@@ -221,7 +221,7 @@ class _RetryAfter(_Declared):
         return 0, max(min(self.maximum, WEEK_MS), bounds_of(self.fallback, attempt)[1])
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
-        seconds = asked_seconds(exception, self.now)
+        seconds = parse_retry_after(exception, self.now)
         if seconds is None:
             return safe_wait(self.fallback, attempt, exception)
         # Rounded up: a server that says two seconds means no less.
@@ -260,7 +260,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
     """
     if isinstance(value, (int, float, timedelta)):
         return _Constant(ms=checked_wait(where, option, value))
-    if not is_plain(value, 2):
+    if not is_sync_callable(value, 2):
         raise ConfigurationError.of_option(
             where, option, "a wait, a plain callable(attempt, exception) -> ms, or milliseconds", value
         )

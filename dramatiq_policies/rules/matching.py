@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
-from .rule import RetryPolicy, Rule, Verb, refuse_twice
+from .rule import RetryPolicy, Rule, Verb, reject_duplicates
 
 __all__ = ["RuleSet"]
 
@@ -47,7 +47,7 @@ class RuleSet:
         for rule in self.rules:
             rule.resolve()
         # An actor's rules hold no paths: those were compared when they were declared.
-        refuse_twice(rule for rule in self.rules if rule.owner == "broker")
+        reject_duplicates(rule for rule in self.rules if rule.owner == "broker")
 
     def unreachable(self) -> tuple[Rule, ...]:
         """The rules that never decide, because another one on the same class always comes before.

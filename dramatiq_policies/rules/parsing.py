@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ConfigurationError
-from .rule import Owner, RetryPolicy, Rule, Verb, When, refuse_twice
+from .rule import Owner, RetryPolicy, Rule, Verb, When, reject_duplicates
 
 __all__ = ["parse_rules"]
 
@@ -39,7 +39,7 @@ def parse_rules(
                 rules.extend(
                     Rule(verb, target, predicate, policy, unique, owner, where) for target, predicate in counted
                 )
-    refuse_twice(rules)
+    reject_duplicates(rules)
     return tuple(rules)
 
 

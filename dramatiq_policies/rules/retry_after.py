@@ -9,13 +9,13 @@ from typing import Any
 
 from .._job_errors import quietly
 
-__all__ = ["asked_seconds"]
+__all__ = ["parse_retry_after"]
 
 #: The most that is counted, over thirty years: more is cut to a number of seconds that every type can hold.
 _MOST = 10**9
 
 
-def asked_seconds(exception: BaseException, now: Callable[[], datetime]) -> float | None:
+def parse_retry_after(exception: BaseException, now: Callable[[], datetime]) -> float | None:
     """The first readable of ``exc.retry_after`` and the Retry-After header of ``exc.response`` and of ``exc``.
 
     None if nothing is asked for. What asks for a time that has passed asks for 0.

@@ -13,12 +13,12 @@ from enum import Enum
 from importlib import import_module
 from typing import Any, Literal
 
-from ..common.callables import is_plain
+from ..common.callables import is_sync_callable
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from .backoff import Wait, as_wait, exponential
 
-__all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "refuse_twice", "when"]
+__all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "reject_duplicates", "when"]
 
 logger = SafeLogger("dramatiq_policies.rules")
 
@@ -87,7 +87,7 @@ def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
         (whose result is always truthy).
     """
     given: Any = predicate
-    if not is_plain(given, 1):
+    if not is_sync_callable(given, 1):
         raise ConfigurationError.of_option("when()", "predicate", "a plain callable(exception) -> bool", given)
     return When(exceptions, predicate)
 
@@ -140,7 +140,7 @@ class Rule:
             return False
 
 
-def refuse_twice(rules: Iterable[Rule]) -> None:
+def reject_duplicates(rules: Iterable[Rule]) -> None:
     """Raise a `ConfigurationError` if one bare class stands under two verbs, or twice."""
     seen: dict[type[BaseException] | str, Rule] = {}
     for rule in rules:

@@ -28,10 +28,10 @@ class MemoryStore:
         self.clock: Callable[[], float] = _now if clock is None else clock
         self._entries: dict[str, tuple[bytes, float]] = {}
         self._sweep_at = 1_024
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """A forked child has a copy of its own."""
         self._lock = Lock()
 

@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
 
-from .._redis import RoundTrips, Script
+from .._redis import CommandBatcher, Script
 from ..common.callables import is_coroutine_callable
 from ..delivery.delivery import running_delivery
 from ..errors import ConfigurationError
@@ -70,7 +70,7 @@ class RedisStore:
         self.is_namespaced = namespace is not _DERIVED
         self.namespace = str(namespace)
         #: What its calls share with one another, and with the acks of a Redis broker beside it.
-        self.trips = RoundTrips(self.client)
+        self.trips = CommandBatcher(self.client)
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = _DERIVED, **arguments: Any) -> RedisStore:

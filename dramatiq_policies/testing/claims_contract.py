@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..delivery.delivery import Settlement
+from ..delivery.delivery import Decision
 from ..idempotency.claims import Claim, Claims
 from ..idempotency.records import Defer, Record, Request, Skip
 from ..outcomes import Outcome
@@ -17,8 +17,8 @@ from .concurrency import THREADS, at_once
 __all__ = ["ClaimsContract"]
 
 _LONG = 60_000
-_SUCCEEDED = Settlement(Outcome.SUCCEEDED)
-_DEAD = Settlement(Outcome.DEAD, "exhausted")
+_SUCCEEDED = Decision(Outcome.SUCCEEDED)
+_DEAD = Decision(Outcome.DEAD, "exhausted")
 
 
 class ClaimsContract:
@@ -86,7 +86,7 @@ class ClaimsContract:
         with _claims(store, _LONG) as claim:
             first = claim("m")
             assert isinstance(first, Claim)
-            first.conclude(Settlement(Outcome.RETRIED, delay_ms=1_000))
+            first.conclude(Decision(Outcome.RETRIED, delay_ms=1_000))
             assert claim("m") == Skip("stale")
             assert isinstance(claim("other"), Defer)
             retry = claim("m", run=1)

@@ -29,7 +29,7 @@ from ..errors import checked_duration
 from ..interrupts import threads as interrupts
 from .recorder import collecting
 from .run import Entry, Run
-from .stub_environment import Bench, bench_of
+from .stub_environment import StubEnvironment, bench_of
 from .virtual_time import VirtualStop
 
 if TYPE_CHECKING:
@@ -101,21 +101,21 @@ class Drain:
       died: Whether the worker has died in the job at hand: nothing more is done for its message.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: StubEnvironment) -> None:
         self.bench = bench
         self.broker = bench.broker
         self.clock = bench.clock
-        self.run = Run(bench.broker.actors, bench.wiring.metrics)
+        self.run = Run(bench.broker.actors, bench.state.metrics)
         self.died = False
         #: The messages that wait for the idempotency store.
         self._stalled: set[str] = set()
         self._sources: list[str] = []
         self._began = 0
         self._exit = ExitStack()
-        self._worker = _dramatiq.WorkerOnThisThread(self.broker, _Hooks(self))
+        self._worker = _dramatiq.InlineWorker(self.broker, _Hooks(self))
 
     def __enter__(self) -> Self:
-        bench, wiring = self.bench, self.bench.wiring
+        bench, state = self.bench, self.bench.state
         if bench.draining:
             raise RuntimeError("This broker is being drained already: drain() can't be called from one of its jobs.")
         with ExitStack() as stack:
@@ -130,8 +130,8 @@ class Drain:
                 stack.callback(interrupts.end_timer)
             stack.callback(set_event_loop_thread, get_event_loop_thread())
             self._stalled = stack.enter_context(collecting(self.run, bench, lambda: _in_progress.get() is self))
-            stack.callback(setattr, wiring, "stopping", wiring.stopping)
-            wiring.stopping = VirtualStop(self.clock)
+            stack.callback(setattr, state, "stopping", state.stopping)
+            state.stopping = VirtualStop(self.clock)
             stack.callback(self._take_worker_off)
             stack.callback(self._worker.stop)
             self._worker.start()
@@ -159,7 +159,7 @@ class Drain:
     def step(self, limit: int | None = None) -> bool:
         """Run the next message; False if there is none, or none before the virtual time ``limit``."""
         worker = self._worker
-        while not self.bench.wiring.stopping.is_set():
+        while not self.bench.state.stopping.is_set():
             self._fetch()
             message = worker.next()
             if message is not None:
@@ -186,7 +186,7 @@ class Drain:
                     self._worker.fetch(name)
                 except BrokerConnectionError:
                     # A consumer thread begins anew after a while.
-                    if self.bench.wiring.stopping.wait(_RESTART):
+                    if self.bench.state.stopping.wait(_RESTART):
                         return
 
     def _next_eta(self, but_of: Collection[str]) -> int | None:
@@ -219,7 +219,7 @@ class Drain:
         delivery = message.delivery
         if delivery.claim is not None:
             # It goes on naming this process, which has no such run any more.
-            delivery.claim.claims.let_go(delivery.claim)
+            delivery.claim.claims.drop(delivery.claim)
         again: Message[Any] = Message.decode(message.body)
         again.options[REDELIVERED] = True
         self.broker.queues[delivery.consumer.source].put(again.encode())

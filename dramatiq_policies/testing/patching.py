@@ -38,9 +38,9 @@ def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[
 def _resolve_again(actor: Actor[..., Any]) -> None:
     """What the bundle knows of the actor's function (``done_when`` is asked before it) is of the one that it has now."""
     if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
-        wiring = arrange(actor.broker)
-        wiring.policies.pop(actor.actor_name, None)
-        resolve_actor(wiring, actor)
+        state = arrange(actor.broker)
+        state.policies.pop(actor.actor_name, None)
+        resolve_actor(state, actor)
 
 
 def around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:

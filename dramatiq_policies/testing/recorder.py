@@ -13,7 +13,7 @@ from .run import Entry, Run
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
-    from .stub_environment import Bench
+    from .stub_environment import StubEnvironment
 
 __all__ = ["collecting"]
 
@@ -22,13 +22,13 @@ _BAD = frozenset(outcome.value for outcome in BAD_ENDINGS)
 
 
 @contextmanager
-def collecting(run: Run, bench: Bench, is_of_the_drain: Callable[[], bool]) -> Iterator[set[str]]:
+def collecting(run: Run, bench: StubEnvironment, is_of_the_drain: Callable[[], bool]) -> Iterator[set[str]]:
     """Collect what happens on the bench from now on, and give the ids of the messages that wait for the idempotency store.
 
     Parameters:
       is_of_the_drain: Whether what is logged now comes from it.
     """
-    clock, wiring, letters = bench.clock, bench.wiring, bench.broker.dead_letters_by_queue
+    clock, state, letters = bench.clock, bench.state, bench.broker.dead_letters_by_queue
     began, entries = clock.now, run.entries
     before = {name: len(queue) for name, queue in letters.items()}
     stalled: set[str] = set()
@@ -41,7 +41,7 @@ def collecting(run: Run, bench: Bench, is_of_the_drain: Callable[[], bool]) -> I
             stalled.discard(str(event.message_id))
 
     handler = _BadEndings(run.logs, is_of_the_drain)
-    wiring.observe(run, observe)
+    state.observe(run, observe)
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(handler)
     try:
@@ -50,7 +50,7 @@ def collecting(run: Run, bench: Bench, is_of_the_drain: Callable[[], bool]) -> I
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
         run.dead += [letter for name, queue in letters.items() for letter in queue[before.get(name, 0) :]]
-        wiring.forget(run)
+        state.forget(run)
 
 
 class _BadEndings(logging.Handler):

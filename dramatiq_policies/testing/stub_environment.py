@@ -9,23 +9,23 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
 from ..bundle import arrange
-from ..delivery.broker_state import Wiring
+from ..delivery.broker_state import BrokerState
 from ..errors import ConfigurationError
 from ..idempotency.claims import StoreDown
 from ..middleware.base import PolicyMiddleware
 from .virtual_time import VirtualClock, clock_in_force
 
-__all__ = ["Bench", "bench_of"]
+__all__ = ["StubEnvironment", "bench_of"]
 
 _ATTRIBUTE = "dramatiq_policies_bench"
 
 
-class Bench:
+class StubEnvironment:
     """One StubBroker under test. What is sent through it is sent at its own, virtual, time."""
 
-    def __init__(self, broker: StubBroker, wiring: Wiring) -> None:
+    def __init__(self, broker: StubBroker, state: BrokerState) -> None:
         self.broker = broker
-        self.wiring = wiring
+        self.state = state
         self.clock = VirtualClock(self._renew_leases)
         self.draining = False
         #: Whether the idempotency store is down for good: what waits for it waits in vain.
@@ -46,9 +46,9 @@ class Bench:
 
     def _renew_leases(self) -> None:
         """What a thread of the process would have done meanwhile."""
-        if self.wiring.admission is not None:
+        if self.state.admission is not None:
             try:
-                self.wiring.admission.claims.leases.renew()
+                self.state.admission.claims.leases.renew()
             except StoreDown:
                 pass
 
@@ -59,13 +59,13 @@ class Bench:
         ]
 
 
-def bench_of(broker: Broker) -> Bench:
+def bench_of(broker: Broker) -> StubEnvironment:
     """The broker's bench, made at the first call.
 
     Raises:
       ConfigurationError: It is no StubBroker, or has none of the bundle's middleware.
     """
-    bench: Bench | None = vars(broker).get(_ATTRIBUTE)
+    bench: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
     if bench is None:
         if not isinstance(broker, StubBroker):
             raise ConfigurationError(
@@ -77,5 +77,5 @@ def bench_of(broker: Broker) -> Bench:
                 "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
                 "Call install(broker) before its actors are declared."
             )
-        bench = vars(broker)[_ATTRIBUTE] = Bench(broker, arrange(broker))
+        bench = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, arrange(broker))
     return bench

@@ -16,7 +16,7 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import Pipelines
 
 from dramatiq_policies import ConfigurationError, ErrorClassifier, Idempotency, QueueMonitor, RetryPolicy, install
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.observability.election import Election, elect
 
 from ..support import PlainClient
@@ -307,7 +307,7 @@ def test_what_another_broker_calls_its_client_is_asked_for_no_lease(caplog):
     class Client:
         connection_pool = "of something else"
 
-    election = elect(wiring_of(Wrapping(StubBroker(), Client())), 1_000)
+    election = elect(state_of(Wrapping(StubBroker(), Client())), 1_000)
     assert type(election) is Election
     assert caplog.records == []
 
@@ -324,7 +324,7 @@ def lose_acks(error):
 
 def test_while_the_worker_stops_an_ack_that_is_lost_is_said_and_the_message_left_to_come_back(caplog):
     consumer = lose_acks(ConnectionClosed("gone"))
-    consumer.wiring.stopping.set()
+    consumer.state.stopping.set()
     consumer.ack(MessageProxy(Message("default", "job", (), {}, {}, message_id="m1")))
     assert "Message m1 was not acked and comes back: gone" in caplog.text
 

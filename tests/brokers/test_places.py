@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from dramatiq_policies.brokers.redis.prefetch import Places
+from dramatiq_policies.brokers.redis.prefetch import PrefetchWindow
 
 
 @pytest.fixture
 def full():
-    places = Places(set(), 4)
+    places = PrefetchWindow(set(), 4)
     for number in range(4):
         assert places.take(f"r{number}")
     return places

@@ -12,9 +12,9 @@ import redis
 from dramatiq.errors import ConnectionClosed
 from redis.sentinel import Sentinel
 
-from dramatiq_policies._redis import RoundTrips
+from dramatiq_policies._redis import CommandBatcher
 from dramatiq_policies.brokers.redis.queue_reader import own_client
-from dramatiq_policies.idempotency.batched_completion import Piggyback
+from dramatiq_policies.idempotency.batched_completion import BatchedCompletions
 from dramatiq_policies.stores.redis import RedisStore
 
 PATIENCE = 20
@@ -31,7 +31,7 @@ def raise_interrupted(*args):
 def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monkeypatch):
     """It would otherwise be handed the connection later, and all behind it wait for ever."""
     begun, go_on = threading.Event(), threading.Event()
-    trips = RoundTrips(None)
+    trips = CommandBatcher(None)
 
     def exchange(calls):
         if not begun.is_set():
@@ -111,7 +111,7 @@ def line_to(server):
     """Round trips over a pool whose connections lead to it, and that pool."""
     pool = redis.ConnectionPool(connection_class=server.connection)
     client = redis.Redis(connection_pool=pool)
-    return RoundTrips(client), pool
+    return CommandBatcher(client), pool
 
 
 def test_a_server_that_is_no_master_any_more_is_left_so_that_its_name_may_lead_to_the_next():
@@ -136,7 +136,7 @@ def test_where_its_name_still_leads_to_it_the_call_fails_and_the_next_one_connec
 def settling(monkeypatch):
     """A Piggyback, and what it does with a message whose ack fails in these ways one after the other."""
     monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion._AGAIN", 0)
-    piggyback = Piggyback(SimpleNamespace(stopping=threading.Event()), None, None)
+    batched_completions = BatchedCompletions(SimpleNamespace(stopping=threading.Event()), None, None)
 
     def settle(*errors):
         left = list(errors)
@@ -147,7 +147,7 @@ def settling(monkeypatch):
             if left:
                 raise left.pop(0)
 
-        piggyback._settle(SimpleNamespace(conclude=conclude), SimpleNamespace(message_id="m1"), None)
+        batched_completions._settle(SimpleNamespace(conclude=conclude), SimpleNamespace(message_id="m1"), None)
         return len(tried)
 
     return settle

@@ -20,7 +20,7 @@ from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 
 from dramatiq_policies import ErrorClassifier, Idempotency, RetryPolicy, constant, current_job, install
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.stores.redis import RedisStore
 
 from .clients import redis_client
@@ -82,9 +82,9 @@ def make_broker() -> Any:
         idempotency=Idempotency(RedisStore.beside(redis_client(STORE)), lease=int(os.environ["CHAOS_LEASE"])),
     )
     if posts:
-        wiring = wiring_of(broker)
-        wiring.observe(wiring, on_outcome, successes=False)
-        wiring.on_success = (on_success,)
+        state = state_of(broker)
+        state.observe(state, on_outcome, successes=False)
+        state.on_success = (on_success,)
     return broker
 
 

@@ -14,7 +14,7 @@ from dramatiq_policies.ops import CODES, check_actor, find_actor, load_broker
 from dramatiq_policies.testing import assert_job_ready
 
 ROOT = Path(__file__).parents[2]
-READY = """
+PREPARED = """
 @dramatiq.actor(queue_name="mail", retry_on=ConnectionError, discard_on=ValueError, timeout=30_000,
                 tags={"team": "shop"}, policy_exempt={"DP006": "asked of the gateway"})
 def send_mail(order_id):
@@ -41,7 +41,7 @@ def codes(report):
 
 
 def test_a_job_that_is_ready_passes(command):
-    result = command("check", command.app(READY))
+    result = command("check", command.app(PREPARED))
     assert result.exit_code == 0
     assert "Ready: 1 actor, 0 errors" in result.stdout
     assert "DP006 send_mail: asked of the gateway" in result.stdout
@@ -282,7 +282,7 @@ def test_a_class_s_purpose_is_its_own_docstring_or_perform_s(command):
 
 
 def test_required_tags_are_asked_for(command):
-    app = command.app(READY)
+    app = command.app(PREPARED)
     assert command("check", app, "--require-tag", "team").exit_code == 0
     report = command.json("check", app, "--require-tag", "team", "--require-tag", "criticality", code=1)
     assert [finding["message"] for finding in report["findings"] if finding["code"] == "DP008"] == [
@@ -307,14 +307,14 @@ def test_an_alert_that_nobody_hears_is_a_warning(command):
 
 
 def test_warnings_fail_only_if_asked_to(command):
-    app = command.app(READY)
+    app = command.app(PREPARED)
     assert "DP019 warning" in command("check", app).stdout
     assert command("check", app, "--strict").exit_code == 1
 
 
 def test_an_exemption_without_a_reason_is_no_exemption(command):
     assert "reason" in command.refuses("check", command.app(job(policy_exempt='{"DP006": " "}')))
-    app = command.app(READY)
+    app = command.app(PREPARED)
     assert command.refuses("check", app, "--ignore", "DP019") == "Error: --ignore needs a --reason."
     two = ("--ignore", "DP019", "--ignore", "DP006", "--ignore", "DP005", "--reason", "x", "--reason", "y")
     assert "give each its own, or one for all" in command.refuses("check", app, *two)
@@ -352,7 +352,7 @@ def test_a_baseline_lets_the_old_pass_and_the_new_fail(command):
 
 def test_what_is_mended_is_said_to_stand_in_the_baseline_still(command):
     command("check", command.app("@dramatiq.actor\ndef send_mail(): pass\n"), "--write-baseline")
-    result = command("check", command.app(READY))
+    result = command("check", command.app(PREPARED))
     assert result.exit_code == 0
     assert re.search(r"\d entries of the baseline are mended", result.stdout)
 
@@ -372,7 +372,7 @@ broker = RedisBroker(url="redis://user:secret@127.0.0.1:1/0")
 install(broker)
 dramatiq.set_broker(broker)
 """
-    result = command("check", command.app(READY, broker=broker))
+    result = command("check", command.app(PREPARED, broker=broker))
     assert result.exit_code == 0
     assert "secret" not in result.output
 
@@ -394,9 +394,9 @@ dramatiq.set_broker(broker)
 
 
 def test_live_says_what_can_t_be_asked(command):
-    report = command.json("check", command.app(READY), "--live")
+    report = command.json("check", command.app(PREPARED), "--live")
     assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server that could be asked"]}
-    shown = command("check", command.app(READY), "--live").stdout
+    shown = command("check", command.app(PREPARED), "--live").stdout
     assert "Seen: no server.\nNot known: a StubBroker has no server that could be asked.\n" in shown
 
 
@@ -407,7 +407,7 @@ broker = RedisBroker(url="redis://user:secret@127.0.0.1:1/0")
 install(broker)
 dramatiq.set_broker(broker)
 """
-    line = command.refuses("check", command.app(READY, broker=broker), "--live")
+    line = command.refuses("check", command.app(PREPARED, broker=broker), "--live")
     assert line.startswith("Error: Redis can't be asked: ")
     assert "secret" not in line
 
@@ -427,12 +427,12 @@ def test_an_application_that_can_t_be_imported_is_one_sentence_without_secrets(c
 
 
 def test_the_broker_may_be_named_or_made_by_a_factory(command):
-    source = READY.replace("@dramatiq.actor(", "@dramatiq.actor(broker=mine, ")
+    source = PREPARED.replace("@dramatiq.actor(", "@dramatiq.actor(broker=mine, ")
     app = command.app(source, broker="mine = StubBroker()\ninstall(mine)\n")
     assert command.json("check", f"{app}:mine")["actors"] == 1
     factory = "def make():\n    broker = StubBroker()\n    install(broker)\n    dramatiq.set_broker(broker)\n"
     app = command.app(
-        "print('a line of its own')\n" + "def jobs():\n    " + "\n    ".join(READY.splitlines()) + "\n",
+        "print('a line of its own')\n" + "def jobs():\n    " + "\n    ".join(PREPARED.splitlines()) + "\n",
         broker=factory + "    jobs()\n",
     )
     assert command.json("check", f"{app}:make")["actors"] == 1
@@ -447,13 +447,13 @@ def test_an_application_without_actors_is_never_ready_and_is_told_what_to_name(c
 
 
 def test_a_module_of_jobs_alone_is_checked_with_a_broker_that_stands_in(command):
-    app = command.app(READY, broker="")
+    app = command.app(PREPARED, broker="")
     assert codes(command.json("check", app)) == []
     assert command("check", app).stderr == "No broker is set: the actors were declared on one that stands in.\n"
 
 
 def test_modules_are_looked_for_in_the_path(command):
-    app = command.app(READY)
+    app = command.app(PREPARED)
     (command.folder / "src").mkdir()
     (command.folder / f"{app}.py").rename(command.folder / "src" / f"{app}.py")
     assert command("check", app).exit_code == 2
@@ -461,7 +461,7 @@ def test_modules_are_looked_for_in_the_path(command):
 
 
 def test_one_actor_can_be_checked_in_a_unit_test(command):
-    app = command.app(READY + "\n@dramatiq.actor\ndef charge(): pass\n")
+    app = command.app(PREPARED + "\n@dramatiq.actor\ndef charge(): pass\n")
     assert_job_ready(find_actor(f"{app}:send_mail"))
     with pytest.raises(AssertionError, match=r"The job charge is not ready:\n  DP001 "):
         assert_job_ready(find_actor(f"{app}:charge"))
@@ -470,7 +470,7 @@ def test_one_actor_can_be_checked_in_a_unit_test(command):
 
 
 def test_json_is_what_it_says_it_is(command):
-    report = json.loads(command("check", command.app(READY), "--format", "json").stdout)
+    report = json.loads(command("check", command.app(PREPARED), "--format", "json").stdout)
     assert set(report) == {"ok", "actors", "findings", "exempt", "baseline", "fixed"}
     assert set(report["exempt"][0]) == {"code", "severity", "actor", "message", "fix", "file", "line", "exempt"}
 
@@ -481,7 +481,7 @@ def test_each_code_is_documented():
 
 
 def test_settings_that_can_not_be_read_are_one_sentence(command):
-    app = command.app(READY)
+    app = command.app(PREPARED)
     (command.folder / "old.json").write_text('{"findings": [{"code": "DP001"}]}')
     assert "The baseline old.json can't be read" in command.refuses("check", app, "--baseline", "old.json")
     (command.folder / "pyproject.toml").write_text("[tool.dramatiq_policies")
@@ -505,9 +505,9 @@ broker = StubBroker()
 install(broker, queue_monitor=QueueMonitor(thresholds={"mail": Threshold(ready=5)}))
 dramatiq.set_broker(broker)
 """
-    report = command.json("check", command.app(READY, broker=watched))
+    report = command.json("check", command.app(PREPARED, broker=watched))
     assert [finding for finding in report["findings"] if finding["code"] == "DP019"] == []
-    report = command.json("check", command.app(READY.replace('"mail"', '"post"'), broker=watched))
+    report = command.json("check", command.app(PREPARED.replace('"mail"', '"post"'), broker=watched))
     assert [finding["message"] for finding in report["findings"] if finding["code"] == "DP019"] == [
         "The queue 'post' has no threshold"
     ]
@@ -519,8 +519,8 @@ def test_where_unclassified_decides_there_is_a_cap(command):
         "install(broker, error_classifier=rules)\ndramatiq.set_broker(broker)\n"
     )
     uncapped = capped.replace("unclassified=RetryPolicy(attempts=2), ", "")
-    assert codes(command.json("check", command.app(READY, broker=capped))) == []
-    assert codes(command.json("check", command.app(READY, broker=uncapped), code=1)) == ["DP003"]
+    assert codes(command.json("check", command.app(PREPARED, broker=capped))) == []
+    assert codes(command.json("check", command.app(PREPARED, broker=uncapped), code=1)) == ["DP003"]
 
 
 def test_a_name_that_is_no_broker_and_makes_none_is_refused(command):
@@ -528,5 +528,5 @@ def test_a_name_that_is_no_broker_and_makes_none_is_refused(command):
 
 
 def test_an_actor_whose_name_means_something_else_in_its_module_is_found_on_the_broker(command):
-    app = command.app(READY + "\nsend_mail = None\n")
+    app = command.app(PREPARED + "\nsend_mail = None\n")
     assert find_actor(f"{app}:send_mail").actor_name == "send_mail"

@@ -11,7 +11,7 @@ import pytest
 from dramatiq_policies import ops
 from dramatiq_policies.cli.base import duration
 
-from .test_check import READY
+from .test_check import PREPARED
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def test_the_entry_point_is_the_module_s_main():
 
 
 def test_it_exits_with_0_1_and_2(command):
-    ready, bare = command.app(READY), command.app("@dramatiq.actor\ndef charge(): pass\n")
+    ready, bare = command.app(PREPARED), command.app("@dramatiq.actor\ndef charge(): pass\n")
     assert run(command.folder, "check", ready).returncode == 0
     assert run(command.folder, "check", bare).returncode == 1
     failed = run(command.folder, "check", "nothing")
@@ -104,7 +104,7 @@ def test_a_reader_that_has_seen_enough_is_told_nothing_more(command):
 
 def test_ctrl_c_is_one_word(command, monkeypatch):
     monkeypatch.setattr(ops, "load_broker", interrupted)
-    result = command("queues", command.app(READY))
+    result = command("queues", command.app(PREPARED))
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "Interrupted.")
 
 
@@ -115,7 +115,7 @@ def test_ctrl_c_while_it_is_being_imported_is_one_word_too(command):
         "        if name == 'click': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Slow)\n"
     )
-    for before, app in ((early, READY), ("", "raise KeyboardInterrupt\n")):
+    for before, app in ((early, PREPARED), ("", "raise KeyboardInterrupt\n")):
         ended = run(command.folder, "check", command.app(app), before=before)
         assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, "", "Interrupted.")
 
@@ -126,7 +126,7 @@ def interrupted(*args, **kwargs):
 
 def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch):
     monkeypatch.setattr(ops, "load_broker", broken)
-    assert command.refuses("queues", command.app(READY)) == "Error: ZeroDivisionError: by nothing"
+    assert command.refuses("queues", command.app(PREPARED)) == "Error: ZeroDivisionError: by nothing"
 
 
 def broken(*args, **kwargs):

@@ -19,7 +19,7 @@ from dramatiq_policies import ops
 from dramatiq_policies.cli import main
 from dramatiq_policies.cli.base import table
 
-from .test_check import READY
+from .test_check import PREPARED
 from .test_command import run
 from .test_dead import APP
 
@@ -151,7 +151,7 @@ def test_wrong_names_are_answered_with_those_that_come_near(command):
     (command.folder / "shop" / "jobs.py").write_text("")
     assert command.refuses("check", "shpo.jobs").endswith("No module named 'shpo'; did you mean 'shop'?")
     assert command.refuses("check", "shop.job").endswith("No module named 'shop.job'; did you mean 'shop.jobs'?")
-    app = command.app("class MailDown(Exception): ...\n" + READY)
+    app = command.app("class MailDown(Exception): ...\n" + PREPARED)
     assert command.refuses("explain", f"{app}:send_mail", "MailDwn").endswith("did you mean 'MailDown'?")
     assert command.refuses("explain", f"{app}:send_mail", "xyz").endswith("write it as module:Class.")
 

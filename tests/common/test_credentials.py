@@ -21,7 +21,7 @@ from redis.sentinel import Sentinel
 import dramatiq_policies
 from dramatiq_policies import ConfigurationError, install, ops
 from dramatiq_policies.common import credentials
-from dramatiq_policies.common.credentials import described, learn_passwords, redact
+from dramatiq_policies.common.credentials import learn_passwords, redact, redacted_repr
 from dramatiq_policies.common.safe_logger import SafeLogger
 from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
 from dramatiq_policies.middleware.error_classifier import ErrorClassifier
@@ -270,10 +270,10 @@ def test_what_is_harmless_is_described_as_it_is():
         len,
         test_urls_and_names_are_masked,
     ):
-        assert described(value) == repr(value)
-    assert described(10**5_000) == "a int"
-    assert described(Holder()) == "a Holder"
-    assert described(Holder().method) == "<method Holder.method>"
+        assert redacted_repr(value) == repr(value)
+    assert redacted_repr(10**5_000) == "a int"
+    assert redacted_repr(Holder()) == "a Holder"
+    assert redacted_repr(Holder().method) == "<method Holder.method>"
 
 
 @pytest.mark.parametrize(

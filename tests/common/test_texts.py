@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from dramatiq_policies.common.texts import encodable, encodable_all, printable
-from dramatiq_policies.delivery.delivery import Settlement
+from dramatiq_policies.delivery.delivery import Decision
 from dramatiq_policies.delivery.history import History, failure_of
 from dramatiq_policies.observability.statsd import metric_name, tag_list
 from dramatiq_policies.outcomes import Outcome, text_of
@@ -37,7 +37,7 @@ def test_what_a_dead_letter_says_is_encodable_whatever_the_job_raised():
     history = History({})
     history.failed(error, 1, None)
     options = {"policies": history.option()}
-    failure = failure_of(Settlement(Outcome.DEAD, exception=error), options, {"team": HALF})
+    failure = failure_of(Decision(Outcome.DEAD, exception=error), options, {"team": HALF})
     json.dumps(failure, ensure_ascii=False).encode("utf-8")
     said = (failure["message"], failure["traceback"], failure["tags"]["team"], failure["history"][0]["message"])
     assert all(r"\ud83d" in text for text in said)

@@ -8,7 +8,7 @@ from dramatiq import Message, Worker
 from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies import ErrorClassifier, Metrics, current_job, install
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.consumer import hold
 from dramatiq_policies.delivery.delivery import Delivery
 
@@ -35,7 +35,7 @@ def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
 def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_the_same(caplog):
     broker = install(StubBroker())
     told = []
-    wiring_of(broker).on_success = (lambda delivery: 1 / 0, told.append)
+    state_of(broker).on_success = (lambda delivery: 1 / 0, told.append)
     dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
     work_off(broker)
     assert len(told) == 1
@@ -98,8 +98,8 @@ def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
 
 def test_what_follows_from_a_delivery_keeps_its_order():
     delivery = Delivery(None, Message("default", "job", (), {}, {}))
-    delivery.hand_on(one := object())
-    delivery.hand_on(other := object())
+    delivery.add_to_outbox(one := object())
+    delivery.add_to_outbox(other := object())
     assert delivery.steps == [one, other]
 
 

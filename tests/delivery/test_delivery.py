@@ -9,7 +9,7 @@ from dramatiq import Message
 
 from dramatiq_policies import Outcome
 from dramatiq_policies.common import clock
-from dramatiq_policies.delivery.delivery import Delivery, Settlement
+from dramatiq_policies.delivery.delivery import Decision, Delivery
 
 
 def delivery(**options):
@@ -48,5 +48,5 @@ def test_a_message_waits_from_when_it_is_ready_until_its_job_starts(monkeypatch,
 def test_a_completion_is_remembered_under_a_key_of_its_own(claim, outcome, remembered):
     one = delivery()
     one.claim = claim
-    one.settlement = None if outcome is None else Settlement(outcome)
-    assert one.is_remembered() is remembered
+    one.decision = None if outcome is None else Decision(outcome)
+    assert one.completes_key() is remembered

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Settlement
+from dramatiq_policies.delivery.delivery import Decision
 from dramatiq_policies.delivery.history import History, attempt_of, failure_of, replays_of, run_of
 
 NOW = 1_700_000_000_000
@@ -89,7 +89,7 @@ def raised(error):
 
 def test_a_traceback_is_cut_at_its_beginning():
     error = raised(ValueError("x" * 20_000 + "the end"))
-    text = failure_of(Settlement(Outcome.DEAD, exception=error), {})["traceback"]
+    text = failure_of(Decision(Outcome.DEAD, exception=error), {})["traceback"]
     assert len(text) == 10_000
     assert text.startswith("…")
     assert text.endswith("the end\n")
@@ -97,7 +97,7 @@ def test_a_traceback_is_cut_at_its_beginning():
 
 def test_one_that_fits_is_whole():
     def shown(message):
-        return failure_of(Settlement(Outcome.DEAD, exception=raised(ValueError(message))), {})["traceback"]
+        return failure_of(Decision(Outcome.DEAD, exception=raised(ValueError(message))), {})["traceback"]
 
     short = shown("x")
     assert short.startswith("Traceback (most recent call last):\n")
@@ -120,7 +120,7 @@ def test_of_a_deep_stack_the_traceback_shows_where_it_was_raised():
     try:
         ping(41)
     except ValueError as error:
-        text = failure_of(Settlement(Outcome.DEAD, exception=error), {})["traceback"]
+        text = failure_of(Decision(Outcome.DEAD, exception=error), {})["traceback"]
     assert 'raise ValueError("at the bottom")\n' in text
     assert text.count("  File ") == 30
 
@@ -129,8 +129,8 @@ def test_an_error_that_was_never_raised_has_no_traceback_and_that_of_one_that_ca
     class Odd(Exception):
         __cause__ = property(lambda self: 1 // 0)
 
-    assert failure_of(Settlement(Outcome.DEAD, exception=ValueError()), {})["traceback"] is None
-    shown = failure_of(Settlement(Outcome.DEAD, exception=raised(Odd("why"))), {})["traceback"]
+    assert failure_of(Decision(Outcome.DEAD, exception=ValueError()), {})["traceback"] is None
+    shown = failure_of(Decision(Outcome.DEAD, exception=raised(Odd("why"))), {})["traceback"]
     assert shown.startswith("Traceback (most recent call last):\n")
     assert "raise error" in shown
     assert shown.endswith(".Odd: why\n")
@@ -138,12 +138,12 @@ def test_an_error_that_was_never_raised_has_no_traceback_and_that_of_one_that_ca
 
 def test_a_failure_counts_the_attempts_that_were_decided_on_or_else_those_of_the_message():
     options = {"retries": 1}
-    assert failure_of(Settlement(Outcome.DEAD, attempt=5), options)["attempts"] == 5
-    assert failure_of(Settlement(Outcome.EXPIRED), options)["attempts"] == 2
+    assert failure_of(Decision(Outcome.DEAD, attempt=5), options)["attempts"] == 5
+    assert failure_of(Decision(Outcome.EXPIRED), options)["attempts"] == 2
 
 
 def test_a_failure_without_an_error_names_none():
-    failure = failure_of(Settlement(Outcome.DEAD, "malformed"), {})
+    failure = failure_of(Decision(Outcome.DEAD, "malformed"), {})
     assert (failure["outcome"], failure["reason"]) == ("dead", "malformed")
     assert failure["exception"] is failure["message"] is failure["traceback"] is None
     assert "tags" not in failure

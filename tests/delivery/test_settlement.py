@@ -10,8 +10,8 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies.delivery import handing_off
-from dramatiq_policies.delivery.broker_state import wiring_of
-from dramatiq_policies.delivery.delivery import GivenAway
+from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.delivery.delivery import DeliveryReassigned
 from dramatiq_policies.delivery.refusals import Unsendable
 from dramatiq_policies.testing import drain
 
@@ -109,7 +109,7 @@ def test_what_is_acked_again_after_a_lost_connection_is_settled_once(acks):
 def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back(monkeypatch, acks):
     stage = Stage()
     consumer, message = taken(stage)
-    wiring_of(stage.broker).stopping.set()
+    state_of(stage.broker).stopping.set()
     tries = []
 
     def refuse(*args):
@@ -132,7 +132,7 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
     assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
 
 
-@pytest.mark.parametrize(("error", "gone"), [(GivenAway(), False), (ConnectionError(), True)], ids=repr)
+@pytest.mark.parametrize(("error", "gone"), [(DeliveryReassigned(), False), (ConnectionError(), True)], ids=repr)
 def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_again(monkeypatch, acks, error, gone):
     stage = Stage()
     consumer, message = taken(stage)
@@ -161,7 +161,7 @@ def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
 def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
     stage = Stage()
     told = []
-    wiring_of(stage.broker).on_success = (told.append,)
+    state_of(stage.broker).on_success = (told.append,)
     stage.actor(lambda: None, actor_name="good").send()
     stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
     assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]

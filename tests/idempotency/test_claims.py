@@ -11,20 +11,20 @@ import dramatiq
 import pytest
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Send, Settlement
+from dramatiq_policies.delivery.delivery import Decision, OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records
-from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, is_dead, uncounted_name
+from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, crash_counter_name, is_dead
 from dramatiq_policies.idempotency.options import name_of
 from dramatiq_policies.idempotency.records import Defer, Record, Request, Skip, Take
 from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
 
 LEASE, KEEP = 60_000, 1_000_000
-SUCCEEDED = Settlement(Outcome.SUCCEEDED)
-DEAD = Settlement(Outcome.DEAD, "exhausted")
-RETRIED = Settlement(Outcome.RETRIED, delay_ms=5_000)
+SUCCEEDED = Decision(Outcome.SUCCEEDED)
+DEAD = Decision(Outcome.DEAD, "exhausted")
+RETRIED = Decision(Outcome.RETRIED, delay_ms=5_000)
 
 
 class Counting(MemoryStore):
@@ -134,7 +134,7 @@ def test_a_quarantine_leaves_the_claims_of_this_process_alone(claims, store):
     store.put("k", theirs.encode(), LEASE + KEEP)
     quarantined = ask(claims, dead=died)
     assert isinstance(quarantined, Quarantined)
-    claims.conclude(quarantined.claim, Settlement(Outcome.DEAD, "crashed"))
+    claims.conclude(quarantined.claim, Decision(Outcome.DEAD, "crashed"))
     assert not is_dead(running.record)
     assert ask(claims, "runs here", name="other") == Defer(LEASE)
 
@@ -147,12 +147,12 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
         if isinstance(answer, Take) and answer.alone:
             answer = ask(claims, running[0], alone=True)
         if isinstance(answer, Quarantined):
-            claims.conclude(answer.claim, Settlement(Outcome.DEAD, "crashed"))
+            claims.conclude(answer.claim, Decision(Outcome.DEAD, "crashed"))
             running.pop(0)
             continue
         assert isinstance(answer, Claim)
         starts += 1
-        claims.let_go(answer)  # as if its process had died
+        claims.drop(answer)  # as if its process had died
         store.now += LEASE / 1_000 + 1
         running.reverse()
     assert running == []
@@ -182,19 +182,19 @@ def test_the_register_of_each_ending_says_what_the_next_message_needs(claims, st
 
 
 def test_an_interrupted_run_frees_the_key_and_may_begin_again(claims, store):
-    claims.conclude(ask(claims), Settlement(Outcome.INTERRUPTED))
+    claims.conclude(ask(claims), Decision(Outcome.INTERRUPTED))
     assert store.get("k").value is None
     assert isinstance(ask(claims), Claim)
 
 
 def test_a_run_that_was_put_back_unrun_has_not_ended(claims, store):
     """`done_when` said so, and then the result that its pipeline needs could not be read."""
-    claims.conclude(ask(claims), Settlement(Outcome.DEFERRED, "store_down", delay_ms=1_000))
+    claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "store_down", delay_ms=1_000))
     assert isinstance(ask(claims), Claim)
 
 
 def test_a_snooze_ends_its_run(claims, store):
-    claims.conclude(ask(claims), Settlement(Outcome.DEFERRED, "snoozed", delay_ms=1_000))
+    claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "snoozed", delay_ms=1_000))
     assert ask(claims) == Skip("stale")
     assert ask(claims, "other") == Defer(1_000 + LEASE)
     assert isinstance(ask(claims, run=1), Claim)
@@ -212,9 +212,9 @@ class Again:
 
 def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(claims, store):
     claim = ask(claims)
-    claim.ending(Send(Again(retries=1, pipe_target={"large": 1}), 2_000))
+    claim.ending(OutgoingMessage(Again(retries=1, pipe_target={"large": 1}), 2_000))
     answer = ask(claims, dead=died)
-    assert isinstance(answer, records.HandOnAgain)
+    assert isinstance(answer, records.RepublishRetry)
     assert answer.follow["options"] == {"retries": 1}
     assert isinstance(ask(claims, run=1), Claim)
 
@@ -224,29 +224,29 @@ def test_what_is_to_be_handed_on_again_is_known_but_for_what_every_run_has(claim
     claim = ask(claims)
     before = time.time() * 1_000
     message = dramatiq.Message("q", "job", (), {}, {"retries": 1, "tag": "x", **same})
-    claim.ending(Send(message, 5_000))
+    claim.ending(OutgoingMessage(message, 5_000))
     follow = store.record("k").follow
     assert follow["options"] == {"retries": 1, "tag": "x"}
     assert before + 5_000 <= follow["due"] + 1 <= before + 15_000
 
 
 def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
-    claims.conclude(ask(claims), Settlement(Outcome.SKIPPED))
+    claims.conclude(ask(claims), Decision(Outcome.SKIPPED))
     assert ask(claims) == Skip("stale")
 
 
 def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
     """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
     claim = ask(claims)
-    claim.ending(Send(Again(retries=1), 2_000))
-    claims.conclude(claim, Settlement(Outcome.INTERRUPTED, "handoff_failed"))
-    assert isinstance(ask(claims), records.HandOnAgain)
+    claim.ending(OutgoingMessage(Again(retries=1), 2_000))
+    claims.conclude(claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
+    assert isinstance(ask(claims), records.RepublishRetry)
 
 
 def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, store):
     """Else a redelivery would hand it on, and the copy find the same, without end."""
     claim = ask(claims, run=1)
-    claim.ending(Send(Again(retries=1), 2_000))
+    claim.ending(OutgoingMessage(Again(retries=1), 2_000))
     assert store.record("k").state == "running"
 
 
@@ -328,12 +328,12 @@ def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_en
 
 
 def test_a_start_in_another_process_counts_whatever_its_token(claims, store):
-    before = set(claims_module._unborn)
+    before = set(claims_module._unconfirmed_tokens)
     store.down = True
     with pytest.raises(claims_module.StoreDown):
         ask(claims)
     store.down = False
-    [token] = claims_module._unborn - before
+    [token] = claims_module._unconfirmed_tokens - before
     record = Record(records.RUNNING, "m", owner="elsewhere:1:x:1", token=token, starts=1, since=0, keep=KEEP)
     store.put("k", record.encode(), LEASE + KEEP)
     assert ask(claims, dead=died).record.starts == 2
@@ -342,8 +342,8 @@ def test_a_start_in_another_process_counts_whatever_its_token(claims, store):
 def test_a_start_is_counted_where_the_store_is_down_when_it_is_to_be_excused(claims, store):
     claim = ask(claims)
     store.down = True
-    claims.excuse(Delivered(claim))
-    claims.excuse(Delivered(None))
+    claims.uncount_start(Delivered(claim))
+    claims.uncount_start(Delivered(None))
     store.down = False
     assert store.record("k").starts == 1
 
@@ -507,7 +507,7 @@ def test_a_claim_that_ends_while_it_is_renewed_is_not_written_again(claims, stor
     """The renewal finds nothing there, since the run has just been concluded."""
     claim = ask(claims, keyed=False)
     renew, concluded = store.renew, threading.Event()
-    let_go = claims.let_go
+    drop = claims.drop
 
     def renew_late(renewals):
         store.swap("k", claim.value, None, 1)  # what conclude() has written; its thread comes to let go only later
@@ -517,7 +517,7 @@ def test_a_claim_that_ends_while_it_is_renewed_is_not_written_again(claims, stor
 
     store.renew = renew_late
     claims.leases.renew()
-    let_go(claim)
+    drop(claim)
     assert store.get("k").value is None
 
 
@@ -654,13 +654,13 @@ def replace_message(message_id):
 
 def test_a_start_that_is_excused_does_not_count(claims, store):
     claim = ask(claims)
-    claims.excuse(Delivered(claim))
+    claims.uncount_start(Delivered(claim))
     assert ask(claims, dead=died).record.starts == 1
 
 
 def test_a_start_without_a_key_that_is_excused_does_not_count_either(claims, store):
-    claims.excuse(Delivered(None))
-    name = uncounted_name("m")
+    claims.uncount_start(Delivered(None))
+    name = crash_counter_name("m")
     assert ask(claims, name=name, dead=died, keyed=False, starts=2).record.starts == 1
 
 
@@ -671,15 +671,15 @@ def test_a_record_of_an_owner_that_nobody_can_read_is_of_nobody_certainly_dead()
 
 
 def test_each_message_without_a_key_is_counted_apart_from_others_and_from_keys():
-    names = [uncounted_name("a"), uncounted_name("b"), name_of("a", "b"), name_of("b", "a")]
+    names = [crash_counter_name("a"), crash_counter_name("b"), name_of("a", "b"), name_of("b", "a")]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork beside threads
 def test_nothing_runs_yet_in_a_forked_child(claims):
-    before = claims.solitude
+    before = claims.exclusive
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if claims.solitude is not before else 1)
+        os._exit(0 if claims.exclusive is not before else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert claims.solitude is before
+    assert claims.exclusive is before

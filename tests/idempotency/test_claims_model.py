@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Send, Settlement
+from dramatiq_policies.delivery.delivery import Decision, OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import lease_renewal as leases
 from dramatiq_policies.idempotency import owner as owners
@@ -28,7 +28,7 @@ from dramatiq_policies.stores.memory import MemoryStore
 
 LEASE, KEEP, DELAY = 60_000, 10**9, 5_000
 
-TAKEN, RUNNING, DECIDED, ANNOUNCED, HANDED, CONCLUDED, PUT_BACK = (
+RECEIVED, RUNNING, DECIDED, ANNOUNCED, HANDED, CONCLUDED, PUT_BACK = (
     "taken",
     "running",
     "decided",
@@ -99,7 +99,7 @@ class Held:
 
     def __init__(self, message):
         self.message = message
-        self.stage = TAKEN
+        self.stage = RECEIVED
         self.claim = None
         self.outcome = None
         self.gone = self.effect = False
@@ -117,7 +117,7 @@ class Worker:
         self.name, self.host = name, host
         self.alive = True
         self.held = []
-        self.globals = {"_live": set(), "_unborn": set(), "_numbers": itertools.count(1)}
+        self.globals = {"_live": set(), "_unconfirmed_tokens": set(), "_numbers": itertools.count(1)}
         self.claims = Claims(store, LEASE)
         self.claims.leases._ensure_thread = lambda: None
 
@@ -139,7 +139,7 @@ class Simulation:
         self.messages, self.key = {}, "k"
         self.patches = [
             mock.patch.object(owners, "this_process", lambda: self.current.name),  # noqa: PT008
-            *(mock.patch.object(claims_module, name) for name in ("_live", "_unborn", "_numbers")),
+            *(mock.patch.object(claims_module, name) for name in ("_live", "_unconfirmed_tokens", "_numbers")),
             mock.patch.object(owners, "is_dead", self._is_certainly_dead),
             mock.patch.object(claims_module, "_PAUSES", ()),
             mock.patch.object(claims_module.alerts.logger, "disabled", new=True),
@@ -277,7 +277,7 @@ class Simulation:
     def _step(self, worker, held, outcome):
         self._as(worker)
         {
-            TAKEN: self._claim,
+            RECEIVED: self._claim,
             RUNNING: self._run,
             DECIDED: self._announce,
             ANNOUNCED: self._hand_on,
@@ -304,7 +304,7 @@ class Simulation:
             held.claim, held.stage, held.outcome = answer.claim, ANNOUNCED, "dead"
         elif isinstance(answer, records.Defer):
             self.queue.append(Message(message.id, message.run, message.key, self.now + 1))
-        elif isinstance(answer, records.HandOnAgain):
+        elif isinstance(answer, records.RepublishRetry):
             self.queue.append(Message(message.id, answer.follow["options"]["retries"], message.key, self.now))
         elif answer.reason == "completed":
             assert message.key in self.completed or self.effects.get(message.key), "completed by nobody"
@@ -338,11 +338,11 @@ class Simulation:
             self._give_up(worker, held)
             return
         if held.outcome == "retried" and not self.one_step:
-            held.claim.ending(Send(Message(held.message.id, held.message.run + 1, held.message.key), DELAY))
+            held.claim.ending(OutgoingMessage(Message(held.message.id, held.message.run + 1, held.message.key), DELAY))
         held.stage = ANNOUNCED
 
     def _give_up(self, worker, held):
-        worker.claims.conclude(held.claim, Settlement(Outcome.INTERRUPTED, "handoff_failed"))
+        worker.claims.conclude(held.claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
         worker.held.remove(held)
 
     def _hand_on(self, worker, held, outcome):
@@ -359,15 +359,15 @@ class Simulation:
         held.stage = HANDED
 
     def _conclude(self, worker, held, outcome):
-        decided = {
-            "succeeded": Settlement(Outcome.SUCCEEDED),
-            "retried": Settlement(Outcome.RETRIED, delay_ms=DELAY),
-            "dead": Settlement(Outcome.DEAD, "exhausted"),
+        decision = {
+            "succeeded": Decision(Outcome.SUCCEEDED),
+            "retried": Decision(Outcome.RETRIED, delay_ms=DELAY),
+            "dead": Decision(Outcome.DEAD, "exhausted"),
         }[held.outcome]
         claim, message = held.claim, held.message
         before = self.store.get(message.key).value
         claim_owned = before == claim.value
-        worker.claims.conclude(claim, decided)
+        worker.claims.conclude(claim, decision)
         written = claim not in [one for one, _ in worker.claims.leases._owed]
         if held.outcome == "succeeded":
             self.succeeded.add(claim)

@@ -30,7 +30,7 @@ from dramatiq_policies import (
     install,
 )
 from dramatiq_policies.common import clock
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.idempotency.options import name_of
 from dramatiq_policies.idempotency.records import RUNNING, Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
@@ -954,7 +954,7 @@ def test_a_second_worker_subscribes_to_stuck_jobs_no_second_time():
         with stage.working():
             pass
     idempotency = next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
-    subscribers = wiring_of(stage.broker).stuck_subscribers
+    subscribers = state_of(stage.broker).stuck_subscribers
     assert subscribers.count(idempotency._excuse_neighbours) == 1
 
 

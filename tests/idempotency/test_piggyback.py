@@ -11,9 +11,9 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import install
-from dramatiq_policies.delivery.broker_state import wiring_of
-from dramatiq_policies.idempotency import batched_completion as piggyback
-from dramatiq_policies.idempotency.batched_completion import Piggyback
+from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.idempotency import batched_completion as batched_completions
+from dramatiq_policies.idempotency.batched_completion import BatchedCompletions
 
 MESSAGE = SimpleNamespace(message_id="m")
 
@@ -64,7 +64,7 @@ def ended(*, remembered=True, plain=True):
     said = []
     claim = SimpleNamespace(completed=lambda: said.append("completed"))
     return SimpleNamespace(
-        is_remembered=lambda: remembered,
+        completes_key=lambda: remembered,
         is_plain_success=lambda: plain,
         claim=claim,
         said=said,
@@ -76,9 +76,9 @@ def ended(*, remembered=True, plain=True):
 @pytest.fixture
 def carrier(monkeypatch):
     """A Piggyback of threads that have more to do."""
-    monkeypatch.setattr(piggyback, "_has_more", lambda thread: True)
-    wiring = SimpleNamespace(successes_observed=False, stopping=Stopping())
-    return Piggyback(wiring, None, Trips())
+    monkeypatch.setattr(batched_completions, "_has_more", lambda thread: True)
+    state = SimpleNamespace(successes_observed=False, stopping=Stopping())
+    return BatchedCompletions(state, None, Trips())
 
 
 def test_the_completion_of_a_plain_success_is_posted(carrier):
@@ -93,12 +93,12 @@ def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_
 
 
 def test_so_is_a_success_that_somebody_is_told_of(carrier):
-    carrier.wiring.successes_observed = True
+    carrier.state.successes_observed = True
     assert not carrier.post(Consumer(), MESSAGE, ended())
 
 
 def test_so_is_the_last_one_for_now(carrier, monkeypatch):
-    monkeypatch.setattr(piggyback, "_has_more", lambda thread: False)
+    monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
     assert not carrier.post(Consumer(), MESSAGE, ended())
     assert carrier.trips.posted == []
 
@@ -113,7 +113,7 @@ def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatc
     carrier.post(Consumer(), MESSAGE, ended())
     carrier.look()
     assert carrier.trips.calls == 0
-    monkeypatch.setattr(piggyback, "_has_more", lambda thread: False)
+    monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
     carrier.look()
     assert carrier.trips.calls == 1
 
@@ -150,7 +150,7 @@ def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
     consumer = Consumer(ConnectionClosed("gone"), ConnectionClosed("still gone"))
     carrier._settle(consumer, MESSAGE, ended())
     assert consumer.concluded == 3
-    assert carrier.wiring.stopping.waits == [5.0, 5.0]
+    assert carrier.state.stopping.waits == [5.0, 5.0]
 
 
 def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier, caplog):
@@ -178,11 +178,11 @@ def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_w
 def test_a_thread_has_more_to_do_while_it_goes_on_and_messages_wait(state, more):
     state = {"running": True, "paused": False, "waiting": [MESSAGE], **state}
     queue = SimpleNamespace(queue=state.pop("waiting"))
-    assert piggyback._has_more(SimpleNamespace(work_queue=queue, **state)) is more
+    assert batched_completions._has_more(SimpleNamespace(work_queue=queue, **state)) is more
 
 
 def test_a_thread_of_somebody_elses_has_not():
-    assert piggyback._has_more(threading.current_thread()) is False
+    assert batched_completions._has_more(threading.current_thread()) is False
 
 
 class Idle(Middleware):
@@ -209,7 +209,7 @@ def test_nothing_is_posted_where_a_middleware_of_somebody_elses_acts_between_two
     broker = install(StubBroker())
     for one in middleware:
         broker.add_middleware(one)
-    assert Piggyback.is_safe(wiring_of(broker)) is safe
+    assert BatchedCompletions.is_safe(state_of(broker)) is safe
 
 
 @pytest.mark.parametrize("package", ["dramatiq", "dramatiq_policies", "sentry_sdk"])
@@ -217,4 +217,4 @@ def test_the_middleware_of_those_who_are_known_does_not_matter(package, monkeypa
     monkeypatch.setattr(Before, "__module__", f"{package}.integrations")
     broker = install(StubBroker())
     broker.add_middleware(Before())
-    assert Piggyback.is_safe(wiring_of(broker))
+    assert BatchedCompletions.is_safe(state_of(broker))

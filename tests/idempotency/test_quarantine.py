@@ -14,10 +14,10 @@ from dramatiq.results import ResultFailure, Results
 from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import Idempotency, Timeout
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records
-from dramatiq_policies.idempotency.claims import uncounted_name
+from dramatiq_policies.idempotency.claims import crash_counter_name
 from dramatiq_policies.stores.memory import MemoryStore
 
 from ..support import Stage
@@ -42,12 +42,12 @@ class Crashing:
         self.owner = f"{host}:{pid}:{place}:1" if certainly else f"{host}:{pid}:elsewhere:1"
 
     def began(self, message, starts, *, key=None):
-        name = uncounted_name(message.message_id) if key is None else f"job\0{key}"
+        name = crash_counter_name(message.message_id) if key is None else f"job\0{key}"
         record = records.Record(records.RUNNING, message.message_id, 0, self.owner, "1", 0, starts, 1_000_000)
         self.store.put(name, record.encode(), 1_000_000 + self.lease)
 
     def starts(self, message):
-        return records.Record.decode(self.store.get(uncounted_name(message.message_id)).value).starts
+        return records.Record.decode(self.store.get(crash_counter_name(message.message_id)).value).starts
 
     def comes_back(self, message):
         self.stage.broker.enqueue(message.copy(options={"redelivered": True}))
@@ -109,7 +109,7 @@ def test_without_a_key_the_start_before_the_first_redelivery_counts_as_one(max_c
     app = Crashing(max_crashes=max_crashes)
     message = app.job.message(7)
     began = 1
-    name = uncounted_name(message.message_id)
+    name = crash_counter_name(message.message_id)
     put, swap = app.store.put, app.store.swap
 
     def swap_and_die(key, expected, value, ttl):
@@ -162,9 +162,9 @@ def test_the_last_start_is_made_alone():
         long.send()
         assert entered.wait(10)
         app.stage.broker.enqueue(message.copy(options={"redelivered": True}))
-        solitude = idempotency_of(app.stage).claims.solitude
-        with solitude._changed:
-            assert solitude._changed.wait_for(lambda: solitude._alone is not None, 10)
+        exclusive = idempotency_of(app.stage).claims.exclusive
+        with exclusive._changed:
+            assert exclusive._changed.wait_for(lambda: exclusive._alone is not None, 10)
         go_on.set()
         app.stage.drain()
     assert beside == [[]]
@@ -197,14 +197,14 @@ def test_only_the_stuck_job_is_blamed_for_the_end_of_its_process():
         idempotency_of(stage)._excuse_neighbours(one)
         starts = [
             records.Record.decode(store.get(name).value).starts
-            for name in ("guarded\x001", "guarded\x002", uncounted_name(other.message_id))
+            for name in ("guarded\x001", "guarded\x002", crash_counter_name(other.message_id))
         ]
         go_on.set()
         stage.drain()
     assert starts == [1, 0, 0]
     assert neighbour.message_id != stuck.message_id
     # It may begin at once elsewhere: this process is as good as gone.
-    found = store.get(uncounted_name(other.message_id))
+    found = store.get(crash_counter_name(other.message_id))
     assert found.left <= records.Record.decode(found.value).keep
 
 
@@ -276,7 +276,7 @@ def test_what_may_have_killed_a_worker_begins_only_when_the_command_knows_that_t
     """Dramatiq's command waits for ever for a worker process that dies while it says that it has booted."""
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0.3)
     app = Crashing()
-    wiring_of(app.stage.broker).in_command = True
+    state_of(app.stage.broker).in_command = True
     began = time.monotonic()
     message = app.job.message(7)
     assert app.comes_back(message) == ("succeeded", None)
@@ -287,7 +287,7 @@ def test_what_may_have_killed_a_worker_begins_only_when_the_command_knows_that_t
 def test_other_jobs_begin_at_once(monkeypatch, options):
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 4.0)
     app = Crashing(**options)
-    wiring_of(app.stage.broker).in_command = True
+    state_of(app.stage.broker).in_command = True
     began = time.monotonic()
     app.job.send(7)
     app.stage.run()
@@ -531,7 +531,8 @@ def test_the_jobs_that_run_when_a_worker_begins_to_shut_down_have_not_crashed():
         for _ in range(2):  # Several workers of a process may stop.
             idempotency.before_worker_shutdown(stage.broker, None)
         found = [
-            records.Record.decode(store.get(name).value) for name in ("guarded\x001", uncounted_name(other.message_id))
+            records.Record.decode(store.get(name).value)
+            for name in ("guarded\x001", crash_counter_name(other.message_id))
         ]
         go_on.set()
         stage.drain()

@@ -17,8 +17,8 @@ from dramatiq_policies.idempotency.records import (
     WAITING,
     Crashed,
     Defer,
-    HandOnAgain,
     Record,
+    RepublishRetry,
     Request,
     Skip,
     Take,
@@ -178,13 +178,13 @@ TABLE = {
         mine(ENDING, follow=RETRY),
         LEFT,
         GONE,
-        HandOnAgain(RETRY),
+        RepublishRetry(RETRY),
     ),
     "it was being ended by a dead one that did not say how: there is nothing to hand on": (
         mine(ENDING),
         LEFT,
         GONE,
-        HandOnAgain({}),
+        RepublishRetry({}),
     ),
 }
 

@@ -7,14 +7,14 @@ import threading
 import pytest
 
 from dramatiq_policies.idempotency import exclusive as module
-from dramatiq_policies.idempotency.exclusive import Solitude
+from dramatiq_policies.idempotency.exclusive import ExclusiveRuns
 
 
 class Job:
     """A job on a thread of its own."""
 
-    def __init__(self, solitude, *, alone=False):
-        self.solitude = solitude
+    def __init__(self, exclusive, *, alone=False):
+        self.exclusive = exclusive
         self.alone = alone
         self.began, self.end = threading.Event(), threading.Event()
         self.beside = None
@@ -22,15 +22,15 @@ class Job:
         self.thread.start()
 
     def _run(self):
-        self.solitude.enter(self)
+        self.exclusive.enter(self)
         try:
             if self.alone:
-                self.solitude.make_alone(self)
-            self.beside = len(self.solitude.running) - 1
+                self.exclusive.make_alone(self)
+            self.beside = len(self.exclusive.running) - 1
             self.began.set()
             assert self.end.wait(10)
         finally:
-            self.solitude.leave(self)
+            self.exclusive.leave(self)
 
     def finish(self):
         self.end.set()
@@ -42,24 +42,24 @@ def begins(job, within=10.0):
 
 
 def test_jobs_run_beside_each_other():
-    solitude = Solitude()
-    one, other = Job(solitude), Job(solitude)
+    exclusive = ExclusiveRuns()
+    one, other = Job(exclusive), Job(exclusive)
     assert begins(one)
     assert begins(other)
     one.finish()
     other.finish()
-    assert solitude.running == set()
+    assert exclusive.running == set()
 
 
 def test_a_job_waits_until_it_is_alone_and_keeps_others_out():
-    solitude = Solitude()
-    before = Job(solitude)
+    exclusive = ExclusiveRuns()
+    before = Job(exclusive)
     assert begins(before)
-    alone = Job(solitude, alone=True)
+    alone = Job(exclusive, alone=True)
     assert not begins(alone, 0.05)
     before.finish()
     assert begins(alone)
-    after = Job(solitude)
+    after = Job(exclusive)
     assert not begins(after, 0.05)
     alone.finish()
     assert begins(after)
@@ -68,74 +68,74 @@ def test_a_job_waits_until_it_is_alone_and_keeps_others_out():
 
 
 def test_of_several_one_at_a_time_runs_alone():
-    solitude = Solitude()
-    jobs = [Job(solitude, alone=True) for _ in range(4)]
+    exclusive = ExclusiveRuns()
+    jobs = [Job(exclusive, alone=True) for _ in range(4)]
     for _ in jobs:
-        (running,) = solitude_of(solitude)
+        (running,) = solitude_of(exclusive)
         assert begins(running)
         assert running.beside == 0
         running.finish()
-    assert solitude.running == set()
+    assert exclusive.running == set()
 
 
-def solitude_of(solitude):
-    with solitude._changed:
-        assert solitude._changed.wait_for(lambda: len(solitude.running) == 1, 10)
-        return set(solitude.running)
+def solitude_of(exclusive):
+    with exclusive._changed:
+        assert exclusive._changed.wait_for(lambda: len(exclusive.running) == 1, 10)
+        return set(exclusive.running)
 
 
 def test_nobody_waits_for_ever(monkeypatch):
     monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
     monkeypatch.setattr(module, "_ALONE_AT_MOST", 0.05)
-    solitude = Solitude()
-    long = Job(solitude)
+    exclusive = ExclusiveRuns()
+    long = Job(exclusive)
     assert begins(long)
-    alone = Job(solitude, alone=True)
+    alone = Job(exclusive, alone=True)
     assert begins(alone)
     assert alone.beside == 1
-    other = Job(solitude)
+    other = Job(exclusive)
     assert begins(other)
     for job in (long, alone, other):
         job.finish()
-    quick = Job(solitude)
+    quick = Job(exclusive)
     assert begins(quick)
     quick.finish()
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_job_that_fails_leaves_too(alone):
-    solitude = Solitude()
+    exclusive = ExclusiveRuns()
     job = object()
-    solitude.enter(job)
+    exclusive.enter(job)
     if alone:
-        solitude.make_alone(job)
-    solitude.leave(job)
-    solitude.leave(job)
-    following = Job(solitude)
+        exclusive.make_alone(job)
+    exclusive.leave(job)
+    exclusive.leave(job)
+    following = Job(exclusive)
     assert begins(following)
     following.finish()
 
 
 def test_a_job_that_can_not_be_alone_in_time_is_told_so_and_keeps_nobody_out(monkeypatch):
     monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
-    solitude = Solitude()
+    exclusive = ExclusiveRuns()
     long, wanting = object(), object()
-    solitude.enter(long)
-    solitude.enter(wanting)
-    assert not solitude.make_alone(wanting)
-    assert solitude.is_open
-    solitude.leave(long)
-    assert solitude.make_alone(wanting)
+    exclusive.enter(long)
+    exclusive.enter(wanting)
+    assert not exclusive.make_alone(wanting)
+    assert exclusive.is_open
+    exclusive.leave(long)
+    assert exclusive.make_alone(wanting)
 
 
 def test_a_second_job_that_must_be_alone_does_not_begin_beside_the_first(monkeypatch):
     monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
-    solitude = Solitude()
+    exclusive = ExclusiveRuns()
     first, second = object(), object()
-    solitude.enter(first)
-    assert solitude.make_alone(first)
-    assert not solitude.make_alone(second)
-    assert not solitude.is_open
+    exclusive.enter(first)
+    assert exclusive.make_alone(first)
+    assert not exclusive.make_alone(second)
+    assert not exclusive.is_open
 
 
 def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypatch):
@@ -144,14 +144,14 @@ def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypa
     answers, asked = [True, False, False], []
 
     def expose(delivery):
-        asked.append((delivery, set(solitude.running)))
+        asked.append((delivery, set(exclusive.running)))
         return answers.pop()
 
-    solitude = Solitude(expose)
+    exclusive = ExclusiveRuns(expose)
     alone = object()
-    solitude.enter(alone)
-    assert solitude.make_alone(alone)
-    other = Job(solitude)
+    exclusive.enter(alone)
+    assert exclusive.make_alone(alone)
+    other = Job(exclusive)
     assert begins(other)
     # The store was asked until it had recorded that, and nothing else ran so far.
     assert asked == [(alone, {alone})] * 3
@@ -163,6 +163,6 @@ def test_each_start_that_proved_nothing_gives_the_next_one_twice_the_time(monkey
     now = 1_000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
     for unproven, seconds in [(0, 30), (1, 60), (3, 240), (5, 600), (10**6, 600)]:
-        solitude = Solitude()
-        assert solitude.make_alone(object(), unproven)
-        assert solitude._until == now + seconds
+        exclusive = ExclusiveRuns()
+        assert exclusive.make_alone(object(), unproven)
+        assert exclusive._until == now + seconds

@@ -14,7 +14,7 @@ import redis
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
-from dramatiq_policies._redis import Post, RoundTrips
+from dramatiq_policies._redis import CommandBatcher, Post
 from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
 from dramatiq_policies.brokers.redis.consumer import RedisConsumer
 from dramatiq_policies.stores.memory import MemoryStore
@@ -83,7 +83,7 @@ def test_an_ack_that_is_lost_while_the_worker_stops_is_said_and_the_message_come
 ) -> None:
     consumer, message = taken(redis_place.app())
     fail_once(monkeypatch, consumer, "_settle", ConnectionClosed("gone"))
-    consumer.wiring.stopping.set()
+    consumer.state.stopping.set()
     consumer.finish(message)
     assert f"Message {message.message_id} was not acked and comes back: gone" in caplog.text
     assert [left.message_id for left in redis_place.left()] == [message.message_id]
@@ -122,7 +122,7 @@ def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(
     claim = SimpleNamespace(
         claims=SimpleNamespace(store=MemoryStore()), keyed=True, completion=lambda: ("the", "command")
     )
-    delivery = SimpleNamespace(is_remembered=lambda: True, claim=claim)
+    delivery = SimpleNamespace(completes_key=lambda: True, claim=claim)
     assert consumer.completion(delivery) == (("the", "command"), False)
 
 
@@ -133,7 +133,7 @@ def test_round_trips_need_no_hiredis(
     if not packed:
         monkeypatch.setattr("dramatiq_policies._redis._pack", None)
     commands = [("SET", f"{redis_namespace}:a", b"\xff", "PX", 5_000), ("GET", f"{redis_namespace}:a")]
-    assert RoundTrips(redis_client).together(commands) == [b"OK", b"\xff"]
+    assert CommandBatcher(redis_client).together(commands) == [b"OK", b"\xff"]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])
@@ -143,7 +143,7 @@ def test_a_call_that_can_not_be_sent_fails_alone(
 ) -> None:
     if not packed:
         monkeypatch.setattr("dramatiq_policies._redis._pack", None)
-    trips = RoundTrips(redis_client)
+    trips = CommandBatcher(redis_client)
     key = f"{redis_namespace}:a"
     told: list[Any] = []
     trips.post(Post(("SET", key, "posted", "PX", 5_000), told.append))

@@ -12,7 +12,7 @@ from dramatiq import pipeline
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from tests.proxy import Proxy, amqp_method
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -26,12 +26,12 @@ def hold_the_interpreter(seconds: float) -> None:
 
 
 def ended_of(app: App) -> Any:
-    return wiring_of(app.broker).shared["ended"]
+    return state_of(app.broker).shared["ended"]
 
 
 def all_acked(app: App) -> bool:
     """Whether the server waits for no ack of this worker's."""
-    return not app.in_hand() and not any(held() for held in wiring_of(app.broker).held.values())
+    return not app.in_hand() and not any(held() for held in state_of(app.broker).held.values())
 
 
 def test_neither_a_job_that_holds_the_interpreter_past_two_heartbeats_nor_its_neighbours_run_again(

@@ -140,16 +140,16 @@ def in_a_child(look: Any) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork beside threads, which is the subject
 def test_in_a_child_no_worker_runs_and_nothing_is_held(redis_place: RedisPlace) -> None:
-    from dramatiq_policies.delivery.broker_state import wiring_of
+    from dramatiq_policies.delivery.broker_state import state_of
 
     app = redis_place.app()
-    wiring = wiring_of(app.broker)
-    wiring.stopping.set()
-    wiring.in_flight["q"] = {"an-id"}
-    wiring.fatal, wiring.in_command, wiring.polled = "NOAUTH", True, {"q": 1.0}
+    state = state_of(app.broker)
+    state.stopping.set()
+    state.in_flight["q"] = {"an-id"}
+    state.fatal, state.in_command, state.polled = "NOAUTH", True, {"q": 1.0}
 
     def look() -> Any:
-        return wiring.stopping.is_set(), wiring.in_flight, wiring.fatal, wiring.in_command, wiring.polled
+        return state.stopping.is_set(), state.in_flight, state.fatal, state.in_command, state.polled
 
     assert in_a_child(look) == "(False, {}, None, False, {})"
     assert str(look()) == "(True, {'q': {'an-id'}}, 'NOAUTH', True, {'q': 1.0})"

@@ -26,7 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
-from dramatiq_policies._redis import RoundTrips
+from dramatiq_policies._redis import CommandBatcher
 from dramatiq_policies.brokers.redis.consumer import _FETCH, RedisConsumer
 from tests.proxy import Proxy, amqp_method
 
@@ -709,7 +709,7 @@ def test_an_ack_that_fails_is_tried_again(
     redis_place: RedisPlace, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = redis_place.app()
-    call = RoundTrips.call
+    call = CommandBatcher.call
     failures = [error] * 3
     done = []
 
@@ -718,7 +718,7 @@ def test_an_ack_that_fails_is_tried_again(
             raise failures.pop()
         return call(*args)
 
-    monkeypatch.setattr(RoundTrips, "call", failing)
+    monkeypatch.setattr(CommandBatcher, "call", failing)
 
     @app.actor
     def job():

@@ -14,9 +14,9 @@ import redis
 from dramatiq import Worker
 
 from dramatiq_policies import ErrorClassifier, Idempotency, install
-from dramatiq_policies._redis import RoundTrips
-from dramatiq_policies.delivery.broker_state import wiring_of
-from dramatiq_policies.idempotency.batched_completion import Piggyback
+from dramatiq_policies._redis import CommandBatcher
+from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.idempotency.batched_completion import BatchedCompletions
 from dramatiq_policies.stores.redis import RedisStore
 
 from .places import Gate, Place, RedisPlace, until
@@ -36,8 +36,8 @@ class Shop:
             self.broker, error_classifier=ErrorClassifier(**classifier), idempotency=Idempotency(store, lease=5_000)
         )
         self.told: list[str] = []
-        wiring = wiring_of(self.broker)
-        wiring.on_success = (*wiring.on_success, lambda delivery: self.told.append(delivery.message.message_id))
+        state = state_of(self.broker)
+        state.on_success = (*state.on_success, lambda delivery: self.told.append(delivery.message.message_id))
         self.ran: list[int] = []
         self.gate = Gate()
         self.sent: list[dramatiq.Message[Any]] = []
@@ -107,13 +107,13 @@ def make_shop(place: Place, redis_url: str, redis_namespace: str) -> Callable[..
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What each round trip has carried."""
     seen: list[list[str]] = []
-    stock = RoundTrips._exchange
+    stock = CommandBatcher._exchange
 
-    def watched(self: RoundTrips, calls: list[Any]) -> None:
+    def watched(self: CommandBatcher, calls: list[Any]) -> None:
         seen.append([str(call.command[0]) for call in calls])
         stock(self, calls)
 
-    monkeypatch.setattr(RoundTrips, "_exchange", watched)
+    monkeypatch.setattr(CommandBatcher, "_exchange", watched)
     return seen
 
 
@@ -198,15 +198,15 @@ def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
 ) -> None:
     shop = make_shop()
     job = shop.send_jobs(4)
-    look = Piggyback.look
+    look = BatchedCompletions.look
 
-    def look_and_be_stopped(piggyback: Piggyback) -> None:
-        look(piggyback)
-        if piggyback.trips.posted:
+    def look_and_be_stopped(batched_completions: BatchedCompletions) -> None:
+        look(batched_completions)
+        if batched_completions.trips.posted:
             for thread in worker.workers:
                 thread.stop()
 
-    monkeypatch.setattr(Piggyback, "look", look_and_be_stopped)
+    monkeypatch.setattr(BatchedCompletions, "look", look_and_be_stopped)
     with shop.working() as worker:
         until(lambda: shop.ran and not any(thread.is_alive() for thread in worker.workers))
         assert shop.ran == [0]
@@ -257,15 +257,15 @@ def test_a_connection_that_is_lost_under_a_completion(
     """Nobody knows whether it was carried out: it is said again, and nothing runs or counts twice."""
     shop = make_shop()
     failed: list[bool] = []
-    stock = RoundTrips._exchange
+    stock = CommandBatcher._exchange
 
-    def failing(self: RoundTrips, calls: list[Any]) -> None:
+    def failing(self: CommandBatcher, calls: list[Any]) -> None:
         stock(self, calls)
         if len(calls) == 2 and len(failed) < 3:
             failed.append(True)
             raise redis.ConnectionError("the answer was lost")
 
-    monkeypatch.setattr(RoundTrips, "_exchange", failing)
+    monkeypatch.setattr(CommandBatcher, "_exchange", failing)
     shop.send_jobs(6)
     with shop.working():
         until(lambda: len(shop.told) >= 7, timeout=40, describe=lambda: shop.told)

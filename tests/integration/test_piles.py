@@ -11,7 +11,7 @@ from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
-from dramatiq_policies.brokers.browser import Item, open_pile
+from dramatiq_policies.brokers.browser import Item, open_browser
 from dramatiq_policies.brokers.readers import reader_of
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -29,7 +29,7 @@ def test_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: 
     app = redis_place.app()
     bury(redis_place, app, 4)
     letters, client = redis_place.key(f"{redis_place.queue}.XQ"), redis_place.client
-    with open_pile(app.broker, redis_place.queue, dead=True) as pile:
+    with open_browser(app.broker, redis_place.queue, dead=True) as pile:
         assert len(pile) == 4
         client.hdel(f"{letters}.msgs", "r1")
         client.zrem(letters, "r2")
@@ -42,7 +42,7 @@ def test_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: 
 def test_letters_that_others_take_all_of_meanwhile_are_none(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 2)
-    with open_pile(app.broker, redis_place.queue, dead=True) as pile:
+    with open_browser(app.broker, redis_place.queue, dead=True) as pile:
         redis_place.client.delete(redis_place.key(f"{redis_place.queue}.XQ"))
         assert args_of(iter(pile)) == []
 
@@ -52,8 +52,8 @@ def test_a_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place
     app.broker.declare_queue(redis_place.queue)
     bury(redis_place, app, 1)
     with (
-        open_pile(app.broker, redis_place.queue, dead=True) as mine,
-        open_pile(app.broker, redis_place.queue, dead=True) as theirs,
+        open_browser(app.broker, redis_place.queue, dead=True) as mine,
+        open_browser(app.broker, redis_place.queue, dead=True) as theirs,
     ):
         (letter,), (same,) = list(mine), list(theirs)
         message = Message.decode(letter.body)
@@ -69,7 +69,7 @@ def test_a_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place
 def test_letters_that_somebody_else_has_in_hand_are_left_to_them(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
     app = rabbitmq_place.app()
     bury(rabbitmq_place, app, 3)
-    with open_pile(app.broker, rabbitmq_place.queue, dead=True) as pile:
+    with open_browser(app.broker, rabbitmq_place.queue, dead=True) as pile:
         assert len(pile) == 3
         rabbitmq_place.channel.basic_get(f"{rabbitmq_place.queue}.XQ")
         assert args_of(read(pile)) == [1, 2]
@@ -81,7 +81,7 @@ def test_a_queue_that_nobody_declared_takes_no_replay_and_the_letter_stays(rabbi
     bury(rabbitmq_place, app, 1)
     with (
         pytest.raises(ops.OperationError, match="no queue 'dp-test-missing'; start a worker once"),
-        open_pile(app.broker, rabbitmq_place.queue, dead=True) as pile,
+        open_browser(app.broker, rabbitmq_place.queue, dead=True) as pile,
     ):
         for letter in pile:
             pile.send(letter, Message.decode(letter.body).copy(queue_name="dp-test-missing"))

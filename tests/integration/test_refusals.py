@@ -17,7 +17,7 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 
 from dramatiq_policies import Heartbeat, RetryPolicy, constant
-from dramatiq_policies._redis import RoundTrips
+from dramatiq_policies._redis import CommandBatcher
 from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
 from dramatiq_policies.delivery import handing_off
 
@@ -196,7 +196,7 @@ def test_a_redis_that_is_full_is_waited_for_and_said_once(
     full = threading.Event()
     full.set()
     tried = []
-    stock = RoundTrips.call
+    stock = CommandBatcher.call
 
     def call(self: Any, *command: Any, **kwargs: Any) -> Any:
         if full.is_set() and b"policies" in command[-1]:
@@ -204,7 +204,7 @@ def test_a_redis_that_is_full_is_waited_for_and_said_once(
             raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
         return stock(self, *command, **kwargs)
 
-    monkeypatch.setattr(RoundTrips, "call", call)
+    monkeypatch.setattr(CommandBatcher, "call", call)
 
     @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
     def job() -> None:

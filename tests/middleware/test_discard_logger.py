@@ -11,7 +11,7 @@ import structlog
 from pythonjsonlogger.json import JsonFormatter
 
 from dramatiq_policies import ConfigurationError, DiscardLogger, Outcome, RetryPolicy, constant
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.outcomes import OutcomeEvent
 
 from ..support import Stage
@@ -138,7 +138,7 @@ def levels(caplog, logger):
     stage = Stage(bundle={"discard_logger": logger})
     caplog.clear()
     for event in ENDINGS.values():
-        wiring_of(stage.broker).publish(event, None)
+        state_of(stage.broker).publish(event, None)
     return dict(zip(ENDINGS, [record.levelname for record in caplog.records], strict=True))
 
 

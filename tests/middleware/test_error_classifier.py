@@ -55,7 +55,7 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.common import clock
 from dramatiq_policies.delivery import handing_off
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 
 from ..support import Stage
 
@@ -949,8 +949,8 @@ def test_a_subscriber_that_raises_keeps_nobody_else_from_the_record(caplog):
 
 def test_a_success_needs_no_record_where_nobody_asked_for_it():
     silent, told = (install(StubBroker(), error_classifier=ErrorClassifier(on_outcome=o)) for o in (None, print))
-    assert not wiring_of(silent).successes_observed
-    assert wiring_of(told).successes_observed
+    assert not state_of(silent).successes_observed
+    assert state_of(told).successes_observed
 
 
 # What a dead letter says.
@@ -2077,10 +2077,10 @@ def test_counters_that_another_middleware_overwrites_are_begun_anew():
 
 def test_a_worker_whose_broker_refuses_it_for_good_ends_as_the_command_does_for_one_that_is_not_there():
     stage = Stage()
-    wiring = stage.classifier.attached_to
-    for wiring.fatal, wiring.in_command in ((None, True), (ConnectionError("NOAUTH"), False)):
+    state = stage.classifier.attached_to
+    for state.fatal, state.in_command in ((None, True), (ConnectionError("NOAUTH"), False)):
         stage.classifier.after_worker_shutdown(stage.broker, None)
-    wiring.fatal, wiring.in_command = ConnectionError("NOAUTH"), True
+    state.fatal, state.in_command = ConnectionError("NOAUTH"), True
     with pytest.raises(SystemExit) as ended:
         stage.classifier.after_worker_shutdown(stage.broker, None)
     assert ended.value.code == 3

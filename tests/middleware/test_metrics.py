@@ -29,7 +29,7 @@ from dramatiq_policies import (
     constant,
     install,
 )
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.errors import HandoffFailed
 
 from ..support import PlainClient, Stage, StatsdServer, TaggedClient
@@ -60,26 +60,29 @@ def names_of(event):
     client = PlainClient()
     broker = StubBroker()
     install(broker, metrics=Metrics(client))
-    wiring_of(broker).publish(event, None)
+    state_of(broker).publish(event, None)
     return [name for _, name, _ in client.calls]
 
 
-RAN = {"actor": "mail", "queue": "default", "duration_ms": 2.0, "wait_ms": 1.0}
+FINISHED = {"actor": "mail", "queue": "default", "duration_ms": 2.0, "wait_ms": 1.0}
 
 
 @pytest.mark.parametrize(
     ("event", "counted"),
     [
-        (OutcomeEvent(outcome=Outcome.RETRIED, exception=OSError(), **RAN), ["retry", "failure"]),
-        (OutcomeEvent(outcome=Outcome.DISCARDED, exception=OSError(), **RAN), ["discard", "failure"]),
-        (OutcomeEvent(outcome=Outcome.ALERTED, exception=OSError(), **RAN), ["alert", "failure"]),
-        (OutcomeEvent(outcome=Outcome.DEAD, exception=OSError(), **RAN), ["dead", "failure"]),
-        (OutcomeEvent(outcome=Outcome.RETRIED, exception=TimeoutExceeded(), **RAN), ["retry", "failure", "timeout"]),
-        (OutcomeEvent(outcome=Outcome.DEAD, exception=TimeoutExceeded(), **RAN), ["dead", "failure", "timeout"]),
-        (OutcomeEvent(outcome=Outcome.DEFERRED, reason="snoozed", exception=Snooze(1), **RAN), ["deferred"]),
-        (OutcomeEvent(outcome=Outcome.INTERRUPTED, exception=Shutdown(), **RAN), ["interrupted"]),
-        (OutcomeEvent(outcome=Outcome.SKIPPED, **RAN), ["skipped"]),
-        (OutcomeEvent(outcome=Outcome.DEAD, reason="handoff_failed", exception=HandoffFailed(), **RAN), ["dead"]),
+        (OutcomeEvent(outcome=Outcome.RETRIED, exception=OSError(), **FINISHED), ["retry", "failure"]),
+        (OutcomeEvent(outcome=Outcome.DISCARDED, exception=OSError(), **FINISHED), ["discard", "failure"]),
+        (OutcomeEvent(outcome=Outcome.ALERTED, exception=OSError(), **FINISHED), ["alert", "failure"]),
+        (OutcomeEvent(outcome=Outcome.DEAD, exception=OSError(), **FINISHED), ["dead", "failure"]),
+        (
+            OutcomeEvent(outcome=Outcome.RETRIED, exception=TimeoutExceeded(), **FINISHED),
+            ["retry", "failure", "timeout"],
+        ),
+        (OutcomeEvent(outcome=Outcome.DEAD, exception=TimeoutExceeded(), **FINISHED), ["dead", "failure", "timeout"]),
+        (OutcomeEvent(outcome=Outcome.DEFERRED, reason="snoozed", exception=Snooze(1), **FINISHED), ["deferred"]),
+        (OutcomeEvent(outcome=Outcome.INTERRUPTED, exception=Shutdown(), **FINISHED), ["interrupted"]),
+        (OutcomeEvent(outcome=Outcome.SKIPPED, **FINISHED), ["skipped"]),
+        (OutcomeEvent(outcome=Outcome.DEAD, reason="handoff_failed", exception=HandoffFailed(), **FINISHED), ["dead"]),
     ],
     ids=lambda value: None if isinstance(value, OutcomeEvent) else "-".join(value),
 )
@@ -112,7 +115,7 @@ def test_so_are_those_of_a_success(client):
 def test_a_success_that_an_observer_gets_a_record_of_is_counted_once_too():
     client, seen = PlainClient(), []
     stage = stage_with(client)
-    wiring_of(stage.broker).observe(None, lambda event, message: seen.append(event.outcome))
+    state_of(stage.broker).observe(None, lambda event, message: seen.append(event.outcome))
     stage.actor(lambda: None, actor_name="mail").send()
     stage.run()
     assert seen == [Outcome.SUCCEEDED]
@@ -296,7 +299,7 @@ def test_a_stuck_job_has_its_actor_s_tags():
     stage = stage_with(client)
     stage.actor(lambda: None, actor_name="report", tags={"team": "finance"})
     record = StuckJob(actor="report", queue="default", message_id="1", elapsed_ms=1.0, stack="")
-    for tell in wiring_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).stuck_subscribers:
         tell(record)
     assert client.calls == [("c", "jobs.stuck", 1, ["team:finance", "actor:report", "queue:default"])]
 

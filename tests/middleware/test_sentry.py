@@ -35,7 +35,7 @@ from dramatiq_policies import (
     install,
 )
 from dramatiq_policies.delivery import handing_off, limits
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.validation import _warned
 from dramatiq_policies.observability import _sentry_sdk
 
@@ -781,7 +781,7 @@ def processed_beside_sentry_s_own(delivery, error):
 
 
 def test_a_span_of_an_old_sdk_says_that_the_job_failed():
-    told, span = processed_beside_sentry_s_own(SimpleNamespace(settlement=None), Unpaid())
+    told, span = processed_beside_sentry_s_own(SimpleNamespace(decision=None), Unpaid())
     assert told == [None]
     assert span.status == "error"
 
@@ -796,7 +796,7 @@ def test_a_message_that_is_none_of_ours_is_reported_by_sentry_s_own():
 def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
     sentry()
     stage = stage_with()
-    wiring_of(stage.broker).publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)
+    state_of(stage.broker).publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)
     (event,) = sentry.events
     assert event["message"] == "dead: a message of actor pay"
     assert event["fingerprint"] == ["pay", "", "dead"]
@@ -805,10 +805,10 @@ def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
 def test_a_stuck_job_is_told_only_to_a_client(sentry):
     stage = stage_with()
     job = StuckJob(actor="pay", queue="default", message_id="m1", elapsed_ms=70.0, stack=STACK)
-    for tell in wiring_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).stuck_subscribers:
         tell(job)
     sentry()
-    for tell in wiring_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).stuck_subscribers:
         tell(job)
     (event,) = sentry.events
     assert event["exception"]["values"][0]["value"] == "stuck for 70 ms, and can't be interrupted"

@@ -18,7 +18,7 @@ from dramatiq.middleware import Middleware, TimeLimit
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from dramatiq_policies.delivery import limits
-from dramatiq_policies.delivery.delivery import RAN, RUNNING, Delivery
+from dramatiq_policies.delivery.delivery import FINISHED, RUNNING, Delivery
 from dramatiq_policies.delivery.limits import expired_after, limit_for, validate, warn_if_close
 from dramatiq_policies.errors import ConfigurationError
 from dramatiq_policies.interrupts import threads as interrupts
@@ -234,7 +234,7 @@ def test_a_stamp_that_is_no_time_never_makes_a_message_expire(stamp):
 def delivery_that_ran(ms, limit):
     delivery = Delivery(None, message())
     delivery.timeout_ms = limit
-    delivery.started, delivery.ended, delivery.stage = 100.0, 100.0 + ms / 1_000, RAN
+    delivery.started, delivery.ended, delivery.stage = 100.0, 100.0 + ms / 1_000, FINISHED
     return delivery
 
 

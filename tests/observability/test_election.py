@@ -12,7 +12,7 @@ import time
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.observability.election import CommandElection, Election, elect
 from dramatiq_policies.observability.notes import memory_in, note_in, timed_note_in
 
@@ -124,7 +124,7 @@ def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_it_is_sa
         raise TypeError("an unexpected argument")
 
     monkeypatch.setattr("dramatiq_policies.brokers.redis.queue_reader.own_client", fails)
-    election = elect(wiring_of(RedisBroker(url="redis://127.0.0.1:1/0")), 1_000)
+    election = elect(state_of(RedisBroker(url="redis://127.0.0.1:1/0")), 1_000)
     assert type(election) is Election
     assert "can't be used for a lease: one process of each command watches the queues." in caplog.text
 

@@ -43,7 +43,7 @@ from dramatiq_policies import (
 from dramatiq_policies.brokers.browser import Item
 from dramatiq_policies.brokers.queue_reader import oldest
 from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
-from dramatiq_policies.delivery.broker_state import wiring_of
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.history import POLICIES, History, attempt_of, replays_of, run_of
 from dramatiq_policies.delivery.validation import check_composition, check_shape, is_number
 from dramatiq_policies.errors import UnknownRecord
@@ -188,7 +188,7 @@ class Deliveries(Middleware):
 
     def before_enqueue(self, broker, message, delay):
         # Dramatiq's own move out of the delay queue delivers nothing new, and a long wait not within this test.
-        moves = getattr(wiring_of(broker).moving, "on", False)
+        moves = getattr(state_of(broker).moving, "on", False)
         if not moves and (delay or 0) < 1_000:
             self.expected.append(message.message_id)
 
@@ -376,7 +376,7 @@ def test_an_actor_is_declared_or_said_to_be_wrong(letters_of, options):
         assert "declared" in said
         assert any(option in said for option in options)
         return
-    assert wiring_of(letters_of).policies["declared"].options is declared.options
+    assert state_of(letters_of).policies["declared"].options is declared.options
 
 
 ARGUMENTS = [

@@ -33,7 +33,7 @@ LAYERS = [
     {"history", "delivery", "shape", "options", "delay_queue"},
     {"wiring"},
     {"callbacks", "results", "handing_off"},
-    {"settlement", "decisions", "limits", "queues", "election"},
+    {"decision", "decisions", "limits", "queues", "election"},
     {"queue_alerts"},
     {"moving"},
     {"consumer"},

@@ -130,7 +130,7 @@ SABOTAGE = {
     "says of every delete that it found something": {"delete": lambda self, key: MemoryStore.delete(self, key) or True},
     "ignores a put over something": {"put": lambda self, key, value, ttl: self.swap(key, None, value, ttl) and None},
     "renews for nothing": {"renew": lambda self, renewals: [False for _ in renewals]},
-    "hangs in a fork": {"begin_anew": no_new_lock},
+    "hangs in a fork": {"reset_after_fork": no_new_lock},
 }
 
 

@@ -20,7 +20,7 @@ from ...common.connections import drop, strikes_anywhere
 from ...ops.app import OperationError
 from ..browser import Item
 
-__all__ = ["connect", "open_pile", "unreachable"]
+__all__ = ["connect", "open_browser", "unreachable"]
 
 #: For how many seconds the server may send nothing before we take it that there is no more.
 _SILENCE = 1.0
@@ -72,7 +72,7 @@ def _reason(error: Any) -> str:
 
 
 @contextmanager
-def open_pile(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqPile]:
+def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqPile]:
     """See the package's."""
     with connect(broker) as connection:
         yield RabbitmqPile(broker, connection, xq_name(queue) if dead else queue)

@@ -19,10 +19,10 @@ from dramatiq.errors import ConnectionClosed
 from ... import _dramatiq
 from ...common.connections import drop
 from ...common.safe_logger import SafeLogger
-from ...delivery.broker_state import Wiring
+from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
 from ...delivery.delay_queue import DelayQueue
-from ...delivery.delivery import Delivery, Send
+from ...delivery.delivery import Delivery, OutgoingMessage
 from ...delivery.history import now_ms
 from ...delivery.refusals import Fault, Parking
 from ...outcomes import text_of
@@ -44,15 +44,15 @@ _RETURNS = 2
 class RabbitmqConsumer(UnreadableBodies):
     """Consumes, acks and dead-letters on RabbitMQ."""
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
-        super().__init__(wiring, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
+        super().__init__(state, inner, queue_name)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
         #: Whether its queue was deleted under it, and with it all that the server would have given back.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
-        wiring.held[queue_name] = self.held
-        self.runs = Runs(wiring.shared.setdefault("ended", Ended()), self)
+        state.held[queue_name] = self.held
+        self.runs = Runs(state.shared.setdefault("ended", Ended()), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acked."""
@@ -97,8 +97,8 @@ class RabbitmqConsumer(UnreadableBodies):
             and self.is_published_anew(method.delivery_tag, message)
         ):
             return None
-        if self.wiring.taken is not None and not self.is_delay_queue and not method.redelivered:
-            self.wiring.taken[self.queue_name] = message
+        if self.state.taken is not None and not self.is_delay_queue and not method.redelivered:
+            self.state.taken[self.queue_name] = message
         proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
         proxy.body = body  # type: ignore[attr-defined]
         if self.is_delay_queue or self.runs.take(proxy, body, method.redelivered):
@@ -152,12 +152,12 @@ class RabbitmqConsumer(UnreadableBodies):
             self.nack_here(tag)
 
     def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
-        if self.gave_back() and not delivery.is_remembered():
+        if self.gave_back() and not delivery.completes_key():
             raise ConnectionClosed("the consumer that delivered this message is closed")
         steps = delivery.steps
         while steps:
             step = steps[0]
-            assert isinstance(step, Send)
+            assert isinstance(step, OutgoingMessage)
             self.enqueue(step)
             steps.pop(0)
         if isinstance(dead, bytes):
@@ -165,13 +165,13 @@ class RabbitmqConsumer(UnreadableBodies):
         elif dead is not None:
             self.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
 
-    def enqueue(self, step: Send) -> None:
+    def enqueue(self, step: OutgoingMessage) -> None:
         """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
         self._encode(step)
         self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
         self.broker.emit_after("enqueue", step.message, step.delay)
 
-    def _encode(self, step: Send) -> None:
+    def _encode(self, step: OutgoingMessage) -> None:
         if step.encoded is None:
             message, delay = step.message, step.delay
             if delay is not None:
@@ -284,9 +284,9 @@ class RabbitmqConsumer(UnreadableBodies):
             self._lost()
         super().close()
         self.closed = True
-        self.runs.closed(self.wiring.stopping.is_set())
-        if self.wiring.held.get(self.source) == self.held:
-            del self.wiring.held[self.source]
+        self.runs.closed(self.state.stopping.is_set())
+        if self.state.held.get(self.source) == self.held:
+            del self.state.held[self.source]
         # The stock consumer leaves its connection open if its channel was closed already.
         if self.inner.connection.is_open:
             try:

@@ -23,8 +23,8 @@ from dramatiq.errors import ConnectionClosed
 
 from ... import _dramatiq
 from ...common.connections import drop
-from ...delivery.broker_state import Wiring
-from ...delivery.delivery import Send
+from ...delivery.broker_state import BrokerState
+from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
 from ...delivery.moving import Move, attempt
 from ...delivery.refusals import Unsendable
@@ -56,8 +56,8 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
       prefetch: How many messages it keeps, at least 100.
     """
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str, prefetch: int) -> None:
-        super().__init__(wiring, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(state, inner, queue_name)
         self.limit = max(prefetch, _FEWEST)
         #: The due time and the tag of each message that was delivered and is not kept, the nearest first.
         self.far: list[tuple[float, int]] = []
@@ -65,7 +65,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         self.returned = 0
         self.batches: _Batches | None = None
         #: What is to be published anew, with its tag: see `is_published_anew`.
-        self.anew: list[tuple[int, Send]] = []
+        self.anew: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
         self.on_connection(inner.channel.basic_qos, 0, _WINDOW)
@@ -101,7 +101,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         return message
 
     def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
-        step = Send(message)
+        step = OutgoingMessage(message)
         try:
             step.encoded = self.encoded(message)
         except Unsendable:
@@ -167,7 +167,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
     def move(self, moves: list[Move]) -> None:
         steps = []
         for move in moves:
-            step = Send(move.moved)
+            step = OutgoingMessage(move.moved)
             try:
                 self._encode(step)
             except Exception as error:
@@ -182,7 +182,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
             move.done = True
             self.broker.emit_after("enqueue", step.message, None)
         self.on_connection(self.inner.connection.process_data_events, 0)
-        if self.wiring.stopping.is_set() and len(accepted) < len(steps):
+        if self.state.stopping.is_set() and len(accepted) < len(steps):
             # No further try, which may take as long. The server gives the messages out again.
             self._stop_publishing()
             raise ConnectionClosed("RabbitMQ did not confirm before the worker stopped")
@@ -191,11 +191,11 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
                 # One by one: the queue is declared again, the connection made anew, and an error is its own message's.
                 attempt(self, move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
-    def _move_alone(self, move: Move, step: Send) -> None:
+    def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
         self.enqueue(step)
         self.send_ack(move.message)
 
-    def _publish_all(self, queue: str, steps: list[Send]) -> set[int]:
+    def _publish_all(self, queue: str, steps: list[OutgoingMessage]) -> set[int]:
         """Publish to a queue, confirmed. Returns the numbers of those that the server has accepted."""
         broker: Any = self.broker
         try:
@@ -217,7 +217,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
             if batches.waiting:
                 # The server takes its time: it must hear from the consumer meanwhile.
                 self.on_connection(self.inner.connection.process_data_events, 0)
-                if self.wiring.stopping.is_set() and monotonic() - began > _PATIENCE:
+                if self.state.stopping.is_set() and monotonic() - began > _PATIENCE:
                     break
         return batches.accepted
 
@@ -235,7 +235,7 @@ class _Batches:
         self.accepted: set[int] = set()
         self._bodies: list[Any] = []
 
-    def write(self, queue: str, steps: list[Send]) -> None:
+    def write(self, queue: str, steps: list[OutgoingMessage]) -> None:
         self.waiting, self.accepted = {}, set()
         self._bodies = [step.encoded for step in steps]
         for number, step in enumerate(steps):

@@ -15,7 +15,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from ...common.connections import drop, strikes_anywhere
-from ...delivery.broker_state import wiring_of
+from ...delivery.broker_state import state_of
 from ..queue_reader import QueueReader, QueueReading, ready_at
 
 __all__ = ["Flow", "RabbitmqReader"]
@@ -98,11 +98,11 @@ class RabbitmqReader(QueueReader):
         return None if flow.first == now else now - flow.first
 
     def note(self) -> dict[str, Any]:
-        wiring = wiring_of(self.broker)
-        taken = list((wiring.taken or {}).items())
+        state = state_of(self.broker)
+        taken = list((state.taken or {}).items())
         return {
             "taken": {queue: [message.message_id, ready_at(message)] for queue, message in taken},
-            "held": {queue: held() for queue, held in list(wiring.held.items())},
+            "held": {queue: held() for queue, held in list(state.held.items())},
         }
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from dramatiq.errors import ConnectionClosed
 
 from ...common.safe_logger import SafeLogger
 from ...delivery.consumer import PolicyConsumer
-from ...delivery.delivery import Send
+from ...delivery.delivery import OutgoingMessage
 from ...delivery.handing_off import RETURNED, wait_before_return
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...errors import MalformedMessage
@@ -95,7 +95,7 @@ class UnreadableBodies(PolicyConsumer):
     def publish(self, queue: str, body: bytes, priority: int | None) -> None:
         raise NotImplementedError
 
-    def enqueue(self, step: Send) -> None:
+    def enqueue(self, step: OutgoingMessage) -> None:
         raise NotImplementedError
 
     def ack_here(self, tag: int) -> None:
@@ -140,7 +140,7 @@ class UnreadableBodies(PolicyConsumer):
         wait = wait_before_return(times)
         options = {UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
         try:
-            self.enqueue(Send(Message(self.queue_name, "?", (), {}, options), wait))
+            self.enqueue(OutgoingMessage(Message(self.queue_name, "?", (), {}, options), wait))
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None

@@ -15,14 +15,14 @@ from dramatiq import Message
 from ...ops.app import OperationError, redact
 from ..browser import Item
 
-__all__ = ["open_pile"]
+__all__ = ["open_browser"]
 
 _MOVE = resources.files(__package__).joinpath("move.lua").read_text()
 _PAGE = 500
 
 
 @contextmanager
-def open_pile(broker: Any, queue: str, *, dead: bool) -> Iterator[RedisPile]:
+def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[RedisPile]:
     """See the package's."""
     try:
         yield RedisPile(broker, queue, dead=dead)

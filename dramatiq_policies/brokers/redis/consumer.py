@@ -23,17 +23,17 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
-from ..._redis import RAW, RoundTrips, Script
+from ..._redis import RAW, CommandBatcher, Script
 from ...common.safe_logger import SafeLogger
-from ...delivery.broker_state import Wiring
+from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED, PolicyConsumer
-from ...delivery.delivery import Carried, Delivery, GivenAway, Send
+from ...delivery.delivery import Carried, Delivery, DeliveryReassigned, OutgoingMessage
 from ...delivery.history import FAILURE, now_ms
 from ...delivery.refusals import IN_A_ROW, Fault, Unsendable
 from ...errors import MalformedMessage
 from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
-from .prefetch import Places
+from .prefetch import PrefetchWindow
 from .recovery import Recovery
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ class RedisConsumer(PolicyConsumer):
 
     acks_with_hand_off = True
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
-        super().__init__(wiring, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
+        super().__init__(state, inner, queue_name)
         self.client = inner.broker.client
-        self.trips = wiring.shared.setdefault("round_trips", RoundTrips(self.client))
+        self.trips = state.shared.setdefault("round_trips", CommandBatcher(self.client))
         self.timeout_ms = inner.timeout
-        self.ended: Ended = wiring.shared.setdefault("ended", Ended())
+        self.ended: Ended = state.shared.setdefault("ended", Ended())
         #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
-        self.places = Places(wiring.in_flight.setdefault(queue_name, set()), inner.prefetch)
+        self.places = PrefetchWindow(state.in_flight.setdefault(queue_name, set()), inner.prefetch)
         #: The store of the claims that were seen last, and whether it is on this server.
         self.store: Any = None
         self.beside_store = False
@@ -138,7 +138,7 @@ class RedisConsumer(PolicyConsumer):
     def _fetch(self) -> bool:
         """Fill the cache; False if there was nothing to be had for a while."""
         if monotonic() - self.looked > _LOOK_EVERY:
-            self._guarded(self._put_back_the_lost)
+            self._guarded(self._requeue_orphans)
             self.looked = monotonic()
         self._guarded(self.recovery.look)
         if left := self.distrust.seconds_left():
@@ -183,7 +183,7 @@ class RedisConsumer(PolicyConsumer):
                 self._not_acked(message)
         except BrokerConnectionError as error:
             self.places.over(redis_id)
-            if not self.wiring.stopping.is_set():
+            if not self.state.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
         self._release(message)
@@ -191,7 +191,7 @@ class RedisConsumer(PolicyConsumer):
     def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         sends: list[str | bytes] = []
         for step in delivery.steps or ():
-            assert isinstance(step, Send)
+            assert isinstance(step, OutgoingMessage)
             if step.encoded is None:
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
@@ -201,7 +201,7 @@ class RedisConsumer(PolicyConsumer):
         settled = self._complete(redis_id, body, sends, claim) if at_once else None
         if settled is None:
             # A completion is remembered between hand-off and ack.
-            at_once, keep = False, delivery.is_remembered()
+            at_once, keep = False, delivery.completes_key()
             settled = self._settle(redis_id, body, sends, keep)
         if not settled:
             self._given_away(redis_id, delivery, dead is not None)
@@ -213,7 +213,7 @@ class RedisConsumer(PolicyConsumer):
         steps, delivery.steps = delivery.steps, None
         delivery.acked = not keep
         for step in (steps or ()) if settled else ():
-            assert isinstance(step, Send)
+            assert isinstance(step, OutgoingMessage)
             self.broker.emit_after("enqueue", step.message, step.delay)
         if not keep:
             self._release(message)
@@ -223,19 +223,19 @@ class RedisConsumer(PolicyConsumer):
 
         Should it come back here, all that this run has left to do is done then, and it does not run.
         """
-        decided = delivery.settlement
-        if decided is not None and not is_keyed(delivery):
-            left = decided if dead or delivery.claim is not None else left_of(delivery).settlement
+        decision = delivery.decision
+        if decision is not None and not is_keyed(delivery):
+            left = decision if dead or delivery.claim is not None else left_of(delivery).decision
             self.ended.remember(redis_id, Carried(left, delivery.steps))
         if delivery.claim is not None:
-            raise GivenAway
+            raise DeliveryReassigned
 
     def _not_acked(self, message: MessageProxy) -> None:
         delivery: Delivery | None = vars(message).get("delivery")
         if delivery is not None and not is_keyed(delivery):
             self.ended.remember(message.options["redis_message_id"], left_of(delivery))
 
-    def _encode(self, step: Send) -> tuple[str, str, bytes]:
+    def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
         """What ``RedisBroker.enqueue`` would send, its hooks run."""
         message, delay = step.message, step.delay
         redis_id = str(uuid4())
@@ -250,7 +250,7 @@ class RedisConsumer(PolicyConsumer):
         return queue, redis_id, self.encoded(message)
 
     def completes(self, delivery: Delivery) -> bool:
-        if not delivery.is_remembered():
+        if not delivery.completes_key():
             return False
         store = delivery.claim.claims.store
         if store is not self.store:
@@ -337,7 +337,7 @@ class RedisConsumer(PolicyConsumer):
     def _release(self, message: MessageProxy) -> None:
         self.places.release(message.options["redis_message_id"])
 
-    def _put_back_the_lost(self) -> None:
+    def _requeue_orphans(self) -> None:
         """Requeue what the server gave this process and this process never got."""
         broker: Any = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
@@ -347,7 +347,7 @@ class RedisConsumer(PolicyConsumer):
         held |= self.places.held
         lost = [name for name in names if name.decode(errors="replace") not in held]
         if lost:
-            log = logger.info if self.wiring.stopping.is_set() else logger.warning
+            log = logger.info if self.state.stopping.is_set() else logger.warning
             log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
             broker.do_requeue(self.source, *lost)
 
@@ -364,31 +364,31 @@ class RedisConsumer(PolicyConsumer):
             if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
                 self._permanent(error)
             is_full = any(part in text for part in _FULL)
-            if is_full and monotonic() - self.wiring.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
-                self.wiring.shared["full"] = monotonic()
+            if is_full and monotonic() - self.state.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
+                self.state.shared["full"] = monotonic()
                 alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
             raise ConnectionClosed(error) from None
         except OSError as error:
             raise ConnectionClosed(error) from None
 
     def _permanent(self, error: Exception) -> None:
-        wiring = self.wiring
-        if wiring.fatal is None:
-            wiring.fatal = f"{type(error).__name__}: {error}"
+        state = self.state
+        if state.fatal is None:
+            state.fatal = f"{type(error).__name__}: {error}"
             alerts.critical(
                 "Redis refuses this worker for good (%s). %s",
-                wiring.fatal,
-                "The process ends." if wiring.in_command else "Stop the worker and mend what it says.",
+                state.fatal,
+                "The process ends." if state.in_command else "Stop the worker and mend what it says.",
             )
-            if wiring.in_command:
+            if state.in_command:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         super().close()
-        if self.wiring.stopping.is_set():
+        if self.state.stopping.is_set():
             self.cache.clear()
             try:
                 # What was prefetched and never handed out, and what was given up.
-                self._put_back_the_lost()
+                self._requeue_orphans()
             except (redis.RedisError, OSError) as error:
                 logger.warning("Messages of queue %r come back later than now: %s", self.source, error)

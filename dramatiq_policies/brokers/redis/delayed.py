@@ -10,8 +10,8 @@ from dramatiq.errors import BrokerConnectionError
 
 from ... import _dramatiq
 from ...common.safe_logger import SafeLogger
-from ...delivery.broker_state import Wiring
-from ...delivery.delivery import Send
+from ...delivery.broker_state import BrokerState
+from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
 from ...delivery.moving import Move
 from ...delivery.validation import is_number
@@ -26,8 +26,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 class RedisDelayConsumer(RedisConsumer):
     """Consumes a delay queue, and moves its messages when they are due."""
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
-        super().__init__(wiring, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
+        super().__init__(state, inner, queue_name)
         self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
 
     def room(self) -> int:
@@ -72,7 +72,7 @@ class RedisDelayConsumer(RedisConsumer):
         """Move messages in one round trip."""
         sent = []
         for move in moves:
-            step = Send(move.moved)
+            step = OutgoingMessage(move.moved)
             try:
                 redis_id = move.message.options["redis_message_id"]
                 sent.append((move, step, redis_id, self._settling(redis_id, sends=self._encode(step))))
@@ -95,7 +95,7 @@ class RedisDelayConsumer(RedisConsumer):
 
     def close(self) -> None:
         super().close()
-        if self.wiring.stopping.is_set():
+        if self.state.stopping.is_set():
             try:
                 self.index.release()
             except (redis.RedisError, OSError) as error:

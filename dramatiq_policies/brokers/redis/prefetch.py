@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from threading import Event
 
-__all__ = ["Places"]
+__all__ = ["PrefetchWindow"]
 
 
-class Places:
+class PrefetchWindow:
     """Which messages of a queue this process holds, and how many places they take.
 
     One that is done takes none any more while its ack is on its way: so there is more to do when it arrives.

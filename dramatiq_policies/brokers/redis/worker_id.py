@@ -35,9 +35,9 @@ class WorkerId:
         text = script if isinstance(script, bytes) else script.encode()
         broker.scripts["dispatch"] = broker.client.register_script(_SERVER_CLOCK + text)
         broker.maintenance_chance = 0
-        self.begin_anew()
+        self.reset_after_fork()
         after_fork(self)
 
-    def begin_anew(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a new process nothing is held."""
         self.broker.broker_id = f"{uuid4()}{BY_SERVER_CLOCK}"

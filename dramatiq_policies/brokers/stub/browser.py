@@ -12,11 +12,11 @@ from dramatiq import Message
 
 from ..browser import Item
 
-__all__ = ["open_pile"]
+__all__ = ["open_browser"]
 
 
 @contextmanager
-def open_pile(broker: Any, queue: str, *, dead: bool) -> Iterator[StubPile]:
+def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[StubPile]:
     """See the package's."""
     pile = StubPile(broker, queue, dead=dead)
     try:

@@ -12,19 +12,19 @@ from dramatiq.errors import DramatiqError
 from dramatiq.message import get_encoder
 
 from ... import _dramatiq
-from ...delivery.broker_state import Wiring
+from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import PolicyConsumer
 from ...delivery.moving import Move
 from ...errors import MalformedMessage
 
-__all__ = ["StubConsumer", "explain_unsendable"]
+__all__ = ["StubConsumer", "explain_unserialisable"]
 
 
 class StubConsumer(PolicyConsumer):
     """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
 
-    def __init__(self, wiring: Wiring, inner: Any, queue_name: str) -> None:
-        super().__init__(wiring, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
+        super().__init__(state, inner, queue_name)
         if self.is_delay_queue:
             # All delayed messages are in memory anyhow: far ones must not keep nearer ones out.
             _dramatiq.lift_stub_limit(inner)
@@ -60,11 +60,11 @@ class StubConsumer(PolicyConsumer):
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
 
     def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
-        if self.wiring.stopping.is_set() and delivery.steps:
+        if self.state.stopping.is_set() and delivery.steps:
             # A thread of the worker that stops would take it, and nobody put it back.
             steps, delivery.steps = delivery.steps, None
             for step in steps:
-                self.wiring.put_back_later.append(partial(self.broker.enqueue, step.message, delay=step.delay))
+                self.state.requeue_after_shutdown.append(partial(self.broker.enqueue, step.message, delay=step.delay))
         super().hand_off(message, delivery, dead)
         # Not before the outcome is published: whoever joins the queue expects to see it.
         delivery.acked = False
@@ -78,14 +78,14 @@ class StubConsumer(PolicyConsumer):
             _dramatiq.release_stub_slot(self.inner)
 
     def abandon(self, message: MessageProxy) -> None:
-        self.wiring.put_back_later.append(partial(self.put_back, [message]))
+        self.state.requeue_after_shutdown.append(partial(self.put_back, [message]))
 
     def move_one(self, move: Move) -> None:
         self.broker.enqueue(move.moved)
         self.finish(move.message)
 
 
-def explain_unsendable(broker: Broker) -> None:
+def explain_unserialisable(broker: Broker) -> None:
     """Have a StubBroker name the argument to blame where a message can't be encoded."""
     stock = broker.enqueue
 

@@ -14,7 +14,7 @@ from dramatiq.middleware import AsyncIO
 from ..._dramatiq import kind_of
 from ...common.durations import to_ms
 from ...common.safe_logger import ALERTS, is_heard
-from ...delivery.broker_state import Wiring, wiring_of
+from ...delivery.broker_state import BrokerState, state_of
 from ...errors import ConfigurationError
 from ...middleware.base import PolicyMiddleware
 from ...middleware.error_classifier import ErrorClassifier
@@ -57,7 +57,7 @@ class _Job:
 
     actor: Actor[..., Any]
     policy: ActorPolicy
-    wiring: Wiring
+    state: BrokerState
     settings: Settings
     options: dict[str, Any] = field(init=False)
 
@@ -65,11 +65,11 @@ class _Job:
         self.options = self.actor.options
 
     def one(self, kind: type[Any]) -> Any:
-        return next((middleware for middleware in self.wiring.broker.middleware if isinstance(middleware, kind)), None)
+        return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)
 
     def named(self, name: str) -> Any:
         """A middleware by its class's name, for those whose module may not be imported."""
-        return named(self.wiring.broker, name)
+        return named(self.state.broker, name)
 
 
 def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
@@ -86,10 +86,10 @@ def check_broker(broker: Broker, settings: Settings | None = None) -> list[Findi
 def check_actor(actor: Actor[..., Any], settings: Settings | None = None) -> list[Finding]:
     """Everything that is wrong with one actor, exemptions not yet applied."""
     settings = Settings() if settings is None else settings
-    policy = wiring_of(actor.broker).policies.get(actor.actor_name)
+    policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
         return [_finding("DP022", actor, "It was declared on a broker without the bundle")]
-    job = _Job(actor, policy, wiring_of(actor.broker), settings)
+    job = _Job(actor, policy, state_of(actor.broker), settings)
     return [_finding(code, actor, text) for check in _OF_ACTORS for code, text in check(job)]
 
 
@@ -198,7 +198,7 @@ def _target(rule: Any) -> str:
 def _references(job: _Job) -> Found:
     for option in ("on_retry_exhausted", "on_failure", "on_success"):
         named = job.options.get(option)
-        if isinstance(named, str) and named not in job.wiring.broker.actors:
+        if isinstance(named, str) and named not in job.state.broker.actors:
             yield "DP014", f"{option} names {named!r}, which no actor is called"
 
 
@@ -212,7 +212,7 @@ def _clocks(job: _Job) -> Found:
             "DP015",
             f"It may run for {timeout:.0f} ms; a worker that shuts down waits {settings.shutdown_timeout_ms} ms",
         )
-    if kind_of(job.wiring.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
+    if kind_of(job.state.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
         yield (
             "DP017",
             (

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from ...delivery.actor_policy import ActorPolicy
 
-__all__ = ["Portrait", "describe"]
+__all__ = ["ActorSummary", "describe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Portrait:
+class ActorSummary:
     """An actor's whole policy.
 
     Attributes:
@@ -41,7 +41,7 @@ class Portrait:
         return asdict(self)
 
 
-def describe(actor: Actor[..., Any]) -> Portrait:
+def describe(actor: Actor[..., Any]) -> ActorSummary:
     """An actor's whole policy.
 
     Raises:
@@ -64,7 +64,7 @@ def describe(actor: Actor[..., Any]) -> Portrait:
                 "owner": rule.owner,
             }
         )
-    return Portrait(
+    return ActorSummary(
         actor=actor.actor_name,
         queue=actor.queue_name,
         purpose=(purpose_of(actor) or "").strip().partition("\n")[0] or None,

@@ -12,7 +12,7 @@ from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..._dramatiq import kind_of
-from ...middleware.base import PolicyMiddleware, rivals_of
+from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
 from ...middleware.error_classifier import ErrorClassifier
 from ...middleware.idempotency import Idempotency
@@ -53,10 +53,10 @@ _SENDING: tuple[type[Middleware], ...] = (StockCallbacks, StockPipelines)
 def _leftovers(broker: Broker) -> Found:
     for stock, ours in _REPLACED:
         if any(isinstance(middleware, ours) for middleware in broker.middleware):
-            for name in rivals_of(broker, stock, ours):
+            for name in conflicting_stock(broker, stock, ours):
                 yield "DP013", f"{name} is a {stock.__name__} and works against {ours.__name__}"
     for stock, ours in _WITH_HOLES:
-        for name in rivals_of(broker, stock, ours):
+        for name in conflicting_stock(broker, stock, ours):
             yield "DP025", f"{name} is a {stock.__name__} of your own, and works as the stock one does"
     for stock in _SENDING:
         if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...delivery.broker_state import wiring_of
+from ...delivery.broker_state import state_of
 from ..app import OperationError
 from .actor_checks import Settings, check_actor, check_broker
 from .findings import CODES, Finding
@@ -100,7 +100,7 @@ def missing_extra(error: OperationError) -> Report | None:
 
 def _reason(broker: Broker, finding: Finding, reasons: Exemptions) -> str | None:
     if finding.actor is not None:
-        policy = wiring_of(broker).policies.get(finding.actor)
+        policy = state_of(broker).policies.get(finding.actor)
         own = {} if policy is None else policy.exempt
         for given in (own, reasons.get(finding.actor, {})):
             if finding.code in given:

@@ -10,7 +10,7 @@ from dramatiq.common import dq_name, xq_name
 
 from ... import _dramatiq
 from ..._dramatiq import kind_of
-from ...delivery.broker_state import wiring_of
+from ...delivery.broker_state import state_of
 from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
 from ..app import OperationError, known_queues, one_line, redact
@@ -120,14 +120,14 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
 
 def _store(broker: Broker, facts: dict[str, Any]) -> Found:
     idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
-    wiring = wiring_of(broker)
-    if idempotency is None or idempotency.store is None or wiring.admission is None:
+    state = state_of(broker)
+    if idempotency is None or idempotency.store is None or state.admission is None:
         return
-    store, place = idempotency.store, wiring.admission.place
+    store, place = idempotency.store, state.admission.place
     warnings, server = getattr(store, "warnings", None), server_of(broker, store)
     try:
         found = warnings() if callable(warnings) else []
-        others = [] if server is None else neighbours(store, server, place, keyed_queues(wiring))
+        others = [] if server is None else neighbours(store, server, place, keyed_queues(state))
     except Exception as error:
         raise OperationError(f"The idempotency store can't be asked: {one_line(error)}.") from None
     facts["store"] = type(store).__name__

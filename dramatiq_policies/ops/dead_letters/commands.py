@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
 
-from ...brokers.browser import Item, Pile, open_pile
+from ...brokers.browser import Item, QueueBrowser, open_browser
 from ..app import OperationError, find_queue, known_queues
 from ..strays import find_any_queue, stray_queues
 from .dead_letter import DeadLetter, Filter, read_letter, renewed
@@ -78,7 +78,7 @@ def dead_letters(
     """
     left = limit
     for queue in _chosen(broker, queues):
-        with open_pile(broker, queue, dead=True) as pile:
+        with open_browser(broker, queue, dead=True) as pile:
             for item in _looked_at(pile, limit):
                 letter = read_letter(broker, queue, item)
                 if where is None or where(letter):
@@ -89,7 +89,7 @@ def dead_letters(
                             return
 
 
-def _looked_at(pile: Pile, limit: int | None) -> Iterable[Item]:
+def _looked_at(pile: QueueBrowser, limit: int | None) -> Iterable[Item]:
     """What is only looked at: all at once, but whoever needs a few takes no more off RabbitMQ than those."""
     return pile.read_all() if limit is None and len(pile) else pile
 
@@ -225,7 +225,7 @@ def _work(
     dry_run: bool = False,
 ) -> None:
     """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
-    with open_pile(broker, queue, dead=dead) as pile:
+    with open_browser(broker, queue, dead=dead) as pile:
         next_at = monotonic()
         if limit is not None and moved.count >= limit:
             return

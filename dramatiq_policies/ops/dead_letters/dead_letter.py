@@ -11,7 +11,7 @@ from dramatiq import Message
 from dramatiq.message import generate_unique_id
 
 from ...common.texts import printable
-from ...delivery.broker_state import wiring_of
+from ...delivery.broker_state import state_of
 from ...delivery.delivery import READY_AT
 from ...delivery.history import FAILURE, POLICIES, History, now_ms
 from ...delivery.validation import check_shape, decode, is_number
@@ -92,7 +92,7 @@ def _type_of(value: Any) -> str:
 def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
     """What a dead letter says. It may come from anybody: what can't be read is None."""
     try:
-        message = decode(item.body, wiring_of(broker).max_body_bytes)
+        message = decode(item.body, state_of(broker).max_body_bytes)
         check_shape(message)
     except Exception:
         return DeadLetter(
@@ -110,7 +110,7 @@ def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
     options = message.options
     failure = options.get(FAILURE)
     failure = failure if isinstance(failure, dict) else _stock_failure(options)
-    policy = wiring_of(broker).policies.get(message.actor_name)
+    policy = state_of(broker).policies.get(message.actor_name)
     tags = failure.get("tags")
     history = failure.get("history")
     failed_at: Any = failure.get("failed_at")

@@ -10,7 +10,7 @@ from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Shutdown
 
 from ...common.durations import WEEK_MS, to_ms
-from ...delivery.broker_state import wiring_of
+from ...delivery.broker_state import state_of
 from ...errors import Snooze, Verdict
 from ...middleware.error_classifier import ErrorClassifier
 from ...outcomes import class_path
@@ -231,7 +231,7 @@ def policy_of(actor: Actor[..., Any]) -> ActorPolicy:
     Raises:
       OperationError: If it is on a broker without the bundle.
     """
-    policy = wiring_of(actor.broker).policies.get(actor.actor_name)
+    policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
         raise OperationError(
             f"The actor {actor.actor_name!r} is on a broker without the bundle. Call install(broker) before you declare "
