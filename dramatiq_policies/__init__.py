@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle import install
 from .delivery.actor_policy import ActorOptions
-from .delivery.delivery import CurrentJob, current_job
+from .delivery.current_job import CurrentJob, current_job
 from .errors import (
     ConfigurationError,
     Crashed,

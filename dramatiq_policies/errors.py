@@ -34,6 +34,7 @@ from typing import Any
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
 from .common.credentials import redact, redacted_repr
+from .common.current import running_job
 from .common.durations import clamped_wait, to_ms
 
 __all__ = [
@@ -207,16 +208,18 @@ class TimeoutExceeded(TimeLimitExceeded):
 
     def _describe(self) -> None:
         # An interrupt is set by class, without arguments; the interrupted thread knows which job it runs.
-        from .delivery.delivery import running_delivery
-
-        delivery = running_delivery()
-        if delivery is not None:
-            self.limit_ms = delivery.timeout_ms
-            self.elapsed_ms = delivery.elapsed_ms()
-            self.actor = delivery.message.actor_name
-            self.message_id = delivery.message.message_id
+        job = running_job()
+        if job is not None:
+            self.limit_ms = job.timeout_ms
+            self.elapsed_ms = job.elapsed_ms()
+            self.actor = job.message.actor_name
+            self.message_id = job.message.message_id
 
     def __str__(self) -> str:
         if self.args or self.limit_ms is None or self.elapsed_ms is None:
             return super().__str__()
         return f"{self.actor} ran for {self.elapsed_ms:.0f} ms; its timeout is {self.limit_ms:.0f} ms"
+
+
+class OperationError(PolicyError):
+    """A command cannot do its work. The text is one sentence for the operator."""

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._dramatiq import kind_of
-from ..ops.app import OperationError
+from ..errors import OperationError
 
 if TYPE_CHECKING:
     from dramatiq import Message

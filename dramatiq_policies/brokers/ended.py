@@ -18,7 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..common.forks import after_fork
-from ..delivery.delivery import SUCCEEDED, Carried, Decision, Delivery
+from ..delivery.decision import SUCCEEDED, Decision
+from ..delivery.delivery import Carried, Delivery
 from ..outcomes import Outcome
 
 if TYPE_CHECKING:

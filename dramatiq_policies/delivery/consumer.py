@@ -21,8 +21,9 @@ from .. import _dramatiq
 from ..common.safe_logger import SafeLogger
 from ..errors import MalformedMessage
 from ..outcomes import Outcome, OutcomeEvent, text_of
+from .decision import Decision
 from .delay_queue import DelayQueue
-from .delivery import Decision, Delivery, OutgoingMessage
+from .delivery import Delivery, OutgoingMessage
 from .handing_off import RETURNED, returned
 from .moving import Move, attempt, move_due
 from .refusals import Distrust, Fault, Parking, Unsendable

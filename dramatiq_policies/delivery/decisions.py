@@ -19,7 +19,8 @@ from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding
 from .callbacks import tell_exhausted
-from .delivery import Decision, Delivery, OutgoingMessage, Recorder
+from .decision import Decision
+from .delivery import Delivery, OutgoingMessage, Recorder
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from dramatiq import Message
 from dramatiq.middleware import SkipMessage
 
 from ..common import clock
-from ..errors import NoCurrentJob
-from ..outcomes import Outcome
+from ..common.current import current as _current
+from .decision import COMPLETING, SUCCEEDED, Decision
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
@@ -26,20 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Carried",
-    "CurrentJob",
-    "Decision",
     "Delivery",
     "DeliveryReassigned",
     "OutgoingMessage",
     "Recorder",
-    "current_job",
     "running_delivery",
 ]
 
-T = TypeVar("T")
-
 #: The delivery that this thread (greenlet, task) works on.
-current: ContextVar[Delivery | None] = ContextVar("dramatiq_policies_delivery", default=None)
+current = cast("ContextVar[Delivery | None]", _current)
 
 
 class OutgoingMessage:
@@ -73,49 +68,12 @@ class Recorder:
         return getattr(self.broker, name)
 
 
-class Decision:
-    """What was decided: how the delivery ends, and what becomes of its message.
-
-    Attributes:
-      outcome, reason, exception, rule, delay_ms, attempt: As in the record that is published.
-      dead_letter: The message goes to the dead-letter queue.
-    """
-
-    __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "outcome", "reason", "rule")
-
-    def __init__(
-        self,
-        outcome: Outcome,
-        reason: str | None = None,
-        *,
-        exception: BaseException | None = None,
-        rule: str | None = None,
-        delay_ms: int | None = None,
-        dead_letter: bool = False,
-        attempt: int | None = None,
-    ) -> None:
-        self.outcome = outcome
-        self.reason = reason
-        self.exception = exception
-        self.rule = rule
-        self.delay_ms = delay_ms
-        self.dead_letter = dead_letter
-        self.attempt = attempt
-
-
-#: Every success is the same decision.
-SUCCEEDED = Decision(Outcome.SUCCEEDED)
-
-
 class Carried(NamedTuple):
     """What an earlier delivery of the same message has left to do: the decision, and what was not handed on yet."""
 
     decision: Decision
     steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
 
-
-#: The outcomes after which an idempotency key is completed.
-COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 #: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
 RECEIVED, PREPARED, RUNNING, FINISHED = range(4)
@@ -241,6 +199,11 @@ class Delivery:
         claim, decision = self.claim, self.decision
         return claim is not None and claim.keyed and decision is not None and decision.outcome in COMPLETING
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the job is running now."""
+        return self.stage == RUNNING
+
     def elapsed_ms(self) -> float:
         """How long the actor has run, or ran, in milliseconds."""
         if self.started is None:
@@ -259,95 +222,7 @@ class Delivery:
 READY_AT = "ready_at"
 
 
-class CurrentJob:
-    """What a job may know of itself. See :func:`current_job`."""
-
-    __slots__ = ("_delivery",)
-
-    def __init__(self, delivery: Delivery) -> None:
-        self._delivery = delivery
-
-    @property
-    def message_id(self) -> str:
-        """The message's id, the same in every attempt."""
-        return self._delivery.message.message_id
-
-    @property
-    def actor(self) -> str:
-        """The actor's name."""
-        return self._delivery.message.actor_name
-
-    @property
-    def queue(self) -> str:
-        """The name of the queue."""
-        return self._delivery.message.queue_name
-
-    @property
-    def attempt(self) -> int:
-        """Which run of the message this is, 1 for the first."""
-        from .history import attempt_of
-
-        return attempt_of(self._delivery.message.options)
-
-    @property
-    def idempotency_key(self) -> str:
-        """A key that is the same in every attempt of this job: hand it to the payment service.
-
-        Without a key of the actor's or the message's own it is the message id.
-        """
-        delivery = self._delivery
-        # A `TypedKey` becomes plain text: drivers of databases look at the very type.
-        return delivery.message.message_id if delivery.key is None else str(delivery.key)
-
-    def remaining_ms(self) -> float | None:
-        """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""
-        delivery = self._delivery
-        if delivery.timeout_ms is None:
-            return None
-        return max(0.0, delivery.timeout_ms - delivery.elapsed_ms())
-
-
 def running_delivery() -> Delivery | None:
     """The delivery whose job is running in this thread, greenlet or task; None outside a job."""
     delivery = current.get()
     return delivery if delivery is not None and delivery.stage == RUNNING else None
-
-
-@overload
-def current_job() -> CurrentJob: ...
-
-
-@overload
-def current_job(default: T, /) -> CurrentJob | T: ...
-
-
-def current_job(*default: Any) -> Any:
-    """Return the job that runs in this thread, greenlet or task.
-
-    ::
-
-        current_job().attempt           # in a job
-        job = current_job(None)         # in code that also runs outside of a job
-
-    Python copies a context into a task, but not into a thread or greenlet. In a thread that a job starts, run the
-    function in the job's context: ``executor.submit(contextvars.copy_context().run, function)``. Or call
-    ``current_job()`` first, and pass the result: it stays valid.
-
-    Parameters:
-      default: The value to return outside of a job. Without it, that is an error.
-
-    Raises:
-      NoCurrentJob: No job runs here, and there is no default. It is a ``LookupError``.
-    """
-    if len(default) > 1:
-        raise TypeError(f"current_job() takes at most 1 argument, a default; got {len(default)}")
-    delivery = running_delivery()
-    if delivery is not None:
-        return CurrentJob(delivery)
-    if default:
-        return default[0]
-    raise NoCurrentJob(
-        "current_job() was called outside of a job. Call it in the function of an actor that a worker runs; use "
-        "current_job(None) in code that also runs elsewhere. In a thread or greenlet that the job started, run the code "
-        "in contextvars.copy_context(), or pass the job's current_job() to it."
-    )

@@ -16,7 +16,8 @@ from ..errors import QueueTimeoutExceeded
 from ..idempotency.options import AlreadyDone, key_of
 from ..interrupts import threads as interrupts
 from ..outcomes import Outcome
-from .delivery import FINISHED, PREPARED, RUNNING, Decision, Delivery, current
+from .decision import Decision
+from .delivery import FINISHED, PREPARED, RUNNING, Delivery, current
 from .history import now_ms
 from .limits import WARN_RATIO, expired_after, limit_for, warn_if_close
 

@@ -19,7 +19,8 @@ from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, text_of
-from .delivery import Decision, Delivery, DeliveryReassigned, OutgoingMessage
+from .decision import Decision
+from .delivery import Delivery, DeliveryReassigned, OutgoingMessage
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .refusals import Fault
 

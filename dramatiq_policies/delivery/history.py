@@ -16,7 +16,7 @@ from ..common.texts import encodable, encodable_all
 from ..outcomes import class_path, text_of
 
 if TYPE_CHECKING:
-    from .delivery import Decision
+    from .decision import Decision
 
 __all__ = [
     "FAILURE",

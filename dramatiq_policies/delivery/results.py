@@ -9,7 +9,7 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from .._dramatiq import message_of
 from ..common.safe_logger import SafeLogger
 from ..outcomes import text_of
-from .delivery import Decision
+from .decision import Decision
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy

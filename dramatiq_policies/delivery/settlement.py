@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
-from .delivery import SUCCEEDED, Decision, Delivery
+from .decision import SUCCEEDED, Decision
+from .delivery import Delivery
 from .handing_off import Publication
 from .history import attempt_of
 from .results import settle_results

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..common import clock
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
-from ..delivery.delivery import COMPLETING, Decision
+from ..delivery.decision import COMPLETING, Decision
 from ..delivery.history import now_ms, run_of
 from ..outcomes import BAD_ENDINGS, Outcome
 from ..stores import IdempotencyStore

@@ -14,7 +14,8 @@ from dramatiq.middleware import GroupCallbacks, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from ..delivery.consumer import REDELIVERED
-from ..delivery.delivery import Decision, Delivery, OutgoingMessage
+from ..delivery.decision import Decision
+from ..delivery.delivery import Delivery, OutgoingMessage
 from ..delivery.history import POLICIES, History, now_ms, run_of
 from ..errors import Crashed, NoResult, UnknownRecord
 from ..outcomes import Outcome, logger

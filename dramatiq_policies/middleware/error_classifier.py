@@ -15,8 +15,9 @@ from ..common.safe_logger import SafeLogger
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..delivery.broker_state import state_of
 from ..delivery.consumer import hold
+from ..delivery.decision import SUCCEEDED, Decision
 from ..delivery.decisions import decide
-from ..delivery.delivery import PREPARED, READY_AT, SUCCEEDED, Decision, Delivery, current
+from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration

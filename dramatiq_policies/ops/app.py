@@ -20,7 +20,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from ..bundle import arrange, install
 from ..common.credentials import learn_passwords, redact
-from ..errors import PolicyError
+from ..errors import OperationError
 from ..middleware.base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ __all__ = [
     "redact",
     "require_actors",
 ]
-
-
-class OperationError(PolicyError):
-    """An operation can't be carried out; its text is one sentence for whoever asked for it."""
 
 
 class PlaceholderBroker(StubBroker):

@@ -20,7 +20,7 @@ except ImportError as error:  # pragma: no cover
 
 from .._redis import CommandBatcher, Script
 from ..common.callables import is_coroutine_callable
-from ..delivery.delivery import running_delivery
+from ..common.current import running_job
 from ..errors import ConfigurationError
 from . import Entry, Renewal
 
@@ -131,7 +131,7 @@ class RedisStore:
 
     def _call(self, *command: Any, carries: bool = False) -> Any:
         # A timeout of a job that asks must not reach its neighbours.
-        if running_delivery() is not None:
+        if running_job() is not None:
             return self.trips.alone(*command)
         return self.trips.call(*command, carries=carries)
 

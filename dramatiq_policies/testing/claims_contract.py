@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..delivery.delivery import Decision
+from ..delivery.decision import Decision
 from ..idempotency.claims import Claim, Claims
 from ..idempotency.records import Defer, Record, Request, Skip
 from ..outcomes import Outcome

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from dramatiq_policies.common.texts import encodable, encodable_all, printable
-from dramatiq_policies.delivery.delivery import Decision
+from dramatiq_policies.delivery.decision import Decision
 from dramatiq_policies.delivery.history import History, failure_of
 from dramatiq_policies.observability.statsd import metric_name, tag_list
 from dramatiq_policies.outcomes import Outcome, text_of

@@ -9,7 +9,8 @@ from dramatiq import Message
 
 from dramatiq_policies import Outcome
 from dramatiq_policies.common import clock
-from dramatiq_policies.delivery.delivery import Decision, Delivery
+from dramatiq_policies.delivery.decision import Decision
+from dramatiq_policies.delivery.delivery import Delivery
 
 
 def delivery(**options):

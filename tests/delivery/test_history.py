@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Decision
+from dramatiq_policies.delivery.decision import Decision
 from dramatiq_policies.delivery.history import History, attempt_of, failure_of, replays_of, run_of
 
 NOW = 1_700_000_000_000

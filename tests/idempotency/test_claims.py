@@ -11,7 +11,8 @@ import dramatiq
 import pytest
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Decision, OutgoingMessage
+from dramatiq_policies.delivery.decision import Decision
+from dramatiq_policies.delivery.delivery import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dramatiq_policies import Outcome
-from dramatiq_policies.delivery.delivery import Decision, OutgoingMessage
+from dramatiq_policies.delivery.decision import Decision
+from dramatiq_policies.delivery.delivery import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import lease_renewal as leases
 from dramatiq_policies.idempotency import owner as owners

@@ -22,7 +22,8 @@ import pytest
 from dramatiq.asyncio import EventLoopThread, async_to_sync, set_event_loop_thread
 from dramatiq.middleware import Shutdown, TimeLimitExceeded
 
-from dramatiq_policies.delivery.delivery import RUNNING, Delivery, current, current_job
+from dramatiq_policies.delivery.current_job import current_job
+from dramatiq_policies.delivery.delivery import RUNNING, Delivery, current
 from dramatiq_policies.errors import TimeoutExceeded
 from dramatiq_policies.interrupts import coroutines, slots
 from dramatiq_policies.interrupts import threads as interrupts

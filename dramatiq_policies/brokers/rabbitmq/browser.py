@@ -17,7 +17,7 @@ from dramatiq import Message
 from dramatiq.common import xq_name
 
 from ...common.connections import drop, strikes_anywhere
-from ...ops.app import OperationError
+from ...errors import OperationError
 from ..browser import Item
 
 __all__ = ["connect", "open_browser", "unreachable"]

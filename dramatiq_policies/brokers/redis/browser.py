@@ -12,7 +12,8 @@ from uuid import uuid4
 import redis
 from dramatiq import Message
 
-from ...ops.app import OperationError, redact
+from ...common.credentials import redact
+from ...errors import OperationError
 from ..browser import Item
 
 __all__ = ["open_browser"]

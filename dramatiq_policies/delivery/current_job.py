@@ -1,0 +1,99 @@
+"""``current_job()``: what a job may know of itself."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, overload
+
+from ..errors import NoCurrentJob
+from .delivery import Delivery, running_delivery
+from .history import attempt_of
+
+__all__ = ["CurrentJob", "current_job"]
+
+T = TypeVar("T")
+
+
+class CurrentJob:
+    """What a job may know of itself. See :func:`current_job`."""
+
+    __slots__ = ("_delivery",)
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    @property
+    def message_id(self) -> str:
+        """The message's id, the same in every attempt."""
+        return self._delivery.message.message_id
+
+    @property
+    def actor(self) -> str:
+        """The actor's name."""
+        return self._delivery.message.actor_name
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue."""
+        return self._delivery.message.queue_name
+
+    @property
+    def attempt(self) -> int:
+        """Which run of the message this is, 1 for the first."""
+        return attempt_of(self._delivery.message.options)
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key that is the same in every attempt of this job: hand it to the payment service.
+
+        Without a key of the actor's or the message's own it is the message id.
+        """
+        delivery = self._delivery
+        # A `TypedKey` becomes plain text: drivers of databases look at the very type.
+        return delivery.message.message_id if delivery.key is None else str(delivery.key)
+
+    def remaining_ms(self) -> float | None:
+        """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""
+        delivery = self._delivery
+        if delivery.timeout_ms is None:
+            return None
+        return max(0.0, delivery.timeout_ms - delivery.elapsed_ms())
+
+
+@overload
+def current_job() -> CurrentJob: ...
+
+
+@overload
+def current_job(default: T, /) -> CurrentJob | T: ...
+
+
+def current_job(*default: Any) -> Any:
+    """Return the job that runs in this thread, greenlet or task.
+
+    ::
+
+        current_job().attempt           # in a job
+        job = current_job(None)         # in code that also runs outside of a job
+
+    Python copies a context into a task, but not into a thread or greenlet. In a thread that a job starts, run the
+    function in the job's context: ``executor.submit(contextvars.copy_context().run, function)``. Or call
+    ``current_job()`` first, and pass the result: it stays valid.
+
+    Parameters:
+      default: The value to return outside of a job. Without it, that is an error.
+
+    Raises:
+      NoCurrentJob: No job runs here, and there is no default. It is a ``LookupError``.
+    """
+    if len(default) > 1:
+        raise TypeError(f"current_job() takes at most 1 argument, a default; got {len(default)}")
+    delivery = running_delivery()
+    if delivery is not None:
+        return CurrentJob(delivery)
+    if default:
+        return default[0]
+    raise NoCurrentJob(
+        "current_job() was called outside of a job. Call it in the function of an actor that a worker runs; use "
+        "current_job(None) in code that also runs elsewhere. In a thread or greenlet that the job started, run the code "
+        "in contextvars.copy_context(), or pass the job's current_job() to it."
+    )
