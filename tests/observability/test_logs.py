@@ -239,7 +239,7 @@ def fates(before_run=lambda: None):
     with pytest.MonkeyPatch.context() as patch:
         # However short a job was, it is said to be close to its timeout.
         for module in ("limits", "executor"):
-            patch.setattr(f"dramatiq_policies.delivery.{module}.CLOSE", 0)
+            patch.setattr(f"dramatiq_policies.delivery.{module}.WARN_RATIO", 0)
         patch.setattr("dramatiq_policies.delivery.limits._warned", set())
         send_all_and_run(stage, close_to_its_timeout, well, fails, retried, discarded, alerts, skipped)
     return ran, Counter((event.actor, event.outcome, event.reason) for event in stage.events)
