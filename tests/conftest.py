@@ -8,6 +8,7 @@ import dramatiq.worker
 import pytest
 from dramatiq.broker import MessageProxy
 
+from dramatiq_policies.common import credentials
 from dramatiq_policies.testing import pytest_plugin
 
 if not hasattr(dramatiq.worker, "_WorkQueueItem"):
@@ -33,3 +34,10 @@ def pytest_configure(config):
 def at_once(monkeypatch):
     """A worker of a test is in no command that could wait for it, whatever hooks were called: nothing is held back."""
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_known_passwords(monkeypatch):
+    """The passwords that one test makes known mask no words of the next one."""
+    monkeypatch.setattr(credentials, "_known", frozenset())
+    monkeypatch.setattr(credentials, "_pattern", None)

@@ -20,7 +20,6 @@ from redis.sentinel import Sentinel
 
 import dramatiq_policies
 from dramatiq_policies import ConfigurationError, install, ops
-from dramatiq_policies.common import credentials
 from dramatiq_policies.common.credentials import learn_passwords, redact, redacted_repr
 from dramatiq_policies.common.safe_logger import SafeLogger
 from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
@@ -32,12 +31,6 @@ from dramatiq_policies.testing import faults
 #: One that nobody has quoted; its pieces are what a URL's parser makes of it.
 PASSWORD = "p@ss/w0rd'hunter2"
 PIECES = ("p@ss", "w0rd", "hunter2")
-
-
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    monkeypatch.setattr(credentials, "_known", frozenset())
-    monkeypatch.setattr(credentials, "_pattern", None)
 
 
 class OldClient(redis.Redis):

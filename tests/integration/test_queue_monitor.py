@@ -119,7 +119,7 @@ def application(place: Place, tmp_path: Path):
 
 
 def lock_files(process: subprocess.Popen[bytes]) -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob(f"dramatiq-policies-{os.getuid()}-*-{process.pid}-queues-*"))
+    return list(Path(tempfile.gettempdir()).glob(f"dramatiq-policies-{os.getuid()}/*{process.pid}-queues-*"))
 
 
 def test_one_process_of_a_command_watches_and_it_ends_with_its_command(place: Place, application: Watched) -> None:

@@ -8,6 +8,7 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from dramatiq_policies import RetryPolicy, constant, current_job
+from dramatiq_policies.delivery.broker_state import state_of
 
 from .places import App, Gate, RabbitmqPlace, until
 
@@ -120,7 +121,10 @@ def test_a_message_that_is_returned_before_it_runs_is_not_counted_out_and_still_
         message = until(lambda consumer=consumer: next(consumer))  # type: ignore[misc]
         assert message.args == (7,)
         last = message.delivery.redelivered
+        # As by a worker that stops before it runs the message.
+        state_of(app.broker).stopping.set()
         consumer.close()
+        state_of(app.broker).stopping.clear()
     assert last
     app.work_until("succeeded")
     assert rabbitmq_place.dead() == []
