@@ -8,6 +8,9 @@ DEMO_VENV := .venv-demo
 DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
+# Most tests wait for something: four processes suit two cores. WORKERS=0 is one process, for a debugger.
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite docs release-check clean
 
@@ -15,10 +18,10 @@ demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no 
 	$(DEMO_VENV)/bin/python examples/quickstart.py
 
 test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k name" narrows it down
-	$(WITH_SERVICES) $(BIN)/python -m pytest $(ARGS)
+	$(WITH_SERVICES) $(PYTEST) $(ARGS)
 
 unit: $(VENV)/installed  ## what needs no server
-	$(BIN)/python -m pytest -m "not integration" $(ARGS)
+	$(PYTEST) -m "not integration" $(ARGS)
 
 # A traced test of real processes now and then starves. As in .ci/run, what failed is run once more, by itself.
 TRACED_TESTS = $(BIN)/python -m coverage run -m pytest -q -m "not untraced" $(ARGS)
