@@ -65,6 +65,8 @@ class BrokerState:
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: What lets jobs begin once, None without Idempotency.
         self.admission: IdempotencyGuard | None = None
+        #: For how many milliseconds a due message stays in the delay queue; None moves it. None without Idempotency.
+        self.postpone: Callable[[MessageProxy], int | None] | None = None
         #: What posts completions, None where that could be seen from outside.
         self.batched_completions: BatchedCompletions | None = None
         #: The ttl and max_crashes of the Idempotency, None without one that has a store.

@@ -22,6 +22,7 @@ from .validation import is_number
 
 if TYPE_CHECKING:
     from .consumer import PolicyConsumer
+    from .delay_queue import DelayQueue
 
 __all__ = ["Move", "attempt", "move_due"]
 
@@ -64,10 +65,14 @@ class Move:
 def move_due(consumer: PolicyConsumer) -> bool:
     """Move a batch of a consumer's due messages. Returns whether more are due."""
     now, delayed, moving = now_ms(), consumer.delayed, consumer.state.moving
-    moves = [Move.of(item, consumer.queue_name) for item in delayed.due(now, BATCH)]
+    due, postpone = delayed.due(now, BATCH), consumer.state.postpone
+    if postpone is not None:
+        due = [item for item in due if not _postponed(delayed, item, now, postpone)]
+    moves = [Move.of(item, consumer.queue_name) for item in due]
     moving.on = True
     try:
-        consumer.move(moves)
+        if moves:
+            consumer.move(moves)
     except Exception as error:
         if consumer.fault_of(error) is Fault.LOST:
             raise ConnectionClosed(error) from None
@@ -82,6 +87,18 @@ def move_due(consumer: PolicyConsumer) -> bool:
             delayed.task_done()
     eta = delayed.next_eta()
     return eta is not None and eta <= now
+
+
+def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[MessageProxy], int | None]) -> bool:
+    """Keep a due message in the delay queue, if moving it is known to be in vain."""
+    message = _dramatiq.delayed_message(item)
+    wait = postpone(message)
+    if wait is None:
+        return False
+    eta = message.options["eta"] = message.options["ready_at"] = now + wait
+    delayed.put(_dramatiq.delayed_until(item, eta))
+    delayed.task_done()
+    return True
 
 
 def attempt(consumer: PolicyConsumer, move: Move, call: Callable[[Move], object]) -> None:

@@ -21,7 +21,7 @@ from ..errors import Crashed, NoResult, UnknownRecord
 from ..outcomes import Outcome, logger
 from . import records
 from .claims import Claim, Claims, Quarantined, StoreDown, crash_counter_name, is_dead
-from .crowds import Crowds
+from .contention import WAITS_FOR, Contention
 from .options import IdempotencyOptions, Register, register_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class IdempotencyGuard:
         self.state = state
         self.place = place
         self.claims = claims
-        self.crowds = Crowds(claims.lease)
+        self.contention = Contention(claims.lease)
         self.run_without_store = run_without_store
 
     def register_of(self, actor_name: str, key: str) -> Register:
@@ -108,17 +108,20 @@ class IdempotencyGuard:
     ) -> Claim | Quarantined | records.Action:
         """Claim a register, or what becomes of the message instead."""
         message = delivery.message
-        if name in self.crowds.waiting and not delivery.redelivered:
-            known = self.crowds.known(name, message.message_id)
+        counted = message.options.pop(WAITS_FOR, None) == name
+        if name in self.contention.keys and not delivery.redelivered:
+            known = self.contention.known(name, message.message_id)
             if known is not None:
+                if not counted:
+                    self.contention.count(name)
                 return known
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
         answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
         if isinstance(answer, records.Take):
             request = self._alone(delivery, request, answer.starts)
             answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
-        if isinstance(answer, records.Defer):
-            self.crowds.saw(name, answer)
+        if isinstance(answer, records.Defer) or name in self.contention.keys:
+            self.contention.observe(name, answer, counted=counted)
         return answer
 
     def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
@@ -203,12 +206,14 @@ class IdempotencyGuard:
     def _defer(self, delivery: Delivery, reason: str, name: str = "", answer: records.Defer | None = None) -> None:
         message = delivery.message
         history = History(message.options)
-        wait = self.crowds.wait(name, history.deferrals, answer)
+        wait = self.contention.wait(name, history.deferrals, answer)
         history.deferrals += 1
         again = delivery.again(**{POLICIES: history.option()})
         if delivery.redelivered:
             # Still what counts a start of a message without a key.
             again.options[REDELIVERED] = True
+        if name:
+            again.options[WAITS_FOR] = name
         delivery.add_to_outbox(OutgoingMessage(again, wait))
         delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
 

@@ -140,6 +140,7 @@ class Idempotency(PolicyMiddleware):
             run_without_store=self.on_store_error == "run",
             place=place_of(state.broker, store),
         )
+        state.postpone = state.admission.contention.postpone
         state.guard_defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:

@@ -425,7 +425,7 @@ def long_beside(app):
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
 def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(monkeypatch, options):
     monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._OTHERS_MAY_TAKE", 0.01)
-    monkeypatch.setattr("dramatiq_policies.idempotency.crowds._FIRST_WAIT", 20)
+    monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
     app = Crashing(**options)
     long, entered, go_on = long_beside(app)
     message = app.job.message(7)
@@ -445,7 +445,7 @@ def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(mon
 
 def test_a_last_start_beside_a_job_that_never_ends_is_no_proof(monkeypatch):
     monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._OTHERS_MAY_TAKE", 0.01)
-    monkeypatch.setattr("dramatiq_policies.idempotency.crowds._FIRST_WAIT", 20)
+    monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
     monkeypatch.setattr("dramatiq_policies.idempotency.guard._RETURNS", 2)
     app = Crashing(**GUARDED)
     long, entered, go_on = long_beside(app)

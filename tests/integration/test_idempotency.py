@@ -25,6 +25,7 @@ from dramatiq.rate_limits.backends import RedisBackend
 import dramatiq_policies
 from dramatiq_policies import Idempotency
 from dramatiq_policies.ops import check_live
+from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
@@ -383,6 +384,35 @@ def test_another_message_never_runs_beside_a_live_owner(application: Application
     assert sum(count for line, count in application.lines().items() if line.startswith("began")) == 1
     assert application.lines()["outcome long deferred running"] >= 3
     assert application.place.left() == []
+
+
+def test_many_duplicates_of_a_running_job_stay_in_the_delay_queue_until_it_ends(place: Place) -> None:
+    app = App(place, place.broker(), idempotency=Idempotency(MemoryStore(), lease=4_000))
+    runs: list[int] = []
+    over = threading.Event()
+
+    @app.actor(idempotency_key="{number}")
+    def held(number: int) -> None:
+        runs.append(number)
+        over.wait(60)
+
+    with app.working():
+        held.send(7)
+        until(lambda: runs)
+        for _ in range(200):
+            held.send(7)
+        until(lambda: app.outcomes.count("deferred") >= 200)
+        before = len(app.events)
+        # Each waits for a second at most, so each has been due several times by then.
+        time.sleep(4)
+        assert len(app.events) - before < 200
+        held.send(8)
+        until(lambda: 8 in runs)
+        over.set()
+        until(lambda: app.outcomes.count("duplicate") == 200, describe=lambda: Counter(app.outcomes))
+    assert sorted(runs) == [7, 8]
+    assert app.outcomes.count("succeeded") == 2
+    assert place.left() == []
 
 
 @pytest.mark.parametrize("place", ["redis"], indirect=True)

@@ -1,0 +1,182 @@
+"""How long duplicates wait while another message runs their key.
+
+A single duplicate asks the store soon, then at growing intervals. Asking is as expensive as a job, so thousands of
+duplicates of one key would crowd out other jobs. From 16 duplicates on, a key is contended:
+
+- One duplicate a second asks the store. The others trust its answer.
+- A duplicate that is due in the delay queue stays there while the key is known to be held. It does not pass through the
+  work queue, so no other job waits behind it.
+- Once the key is free, duplicates move to the work queue at a limited rate, ahead of no more than a few other jobs.
+"""
+
+from __future__ import annotations
+
+import random
+from math import inf
+from typing import TYPE_CHECKING
+
+from ..common import clock
+from ..delivery.consumer import REDELIVERED
+from ..delivery.history import now_ms
+from .records import Defer, Skip
+
+if TYPE_CHECKING:
+    from dramatiq.broker import MessageProxy
+
+__all__ = ["WAITS_FOR", "Contention"]
+
+#: The message option of a deferral that holds the register of its key.
+WAITS_FOR = "waits_for"
+#: The shortest wait, in milliseconds; it doubles with each deferral.
+_FIRST_WAIT = 1_000
+_LEAST_WAIT = 20
+#: From how many waiting messages on, in one process, a key is contended.
+_MANY = 16
+#: For how long, in seconds, the other messages trust the store's last answer.
+_FRESH = 1.0
+#: The share of the longest wait that is random, so that waits do not end at the same time.
+_JITTER = 0.2
+#: Random waits end at multiples of this, in milliseconds: a delay queue wakes up ten times a second, not for each message.
+_GRID = 100
+#: Seconds between two messages of a free key that move to the work queue, and for how many seconds moves may be made up.
+_PACE = 0.002
+_BURST = 0.1
+#: How many keys are remembered.
+_KEYS = 1_000
+
+
+class ContendedKey:
+    """What this process knows of one key.
+
+    Attributes:
+      began: When the current count began, in monotonic seconds.
+      number: How many messages were counted since then.
+      before: How many were counted in the window before that.
+      asked: When the store was last asked, in monotonic seconds.
+      owner: Its answer; None if the key was free.
+      next_move: When the next message may move from the delay queue to the work queue.
+    """
+
+    __slots__ = ("asked", "before", "began", "next_move", "number", "owner")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.number = 0
+        self.before = 0
+        self.asked = -inf
+        self.owner: Defer | None = None
+        self.next_move = 0.0
+
+    @property
+    def is_contended(self) -> bool:
+        return max(self.number, self.before) >= _MANY
+
+
+class Contention:
+    """The keys for which messages wait in this process.
+
+    Parameters:
+      lease: In milliseconds. A message waits for at most a quarter of it before the next look at its key.
+    """
+
+    def __init__(self, lease: int) -> None:
+        self.at_most = lease // 4
+        self.fresh = min(_FRESH, self.at_most / 1_000)
+        #: Changed without a lock: an update that is lost costs one question more.
+        self.keys: dict[str, ContendedKey] = {}
+        self._random = random.Random()  # noqa: S311 - it spreads waits
+
+    def known(self, name: str, message_id: str) -> Defer | None:
+        """The store's answer to one more message of a contended key; None if the store must be asked."""
+        key = self.keys.get(name)
+        if key is None or not key.is_contended:
+            return None
+        owner = self._owner(key, clock.monotonic())
+        return None if owner is None or owner.message_id == message_id else owner
+
+    def observe(self, name: str, answer: object, *, counted: bool = False) -> None:
+        """Remember what the store has answered.
+
+        Parameters:
+          counted: Whether the message has been counted in the delay queue.
+        """
+        if not isinstance(answer, Defer):
+            key = self.keys.get(name)
+            if key is not None:
+                # A message that starts now owns the key: the next one asks.
+                is_free = isinstance(answer, Skip)
+                key.asked, key.owner = clock.monotonic() if is_free else -inf, None
+                key.next_move = min(key.next_move, key.asked) if is_free else key.next_move
+            return
+        key = self._key(name) if counted else self.count(name)
+        key.asked, key.owner = clock.monotonic(), answer
+
+    def count(self, name: str) -> ContendedKey:
+        """Count one more message that waits for a key."""
+        key, now, window = self._key(name), clock.monotonic(), self.at_most / 1_000
+        elapsed = now - key.began
+        if elapsed > window:
+            key.began, key.before, key.number = now, key.number if elapsed <= 2 * window else 0, 0
+        key.number += 1
+        return key
+
+    def wait(self, name: str, deferrals: int, owner: Defer | None) -> int:
+        """For how many milliseconds a message is deferred.
+
+        A run that has lasted for long is likely to last for as long again, so no wait is shorter than that.
+
+        Parameters:
+          deferrals: How often the message was deferred before.
+          owner: The store's answer; None if the store was not asked or is down.
+        """
+        wait = min(_FIRST_WAIT << min(deferrals, 20), self.at_most)
+        if owner is None:
+            return max(_LEAST_WAIT, wait)
+        if owner.since:
+            wait = max(wait, min(now_ms() - owner.since, self.at_most))
+        key = self.keys.get(name)
+        if key is not None and key.is_contended:
+            return self._spread(owner.left)
+        return max(_LEAST_WAIT, min(wait, owner.left))
+
+    def postpone(self, message: MessageProxy) -> int | None:
+        """For how many milliseconds a due message stays in the delay queue; None if it moves to the work queue."""
+        options = message.options
+        name = options.get(WAITS_FOR)
+        if type(name) is not str or REDELIVERED in options:
+            return None
+        key, now = self.count(name), clock.monotonic()
+        if not key.is_contended:
+            return None
+        owner = self._owner(key, now)
+        if owner is not None:
+            return None if owner.message_id == message.message_id else self._spread(owner.left)
+        if key.next_move > now:
+            return round(self.fresh * 1_000 * self._random.uniform(0.5, 1))
+        is_free = key.owner is None and now - key.asked <= self.fresh
+        # While nothing is known, one message asks for all.
+        key.next_move = max(key.next_move, now - _BURST) + _PACE if is_free else now + self.fresh
+        return None
+
+    def _key(self, name: str) -> ContendedKey:
+        key = self.keys.get(name)
+        if key is None:
+            now = clock.monotonic()
+            if len(self.keys) >= _KEYS:
+                self.keys = {name: key for name, key in list(self.keys.items()) if now - key.asked < self.fresh}
+            key = self.keys[name] = ContendedKey(now)
+        return key
+
+    def _owner(self, key: ContendedKey, now: float) -> Defer | None:
+        """Who holds the key, if that is known well enough."""
+        owner, elapsed = key.owner, now - key.asked
+        if owner is None or elapsed > self.fresh:
+            return None
+        left = owner.left - round(elapsed * 1_000)
+        return Defer(left, owner.since, owner.message_id) if left > 0 else None
+
+    def _spread(self, left: int) -> int:
+        drawn = self._random.uniform(0, self.at_most * _JITTER)
+        # No wait ends before the lease does; when the lease ends, the messages still come one after the other.
+        wait = round(min(self.at_most - drawn, left + drawn))
+        return max(_LEAST_WAIT, wait - (now_ms() + wait) % min(_GRID, max(1, self.at_most // 10)))
