@@ -31,7 +31,7 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch):
+def run_concurrently(monkeypatch):
     """A worker of a test is in no command that could wait for it, whatever hooks were called: nothing is held back."""
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0)
 

@@ -10,7 +10,7 @@ import click
 
 from ..common.safe_logger import SafeLogger
 from ..ops import OperationError, one_line
-from .base import encode_whatever_comes, seen_enough, shown
+from .base import escape_unencodable, ignore_broken_pipe, printable_text
 from .check import check
 from .dead import dead
 from .explain import explain
@@ -30,11 +30,11 @@ class OneLineErrors(WholeSummaries):
 
     def invoke(self, ctx: click.Context) -> Any:
         # Click itself would exit with 1.
-        with seen_enough():
+        with ignore_broken_pipe():
             return super().invoke(ctx)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        encode_whatever_comes()
+        escape_unencodable()
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[call-overload]
         except click.Abort:
@@ -52,7 +52,7 @@ class OneLineErrors(WholeSummaries):
 
 
 def _fail(text: str, code: int) -> None:
-    click.echo(f"Error: {shown(' '.join(text.split()))}" if code == 2 else text, err=True)
+    click.echo(f"Error: {printable_text(' '.join(text.split()))}" if code == 2 else text, err=True)
     sys.exit(code)
 
 

@@ -22,30 +22,30 @@ from rich.text import Text
 from .. import ops
 from ..common.credentials import is_secret_name
 from ..common.texts import UNPRINTABLE, printable
-from ..ops import Moved, OperationError
+from ..ops import MoveResult, OperationError
 
 __all__ = [
-    "age",
     "as_json",
     "confirm",
     "console",
     "counted",
     "duration",
-    "encode_whatever_comes",
+    "escape_unencodable",
     "finite",
     "format_option",
+    "ignore_broken_pipe",
     "interruptible",
-    "length",
+    "parse_duration",
     "parse_tags",
     "path_option",
     "print_json",
     "print_json_stream",
     "print_table",
+    "printable_text",
     "progress_bar",
-    "say_unreadable",
-    "seen_enough",
-    "shown",
+    "report_unreadable",
     "table",
+    "timestamp",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,7 +77,7 @@ class _Console(Console):
 
 
 @contextlib.contextmanager
-def seen_enough() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """Whoever reads our output may stop reading at any time (``| head``); what is left of it is then not said."""
     try:
         yield
@@ -86,7 +86,7 @@ def seen_enough() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def encode_whatever_comes() -> None:
+def escape_unencodable() -> None:
     """Have stdout and stderr write a character that their encoding has not as its escape, rather than raise."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -123,7 +123,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
         number = column in right
         made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
-        made.add_row(*("-" if cell is None else cell if isinstance(cell, Text) else Text(shown(cell)) for cell in row))
+        made.add_row(
+            *("-" if cell is None else cell if isinstance(cell, Text) else Text(printable_text(cell)) for cell in row)
+        )
     return made
 
 
@@ -150,7 +152,7 @@ def _stack(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) 
     for row in rows:
         for column, cell in zip(columns, row, strict=False):
             if cell is not None or not column:
-                value = cell if isinstance(cell, Text) else Text(shown("-" if cell is None else cell))
+                value = cell if isinstance(cell, Text) else Text(printable_text("-" if cell is None else cell))
                 out.print(
                     Text(f"{column:{margin}}  " if column else "", style="bold"),
                     value,
@@ -163,7 +165,7 @@ def _stack(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) 
             out.print()
 
 
-def shown(value: object, *, lines: bool = False) -> str:
+def printable_text(value: object, *, lines: bool = False) -> str:
     """A value as it may be printed: on one line, unless ``lines`` may stay, without credentials, nothing that a terminal obeys."""
     return printable(ops.redact(str(value)), lines=lines)
 
@@ -226,7 +228,7 @@ def duration(ms: float | None) -> str:
     return f"{whole // size} {unit} {rest} {name}" if rest else f"{whole // size} {unit}"
 
 
-def age(ms: Any) -> str:
+def timestamp(ms: Any) -> str:
     """A time in ms since the epoch as local date, time and zone; anybody may have written it, and what is none is ``-``."""
     try:
         when = datetime.fromtimestamp(ms / 1_000).astimezone()
@@ -239,7 +241,7 @@ def age(ms: Any) -> str:
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
-def length(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def parse_duration(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """The callback of an option that is a length of time: ``90s``, ``30m``, ``2h``, ``7d``, or milliseconds."""
     if value is None:
         return None
@@ -277,7 +279,7 @@ def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def interruptible(moved: Moved, what: str, done: str) -> Iterator[None]:
+def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
     """Say how far it came, whatever ends it."""
     try:
         yield
@@ -294,7 +296,7 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def say_unreadable(moved: Moved) -> None:
+def report_unreadable(moved: MoveResult) -> None:
     """Say how many were meant and could not be read, if there were some."""
     if moved.unreadable:
         stay = "stays where it is" if moved.unreadable == 1 else "stay where they are"
@@ -317,7 +319,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
 def confirm(question: str) -> None:
     """Go on only if somebody says yes."""
     try:
-        agreed = click.confirm(shown(question), err=True)
+        agreed = click.confirm(printable_text(question), err=True)
     except click.Abort:
         click.echo(err=True)
         raise OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None

@@ -23,7 +23,16 @@ from ..ops.app import PlaceholderBroker
 from ..ops.checks.findings import Finding
 from ..ops.checks.gate import BASELINE, checked_reason, missing_extra
 from .app_command import AppCommand
-from .base import console, counted, format_option, length, path_option, print_json, seen_enough, shown
+from .base import (
+    console,
+    counted,
+    format_option,
+    ignore_broken_pipe,
+    parse_duration,
+    path_option,
+    print_json,
+    printable_text,
+)
 
 __all__ = ["check"]
 
@@ -45,7 +54,7 @@ __all__ = ["check"]
 )
 @click.option(
     "--worker-shutdown-timeout",
-    callback=length,
+    callback=parse_duration,
     metavar="TIME",
     default="600000",
     show_default="dramatiq's own, 10m",
@@ -53,7 +62,7 @@ __all__ = ["check"]
 )
 @click.option(
     "--consumer-timeout",
-    callback=length,
+    callback=parse_duration,
     metavar="TIME",
     default="30m",
     show_default=True,
@@ -108,7 +117,7 @@ def check(
 
 def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str, Any] | None) -> None:
     # The verdict does not depend on who reads it.
-    with seen_enough():
+    with ignore_broken_pipe():
         if form == "json":
             print_json({**_as_json(report, actors, failed), **({} if facts is None else {"live": facts})})
         elif form == "github":
@@ -122,9 +131,9 @@ def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str,
 
 def _print_facts(facts: dict[str, Any]) -> None:
     seen = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "unknown" and value is not None)
-    click.echo(shown(f"Seen: {seen or 'no server'}."))
+    click.echo(printable_text(f"Seen: {seen or 'no server'}."))
     for text in facts["unknown"]:
-        click.echo(shown(f"Not known: {text}."))
+        click.echo(printable_text(f"Not known: {text}."))
 
 
 def _ignored(codes: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:
@@ -157,7 +166,7 @@ def _annotation(finding: Finding) -> str:
         f"{finding.actor}: {finding.message}. {finding.fix}." if finding.actor else f"{finding.message}. {finding.fix}."
     )
     where = "" if finding.file is None else f"file={_escaped(finding.file)},line={finding.line},"
-    return f"::{finding.severity} {where}title={finding.code}::{_escaped(shown(text, lines=True), value=True)}"
+    return f"::{finding.severity} {where}title={finding.code}::{_escaped(printable_text(text, lines=True), value=True)}"
 
 
 def _escaped(text: str, *, value: bool = False) -> str:
@@ -173,17 +182,17 @@ def _print(report: Report, actors: int, failed: bool) -> None:
     ):
         if finding.actor != last:
             place = "" if finding.file is None else f"  {finding.file}:{finding.line}"
-            out.print(shown(finding.actor or "the broker"), style="bold", end="")
-            out.print(shown(place), style="dim")
+            out.print(printable_text(finding.actor or "the broker"), style="bold", end="")
+            out.print(printable_text(place), style="dim")
             last = finding.actor
         out.print(f"  {finding.code} ", style="red" if finding.severity == "error" else "yellow", end="")
-        out.print(shown(f"{finding.severity}: {finding.message}. {finding.fix}."))
+        out.print(printable_text(f"{finding.severity}: {finding.message}. {finding.fix}."))
     for title, listed in (("Exempt", report.exempt), ("In the baseline", report.baseline)):
         if listed:
             out.print(f"{title}:", style="bold")
         for finding in listed:
             why = "" if finding.exempt is None else f": {finding.exempt}"
-            out.print(shown(f"  {finding.code} {finding.actor or 'the broker'}{why}"), style="dim")
+            out.print(printable_text(f"  {finding.code} {finding.actor or 'the broker'}{why}"), style="dim")
     if report.fixed:
         out.print(f"{len(report.fixed)} entries of the baseline are mended; write it again to keep them so.")
     errors = sum(finding.severity == "error" for finding in report.findings)

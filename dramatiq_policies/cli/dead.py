@@ -16,7 +16,6 @@ from .. import ops
 from ..delivery.validation import is_number
 from .app_command import AppCommand
 from .base import (
-    age,
     confirm,
     console,
     counted,
@@ -28,12 +27,13 @@ from .base import (
     print_json,
     print_json_stream,
     print_table,
+    printable_text,
     progress_bar,
-    say_unreadable,
-    shown,
+    report_unreadable,
+    timestamp,
 )
 from .completion import queue_names
-from .filters import chosen, filters, say_nothing_found
+from .filters import filters, parse_filters, report_nothing_found
 from .help import WholeSummaries
 
 __all__ = ["dead"]
@@ -47,14 +47,14 @@ def dead() -> None:
 @dead.command(cls=AppCommand)
 @filters
 @format_option()
-def summary(form: str, **meant: Any) -> None:
+def summary(form: str, **given: Any) -> None:
     """How many of what: counts by actor, exception and outcome, the most frequent first."""
-    broker, queues, where = chosen(**meant)
+    broker, queues, where = parse_filters(**given)
     groups = ops.summarise(broker, queues, where)
     if form == "json":
         print_json([group.asdict() for group in groups])
     if not groups:
-        say_nothing_found(broker, where)
+        report_nothing_found(broker, where)
     if form == "json":
         return
     if not groups:
@@ -68,8 +68,8 @@ def summary(form: str, **meant: Any) -> None:
                 group.actor,
                 group.exception,
                 _outcome(group.outcome, group.reason),
-                age(group.first_seen),
-                age(group.last_seen),
+                timestamp(group.first_seen),
+                timestamp(group.last_seen),
             ]
             for group in groups
         ],
@@ -86,12 +86,12 @@ def _outcome(outcome: str, reason: str | None) -> str:
 @click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
 @click.option("--oldest", is_flag=True, help="The oldest of each queue first, each as it is read.")
 @format_option()
-def list_(form: str, limit: int | None, oldest: bool, **meant: Any) -> None:
+def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
     """One line for each dead letter, the newest first.
 
     On a terminal ids are shortened, and what does not fit on a line stands on two. Every command takes a shortened id.
     """
-    broker, queues, where = chosen(**meant)
+    broker, queues, where = parse_filters(**given)
     with contextlib.closing(ops.dead_letters(broker, queues, where, limit=limit if oldest else None)) as read:
         letters = read if oldest else iter(ops.newest(read, limit))
         if form == "json":
@@ -99,7 +99,7 @@ def list_(form: str, limit: int | None, oldest: bool, **meant: Any) -> None:
         else:
             _print_letters(letters)
     if not where.matched and not where.unreadable:
-        say_nothing_found(broker, where)
+        report_nothing_found(broker, where)
         if form != "json":
             click.echo("No dead letters.", err=True)
 
@@ -118,15 +118,15 @@ def _print_letters(letters: Iterator[ops.DeadLetter]) -> None:
         ending = [_outcome(letter.outcome, letter.reason), error]
         if not out.is_terminal:
             # Ten times as fast.
-            click.echo(shown("  ".join([age(letter.failed_at), id_, *place, *ending])))
+            click.echo(printable_text("  ".join([timestamp(letter.failed_at), id_, *place, *ending])))
             continue
-        head = [age(letter.failed_at), id_[:_SHORT_ID], *place]
-        line = shown("  ".join([*head, *ending]))
+        head = [timestamp(letter.failed_at), id_[:_SHORT_ID], *place]
+        line = printable_text("  ".join([*head, *ending]))
         if cell_len(line) <= out.width:
             click.echo(line)
         else:
             for part, indent in (("  ".join(head), ""), *((part, "    ") for part in ending)):
-                click.echo(_folded(shown(part), out.width, indent))
+                click.echo(_folded(printable_text(part), out.width, indent))
 
 
 def _folded(text: str, width: int, indent: str) -> str:
@@ -156,7 +156,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
         return
     trace = found.pop("traceback")
     history = found.pop("history")
-    found["failed_at"] = age(found["failed_at"])
+    found["failed_at"] = timestamp(found["failed_at"])
     print_table(["", ""], [(name, value) for name, value in found.items() if value not in (None, {}, [])])
     if history:
         click.echo()
@@ -165,7 +165,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
             [
                 [
                     run.get("attempt"),
-                    age(run.get("failed_at")),
+                    timestamp(run.get("failed_at")),
                     run.get("exception"),
                     " ".join(str(run.get("message")).split()),
                     _wait(run.get("delay_ms")),
@@ -174,7 +174,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
             ],
         )
     if trace:
-        click.echo(f"\n{shown(trace, lines=True).rstrip()}")
+        click.echo(f"\n{printable_text(trace, lines=True).rstrip()}")
 
 
 def _wait(delay: Any) -> str | None:
@@ -202,10 +202,10 @@ def replay(
     new_id: bool,
     yes: bool,
     form: str,
-    **meant: Any,
+    **given: Any,
 ) -> None:
     """Send dead letters again, as if for the first time; loses none, whenever it is interrupted."""
-    broker, queues, where = chosen(**meant)
+    broker, queues, where = parse_filters(**given)
     if to_queue is not None:
         ops.find_queue(broker, to_queue)
     act = functools.partial(ops.replay, broker, queues, to_queue=to_queue, new_id=new_id, rate=rate, limit=limit)
@@ -219,9 +219,9 @@ def replay(
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
-def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **meant: Any) -> None:
+def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **given: Any) -> None:
     """Delete dead letters for good."""
-    broker, queues, where = chosen(**meant)
+    broker, queues, where = parse_filters(**given)
     act = functools.partial(ops.purge, broker, queues, limit=limit)
     words = _Words("Delete {} for good?", "Deleting", "deleted")
     _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
@@ -234,7 +234,7 @@ class _Words(NamedTuple):
 
 
 def _carry_out(
-    act: Callable[..., ops.Moved],
+    act: Callable[..., ops.MoveResult],
     words: _Words,
     broker: Broker,
     where: ops.Tally,
@@ -247,23 +247,23 @@ def _carry_out(
     if dry_run or not yes:
         would = act(where=where, dry_run=True)
         if dry_run or not would.count:
-            _said(form, would, f"would be {words.done}" if dry_run else words.done, dry_run=dry_run)
+            _report(form, would, f"would be {words.done}" if dry_run else words.done, dry_run=dry_run)
             if not would.count and not would.unreadable:
-                say_nothing_found(broker, where)
+                report_nothing_found(broker, where)
             return
-        confirm(words.question.format(f"{counted(would.count, 'dead letter')} ({where.named(would.count)})"))
-    moved, where = ops.Moved(), ops.Tally(where.where)
+        confirm(words.question.format(f"{counted(would.count, 'dead letter')} ({where.breakdown(would.count)})"))
+    moved, where = ops.MoveResult(), ops.Tally(where.where)
     with progress_bar(words.doing) as progress, interruptible(moved, "dead letter", words.done):
         act(where=where, progress=progress, moved=moved)
-    _said(form, moved, words.done, dry_run=False)
+    _report(form, moved, words.done, dry_run=False)
     if not moved.count and not moved.unreadable:
-        say_nothing_found(broker, where)
+        report_nothing_found(broker, where)
 
 
-def _said(form: str, moved: ops.Moved, done: str, *, dry_run: bool) -> None:
+def _report(form: str, moved: ops.MoveResult, done: str, *, dry_run: bool) -> None:
     """Say what was done, to people or to programs."""
     if form == "json":
         print_json({"count": moved.count, "unreadable": moved.unreadable, "dry_run": dry_run})
     else:
         click.echo(f"{counted(moved.count, 'dead letter')} {done}.")
-    say_unreadable(moved)
+    report_unreadable(moved)

@@ -8,7 +8,7 @@ import click
 
 from .. import ops
 from .app_command import AppCommand
-from .base import console, duration, format_option, path_option, print_json, print_table, shown
+from .base import console, duration, format_option, path_option, print_json, print_table, printable_text
 
 __all__ = ["explain"]
 
@@ -25,11 +25,11 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
     """
     found = ops.find_actor(actor, path, stand_in=True)
     if exception is None:
-        portrait = ops.describe(found)
+        summary = ops.describe(found)
         if form == "json":
-            print_json(portrait.asdict())
+            print_json(summary.asdict())
         else:
-            _print_portrait(portrait)
+            _print_summary(summary)
         return
     answers = ops.explain(found, ops.find_exception(found, exception))
     if form == "json":
@@ -39,24 +39,24 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
             _print_answer(answer)
 
 
-def _print_portrait(portrait: ops.ActorSummary) -> None:
+def _print_summary(summary: ops.ActorSummary) -> None:
     out = console()
-    out.print(shown(portrait.actor), style="bold", end="")
-    out.print(f" on {portrait.queue}" + ("" if portrait.file is None else f", {portrait.file}:{portrait.line}"))
-    if portrait.purpose:
-        out.print(shown(portrait.purpose, lines=True))
+    out.print(printable_text(summary.actor), style="bold", end="")
+    out.print(f" on {summary.queue}" + ("" if summary.file is None else f", {summary.file}:{summary.line}"))
+    if summary.purpose:
+        out.print(printable_text(summary.purpose, lines=True))
     out.print()
-    if portrait.rules:
+    if summary.rules:
         print_table(
             ["verb", "error", "only if", "attempts", "wait", "then", "declared by"],
             [
                 [rule[name] for name in ("verb", "error", "only_if", "attempts", "wait", "then", "owner")]
-                for rule in portrait.rules
+                for rule in summary.rules
             ],
             right=["attempts"],
         )
         out.print()
-    print_table(["", ""], portrait.facts.items())
+    print_table(["", ""], summary.facts.items())
 
 
 _SAYS = {

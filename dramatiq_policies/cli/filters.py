@@ -10,10 +10,10 @@ from dramatiq.broker import Broker
 
 from .. import ops
 from ..common.callables import stated_signature, unwrapped
-from .base import length, parse_tags, path_option, shown
+from .base import parse_duration, parse_tags, path_option, printable_text
 from .completion import actor_names, queue_names
 
-__all__ = ["chosen", "filters", "say_nothing_found"]
+__all__ = ["filters", "parse_filters", "report_nothing_found"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,15 +53,17 @@ def filters(command: F) -> F:
                 metavar="ARG=VALUE",
                 help="Only with this argument; VALUE is text or JSON, ARG a name, a place (0), or order.id; may be repeated.",
             ),
-            click.option("--older-than", callback=length, metavar="TIME", help="Only if it failed longer ago: 2h, 7d."),
-            click.option("--newer-than", callback=length, metavar="TIME", help="Only if it failed later: 30m."),
+            click.option(
+                "--older-than", callback=parse_duration, metavar="TIME", help="Only if it failed longer ago: 2h, 7d."
+            ),
+            click.option("--newer-than", callback=parse_duration, metavar="TIME", help="Only if it failed later: 30m."),
         ]
     ):
         command = option(command)
     return command
 
 
-def chosen(
+def parse_filters(
     app: str,
     path: tuple[str, ...],
     queues: tuple[str, ...],
@@ -100,9 +102,9 @@ def _parameters(broker: Broker) -> dict[str, tuple[str, ...]]:
     }
 
 
-def say_nothing_found(broker: Broker, where: ops.Tally) -> None:
+def report_nothing_found(broker: Broker, where: ops.Tally) -> None:
     """Say that a filter has matched nothing, with the nearest name, and exit with 1; return where nothing is there at all."""
-    sentence = where.nothing(broker.actors)
+    sentence = where.no_match(broker.actors)
     if sentence is not None:
-        click.echo(shown(sentence), err=True)
+        click.echo(printable_text(sentence), err=True)
         raise click.exceptions.Exit(1)

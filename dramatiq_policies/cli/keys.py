@@ -8,7 +8,7 @@ import click
 
 from .. import ops
 from .app_command import AppCommand
-from .base import age, confirm, duration, format_option, path_option, print_json, print_table, shown
+from .base import confirm, duration, format_option, path_option, print_json, print_table, printable_text, timestamp
 from .help import WholeSummaries
 
 __all__ = ["keys"]
@@ -40,7 +40,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
         "key": state.key,
         "message": state.message_id,
         "owner": state.owner,
-        "since": None if state.since is None else age(state.since),
+        "since": None if state.since is None else timestamp(state.since),
         "starts": state.starts,
         "left": None if state.left_ms is None else duration(state.left_ms),
     }
@@ -58,9 +58,9 @@ def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) 
     given, named = ops.read_arguments(found, args)
     state = ops.key_state(found, *given, **named)
     if state.state == "none":
-        click.echo(shown(f"Nothing is remembered of {state.key}."))
+        click.echo(printable_text(f"Nothing is remembered of {state.key}."))
         return
     if state.state == "running" and not yes:
         confirm(f"Forget {state.key}? It runs now; a second run may begin beside it.")
     ops.forget_key(found, *given, **named)
-    click.echo(shown(f"Forgot {state.key}, which was {state.state}."))
+    click.echo(printable_text(f"Forgot {state.key}, which was {state.state}."))

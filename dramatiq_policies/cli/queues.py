@@ -26,15 +26,15 @@ from .base import (
     counted,
     duration,
     format_option,
+    ignore_broken_pipe,
     interruptible,
-    length,
+    parse_duration,
     path_option,
     print_json,
     print_table,
+    printable_text,
     progress_bar,
-    say_unreadable,
-    seen_enough,
-    shown,
+    report_unreadable,
 )
 from .base import table as make_table
 from .completion import actor_names, queue_names
@@ -71,7 +71,9 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
 @click.option(
     "-w", "--watch", is_flag=True, help="Again and again, until interrupted; adds the change of ready a second."
 )
-@click.option("--interval", callback=length, default="2s", show_default=True, metavar="TIME", help="With --watch.")
+@click.option(
+    "--interval", callback=parse_duration, default="2s", show_default=True, metavar="TIME", help="With --watch."
+)
 @click.option("--fail-on-breach", is_flag=True, help="Exit with 1 if a threshold of the QueueMonitor is reached.")
 @format_option()
 def show(
@@ -88,14 +90,14 @@ def show(
         _watch(broker, names, interval, form)
         return 0
     states = ops.read_queues(broker, names)
-    with seen_enough():
+    with ignore_broken_pipe():
         if form == "json":
             print_json([state.asdict() for state in states])
         else:
             print_table(_COLUMNS, [_row(state) for state in states], right=_COLUMNS[1:])
             for state in states:
                 for breach in state.breaches:
-                    click.echo(shown(breach), err=True)
+                    click.echo(printable_text(breach), err=True)
     return 1 if fail_on_breach and any(state.breaches for state in states) else 0
 
 
@@ -195,22 +197,22 @@ def move(
     in both, and runs twice unless it is idempotent. Call it again for the rest.
     """
     broker = ops.load_broker(app, path)
-    moved, where = ops.Moved(), ops.Tally(ops.Filter(actor=actor))
+    moved, where = ops.MoveResult(), ops.Tally(ops.Filter(actor=actor))
     if dry_run or not yes:
         ops.move(broker, queue, target, limit=limit, dry_run=True, where=where, moved=moved)
         if moved.count and not dry_run:
-            confirm(f"Move {counted(moved.count, 'message')} ({where.named(moved.count)}) to {target}?")
+            confirm(f"Move {counted(moved.count, 'message')} ({where.breakdown(moved.count)}) to {target}?")
     if not dry_run and (yes or moved.count):
-        moved, where = ops.Moved(), ops.Tally(where.where)
+        moved, where = ops.MoveResult(), ops.Tally(where.where)
         with progress_bar("Moving") as progress, interruptible(moved, "message", "moved"):
             ops.move(broker, queue, target, limit=limit, progress=progress, moved=moved, where=where)
     if form == "json":
         print_json({"count": moved.count, "unreadable": moved.unreadable, "dry_run": dry_run})
     else:
         click.echo(f"{counted(moved.count, 'message')} {'would be moved' if dry_run else 'moved'} to {target}.")
-    say_unreadable(moved)
-    if not moved.count and not moved.unreadable and (sentence := where.nothing(broker.actors)) is not None:
-        click.echo(shown(sentence.replace("dead letter", "ready message")), err=True)
+    report_unreadable(moved)
+    if not moved.count and not moved.unreadable and (sentence := where.no_match(broker.actors)) is not None:
+        click.echo(printable_text(sentence.replace("dead letter", "ready message")), err=True)
         raise click.exceptions.Exit(1)
 
 

@@ -175,6 +175,6 @@ def report_apart(report: Callable[[], object]) -> None:
             logger.exception("A stuck job could not be reported.")
 
     try:
-        threading.Thread(target=guarded, name="dramatiq_policies-stuck", daemon=True).start()
+        threading.Thread(target=guarded, name="dramatiq_policies.stuck", daemon=True).start()
     except RuntimeError:
         guarded()

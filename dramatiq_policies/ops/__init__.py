@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .app import (
     OperationError,
+    did_you_mean,
     find_actor,
     find_queue,
     known_queues,
     load_broker,
-    meant,
     one_line,
     redact,
     require_actors,
@@ -18,12 +18,12 @@ from .checks.actor_summary import ActorSummary, describe
 from .checks.findings import CODES, Code, Finding
 from .checks.gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .checks.live import check_live
-from .dead_letters.commands import Group, Moved, dead_letters, move, purge, replay, summarise
+from .dead_letters.commands import Group, MoveResult, dead_letters, move, purge, replay, summarise
 from .dead_letters.dead_letter import DeadLetter, Filter
+from .dead_letters.search import Tally, newest, resolve_ids
 from .django_project import DJANGO, set_up_django
 from .explanations.exceptions import find_exception
 from .explanations.explanation import Attempt, Explanation, explain
-from .found import Tally, newest, resolve_ids
 from .keys import forget_key, key_state, read_arguments
 from .queues import QueueState, monitor_of, read_queues
 from .scaffolding.design import Design, IncompleteDesign, parse_design
@@ -42,7 +42,7 @@ __all__ = [
     "Finding",
     "Group",
     "IncompleteDesign",
-    "Moved",
+    "MoveResult",
     "OperationError",
     "QueueState",
     "Report",
@@ -54,6 +54,7 @@ __all__ = [
     "check_live",
     "dead_letters",
     "describe",
+    "did_you_mean",
     "explain",
     "find_actor",
     "find_exception",
@@ -63,7 +64,6 @@ __all__ = [
     "key_state",
     "known_queues",
     "load_broker",
-    "meant",
     "monitor_of",
     "move",
     "newest",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OperationError",
     "PlaceholderBroker",
+    "did_you_mean",
     "extend_path",
     "find_actor",
     "find_queue",
@@ -36,7 +37,6 @@ __all__ = [
     "importing",
     "known_queues",
     "load_broker",
-    "meant",
     "one_line",
     "redact",
     "require_actors",
@@ -134,7 +134,7 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
                 return actor  # type: ignore[no-any-return]
     if name in broker.actors:
         return broker.actors[name]
-    raise OperationError(f"{app} has no actor {name!r}{meant(name, broker.actors)}")
+    raise OperationError(f"{app} has no actor {name!r}{did_you_mean(name, broker.actors)}")
 
 
 def find_queue(broker: Broker, queue: str) -> str:
@@ -145,7 +145,7 @@ def find_queue(broker: Broker, queue: str) -> str:
     """
     known = known_queues(broker)
     if queue not in known:
-        raise OperationError(f"No actor uses a queue {queue!r}{meant(queue, known)}")
+        raise OperationError(f"No actor uses a queue {queue!r}{did_you_mean(queue, known)}")
     return queue
 
 
@@ -171,7 +171,7 @@ def import_object(path: str) -> Any:
         return functools.reduce(getattr, attributes.split("."), module)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise OperationError(f"{name} has no {attributes!r}{meant(attributes, public)}") from None
+        raise OperationError(f"{name} has no {attributes!r}{did_you_mean(attributes, public)}") from None
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def _near(app: str, error: BaseException) -> str:
     installed = (sys.prefix, sys.base_prefix)
     folders = sys.modules[package].__path__ if package else [one for one in sys.path if not one.startswith(installed)]
     known = [f"{package}.{found.name}".lstrip(".") for found in pkgutil.iter_modules(folders)]
-    return meant(missing, known).removesuffix(".")
+    return did_you_mean(missing, known).removesuffix(".")
 
 
 def extend_path(path: Iterable[str]) -> None:
@@ -210,7 +210,7 @@ def extend_path(path: Iterable[str]) -> None:
             sys.path.insert(0, folder)
 
 
-def meant(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence: ``; did you mean 'this'?`` if anything known comes near, else its full stop."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

@@ -23,15 +23,15 @@ def key_state(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> KeyState:
     Raises:
       OperationError: If the actor has no key, the arguments don't fit, or the store can't be asked.
     """
-    return _asking(Idempotency.state, actor, args, kwargs)  # type: ignore[no-any-return]
+    return _ask_store(Idempotency.state, actor, args, kwargs)  # type: ignore[no-any-return]
 
 
 def forget_key(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> bool:
     """Forget it, so that the next message runs; whether anything was remembered. Arguments and errors as `key_state`."""
-    return bool(_asking(Idempotency.forget, actor, args, kwargs))
+    return bool(_ask_store(Idempotency.forget, actor, args, kwargs))
 
 
-def _asking(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         return ask(actor, *args, **kwargs)
     except (ConfigurationError, TypeError) as error:

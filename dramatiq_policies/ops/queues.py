@@ -13,7 +13,7 @@ from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..middleware.queue_monitor import QueueMonitor
 from ..observability.queue_thresholds import QueueAlert
 from .app import OperationError, known_queues, redact
-from .strays import find_any_queue, stray_queues
+from .undeclared import find_any_queue, undeclared_queues
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -59,7 +59,7 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     own = reader_of(broker) if reader is None else reader
     try:
         if not chosen and reader is None:
-            chosen = [*own.queues(), *stray_queues(broker)]
+            chosen = [*own.queues(), *undeclared_queues(broker)]
         readings = own.read_all(chosen or None)
     except ConnectionClosed as error:
         if kind_of(broker) == "rabbitmq":

@@ -12,7 +12,7 @@ from ..idempotency.claims import Claim, Claims
 from ..idempotency.records import Defer, Record, Request, Skip
 from ..outcomes import Outcome
 from ..stores import IdempotencyStore
-from .concurrency import THREADS, at_once
+from .concurrency import THREADS, run_concurrently
 
 __all__ = ["ClaimsContract"]
 
@@ -32,14 +32,17 @@ class ClaimsContract:
 
     def test_of_many_messages_with_one_key_one_runs_and_the_others_wait(self, store: IdempotencyStore) -> None:
         with _claims(store, _LONG) as claim:
-            answers = at_once(lambda number: claim(f"m{number}"))
+            answers = run_concurrently(lambda number: claim(f"m{number}"))
             winners = [answer for answer in answers if isinstance(answer, Claim)]
             assert len(winners) == 1
             assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, Defer))
             assert sum(isinstance(answer, Defer) for answer in answers) == THREADS - 1
             winners[0].conclude(_SUCCEEDED)
             winner = winners[0].record.message_id
-            assert set(at_once(lambda number: claim(f"m{number}"))) == {Skip("completed", winner), Skip("completed")}
+            assert set(run_concurrently(lambda number: claim(f"m{number}"))) == {
+                Skip("completed", winner),
+                Skip("completed"),
+            }
 
     def test_of_many_copies_of_a_dead_workers_message_one_takes_over_at_once(self, store: IdempotencyStore) -> None:
         with _claims(store, _LONG) as claim:
@@ -49,7 +52,7 @@ class ClaimsContract:
             def is_first(record: Record) -> bool:
                 return record.token == first.record.token
 
-            answers = at_once(lambda _: claim("m", is_dead=is_first))
+            answers = run_concurrently(lambda _: claim("m", is_dead=is_first))
             (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
             assert taken.record.starts == 2
             # What the first one still says is said too late.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 from unittest import mock
 
-__all__ = ["THREADS", "at_once", "clock_wrong_by", "in_a_child"]
+__all__ = ["THREADS", "clock_wrong_by", "in_a_child", "run_concurrently"]
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ THREADS = 100
 CHILD_ENDS_WITHIN = 10.0
 
 
-def at_once(call: Callable[[int], T]) -> list[T]:
+def run_concurrently(call: Callable[[int], T]) -> list[T]:
     """What a hundred threads get that begin at the same moment."""
     barrier = threading.Barrier(THREADS)
 

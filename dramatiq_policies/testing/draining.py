@@ -27,9 +27,9 @@ from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current
 from ..errors import checked_duration
 from ..interrupts import threads as interrupts
-from .recorder import collecting
+from .recorder import recording
 from .run import Entry, Run
-from .stub_environment import StubEnvironment, bench_of
+from .stub_environment import StubEnvironment, environment_of
 from .virtual_time import VirtualStop
 
 if TYPE_CHECKING:
@@ -70,12 +70,12 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
     What a job raises goes the way of its rules; only what is meant for the test itself (KeyboardInterrupt, `pytest.fail`)
     is raised here.
     """
-    bench = bench_of(broker)
+    environment = environment_of(broker)
     limit = None if until is None else checked_duration("drain()", "until", until)
-    with Drain(bench) as work:
+    with Drain(environment) as work:
         if limit is not None:
-            limit += bench.clock.now
-        allowed = max_runs + sum(queue.qsize() for queue in bench.broker.queues.values())
+            limit += environment.clock.now
+        allowed = max_runs + sum(queue.qsize() for queue in environment.broker.queues.values())
         runs = 0
         while work.step(limit):
             runs += 1
@@ -101,11 +101,11 @@ class Drain:
       died: Whether the worker has died in the job at hand: nothing more is done for its message.
     """
 
-    def __init__(self, bench: StubEnvironment) -> None:
-        self.bench = bench
-        self.broker = bench.broker
-        self.clock = bench.clock
-        self.run = Run(bench.broker.actors, bench.state.metrics)
+    def __init__(self, environment: StubEnvironment) -> None:
+        self.environment = environment
+        self.broker = environment.broker
+        self.clock = environment.clock
+        self.run = Run(environment.broker.actors, environment.state.metrics)
         self.died = False
         #: The messages that wait for the idempotency store.
         self._stalled: set[str] = set()
@@ -115,12 +115,12 @@ class Drain:
         self._worker = _dramatiq.InlineWorker(self.broker, _Hooks(self))
 
     def __enter__(self) -> Self:
-        bench, state = self.bench, self.bench.state
-        if bench.draining:
+        environment, state = self.environment, self.environment.state
+        if environment.draining:
             raise RuntimeError("This broker is being drained already: drain() can't be called from one of its jobs.")
         with ExitStack() as stack:
-            bench.draining = True
-            stack.callback(setattr, bench, "draining", False)
+            environment.draining = True
+            stack.callback(setattr, environment, "draining", False)
             self._wind_back()
             stack.enter_context(self.clock.in_force())
             self._began = self.clock.now
@@ -129,7 +129,7 @@ class Drain:
             if not interrupts.timer_runs():
                 stack.callback(interrupts.end_timer)
             stack.callback(set_event_loop_thread, get_event_loop_thread())
-            self._stalled = stack.enter_context(collecting(self.run, bench, lambda: _in_progress.get() is self))
+            self._stalled = stack.enter_context(recording(self.run, environment, lambda: _in_progress.get() is self))
             stack.callback(setattr, state, "stopping", state.stopping)
             state.stopping = VirtualStop(self.clock)
             stack.callback(self._take_worker_off)
@@ -148,7 +148,7 @@ class Drain:
     def _wind_back(self) -> None:
         # By the time of the first drain a few real ms have gone by since a delayed message was sent.
         if self.clock.skipped == 0:
-            sent = [message.message_timestamp for message in self.bench.delayed()]
+            sent = [message.message_timestamp for message in self.environment.delayed()]
             self.clock.now = min([self.clock.now, *(at for at in sent if at > self.clock.now - 60_000)])
 
     def _take_worker_off(self) -> None:
@@ -159,13 +159,13 @@ class Drain:
     def step(self, limit: int | None = None) -> bool:
         """Run the next message; False if there is none, or none before the virtual time ``limit``."""
         worker = self._worker
-        while not self.bench.state.stopping.is_set():
+        while not self.environment.state.stopping.is_set():
             self._fetch()
             message = worker.next()
             if message is not None:
                 self._process(message)
                 return True
-            due = self._next_eta(self._stalled if self.bench.store_is_down and limit is None else ())
+            due = self._next_eta(self._stalled if self.environment.store_is_down and limit is None else ())
             if due is None or (limit is not None and due > limit):
                 break
             self.clock.advance(max(0, due - self.clock.now))
@@ -186,7 +186,7 @@ class Drain:
                     self._worker.fetch(name)
                 except BrokerConnectionError:
                     # A consumer thread begins anew after a while.
-                    if self.bench.state.stopping.wait(_RESTART):
+                    if self.environment.state.stopping.wait(_RESTART):
                         return
 
     def _next_eta(self, but_of: Collection[str]) -> int | None:

@@ -22,7 +22,7 @@ from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
 from .draining import WorkerDied, drain_in_progress
 from .patching import around, in_place_of
-from .stub_environment import bench_of
+from .stub_environment import environment_of
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
@@ -244,15 +244,15 @@ def store_down(
     assert claims is not None
     store = claims.store
     claims.store = cast("IdempotencyStore", _Down(store, exception, counted))
-    bench = bench_of(broker) if isinstance(broker, StubBroker) else None
-    if bench is not None:
-        before, bench.store_is_down = bench.store_is_down, times is None
+    environment = environment_of(broker) if isinstance(broker, StubBroker) else None
+    if environment is not None:
+        before, environment.store_is_down = environment.store_is_down, times is None
     try:
         yield
     finally:
         claims.store = store
-        if bench is not None:
-            bench.store_is_down = before
+        if environment is not None:
+            environment.store_is_down = before
 
 
 class _Down:

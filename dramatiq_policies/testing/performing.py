@@ -12,7 +12,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from ..outcomes import OutcomeEvent
 from .draining import Drain
-from .stub_environment import bench_of
+from .stub_environment import environment_of
 from .stubbing import stub
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
         broker = actor.broker
         if not isinstance(broker, StubBroker):
             broker = stack.enter_context(stub(broker))
-        bench = bench_of(broker)
+        environment = environment_of(broker)
         stack.enter_context(_empty(broker))
         actor.send(*args, **kwargs)
-        with Drain(bench) as work:
+        with Drain(environment) as work:
             work.step()
         if not work.run.events:
             raise AssertionError(f"perform() had no outcome.\n{work.run!r}")
@@ -48,10 +48,10 @@ def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
 @contextmanager
 def _empty(broker: StubBroker) -> Iterator[None]:
     """Empty queues in the place of the broker's own."""
-    queues, letters = broker.queues, broker.dead_letters_by_queue
+    queues, dead_letters = broker.queues, broker.dead_letters_by_queue
     broker.queues = {name: Queue() for name in queues}
     broker.dead_letters_by_queue = defaultdict(list)
     try:
         yield
     finally:
-        broker.queues, broker.dead_letters_by_queue = queues, letters
+        broker.queues, broker.dead_letters_by_queue = queues, dead_letters

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
     from .stub_environment import StubEnvironment
 
-__all__ = ["collecting"]
+__all__ = ["recording"]
 
 _LOGGERS = ("dramatiq_policies.outcomes", "dramatiq_policies.alerts")
 _BAD = frozenset(outcome.value for outcome in BAD_ENDINGS)
 
 
 @contextmanager
-def collecting(run: Run, bench: StubEnvironment, is_of_the_drain: Callable[[], bool]) -> Iterator[set[str]]:
+def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[[], bool]) -> Iterator[set[str]]:
     """Collect what happens on the bench from now on, and give the ids of the messages that wait for the idempotency store.
 
     Parameters:
       is_of_the_drain: Whether what is logged now comes from it.
     """
-    clock, state, letters = bench.clock, bench.state, bench.broker.dead_letters_by_queue
+    clock, state, dead_letters = environment.clock, environment.state, environment.broker.dead_letters_by_queue
     began, entries = clock.now, run.entries
-    before = {name: len(queue) for name, queue in letters.items()}
+    before = {name: len(queue) for name, queue in dead_letters.items()}
     stalled: set[str] = set()
 
     def observe(event: OutcomeEvent, message: MessageProxy | None) -> None:
@@ -49,7 +49,7 @@ def collecting(run: Run, bench: StubEnvironment, is_of_the_drain: Callable[[], b
     finally:
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
-        run.dead += [letter for name, queue in letters.items() for letter in queue[before.get(name, 0) :]]
+        run.dead += [letter for name, queue in dead_letters.items() for letter in queue[before.get(name, 0) :]]
         state.forget(run)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..stores import Entry, IdempotencyStore, Renewal
 from .claims_contract import ClaimsContract
-from .concurrency import THREADS, at_once, clock_wrong_by, in_a_child
+from .concurrency import THREADS, clock_wrong_by, in_a_child, run_concurrently
 
 __all__ = ["IdempotencyStoreContract"]
 
@@ -183,7 +183,7 @@ class IdempotencyStoreContract(ClaimsContract):
             def take(number: int, key: str = key) -> Entry | None:
                 return store.swap(key, None, b"%d" % number, _LONG)
 
-            answers = at_once(take)
+            answers = run_concurrently(take)
             winners = [number for number, answer in enumerate(answers) if answer is None]
             assert len(winners) == 1, winners
             # A loser may have looked before the winner wrote only if it says so.
@@ -203,7 +203,7 @@ class IdempotencyStoreContract(ClaimsContract):
                 expected = found.value
             raise AssertionError("never written")
 
-        at_once(increment)
+        run_concurrently(increment)
         assert store.get("k").value == b"%d" % THREADS
 
     def test_a_hundred_threads_with_a_register_each_do_not_disturb_one_another(self, store: IdempotencyStore) -> None:
@@ -219,7 +219,7 @@ class IdempotencyStoreContract(ClaimsContract):
                 store.get(key),
             ]
 
-        assert at_once(live) == [[None, True, [True], None, True, True, Entry(None, 0)]] * THREADS
+        assert run_concurrently(live) == [[None, True, [True], None, True, True, Entry(None, 0)]] * THREADS
 
     def test_a_forked_child_uses_it_too_and_so_does_the_parent_afterwards(self, store: IdempotencyStore) -> None:
         store.put("k", b"parent", _LONG)
@@ -229,7 +229,7 @@ class IdempotencyStoreContract(ClaimsContract):
             while not done.is_set():
                 store.put(f"busy{number}", b"one", _LONG)
 
-        at_once(lambda number: store.put(f"idle{number}", b"one", _LONG))
+        run_concurrently(lambda number: store.put(f"idle{number}", b"one", _LONG))
         threads = [threading.Thread(target=hammer, args=(number,)) for number in range(self.busy)]
         for thread in threads:
             thread.start()

@@ -15,9 +15,9 @@ from ..idempotency.claims import StoreDown
 from ..middleware.base import PolicyMiddleware
 from .virtual_time import VirtualClock, clock_in_force
 
-__all__ = ["StubEnvironment", "bench_of"]
+__all__ = ["StubEnvironment", "environment_of"]
 
-_ATTRIBUTE = "dramatiq_policies_bench"
+_ATTRIBUTE = "dramatiq_policies_environment"
 
 
 class StubEnvironment:
@@ -59,14 +59,14 @@ class StubEnvironment:
         ]
 
 
-def bench_of(broker: Broker) -> StubEnvironment:
-    """The broker's bench, made at the first call.
+def environment_of(broker: Broker) -> StubEnvironment:
+    """The broker's environment, made at the first call.
 
     Raises:
       ConfigurationError: It is no StubBroker, or has none of the bundle's middleware.
     """
-    bench: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
-    if bench is None:
+    environment: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
+    if environment is None:
         if not isinstance(broker, StubBroker):
             raise ConfigurationError(
                 f"The test kit runs what is queued on a StubBroker, and got a {type(broker).__name__}. "
@@ -77,5 +77,5 @@ def bench_of(broker: Broker) -> StubEnvironment:
                 "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
                 "Call install(broker) before its actors are declared."
             )
-        bench = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, arrange(broker))
-    return bench
+        environment = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, arrange(broker))
+    return environment

@@ -20,7 +20,7 @@ from .. import _dramatiq
 from ..bundle import arrange, install
 from ..common.callables import unwrapped
 from ..middleware.base import PolicyMiddleware
-from .stub_environment import bench_of
+from .stub_environment import environment_of
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -68,7 +68,7 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
             for actor in list(real.actors.values()):
                 lend(actor)
         if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
-            bench_of(stand_in)
+            environment_of(stand_in)
         yield stand_in
     finally:
         for actor, own, fn in reversed(saved):

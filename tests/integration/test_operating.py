@@ -318,7 +318,7 @@ def test_a_replay_whose_connection_is_cut_loses_nothing(place, executed):
         app.broker.declare_queue(place.queue)
         ids = bury(place, app, 30)
         trap = proxy.cut_when(b'"replays"', after=executed, reply=confirmed, skip=12)
-        moved = ops.Moved()
+        moved = ops.MoveResult()
         # A client of Redis asks again of its own accord; whoever else is cut off, says so.
         with contextlib.suppress(ops.OperationError):
             ops.replay(app.broker, moved=moved)
@@ -517,7 +517,7 @@ def test_a_letter_that_lies_there_twice_is_run_once_by_its_key(redis_place):
     (first, *_) = bury(redis_place, app, 1)
     (letter,) = ops.dead_letters(app.broker)
     # As a kill on RabbitMQ between the confirmed replay and its ack leaves it.
-    app.broker.enqueue(letters.renewed(letter.message, redis_place.queue))
+    app.broker.enqueue(letters.for_replay(letter.message, redis_place.queue))
     assert ops.replay(app.broker).count == 1
     app.work_until("duplicate", "succeeded", threads=1)
     assert {event.message_id for event in app.events} == {first}

@@ -48,7 +48,7 @@ from dramatiq_policies.delivery.history import POLICIES, History, attempt_of, re
 from dramatiq_policies.delivery.validation import check_composition, check_shape, is_number
 from dramatiq_policies.errors import UnknownRecord
 from dramatiq_policies.idempotency.records import Record, Request, decide
-from dramatiq_policies.ops.dead_letters.dead_letter import read_letter, renewed
+from dramatiq_policies.ops.dead_letters.dead_letter import for_replay, read_dead_letter
 from dramatiq_policies.rules.backoff import WEEK_MS, bounds_of, safe_wait
 
 from ..support import PlainClient, Stage
@@ -315,13 +315,13 @@ def test_a_record_of_anybody_s_is_read_and_decided_on_or_said_to_be_unknown(data
 
 @fuzzed(100, body=bodies | raw_bodies)
 def test_a_dead_letter_of_anybody_s_can_be_listed_shown_and_replayed(letters_of, body):
-    letter = read_letter(letters_of, "default", Item(body, 5, None))
+    letter = read_dead_letter(letters_of, "default", Item(body, 5, None))
     json.dumps([letter.row(), letter.asdict(), letter.asdict(args=True)])
     assert oldest([body], 5) >= 0
     if letter.message is None:
         assert letter.reason == "malformed"
     else:
-        again = Message.decode(renewed(letter.message, "default").encode())
+        again = Message.decode(for_replay(letter.message, "default").encode())
         assert replays_of(again.options) >= 1 + letter.replays
         assert attempt_of(again.options) == 1
 

@@ -11,13 +11,13 @@ from dramatiq import Message
 
 from ...brokers.browser import Item, QueueBrowser, open_browser
 from ..app import OperationError, find_queue, known_queues
-from ..strays import find_any_queue, stray_queues
-from .dead_letter import DeadLetter, Filter, read_letter, renewed
+from ..undeclared import find_any_queue, undeclared_queues
+from .dead_letter import DeadLetter, Filter, for_replay, read_dead_letter
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-__all__ = ["Group", "Moved", "dead_letters", "move", "purge", "replay", "summarise"]
+__all__ = ["Group", "MoveResult", "dead_letters", "move", "purge", "replay", "summarise"]
 
 #: A `Filter`, or what wraps one.
 Where = Callable[[DeadLetter], bool]
@@ -46,7 +46,7 @@ class Group:
 
 
 @dataclass(slots=True)
-class Moved:
+class MoveResult:
     """What a replay, a purge or a move did, or would do.
 
     Attributes:
@@ -78,9 +78,9 @@ def dead_letters(
     """
     left = limit
     for queue in _chosen(broker, queues):
-        with open_browser(broker, queue, dead=True) as pile:
-            for item in _looked_at(pile, limit):
-                letter = read_letter(broker, queue, item)
+        with open_browser(broker, queue, dead=True) as browser:
+            for item in _looked_at(browser, limit):
+                letter = read_dead_letter(broker, queue, item)
                 if where is None or where(letter):
                     yield letter
                     if left is not None:
@@ -89,9 +89,9 @@ def dead_letters(
                             return
 
 
-def _looked_at(pile: QueueBrowser, limit: int | None) -> Iterable[Item]:
+def _looked_at(browser: QueueBrowser, limit: int | None) -> Iterable[Item]:
     """What is only looked at: all at once, but whoever needs a few takes no more off RabbitMQ than those."""
-    return pile.read_all() if limit is None and len(pile) else pile
+    return browser.read_all() if limit is None and len(browser) else browser
 
 
 def summarise(broker: Broker, queues: Iterable[str] = (), where: Where | None = None) -> list[Group]:
@@ -120,8 +120,8 @@ def replay(
     limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-    moved: Moved | None = None,
-) -> Moved:
+    moved: MoveResult | None = None,
+) -> MoveResult:
     """Send dead letters again, as if for the first time, each to the queue that it came from.
 
     Interrupted at any moment, it has lost none: on Redis each lies either among the dead or in its queue, on RabbitMQ one
@@ -152,9 +152,9 @@ def replay(
     def successor(letter: DeadLetter) -> Message[Any] | None:
         if letter.message is None:
             return None
-        return renewed(letter.message, letter.queue if to_queue is None else to_queue, new_id=new_id)
+        return for_replay(letter.message, letter.queue if to_queue is None else to_queue, new_id=new_id)
 
-    moved = Moved() if moved is None else moved
+    moved = MoveResult() if moved is None else moved
     for queue in _chosen(broker, queues):
         _work(broker, queue, True, where, successor, moved, limit, progress, rate=rate, dry_run=dry_run)
     return moved
@@ -168,10 +168,10 @@ def purge(
     limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-    moved: Moved | None = None,
-) -> Moved:
+    moved: MoveResult | None = None,
+) -> MoveResult:
     """Delete dead letters for good. Arguments and errors as for `replay`."""
-    moved = Moved() if moved is None else moved
+    moved = MoveResult() if moved is None else moved
     for queue in _chosen(broker, queues):
         _work(broker, queue, True, where, None, moved, limit, progress, dry_run=dry_run)
     return moved
@@ -186,9 +186,9 @@ def move(
     limit: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-    moved: Moved | None = None,
+    moved: MoveResult | None = None,
     where: Where | None = None,
-) -> Moved:
+) -> MoveResult:
     """Move messages that are ready from one queue to another, in their order and as safely as `replay`.
 
     Delayed messages, and those that a worker has in hand, stay. On RabbitMQ the messages that were looked at and stay
@@ -201,7 +201,7 @@ def move(
     find_queue(broker, to_queue)
     if queue == to_queue:
         raise OperationError(f"The messages are in {queue!r} already.")
-    moved = Moved() if moved is None else moved
+    moved = MoveResult() if moved is None else moved
 
     def successor(letter: DeadLetter) -> Message[Any] | None:
         return None if letter.message is None else letter.message.copy(queue_name=to_queue)
@@ -217,7 +217,7 @@ def _work(
     dead: bool,
     where: Where | None,
     successor: Callable[[DeadLetter], Message[Any] | None] | None,
-    moved: Moved,
+    moved: MoveResult,
     limit: int | None,
     progress: Progress | None,
     *,
@@ -225,28 +225,28 @@ def _work(
     dry_run: bool = False,
 ) -> None:
     """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
-    with open_browser(broker, queue, dead=dead) as pile:
+    with open_browser(broker, queue, dead=dead) as browser:
         next_at = monotonic()
         if limit is not None and moved.count >= limit:
             return
-        for item in _looked_at(pile, limit) if dry_run else pile:
-            letter = read_letter(broker, queue, item)
+        for item in _looked_at(browser, limit) if dry_run else browser:
+            letter = read_dead_letter(broker, queue, item)
             moved.seen += 1
             if where is None or where(letter):
                 message = None if successor is None else successor(letter)
                 if successor is not None and message is None:
                     moved.unreadable += 1
-                elif dry_run or (pile.drop(item) if message is None else pile.send(item, message)):
+                elif dry_run or (browser.drop(item) if message is None else browser.send(item, message)):
                     moved.count += 1
                     if limit is not None and moved.count >= limit:
                         return
                     if rate is not None and not dry_run:
                         next_at = max(next_at + 1 / rate, monotonic())
-                        pile.wait(max(0.0, next_at - monotonic()))
+                        browser.wait(max(0.0, next_at - monotonic()))
             if progress is not None:
-                progress(moved.seen, len(pile))
+                progress(moved.seen, len(browser))
 
 
 def _chosen(broker: Broker, queues: Iterable[str]) -> list[str]:
     chosen = [find_any_queue(broker, queue) for queue in queues]
-    return chosen or [*known_queues(broker), *stray_queues(broker)]
+    return chosen or [*known_queues(broker), *undeclared_queues(broker)]

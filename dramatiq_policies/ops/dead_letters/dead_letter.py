@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ...brokers.browser import Item
 
-__all__ = ["DeadLetter", "Filter", "read_letter", "renewed"]
+__all__ = ["DeadLetter", "Filter", "for_replay", "read_dead_letter"]
 
 #: What a message carries of its past, and must not carry into a replay.
 PAST = frozenset({"eta", FAILURE, POLICIES, READY_AT, "redis_message_id", "requeue_timestamp", "retries", "traceback"})
@@ -89,7 +89,7 @@ def _type_of(value: Any) -> str:
     return f"<{type(value).__name__}>"
 
 
-def read_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
+def read_dead_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
     """What a dead letter says. It may come from anybody: what can't be read is None."""
     try:
         message = decode(item.body, state_of(broker).max_body_bytes)
@@ -148,7 +148,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def renewed(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
+def for_replay(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
     """The message for its replay: without its past, made now, and counting one replay more.
 
     The count is part of the run's identity: what remembers that the earlier run has ended lets this one run.
@@ -234,7 +234,7 @@ def _is_given(arguments: Mapping[str, Any], name: str, text: str) -> bool:
     if str(value) == text:
         return True
     try:
-        meant = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
         return False
-    return type(meant) is type(value) and bool(meant == value)
+    return type(parsed) is type(value) and bool(parsed == value)

@@ -7,7 +7,7 @@ import functools
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..app import OperationError, meant
+from ..app import OperationError, did_you_mean
 from .explanation import policy_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
         known = {key: value for place in reversed(places) for key, value in place.items() if _is_exception(value)}
         found = known.get(attribute)
         if found is None:
-            near = meant(attribute, known)
+            near = did_you_mean(attribute, known)
             raise OperationError(
                 f"{name!r} is no exception class{'; write it as module:Class.' if near == '.' else near}"
             )

@@ -14,7 +14,7 @@ from typing import Any
 from ...common.callables import accepts_call_of
 from ...common.durations import WEEK_MS
 from ...idempotency.keys import roots_of
-from ..app import OperationError, meant, one_line
+from ..app import OperationError, did_you_mean, one_line
 
 __all__ = ["Argument", "Design", "IncompleteDesign", "Named", "parse_design"]
 
@@ -139,7 +139,7 @@ def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) 
     for name in given:
         if name not in known:
             there = ", ".join(f"{table}{one}" for one in known)
-            raise OperationError(f"{table}{name} answers no question{meant(name, known)} There are {there}.")
+            raise OperationError(f"{table}{name} answers no question{did_you_mean(name, known)} There are {there}.")
 
 
 def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._dramatiq import kind_of
 from ..brokers.browser import open_browser
-from .app import OperationError, known_queues, meant
+from .app import OperationError, did_you_mean, known_queues
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-__all__ = ["find_any_queue", "stray_queues"]
+__all__ = ["find_any_queue", "undeclared_queues"]
 
 
-def stray_queues(broker: Broker) -> list[str]:
+def undeclared_queues(broker: Broker) -> list[str]:
     """The names of undeclared queues that hold messages, sorted. RabbitMQ lists no queues, so none are known there."""
     kind = kind_of(broker)
     stub: Any = broker
@@ -57,12 +57,14 @@ def find_any_queue(broker: Broker, queue: str) -> str:
     known = known_queues(broker)
     if queue in known:
         return queue
-    strays = stray_queues(broker)
+    strays = undeclared_queues(broker)
     if queue in strays:
         return queue
     if kind_of(broker) == "rabbitmq":
         for dead in (True, False):
-            with open_browser(broker, queue, dead=dead) as pile:
-                if len(pile):
+            with open_browser(broker, queue, dead=dead) as browser:
+                if len(browser):
                     return queue
-    raise OperationError(f"No actor uses a queue {queue!r}, and it holds no messages{meant(queue, [*known, *strays])}")
+    raise OperationError(
+        f"No actor uses a queue {queue!r}, and it holds no messages{did_you_mean(queue, [*known, *strays])}"
+    )

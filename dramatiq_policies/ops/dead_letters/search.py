@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .app import OperationError, meant
-from .dead_letters.commands import dead_letters
-from .dead_letters.dead_letter import DeadLetter, Filter
+from ..app import OperationError, did_you_mean
+from .commands import dead_letters
+from .dead_letter import DeadLetter, Filter
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -57,7 +57,7 @@ class Tally:
             self.matched[letter.message.actor_name, letter.queue] += 1
         return True
 
-    def named(self, count: int) -> str:
+    def breakdown(self, count: int) -> str:
         """Whose letters the ``count`` that matched are: ``20 of send_mail in mail, 3 of import_batch in import``."""
         most = self.matched.most_common()
         parts = [f"{count} of {actor} in {queue}" for (actor, queue), count in most[:_SHOWN]]
@@ -66,7 +66,7 @@ class Tally:
         unreadable = count - self.matched.total()
         return ", ".join([*parts, f"{unreadable} that can't be read"] if unreadable > 0 else parts)
 
-    def nothing(self, actors: Iterable[str]) -> str | None:
+    def no_match(self, actors: Iterable[str]) -> str | None:
         """A sentence on what matched nothing, with the nearest name; None where there was nothing to be found.
 
         Parameters:
@@ -85,7 +85,7 @@ class Tally:
             given.append(f"--{name} {value}")
             known = {*self._values[name], *(actors if name == "actor" else ())}
             if value not in known and not hint:
-                hint = meant(value, sorted(known)).removesuffix(".")
+                hint = did_you_mean(value, sorted(known)).removesuffix(".")
         given += [f"--where {name}={value}" for name, value in where.arguments.items()]
         given += [f"--id {value}" for value in where.message_ids]
         given += ["--older-than"] if where.older_than_ms is not None else []
