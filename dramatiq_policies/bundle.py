@@ -275,9 +275,9 @@ def _wrap_consume(state: BrokerState) -> None:
 
     @functools.wraps(stock)
     def consume(queue_name: str, *args: Any, **kwargs: Any) -> Consumer:
-        if state.polled is not None:
+        if state.last_polled_at is not None:
             # While the broker is away, too: this is called again and again.
-            state.polled[queue_name] = monotonic()
+            state.last_polled_at[queue_name] = monotonic()
         prefetch = kwargs.get("prefetch", args[0] if args else 1)
         consumer = wrap_consumer(state, stock(queue_name, *args, **kwargs), queue_name, prefetch)
         consumer.prefetch = prefetch

@@ -40,7 +40,7 @@ def left_of(delivery: Delivery) -> Carried:
     """What is left to do of a run that has ended."""
     decision = delivery.decision
     if delivery.abandoned and decision is not None:
-        return Carried(decision, delivery.steps)
+        return Carried(decision, delivery.outbox)
     return _COMPLETED if decision is SUCCEEDED else _STALE
 
 
@@ -90,7 +90,7 @@ class Ended:
         """
         with self._lock:
             holder, heir = self.in_hand.get(key), self._heirs.get(key)
-            if holder is None or not holder.gone() or (heir is not None and not heir[0].gone()):
+            if holder is None or not holder.is_revoked() or (heir is not None and not heir[0].is_revoked()):
                 # Or it is another message, with the same text.
                 return False
             self._heirs[key] = consumer, inherit
@@ -127,7 +127,7 @@ class Runs:
         return True
 
     def _inherit(self, message: MessageProxy, key: int, carried: Carried | None) -> None:
-        if self._consumer.gone():
+        if self._consumer.is_revoked():
             self._ended.remember(key, carried)
             return
         message.carried = carried  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ class BrokerState:
       stopping: Set from the moment that the worker begins to shut down.
       delayed: The delayed messages in hand, by queue.
       in_flight: Redis: the ids taken and not yet acked, by queue.
-      moving: Per thread, whether a due message is being moved out of the delay queue.
+      moving_delayed: Per thread, whether a due message is being moved out of the delay queue.
       refused: The queues whose dead letters the broker refuses now.
       distrusted: What a worker makes of bodies in a row that it cannot read, by queue.
       max_body_bytes: The largest body that is decoded, None for any.
@@ -54,9 +54,9 @@ class BrokerState:
         #: What the consumers of one broker share among them.
         self.shared: dict[str, Any] = {}
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
-        self.taken: dict[str, Message[Any]] | None = None
+        self.last_received: dict[str, Message[Any]] | None = None
         #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.
-        self.polled: dict[str, float] | None = None
+        self.last_polled_at: dict[str, float] | None = None
         #: The middleware that says how long jobs may run, None without one.
         self.timeout: Timeout | None = None
         #: Where numbers go, None without it.
@@ -86,7 +86,7 @@ class BrokerState:
         #: Whether a success needs a record at all.
         self.successes_observed = False
         #: Told of each success without a record: one costs as much as all that is done with it here.
-        self.on_success: tuple[Callable[[Delivery], object], ...] = ()
+        self.success_listeners: tuple[Callable[[Delivery], object], ...] = ()
         #: At which level the bundle logs a dead message, in place of the worker's line; None where it does not.
         self.failure_level: int | None = None
         self.reset_after_fork()
@@ -97,14 +97,14 @@ class BrokerState:
         self.stopping = threading.Event()
         self.delayed: dict[str, DelayQueue] = {}
         self.in_flight: dict[str, set[str]] = {}
-        self.moving = threading.local()
+        self.moving_delayed = threading.local()
         self.refused: dict[str, object] = {}
         self.parked: dict[str, Parking] = {}
         self.distrusted: dict[str, Distrust] = {}
         #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
         self.requeue_after_shutdown: list[Callable[[], object]] = []
         #: RabbitMQ: how many messages the consumer of each queue holds.
-        self.held: dict[str, Callable[[], int]] = {}
+        self.unacked_counts: dict[str, Callable[[], int]] = {}
         self.fatal: str | None = None
         self.in_command = False
         #: Until when, in monotonic seconds, no job begins that may be what kills its worker: Dramatiq's command waits for ever
@@ -112,7 +112,7 @@ class BrokerState:
         self.booting_until = 0.0
         #: Taken by the consumer that says that this broker's storage is not known, and never given back.
         self.warned_of_unknown_broker = threading.Lock()
-        for seen in (self.taken, self.polled):
+        for seen in (self.last_received, self.last_polled_at):
             if seen is not None:
                 seen.clear()
 
@@ -157,9 +157,9 @@ class BrokerState:
         self._observers = tuple(observer for _, observer, successes in self._entries if successes)
         self.successes_observed = bool(self._observers)
 
-    def tell_success(self, delivery: Delivery) -> None:
+    def notify_success(self, delivery: Delivery) -> None:
         """Tell of a success before its ack; what is raised is logged and changes nothing."""
-        for told in self.on_success:
+        for told in self.success_listeners:
             try:
                 told(delivery)
             except BaseException:  # As above.

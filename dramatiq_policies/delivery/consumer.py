@@ -24,8 +24,8 @@ from ..outcomes import Outcome, OutcomeEvent, text_of
 from .decision import Decision
 from .delay_queue import DelayQueue
 from .delivery import Delivery, OutgoingMessage
-from .handing_off import RETURNED, returned
-from .moving import Move, attempt, move_due
+from .moving_delayed import Move, attempt, move_due
+from .publishing import RETURNED, returned
 from .refusals import Distrust, Fault, Parking, Unsendable
 from .settlement import settle
 from .validation import check_composition, check_shape, clean_options, decode, is_number
@@ -33,7 +33,7 @@ from .validation import check_composition, check_shape, clean_options, decode, i
 if TYPE_CHECKING:
     from .broker_state import BrokerState
 
-__all__ = ["PolicyConsumer", "hold"]
+__all__ = ["PolicyConsumer", "quiet"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -52,8 +52,8 @@ class PolicyConsumer(Consumer):
       queue_name: The queue that it reads, which may be a delay queue.
     """
 
-    #: Whether `hand_off` and the ack are one step for the broker.
-    acks_with_hand_off = False
+    #: Whether `publish_outbox` and the ack are one step for the broker.
+    acks_with_outbox = False
     #: How many messages it may hold at once.
     prefetch = 1
 
@@ -68,14 +68,14 @@ class PolicyConsumer(Consumer):
         self.parked = self.parking()
         self.distrust = state.distrusted.setdefault(queue_name, Distrust(queue_name))
         self.max_body_bytes = state.max_body_bytes
-        #: Whether the worker shuts down: what still comes is for others. See `hold`.
-        self.holding = False
-        self.held_back: list[MessageProxy] = []
+        #: Whether the worker shuts down: what still comes is for others. See `quiet`.
+        self.is_quiet = False
+        self.set_aside: list[MessageProxy] = []
 
     # What a worker calls.
 
     def __next__(self) -> MessageProxy | None:
-        polled = self.state.polled
+        polled = self.state.last_polled_at
         if polled is not None:
             polled[self.source] = time.monotonic()
         if self.parked:
@@ -91,8 +91,8 @@ class PolicyConsumer(Consumer):
             if not is_number(message.options.get("eta")):
                 message.options["eta"] = 0
             return message
-        if self.holding:
-            self.held_back.append(message)
+        if self.is_quiet:
+            self.set_aside.append(message)
             return None
         plain = _dramatiq.message_of(message)
         message.delivery = delivery = Delivery(self, plain)  # type: ignore[attr-defined]
@@ -135,9 +135,9 @@ class PolicyConsumer(Consumer):
         """Settle a message that this consumer has delivered, and ack it."""
         state = self.state
         if delivery.claim is None and delivery.is_plain_success() and not state.successes_observed:
-            if state.on_success and not delivery.settled:
+            if state.success_listeners and not delivery.settled:
                 delivery.settled = True
-                state.tell_success(delivery)
+                state.notify_success(delivery)
             if not delivery.acked:
                 self.finish(message)
         elif settle(state, self, message, delivery):
@@ -171,7 +171,7 @@ class PolicyConsumer(Consumer):
     def close(self) -> None:
         if self.state.stopping.is_set():
             self.parked.give_back(everything=True)
-            items, self.held_back = self.held_back, []
+            items, self.set_aside = self.set_aside, []
             while (item := self.delayed.take()) is not None:
                 items.append(_dramatiq.delayed_message(item))
                 self.delayed.task_done()
@@ -185,12 +185,12 @@ class PolicyConsumer(Consumer):
 
     # What settlement calls.
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         """Have the broker accept each step, dropping it from the list, and then the dead letter, which may be a body.
 
         May be called again after any error, and goes on where it stopped.
         """
-        steps = delivery.steps
+        steps = delivery.outbox
         while steps:
             step = steps[0]
             assert isinstance(step, OutgoingMessage)
@@ -201,7 +201,7 @@ class PolicyConsumer(Consumer):
             delivery.acked = True
 
     def completes(self, delivery: Delivery) -> bool:
-        """Whether `hand_off` also completes the idempotency key, and acks, in one step."""
+        """Whether `publish_outbox` also completes the idempotency key, and acks, in one step."""
         return False
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
@@ -276,13 +276,13 @@ class PolicyConsumer(Consumer):
         """Whether it takes nothing: every slot is taken by a parked message, or it can read nothing."""
         return len(self.parked) >= self.prefetch or self.distrust.is_pausing
 
-    def gone(self) -> bool:
+    def is_revoked(self) -> bool:
         """Whether the broker has taken back what this consumer delivered."""
         return False
 
-    def gave_back(self) -> bool:
+    def will_redeliver(self) -> bool:
         """Whether the broker delivers again what this consumer delivered; not where the queue was deleted."""
-        return self.gone()
+        return self.is_revoked()
 
     def abandon(self, message: MessageProxy) -> None:
         """The message is left to come back."""
@@ -303,7 +303,7 @@ class PolicyConsumer(Consumer):
         if message is None:
             return None
         try:
-            self.adopt(_dramatiq.message_of(message))
+            self.validate(_dramatiq.message_of(message))
         except MalformedMessage as error:
             self.inner.nack(message)
             self.report_malformed(error)
@@ -352,10 +352,10 @@ class PolicyConsumer(Consumer):
           Exception: It cannot be read.
         """
         message = decode(body, self.max_body_bytes)
-        self.adopt(message)
+        self.validate(message)
         return message
 
-    def adopt(self, message: Message[Any]) -> None:
+    def validate(self, message: Message[Any]) -> None:
         """Check a message's shape; it belongs to the queue that it was read from, whatever it says."""
         check_shape(message)
         if message.queue_name != self.source:
@@ -393,7 +393,7 @@ def _unstacked(error: MalformedMessage) -> MalformedMessage:
     return MalformedMessage(*error.args)
 
 
-def hold(worker: Any) -> None:
+def quiet(worker: Any) -> None:
     """Begin no further job on a worker that shuts down; what it still fetches goes back when it closes.
 
     Its consumers live on while its jobs end, and an idle thread would take once more what they bring: the very job that
@@ -401,4 +401,4 @@ def hold(worker: Any) -> None:
     """
     for thread in worker.consumers.values():
         if isinstance(thread.consumer, PolicyConsumer):
-            thread.consumer.holding = True
+            thread.consumer.is_quiet = True

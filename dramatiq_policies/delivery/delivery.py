@@ -116,13 +116,13 @@ class Delivery:
         "ended",
         "key",
         "message",
+        "outbox",
         "policy",
         "proxy",
         "redelivered",
         "settled",
         "stage",
         "started",
-        "steps",
         "timeout_ms",
     )
 
@@ -137,7 +137,7 @@ class Delivery:
         self.ended: float | None = None
         self.timeout_ms: float | None = None
         self.decision: Decision | None = None
-        self.steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
+        self.outbox: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
         self.settled = False
         self.acked = False
         self.redelivered = False
@@ -148,9 +148,9 @@ class Delivery:
 
     def add_to_outbox(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
         """Have a message, or those that a call yields, accepted by the broker before this delivery is acked."""
-        if self.steps is None:
-            self.steps = []
-        self.steps.append(step)
+        if self.outbox is None:
+            self.outbox = []
+        self.outbox.append(step)
 
     def skip(self, decision: Decision, why: str = "") -> NoReturn:
         """Decide that the job is not run now, from inside the wrapper of its function.
@@ -192,7 +192,7 @@ class Delivery:
 
     def is_plain_success(self) -> bool:
         """Whether nothing follows from it but its ack."""
-        return self.decision is SUCCEEDED and self.steps is None
+        return self.decision is SUCCEEDED and self.outbox is None
 
     def completes_key(self) -> bool:
         """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""

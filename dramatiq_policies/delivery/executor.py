@@ -103,7 +103,7 @@ def _run(
 def _carry_on(delivery: Delivery) -> None:
     """Settle what an earlier run in this process has left to do, and do not run."""
     assert delivery.carried is not None
-    decision, delivery.steps = delivery.carried
+    decision, delivery.outbox = delivery.carried
     delivery.skip(decision)
 
 

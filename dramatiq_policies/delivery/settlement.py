@@ -14,8 +14,8 @@ from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
 from .decision import SUCCEEDED, Decision
 from .delivery import Delivery
-from .handing_off import Publication
 from .history import attempt_of
+from .publishing import Publication
 from .results import settle_results
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _conclude(
     """The best-effort steps, after the hand-off; ``succeeded`` says whether the job did, whatever came of the hand-off."""
     outcome = decision.outcome
     if outcome is Outcome.SUCCEEDED:
-        state.tell_success(delivery)
+        state.notify_success(delivery)
         if not state.successes_observed:
             return
     policy = delivery.policy or state.policies.get(message.actor_name)

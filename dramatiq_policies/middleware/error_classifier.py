@@ -14,7 +14,7 @@ from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..delivery.broker_state import state_of
-from ..delivery.consumer import hold
+from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
 from ..delivery.decisions import decide
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
@@ -153,7 +153,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         state = self.attached_to
         if state is None:
             state = self.arrange(broker)
-        if getattr(state.moving, "on", False):
+        if getattr(state.moving_delayed, "on", False):
             # Out of the delay queue: it became ready when its time came, not now.
             return
         options = message.options
@@ -216,7 +216,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
         state_of(broker).stopping.set()
-        hold(worker)
+        quiet(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
         state = state_of(broker)

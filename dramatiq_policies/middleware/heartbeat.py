@@ -108,7 +108,7 @@ class Heartbeat(PolicyMiddleware):
         return twin
 
     def attach(self, state: BrokerState) -> None:
-        state.polled = {}
+        state.last_polled_at = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         self._workers.append(worker)
@@ -138,7 +138,7 @@ class Heartbeat(PolicyMiddleware):
             return stuck < sum(worker.worker_threads for worker in self._workers)
         if stuck >= sum(thread.is_alive() for worker in self._workers for thread in worker.workers):
             return False
-        now, polled = time.monotonic(), state.polled or {}
+        now, polled = time.monotonic(), state.last_polled_at or {}
         silent = False
         for worker in self._workers:
             for queue, consumer in list(worker.consumers.items()):

@@ -102,7 +102,7 @@ class Metrics(PolicyMiddleware):
         self._wiring = state
         state.metrics = self
         state.observe(self, self._record, self, successes=False)
-        state.on_success = (*state.on_success, self._succeeded)
+        state.success_listeners = (*state.success_listeners, self._succeeded)
         state.stuck_subscribers.append(self._stuck)
 
     def for_stub(self) -> Self:

@@ -122,7 +122,7 @@ class QueueMonitor(PolicyMiddleware):
 
     def attach(self, state: BrokerState) -> None:
         if self.in_workers:
-            state.taken = {}
+            state.last_received = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         if not self.in_workers:

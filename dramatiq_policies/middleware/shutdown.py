@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dramatiq.middleware import Middleware
 from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
 
-from ..delivery.consumer import hold
+from ..delivery.consumer import quiet
 from ..interrupts import slots
 from ..interrupts import threads as interrupts
 
@@ -37,6 +37,6 @@ class ShutdownNotifications(_ShutdownNotifications):
         slots.supported()
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        hold(worker)
+        quiet(worker)
         interrupts.shutdown()
         self.logger.debug("Sent shutdown notification to worker threads.")

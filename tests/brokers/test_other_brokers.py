@@ -174,7 +174,7 @@ def test_a_consumer_that_loses_its_connection_is_begun_anew(monkeypatch):
 
 
 def test_a_due_message_that_can_not_be_moved_is_said_and_tried_again(monkeypatch, caplog):
-    monkeypatch.setattr("dramatiq_policies.delivery.moving.RETRY_AFTER", 10)
+    monkeypatch.setattr("dramatiq_policies.delivery.moving_delayed.RETRY_AFTER", 10)
     broker = ListBroker()
     done, job = shop(broker)
     errors = [ValueError("too large")]

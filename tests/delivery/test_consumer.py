@@ -9,7 +9,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies import ErrorClassifier, Metrics, current_job, install
 from dramatiq_policies.delivery.broker_state import state_of
-from dramatiq_policies.delivery.consumer import hold
+from dramatiq_policies.delivery.consumer import quiet
 from dramatiq_policies.delivery.delivery import Delivery
 
 from ..support import Collector, PlainClient, Stage
@@ -35,7 +35,7 @@ def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
 def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_the_same(caplog):
     broker = install(StubBroker())
     told = []
-    state_of(broker).on_success = (lambda delivery: 1 / 0, told.append)
+    state_of(broker).success_listeners = (lambda delivery: 1 / 0, told.append)
     dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
     work_off(broker)
     assert len(told) == 1
@@ -89,8 +89,8 @@ def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
     worker.start()
     try:
         worker.consumers["default.DQ"].consumer, lost = None, worker.consumers["default.DQ"].consumer
-        hold(worker)
-        assert worker.consumers["default"].consumer.holding
+        quiet(worker)
+        assert worker.consumers["default"].consumer.is_quiet
     finally:
         worker.consumers["default.DQ"].consumer = lost
         worker.stop()
@@ -100,7 +100,7 @@ def test_what_follows_from_a_delivery_keeps_its_order():
     delivery = Delivery(None, Message("default", "job", (), {}, {}))
     delivery.add_to_outbox(one := object())
     delivery.add_to_outbox(other := object())
-    assert delivery.steps == [one, other]
+    assert delivery.outbox == [one, other]
 
 
 def test_a_job_that_has_not_begun_has_run_for_no_time():

@@ -15,7 +15,7 @@ from dramatiq.common import current_millis
 
 from dramatiq_policies import _dramatiq
 from dramatiq_policies.delivery.delay_queue import DelayQueue
-from dramatiq_policies.delivery.moving import BATCH, Move
+from dramatiq_policies.delivery.moving_delayed import BATCH, Move
 
 from ..support import Stage
 

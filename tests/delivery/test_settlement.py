@@ -9,7 +9,7 @@ from dramatiq import Message, Middleware
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
-from dramatiq_policies.delivery import handing_off
+from dramatiq_policies.delivery import publishing
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.delivery import DeliveryReassigned
 from dramatiq_policies.delivery.refusals import Unsendable
@@ -22,9 +22,9 @@ CONSUMER = "dramatiq_policies.brokers.stub.consumer.StubConsumer"
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PATIENCE", 0.05)
-    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PAUSES", (0.0, 0.01))
-    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._FIRST_RETURN", 100)
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_REFUSAL_FOR", 0.05)
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_PAUSES", (0.0, 0.01))
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._FIRST_RETURN", 100)
 
 
 def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_success():
@@ -116,7 +116,7 @@ def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back
         tries.append(1)
         raise ConnectionError
 
-    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", refuse)
     consumer.ack(message)
     assert len(tries) == 2
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -126,8 +126,8 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
     stage = Stage()
     consumer, message = taken(stage)
     handed = []
-    monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: True)
-    monkeypatch.setattr(f"{CONSUMER}.hand_off", lambda *args: handed.append(args))
+    monkeypatch.setattr(f"{CONSUMER}.is_revoked", lambda consumer: True)
+    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", lambda *args: handed.append(args))
     consumer.ack(message)
     assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
 
@@ -140,10 +140,10 @@ def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_ag
 
     def refuse(*args):
         tries.append(1)
-        monkeypatch.setattr(f"{CONSUMER}.gone", lambda consumer: gone)
+        monkeypatch.setattr(f"{CONSUMER}.is_revoked", lambda consumer: gone)
         raise error
 
-    monkeypatch.setattr(f"{CONSUMER}.hand_off", refuse)
+    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", refuse)
     consumer.ack(message)
     assert len(tries) == 1
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -161,7 +161,7 @@ def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
 def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
     stage = Stage()
     told = []
-    state_of(stage.broker).on_success = (told.append,)
+    state_of(stage.broker).success_listeners = (told.append,)
     stage.actor(lambda: None, actor_name="good").send()
     stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
     assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]
@@ -180,7 +180,7 @@ def test_a_dead_letter_that_cannot_be_encoded_is_made_from_the_message_as_receiv
     stage.actor(lambda order: 1 / 0, actor_name="job", max_retries=0).send({"id": 1})
     began = time.monotonic()
     assert stage.run().outcomes() == ["dead"]
-    assert time.monotonic() - began < handing_off._PATIENCE
+    assert time.monotonic() - began < publishing._RETRY_REFUSAL_FOR
     (letter,) = stage.dead
     assert (letter.args, "span" in letter.options) == (({"id": 1},), False)
     assert letter.options["failure"]["exception"] == "builtins.ZeroDivisionError"
@@ -224,7 +224,7 @@ def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_th
         raise Unsendable("never")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{CONSUMER}.hand_off", refuse)
+        patch.setattr(f"{CONSUMER}.publish_outbox", refuse)
         with stage.working():
             stage.collected.wait_for(lambda events: events)
             patch.undo()
@@ -244,6 +244,6 @@ def test_a_message_that_only_says_that_it_was_returned_is_run(value):
 
 
 def test_the_wait_of_a_returned_message_grows_up_to_five_minutes():
-    assert [handing_off.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
+    assert [publishing.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
         10_000, 20_000, 160_000, 300_000, 300_000,
     ]  # fmt: skip

@@ -242,8 +242,8 @@ class Refusing:
 def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PATIENCE", 0.05)
-    monkeypatch.setattr("dramatiq_policies.delivery.handing_off._PAUSES", (0.0, 0.05))
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_REFUSAL_FOR", 0.05)
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_PAUSES", (0.0, 0.05))
     app = rabbitmq_place.app()
 
     @app.actor(retry_on={Transient: RetryPolicy(attempts=2, wait=constant(10))})
@@ -272,4 +272,4 @@ def test_a_consumer_whose_connection_breaks_while_it_is_closed_is_closed(
     monkeypatch.setattr(consumer.inner, "close", lambda: None)
     monkeypatch.setattr(consumer.inner.connection, "close", break_off)
     consumer.close()
-    assert consumer.gone()
+    assert consumer.is_revoked()

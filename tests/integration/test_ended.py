@@ -31,7 +31,7 @@ def ended_of(app: App) -> Any:
 
 def all_acked(app: App) -> bool:
     """Whether the server waits for no ack of this worker's."""
-    return not app.in_hand() and not any(held() for held in state_of(app.broker).held.values())
+    return not app.in_hand() and not any(held() for held in state_of(app.broker).unacked_counts.values())
 
 
 def test_neither_a_job_that_holds_the_interpreter_past_two_heartbeats_nor_its_neighbours_run_again(
@@ -129,7 +129,7 @@ def test_a_run_whose_connection_is_lost_ends_once_and_all_that_follows_from_it_h
                 gate.set()
             else:
                 consumer = next(iter(ended_of(app).in_hand.values()))
-                until(consumer.gone)
+                until(consumer.is_revoked)
                 gate.set()
                 until(lambda: ended_of(app).known)
                 proxy.accept()

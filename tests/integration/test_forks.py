@@ -146,10 +146,10 @@ def test_in_a_child_no_worker_runs_and_nothing_is_held(redis_place: RedisPlace) 
     state = state_of(app.broker)
     state.stopping.set()
     state.in_flight["q"] = {"an-id"}
-    state.fatal, state.in_command, state.polled = "NOAUTH", True, {"q": 1.0}
+    state.fatal, state.in_command, state.last_polled_at = "NOAUTH", True, {"q": 1.0}
 
     def look() -> Any:
-        return state.stopping.is_set(), state.in_flight, state.fatal, state.in_command, state.polled
+        return state.stopping.is_set(), state.in_flight, state.fatal, state.in_command, state.last_polled_at
 
     assert in_a_child(look) == "(False, {}, None, False, {})"
     assert str(look()) == "(True, {'q': {'an-id'}}, 'NOAUTH', True, {'q': 1.0})"

@@ -890,7 +890,7 @@ def test_a_job_that_failed_on_a_closed_connection_is_left_to_its_redelivery(rabb
             assert gate.entered.wait(10)
             consumer = worker.consumers[rabbitmq_place.queue].consumer
             proxy.cut()
-            until(consumer.gone)
+            until(consumer.is_revoked)
             gate.open.set()
             app.wait_for("interrupted", "dead")
             calm(app)

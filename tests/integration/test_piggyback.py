@@ -37,7 +37,10 @@ class Shop:
         )
         self.told: list[str] = []
         state = state_of(self.broker)
-        state.on_success = (*state.on_success, lambda delivery: self.told.append(delivery.message.message_id))
+        state.success_listeners = (
+            *state.success_listeners,
+            lambda delivery: self.told.append(delivery.message.message_id),
+        )
         self.ran: list[int] = []
         self.gate = Gate()
         self.sent: list[dramatiq.Message[Any]] = []

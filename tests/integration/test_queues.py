@@ -164,7 +164,7 @@ def test_on_rabbitmq_the_age_follows_the_message_taken_last_and_the_empty_queue(
     def push_old() -> None:
         rabbitmq_place.push(job.message().copy(options={"ready_at": now_ms() - 60_000}).encode())
 
-    state_of(app.broker).taken = {}
+    state_of(app.broker).last_received = {}
     reader = reader_of(app.broker)
     # One runs, one more is fetched ahead, and the rest wait in the queue.
     app.broker.declare_queue(rabbitmq_place.queue, ensure=True)

@@ -19,7 +19,7 @@ from dramatiq.common import xq_name
 from dramatiq_policies import Heartbeat, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher
 from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
-from dramatiq_policies.delivery import handing_off
+from dramatiq_policies.delivery import publishing
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
 
@@ -32,8 +32,8 @@ class Transient(Exception):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handing_off, "_PATIENCE", 0.3)
-    monkeypatch.setattr(handing_off, "_FIRST_RETURN", 300)
+    monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.3)
+    monkeypatch.setattr(publishing, "_FIRST_RETURN", 300)
 
 
 class FullDeadLetters(RabbitmqBroker):
@@ -169,7 +169,7 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
         stock(self, *args)
 
     monkeypatch.setattr(RabbitmqConsumer, "publish", publish)
-    monkeypatch.setattr(handing_off, "_FIRST_RETURN", 1_500)
+    monkeypatch.setattr(publishing, "_FIRST_RETURN", 1_500)
 
     @app.actor(max_retries=0)
     def bad() -> None:

@@ -54,7 +54,7 @@ from dramatiq_policies import (
     when,
 )
 from dramatiq_policies.common import clock
-from dramatiq_policies.delivery import handing_off
+from dramatiq_policies.delivery import publishing
 from dramatiq_policies.delivery.broker_state import state_of
 
 from ..support import Stage
@@ -1232,8 +1232,8 @@ def broken_enqueue(stage, error, times=10**9):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(handing_off, "_PATIENCE", 0.05)
-    monkeypatch.setattr(handing_off, "_PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.05)
+    monkeypatch.setattr(publishing, "_RETRY_PAUSES", (0.0, 0.01))
 
 
 @pytest.mark.parametrize("error", [ConnectionClosed(OSError("gone")), ConnectionResetError()])
@@ -1386,7 +1386,7 @@ def test_what_a_worker_fetches_while_it_shuts_down_is_left_for_the_next(others):
         pay.send()
         consumer = worker.consumers["default"].consumer
         deadline = time.monotonic() + 10
-        while not (consumer.held_back or stage.events) and time.monotonic() < deadline:
+        while not (consumer.set_aside or stage.events) and time.monotonic() < deadline:
             time.sleep(0.005)
     assert stage.events == []
     assert stage.run().outcomes() == ["succeeded"]

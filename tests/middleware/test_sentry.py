@@ -34,7 +34,7 @@ from dramatiq_policies import (
     constant,
     install,
 )
-from dramatiq_policies.delivery import handing_off, limits
+from dramatiq_policies.delivery import limits, publishing
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.validation import _warned
 from dramatiq_policies.observability import _sentry_sdk
@@ -316,7 +316,7 @@ def test_an_actor_that_nobody_knows_is_reported_once(either):
 
 
 def test_what_the_broker_will_not_take_is_reported_once(either, monkeypatch):
-    monkeypatch.setattr(handing_off, "_PATIENCE", 0.05)
+    monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.05)
     sentry = either()
     stage = stage_with(**RULES)
 

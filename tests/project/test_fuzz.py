@@ -188,7 +188,7 @@ class Deliveries(Middleware):
 
     def before_enqueue(self, broker, message, delay):
         # Dramatiq's own move out of the delay queue delivers nothing new, and a long wait not within this test.
-        moves = getattr(state_of(broker).moving, "on", False)
+        moves = getattr(state_of(broker).moving_delayed, "on", False)
         if not moves and (delay or 0) < 1_000:
             self.expected.append(message.message_id)
 

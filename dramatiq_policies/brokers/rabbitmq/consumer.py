@@ -51,12 +51,12 @@ class RabbitmqConsumer(UnreadableBodies):
         #: Whether its queue was deleted under it, and with it all that the server would have given back.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
-        state.held[queue_name] = self.held
+        state.unacked_counts[queue_name] = self.held
         self.runs = Runs(state.shared.setdefault("ended", Ended()), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acked."""
-        return 0 if self.gone() else len(self.inner.known_tags)
+        return 0 if self.is_revoked() else len(self.inner.known_tags)
 
     def take(self) -> MessageProxy | None:
         if self.distrust.is_pausing:
@@ -97,8 +97,8 @@ class RabbitmqConsumer(UnreadableBodies):
             and self.is_published_anew(method.delivery_tag, message)
         ):
             return None
-        if self.state.taken is not None and not self.is_delay_queue and not method.redelivered:
-            self.state.taken[self.queue_name] = message
+        if self.state.last_received is not None and not self.is_delay_queue and not method.redelivered:
+            self.state.last_received[self.queue_name] = message
         proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
         proxy.body = body  # type: ignore[attr-defined]
         if self.is_delay_queue or self.runs.take(proxy, body, method.redelivered):
@@ -151,10 +151,10 @@ class RabbitmqConsumer(UnreadableBodies):
         if tag is not None:
             self.nack_here(tag)
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
-        if self.gave_back() and not delivery.completes_key():
+    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        if self.will_redeliver() and not delivery.completes_key():
             raise ConnectionClosed("the consumer that delivered this message is closed")
-        steps = delivery.steps
+        steps = delivery.outbox
         while steps:
             step = steps[0]
             assert isinstance(step, OutgoingMessage)
@@ -223,7 +223,7 @@ class RabbitmqConsumer(UnreadableBodies):
     def finish(self, message: MessageProxy) -> None:
         if self.deleted:
             return
-        if self.gone():
+        if self.is_revoked():
             self._not_acked(message)
             logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
             return
@@ -240,7 +240,7 @@ class RabbitmqConsumer(UnreadableBodies):
         self.acks.put(tag)
 
     def abandon(self, message: MessageProxy) -> None:
-        if self.gone():
+        if self.is_revoked():
             self._not_acked(message)
 
     def _not_acked(self, message: MessageProxy) -> None:
@@ -263,11 +263,11 @@ class RabbitmqConsumer(UnreadableBodies):
             if delivery is not None:
                 self.runs.put_back(delivery)
 
-    def gone(self) -> bool:
+    def is_revoked(self) -> bool:
         return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
 
-    def gave_back(self) -> bool:
-        return self.gone() and not self.deleted
+    def will_redeliver(self) -> bool:
+        return self.is_revoked() and not self.deleted
 
     def fault_of(self, error: Exception) -> Fault:
         if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code in _FOR_GOOD:
@@ -280,13 +280,13 @@ class RabbitmqConsumer(UnreadableBodies):
         return isinstance(error, LOST) or super().lost_connection(error)
 
     def close(self) -> None:
-        if self.gone():
+        if self.is_revoked():
             self._lost()
         super().close()
         self.closed = True
         self.runs.closed(self.state.stopping.is_set())
-        if self.state.held.get(self.source) == self.held:
-            del self.state.held[self.source]
+        if self.state.unacked_counts.get(self.source) == self.held:
+            del self.state.unacked_counts[self.source]
         # The stock consumer leaves its connection open if its channel was closed already.
         if self.inner.connection.is_open:
             try:

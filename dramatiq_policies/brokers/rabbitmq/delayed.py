@@ -26,7 +26,7 @@ from ...common.connections import drop
 from ...delivery.broker_state import BrokerState
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
-from ...delivery.moving import Move, attempt
+from ...delivery.moving_delayed import Move, attempt
 from ...delivery.refusals import Unsendable
 from .consumer import RabbitmqConsumer
 from .unreadable import LOST

@@ -99,10 +99,10 @@ class RabbitmqReader(QueueReader):
 
     def note(self) -> dict[str, Any]:
         state = state_of(self.broker)
-        taken = list((state.taken or {}).items())
+        taken = list((state.last_received or {}).items())
         return {
             "taken": {queue: [message.message_id, ready_at(message)] for queue, message in taken},
-            "held": {queue: held() for queue, held in list(state.held.items())},
+            "held": {queue: held() for queue, held in list(state.unacked_counts.items())},
         }
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:

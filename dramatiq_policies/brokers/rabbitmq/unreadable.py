@@ -19,7 +19,7 @@ from dramatiq.errors import ConnectionClosed
 from ...common.safe_logger import SafeLogger
 from ...delivery.consumer import PolicyConsumer
 from ...delivery.delivery import OutgoingMessage
-from ...delivery.handing_off import RETURNED, wait_before_return
+from ...delivery.publishing import RETURNED, wait_before_return
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...errors import MalformedMessage
 from ...outcomes import text_of
@@ -72,7 +72,7 @@ class UnreadableBodies(PolicyConsumer):
     def look_again(self) -> MessageProxy | None:
         """Serve the connection during a pause, and look at some messages after it; go on if one can be read."""
         left = self.distrust.seconds_left()
-        if left or self.holding:
+        if left or self.is_quiet:
             self.on_connection(self.inner.connection.process_data_events, min(left or _SERVE, _SERVE))
             return None
         for _ in range(IN_A_ROW):
@@ -104,7 +104,7 @@ class UnreadableBodies(PolicyConsumer):
 
     def nack_here(self, tag: int) -> None:
         """Give a message back to its queue, on the thread of this consumer's connection."""
-        if not self.gone():
+        if not self.is_revoked():
             self.on_connection(partial(self.inner.channel.basic_nack, requeue=True), tag)
 
     def on_connection(self, call: Any, *args: Any) -> Any:

@@ -63,7 +63,7 @@ _LOOK_EVERY = 5.0
 class RedisConsumer(PolicyConsumer):
     """Fetches, acks and dead-letters on Redis."""
 
-    acks_with_hand_off = True
+    acks_with_outbox = True
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
         super().__init__(state, inner, queue_name)
@@ -145,7 +145,7 @@ class RedisConsumer(PolicyConsumer):
             self.idle(min(left, self.timeout_ms / 1_000))
             return False
         room = min(self.room(), IN_A_ROW) if self.distrust.is_pausing else self.room()
-        if self.holding and not self.is_delay_queue:
+        if self.is_quiet and not self.is_delay_queue:
             # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
             self.idle(self.timeout_ms / 1_000)
             return False
@@ -188,9 +188,9 @@ class RedisConsumer(PolicyConsumer):
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
         self._release(message)
 
-    def hand_off(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         sends: list[str | bytes] = []
-        for step in delivery.steps or ():
+        for step in delivery.outbox or ():
             assert isinstance(step, OutgoingMessage)
             if step.encoded is None:
                 step.encoded = self._encode(step)
@@ -210,7 +210,7 @@ class RedisConsumer(PolicyConsumer):
             self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
             delivery.claim = claim.completed()
-        steps, delivery.steps = delivery.steps, None
+        steps, delivery.outbox = delivery.outbox, None
         delivery.acked = not keep
         for step in (steps or ()) if settled else ():
             assert isinstance(step, OutgoingMessage)
@@ -226,7 +226,7 @@ class RedisConsumer(PolicyConsumer):
         decision = delivery.decision
         if decision is not None and not is_keyed(delivery):
             left = decision if dead or delivery.claim is not None else left_of(delivery).decision
-            self.ended.remember(redis_id, Carried(left, delivery.steps))
+            self.ended.remember(redis_id, Carried(left, delivery.outbox))
         if delivery.claim is not None:
             raise DeliveryReassigned
 

@@ -13,7 +13,7 @@ from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
-from ...delivery.moving import Move
+from ...delivery.moving_delayed import Move
 from ...delivery.validation import is_number
 from .consumer import RedisConsumer
 from .delay_index import BATCH, DelayIndex

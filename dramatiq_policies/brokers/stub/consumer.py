@@ -14,7 +14,7 @@ from dramatiq.message import get_encoder
 from ... import _dramatiq
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import PolicyConsumer
-from ...delivery.moving import Move
+from ...delivery.moving_delayed import Move
 from ...errors import MalformedMessage
 
 __all__ = ["StubConsumer", "explain_unserialisable"]
@@ -59,13 +59,13 @@ class StubConsumer(PolicyConsumer):
     def _raw(self, body: bytes) -> Message[Any]:
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
 
-    def hand_off(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
-        if self.state.stopping.is_set() and delivery.steps:
+    def publish_outbox(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
+        if self.state.stopping.is_set() and delivery.outbox:
             # A thread of the worker that stops would take it, and nobody put it back.
-            steps, delivery.steps = delivery.steps, None
+            steps, delivery.outbox = delivery.outbox, None
             for step in steps:
                 self.state.requeue_after_shutdown.append(partial(self.broker.enqueue, step.message, delay=step.delay))
-        super().hand_off(message, delivery, dead)
+        super().publish_outbox(message, delivery, dead)
         # Not before the outcome is published: whoever joins the queue expects to see it.
         delivery.acked = False
 

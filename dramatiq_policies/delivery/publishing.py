@@ -37,11 +37,11 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
-_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
+_RETRY_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 #: For how many seconds a refusal is tried again.
-_PATIENCE = 5.0
+_RETRY_REFUSAL_FOR = 5.0
 #: The outcomes of a run that has ended and whose message is enqueued again.
-_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
+_REENQUEUED_OUTCOMES = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
 
 #: The message option that says how often the message was enqueued again since its dead letter was refused.
 RETURNED = "returned"
@@ -114,7 +114,7 @@ class Publication:
             except Exception as error:
                 if isinstance(error, DeliveryReassigned) or self._is_given_back():
                     return self._give_up(error)
-                if self._is_at_an_end(error):
+                if self._is_futile(error):
                     if self.returning:
                         return self._park(error)
                     try:
@@ -132,7 +132,7 @@ class Publication:
                         type(error).__name__,
                         text_of(error),
                     )
-                pause = _PAUSES[min(self.tries, len(_PAUSES) - 1)]
+                pause = _RETRY_PAUSES[min(self.tries, len(_RETRY_PAUSES) - 1)]
                 self.tries += 1
                 if self.state.stopping.wait(pause) and self.tries > 1:
                     return self._give_up(error)
@@ -141,18 +141,18 @@ class Publication:
         consumer, delivery = self.consumer, self.delivery
         if self.decision.dead_letter and self.dead is None:
             self.dead = self._dead_letter()
-        if delivery.steps or self.dead is not None or consumer.completes(delivery):
+        if delivery.outbox or self.dead is not None or consumer.completes(delivery):
             _resolve(delivery)
-            self._announce()
-            consumer.hand_off(self.message, delivery, self.dead)
+            self._mark_retry_pending()
+            consumer.publish_outbox(self.message, delivery, self.dead)
         if self.dead is not None:
             consumer.dead_letters_accepted()
 
     def _is_given_back(self) -> bool:
         """Whether the broker has given this message back to its queue already."""
-        return self.consumer.gave_back() and not self.delivery.completes_key()
+        return self.consumer.will_redeliver() and not self.delivery.completes_key()
 
-    def _is_at_an_end(self, error: Exception) -> bool:
+    def _is_futile(self, error: Exception) -> bool:
         """Whether there is no point in the same try once more."""
         fault = self.consumer.fault_of(error)
         if fault is Fault.LOST:
@@ -162,19 +162,19 @@ class Publication:
             self.first_refusal = now
         # One that is known to refuse dead letters is not waited for with each of them.
         known = self.decision.dead_letter and (self.consumer.refuses_dead_letters or RETURNED in self.message.options)
-        return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _PATIENCE
+        return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _RETRY_REFUSAL_FOR
 
     def _escalate(self, error: Exception) -> None:
         """Go on with less than was to be handed on."""
         delivery, decision = self.delivery, self.decision
         hopeless = self.consumer.fault_of(error) is Fault.HOPELESS
-        if not decision.dead_letter or (delivery.steps and not self._is_dead_letter_at_fault(hopeless)):
-            self._say(
+        if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(hopeless)):
+            self._alert(
                 "The broker would not take what follows message %s of actor %r (%s: %s); "
                 "it goes to the dead-letter queue.",
                 error,
             )
-            delivery.steps = None
+            delivery.outbox = None
             if not decision.dead_letter:
                 self.decision = delivery.decision = self._failed(error)
                 self.message.fail()
@@ -189,10 +189,10 @@ class Publication:
     def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
         """Whether what can never be sent is the dead letter, and not a callback that goes with it."""
         encoded = all(
-            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.steps or ()
+            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.outbox or ()
         )
         # Elsewhere the dead letter is sent when no step is left.
-        return hopeless and encoded and self.consumer.acks_with_hand_off and not isinstance(self.dead, bytes)
+        return hopeless and encoded and self.consumer.acks_with_outbox and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Decision:
         """The decision on a message whose retry, or next stage, was refused."""
@@ -237,7 +237,7 @@ class Publication:
         times = options.get(RETURNED, 0)
         wait = wait_before_return(times)
         if self.consumer.dead_letters_refused():
-            self._say(
+            self._alert(
                 "The dead-letter queue would not take message %s of actor %r (%s: %s). The message, and others like it, "
                 "are enqueued again and not run: make room in the dead-letter queue.",
                 error,
@@ -247,7 +247,7 @@ class Publication:
             failure = {**failure, "traceback": None, "history": []}
         again = self.delivery.again(**{FAILURE: failure, RETURNED: times + 1})
         self.returning, self.dead = True, None
-        self.delivery.steps = [OutgoingMessage(again, wait)]
+        self.delivery.outbox = [OutgoingMessage(again, wait)]
         self.decision = self.delivery.decision = Decision(
             Outcome.INTERRUPTED,
             "handoff_failed",
@@ -259,7 +259,7 @@ class Publication:
     def _park(self, error: Exception) -> Decision:
         """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
         self.delivery.abandoned = True
-        self.delivery.steps = None
+        self.delivery.outbox = None
         self.consumer.park(self.message, self.decision.delay_ms or _FIRST_RETURN)
         logger.error(
             "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
@@ -274,16 +274,21 @@ class Publication:
         self.delivery.abandoned = True
         # Which may keep what is left of the steps.
         self.consumer.abandon(self.message)
-        self.delivery.steps = None
+        self.delivery.outbox = None
         return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
-    def _announce(self) -> None:
+    def _mark_retry_pending(self) -> None:
         """Have the claim say that the run has ended, before its retry is enqueued.
 
         A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
         """
-        delivery, consumer, steps = self.delivery, self.consumer, self.delivery.steps
-        if delivery.claim is None or consumer.acks_with_hand_off or self.decision.outcome not in _AGAIN or not steps:
+        delivery, consumer, steps = self.delivery, self.consumer, self.delivery.outbox
+        if (
+            delivery.claim is None
+            or consumer.acks_with_outbox
+            or self.decision.outcome not in _REENQUEUED_OUTCOMES
+            or not steps
+        ):
             return
         message_id = self.message.message_id
         again = next(
@@ -295,12 +300,12 @@ class Publication:
         if len(steps) > 1:
             steps.remove(again)
             try:
-                consumer.hand_off(self.message, delivery, None)
+                consumer.publish_outbox(self.message, delivery, None)
             finally:
                 steps.append(again)
         delivery.claim.ending(again)
 
-    def _say(self, text: str, error: Exception) -> None:
+    def _alert(self, text: str, error: Exception) -> None:
         message = self.message
         alerts.critical(
             text,
@@ -320,7 +325,7 @@ class Publication:
 
 def _resolve(delivery: Delivery) -> None:
     """Turn the calls among the steps into the messages that they yield."""
-    steps = delivery.steps
+    steps = delivery.outbox
     if steps is None:
         return
     for index, step in enumerate(steps):

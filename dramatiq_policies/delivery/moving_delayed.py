@@ -64,7 +64,7 @@ class Move:
 
 def move_due(consumer: PolicyConsumer) -> bool:
     """Move a batch of a consumer's due messages. Returns whether more are due."""
-    now, delayed, moving = now_ms(), consumer.delayed, consumer.state.moving
+    now, delayed, moving = now_ms(), consumer.delayed, consumer.state.moving_delayed
     due, postpone = delayed.due(now, BATCH), consumer.state.postpone
     if postpone is not None:
         due = [item for item in due if not _postponed(delayed, item, now, postpone)]
