@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import dramatiq.broker
+import dramatiq.brokers.rabbitmq
 import dramatiq.brokers.redis
 import pytest
 import sentry_sdk
@@ -44,7 +45,7 @@ class Gateway(gateway.MailGateway):
 
 @pytest.fixture
 def shop(monkeypatch):
-    """What the snippets import: errors and a gateway, and a StubBroker where they make a RedisBroker."""
+    """What the snippets import: errors and a gateway, and a StubBroker where they make one with a server."""
     module = types.ModuleType("shop")
     for name in ("EmailTimeout", "InvalidEmail", "MissingCredentials", "RateLimited"):
         setattr(module, name, getattr(gateway, name))
@@ -54,6 +55,7 @@ def shop(monkeypatch):
     monkeypatch.setattr(dramatiq.broker, "global_broker", None)
     monkeypatch.setattr(sentry_sdk, "init", lambda **_: None)
     monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda **_: StubBroker())
+    monkeypatch.setattr(dramatiq.brokers.rabbitmq, "RabbitmqBroker", lambda **_: StubBroker())
     return module
 
 
@@ -92,6 +94,24 @@ def test_the_readmes_job_passes_strict_type_checks(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/designing-a-job.md"])
+def test_the_first_job_of_a_page_passes_the_check(page, tmp_path, shop):
+    (tmp_path / "app.py").write_text(SNIPPET.findall((ROOT / page).read_text())[0])
+    (tmp_path / "shop.py").write_text(
+        "mail_gateway = None\n" + "".join(f"class {name}(Exception): ...\n" for name in vars(shop) if name[0].isupper())
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dramatiq_policies", "check", "app"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Ready: 1 actor, 0 errors" in done.stdout
 
 
 def anchors(page: Path) -> set[str]:
