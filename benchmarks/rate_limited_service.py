@@ -16,10 +16,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import dramatiq
 import redis
@@ -27,7 +26,16 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.rate_limits import WindowRateLimiter
 from dramatiq.rate_limits.backends import RedisBackend
 
-from dramatiq_policies import ErrorClassifier, Outcome, OutcomeEvent, RetryPolicy, Snooze, exponential, install, retry_after
+from dramatiq_policies import (
+    ErrorClassifier,
+    Outcome,
+    OutcomeEvent,
+    RetryPolicy,
+    Snooze,
+    exponential,
+    install,
+    retry_after,
+)
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
 PER_SECOND = 5
@@ -38,7 +46,7 @@ class Service(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     lock = threading.Lock()
-    calls: collections.Counter[int] = collections.Counter()
+    calls: ClassVar[collections.Counter[int]] = collections.Counter()
 
     def do_GET(self) -> None:
         with self.lock:

@@ -46,7 +46,12 @@ def test_the_page_does_what_it_says(server, request, tmp_path, unique_queue):
         )
     try:
         subprocess.run(sends, shell=True, cwd=tmp_path, env=environment, check=True)
-        for shown in ("retried: .*EmailTimeout", "retried: .*OrderNotFound", "discarded .*OrderNotFound", "duplicate: "):
+        for shown in (
+            "retried: .*EmailTimeout",
+            "retried: .*OrderNotFound",
+            "discarded .*OrderNotFound",
+            "duplicate: ",
+        ):
             until(lambda shown=shown: re.search(shown, log.read_text()), timeout=60, describe=log.read_text)
         until(lambda: re.findall(r"^sent 7$", log.read_text(), re.MULTILINE) == ["sent 7"], describe=log.read_text)
     finally:
