@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pika
 import pytest
@@ -63,6 +64,98 @@ def test_a_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place
 
 
 # RabbitMQ: what one reader has in hand another does not see.
+
+
+@pytest.fixture
+def commands(redis_place: RedisPlace) -> Iterator[Callable[[], list[str]]]:
+    """Each call returns the commands that have touched the queue's list since the call before, those of scripts included."""
+    key, client = redis_place.key(redis_place.queue), redis_place.client
+    with client.monitor() as monitor:
+
+        def read() -> list[str]:
+            client.execute_command("ECHO", until := uuid4().hex)
+            found = []
+            for one in monitor.listen():
+                name, *args = one["command"].split(" ")
+                if until in args:
+                    return found
+                if key in args:
+                    found.append(name.lower())
+            raise AssertionError("unreachable")
+
+        yield read
+
+
+@pytest.mark.parametrize("keep", [2, 7], ids=["every other one stays", "most leave"])
+def test_a_move_that_leaves_messages_in_front_never_scans_them(
+    redis_place: RedisPlace, commands: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.browser._PAGE", 10)
+    app = redis_place.app()
+    target = f"{redis_place.queue}_elsewhere"
+    app.broker.declare_queue(target)
+    scans = []
+    for count in (20, 80):
+        redis_place.client.delete(redis_place.key(redis_place.queue), redis_place.key(target))
+        for number in range(count):
+            app.broker.enqueue(Message(redis_place.queue, "job", (number,), {}, {}))
+        commands()
+        moved = ops.move(app.broker, redis_place.queue, target, where=lambda letter: letter.message.args[0] % keep != 0)
+        scans.append(len([name for name in commands() if name in ("lpos", "lrem")]))
+        stay = [number for number in range(count) if number % keep == 0]
+        assert moved.count == count - len(stay)
+        with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+            assert args_of(iter(ready)) == stay
+            assert len(ready) == len(stay)
+        with open_browser(app.broker, target, dead=False) as ready:
+            assert args_of(iter(ready)) == [number for number in range(count) if number not in stay]
+    assert scans == [2, 2]  # Holes are removed before and after.
+
+
+def test_a_move_beside_workers_moves_each_message_that_they_leave(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.browser._PAGE", 10)
+    app = redis_place.app()
+    target = f"{redis_place.queue}_elsewhere"
+    app.broker.declare_queue(target)
+    for number in range(60):
+        app.broker.enqueue(Message(redis_place.queue, "job", (number,), {}, {}))
+    key, client, taken = redis_place.key(redis_place.queue), redis_place.client, []
+    bodies = client.hgetall(f"{key}.msgs")
+
+    def take_some_and_choose(letter: Any) -> bool:
+        if letter.message.args[0] % 5 == 0:
+            name = client.lpop(key)
+            taken.extend(Message.decode(bodies[one]).args[0] for one in [name] if one in bodies)
+        return bool(letter.message.args[0] % 2)
+
+    ops.move(app.broker, redis_place.queue, target, where=take_some_and_choose)
+    with open_browser(app.broker, target, dead=False) as ready:
+        moved = args_of(iter(ready))
+    with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+        left = args_of(iter(ready))
+    assert taken
+    assert moved == sorted(moved)
+    assert sorted([*moved, *left, *taken]) == list(range(60))
+    assert not [number for number in left if number % 2]
+
+
+def test_holes_of_a_move_that_was_killed_are_no_messages(redis_place: RedisPlace) -> None:
+    app = redis_place.app()
+    sent = [app.broker.enqueue(Message(redis_place.queue, "job", (number,), {}, {})) for number in range(3)]
+    with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+        ready.close = lambda: None  # type: ignore[method-assign, attr-defined]
+        for item in ready:
+            if Message.decode(item.body).args == (1,):
+                assert ready.drop(item)
+    consumer = app.broker.consume(redis_place.queue, prefetch=5, timeout=100)
+    received = []
+    for message in consumer:
+        if message is None:
+            break
+        received.append(message.message_id)
+    assert received == [sent[0].message_id, sent[2].message_id]
 
 
 @pytest.mark.parametrize("read", [iter, lambda pile: pile.read_all()], ids=["one by one", "all at once"])

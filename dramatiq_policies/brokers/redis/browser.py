@@ -1,4 +1,9 @@
-"""Piles on Redis: each step is one script, and keys are read without Dramatiq's commands, which leave heartbeats."""
+"""Read and move the messages of a queue on Redis, one script a message.
+
+Keys are read without Dramatiq's commands, since those write a heartbeat. A message that leaves the middle of a queue leaves
+`_HOLE` at its position, because removing from the middle of a list costs a scan. The holes are removed at the end of the move.
+Workers skip a hole as they skip every id without a body.
+"""
 
 from __future__ import annotations
 
@@ -20,70 +25,47 @@ __all__ = ["open_browser"]
 
 _MOVE = resources.files(__package__).joinpath("move.lua").read_text()
 _PAGE = 500
+_HOLE = b"dramatiq_policies.moved"
 
 
 @contextmanager
-def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[RedisPile]:
-    """See the package's."""
+def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | ReadyMessages]:
+    """Open the dead letters of a queue, or its ready messages."""
+    browser = (DeadLetters if dead else ReadyMessages)(broker, queue)
     try:
-        yield RedisPile(broker, queue, dead=dead)
+        browser.open()
+        try:
+            yield browser
+        finally:
+            browser.close()
     except redis.RedisError as error:
         raise OperationError(f"Redis does not answer as it should: {redact(str(error))}") from None
 
 
-class RedisPile:
-    """The dead letters, or the ready messages, of one queue."""
+class _RedisBrowser:
+    kind: str
 
-    def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:
+    def __init__(self, broker: Any, queue: str) -> None:
         self.broker = broker
         self.queue = queue
-        self.dead = dead
         self.client = broker.client
         self.script = self.client.register_script(_MOVE)
-        self.key = f"{broker.namespace}:{queue}" + (".XQ" if dead else "")
-        self.size: int = self.client.zcard(self.key) if dead else self.client.llen(self.key)
-        newest = self.client.zrange(self.key, -1, -1, withscores=True) if dead else []
-        #: What is dead-lettered later is not of this pile.
-        self.last = newest[0][1] if newest else 0.0
-        self.taken = False
+        self.key = f"{broker.namespace}:{queue}"
+        self.size = 0
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __iter__(self) -> Iterator[Item]:
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self) -> Iterator[Item]:
-        seen = 0
-        kept: Any = None
-        while seen < self.size:
-            page = self._page(kept)
-            if not page:
-                return
-            bodies = self.client.hmget(f"{self.key}.msgs", [place for place, _ in page])
-            for (place, score), body in zip(page, bodies, strict=True):
-                if score is not None and score > self.last:
-                    return
-                seen += 1
-                self.taken = False
-                if body is not None:
-                    at_ms = None if score is None else int(score)
-                    yield Item(body if isinstance(body, bytes) else body.encode(), at_ms, place)
-                if not self.taken:
-                    kept = (place, score)
-                if seen >= self.size:
-                    return
-
-    def _page(self, kept: Any) -> list[tuple[Any, float | None]]:
-        """The next ones behind the last that was left where it was."""
-        if self.dead:
-            start = 0
-            if kept is not None:
-                rank = self.client.zrank(self.key, kept[0])
-                # It has expired, or somebody else took it: go on at its time.
-                start = self.client.zcount(self.key, "-inf", f"({kept[1]}") if rank is None else rank + 1
-            return list(self.client.zrange(self.key, start, start + _PAGE - 1, withscores=True))
-        place = None if kept is None else self.client.lpos(self.key, kept[0])
-        # Workers take from the front: if it is gone, so is all before it.
-        start = 0 if place is None else place + 1
-        return [(found, None) for found in self.client.lrange(self.key, start, start + _PAGE - 1)]
+    def _bodies(self, places: list[Any]) -> list[bytes | None]:
+        bodies = self.client.hmget(f"{self.key}.msgs", places)
+        return [body.encode() if isinstance(body, str) else body for body in bodies]
 
     def read_all(self) -> Iterator[Item]:
         return iter(self)
@@ -102,10 +84,116 @@ class RedisPile:
         return self._move(item)
 
     def _move(self, item: Item, *successor: str | bytes) -> bool:
-        self.taken = True
-        kind = "dead" if self.dead else "ready"
-        moved = self.script(keys=[self.broker.namespace], args=[kind, self.queue, item.place, *successor])
-        return bool(moved)
+        raise NotImplementedError
+
+    def _run(self, place: Any, position: int, *successor: str | bytes) -> int:
+        args = [self.kind, self.queue, place, position, _HOLE, *successor]
+        return int(self.script(keys=[self.broker.namespace], args=args))
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+class DeadLetters(_RedisBrowser):
+    """The dead letters of one queue, the oldest first."""
+
+    kind = "dead"
+
+    def open(self) -> None:
+        self.key += ".XQ"
+        self.size = self.client.zcard(self.key)
+        newest = self.client.zrange(self.key, -1, -1, withscores=True)
+        #: Later dead letters are not read.
+        self.last = newest[0][1] if newest else 0.0
+        self.taken = False
+
+    def __iter__(self) -> Iterator[Item]:
+        seen = 0
+        kept: Any = None
+        while seen < self.size:
+            page = self._page(kept)
+            if not page:
+                return
+            for (place, score), body in zip(page, self._bodies([place for place, _ in page]), strict=True):
+                if score > self.last:
+                    return
+                seen += 1
+                self.taken = False
+                if body is not None:
+                    yield Item(body, int(score), place)
+                if not self.taken:
+                    kept = (place, score)
+                if seen >= self.size:
+                    return
+
+    def _page(self, kept: Any) -> list[tuple[Any, float]]:
+        """Read the next dead letters after the last one that was kept."""
+        start = 0
+        if kept is not None:
+            rank = self.client.zrank(self.key, kept[0])
+            # None: expired, or taken by another process. Continue at its time.
+            start = self.client.zcount(self.key, "-inf", f"({kept[1]}") if rank is None else rank + 1
+        return list(self.client.zrange(self.key, start, start + _PAGE - 1, withscores=True))
+
+    def _move(self, item: Item, *successor: str | bytes) -> bool:
+        self.taken = True
+        return self._run(item.place, 0, *successor) >= 0
+
+
+class ReadyMessages(_RedisBrowser):
+    """The ready messages of one queue, from its front."""
+
+    kind = "ready"
+
+    def open(self) -> None:
+        self.close()  # A move that was killed has left holes.
+        self.size = self.client.llen(self.key)
+        #: The position of the current message, unless workers have taken messages from the front since.
+        self.position = 0
+        self.taken = False
+
+    def close(self) -> None:
+        self.client.lrem(self.key, 0, _HOLE)
+
+    def __iter__(self) -> Iterator[Item]:
+        seen = 0
+        previous: Any = None
+        kept: Any = None
+        while seen < self.size:
+            page = self._page(previous, kept)
+            if not page:
+                return
+            for place, body in zip(page, self._bodies(page), strict=True):
+                if _bytes(place) == _HOLE:
+                    self.position += 1
+                    continue
+                seen += 1
+                self.taken = False
+                if body is not None:
+                    yield Item(body, None, place)
+                if not self.taken:
+                    self.position += 1
+                    kept = place
+                previous = _HOLE if self.taken else place
+                if seen >= self.size:
+                    return
+
+    def _page(self, previous: Any, kept: Any) -> list[Any]:
+        """Read the next messages. Scans the queue only if its positions have changed."""
+        if self.position:
+            before = self.client.lindex(self.key, self.position - 1)
+            if before is None or _bytes(before) != _bytes(previous):
+                found = None if kept is None else self.client.lpos(self.key, kept)
+                # Workers take from the front: if the message is gone, so are all before it.
+                self.position = 0 if found is None else found + 1
+        return list(self.client.lrange(self.key, self.position, self.position + _PAGE - 1))
+
+    def _move(self, item: Item, *successor: str | bytes) -> bool:
+        self.taken = True
+        following = self._run(item.place, self.position, *successor)
+        self.position = max(0, following)
+        return following >= 0
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)

@@ -1,25 +1,41 @@
--- Take one message out of a queue's dead letters, or out of the queue itself, and in the same step enqueue its successor.
+-- Remove one message from the dead letters of a queue, or from the queue, and enqueue its successor in the same step.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     'dead' or 'ready', queue, redis id, then what follows or nothing: queue, redis id, body
+-- ARGV     'dead' or 'ready', queue, redis id, expected position in the queue, id to leave at this position,
+--          then the successor, if any: queue, redis id, body
 --
--- Returns 0, and does nothing, if the id is not there: somebody else has taken it. Key names are Dramatiq's.
+-- Returns the position of the next message of the queue (0 for dead letters). Returns -1, and changes nothing, if another
+-- process has taken the message. Key names are Dramatiq's.
 local namespace = KEYS[1]
 local source = namespace .. ':' .. ARGV[2]
+local id = ARGV[3]
+local following = 0
 
 if ARGV[1] == 'dead' then
   source = source .. '.XQ'
-  if redis.call('zrem', source, ARGV[3]) == 0 then
-    return 0
+  if redis.call('zrem', source, id) == 0 then
+    return -1
   end
--- From the front, where it is, and no further: a whole queue is moved in as many steps as it has messages.
-elseif redis.call('lrem', source, 1, ARGV[3]) == 0 then
-  return 0
+else
+  local position = tonumber(ARGV[4])
+  if redis.call('lindex', source, position) ~= id then
+    position = redis.call('lpos', source, id)
+    if not position then
+      return -1
+    end
+  end
+  if position == 0 then
+    redis.call('lpop', source)
+  else
+    -- lrem would scan all messages in front, at every call.
+    redis.call('lset', source, position, ARGV[5])
+    following = position + 1
+  end
 end
-redis.call('hdel', source .. '.msgs', ARGV[3])
-if ARGV[4] then
-  local target = namespace .. ':' .. ARGV[4]
-  redis.call('hset', target .. '.msgs', ARGV[5], ARGV[6])
-  redis.call('rpush', target, ARGV[5])
+redis.call('hdel', source .. '.msgs', id)
+if ARGV[6] then
+  local target = namespace .. ':' .. ARGV[6]
+  redis.call('hset', target .. '.msgs', ARGV[7], ARGV[8])
+  redis.call('rpush', target, ARGV[7])
 end
-return 1
+return following
