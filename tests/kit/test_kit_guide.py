@@ -54,7 +54,7 @@ def test_the_tests_fail_before_there_is_a_job(follow):
 
 def test_a_job_with_a_fresh_key_in_each_run_is_found_out_by_the_crash_at_each_line(follow):
     out = follow(3)
-    assert "1 failed, 8 passed" in out
+    assert "1 failed, 9 passed" in out
     assert "FAILED test_confirmation.py::test_a_worker_may_die_at_any_line" in out
     (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
     plain = re.sub(r"^E +", "  ", out, flags=re.MULTILINE)
@@ -63,4 +63,4 @@ def test_a_job_with_a_fresh_key_in_each_run_is_found_out_by_the_crash_at_each_li
 
 
 def test_they_pass_once_the_job_is_written(follow):
-    assert "9 passed" in follow(4)
+    assert "10 passed" in follow(4)
