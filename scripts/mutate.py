@@ -1,9 +1,9 @@
 """Sabotage the package, one small change at a time, and see whether its tests notice: which changes survive them.
 
-    python scripts/mutate.py --count 25 --seed 1               # 25 mutants of each module, about ten minutes
-    python scripts/mutate.py --count 1000 rules backoff        # all of two
-    python scripts/mutate.py --only rules:41:2                 # one again, as the list of survivors names it
-    python scripts/mutate.py --verbose rules                   # and which test noticed each
+    python scripts/mutate.py --count 25 --seed 1                  # 25 mutants of each module, about ten minutes
+    python scripts/mutate.py --count 1000 rules/rule rules/backoff# all of two
+    python scripts/mutate.py --only rules/rule:41:2               # one again, as the list of survivors names it
+    python scripts/mutate.py --verbose rules/rule                 # and which test noticed each
 
 Works on copies of the checkout. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
 killed when one of them fails or hangs. What survives is either a change that means the same, or a test that is missing:
@@ -37,35 +37,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dramatiq_policies"
-#: The tests of each module, the quick ones first.
+#: The tests of each module, the quick ones first: files of `tests`, or folders.
 TESTS = {
-    "retry_after_header": ["test_backoff"],
-    "backoff": ["test_backoff", "test_error_classifier"],
-    "callables": ["test_callables", "test_backoff", "test_rules", "test_error_classifier", "test_keys"],
-    "durations": ["test_durations", "test_backoff"],
-    "rules": ["test_rules", "test_error_classifier"],
-    "rule_set": ["test_rules", "test_error_classifier"],
-    "declarations": ["test_rules", "test_error_classifier"],
-    "outcomes": ["test_outcomes", "test_discard_logger", "test_error_classifier"],
-    "history": ["test_history", "test_kit_stub", "test_error_classifier", "test_quarantine"],
-    "decisions": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
-    "decision": ["test_settlement", "test_consumer", "test_error_classifier", "test_idempotency", "test_quarantine"],
-    "delivery": ["test_delivery", "test_consumer", "test_error_classifier", "test_timeout", "test_idempotency"],
-    "middleware/error_classifier": ["test_kit_stub", "test_error_classifier", "test_idempotency"],
-    "limits": ["test_timeout", "test_error_classifier"],
-    "records": ["test_records", "test_fuzz", "test_claims", "test_claims_model", "test_idempotency"],
-    "claims": ["test_claims", "test_quarantine", "test_idempotency", "test_claims_model"],
-    "keys": ["test_keys", "test_idempotency"],
-    "guards": ["test_keys", "test_idempotency", "test_quarantine"],
-    "admission": ["test_quarantine", "test_idempotency"],
-    "piggyback": ["test_piggyback", "integration/test_piggyback"],
-    "middleware/idempotency": [
-        "test_keys",
-        "test_idempotency",
-        "test_quarantine",
-        "test_middleware_order",
-        "integration/test_piggyback",
+    "common/callables": [
+        "common/test_callables",
+        "rules",
+        "middleware/test_error_classifier*",
+        "idempotency/test_keys",
     ],
+    "common/durations": ["common/test_durations", "rules/test_backoff"],
+    "rules/retry_after": ["rules"],
+    "rules/backoff": ["rules", "middleware/test_error_classifier*"],
+    "rules/rule": ["rules", "middleware/test_error_classifier*"],
+    "rules/matching": ["rules", "middleware/test_error_classifier*"],
+    "rules/parsing": ["rules", "middleware/test_error_classifier*"],
+    "outcomes": ["delivery/test_outcomes", "middleware/test_discard_logger", "middleware/test_error_classifier*"],
+    "delivery/delivery": ["delivery", "middleware/test_error_classifier*", "middleware/test_timeout", "idempotency"],
+    "delivery/decision": ["delivery", "middleware/test_error_classifier*", "idempotency"],
+    "delivery/decisions": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
+    "delivery/history": [
+        "delivery/test_history",
+        "kit/test_kit_stub",
+        "middleware/test_error_classifier*",
+        "idempotency",
+    ],
+    "delivery/limits": ["middleware/test_timeout", "middleware/test_error_classifier*"],
+    "delivery/settlement": ["delivery", "middleware/test_error_classifier*", "idempotency"],
+    "idempotency/batched_completion": ["idempotency", "integration/test_piggyback"],
+    "idempotency/claims": ["idempotency"],
+    "idempotency/guard": ["idempotency"],
+    "idempotency/keys": ["idempotency/test_keys", "idempotency"],
+    "idempotency/options": ["idempotency"],
+    "idempotency/records": ["idempotency/test_records", "project/test_fuzz", "idempotency"],
+    "middleware/error_classifier": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
+    "middleware/idempotency": ["idempotency", "middleware/test_middleware_order", "integration/test_piggyback"],
 }
 _COMPARISONS = {
     ast.Lt: ast.LtE,
@@ -328,12 +333,23 @@ class Run:
         return "hung" if self.hung else next(named, "did not run")[:150]
 
 
+def files_of(names: list[str]) -> list[str]:
+    """The files of tests that a row of `TESTS` names."""
+    files: dict[str, None] = {}
+    for name in names:
+        found = sorted((ROOT / "tests").glob(f"{name}.py")) or sorted((ROOT / "tests" / name).glob("test_*.py"))
+        if not found:
+            raise SystemExit(f"there are no tests of the name {name}")
+        files.update((str(path.relative_to(ROOT)), None) for path in found)
+    return list(files)
+
+
 class Tests:
     """The tests of a module that pass while nothing is changed, and who of them runs which line."""
 
     def __init__(self, copied: Path, inside: Path, names: list[str]) -> None:
         path = copied / inside
-        run = Run(copied, [f"tests/{name}.py" for name in names], 900, watched=path)
+        run = Run(copied, files_of(names), 900, watched=path)
         if not run.passes():
             raise SystemExit(f"{inside}: its tests fail without any change: {run.noticed_by()}")
         # A change of the same length within the same second would not be seen.
