@@ -33,9 +33,9 @@ COLOURS = {
 }
 LABELS = {
     "bare": "Dramatiq without middleware",
-    "stock": "Dramatiq, stock",
-    "bundle": "bundle",
-    "idempotent": "bundle, with idempotency",
+    "stock": "plain Dramatiq",
+    "bundle": "dramatiq_policies",
+    "idempotent": "dramatiq_policies, with keys",
     "celery": "Celery",
     "sidekiq": "Sidekiq with Active Job",
 }
