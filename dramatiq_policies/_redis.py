@@ -17,10 +17,10 @@ import redis
 from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError
 
-from .common.connections import keep_out_of, leave, lost_its_rank
+from .common.connections import close_when_interrupted, is_demoted, reconnect
 from .common.forks import after_fork
 
-__all__ = ["RAW", "CommandBatcher", "Post", "Script"]
+__all__ = ["RAW", "CommandBatcher", "DeferredCommand", "Script"]
 
 #: hiredis' own, where that is installed: redis-py's around it costs as much again.
 _pack: Callable[[tuple[Any, ...]], bytes] | None = None
@@ -29,7 +29,7 @@ with suppress(ImportError, AttributeError):
 
     _pack = hiredis.pack_command
 
-#: For `execute_command`: the answer is bytes, whatever the client is told to decode.
+#: For `execute_command`: the answer is bytes, whatever the client is set to decode.
 RAW: dict[str, Any] = {NEVER_DECODE: []}
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
 
@@ -81,18 +81,18 @@ def _error_in(call: _Call) -> Exception | None:
     return call.answer if isinstance(call.answer, Exception) else None
 
 
-class Post(_Call):
+class DeferredCommand(_Call):
     """A call that nobody waits for: it goes ahead of one that somebody waits for, who tells of its answer.
 
     Parameters:
-      told: Called once with the answer, or the error, by the thread that sent it.
+      callback: Called once with the answer, or the error, by the thread that sent it.
     """
 
-    __slots__ = ("told",)
+    __slots__ = ("callback",)
 
-    def __init__(self, command: Sequence[Any], told: Callable[[Any], object]) -> None:
+    def __init__(self, command: Sequence[Any], callback: Callable[[Any], object]) -> None:
         super().__init__(command)
-        self.told = told
+        self.callback = callback
 
     @property
     def is_answered(self) -> bool:
@@ -127,7 +127,7 @@ class _Batch:
     __slots__ = ("calls", "posts", "sends", "woken")
 
     def __init__(self, commands: Sequence[Sequence[Any]]) -> None:
-        self.posts: list[Post] = []
+        self.posts: list[DeferredCommand] = []
         self.calls = [_Call(command) for command in commands]
         #: The turns that this one sends, itself included.
         self.sends: list[_Batch] = []
@@ -139,29 +139,29 @@ class CommandBatcher:
     """Calls a server on one connection, made as those of a client's pool are; of a cluster's client, on its connections.
 
     The connection is none of the pool's, which may have no other to give. Answers are bytes, numbers, lists of them and
-    None, whatever the client is told to decode.
+    None, whatever the client is set to decode.
     """
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        keep_out_of(getattr(client, "connection_pool", None))
-        self._line: Any = None
+        close_when_interrupted(getattr(client, "connection_pool", None))
+        self._connection: Any = None
         self._lock = Lock()
         self._waiting: list[_Batch] = []
         self._sender: _Batch | None = None
         #: Posts that no turn has taken along yet.
-        self.posted: list[Post] = []
+        self.posted: list[DeferredCommand] = []
         after_fork(self)
 
     def reset_after_fork(self) -> None:
         """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
         # Kept, since giving it back to its pool takes that pool's lock.
-        _of_parents.append(self._line)
-        self._line = None
+        _of_parents.append(self._connection)
+        self._connection = None
         self._lock, self._waiting, self._sender, self.posted = Lock(), [], None, []
 
-    def post(self, post: Post) -> None:
-        """Leave a call for the next `together` with ``carries``, which the caller sees to."""
+    def post(self, post: DeferredCommand) -> None:
+        """Leave a call for the next `execute` with ``carries``, which the caller sees to."""
         with self._lock:
             self.posted.append(post)
 
@@ -171,9 +171,9 @@ class CommandBatcher:
         Raises:
           redis.RedisError, OSError: As the client.
         """
-        return self.together([command], carries=carries)[0]
+        return self.execute([command], carries=carries)[0]
 
-    def together(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
+    def execute(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
         """The answers to many commands in one round trip; with ``carries`` what was posted goes ahead of them.
 
         All that was posted before is answered then, also what another thread has taken along.
@@ -200,11 +200,11 @@ class CommandBatcher:
         finally:
             self._leave(turn)
             for post in turn.posts:
-                post.told(post.answer)
+                post.callback(post.answer)
         return turn.calls
 
     def answers(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
-        """As `together`, but a command that was refused has its error among the answers.
+        """As `execute`, but a command that was refused has its error among the answers.
 
         Raises:
           redis.RedisError, OSError: The first one's, where all were refused.
@@ -240,7 +240,7 @@ class CommandBatcher:
     def _send(self, calls: list[_Call]) -> None:
         try:
             self._exchange(calls)
-            if refused := [call for call in calls if lost_its_rank(_error_in(call))]:
+            if refused := [call for call in calls if is_demoted(_error_in(call))]:
                 self._exchange(refused)
             for call in calls:
                 if isinstance(call.answer, NoScriptError):
@@ -268,9 +268,9 @@ class CommandBatcher:
 
     def _converse(self, calls: list[_Call]) -> None:
         pool = self.client.connection_pool
-        if self._line is None:
-            self._line = pool.connection_class(**pool.connection_kwargs)
-        connection = self._line
+        if self._connection is None:
+            self._connection = pool.connection_class(**pool.connection_kwargs)
+        connection = self._connection
         calls, packed = _packed(connection, calls)
         if not calls:
             return
@@ -285,11 +285,11 @@ class CommandBatcher:
                     call.answer = connection.read_response(disable_decoding=True)
                 except redis.ResponseError as error:
                     call.answer = error
-                    demoted = demoted or lost_its_rank(error)
+                    demoted = demoted or is_demoted(error)
             if demoted:
                 # The name of the server may lead to another by now.
                 connection.disconnect()
-                leave(pool)
+                reconnect(pool)
         except BaseException:
             # Whatever comes over it now is the answer to something else.
             connection.disconnect()

@@ -8,7 +8,7 @@ from dramatiq.common import q_name
 
 from .. import _dramatiq
 from .._dramatiq import kind_of
-from ..common.connections import keep_out_of
+from ..common.connections import close_when_interrupted
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..delivery.consumer import PolicyConsumer
@@ -74,7 +74,7 @@ def prepare(state: BrokerState) -> None:
         _refuse_decoding(state.broker)
         state.shared["worker_id"] = WorkerId(state.broker)
         # What sends must not use a connection that was struck, or that leads to a demoted server.
-        keep_out_of(getattr(vars(state.broker).get("client"), "connection_pool", None))
+        close_when_interrupted(getattr(vars(state.broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
         state.shared["connections"] = _Connections(state.broker)
 

@@ -12,19 +12,13 @@ The contract of every pile, in words:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
-
-from .._dramatiq import kind_of
-from ..errors import OperationError
 
 if TYPE_CHECKING:
     from dramatiq import Message
-    from dramatiq.broker import Broker
 
-__all__ = ["Item", "QueueBrowser", "open_browser"]
+__all__ = ["Item", "QueueBrowser"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +55,3 @@ class QueueBrowser(Protocol):
 
     def wait(self, seconds: float) -> None:
         """Wait, and keep the connection alive."""
-
-
-def open_browser(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[QueueBrowser]:
-    """The dead letters of a queue, or the messages that are ready in it.
-
-    Raises:
-      OperationError: If the broker can't be reached, or its storage is not known.
-    """
-    kind = kind_of(broker)
-    if kind is None:
-        raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
-    opening = import_module(f"{__package__}.{kind}.browser").open_browser
-    return opening(broker, queue, dead=dead)  # type: ignore[no-any-return]

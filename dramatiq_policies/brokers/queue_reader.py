@@ -57,8 +57,8 @@ class QueueReader:
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        #: The latest `note` of every process that can be heard, this one's included; None if there is only this one.
-        self.heard: list[dict[str, Any]] | None = None
+        #: The latest `report` of every process that can be heard, this one's included; None if there is only this one.
+        self.peer_reports: list[dict[str, Any]] | None = None
         self._fronts: dict[str, tuple[Any, int]] = {}
         self._said = False
 
@@ -78,7 +78,7 @@ class QueueReader:
         """
         return self._read(q_name(queue), now_ms())
 
-    def note(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What the workers of this process know and the server does not say; it can be written as JSON."""
         return {}
 

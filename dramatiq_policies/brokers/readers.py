@@ -1,28 +1,39 @@
-"""How many messages wait in each queue, and for how long: read without taking one, on each of the three brokers."""
+"""Open a queue of any broker: `reader_of` counts messages, `browse` looks at them one by one."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib import import_module
 
 from dramatiq.broker import Broker
 
 from .._dramatiq import kind_of
+from ..errors import OperationError
+from .browser import Item, QueueBrowser
 from .queue_reader import QueueReader, QueueReading
 
-__all__ = ["QueueReader", "QueueReading", "reader_of"]
+__all__ = ["Item", "QueueBrowser", "QueueReader", "QueueReading", "browse", "reader_of"]
 
 
 def reader_of(broker: Broker) -> QueueReader:
-    """A reader of the broker's queues, of the kind that the broker is. It connects when it is first used."""
+    """Return a reader of the broker's queues. Its first reading connects."""
     kind = kind_of(broker)
-    if kind == "redis":
-        from .redis.queue_reader import RedisReader
+    if kind is None:
+        return QueueReader(broker)
+    made: QueueReader = import_module(f"{__package__}.{kind}.queue_reader").Reader(broker)
+    return made
 
-        return RedisReader(broker)
-    if kind == "rabbitmq":
-        from .rabbitmq.queue_reader import RabbitmqReader
 
-        return RabbitmqReader(broker)
-    if kind == "stub":
-        from .stub.queue_reader import StubReader
+def browse(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[QueueBrowser]:
+    """Open the dead letters of a queue, or its ready messages.
 
-        return StubReader(broker)
-    return QueueReader(broker)
+    Raises:
+      OperationError: The broker can't be reached, or its storage is unknown.
+    """
+    kind = kind_of(broker)
+    if kind is None:
+        raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
+    opened: AbstractContextManager[QueueBrowser] = import_module(f"{__package__}.{kind}.browser").browse(
+        broker, queue, dead=dead
+    )
+    return opened

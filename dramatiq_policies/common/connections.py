@@ -14,15 +14,15 @@ from queue import Empty
 from typing import Any
 from weakref import WeakSet
 
-__all__ = ["drop", "keep_out_of", "leave", "lost_its_rank", "strikes_anywhere"]
+__all__ = ["close_when_interrupted", "discard", "is_async_exception", "is_demoted", "reconnect"]
 
 
-def strikes_anywhere(error: BaseException | None) -> bool:
+def is_async_exception(error: BaseException | None) -> bool:
     """Whether it is an exception that may have come from outside."""
     return error is not None and not issubclass(type(error), (Exception, GeneratorExit))
 
 
-def drop(connection: Any) -> None:
+def discard(connection: Any) -> None:
     """Close what a BlockingConnection of pika's has opened and say nothing to the server, which sees that we are gone.
 
     Its own `close` waits for an answer to each channel's end. Nobody must use it afterwards. Waits for nothing and raises
@@ -39,13 +39,13 @@ def drop(connection: Any) -> None:
         inner.ioloop.close()
 
 
-def lost_its_rank(error: BaseException | None) -> bool:
+def is_demoted(error: BaseException | None) -> bool:
     """Whether a Redis has answered that it is a replica. Nothing of the command was carried out."""
     # From inside a script Redis 6 answers it as the text of another error.
     return error is not None and (type(error).__name__ == "ReadOnlyError" or "READONLY You can't write" in str(error))
 
 
-def leave(pool: Any) -> None:
+def reconnect(pool: Any) -> None:
     """Have a pool of redis-py's connect anew for whatever is asked next; one that is in use closes when it is given back."""
     queue = getattr(pool, "pool", None)
     in_use = getattr(pool, "_in_use_connections", None)
@@ -69,7 +69,7 @@ def leave(pool: Any) -> None:
         stale.update(in_use)
 
 
-def keep_out_of(pool: Any) -> None:
+def close_when_interrupted(pool: Any) -> None:
     """Have a pool of redis-py's close what must not be used again before it takes it back.
 
     redis-py closes a connection that is struck while it writes or reads, but not between the two: then the next command is
@@ -79,23 +79,23 @@ def keep_out_of(pool: Any) -> None:
     """
     release = getattr(pool, "release", None)
     # A cluster's client has no pool of its own.
-    if release is None or getattr(release, "closes_struck", False):
+    if release is None or getattr(release, "closes_interrupted", False):
         return
     stale: WeakSet[Any] = WeakSet()
 
     def closing(connection: Any) -> None:
         error = sys.exc_info()[1]
         if error is not None:
-            if strikes_anywhere(error):
+            if is_async_exception(error):
                 connection.disconnect()
-            elif lost_its_rank(error):
+            elif is_demoted(error):
                 connection.disconnect()
-                leave(pool)
+                reconnect(pool)
         if stale and connection in stale:
             stale.discard(connection)
             connection.disconnect()
         release(connection)
 
-    closing.closes_struck = True  # type: ignore[attr-defined]
+    closing.closes_interrupted = True  # type: ignore[attr-defined]
     closing.stale = stale  # type: ignore[attr-defined]
     pool.release = closing

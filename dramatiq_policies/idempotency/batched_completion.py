@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import Middleware
 
-from .._redis import CommandBatcher, Post
+from .._redis import CommandBatcher, DeferredCommand
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 
@@ -91,7 +91,7 @@ class BatchedCompletions:
                 delivery.claim, delivery.acked = None, acks
             self._settle(consumer, message, delivery)
 
-        self._last.post = post = Post(command, told)
+        self._last.post = post = DeferredCommand(command, told)
         self.trips.post(post)
         return True
 
@@ -114,9 +114,9 @@ class BatchedCompletions:
 
     def flush(self) -> None:
         """Send what was posted, and wait until all that this thread has posted is answered."""
-        last: Post | None = getattr(self._last, "post", None)
+        last: DeferredCommand | None = getattr(self._last, "post", None)
         if self.trips.posted or not (last is None or last.is_answered):
-            self.trips.together((), carries=True)
+            self.trips.execute((), carries=True)
 
 
 def _has_more(thread: Any) -> bool:

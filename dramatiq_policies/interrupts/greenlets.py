@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import gevent
 from dramatiq.middleware import Shutdown
 
-from ..common.connections import strikes_anywhere
+from ..common.connections import is_async_exception
 from ..errors import TimeoutExceeded
 from .slots import Watch, report_apart
 from .threads import nothing, unwrap_interrupt
@@ -121,7 +121,7 @@ def call(
     try:
         return fn(*args, **kwargs)
     except BaseException as error:
-        run.struck = run.struck or strikes_anywhere(error)
+        run.struck = run.struck or is_async_exception(error)
         cause = unwrap_interrupt(error)
         if cause is error:
             raise

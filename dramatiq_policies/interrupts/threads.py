@@ -68,7 +68,7 @@ from typing import Any, Protocol, TypeVar
 from dramatiq.middleware import Shutdown
 from dramatiq.threading import Interrupt, is_gevent_active
 
-from ..common.connections import strikes_anywhere
+from ..common.connections import is_async_exception
 from ..errors import TimeoutExceeded
 from .slots import Slot, Target, Tokens, Watch, supported
 from .timer import Timer
@@ -177,7 +177,7 @@ def call(
         if not returned and error is None:
             error = later
         slot.disarm(tokens)
-    if struck or (error is not None and strikes_anywhere(error)):
+    if struck or (error is not None and is_async_exception(error)):
         after_interrupt()
     if error is None:
         return result

@@ -13,7 +13,7 @@ from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from ..observability.private_files import require_file_locks
-from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, Watch, tellers
+from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class QueueMonitor(PolicyMiddleware):
         if not isinstance(in_workers, bool):
             raise ConfigurationError.of_option("QueueMonitor", "in_workers", "True or False", in_workers)
         self.in_workers = in_workers
-        self._watch = Watch(thresholds)
-        self._tellers = tellers(on_alert)
+        self._tracker = ThresholdTracker(thresholds)
+        self._notifiers = notifiers(on_alert)
         #: Whether alerts are log records: a WARNING that somebody must hear.
         self.logs_alerts = on_alert in (None, "log") or (isinstance(on_alert, (list, tuple)) and "log" in on_alert)
         self._statsd: Statsd | None = None
@@ -115,7 +115,7 @@ class QueueMonitor(PolicyMiddleware):
         after_fork(twin)
         # In a test it is asked by `check`, and watches nothing by itself.
         twin.in_workers = False
-        vars(twin).update(_watch=self._watch.afresh(), _statsd=None)
+        vars(twin).update(_tracker=self._tracker.reset(), _statsd=None)
         return twin
 
     # In a worker.
@@ -177,7 +177,7 @@ class QueueMonitor(PolicyMiddleware):
 
     def threshold_of(self, queue: str) -> Threshold | None:
         """The threshold that counts for a queue."""
-        return self._watch.threshold_of(queue)
+        return self._tracker.threshold_of(queue)
 
     def check(self) -> list[QueueAlert]:
         """Read every queue now, whoever is elected, send its gauges, tell what is new, and return it.
@@ -187,42 +187,42 @@ class QueueMonitor(PolicyMiddleware):
           dramatiq.errors.ConnectionClosed: If the server can't be read.
         """
         with self._reading:
-            readings, news = self._look()
+            readings, found = self._look()
             if not self._watching:
                 # Nobody else would close it.
                 self._get_reader().close()
         self._send(readings, [], False)
-        self._tell(news)
-        return news
+        self._tell(found)
+        return found
 
     def _turn(self, election: Election) -> None:
         try:
             with self._reading:
                 reader = self._get_reader()
-                note: dict[str, Any] = reader.note()
+                note: dict[str, Any] = reader.report()
                 if self._workers:
                     note["threads"] = sum(worker.worker_threads for worker in self._workers)
                     note["busy"] = sum(_busy(worker) for worker in self._workers)
-                election.post(note)
+                election.publish(note)
                 if self._stands_back:
                     self._stands_back = False
                     return
-                if not election.wins():
+                if not election.is_leader():
                     self._elected = False
                     return
                 if not self._elected:
                     self._elected = True
-                    before = election.kept()
+                    before = election.saved()
                     if before is not None:
-                        self._watch.open = {(str(queue), str(measure)) for queue, measure in before}
-                notes = election.notes()
-                reader.heard = notes
-                open_before = set(self._watch.open)
-                readings, news = self._look()
-                if self._watch.open != open_before:
-                    election.keep(sorted(self._watch.open))
+                        self._tracker.open = {(str(queue), str(measure)) for queue, measure in before}
+                notes = election.reports()
+                reader.peer_reports = notes
+                open_before = set(self._tracker.open)
+                readings, found = self._look()
+                if self._tracker.open != open_before:
+                    election.save(sorted(self._tracker.open))
             # First: what was told is remembered as told, and nobody else would tell it.
-            self._tell(news)
+            self._tell(found)
             self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
         except Exception as error:
             self._failed += 1
@@ -244,12 +244,12 @@ class QueueMonitor(PolicyMiddleware):
 
     def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
         readings = self._get_reader().read_all()
-        return readings, [alert for reading in readings for alert in self._watch.news(reading)]
+        return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)]
 
-    def _tell(self, news: list[QueueAlert]) -> None:
-        for alert in news:
-            for tell in self._tellers:
-                tell(alert)
+    def _tell(self, found: list[QueueAlert]) -> None:
+        for alert in found:
+            for notify in self._notifiers:
+                notify(alert)
 
     def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
         from ..observability.statsd import metric_name, tag_list
@@ -282,7 +282,7 @@ class QueueMonitor(PolicyMiddleware):
         broker = vars(broker).get("dramatiq_policies_lent_to", broker)
         if self._reader is not None and self._reader.broker is not broker:
             self._reader.close()
-            self._reader, self._watch = None, self._watch.afresh()
+            self._reader, self._tracker = None, self._tracker.reset()
         if self._reader is None:
             self._reader = reader_of(broker)
         return self._reader

@@ -18,8 +18,8 @@ from uuid import uuid4
 from .._dramatiq import kind_of
 from ..common.safe_logger import SafeLogger
 from ..delivery.history import now_ms
-from .notes import Note, memory_in, note_in, timed_note_in
 from .private_files import lock, make_private, open_own, private_folder
+from .reports import Report, parse_memory, parse_report, parse_timed_report
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -37,29 +37,29 @@ class Election:
     A note counts for ``fresh_ms``; a lease ends that long after it was last asked for.
     """
 
-    #: Whether `notes` has those of everybody, so that none means that nobody is there.
+    #: Whether `reports` has those of everybody, so that none means that nobody is there.
     hears_all = False
 
     def __init__(self, fresh_ms: int = 60_000) -> None:
         self.fresh_ms = fresh_ms
-        self._note: Note | None = None
+        self._report: Report | None = None
 
-    def wins(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process is the elected one, from now until it asks next; asks again what it was asked before."""
         return True
 
-    def post(self, note: Note) -> None:
+    def publish(self, note: Report) -> None:
         """Let the elected one know; replaces what this process posted before."""
-        self._note = note
+        self._report = note
 
-    def notes(self) -> list[Note]:
+    def reports(self) -> list[Report]:
         """What every process has posted lately, this one included."""
-        return [] if self._note is None else [self._note]
+        return [] if self._report is None else [self._report]
 
-    def keep(self, memory: list[Any]) -> None:
+    def save(self, memory: list[Any]) -> None:
         """Leave something to the next one that is elected; best effort."""
 
-    def kept(self) -> list[Any] | None:
+    def saved(self) -> list[Any] | None:
         """What the one before has left; None if nothing, or if nothing can be left."""
         return None
 
@@ -90,7 +90,7 @@ class CommandElection(Election):
         self._lock: int | None = None
         self._said = False
 
-    def wins(self) -> bool:
+    def is_leader(self) -> bool:
         if self._lock is not None:
             return True
         try:
@@ -134,23 +134,23 @@ class CommandElection(Election):
             except (ValueError, OverflowError, OSError):
                 continue
 
-    def post(self, note: Note) -> None:
-        super().post(note)
+    def publish(self, note: Report) -> None:
+        super().publish(note)
         with suppress(OSError):
             new = self._own.with_suffix(f"{self._own.suffix}-new")
             with os.fdopen(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
                 json.dump(note, file)
             new.replace(self._own)
 
-    def notes(self) -> list[Note]:
-        found = super().notes()
+    def reports(self) -> list[Report]:
+        found = super().reports()
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             with suppress(OSError, ValueError):
                 if now_ms() - path.lstat().st_mtime * 1_000 > self.fresh_ms:
                     path.unlink()
                 elif path != self._own and path.suffix[1:].isdigit():
                     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
-                        note = note_in(file.read())
+                        note = parse_report(file.read())
                     found += [] if note is None else [note]
         return found
 
@@ -171,34 +171,34 @@ class FleetElection(Election):
     Parameters:
       client: A client of redis-py, for this alone.
       key: What its keys begin with.
-      near: The election among the processes that are near.
+      fallback: The election among the processes of the same command.
       fresh_ms: How long the lease lasts when it is not asked for again, and for how long a note counts.
     """
 
     hears_all = True
 
-    def __init__(self, client: Any, key: str, near: Election, *, fresh_ms: int) -> None:
+    def __init__(self, client: Any, key: str, fallback: Election, *, fresh_ms: int) -> None:
         super().__init__(fresh_ms)
         self.client = client
         self.key = key
-        self.near = near
+        self.fallback = fallback
         self.me = f"{socket.gethostname()}:{os.getpid()}:{uuid4()}"
         from importlib import resources
 
         self._lease = client.register_script(resources.files(__package__).joinpath("lease.lua").read_text())
 
-    def wins(self) -> bool:
+    def is_leader(self) -> bool:
         from redis import RedisError
 
         try:
             won = bool(self._lease(keys=[self.key], args=[self.me, self.fresh_ms]))
         except (RedisError, OSError):
-            return self.near.wins()
+            return self.fallback.is_leader()
         if not won:
-            self.near.resign()
+            self.fallback.resign()
         return won
 
-    def post(self, note: Note) -> None:
+    def publish(self, note: Report) -> None:
         from redis import RedisError
 
         try:
@@ -206,15 +206,15 @@ class FleetElection(Election):
                 both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
                 both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
         except (RedisError, OSError):
-            self.near.post(note)
+            self.fallback.publish(note)
 
-    def notes(self) -> list[Note]:
+    def reports(self) -> list[Report]:
         from redis import RedisError
 
         try:
             found = []
             for who, text in self.client.hgetall(f"{self.key}:notes").items():
-                timed = timed_note_in(text)
+                timed = parse_timed_report(text)
                 if timed is None:
                     continue
                 if now_ms() - timed[0] <= self.fresh_ms:
@@ -222,28 +222,28 @@ class FleetElection(Election):
                 else:
                     self.client.hdel(f"{self.key}:notes", who)
         except (RedisError, OSError, ValueError):
-            return self.near.notes()
+            return self.fallback.reports()
         return found
 
-    def keep(self, memory: list[Any]) -> None:
+    def save(self, memory: list[Any]) -> None:
         from redis import RedisError
 
         with suppress(RedisError, OSError):
             self.client.set(f"{self.key}:memory", json.dumps(memory), px=max(3_600_000, 10 * self.fresh_ms))
 
-    def kept(self) -> list[Any] | None:
+    def saved(self) -> list[Any] | None:
         from redis import RedisError
 
         try:
             text = self.client.get(f"{self.key}:memory")
-            return None if text is None else memory_in(text)
+            return None if text is None else parse_memory(text)
         except (RedisError, OSError, ValueError):
             return None
 
     def resign(self) -> None:
         from redis import RedisError
 
-        self.near.resign()
+        self.fallback.resign()
         with suppress(RedisError, OSError):
             self.client.hdel(f"{self.key}:notes", self.me)
             self._lease(keys=[self.key], args=[self.me, 0])
@@ -260,20 +260,20 @@ def elect(state: BrokerState, interval: int) -> Election:
     fresh = max(1_000, 3 * interval)
     queues = "\n".join(sorted(state.broker.get_declared_queues()))
     name = f"queues-{hashlib.blake2b(queues.encode(), digest_size=6).hexdigest()}"
-    near = CommandElection(name, os.getppid(), fresh_ms=fresh) if state.in_command else Election(fresh)
+    fallback = CommandElection(name, os.getppid(), fresh_ms=fresh) if state.in_command else Election(fresh)
     at_hand = _redis_of(state.broker)
     if at_hand is None:
-        return near
+        return fallback
     from ..brokers.redis.queue_reader import own_client
 
     client, namespace = at_hand
     try:
-        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", near, fresh_ms=fresh)
+        return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", fallback, fresh_ms=fresh)
     except Exception:
         logger.exception(
             "A %s can't be used for a lease: one process of each command watches the queues.", type(client).__name__
         )
-        return near
+        return fallback
 
 
 def _redis_of(broker: Broker) -> tuple[Any, str] | None:

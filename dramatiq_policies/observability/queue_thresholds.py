@@ -14,7 +14,7 @@ from ..common.callables import is_sync_callable
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 
-__all__ = ["OnAlert", "QueueAlert", "Threshold", "Watch", "tellers"]
+__all__ = ["OnAlert", "QueueAlert", "Threshold", "ThresholdTracker", "notifiers"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
@@ -103,7 +103,7 @@ class QueueAlert:
         return f"Queue {self.queue}: {what} (threshold {limit}){'; it is over' if self.cleared else ''}"
 
 
-class Watch:
+class ThresholdTracker:
     """Compares readings with thresholds, and says what is new: a breach once, until its value has come down.
 
     Parameters:
@@ -129,9 +129,9 @@ class Watch:
         #: The breaches that were told and are not over, (queue, measure).
         self.open: set[tuple[str, str]] = set()
 
-    def afresh(self) -> Watch:
+    def reset(self) -> ThresholdTracker:
         """One with the same thresholds that has told nothing yet."""
-        return Watch(self._thresholds)
+        return ThresholdTracker(self._thresholds)
 
     def threshold_of(self, queue: str) -> Threshold | None:
         exact = self._thresholds.get(queue)
@@ -139,32 +139,32 @@ class Watch:
             return exact
         return next((found for name, found in self._thresholds.items() if fnmatchcase(queue, name)), None)
 
-    def news(self, reading: QueueReading) -> list[QueueAlert]:
+    def transitions(self, reading: QueueReading) -> list[QueueAlert]:
         """What is to be told after this reading."""
         threshold = self.threshold_of(reading.queue)
         if threshold is None:
             return []
-        news = []
+        found = []
         for measure, value, limit in threshold.measures(reading):
             what = (reading.queue, measure)
             if what not in self.open and value >= limit:
                 self.open.add(what)
-                news.append(QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit))
+                found.append(QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit))
             elif what in self.open and value <= limit * _DOWN:
                 self.open.discard(what)
                 if threshold.notify_clear:
-                    news.append(
+                    found.append(
                         QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit, cleared=True)
                     )
-        return news
+        return found
 
 
-Teller = Callable[[QueueAlert], object]
+Notifier = Callable[[QueueAlert], object]
 #: What ``on_alert`` takes.
-OnAlert = Literal["log", "sentry"] | Teller | Sequence[Literal["log", "sentry"] | Teller]
+OnAlert = Literal["log", "sentry"] | Notifier | Sequence[Literal["log", "sentry"] | Notifier]
 
 
-def tellers(on_alert: OnAlert | None) -> list[Teller]:
+def notifiers(on_alert: OnAlert | None) -> list[Notifier]:
     """Who is told. What one raises is logged, and the others are told still.
 
     Raises:
@@ -174,10 +174,10 @@ def tellers(on_alert: OnAlert | None) -> list[Teller]:
     if on_alert is None:
         on_alert = "log"
     several = on_alert if isinstance(on_alert, (list, tuple)) else [on_alert]
-    return [_teller(one) for one in several]
+    return [_notifier(one) for one in several]
 
 
-def _teller(one: Any) -> Teller:
+def _notifier(one: Any) -> Notifier:
     if one == "log":
         return _log
     if one == "sentry":
@@ -214,13 +214,13 @@ def _log(alert: QueueAlert) -> None:
     logger.log(logging.INFO if alert.cleared else logging.WARNING, "%s", alert, extra=_fields(alert))
 
 
-def _to_sentry() -> Teller:
+def _to_sentry() -> Notifier:
     try:
         import sentry_sdk
     except ImportError as error:
         raise ImportError('on_alert="sentry" needs sentry-sdk: pip install "dramatiq-policies[sentry]"') from error
 
-    def tell(alert: QueueAlert) -> None:
+    def notify(alert: QueueAlert) -> None:
         with sentry_sdk.new_scope() as scope:
             scope.fingerprint = ["dramatiq_policies", "queue", alert.queue, alert.measure]
             scope.set_tag("queue", alert.queue)
@@ -228,4 +228,4 @@ def _to_sentry() -> Teller:
             scope.set_context("queue alert", _fields(alert))
             sentry_sdk.capture_message(str(alert), level="info" if alert.cleared else "error")
 
-    return _teller(tell)
+    return _notifier(notify)

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .._dramatiq import kind_of
-from ..brokers.browser import open_browser
+from ..brokers.readers import browse
 from .app import OperationError, did_you_mean, known_queues
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def find_any_queue(broker: Broker, queue: str) -> str:
         return queue
     if kind_of(broker) == "rabbitmq":
         for dead in (True, False):
-            with open_browser(broker, queue, dead=dead) as browser:
+            with browse(broker, queue, dead=dead) as browser:
                 if len(browser):
                     return queue
     raise OperationError(

@@ -135,7 +135,7 @@ class Fifo:
     """A queue of which only the count is seen, and its true age kept beside."""
 
     def __init__(self):
-        self.now, self.waiting, self.flow = 0, [], rabbitmq.Flow(0)
+        self.now, self.waiting, self.age = 0, [], rabbitmq.AgeEstimate(0)
 
     def step(self, arrive, take, interval=10):
         self.now += interval
@@ -143,8 +143,8 @@ class Fifo:
         del self.waiting[:take]
 
     def read(self):
-        self.flow.saw(len(self.waiting), self.now)
-        return self.flow.after
+        self.age.observe(len(self.waiting), self.now)
+        return self.age.after
 
     @property
     def oldest(self):
@@ -175,13 +175,13 @@ def test_what_has_gone_since_tells_the_age_of_a_queue_that_is_never_empty():
     queue = Fifo()
     queue.step(arrive=10, take=0)
     queue.read()
-    assert queue.flow.after is None
+    assert queue.age.after is None
     for _ in range(5):
         queue.step(arrive=2, take=0)
         queue.read()
         queue.step(arrive=0, take=2)
         queue.read()
-    assert queue.flow.after == 10
+    assert queue.age.after == 10
 
 
 def test_a_long_life_does_not_grow_its_memory():
@@ -189,7 +189,7 @@ def test_a_long_life_does_not_grow_its_memory():
     for _ in range(10_000):
         queue.step(arrive=1, take=0)
         queue.read()
-    assert len(queue.flow._marks) <= rabbitmq.MARKS
+    assert len(queue.age._marks) <= rabbitmq.MARKS
 
 
 def test_a_message_whose_time_is_none_has_no_age():

@@ -11,7 +11,7 @@ from dramatiq import Message
 from rich.console import Console
 
 from dramatiq_policies import ops
-from dramatiq_policies.brokers.stub.browser import StubPile
+from dramatiq_policies.brokers.stub.browser import StubBrowser
 from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.ops import DeadLetter
 
@@ -483,8 +483,8 @@ def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
 
 
 def test_a_letter_that_somebody_else_took_meanwhile_is_not_counted(app, broker, monkeypatch):
-    stock = StubPile.drop
-    monkeypatch.setattr(StubPile, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
+    stock = StubBrowser.drop
+    monkeypatch.setattr(StubBrowser, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
     moved = ops.purge(broker, where=ops.Filter(actor="send_mail"))
     assert (moved.seen, moved.count) == (4, 2)
 

@@ -28,7 +28,7 @@ class Trips:
     def post(self, post):
         self.posted.append(post)
 
-    def together(self, calls, *, carries):
+    def execute(self, calls, *, carries):
         assert (calls, carries) == ((), True)
         self.calls += 1
         self.posted.clear()
@@ -164,7 +164,7 @@ def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier
 def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_way(carrier, answer, acked):
     consumer, delivery = Consumer(), ended()
     carrier.post(consumer, MESSAGE, delivery)
-    carrier.trips.posted[0].told(answer)
+    carrier.trips.posted[0].callback(answer)
     assert consumer.concluded == 1
     assert delivery.acked is acked
     assert (delivery.claim is None) is acked

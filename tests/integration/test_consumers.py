@@ -14,7 +14,7 @@ import redis
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
-from dramatiq_policies._redis import CommandBatcher, Post
+from dramatiq_policies._redis import CommandBatcher, DeferredCommand
 from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
 from dramatiq_policies.brokers.redis.consumer import RedisConsumer
 from dramatiq_policies.stores.memory import MemoryStore
@@ -133,7 +133,7 @@ def test_round_trips_need_no_hiredis(
     if not packed:
         monkeypatch.setattr("dramatiq_policies._redis._pack", None)
     commands = [("SET", f"{redis_namespace}:a", b"\xff", "PX", 5_000), ("GET", f"{redis_namespace}:a")]
-    assert CommandBatcher(redis_client).together(commands) == [b"OK", b"\xff"]
+    assert CommandBatcher(redis_client).execute(commands) == [b"OK", b"\xff"]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])
@@ -146,8 +146,8 @@ def test_a_call_that_can_not_be_sent_fails_alone(
     trips = CommandBatcher(redis_client)
     key = f"{redis_namespace}:a"
     told: list[Any] = []
-    trips.post(Post(("SET", key, "posted", "PX", 5_000), told.append))
-    trips.post(Post(("SET", key, poison), told.append))
+    trips.post(DeferredCommand(("SET", key, "posted", "PX", 5_000), told.append))
+    trips.post(DeferredCommand(("SET", key, poison), told.append))
     good, bad = [], []
 
     def ask(command: tuple[Any, ...], answers: list[Any]) -> None:

@@ -174,7 +174,7 @@ def test_a_dry_run_counts_what_can_be_replayed_and_takes_no_more_than_its_limit_
     def all_at_once(pile):
         raise AssertionError("the server would send all there is")
 
-    monkeypatch.setattr("dramatiq_policies.brokers.rabbitmq.browser.RabbitmqPile.read_all", all_at_once)
+    monkeypatch.setattr("dramatiq_policies.brokers.rabbitmq.browser.RabbitmqBrowser.read_all", all_at_once)
     would = ops.replay(app.broker, limit=2, dry_run=True)
     assert (would.count, would.unreadable, would.seen) == (2, 1, 3)
     assert ops.purge(app.broker, limit=2, dry_run=True).count == 2

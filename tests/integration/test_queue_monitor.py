@@ -341,12 +341,12 @@ def test_who_has_the_lease_and_reaches_no_queue_leaves_it_to_one_who_does(
     store = RedisStore(redis_client, namespace=redis_namespace)
     queue = rabbitmq_place.queue
     with Proxy.before(rabbitmq_place.url) as proxy:
-        far, near = rabbitmq_place.broker(proxy.url), rabbitmq_place.broker()
+        far, fallback = rabbitmq_place.broker(proxy.url), rabbitmq_place.broker()
         with watching(far, store=store, queue=queue) as ((cut_off, _),):
             until(lambda: cut_off._elected)
             proxy.refuse()
             proxy.cut()
-            with watching(near, store=store, queue=queue) as ((reading, _),):
+            with watching(fallback, store=store, queue=queue) as ((reading, _),):
                 until(lambda: reading._elected)
                 time.sleep(0.5)
                 assert (reading._elected, cut_off._elected) == (True, False)
@@ -413,24 +413,24 @@ def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
 
         def election() -> FleetElection:
             client = redis.Redis.from_url(proxy.url, retry=None)
-            near = CommandElection("queues", 1, folder=str(tmp_path))
-            return FleetElection(client, f"{redis_namespace}:monitor", near, fresh_ms=60_000)
+            fallback = CommandElection("queues", 1, folder=str(tmp_path))
+            return FleetElection(client, f"{redis_namespace}:monitor", fallback, fresh_ms=60_000)
 
         first, second = election(), election()
-        assert (first.wins(), second.wins()) == (True, False)
-        first.keep([["mail", "ready"]])
-        assert second.kept() == [["mail", "ready"]]
+        assert (first.is_leader(), second.is_leader()) == (True, False)
+        first.save([["mail", "ready"]])
+        assert second.saved() == [["mail", "ready"]]
         proxy.refuse()
         proxy.cut()
-        first.post({"threads": 8})
+        first.publish({"threads": 8})
         # Two of one process share its lock; that one of several has it is shown in tests/observability/test_election.py.
-        assert first.wins()
-        assert first.notes() == [{"threads": 8}]
-        assert second.kept() is None
+        assert first.is_leader()
+        assert first.reports() == [{"threads": 8}]
+        assert second.saved() is None
         proxy.accept()
-        assert (first.wins(), second.wins()) == (True, False)
+        assert (first.is_leader(), second.is_leader()) == (True, False)
         first.resign()
-        assert second.wins()
+        assert second.is_leader()
         second.resign()
 
 
@@ -455,8 +455,8 @@ def test_odd_notes_and_an_odd_memory_end_no_alert_of_the_fleet(
     for number, odd in enumerate(ODD):
         broker.client.hset(f"{key}:notes", f"other:{number}", odd)
     broker.client.set(f"{key}:memory", b'[["mail"], 5, {}]')
-    near = CommandElection("queues", 1, folder=str(tmp_path))
+    fallback = CommandElection("queues", 1, folder=str(tmp_path))
     job.send()
-    monitor._turn(FleetElection(client, key, near, fresh_ms=60_000))
+    monitor._turn(FleetElection(client, key, fallback, fresh_ms=60_000))
     assert [(alert.queue, alert.measure) for alert in told] == [("mail", "ready")]
     client.close()

@@ -218,12 +218,12 @@ def test_on_rabbitmq_what_other_processes_have_taken_counts_too(rabbitmq_place: 
 
     reader = reader_of(app.broker)
     queue, now = rabbitmq_place.queue, now_ms()
-    reader.heard = [taken(queue, "first", now - 60_000), taken("other", "second", now - 1_000)]
+    reader.peer_reports = [taken(queue, "first", now - 60_000), taken("other", "second", now - 1_000)]
     seen = reader.read(queue)
     assert 60_000 <= seen.oldest_ms < 65_000
     time.sleep(0.05)
     assert reader.read(queue).stalled_ms >= 50
-    reader.heard = [taken(queue, "third", now - 10_000)]
+    reader.peer_reports = [taken(queue, "third", now - 10_000)]
     seen = reader.read(queue)
     assert 10_000 <= seen.oldest_ms < 15_000
     assert seen.stalled_ms == 0
@@ -249,7 +249,7 @@ def test_on_rabbitmq_what_workers_hold_counts_as_far_as_they_are_heard(rabbitmq_
         # They are in the hands of the worker, of whom this one has not heard.
         seen = until(lambda: (found := readers[1].read(rabbitmq_place.queue)).delayed == 0 and found)
         assert seen.running is None
-        readers[1].heard = [readers[0].note(), readers[1].note()]
+        readers[1].peer_reports = [readers[0].report(), readers[1].report()]
         seen = readers[1].read(rabbitmq_place.queue)
         assert (seen.delayed, seen.running) == (3, 1)
         gate.open.set()

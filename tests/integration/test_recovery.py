@@ -251,7 +251,7 @@ def test_a_living_worker_of_another_version_keeps_its_messages_whatever_its_cloc
     enough = time.monotonic() + 3 * TIMEOUT / 1_000
     while time.monotonic() < enough:
         other.beat()
-        recovery.look()
+        recovery.recover_if_due()
         assert other.holds() == 1
         time.sleep(0.02)
     app.work_until("succeeded")
@@ -291,7 +291,7 @@ def test_a_body_larger_than_memory_is_brought_back_without_being_decoded(
     decoded: list[bytes] = []
     monkeypatch.setattr("dramatiq.Message.decode", decoded.append)
     recovery = Recovery(app.broker, redis_place.queue)
-    until(lambda: recovery.look() or redis_place.ready())
+    until(lambda: recovery.recover_if_due() or redis_place.ready())
     assert decoded == []
 
 

@@ -138,7 +138,7 @@ BUNDLE = [
 
 @pytest.mark.parametrize("original", BUNDLE, ids=lambda one: type(one).__name__)
 def test_a_twin_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_own(original):
-    settings = {"_given", "levels", "_tellers"}
+    settings = {"_given", "levels", "_notifiers"}
     before = dict(vars(original))
     twin = original.for_stub()
     assert type(twin) is type(original)

@@ -19,7 +19,7 @@ from dramatiq.errors import ConnectionClosed
 from dramatiq_policies import ConfigurationError, Metrics, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.brokers.readers import QueueReading
 from dramatiq_policies.observability.election import Election
-from dramatiq_policies.observability.queue_thresholds import Watch
+from dramatiq_policies.observability.queue_thresholds import ThresholdTracker
 from dramatiq_policies.testing import drain, stub
 
 from ..support import PATIENCE, Stage
@@ -103,10 +103,10 @@ def test_who_is_elected_next_knows_what_was_told_and_what_is_over():
     class Handed(Election):
         memory = None
 
-        def keep(self, memory):
+        def save(self, memory):
             Handed.memory = memory
 
-        def kept(self):
+        def saved(self):
             return Handed.memory
 
     first, second = Queue(Threshold(ready=10)), Queue(Threshold(ready=10))
@@ -123,12 +123,14 @@ def test_who_is_elected_next_knows_what_was_told_and_what_is_over():
 
 
 def test_what_can_t_be_known_reaches_no_threshold():
-    watch = Watch({"*": Threshold(ready=1, oldest=1, stalled=1, dead=1)})
-    assert watch.news(QueueReading(queue="mail")) == []
+    watch = ThresholdTracker({"*": Threshold(ready=1, oldest=1, stalled=1, dead=1)})
+    assert watch.transitions(QueueReading(queue="mail")) == []
 
 
 def test_a_queue_s_own_threshold_counts_before_a_pattern_and_patterns_in_their_order():
-    watch = Watch({"*.slow": Threshold(ready=1_000), "mail.*": Threshold(ready=100), "mail.slow": Threshold(ready=10)})
+    watch = ThresholdTracker(
+        {"*.slow": Threshold(ready=1_000), "mail.*": Threshold(ready=100), "mail.slow": Threshold(ready=10)}
+    )
     assert watch.threshold_of("mail.slow").ready == 10
     assert watch.threshold_of("mail.fast").ready == 100
     assert watch.threshold_of("images.slow").ready == 1_000

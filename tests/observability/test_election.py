@@ -14,18 +14,18 @@ from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.observability.election import CommandElection, Election, elect
-from dramatiq_policies.observability.notes import memory_in, note_in, timed_note_in
+from dramatiq_policies.observability.reports import parse_memory, parse_report, parse_timed_report
 
 PROCESS = """
 import os, sys, time
 from dramatiq_policies.observability.election import CommandElection
 election = CommandElection("queues", int(sys.argv[1]), folder=sys.argv[2])
-election.post({"me": os.getpid()})
-print(election.wins(), flush=True)
+election.publish({"me": os.getpid()})
+print(election.is_leader(), flush=True)
 for line in sys.stdin:
     if line == "resign\\n":
         election.resign()
-    print(election.wins(), flush=True)
+    print(election.is_leader(), flush=True)
 """
 
 
@@ -94,18 +94,18 @@ def test_processes_of_another_command_have_one_of_their_own(process):
 def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_path):
     others = [process(), process()]
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
-    mine.post({"me": os.getpid()})
+    mine.publish({"me": os.getpid()})
     pids = {other.process.pid for other in others}
-    assert {note["me"] for note in mine.notes()} == pids | {os.getpid()}
+    assert {note["me"] for note in mine.reports()} == pids | {os.getpid()}
     mine.fresh_ms = 0
     time.sleep(0.01)
-    assert mine.notes() == [{"me": os.getpid()}]
+    assert mine.reports() == [{"me": os.getpid()}]
 
 
 def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path, caplog):
     elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path / "missing")) for _ in range(2)]
-    assert [election.wins() for election in elections] == [True, True]
-    assert elections[0].wins()
+    assert [election.is_leader() for election in elections] == [True, True]
+    assert elections[0].is_leader()
     assert len(caplog.records) == 2
 
 
@@ -114,7 +114,7 @@ def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
     left = [tmp_path / f"{mine._ours}{master}-queues" for master in ("nobody", "9" * 30, os.getppid(), 1)]
     for path in left:
         path.touch()
-    assert mine.wins()
+    assert mine.is_leader()
     assert all(path.exists() for path in left)
     mine.resign()
 
@@ -141,17 +141,17 @@ def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", lock_and_lose)
-        assert not election.wins()
-    assert election.wins()
+        assert not election.is_leader()
+    assert election.is_leader()
     election.resign()
 
 
 def test_a_note_that_can_not_be_read_is_none(tmp_path):
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
-    mine.post({"me": "here"})
+    mine.publish({"me": "here"})
     mine.path.with_name(f"{mine.path.name}.1").write_text("{")
     mine.path.with_name(f"{mine.path.name}.2").write_text('{"me": "there"}')
-    assert [note["me"] for note in mine.notes()] == ["here", "there"]
+    assert [note["me"] for note in mine.reports()] == ["here", "there"]
 
 
 #: What somebody else may have put in the place of a note.
@@ -173,9 +173,9 @@ ODD = [
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd[:12]))
 def test_no_odd_text_is_a_note_or_an_error(odd):
-    assert timed_note_in(odd) is None
-    assert note_in(odd) is None
-    assert memory_in(odd) in (None, [])
+    assert parse_timed_report(odd) is None
+    assert parse_report(odd) is None
+    assert parse_memory(odd) in (None, [])
 
 
 def test_of_a_note_only_the_parts_that_nobody_can_use_are_left_out():
@@ -183,24 +183,24 @@ def test_of_a_note_only_the_parts_that_nobody_can_use_are_left_out():
         '{"threads": 8, "busy": "many", "held": {"mail": 3, "odd": [], "huge": 1%s}, "me": 7, "other": {},'
         ' "taken": {"mail": ["m1", null], "late": ["m2", 5], "odd": "m", "odder": [[], 1]}}' % ("0" * 400)
     )
-    assert note_in(text) == {
+    assert parse_report(text) == {
         "threads": 8,
         "me": 7,
         "held": {"mail": 3},
         "taken": {"mail": ["m1", None], "late": ["m2", 5]},
     }
-    assert note_in('{"taken": 1, "held": [], "threads": -1}') == {}
+    assert parse_report('{"taken": 1, "held": [], "threads": -1}') == {}
 
 
 def test_of_a_memory_only_pairs_of_names_are_kept():
-    assert memory_in('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
+    assert parse_memory('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
 
 
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
     election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     target = tmp_path / "somebody's"
     election.path.symlink_to(target)
-    assert election.wins()
+    assert election.is_leader()
     assert not target.exists()
 
 
@@ -209,14 +209,14 @@ def test_by_default_its_files_lie_in_a_folder_that_only_this_user_enters(tmp_pat
     folder = tmp_path / f"dramatiq-policies-{os.getuid()}"
     election = CommandElection("queues", os.getpid())
     assert not folder.exists()
-    election.post({"me": "here"})
-    assert election.wins()
+    election.publish({"me": "here"})
+    assert election.is_leader()
     assert election.path.parent == folder
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600, 0o600]
     folder.chmod(0o777)
     election.resign()
-    assert election.wins()
+    assert election.is_leader()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     election.resign()
 
@@ -238,9 +238,9 @@ def test_a_folder_that_is_not_this_user_s_own_is_not_entered_and_each_elects_its
     if kind == "other user's":
         monkeypatch.setattr("dramatiq_policies.observability.private_files.os.getuid", lambda: 4_000_000)
     for election in elections:
-        election.post({"me": "here"})
-        assert election.wins()
-        assert election.notes() == [{"me": "here"}]
+        election.publish({"me": "here"})
+        assert election.is_leader()
+        assert election.reports() == [{"me": "here"}]
     assert list(elsewhere.iterdir()) == []
     assert [record.getMessage().startswith("No process can be elected") for record in caplog.records] == [True, True]
 
@@ -249,7 +249,7 @@ def test_a_lock_file_of_another_user_elects_everybody_and_is_said(tmp_path, monk
     elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path)) for _ in range(2)]
     elections[0].path.touch()
     monkeypatch.setattr("dramatiq_policies.observability.private_files.os.getuid", lambda: 4_000_000)
-    assert [election.wins() for election in elections] == [True, True]
+    assert [election.is_leader() for election in elections] == [True, True]
     assert "is a file of user" in caplog.text
 
 
@@ -260,14 +260,14 @@ def test_a_fifo_or_a_link_in_the_place_of_a_note_is_not_read_and_hangs_nobody(tm
     secret.write_text('{"me": "secret"}')
     mine.path.with_name(f"{mine.path.name}.2").symlink_to(secret)
     os.mkfifo(mine._own.with_suffix(f"{mine._own.suffix}-new"))
-    mine.post({"me": "here"})
-    assert mine.notes() == [{"me": "here"}]
+    mine.publish({"me": "here"})
+    assert mine.reports() == [{"me": "here"}]
 
 
 def test_a_fifo_in_the_place_of_the_lock_elects_everybody(tmp_path, caplog):
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     os.mkfifo(mine.path)
-    assert mine.wins()
+    assert mine.is_leader()
     assert "no regular file" in caplog.text
 
 
@@ -276,12 +276,12 @@ def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp
         gone.wait()
     left = CommandElection("queues", gone.pid, folder=str(tmp_path))
     left.path.touch()
-    left.post({})
+    left.publish({})
     other = tmp_path / "dramatiq-policies-notes.txt"
     other.touch()
     neighbour = process(master=os.getppid())
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
-    assert mine.wins()
+    assert mine.is_leader()
     assert not left.path.exists()
     assert not left._own.exists()
     assert other.exists()

@@ -16,11 +16,11 @@ import pika.exceptions
 from dramatiq import Message
 from dramatiq.common import xq_name
 
-from ...common.connections import drop, strikes_anywhere
+from ...common.connections import discard, is_async_exception
 from ...errors import OperationError
 from ..browser import Item
 
-__all__ = ["connect", "open_browser", "unreachable"]
+__all__ = ["browse", "connect", "unreachable"]
 
 #: For how many seconds the server may send nothing before we take it that there is no more.
 _SILENCE = 1.0
@@ -43,8 +43,8 @@ def connect(broker: Any) -> Iterator[Any]:
     except (pika.exceptions.AMQPError, OSError) as error:
         raise OperationError(f"RabbitMQ ended it ({_reason(error)}); nothing is lost, run it again.") from None
     except BaseException as error:
-        if strikes_anywhere(error):
-            end = drop
+        if is_async_exception(error):
+            end = discard
         raise
     finally:
         end(connection)
@@ -72,13 +72,13 @@ def _reason(error: Any) -> str:
 
 
 @contextmanager
-def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqPile]:
+def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqBrowser]:
     """See the package's."""
     with connect(broker) as connection:
-        yield RabbitmqPile(broker, connection, xq_name(queue) if dead else queue)
+        yield RabbitmqBrowser(broker, connection, xq_name(queue) if dead else queue)
 
 
-class RabbitmqPile:
+class RabbitmqBrowser:
     """The messages of one queue."""
 
     def __init__(self, broker: Any, connection: Any, name: str) -> None:

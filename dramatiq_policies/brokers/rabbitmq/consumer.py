@@ -17,7 +17,7 @@ from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
 from ... import _dramatiq
-from ...common.connections import drop
+from ...common.connections import discard
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
@@ -218,7 +218,7 @@ class RabbitmqConsumer(UnreadableBodies):
         """
         broker: Any = self.broker
         broker.state.dramatiq_policies_channel = None
-        drop(_dramatiq.take_rabbitmq_connection(broker))
+        discard(_dramatiq.take_rabbitmq_connection(broker))
 
     def finish(self, message: MessageProxy) -> None:
         if self.deleted:

@@ -22,7 +22,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
 
 from ... import _dramatiq
-from ...common.connections import drop
+from ...common.connections import discard
 from ...delivery.broker_state import BrokerState
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
@@ -162,7 +162,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
 
     def _stop_publishing(self) -> None:
         self.batches = None
-        drop(_dramatiq.take_rabbitmq_connection(self.broker))
+        discard(_dramatiq.take_rabbitmq_connection(self.broker))
 
     def move(self, moves: list[Move]) -> None:
         steps = []

@@ -14,11 +14,11 @@ from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from ...common.connections import drop, strikes_anywhere
+from ...common.connections import discard, is_async_exception
 from ...delivery.broker_state import state_of
 from ..queue_reader import QueueReader, QueueReading, ready_at
 
-__all__ = ["Flow", "RabbitmqReader"]
+__all__ = ["AgeEstimate", "Reader"]
 
 _LOST = (AMQPError, AMQPConnectorException, OSError)
 #: Seconds that a new connection may take.
@@ -27,10 +27,10 @@ _PATIENCE = 5
 MARKS = 1_024
 
 
-class RabbitmqReader(QueueReader):
+class Reader(QueueReader):
     """Reads the counts of passive declares, over a connection of its own, and works out the rest.
 
-    What the server does not say is what its consumers hold: workers say so to whoever hears them (`note`). Where some
+    What the server does not say is what its consumers hold: workers say so to whoever hears them (`report`). Where some
     are not heard, ``running`` is None, and ``delayed`` leaves out what those hold.
 
     To look at the oldest message would be to take it, and each time it is put back counts against a quorum queue's
@@ -52,7 +52,7 @@ class RabbitmqReader(QueueReader):
         super().__init__(broker)
         self._connection: Any = None
         self._channel: Any = None
-        self._flows: dict[str, Flow] = {}
+        self._ages: dict[str, AgeEstimate] = {}
 
     def _read(self, queue: str, now: int) -> QueueReading:
         idle = self._connection is not None
@@ -69,15 +69,15 @@ class RabbitmqReader(QueueReader):
             self.close()
             raise ConnectionClosed(f"{type(error).__name__}: {error}") from None
         except BaseException as error:
-            if strikes_anywhere(error):
-                drop(self._take())
+            if is_async_exception(error):
+                discard(self._take())
             raise
         (ready, consumers), (delayed, holders), (dead, _) = counts
-        notes = [self.note()] if self.heard is None else self.heard
-        flow = self._flows.setdefault(queue, Flow(now))
-        flow.saw(ready, now)
+        notes = [self.report()] if self.peer_reports is None else self.peer_reports
+        age = self._ages.setdefault(queue, AgeEstimate(now))
+        age.observe(ready, now)
         taken = [note["taken"][queue] for note in notes if queue in note.get("taken", ())]
-        after = [since for since in (flow.after, *(since for _, since in taken)) if since is not None]
+        after = [since for since in (age.after, *(since for _, since in taken)) if since is not None]
         running, ahead = (
             [note["held"][name] for note in notes if name in note.get("held", ())] for name in (queue, dq_name(queue))
         )
@@ -87,17 +87,17 @@ class RabbitmqReader(QueueReader):
             delayed=delayed + (sum(ahead) if holders else 0),
             running=0 if not consumers else sum(running) if len(running) == consumers else None,
             dead=dead,
-            oldest_ms=self._age(flow, max(after, default=None), now) if ready else 0,
-            stalled_ms=self._stalled(queue, (flow.gone, frozenset(map(tuple, taken))) if ready else None, now),
+            oldest_ms=self._age(age, max(after, default=None), now) if ready else 0,
+            stalled_ms=self._stalled(queue, (age.gone, frozenset(map(tuple, taken))) if ready else None, now),
         )
 
     @staticmethod
-    def _age(flow: Flow, after: int | None, now: int) -> int | None:
+    def _age(age: AgeEstimate, after: int | None, now: int) -> int | None:
         if after is not None:
             return max(0, now - after)
-        return None if flow.first == now else now - flow.first
+        return None if age.first == now else now - age.first
 
-    def note(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         state = state_of(self.broker)
         taken = list((state.last_received or {}).items())
         return {
@@ -144,7 +144,7 @@ class RabbitmqReader(QueueReader):
                 connection.close()
 
 
-class Flow:
+class AgeEstimate:
     """What a queue's counts, one after the other, say of when its oldest message came.
 
     ``gone`` is how many messages were seen to go: each fall of the count is that many at least. A reading that saw n
@@ -160,7 +160,7 @@ class Flow:
         #: (g + n, when), both rising; of the readings with one sum the latest.
         self._marks: deque[tuple[int, int]] = deque()
 
-    def saw(self, count: int, now: int) -> None:
+    def observe(self, count: int, now: int) -> None:
         self.gone += max(0, self._last - count)
         self._last = count
         if self._marks and self._marks[-1][0] == self.gone + count:

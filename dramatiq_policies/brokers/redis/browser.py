@@ -21,7 +21,7 @@ from ...common.credentials import redact
 from ...errors import OperationError
 from ..browser import Item
 
-__all__ = ["open_browser"]
+__all__ = ["browse"]
 
 _MOVE = resources.files(__package__).joinpath("move.lua").read_text()
 _PAGE = 500
@@ -29,7 +29,7 @@ _HOLE = b"dramatiq_policies.moved"
 
 
 @contextmanager
-def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | ReadyMessages]:
+def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | ReadyMessages]:
     """Open the dead letters of a queue, or its ready messages."""
     browser = (DeadLetters if dead else ReadyMessages)(broker, queue)
     try:

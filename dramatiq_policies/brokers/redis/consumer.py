@@ -140,7 +140,7 @@ class RedisConsumer(PolicyConsumer):
         if monotonic() - self.looked > _LOOK_EVERY:
             self._guarded(self._requeue_orphans)
             self.looked = monotonic()
-        self._guarded(self.recovery.look)
+        self._guarded(self.recovery.recover_if_due)
         if left := self.distrust.seconds_left():
             self.idle(min(left, self.timeout_ms / 1_000))
             return False
@@ -182,7 +182,7 @@ class RedisConsumer(PolicyConsumer):
             elif not self._settle(self._over(message), b"", []):
                 self._not_acked(message)
         except BrokerConnectionError as error:
-            self.places.over(redis_id)
+            self.places.job_finished(redis_id)
             if not self.state.stopping.is_set():
                 raise
             logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
@@ -331,7 +331,7 @@ class RedisConsumer(PolicyConsumer):
 
     def _over(self, message: MessageProxy | Message[Any]) -> str:
         redis_id: str = message.options["redis_message_id"]
-        self.places.over(redis_id)
+        self.places.job_finished(redis_id)
         return redis_id
 
     def _release(self, message: MessageProxy) -> None:

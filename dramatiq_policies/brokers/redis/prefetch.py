@@ -40,7 +40,7 @@ class PrefetchWindow:
         self.held.add(redis_id)
         return True
 
-    def over(self, redis_id: str) -> None:
+    def job_finished(self, redis_id: str) -> None:
         """Its job is over, so another may take its place."""
         self._done.add(redis_id)
         self._look_for_room()
@@ -49,7 +49,7 @@ class PrefetchWindow:
         """It is held no more."""
         self.held.discard(redis_id)
         self._done.discard(redis_id)
-        # One that was abandoned, or acked by somebody's own `do_ack`, was in no `over`.
+        # One that was abandoned, or acked by somebody's own `do_ack`, was in no `job_finished`.
         self._look_for_room()
 
     def wait(self, seconds: float) -> None:

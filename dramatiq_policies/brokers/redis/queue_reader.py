@@ -9,16 +9,16 @@ from dramatiq.broker import Broker
 from dramatiq.common import dq_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
-from ...common.connections import keep_out_of
+from ...common.connections import close_when_interrupted
 from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
 
-__all__ = ["RedisReader", "own_client"]
+__all__ = ["Reader", "own_client"]
 
 #: Seconds that Redis may take to answer.
 _PATIENCE = 5
 
 
-class RedisReader(QueueReader):
+class Reader(QueueReader):
     """Reads Dramatiq's keys, over a connection of its own.
 
     The age is that of the oldest of the first and the last messages of the list, by the clock of whoever sent it. What
@@ -70,5 +70,5 @@ def own_client(client: Any) -> Any:
         own: Any = type(pool)(pool.service_name, pool.sentinel_manager, **settings)
     else:
         own = redis.ConnectionPool(connection_class=pool.connection_class, **settings)
-    keep_out_of(own)
+    close_when_interrupted(own)
     return redis.Redis(connection_pool=own)

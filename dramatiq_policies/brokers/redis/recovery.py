@@ -5,7 +5,7 @@ looks every two seconds, one of the whole fleet: for workers that have been sile
 and for the messages of this queue that they hold. Two consumers that look at once do no harm: each message moves once.
 
 Only the server's clock decides who is silent. A worker of this version writes its heartbeats by that clock; the heartbeat
-of any other worker must not have changed for as long (see ``look.lua``).
+of any other worker must not have changed for as long (see ``find_silent.lua``).
 
 A message that comes back is marked, since it may have been begun: the marks are how starts that never ended are counted.
 """
@@ -30,8 +30,9 @@ __all__ = ["Recovery"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-_FORGET, _LOOK, _RECOVER = (
-    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("forget", "look", "recover")
+_FORGET, _FIND_SILENT, _RECOVER = (
+    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text())
+    for name in ("forget", "find_silent", "recover")
 )
 #: Every how many seconds to look.
 _LOOK_EVERY = 2.0
@@ -69,7 +70,7 @@ class Recovery:
         self.may_search = True
         self.lock = f"{broker.namespace}:__forget__"
 
-    def look(self) -> None:
+    def recover_if_due(self) -> None:
         """Say that this worker lives, and every two seconds bring back what silent workers hold."""
         now = monotonic()
         if now - self.looked < _LOOK_EVERY:
@@ -82,7 +83,9 @@ class Recovery:
         kept = ""
         if now >= self.expires_at:
             self.expires_at, kept = now + _EXPIRE_EVERY, broker.dead_message_ttl
-        found = self._call(_LOOK, [broker.broker_id, self.queue, broker.heartbeat_timeout, pause, *where, kept, _WATCH])
+        found = self._call(
+            _FIND_SILENT, [broker.broker_id, self.queue, broker.heartbeat_timeout, pause, *where, kept, _WATCH]
+        )
         if found:
             self.place, silent = found[0], list(zip(found[1::3], found[2::3], found[3::3], strict=True))
             for worker, beat, holds in silent:

@@ -12,20 +12,20 @@ from dramatiq import Message
 
 from ..browser import Item
 
-__all__ = ["open_browser"]
+__all__ = ["browse"]
 
 
 @contextmanager
-def open_browser(broker: Any, queue: str, *, dead: bool) -> Iterator[StubPile]:
+def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
     """See the package's."""
-    pile = StubPile(broker, queue, dead=dead)
+    browser = StubBrowser(broker, queue, dead=dead)
     try:
-        yield pile
+        yield browser
     finally:
-        pile.put_back()
+        browser.put_back()
 
 
-class StubPile:
+class StubBrowser:
     """The dead letters, or the ready messages, of one queue."""
 
     def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:

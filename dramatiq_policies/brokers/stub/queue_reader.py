@@ -8,10 +8,10 @@ from dramatiq.common import dq_name
 
 from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
 
-__all__ = ["StubReader"]
+__all__ = ["Reader"]
 
 
-class StubReader(QueueReader):
+class Reader(QueueReader):
     """Reads a StubBroker's queues, which are in memory."""
 
     def _read(self, queue: str, now: int) -> QueueReading:

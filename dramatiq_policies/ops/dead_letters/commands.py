@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message
 
-from ...brokers.browser import Item, QueueBrowser, open_browser
+from ...brokers.readers import Item, QueueBrowser, browse
 from ..app import OperationError, find_queue, known_queues
 from ..undeclared import find_any_queue, undeclared_queues
 from .dead_letter import DeadLetter, Filter, for_replay, read_dead_letter
@@ -78,7 +78,7 @@ def dead_letters(
     """
     left = limit
     for queue in _chosen(broker, queues):
-        with open_browser(broker, queue, dead=True) as browser:
+        with browse(broker, queue, dead=True) as browser:
             for item in _looked_at(browser, limit):
                 letter = read_dead_letter(broker, queue, item)
                 if where is None or where(letter):
@@ -225,7 +225,7 @@ def _work(
     dry_run: bool = False,
 ) -> None:
     """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
-    with open_browser(broker, queue, dead=dead) as browser:
+    with browse(broker, queue, dead=dead) as browser:
         next_at = monotonic()
         if limit is not None and moved.count >= limit:
             return

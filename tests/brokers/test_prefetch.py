@@ -34,7 +34,7 @@ def test_who_waits_goes_on_once_half_of_the_places_are_free(full):
     class Room(threading.Event):
         def wait(self, seconds):
             for one in ("r0", "r1"):
-                full.over(one)
+                full.job_finished(one)
                 free.append(self.is_set())
             return super().wait(seconds)
 
@@ -46,8 +46,8 @@ def test_who_waits_goes_on_once_half_of_the_places_are_free(full):
 
 
 def test_one_whose_ack_is_on_its_way_takes_no_place_and_is_held(full):
-    full.over("r0")
-    full.over("r0")
+    full.job_finished("r0")
+    full.job_finished("r0")
     assert full.taken == 3
     assert not full.take("r0")
     full.release("r0")

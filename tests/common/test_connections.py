@@ -15,7 +15,7 @@ from dramatiq.middleware import Shutdown
 from dramatiq_policies import TimeoutExceeded, _dramatiq
 from dramatiq_policies.brokers.rabbitmq.browser import connect
 from dramatiq_policies.brokers.readers import reader_of
-from dramatiq_policies.common.connections import drop, keep_out_of
+from dramatiq_policies.common.connections import close_when_interrupted, discard
 from dramatiq_policies.ops import OperationError
 
 LEFT, CLOSED = ([], True), (["close"], False)
@@ -125,18 +125,18 @@ def test_a_thread_without_a_connection_has_none_to_give_up(broker):
 
 def test_what_is_dropped_has_no_socket_and_no_loop(connections, broker):
     connection = broker.connection
-    drop(connection)
+    discard(connection)
     assert connection.heard() == LEFT
     assert not connection.loops
 
 
 @pytest.mark.parametrize("inner", [None, SimpleNamespace(), SimpleNamespace(_transport=None)])
 def test_a_connection_that_never_came_to_be_is_dropped_too(inner):
-    drop(SimpleNamespace(_impl=inner))
+    discard(SimpleNamespace(_impl=inner))
 
 
 def test_so_is_none_at_all():
-    drop(None)
+    discard(None)
 
 
 @pytest.mark.parametrize("error", FROM_OUTSIDE)
@@ -222,7 +222,7 @@ def released(pool, error=None):
 @pytest.fixture
 def pool():
     pool = Pool()
-    keep_out_of(pool)
+    close_when_interrupted(pool)
     return pool
 
 
@@ -242,5 +242,5 @@ def test_and_open_otherwise(pool, error):
 
 def test_a_pool_is_told_once(pool):
     release = pool.release
-    keep_out_of(pool)
+    close_when_interrupted(pool)
     assert pool.release is release

@@ -10,18 +10,18 @@ import json
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["Note", "memory_in", "note_in", "timed_note_in"]
+__all__ = ["Report", "parse_memory", "parse_report", "parse_timed_report"]
 
 #: What one process lets the elected one know.
-Note = dict[str, Any]
+Report = dict[str, Any]
 
 
-def note_in(text: str | bytes) -> Note | None:
+def parse_report(text: str | bytes) -> Report | None:
     """The note that a text holds, without those of its parts that nobody can use; None if it holds none."""
     return _clean(_decoded(text))
 
 
-def timed_note_in(text: str | bytes) -> tuple[float, Note] | None:
+def parse_timed_report(text: str | bytes) -> tuple[float, Report] | None:
     """A note with the time at which it was posted, ms since the epoch; None if the text holds none."""
     found = _decoded(text)
     if not isinstance(found, list) or len(found) != 2 or not _is_number(found[0]):
@@ -30,7 +30,7 @@ def timed_note_in(text: str | bytes) -> tuple[float, Note] | None:
     return None if note is None else (found[0], note)
 
 
-def memory_in(text: str | bytes) -> list[Any] | None:
+def parse_memory(text: str | bytes) -> list[Any] | None:
     """The pairs of names that a text holds; None if it holds no list."""
     found = _decoded(text)
     if not isinstance(found, list):
@@ -45,10 +45,10 @@ def _decoded(text: str | bytes) -> Any:
     return None
 
 
-def _clean(found: Any) -> Note | None:
+def _clean(found: Any) -> Report | None:
     if not isinstance(found, dict):
         return None
-    note: Note = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
+    note: Report = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
     for name in ("threads", "busy"):
         if name in note and not _is_number(note[name]):
             del note[name]

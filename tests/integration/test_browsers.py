@@ -12,8 +12,7 @@ from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
-from dramatiq_policies.brokers.browser import Item, open_browser
-from dramatiq_policies.brokers.readers import reader_of
+from dramatiq_policies.brokers.readers import Item, browse, reader_of
 
 from .places import App, RabbitmqPlace, RedisPlace, until
 from .test_operating import bury, count_dead
@@ -30,7 +29,7 @@ def test_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: 
     app = redis_place.app()
     bury(redis_place, app, 4)
     letters, client = redis_place.key(f"{redis_place.queue}.XQ"), redis_place.client
-    with open_browser(app.broker, redis_place.queue, dead=True) as pile:
+    with browse(app.broker, redis_place.queue, dead=True) as pile:
         assert len(pile) == 4
         client.hdel(f"{letters}.msgs", "r1")
         client.zrem(letters, "r2")
@@ -43,7 +42,7 @@ def test_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: 
 def test_letters_that_others_take_all_of_meanwhile_are_none(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 2)
-    with open_browser(app.broker, redis_place.queue, dead=True) as pile:
+    with browse(app.broker, redis_place.queue, dead=True) as pile:
         redis_place.client.delete(redis_place.key(f"{redis_place.queue}.XQ"))
         assert args_of(iter(pile)) == []
 
@@ -53,8 +52,8 @@ def test_a_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place
     app.broker.declare_queue(redis_place.queue)
     bury(redis_place, app, 1)
     with (
-        open_browser(app.broker, redis_place.queue, dead=True) as mine,
-        open_browser(app.broker, redis_place.queue, dead=True) as theirs,
+        browse(app.broker, redis_place.queue, dead=True) as mine,
+        browse(app.broker, redis_place.queue, dead=True) as theirs,
     ):
         (letter,), (same,) = list(mine), list(theirs)
         message = Message.decode(letter.body)
@@ -104,10 +103,10 @@ def test_a_move_that_leaves_messages_in_front_never_scans_them(
         scans.append(len([name for name in commands() if name in ("lpos", "lrem")]))
         stay = [number for number in range(count) if number % keep == 0]
         assert moved.count == count - len(stay)
-        with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+        with browse(app.broker, redis_place.queue, dead=False) as ready:
             assert args_of(iter(ready)) == stay
             assert len(ready) == len(stay)
-        with open_browser(app.broker, target, dead=False) as ready:
+        with browse(app.broker, target, dead=False) as ready:
             assert args_of(iter(ready)) == [number for number in range(count) if number not in stay]
     assert scans == [2, 2]  # Holes are removed before and after.
 
@@ -131,9 +130,9 @@ def test_a_move_beside_workers_moves_each_message_that_they_leave(
         return bool(letter.message.args[0] % 2)
 
     ops.move(app.broker, redis_place.queue, target, where=take_some_and_choose)
-    with open_browser(app.broker, target, dead=False) as ready:
+    with browse(app.broker, target, dead=False) as ready:
         moved = args_of(iter(ready))
-    with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+    with browse(app.broker, redis_place.queue, dead=False) as ready:
         left = args_of(iter(ready))
     assert taken
     assert moved == sorted(moved)
@@ -144,7 +143,7 @@ def test_a_move_beside_workers_moves_each_message_that_they_leave(
 def test_holes_of_a_move_that_was_killed_are_no_messages(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     sent = [app.broker.enqueue(Message(redis_place.queue, "job", (number,), {}, {})) for number in range(3)]
-    with open_browser(app.broker, redis_place.queue, dead=False) as ready:
+    with browse(app.broker, redis_place.queue, dead=False) as ready:
         ready.close = lambda: None  # type: ignore[method-assign, attr-defined]
         for item in ready:
             if Message.decode(item.body).args == (1,):
@@ -162,7 +161,7 @@ def test_holes_of_a_move_that_was_killed_are_no_messages(redis_place: RedisPlace
 def test_letters_that_somebody_else_has_in_hand_are_left_to_them(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
     app = rabbitmq_place.app()
     bury(rabbitmq_place, app, 3)
-    with open_browser(app.broker, rabbitmq_place.queue, dead=True) as pile:
+    with browse(app.broker, rabbitmq_place.queue, dead=True) as pile:
         assert len(pile) == 3
         rabbitmq_place.channel.basic_get(f"{rabbitmq_place.queue}.XQ")
         assert args_of(read(pile)) == [1, 2]
@@ -174,7 +173,7 @@ def test_a_queue_that_nobody_declared_takes_no_replay_and_the_letter_stays(rabbi
     bury(rabbitmq_place, app, 1)
     with (
         pytest.raises(ops.OperationError, match="no queue 'dp-test-missing'; start a worker once"),
-        open_browser(app.broker, rabbitmq_place.queue, dead=True) as pile,
+        browse(app.broker, rabbitmq_place.queue, dead=True) as pile,
     ):
         for letter in pile:
             pile.send(letter, Message.decode(letter.body).copy(queue_name="dp-test-missing"))
