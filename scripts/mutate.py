@@ -1,9 +1,9 @@
 """Sabotage the package, one small change at a time, and see whether its tests notice: which changes survive them.
 
-    python scripts/mutate.py --count 25 --seed 1                  # 25 mutants of each module, about ten minutes
-    python scripts/mutate.py --count 1000 rules/rule rules/backoff# all of two
-    python scripts/mutate.py --only rules/rule:41:2               # one again, as the list of survivors names it
-    python scripts/mutate.py --verbose rules/rule                 # and which test noticed each
+    python scripts/mutate.py --count 25 --seed 1                    # 25 mutants of each module, about ten minutes
+    python scripts/mutate.py --count 1000 rules/rule rules/backoff  # all of two
+    python scripts/mutate.py --only rules/rule:41:2                 # one again, as the list of survivors names it
+    python scripts/mutate.py --verbose rules/rule                   # and which test noticed each
 
 Works on copies of the checkout. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
 killed when one of them fails or hangs. What survives is either a change that means the same, or a test that is missing:
