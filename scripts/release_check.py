@@ -3,7 +3,8 @@
 python3 scripts/release_check.py      (or make release-check; about three minutes, with a package index)
 
 1. sdist and wheel are built, and their metadata is valid (twine).
-2. The wheel holds the files of the package that git knows, py.typed among them, and nothing else.
+2. The wheel holds the files of the package that git knows, py.typed among them, and nothing else; and
+   the guides and examples, in share/doc.
 3. Importing dramatiq_policies takes under 30 ms of CPU more than importing dramatiq.
 4. Each extra alone, in an empty environment: what it is for can be imported, what it is not for says what to install, and the
    tests that need no more than it pass.
@@ -71,11 +72,15 @@ def main() -> int:
 def contents(wheel: Path) -> list[str]:
     known = set(subprocess.check_output(["git", "ls-files", "dramatiq_policies"], cwd=ROOT, text=True).splitlines())
     with zipfile.ZipFile(wheel) as archive:
-        packed = {entry for entry in archive.namelist() if ".dist-info/" not in entry}
+        installed = {entry.partition(".data/data/share/doc/dramatiq-policies/")[2] for entry in archive.namelist()}
+        packed = {entry for entry in archive.namelist() if ".dist-info/" not in entry and ".data/" not in entry}
         (record,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
         metadata = archive.read(record).decode()
     failures = [f"the wheel lacks {path}" for path in sorted(known - packed)]
     failures += [f"the wheel has {path}, which is not in git" for path in sorted(packed - known)]
+    guides = ["git", "ls-files", "README.md", "docs", "examples"]
+    missing = set(subprocess.check_output(guides, cwd=ROOT, text=True).splitlines()) - installed
+    failures += [f"the wheel's share/doc lacks {path}" for path in sorted(missing)]
     if "dramatiq_policies/py.typed" not in packed:
         failures.append("the wheel lacks py.typed")
     for extra in [*NEEDS, "all"]:
