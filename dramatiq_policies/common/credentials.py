@@ -31,6 +31,8 @@ _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _NAMED = re.compile(
     rf"(?P<name>{_NAMES}\b[\"']?\s*(?:=|:(?!//))\s*)(?P<value>b?(?:{_QUOTED})|[^\s,;&)}}\]>\"']+)", re.IGNORECASE
 )
+#: Before a name: an exception's class such as MissingCredentials, whose text is no secret.
+_MISSING = re.compile(r"\b(?:Missing|No)(?:[A-Z]\w*)?$")
 #: ``user:password@`` of a URL. Nobody has quoted the password, perhaps: it may hold slashes, quotes, blanks and ``@``. What
 #: could be a port is none of it. A password ends at the last ``@`` of its word, or of the first word that has one.
 _IN_URL = re.compile(
@@ -68,6 +70,8 @@ def redact(text: str) -> str:
 def _mask_value(found: re.Match[str]) -> str:
     value = found["value"]
     if value in ("None", "True", "False", "''", '""') or value.startswith("<"):
+        return found[0]
+    if _MISSING.search(found.string, max(0, found.start() - 80), found.start()) and "=" not in found["name"]:
         return found[0]
     mark = value[-1] if value[-1] in "\"'" else ""
     return f"{found['name']}{mark}{_MASK}{mark}"

@@ -212,6 +212,19 @@ HOLDS = {
 }
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["shop.errors.MissingCredentials: MAIL_API_KEY is not set", "MissingApiKey: STRIPE_KEY", "NoPassword: for ada"],
+)
+def test_the_text_of_an_error_about_a_missing_secret_is_shown(text):
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("text", ["WrongPassword: hunter2", "Password: hunter2", "MissingPassword=hunter2"])
+def test_other_names_before_a_colon_are_masked(text):
+    assert "hunter2" not in redact(text)
+
+
 @pytest.mark.parametrize("holder", HOLDS)
 def test_the_password_of_a_client_in_hand_is_masked_wherever_it_stands(holder, caplog):
     learn_passwords(HOLDS[holder]())
