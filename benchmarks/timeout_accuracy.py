@@ -27,6 +27,7 @@ from dramatiq.middleware import TimeLimitExceeded
 from dramatiq.middleware.time_limit import TimeLimit
 
 from dramatiq_policies.delivery.limits import limit_for
+from dramatiq_policies.interrupts import runner_for
 from dramatiq_policies.interrupts import threads as interrupts
 from dramatiq_policies.middleware.timeout import Timeout
 
@@ -52,7 +53,7 @@ JOBS = {"wait": wait, "compute": compute, "async": async_to_sync(wait_async)}
 
 
 def ours(fn: Callable[[], None], deadline: float) -> None:
-    interrupts.caller(fn)(fn, (), {}, deadline=deadline)
+    runner_for(fn)(fn, (), {}, deadline=deadline)
 
 
 class Stock:
@@ -121,7 +122,7 @@ def cost() -> dict[str, float]:
     def ours() -> None:
         limit = limit_for(message.options, 600_000.0, "nothing")
         deadline = None if limit is None else monotonic() + limit / 1_000
-        interrupts.call(nothing, (), {}, deadline=deadline, watch=watch, job=message)
+        interrupts.run(nothing, (), {}, deadline=deadline, watch=watch, job=message)
 
     def best(fn: Callable[[], None]) -> float:
         return min(timeit.repeat(fn, number=50_000, repeat=9)) / 50_000 * 1e9

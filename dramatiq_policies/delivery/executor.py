@@ -14,7 +14,7 @@ from .._job_errors import stand_in_for
 from ..common.callables import mark_wrapper, unwrapped
 from ..errors import QueueTimeoutExceeded
 from ..idempotency.options import AlreadyDone, key_of
-from ..interrupts import threads as interrupts
+from ..interrupts import Runner, runner_for
 from ..outcomes import Outcome
 from .decision import Decision
 from .delivery import FINISHED, PREPARED, RUNNING, Delivery, current
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..idempotency.guard import IdempotencyGuard
     from ..idempotency.options import IdempotencyOptions
-    from ..interrupts.threads import Caller
     from .broker_state import BrokerState
 
 __all__ = ["wrap_actor"]
@@ -43,7 +42,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
     fn = unwrapped(given)
     if fn is not given and given.dramatiq_policies_wraps.actor_name == name:
         return
-    call = interrupts.caller(fn)
+    call = runner_for(fn)
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +63,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 
 
 def _run(
-    state: BrokerState, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: BrokerState, delivery: Delivery, call: Runner, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if delivery.carried is not None:
         _carry_on(delivery)
@@ -112,7 +111,7 @@ def _run_once(
     guard: IdempotencyOptions,
     state: BrokerState,
     delivery: Delivery,
-    call: Caller,
+    call: Runner,
     fn: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -138,7 +137,7 @@ def _run_once(
 
 
 def _call(
-    state: BrokerState, delivery: Delivery, call: Caller, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: BrokerState, delivery: Delivery, call: Runner, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call it with everything that interrupts a job, and its clock running."""
     limit = delivery.timeout_ms

@@ -19,16 +19,13 @@ from ..common.callables import (
 )
 from ..common.durations import CENTURY_MS, WEEK_MS
 from ..errors import ConfigurationError, checked_duration, how_to_add
-from ..interrupts import coroutines
-from ..interrupts import threads as interrupts
+from ..interrupts import Runner, coroutines, runner_for
 from ..rules.backoff import bounds_of
 from ..rules.matching import RuleSet
 from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
 
 if TYPE_CHECKING:
     from dramatiq import Actor, Message
-
-    from ..interrupts.threads import Caller
 
 __all__ = [
     "OPTIONS",
@@ -70,9 +67,9 @@ class IdempotencyOptions:
 
     def __init__(self) -> None:
         self.key_of: Callable[..., Any] | None = None
-        self.call_key: Caller | None = None
+        self.call_key: Runner | None = None
         self.job: Callable[..., Any] | None = None
-        self.call: Caller | None = None
+        self.call: Runner | None = None
 
 
 class AlreadyDone(SkipMessage):
@@ -161,14 +158,14 @@ def resolve_guard(
         else:
             _check_callable(where, "idempotency_key", "a template or a callable", given, fn, takes)
             guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
-            guard.call_key = interrupts.caller(guard.key_of)
+            guard.call_key = runner_for(guard.key_of)
     guard.keyed = bool(idempotent) or given is not None
     guard.key_runs_no_user_code = guard.keyed and guard.call_key is None
     guard.asked = guard.keyed or done_when is not None
     if done_when is not None:
         _check_callable(where, "done_when", "a callable", done_when, fn, takes)
         guard.job = _with_done_when(fn, done_when)
-        guard.call = interrupts.caller(guard.job)
+        guard.call = runner_for(guard.job)
     ttl, max_crashes = defaults
     declared = options.get("idempotency_ttl")
     if declared is not None:

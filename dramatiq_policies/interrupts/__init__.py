@@ -1,3 +1,9 @@
-"""Runs a function and ends it in time: threads, coroutines and greenlets."""
+"""Run a function, and end it at its deadline or at shutdown: on threads, as a coroutine, in greenlets."""
 
 from __future__ import annotations
+
+from .dispatch import Runner, runner_for, shutdown
+from .slots import supported
+from .threads import unwrap_interrupt
+
+__all__ = ["Runner", "runner_for", "shutdown", "supported", "unwrap_interrupt"]

@@ -1,15 +1,15 @@
-"""Running an async actor so that it can be interrupted: `call`, as in `interrupts`, for coroutine functions.
+"""Run an async actor and cancel its task at its deadline or at shutdown: `run` of `threads`, for coroutine functions.
 
-Dramatiq turns an async actor into a function that runs the coroutine on its event loop thread and waits for it, looking
-up every 100 ms for an interrupt that was raised in the waiting thread. Here the timer raises nothing in that thread: the
-timer asks the loop to cancel the task, at once. The waiting thread looks up as often, for interrupts that others raise in
-it: an abort cancels the task, too.
+Dramatiq turns an async actor into a function that runs the coroutine on the event loop thread. The worker thread waits and
+wakes every 100 ms, so that an exception set in the worker thread can be raised. Here the timer sets no exception in the
+worker thread: the timer asks the loop to cancel the task, at once. The worker thread still wakes every 100 ms, for
+interrupts of other code: an abort cancels the task, too.
 
-Whether the coroutine has ended is known on the loop and decided there, so no interrupt can come too late: a coroutine that
-has ended is not cancelled, and an interrupt that is raised in the waiting thread after that is dropped. What it does with the cancellation is its own affair, as it is in a thread: what it raises is its
-error, what it returns is its result, and its clean-up may take as long as it takes. The worker waits for it without a
-bound (Dramatiq gives it one second and then leaves it running, beside its own retry); past the timeout and its grace
-it is reported as stuck.
+Only the loop decides whether the coroutine has ended, so no interrupt comes too late: the loop does not cancel a coroutine
+that has ended, and a later interrupt in the worker thread is dropped. The coroutine may handle the cancellation, as a
+function may handle an exception: an error raised is the job's error, a value returned is the job's result, and clean-up may
+take any time. The worker waits without a limit (Dramatiq waits one second and then leaves the coroutine running, beside its
+own retry). After the timeout and its grace, the worker reports the job as stuck.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thre
 from dramatiq.middleware import Shutdown
 
 from ..errors import TimeoutExceeded
-from .slots import Tokens, Watch, frame_of
-from .threads import arm, nothing, slot_of_this_thread
+from .slots import StuckListener, Tokens, frame_of, noop
+from .threads import arm, slot_of_this_thread
 
-__all__ = ["call", "is_async"]
+__all__ = ["is_async", "run"]
 
 R = TypeVar("R")
 
@@ -38,55 +38,55 @@ R = TypeVar("R")
 async def _nothing() -> None: ...
 
 
-#: The code of every function that Dramatiq makes of a coroutine function.
+#: The code of Dramatiq's wrapper around a coroutine function.
 _wrapper_code = getattr(async_to_sync(_nothing), "__code__", None)
 
 
 def is_async(fn: Callable[..., Any]) -> bool:
-    """Whether ``fn`` is what Dramatiq made of a coroutine function."""
+    """Return whether ``fn`` is Dramatiq's wrapper around a coroutine function."""
     return getattr(fn, "__code__", None) is _wrapper_code and hasattr(fn, "__wrapped__")
 
 
-def call(
+def run(
     fn: Callable[..., R],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: Watch | None = None,
+    watch: StuckListener | None = None,
     job: Any = None,
-    after_interrupt: Callable[[], object] = nothing,
+    after_interrupt: Callable[[], object] = noop,
 ) -> R:
-    """As `interrupts.call`, for an ``fn`` that `is_async`.
+    """Do as `threads.run`, for an ``fn`` that `is_async`.
 
-    A task is cancelled where it awaits something, and never in the middle of a call: ``after_interrupt`` is not needed.
+    A task is cancelled where it awaits, never inside a call of a client: ``after_interrupt`` is not needed.
     """
     thread = get_event_loop_thread()
     slot = slot_of_this_thread()
     if thread is None or not thread.loop.is_running() or slot.tokens is not None or current_thread() is thread:
-        # Where it can't run, Dramatiq says why.
+        # No loop to run on: Dramatiq raises an error that explains it.
         return fn(*args, **kwargs)
-    run = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
+    running = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     try:
         try:
-            arm(slot, tokens, run, due=inf if deadline is None else deadline, watch=watch, job=job)
-            # The loop runs it in a copy of this thread's context.
-            run.begin()
-            run.join()
-        except BaseException as raised:  # By somebody else, in this thread.
-            run.end_by(raised)
+            arm(slot, tokens, running, due=inf if deadline is None else deadline, watch=watch, job=job)
+            # The loop copies this thread's context.
+            running.begin()
+            running.join()
+        except BaseException as raised:  # Raised in this thread by other code.
+            running.end_by(raised)
         slot.disarm(tokens)
     except BaseException:  # As above, one line late.
         slot.disarm(tokens)
-        if not run.over:
+        if not running.over:
             raise
-    return cast("R", run.wait())
+    return cast("R", running.wait())
 
 
 class _Run:
-    """One call of a coroutine function. What begins with an underscore happens on the loop's thread."""
+    """One run of a coroutine function. Methods with an underscore run on the loop's thread, except `_on_loop`."""
 
     __slots__ = ("coroutine", "ended", "error", "interrupted_by", "over", "result", "started", "task", "thread")
 
@@ -109,7 +109,7 @@ class _Run:
         try:
             self.thread.loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
-            pass  # The loop was closed, which `join` sees.
+            pass  # The loop is closed: `join` notices.
 
     def _start(self) -> None:
         if self.task is None:
@@ -125,7 +125,7 @@ class _Run:
         except GeneratorExit:
             self.error = RuntimeError("Event loop is not running.")
             raise
-        # Not even SystemExit goes on from here: it would end the loop under all other jobs.
+        # Even SystemExit stops here: it would end the loop and with it all other jobs.
         except BaseException as error:
             self.error = error
         finally:
@@ -136,26 +136,26 @@ class _Run:
         if self.over:
             return
         self.interrupted_by = exception
-        # What was raised while the waiting thread was about to start it may have come before that.
+        # The interrupt may have come before `begin`.
         self._start()
-        # A task that is cancelled before its first step never takes it, and nobody would be told.
+        # A task cancelled before its first step never runs `_main`, and would not be reported.
         if self.started and self.task is not None:
             self.task.cancel((exception if isinstance(exception, type) else type(exception)).__name__)
 
     def interrupt(self, exception: BaseException | type[BaseException]) -> None:
-        """Called by the timer, by a shutdown, and for what somebody raised in the waiting thread."""
+        """Cancel the task: called by the timer, at shutdown, and for exceptions raised in the worker thread."""
         self._on_loop(self._cancel, exception)
 
     def join(self) -> None:
-        """Return once the coroutine has ended. What somebody raises in this thread meanwhile is raised here."""
+        """Wait until the coroutine has ended. Exceptions set in this thread are raised here."""
         while not self.over:
-            # Whether it was acquired is not asked: an interrupt may be raised before that is known.
+            # `over` counts, not the result of `acquire`: an interrupt may strike before the result is stored.
             self.ended.acquire(timeout=self.thread.interrupt_check_ival)
             if self.thread.loop.is_closed() and not self.over:
                 self.error, self.over = RuntimeError("Event loop is not running."), True
 
     def end_by(self, raised: BaseException) -> None:
-        """Cancel the coroutine for an exception that somebody raised in the waiting thread, and wait for its end."""
+        """Cancel the coroutine because of an exception raised in the worker thread, and wait for its end."""
         while not self.over:
             try:
                 self.interrupt(raised)
@@ -164,7 +164,7 @@ class _Run:
                 raised = again
 
     def wait(self) -> Any:
-        """The result, or the error raised, once the coroutine has ended."""
+        """Return the result or raise the error, once the coroutine has ended."""
         self.join()
         error, self.error = self.error, None
         if error is None:
@@ -174,7 +174,7 @@ class _Run:
                 raise error
             if self.interrupted_by is not None:
                 raise self.interrupted_by from error
-            # The job's own doing; this is what Dramatiq raises for it.
+            # The job cancelled itself; Dramatiq raises this error, too.
             raise concurrent.futures.CancelledError from error
         finally:
             del error
@@ -189,6 +189,6 @@ class _Run:
             awaiting = getattr(awaiting, "cr_await", None) or getattr(awaiting, "gi_yieldfrom", None)
         top = frame_of(self.thread.ident or 0)
         if any(frame in frames for frame, _ in walk_stack(top)):
-            # It does not wait: it blocks the loop, and all other async jobs.
+            # The coroutine does not await: it blocks the loop and all other async jobs.
             return "".join(format_stack(top))
         return "".join(StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())

@@ -1,11 +1,10 @@
-"""Running a job under gevent so that it can be interrupted: `call`, as in `interrupts`, by gevent's own means.
+"""Run a job in a greenlet and interrupt it at its deadline or at shutdown: `run` of `threads`, for gevent.
 
-An exception is thrown into a greenlet from the hub, which runs only while the greenlet waits for something: there is
-nothing that could be pending. The hub looks whether the job's run has ended and throws in one step, without giving
-control away between, so no interrupt comes after the end; and the end takes effect without giving control away either.
-(``Greenlet.kill(block=False)``, which Dramatiq uses for a shutdown, throws later, whatever the greenlet does by then.)
+The hub throws the exception into the greenlet. The hub runs only while the greenlet waits, so no exception is ever pending.
+The hub checks that the job still runs and throws without switching greenlets in between, so no interrupt comes after the
+job's end. (``Greenlet.kill(block=False)``, which Dramatiq uses at shutdown, throws later, whatever the greenlet does by then.)
 
-A job that never waits can't be interrupted and holds up the whole process; nothing in the process could report it.
+A job that never waits can't be interrupted and blocks the whole process; no code in the process could report it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from dramatiq.middleware import Shutdown
 
 from ..common.connections import is_async_exception
 from ..errors import TimeoutExceeded
-from .slots import Watch, report_apart
-from .threads import nothing, unwrap_interrupt
+from .slots import StuckListener, noop, report_on_thread
+from .threads import unwrap_interrupt
 
-__all__ = ["call", "shutdown"]
+__all__ = ["run", "shutdown"]
 
 R = TypeVar("R")
 
@@ -43,7 +42,7 @@ class _Run:
         "struck",
     )
 
-    def __init__(self, deadline: float | None, on_shutdown: bool, watch: Watch | None, job: Any) -> None:
+    def __init__(self, deadline: float | None, on_shutdown: bool, watch: StuckListener | None, job: Any) -> None:
         self.on_shutdown = on_shutdown
         self.struck = False
         self._deadline = deadline
@@ -52,7 +51,7 @@ class _Run:
         self._over = False
         self._greenlet: Any = gevent.getcurrent()
         self._loop: Any = gevent.get_hub().loop
-        # The exception is made in the hub, and says in the job's context which job it interrupts.
+        # The hub makes the exception in the job's context, from which it reads the job it interrupts.
         self._context = copy_context()
         self._timer: Any = None
         if deadline is not None:
@@ -96,45 +95,45 @@ class _Run:
             return
         frame = self._greenlet.gr_frame
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-        report_apart(lambda: watch.stuck(job, stack))
+        report_on_thread(lambda: watch.stuck(job, stack))
 
 
 _runs: dict[Any, _Run] = {}
 
 
-def call(
+def run(
     fn: Callable[..., R],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: Watch | None = None,
+    watch: StuckListener | None = None,
     job: Any = None,
-    after_interrupt: Callable[[], object] = nothing,
+    after_interrupt: Callable[[], object] = noop,
 ) -> R:
-    """As `interrupts.call`."""
+    """Do as `threads.run`."""
     greenlet = gevent.getcurrent()
     if (deadline is None and not on_shutdown) or greenlet in _runs:
         return fn(*args, **kwargs)
-    run = _runs[greenlet] = _Run(deadline, on_shutdown, watch, job)
+    running = _runs[greenlet] = _Run(deadline, on_shutdown, watch, job)
     try:
         return fn(*args, **kwargs)
     except BaseException as error:
-        run.struck = run.struck or is_async_exception(error)
+        running.struck = running.struck or is_async_exception(error)
         cause = unwrap_interrupt(error)
         if cause is error:
             raise
         raise cause from None
     finally:
-        run.end()
+        running.end()
         del _runs[greenlet]
-        if run.struck:
+        if running.struck:
             after_interrupt()
 
 
 def shutdown() -> None:
-    """As `interrupts.shutdown`."""
+    """Do as `threads.shutdown`."""
     for run in list(_runs.values()):
         if run.on_shutdown:
             run.on_shutdown = False

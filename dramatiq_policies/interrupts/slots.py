@@ -1,6 +1,6 @@
-"""One slot for each worker thread: which job runs there, and how it is interrupted or reported as stuck.
+"""One slot for each worker thread: the job that runs there, and how to interrupt or report the job.
 
-`interrupts` says why no interrupt comes too late.
+`threads` explains why no interrupt comes too late.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..common.safe_logger import SafeLogger
 from ..errors import TimeoutExceeded
 
-__all__ = ["Slot", "Target", "Tokens", "Watch", "frame_of", "report_apart", "supported"]
+__all__ = ["Slot", "StuckListener", "Target", "Tokens", "frame_of", "noop", "report_on_thread", "supported"]
 
 logger = SafeLogger("dramatiq_policies.interrupts")
 
@@ -30,51 +30,55 @@ try:
     _set_exception = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
         ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
     )
-except AttributeError:  # PyPy, and whoever drops it
+except AttributeError:  # PyPy
     _set_exception = None
 
 
 class _Drained(BaseException):
-    """Set and raised in place of an interrupt that came too late."""
+    """Replaces an interrupt that came too late."""
 
 
-class Watch(Protocol):
-    """Who is told of a job that goes on after its interrupt.
+def noop() -> None:
+    """Do nothing."""
+
+
+class StuckListener(Protocol):
+    """Receives the report of a job that still runs after its interrupt.
 
     Attributes:
-      grace: How long after the deadline, in seconds.
+      grace: Time between deadline and report, in seconds.
     """
 
     grace: float
 
     def stuck(self, job: Any, stack: str) -> object:
-        """Called once for the run, on a thread of its own, with what `call` was given as ``job`` and its stack."""
+        """Called at most once per run, on a separate thread, with the ``job`` of that run and its stack."""
 
 
 class Target(Protocol):
-    """A job that is not interrupted by raising in its worker thread."""
+    """A job with its own way to be interrupted, other than an exception in its worker thread."""
 
     def interrupt(self, exception: type[BaseException]) -> None:
-        """See to it that ``exception`` ends the job. Must not wait for anything."""
+        """End the job by ``exception``. Must not block."""
 
     def stack(self) -> str:
-        """Where the job is."""
+        """Format the job's current stack."""
 
 
-#: The interrupts of one call that nobody has used yet, by their classes. Taken by ``pop(…, None)``.
+#: The unused interrupts of one run, by their classes. Taken by ``pop(…, None)``.
 Tokens = dict[type[BaseException], bool]
 
 
 class Slot:
-    """What runs on one worker thread.
+    """The job of one worker thread.
 
-    Its thread writes it when a job begins, under the lock, and the timer while it goes on, under the lock. When the job
-    ends, only ``tokens`` and ``job`` are unset, without the lock.
+    The worker thread writes the slot when a job begins, and the timer writes it during the job, both under the lock. When
+    the job ends, the worker thread unsets only ``tokens`` and ``job``, without the lock.
 
     Attributes:
-      tokens: Those of the call that goes on, and its identity; None between jobs.
-      due: When the timer must look at it again, by the monotonic clock.
-      timed_out: Whether its deadline was seen to.
+      tokens: The unused interrupts of the current run, and its identity; None between jobs.
+      due: When the timer must look at the slot again, by the monotonic clock.
+      timed_out: Whether the timer has handled the deadline.
     """
 
     __slots__ = ("due", "job", "lock", "target", "thread_id", "timed_out", "tokens", "watch")
@@ -85,12 +89,12 @@ class Slot:
         self.tokens: Tokens | None = None
         self.due = inf
         self.timed_out = False
-        self.watch: Watch | None = None
+        self.watch: StuckListener | None = None
         self.job: Any = None
         self.target: Target | None = None
 
     def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
-        """Raise it in the job whose tokens these are, unless that has ended or has had it. The lock is held."""
+        """Interrupt the job with these tokens, unless it has ended or had this interrupt. The caller holds the lock."""
         if tokens.pop(exception, None) is None:
             return
         if self.target is not None:
@@ -98,11 +102,11 @@ class Slot:
         elif _set_exception is not None:
             _set_exception(self.thread_id, exception)
 
-    def attend(self) -> float:
-        """Do what is due, and say when the next thing is. Only the timer calls it."""
+    def fire_due(self) -> float:
+        """Interrupt or report the job if that is due; return when to look again. Only the timer calls it."""
         with self.lock:
             if self.due > monotonic():
-                # If that job has ended, too: the next one would wake the timer, only to end before it has looked.
+                # Also for a job that has ended: otherwise the next job would have to wake the timer.
                 return self.due
             tokens = self.tokens
             if tokens is None:
@@ -115,21 +119,21 @@ class Slot:
                 return self.due
             self.due = inf
             job = self.job
-        assert watch is not None  # Without one nothing was due any more.
-        report_apart(lambda: self.report(tokens, watch, job))
+        assert watch is not None  # Otherwise `due` was infinite.
+        report_on_thread(lambda: self.report(tokens, watch, job))
         return inf
 
-    def report(self, tokens: Tokens, watch: Watch, job: Any) -> None:
-        """Say that a job is stuck, unless it has ended."""
+    def report(self, tokens: Tokens, watch: StuckListener, job: Any) -> None:
+        """Report the job as stuck, unless it has ended."""
         target = self.target
         stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()
         if self.tokens is tokens:
             watch.stuck(job, stack)
 
     def disarm(self, tokens: Tokens) -> None:
-        """Let the job be interrupted no more, and leave nothing pending.
+        """End all interrupts of the job, and leave none pending.
 
-        May be cut short by an interrupt, and done again.
+        An interrupt may cut this short; calling it again is safe.
         """
         self.tokens = self.job = None
         tokens.clear()
@@ -146,7 +150,7 @@ class Slot:
 
 
 def supported() -> bool:
-    """Whether threads can be interrupted here; says so once in a process where they can't."""
+    """Return whether this interpreter can interrupt threads; if not, log a warning once per process."""
     if _set_exception is None:
         _say_unsupported()
     return _set_exception is not None
@@ -162,12 +166,13 @@ def _say_unsupported() -> None:
 
 
 def frame_of(thread_id: int) -> FrameType | None:
-    """What a thread executes; None if it has ended."""
+    """Return the current frame of a thread; None if the thread has ended."""
     return sys._current_frames().get(thread_id)  # noqa: SLF001 - documented in spite of its name
 
 
-def report_apart(report: Callable[[], object]) -> None:
-    # What is told (logs, the network, code of the user's) must not hold up the other jobs' deadlines.
+def report_on_thread(report: Callable[[], object]) -> None:
+    """Call ``report`` on a thread of its own: logging and user code must not delay the deadlines of other jobs."""
+
     def guarded() -> None:
         try:
             report()

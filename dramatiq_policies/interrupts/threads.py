@@ -1,59 +1,52 @@
-"""Interrupting a job, and nothing but a job.
+"""Run a job on a worker thread and interrupt the job, but nothing else, at its deadline or at shutdown.
 
-`call` runs an actor's function on a worker thread, and while it runs, and only then, a deadline or the worker's shutdown
-may raise an exception in it. `coroutines` does the same for async actors and `greenlets` under gevent. What runs on each
-thread is kept in `slots`; the timer and `shutdown`, which interrupt it there, are here.
+Why no interrupt leaves `run`
+-----------------------------
 
-Why no interrupt ever leaves `call`
------------------------------------
+**Who may interrupt.** Each run makes a dict of tokens: one for its deadline, and one for a shutdown if the job asked for
+notifications. To interrupt, the timer (or `shutdown`) holds the slot's lock, takes the token out of the dict, and calls
+``PyThreadState_SetAsyncExc``. When the job has ended, the worker thread takes out the remaining tokens. ``dict.pop`` is
+atomic: under the GIL because it is C code and classes hash and compare by identity, on a free-threaded build because it
+holds the dict's lock. So each token has exactly one taker, and nobody can use a token that the worker holds. Each run has
+a dict of its own: the interrupting thread keeps the slot's lock from its first look until the exception is set, and the
+next run on that thread needs the same lock to begin.
 
-**Who may interrupt.** Each call makes a dict of tokens, one for each interrupt it allows: one for its deadline, one for a
-shutdown if the job wants to know. To interrupt, the timer (or `shutdown`) takes the token out of the dict and then calls
-``PyThreadState_SetAsyncExc``, both while it holds the slot's lock. When the job has ended, the worker thread takes out
-what is left. ``dict.pop`` is one step: under the GIL because it is C code that calls back into nothing (classes hash and
-compare by identity), on a free-threaded build because it holds the dict's own lock. So every token has exactly one
-taker, and a token that the worker has got can never be used. No dict is used for two calls: whoever interrupts holds
-the slot's lock from looking which call goes on to the interrupt, and the next call on that thread needs the same lock
-to begin.
+**Pending exceptions.** If the worker got all tokens back, no exception was set and none can be set later. This is the usual
+case, and costs nothing more. Otherwise another thread took a token. The worker then waits until the slot's lock is free:
+the taker of a token got the lock before the dict was empty, so every exception is set by then. The worker then sets an
+exception of its own, `_Drained`, and loops until `_Drained` is raised. A thread state has room for one exception, so
+`_Drained` replaces an exception that is set and not yet raised. The replacement is atomic against delivery: under the GIL
+because the thread itself does both, on a free-threaded build because both exchange the field atomically. (Setting NULL
+would empty the field, too. But CPython before 3.13 then leaves the eval-breaker flag set: all threads run slower until the
+next such exception, and on 3.11 a traced thread never goes on.)
 
-**What may be pending.** If the worker has got all tokens back, nothing was set and nothing can be set any more. That is
-the usual case, and all it costs. If it has not, somebody took one. The worker then waits until the slot's lock is free:
-whoever took a token before the dict was empty took the lock before that, so everything that will ever be set has been
-set by then. It then sets an exception of its own, `_Drained`, and runs on until that has been raised. A thread state
-has room for one exception, so this takes the place of what is set and not yet raised; and that is one step against its
-delivery, under the GIL because it is the thread itself that does both, on a free-threaded build because both exchange
-the field atomically. (Setting NULL would empty the field, too, but CPython before 3.13 then leaves up the flag that says
-"look into it": all threads run slower until the next such exception, and on 3.11 one that is traced never goes on.)
+**Exceptions raised meanwhile.** Until then an interrupt can be raised between any two instructions of `run` itself. Each
+has used up a token, and there are at most two. So the way out is written three times, each in a handler of the one before:
+two interrupts can cut short two of them, and the third leaves nothing behind. Repeating the way out is harmless. The worker
+thread takes no lock on its way out, so an interrupt can't leave a lock held. On its way in, it holds the slot's lock only
+until the run is visible, and interrupting needs that lock.
 
-**What may be raised meanwhile.** Until then an interrupt can still be raised between any two instructions of `call`
-itself. Each one that is raised has used up a token; there are at most two. The way out is therefore written three
-times, each in a handler of the one before it: two interrupts can cut short two of them, and the one that is not cut
-short leaves nothing behind that could be raised. Doing it again is harmless. The worker thread takes no lock on its way
-out, so an interrupt there can't leave one locked; and on its way in it holds the slot's lock only until the call is
-visible, while interrupting takes that same lock.
+**The outcome.** A result or an error from before the interrupt stands: the job has ended, and the interrupt is dropped. A job
+is timed out only if the exception was raised in the job. So each job has exactly one outcome.
 
-**What is the outcome.** A result that was returned or an error that was raised before the interrupt arrived stays what
-it was: the job has ended, and the interrupt is dropped. A job is timed out only if the exception was raised in it, and
-so has exactly one outcome.
-
-**The right thread.** A thread identifier may be given to another thread when its owner has ended. Whoever has taken a
-token holds the slot's lock until the exception is set, and the thread does not leave `call` before that lock
-is free: the thread that is interrupted is alive and in that very call.
+**The right thread.** The system may give the identifier of a thread that has ended to a new thread. The taker of a token
+holds the slot's lock until the exception is set, and the worker does not leave `run` before that lock is free. So the
+interrupted thread is alive and in that same run.
 
 The timer
 ---------
 
-One daemon thread per process looks at one slot per worker thread; there is no queue of deadlines, in which jobs that end
-early would leave stale entries for as long as their timeouts. It sleeps until the earliest deadline. A worker that arms
-a deadline writes its slot, and the timer reads it, under the slot's lock: `timer` says why none is overlooked. A deadline
-that is no earlier costs no wake-up. One whose job has ended is slept for all the same, so that the next job's is no
-earlier; after it an idle process sleeps without end.
+One daemon thread per process looks at one slot per worker thread. There is no queue of deadlines: jobs that end early would
+leave stale entries in it. The timer sleeps until the earliest deadline. A worker writes its deadline into its slot, and the
+timer reads it there, under the slot's lock; `timer` explains why the timer misses none. A deadline no earlier than the
+timer's next wake-up costs no wake-up. The timer keeps a deadline of a job that has ended, so that the next job's deadline is
+no earlier; after that, an idle process sleeps without end.
 
-It starts at the first deadline, hence after the fork, and a forked child begins anew. In the child nobody will
-interrupt a job that was running in the parent when it forked.
+The timer starts at the first deadline, hence after the fork. A forked child starts with no slots: in the child, nobody
+interrupts a job that was running in the parent at the fork.
 
-A call inside a call on one thread (a job that runs another one by hand) belongs to the outer one and its deadline.
-A job that begins after `shutdown` is not interrupted, as with Dramatiq's own ``ShutdownNotifications``.
+A run inside a run on one thread (a job that calls another actor) belongs to the outer run and its deadline.
+`shutdown` does not interrupt jobs that begin later, as with Dramatiq's own ``ShutdownNotifications``.
 """
 
 from __future__ import annotations
@@ -63,80 +56,57 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from threading import Lock, get_ident
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from dramatiq.middleware import Shutdown
-from dramatiq.threading import Interrupt, is_gevent_active
+from dramatiq.threading import Interrupt
 
 from ..common.connections import is_async_exception
 from ..errors import TimeoutExceeded
-from .slots import Slot, Target, Tokens, Watch, supported
+from .slots import Slot, StuckListener, Target, Tokens, noop, supported
 from .timer import Timer
 
-__all__ = ["Caller", "call", "caller", "end_timer", "reset", "shutdown", "timer_runs"]
+__all__ = ["arm", "end_timer", "reset", "run", "shutdown", "slot_of_this_thread", "timer_runs", "unwrap_interrupt"]
 
 R = TypeVar("R")
-
-_gevent_is_active: Callable[[], bool] = is_gevent_active
-
-
-def nothing() -> None:
-    """What is to be done where nothing is."""
-
-
-class Caller(Protocol):
-    """`call`, and what stands in for it."""
-
-    def __call__(
-        self,
-        fn: Callable[..., R],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        deadline: float | None = None,
-        on_shutdown: bool = False,
-        watch: Watch | None = None,
-        job: Any = None,
-        after_interrupt: Callable[[], object] = nothing,
-    ) -> R: ...
 
 
 class _OfThisThread(threading.local):
     slot: Slot | None = None
 
 
-def _attend() -> float:
-    return min([slot.attend() for slot in _slots.copy().values()], default=inf)
+def _fire_due() -> float:
+    return min([slot.fire_due() for slot in _slots.copy().values()], default=inf)
 
 
 _slots: dict[int, Slot] = {}
 _mine = _OfThisThread()
-_timer = Timer(_attend)
+_timer = Timer(_fire_due)
 
 
-def call(
+def run(
     fn: Callable[..., R],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: Watch | None = None,
+    watch: StuckListener | None = None,
     job: Any = None,
-    after_interrupt: Callable[[], object] = nothing,
+    after_interrupt: Callable[[], object] = noop,
 ) -> R:
-    """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it when it must end.
+    """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it at its deadline or at shutdown.
 
     Parameters:
-      deadline: By ``time.monotonic()``, when `TimeoutExceeded` is raised in it; None for never.
-      on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in it.
-      watch: Who is told if it goes on after the deadline; None for nobody.
-      job: What the watch is told that it is.
-      after_interrupt: Called, on this thread, if there was an interrupt and once none can come any more, to give up what it
-        may have struck in the middle. Must not raise. Also called if ``fn`` ended by an interrupt that others raised.
+      deadline: When to raise `TimeoutExceeded` in ``fn``, by ``time.monotonic()``; None for never.
+      on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in ``fn``.
+      watch: Called if ``fn`` still runs its grace after the deadline; None for no report.
+      job: Passed to ``watch``.
+      after_interrupt: Called on this thread after an interrupt, once no other can come: drop connections that the interrupt
+        may have broken. Must not raise. Also called if ``fn`` ended by an interrupt of other code (dramatiq-abort).
 
-    Returns what ``fn`` returns and raises what it raises, an interrupt included. No interrupt is raised after that, and
-    one that comes when ``fn`` has already ended is dropped.
+    Returns the result of ``fn`` and raises its error, an interrupt included. No interrupt is raised after that. An interrupt
+    that comes after the end of ``fn`` is dropped.
     """
     if deadline is None and not on_shutdown:
         return fn(*args, **kwargs)
@@ -182,38 +152,21 @@ def call(
     if error is None:
         return result
     try:
-        # Not `error.__traceback__`: a class of the user's may have made a property of it.
+        # Not `error.__traceback__`: a user's class may define a property of that name.
         traceback = _TRACEBACK.__get__(error)
-        # Raising it anew adds the line of this frame again.
+        # Raising the error again adds this frame again.
         _TRACEBACK.__set__(error, None if traceback is None else traceback.tb_next)
         raise unwrap_interrupt(error)
     finally:
-        # They refer to this frame.
+        # Break the cycle: both refer to this frame.
         del error, traceback
 
 
 _TRACEBACK: Any = BaseException.__dict__["__traceback__"]
 
 
-def caller(fn: Callable[..., Any]) -> Caller:
-    """The `call` for an actor's function: this module's, or the one for async actors, or for gevent."""
-    from . import coroutines
-
-    if coroutines.is_async(fn):
-        return coroutines.call
-    if _gevent_is_active():
-        from . import greenlets
-
-        return greenlets.call
-    return call
-
-
 def shutdown() -> None:
-    """Raise Dramatiq's ``Shutdown`` in every job that runs now and asked for it."""
-    if _gevent_is_active():
-        from . import greenlets
-
-        greenlets.shutdown()
+    """Raise Dramatiq's ``Shutdown`` in every job on a thread that asked for notifications."""
     for slot in _slots.copy().values():
         with slot.lock:
             if slot.tokens is not None:
@@ -221,23 +174,23 @@ def shutdown() -> None:
 
 
 def reset() -> None:
-    """End the timer's thread; the next job starts another. For tests, and only while no job runs."""
+    """End the timer's thread; the next job starts another. For tests, while no job runs."""
     _timer.stop()
-    _begin_anew()
+    _forget_slots()
 
 
 def timer_runs() -> bool:
-    """Whether the timer's thread has been started, and not ended."""
+    """Return whether the timer's thread runs."""
     return _timer.thread is not None
 
 
 def end_timer() -> None:
-    """End the timer's thread, and wait until it has; not while a job may be interrupted, and the next one starts another."""
+    """End the timer's thread and join it, unless a job runs that it may have to interrupt. The next job starts another."""
     thread = _timer.thread
     if thread is None or any(slot.tokens is not None for slot in _slots.copy().values()):
         return
     _timer.stop()
-    _begin_anew()
+    _forget_slots()
     thread.join()
 
 
@@ -247,7 +200,7 @@ def slot_of_this_thread() -> Slot:
         supported()
         slot = Slot(get_ident())
         if _timer.start():
-            # That of a thread that has ended, and whose identifier this one has, goes.
+            # Replaces the slot of a dead thread whose identifier was reused.
             _slots[slot.thread_id] = _mine.slot = slot
     return slot
 
@@ -258,10 +211,10 @@ def arm(
     target: Target,
     *,
     due: float,
-    watch: Watch | None,
+    watch: StuckListener | None,
     job: Any,
 ) -> None:
-    """Let a job that is not interrupted in this thread be interrupted. `call` does the same in line."""
+    """Write a job into the slot whose interrupts go to ``target``. `run` does the same inline for jobs on this thread."""
     with slot.lock:
         slot.tokens = tokens
         slot.due = due
@@ -274,25 +227,25 @@ def arm(
 
 
 def unwrap_interrupt(error: BaseException) -> BaseException:
-    """The interrupt behind an error, where Dramatiq put another error in its place; else the error."""
-    # A coroutine that a sync job waits for, and that takes over a second to end after an interrupt.
+    """Return the interrupt that Dramatiq replaced by another error; else the error itself."""
+    # Dramatiq raises this where a sync job waits for a coroutine that takes over a second to end after an interrupt.
     if type(error) is RuntimeError and isinstance(error.__cause__, Interrupt):
         return error.__cause__
     return error
 
 
-def _begin_anew() -> None:
-    global _slots, _mine, _timer  # noqa: PLW0603 - an object around them would cost every job two look-ups more
+def _forget_slots() -> None:
+    global _slots, _mine, _timer  # noqa: PLW0603 - an object around them would cost each job two more look-ups
     _slots = {}
     _mine = _OfThisThread()
-    _timer = Timer(_attend)
+    _timer = Timer(_fire_due)
 
 
 def _after_fork_in_child() -> None:
     for slot in _slots.values():
-        # A thread that is not here may have held it, and the job that forked looks at it once it ends.
+        # A thread of the parent may have held it, and the job that forked reads it when it ends.
         slot.lock = Lock()
-    _begin_anew()
+    _forget_slots()
 
 
 if hasattr(os, "register_at_fork"):

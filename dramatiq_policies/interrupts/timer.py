@@ -1,8 +1,8 @@
-"""A thread that sleeps until something is due.
+"""A thread that sleeps until the next deadline.
 
-Whoever sets a time writes it down for ``attend`` to find, and then reads when the thread will wake; the thread first says
-that everybody is to wake it, then attends, and then says when it will wake. If writing and finding take the same lock,
-either the thread sees the new time, or whoever has set it sees that it must wake the thread.
+A setter writes its deadline where ``fire_due`` reads it, and then reads ``wakes_at``. The thread sets ``wakes_at`` to
+infinity, calls ``fire_due``, and then sets ``wakes_at`` to the earliest deadline. Writing and reading a deadline take the same
+lock. So either the thread sees the new deadline, or the setter sees that it must wake the thread.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ logger = SafeLogger("dramatiq_policies.interrupts")
 
 
 class Timer:
-    """A daemon thread that does things when they are due.
+    """A daemon thread that calls a function when a deadline is due.
 
     Parameters:
-      attend: Does what is due, and says when the next thing is, by ``time.monotonic()``.
+      fire_due: Handles the deadlines that are due, and returns the next one, by ``time.monotonic()``.
     """
 
-    def __init__(self, attend: Callable[[], float]) -> None:
-        self.attend = attend
+    def __init__(self, fire_due: Callable[[], float]) -> None:
+        self.fire_due = fire_due
         self.thread: threading.Thread | None = None
-        #: When the thread will attend again; who has something that is due earlier must `wake` it.
+        #: When the thread will wake. After setting an earlier deadline, call `wake`.
         self.wakes_at = inf
         self._starting = Lock()
         self._stopped = False
-        # Held but for the moment between a wake-up and its notice.
-        self._bell = Lock()
-        self._bell.acquire()
+        # Free only between `wake` and the moment in which the thread sees it.
+        self._wakeup = Lock()
+        self._wakeup.acquire()
 
     def start(self) -> bool:
-        """Start the thread unless it runs; whether it does."""
+        """Start the thread unless it runs; return whether it runs."""
         with self._starting:
             if self.thread is None:
                 thread = threading.Thread(target=self._run, name="dramatiq_policies.timer", daemon=True)
@@ -57,20 +57,20 @@ class Timer:
 
     def wake(self) -> None:
         try:
-            self._bell.release()
+            self._wakeup.release()
         except RuntimeError:
-            pass  # Somebody else has just done so.
+            pass  # Another thread has just called it.
 
     def _run(self) -> None:
         while not self._stopped:
             self.wakes_at = inf
             try:
-                earliest = self.attend()
+                earliest = self.fire_due()
             except Exception:
                 logger.exception("The timer of the timeouts failed; it goes on in a second.")
                 earliest = monotonic() + 1
             self.wakes_at = earliest
             if earliest == inf:
-                self._bell.acquire()
+                self._wakeup.acquire()
             else:
-                self._bell.acquire(timeout=min(max(0.0, earliest - monotonic()), threading.TIMEOUT_MAX))
+                self._wakeup.acquire(timeout=min(max(0.0, earliest - monotonic()), threading.TIMEOUT_MAX))

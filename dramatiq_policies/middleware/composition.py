@@ -24,7 +24,7 @@ from dramatiq.results import Results as StockResults
 from ..common import clock
 from ..delivery.callbacks import callback_of, send_to
 from ..delivery.delivery import Delivery, OutgoingMessage, Recorder
-from ..interrupts.threads import unwrap_interrupt
+from ..interrupts import unwrap_interrupt
 from ..outcomes import Outcome, text_of
 
 if TYPE_CHECKING:

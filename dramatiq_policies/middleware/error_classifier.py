@@ -21,7 +21,7 @@ from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
-from ..interrupts.threads import unwrap_interrupt
+from ..interrupts import unwrap_interrupt
 from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rules.matching import RuleSet

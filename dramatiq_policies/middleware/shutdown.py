@@ -8,8 +8,7 @@ from dramatiq.middleware import Middleware
 from dramatiq.middleware import ShutdownNotifications as _ShutdownNotifications
 
 from ..delivery.consumer import quiet
-from ..interrupts import slots
-from ..interrupts import threads as interrupts
+from ..interrupts import shutdown, supported
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -34,9 +33,9 @@ class ShutdownNotifications(_ShutdownNotifications):
     after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
 
     def after_process_boot(self, broker: Broker) -> None:
-        slots.supported()
+        supported()
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         quiet(worker)
-        interrupts.shutdown()
+        shutdown()
         self.logger.debug("Sent shutdown notification to worker threads.")

@@ -19,7 +19,7 @@ from ..common.safe_logger import Lines, SafeLogger
 from ..delivery.delivery import RUNNING
 from ..delivery.limits import checked, finite, milliseconds
 from ..errors import ConfigurationError
-from ..interrupts import slots
+from ..interrupts import supported
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: The jobs that were reported and, as far as anybody has looked since, go on.
         self.stuck_jobs: list[Delivery] = []
-        #: How long after the deadline a job is stuck, in seconds: with `stuck`, what `interrupts.call` wants to know.
+        #: How long after the deadline a job is stuck, in seconds: with `stuck`, what `interrupts.threads.run` wants to know.
         self.grace = grace_ms / 1_000
 
     replaces = (TimeLimit, "interrupt each job")
@@ -158,7 +158,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def after_process_boot(self, broker: Broker) -> None:
         super().after_process_boot(broker)
-        slots.supported()
+        supported()
 
     def take_over(self, stock: TimeLimit) -> None:
         """Keep the limit of the TimeLimit that was on the broker, where none was given."""

@@ -52,7 +52,7 @@ def event_loop():
 
 
 def call(fn, *args, deadline=None):
-    return coroutines.call(async_to_sync(fn), args, {}, deadline=deadline)
+    return coroutines.run(async_to_sync(fn), args, {}, deadline=deadline)
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": inf}], ids=["with a timeout", "without one"])
@@ -154,28 +154,33 @@ def test_aborts_at_any_moment_end_each_job_once_and_leave_none_running(event_loo
         finally:
             running.pop()
 
-    inside = threading.Lock()
-    armed = False
+    #: Holds one token while a job may be aborted: each job is aborted once at most, and only while this thread runs it.
+    tokens, inside = [], threading.Lock()
 
     def abort_now_and_then():
         while not ended.wait(chance.random() / 500):
             with inside:
-                if armed:
+                if tokens:
+                    tokens.clear()
                     raise_thread_exception(waiting, Abort)
 
-    aborter = threading.Thread(target=abort_now_and_then)
+    # The slot and the timer's thread are made here, where no abort can strike.
+    assert call(job, 0) == "done"
+    aborter = threading.Thread(target=abort_now_and_then, daemon=True)
     aborter.start()
     deadline = monotonic() + 60
     try:
         while sum(counted.values()) < 300 and monotonic() < deadline:
             try:
                 try:
-                    armed = True
+                    tokens.append("one abort")
                     result = call(job, chance.random() / 1_000)
                 finally:
-                    # Whoever has taken the lock has raised what he raises: it comes here, at the latest.
-                    armed = False
+                    # An abort that strikes here has used up the token. One that the aborter sets meanwhile is raised below.
+                    tokens.clear()
                     with inside:
+                        pass
+                    for _ in range(100):
                         pass
             except Abort:
                 result = "aborted"
@@ -201,9 +206,9 @@ def test_a_sync_job_that_an_abort_ends_gives_up_what_it_may_have_struck():
             pass
 
     with pytest.raises(Abort):
-        interrupts.call(job, (), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(1))
+        interrupts.run(job, (), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(1))
     assert given_up == [1]
     with pytest.raises(KeyError):
-        interrupts.call({}.__getitem__, (1,), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(2))
+        interrupts.run({}.__getitem__, (1,), {}, deadline=monotonic() + 60, after_interrupt=lambda: given_up.append(2))
     assert given_up == [1]
     interrupts.reset()

@@ -25,7 +25,7 @@ from dramatiq.middleware import Shutdown, TimeLimitExceeded
 from dramatiq_policies.delivery.current_job import current_job
 from dramatiq_policies.delivery.delivery import RUNNING, Delivery, current
 from dramatiq_policies.errors import TimeoutExceeded
-from dramatiq_policies.interrupts import coroutines, slots
+from dramatiq_policies.interrupts import coroutines, runner_for, shutdown, slots
 from dramatiq_policies.interrupts import threads as interrupts
 
 # An interrupt may land in a callback of the garbage collector, which some library has set and can't raise: the job then
@@ -115,17 +115,17 @@ def wait_for(condition, seconds=10):
 
 
 def test_a_job_that_ends_in_time_returns_its_result():
-    assert interrupts.call(lambda a, *, b: (a, b), (1,), {"b": 2}, deadline=in_ms(60_000), on_shutdown=True) == (1, 2)
+    assert interrupts.run(lambda a, *, b: (a, b), (1,), {"b": 2}, deadline=in_ms(60_000), on_shutdown=True) == (1, 2)
 
 
 def test_without_limits_it_is_the_plain_call_and_no_thread_starts():
     before = threading.active_count()
-    assert interrupts.call(threading.active_count, (), {}) == before
+    assert interrupts.run(threading.active_count, (), {}) == before
 
 
 def test_a_job_that_runs_too_long_is_interrupted(delivery):
     with pytest.raises(TimeoutExceeded, match=r"mail ran for .* its timeout is 50 ms") as caught:
-        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(50))
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(50))
     error = caught.value
     assert isinstance(error, TimeLimitExceeded)
     assert (error.actor, error.message_id, error.limit_ms) == ("mail", "id", 50)
@@ -134,7 +134,7 @@ def test_a_job_that_runs_too_long_is_interrupted(delivery):
 
 def test_a_deadline_that_has_passed_interrupts_at_once():
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=monotonic() - 1)
+        interrupts.run(spin_for_ever, (), {}, deadline=monotonic() - 1)
 
 
 def test_a_job_that_swallows_its_interrupt_has_succeeded():
@@ -144,7 +144,7 @@ def test_a_job_that_swallows_its_interrupt_has_succeeded():
         except TimeoutExceeded:
             return "cleaned up"
 
-    assert interrupts.call(job, (), {}, deadline=in_ms(10)) == "cleaned up"
+    assert interrupts.run(job, (), {}, deadline=in_ms(10)) == "cleaned up"
 
 
 def test_clean_up_runs_to_its_end_and_is_not_interrupted_again():
@@ -158,7 +158,7 @@ def test_clean_up_runs_to_its_end_and_is_not_interrupted_again():
             cleaned.append(True)
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(job, (), {}, deadline=in_ms(10))
+        interrupts.run(job, (), {}, deadline=in_ms(10))
     assert cleaned
 
 
@@ -167,8 +167,8 @@ def test_a_job_s_own_error_comes_out_with_its_traceback_and_no_line_twice():
         raise KeyError("x")
 
     with pytest.raises(KeyError) as caught:
-        interrupts.call(job, (), {}, deadline=in_ms(60_000))
-    assert [entry.name for entry in caught.traceback][1:] == ["call", "job"]
+        interrupts.run(job, (), {}, deadline=in_ms(60_000))
+    assert [entry.name for entry in caught.traceback][1:] == ["run", "job"]
     assert caught.value.__context__ is None
 
 
@@ -184,7 +184,7 @@ def test_an_error_leaves_no_reference_cycle_behind():
     try:
         for _ in range(3):
             try:
-                interrupts.call(job, (), {}, deadline=in_ms(60_000))
+                interrupts.run(job, (), {}, deadline=in_ms(60_000))
             except Marked:
                 pass
         assert [o for o in gc.get_objects() if type(o) is Marked] == []
@@ -205,7 +205,7 @@ def test_after_an_interrupt_what_it_may_have_struck_is_given_up_before_anybody_g
                 raise
 
     with contextlib.nullcontext() if swallowed else pytest.raises(TimeoutExceeded):
-        interrupts.call(job, (), {}, deadline=in_ms(10), after_interrupt=lambda: done.append("given up"))
+        interrupts.run(job, (), {}, deadline=in_ms(10), after_interrupt=lambda: done.append("given up"))
     assert done == ["interrupted", "given up"]
 
 
@@ -216,9 +216,9 @@ def test_without_an_interrupt_nothing_is_given_up():
         raise KeyError
 
     limits = {"deadline": in_ms(60_000), "on_shutdown": True, "after_interrupt": lambda: given_up.append(1)}
-    interrupts.call(spin, (0,), {}, **limits)
+    interrupts.run(spin, (0,), {}, **limits)
     with pytest.raises(KeyError):
-        interrupts.call(fails, (), {}, **limits)
+        interrupts.run(fails, (), {}, **limits)
     assert given_up == []
 
 
@@ -236,7 +236,7 @@ def test_near_its_deadline_too_whatever_ends_by_an_interrupt_is_given_up_once_an
         deadline = monotonic() + 0.0002
         job = (deadline + dice.uniform(-0.0003, 0.0005), None, [])
         try:
-            interrupts.call(near_the_deadline, job, {}, deadline=deadline, after_interrupt=give_up)
+            interrupts.run(near_the_deadline, job, {}, deadline=deadline, after_interrupt=give_up)
         except TimeoutExceeded:
             ends["timeout"] += 1
             assert given_up == ["begun", "done"]
@@ -251,10 +251,10 @@ def test_a_call_in_a_call_belongs_to_the_outer_one():
         spin_for_ever()
 
     def outer():
-        interrupts.call(inner, (), {}, deadline=in_ms(60_000))
+        interrupts.run(inner, (), {}, deadline=in_ms(60_000))
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(outer, (), {}, deadline=in_ms(20))
+        interrupts.run(outer, (), {}, deadline=in_ms(20))
 
 
 def test_an_interrupt_hidden_in_a_runtime_error_comes_out():
@@ -265,7 +265,7 @@ def test_an_interrupt_hidden_in_a_runtime_error_comes_out():
             raise RuntimeError("Timed out while waiting for coroutine.") from error
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(job, (), {}, deadline=in_ms(10))
+        interrupts.run(job, (), {}, deadline=in_ms(10))
 
 
 def test_a_runtime_error_of_the_job_stays_one():
@@ -273,7 +273,7 @@ def test_a_runtime_error_of_the_job_stays_one():
         raise RuntimeError("mine") from KeyError()
 
     with pytest.raises(RuntimeError, match="mine"):
-        interrupts.call(job, (), {}, deadline=in_ms(60_000))
+        interrupts.run(job, (), {}, deadline=in_ms(60_000))
 
 
 def test_each_job_is_interrupted_at_its_own_deadline():
@@ -283,7 +283,7 @@ def test_each_job_is_interrupted_at_its_own_deadline():
     def work(index):
         start = monotonic()
         with pytest.raises(TimeoutExceeded):
-            interrupts.call(sleepy, (), {}, deadline=start + limits[index] / 1_000)
+            interrupts.run(sleepy, (), {}, deadline=start + limits[index] / 1_000)
         return (monotonic() - start) * 1_000
 
     def sleepy():
@@ -302,42 +302,42 @@ def timer_threads():
 
 
 def test_one_timer_thread_serves_all():
-    run_on_threads(8, lambda _: interrupts.call(time.sleep, (0.01,), {}, deadline=in_ms(60_000)))
+    run_on_threads(8, lambda _: interrupts.run(time.sleep, (0.01,), {}, deadline=in_ms(60_000)))
     assert len(timer_threads()) == 1
 
 
 def test_the_timer_sleeps_through_jobs_that_end_in_time(monkeypatch):
     looks = []
-    attend = slots.Slot.attend
-    monkeypatch.setattr(slots.Slot, "attend", lambda slot: looks.append(1) or attend(slot))
+    fire_due = slots.Slot.fire_due
+    monkeypatch.setattr(slots.Slot, "fire_due", lambda slot: looks.append(1) or fire_due(slot))
     for _ in range(100):
-        interrupts.call(time.sleep, (0.001,), {}, deadline=in_ms(60_000))
+        interrupts.run(time.sleep, (0.001,), {}, deadline=in_ms(60_000))
     assert len(looks) < 10
     time.sleep(0.05)
     assert len(looks) < 10
 
 
 def test_an_earlier_deadline_wakes_the_timer():
-    interrupts.call(lambda: None, (), {}, deadline=in_ms(3_600_000))
+    interrupts.run(lambda: None, (), {}, deadline=in_ms(3_600_000))
     wait_for(lambda: interrupts._timer.wakes_at != float("inf"))
     start = monotonic()
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=start + 0.02)
+        interrupts.run(spin_for_ever, (), {}, deadline=start + 0.02)
     assert monotonic() - start < 5
 
 
 def test_the_timer_survives_an_error_of_its_own(monkeypatch, caplog):
-    attend = slots.Slot.attend
+    fire_due = slots.Slot.fire_due
     errors = [ValueError("once")]
 
     def failing(slot):
         if errors:
             raise errors.pop()
-        return attend(slot)
+        return fire_due(slot)
 
-    monkeypatch.setattr(slots.Slot, "attend", failing)
+    monkeypatch.setattr(slots.Slot, "fire_due", failing)
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10))
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10))
     assert "The timer of the timeouts failed" in caplog.text
 
 
@@ -353,7 +353,7 @@ def test_a_forked_child_has_a_timer_of_its_own():
 
         def timed_out():
             try:
-                interrupts.call(spin, (), {}, deadline=time.monotonic() + 0.05)
+                interrupts.run(spin, (), {}, deadline=time.monotonic() + 0.05)
             except TimeoutExceeded:
                 return True
 
@@ -367,7 +367,7 @@ def test_a_forked_child_has_a_timer_of_its_own():
             return "parent"
 
         assert timed_out()
-        if interrupts.call(job, (), {}, deadline=time.monotonic() + 60, on_shutdown=True) == "child":
+        if interrupts.run(job, (), {}, deadline=time.monotonic() + 60, on_shutdown=True) == "child":
             assert timed_out()
             os._exit(0)
         assert timed_out()
@@ -391,7 +391,7 @@ def test_a_child_is_not_interrupted_for_its_parent_s_deadline():
                 pass
 
         try:
-            outcome = interrupts.call(job, (), {}, deadline=time.monotonic() + 0.1)
+            outcome = interrupts.run(job, (), {}, deadline=time.monotonic() + 0.1)
         except TimeoutExceeded:
             outcome = "timeout"
             assert os.wait()[1] == 0
@@ -420,7 +420,7 @@ def test_where_threads_can_t_be_interrupted_it_says_so_once_and_reports(monkeypa
     interrupts.reset()
     for _ in range(3):
         watching = Watching(grace=0.01)
-        assert interrupts.call(watching.told.wait, (10,), {}, deadline=in_ms(10), watch=watching, job="job")
+        assert interrupts.run(watching.told.wait, (10,), {}, deadline=in_ms(10), watch=watching, job="job")
         assert [job for job, _ in watching.seen] == ["job"]
     assert not slots.supported()
     assert [r.levelname for r in caplog.records if "can't interrupt" in r.message] == ["WARNING"]
@@ -439,7 +439,7 @@ def test_a_shutdown_interrupts_the_jobs_that_asked_for_it():
 
     def work(index):
         try:
-            return interrupts.call(
+            return interrupts.run(
                 job, (in_ms(500),), {}, deadline=in_ms(60_000) if index else None, on_shutdown=index < 2
             )
         except Shutdown:
@@ -449,7 +449,7 @@ def test_a_shutdown_interrupts_the_jobs_that_asked_for_it():
         futures = [pool.submit(work, index) for index in range(3)]
         wait_for(lambda: sum(slot.tokens is not None for slot in interrupts._slots.values()) == 3)
         time.sleep(0.05)
-        interrupts.shutdown()
+        shutdown()
         assert [f.result() for f in futures] == ["shutdown", "shutdown", "ran to its end"]
 
 
@@ -459,30 +459,30 @@ def test_a_shutdown_interrupts_a_job_once():
         end = in_ms(200)
         while monotonic() < end:
             try:
-                interrupts.shutdown()
+                shutdown()
                 spin(end)
             except Shutdown:
                 times += 1
         return times
 
-    assert interrupts.call(job, (), {}, on_shutdown=True) == 1
+    assert interrupts.run(job, (), {}, on_shutdown=True) == 1
 
 
 def test_a_job_that_begins_after_the_shutdown_is_not_interrupted():
-    interrupts.shutdown()
-    assert interrupts.call(lambda: spin(in_ms(20)) or "ran", (), {}, on_shutdown=True) == "ran"
+    shutdown()
+    assert interrupts.run(lambda: spin(in_ms(20)) or "ran", (), {}, on_shutdown=True) == "ran"
 
 
 def test_the_deadline_still_holds_for_a_job_that_swallowed_the_shutdown():
     def job():
         try:
-            interrupts.shutdown()
+            shutdown()
             spin_for_ever()
         except Shutdown:
             spin_for_ever()
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(job, (), {}, deadline=in_ms(50), on_shutdown=True)
+        interrupts.run(job, (), {}, deadline=in_ms(50), on_shutdown=True)
 
 
 # --- it never leaks -------------------------------------------------------------------------------------------------
@@ -504,12 +504,12 @@ def quick_switches():
 
 @pytest.fixture
 def shutdowns():
-    """A thread that keeps calling `interrupts.shutdown`."""
+    """A thread that keeps calling `shutdown`."""
     done = threading.Event()
 
     def keep_on():
         while not done.wait(0.0003):
-            interrupts.shutdown()
+            shutdown()
 
     thread = threading.Thread(target=keep_on)
     thread.start()
@@ -570,7 +570,7 @@ def near_the_deadline_at_a_call(until, result, seen):
 @pytest.mark.parametrize("job", [near_the_deadline, near_the_deadline_at_a_call])
 def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(quick_switches, job):
     calls = 5_000
-    found = run_on_threads(8, lambda _: hammer(interrupts.call, job, calls))
+    found = run_on_threads(8, lambda _: hammer(interrupts.run, job, calls))
     ends = sum((ends for ends, _ in found), Counter())
     assert [leak for _, leaks in found for leak in leaks] == []
     assert ends.total() == 8 * calls
@@ -580,7 +580,7 @@ def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(qu
 @pytest.mark.untraced
 def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
     calls = 3_000
-    found = run_on_threads(8, lambda _: hammer(interrupts.call, near_the_deadline, calls, on_shutdown=True))
+    found = run_on_threads(8, lambda _: hammer(interrupts.run, near_the_deadline, calls, on_shutdown=True))
     ends = sum((ends for ends, _ in found), Counter())
     assert [leak for _, leaks in found for leak in leaks] == []
     assert ends.total() == 8 * calls
@@ -599,14 +599,14 @@ def test_the_same_with_async_jobs(quick_switches, shutdowns, event_loop):
         return result
 
     calls = 1_500
-    found = run_on_threads(8, lambda _: hammer(coroutines.call, async_to_sync(job), calls, on_shutdown=True))
+    found = run_on_threads(8, lambda _: hammer(coroutines.run, async_to_sync(job), calls, on_shutdown=True))
     ends = sum((ends for ends, _ in found), Counter())
     assert [leak for _, leaks in found for leak in leaks] == []
     assert ends.total() == 8 * calls
     assert set(ends) == {"result", "timeout", "shutdown"}
 
 
-OURS = {interrupts.call.__code__, slots.Slot.disarm.__code__}
+OURS = {interrupts.run.__code__, slots.Slot.disarm.__code__}
 
 
 class Saboteur:
@@ -674,7 +674,7 @@ def sabotage(moments, *, raised, error=None):
     try:
         try:
             with saboteur:
-                end = interrupts.call(job_of_the_saboteur, (error,), {}, deadline=in_ms(600_000), on_shutdown=True)
+                end = interrupts.run(job_of_the_saboteur, (error,), {}, deadline=in_ms(600_000), on_shutdown=True)
         except (TimeoutExceeded, Shutdown, KeyError) as raised_error:
             end = raised_error
         tail()
@@ -717,7 +717,7 @@ class Instrument(ast.NodeTransformer):
         self.inside = False
 
     def visit_FunctionDef(self, node):
-        self.inside = node.name in ("call", "disarm")
+        self.inside = node.name in ("run", "disarm")
         self.generic_visit(node)
         self.inside = False
         return node
@@ -785,7 +785,7 @@ def test_so_are_two_interrupts_between_any_statements(instrumented, fails):
 
         instrumented.strike = strike
         try:
-            end = instrumented.call(job, (), {}, deadline=in_ms(600_000), on_shutdown=True)
+            end = instrumented.run(job, (), {}, deadline=in_ms(600_000), on_shutdown=True)
         except (TimeoutExceeded, Shutdown, KeyError) as error:
             end = error
         finally:
@@ -817,7 +817,7 @@ def test_a_job_that_goes_on_is_reported_once_with_its_stack():
         time.sleep(0.5)
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(in_a_c_call, (), {}, deadline=in_ms(20), watch=watching, job="the job")
+        interrupts.run(in_a_c_call, (), {}, deadline=in_ms(20), watch=watching, job="the job")
     ((job, stack),) = watching.seen
     assert job == "the job"
     assert "in in_a_c_call\n" in stack
@@ -827,7 +827,7 @@ def test_a_job_that_goes_on_is_reported_once_with_its_stack():
 def test_a_job_that_ends_within_the_grace_is_not_reported():
     watching = Watching(grace=10)
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10), watch=watching)
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10), watch=watching)
     wait_for(lambda: interrupts._timer.wakes_at != 0)
     assert watching.seen == []
 
@@ -849,9 +849,9 @@ def test_a_watch_that_fails_or_hangs_holds_up_nobody(caplog):
         except TimeoutExceeded:
             assert watching.told.wait(10)
 
-    interrupts.call(job, (), {}, deadline=in_ms(10), watch=watching)
+    interrupts.run(job, (), {}, deadline=in_ms(10), watch=watching)
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10))
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10))
     released.set()
     wait_for(lambda: "A stuck job could not be reported" in caplog.text)
 
@@ -875,9 +875,9 @@ def no_more_threads(monkeypatch):
 def test_where_no_thread_can_be_started_a_stuck_job_is_reported_at_once(monkeypatch, caplog):
     no_more_threads(monkeypatch)
     told = []
-    slots.report_apart(lambda: told.append("stuck"))
+    slots.report_on_thread(lambda: told.append("stuck"))
     assert told == ["stuck"]
-    slots.report_apart(lambda: 1 / 0)
+    slots.report_on_thread(lambda: 1 / 0)
     assert "A stuck job could not be reported" in caplog.text
 
 
@@ -885,11 +885,11 @@ def test_where_no_thread_can_be_started_a_job_runs_and_it_is_said_that_no_timeou
     interrupts.reset()
     with monkeypatch.context() as patch:
         no_more_threads(patch)
-        assert interrupts.call(lambda: "result", (), {}, deadline=in_ms(10_000)) == "result"
+        assert interrupts.run(lambda: "result", (), {}, deadline=in_ms(10_000)) == "result"
     assert "No timeout is in force" in caplog.text
     assert not interrupts.timer_runs()
     with pytest.raises(TimeoutExceeded):
-        interrupts.call(spin_for_ever, (), {}, deadline=in_ms(10))
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10))
 
 
 def test_a_job_does_not_end_before_whoever_is_interrupting_it_has_done_so():
@@ -914,7 +914,7 @@ def test_a_job_does_not_end_before_whoever_is_interrupting_it_has_done_so():
 
 
 def call_async(fn, *args, **limits):
-    return coroutines.call(async_to_sync(fn), args, {}, **limits)
+    return coroutines.run(async_to_sync(fn), args, {}, **limits)
 
 
 async def sleep_for_ever():
@@ -925,8 +925,8 @@ def test_dramatiq_s_wrapper_of_a_coroutine_function_is_known():
     assert coroutines.is_async(async_to_sync(sleep_for_ever))
     assert not coroutines.is_async(sleep_for_ever)
     assert not coroutines.is_async(spin)
-    assert interrupts.caller(async_to_sync(sleep_for_ever)) is coroutines.call
-    assert interrupts.caller(spin) is interrupts.call
+    assert runner_for(async_to_sync(sleep_for_ever)) is coroutines.run
+    assert runner_for(spin) is interrupts.run
 
 
 def test_an_async_job_returns_its_result(event_loop):
@@ -1022,7 +1022,7 @@ def test_errors_of_the_job_s_own_are_not_taken_for_ours(event_loop):
 
 
 def test_an_async_job_is_told_of_a_shutdown(event_loop):
-    threading.Timer(0.05, interrupts.shutdown).start()
+    threading.Timer(0.05, shutdown).start()
     with pytest.raises(Shutdown):
         call_async(sleep_for_ever, on_shutdown=True)
 
@@ -1115,6 +1115,7 @@ GEVENT = """
     import random, threading, time
     import gevent
     from dramatiq.middleware import Shutdown
+    from dramatiq_policies.interrupts import runner_for, shutdown
     from dramatiq_policies.interrupts import threads as interrupts
     from dramatiq_policies.delivery.delivery import RUNNING, Delivery, current
     from dramatiq_policies.errors import TimeoutExceeded
@@ -1123,8 +1124,8 @@ GEVENT = """
         time.sleep(seconds)
         return "result"
 
-    call = interrupts.caller(job)
-    assert call is not interrupts.call
+    call = runner_for(job)
+    assert call is not interrupts.run
 """
 
 
@@ -1170,7 +1171,7 @@ def test_under_gevent_a_job_is_interrupted_by_the_hub():
         limits = dict(on_shutdown=True, after_interrupt=lambda: given_up.append(1))
         call(job, (0,), {}, **limits)
         assert given_up == []
-        gevent.spawn_later(0.05, interrupts.shutdown)
+        gevent.spawn_later(0.05, shutdown)
         try:
             call(job, (), {}, **limits)
         except Shutdown:
@@ -1271,7 +1272,7 @@ def test_under_gevent_nothing_is_raised_after_the_call():
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            interrupts.shutdown()
+            shutdown()
             time.sleep(0.002)
         assert leaks == [], leaks
         assert len(ends) == 10_000
@@ -1297,7 +1298,7 @@ def test_under_gevent_an_async_job_is_cancelled():
             return "result"
 
         fn = async_to_sync(coroutine)
-        call = interrupts.caller(fn)
+        call = runner_for(fn)
         assert call(fn, (0.01,), {}, deadline=time.monotonic() + 5) == "result"
         start = time.monotonic()
         try:
