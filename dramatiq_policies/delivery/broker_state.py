@@ -73,7 +73,7 @@ class BrokerState:
         self.guard_defaults: tuple[int, int | None] | None = None
         #: Dramatiq's ShutdownNotifications, in our version.
         self.shutdown_notifications: ShutdownNotifications | None = None
-        # What `bundle.arrange` has seen.
+        # What `ordering.order_middleware` has seen.
         self.arranged: list[Middleware] | None = None
         self.arranged_length = 0
         self.arranged_actors = 0

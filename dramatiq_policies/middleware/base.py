@@ -1,9 +1,10 @@
-"""What the middleware of the bundle have in common: they find their place at the first hook that knows the broker."""
+"""The base class of all middleware of dramatiq_policies."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware, MiddlewareError
@@ -17,73 +18,83 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["PolicyMiddleware", "conflicting_stock"]
+__all__ = ["Installer", "PolicyMiddleware", "conflicting_stock", "order_middleware", "register_installer"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
 
 def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
-    """The subclasses of a stock middleware, by name, that somebody has left beside the one of ours that replaces it."""
+    """Return the names of middleware derived from ``stock`` that are on the broker beside ``ours``, which replaces it."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
 
-class PolicyMiddleware(Middleware):
-    """A middleware of the bundle.
+class Installer(NamedTuple):
+    """The functions of `ordering`, which imports every middleware and so can't be imported here."""
 
-    ``add_middleware`` tells it nothing of a broker that has no actors yet, so it takes its place when the first actor
-    is declared, when a process or worker boots, or when a message is enqueued, whatever comes first.
+    order_middleware: Callable[[Broker], BrokerState]
+    resolve_actor: Callable[[BrokerState, Any], None]
+
+
+_installers: list[Installer] = []
+
+
+def register_installer(installer: Installer) -> None:
+    """Register the functions that the hooks of `PolicyMiddleware` call. `ordering` calls it once."""
+    _installers[:] = [installer]
+
+
+def order_middleware(broker: Broker) -> BrokerState:
+    """Order the broker's middleware, and return its state; see `ordering`."""
+    return _installers[0].order_middleware(broker)
+
+
+class PolicyMiddleware(Middleware):
+    """Base class of the middleware of dramatiq_policies.
+
+    ``add_middleware`` does not tell a middleware about a broker that has no actors yet. So the middleware takes its place at
+    the first of these events: an actor is declared, a process or worker boots, a message is enqueued.
     """
 
-    @staticmethod
-    def arrange(broker: Broker) -> BrokerState:
-        """Bring the broker's middleware into the bundle's order; replaced by ``dramatiq_policies.bundle``."""
-        raise NotImplementedError
-
-    @staticmethod
-    def resolve_actor(state: BrokerState, actor: Any) -> None:
-        """Check and resolve one actor's options; replaced by ``dramatiq_policies.bundle``."""
-        raise NotImplementedError
-
-    #: The wiring of the broker that it is on, None until it has its place.
+    #: The state of the broker that has this middleware; None until the middleware has its place.
     attached_to: BrokerState | None = None
-    #: Whether it was put on the broker only since another middleware of the bundle needs one.
-    implied = False
+    #: Whether `ordering` added it because another middleware needs it.
+    auto_added = False
 
     def attach(self, state: BrokerState) -> None:
-        """Called once, when the middleware is in its place."""
+        """Connect to the broker's state. Called once, after the middleware has taken its place."""
 
-    #: What Dramatiq's own does that this one takes the place of.
+    #: The Dramatiq middleware that this one replaces, and its job in words.
     replaces: tuple[type[Middleware], str] | None = None
 
     def for_stub(self) -> Self:
-        """One with the same settings for a StubBroker in a test, on no broker yet and connected to nothing.
+        """Return a copy with the same settings for a StubBroker in a test: on no broker, without connections.
 
-        `testing.stub` asks for it. A subclass with a state of its own, or a connection, extends it.
+        `testing.stub` calls it. A subclass with state or a connection of its own extends it.
         """
-        twin = copy.copy(self)
-        twin.attached_to = None
-        return twin
+        stub = copy.copy(self)
+        stub.attached_to = None
+        return stub
 
     def before_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
         try:
-            self.resolve_actor(self.arrange(broker), actor)
+            _installers[0].resolve_actor(order_middleware(broker), actor)
         except MiddlewareError:
             raise
         except Exception as error:
-            # Dramatiq lets no other error out of a hook, and would go on with an actor that has no rules.
+            # Dramatiq logs any other error of a hook, and would go on with an actor without rules.
             raise ConfigurationError(
                 f"actor {actor.actor_name!r}: its options can't be read ({type(error).__name__}: {error})."
             ) from error
 
     def after_declare_actor(self, broker: Broker, actor: Actor[..., Any]) -> None:
-        self.arrange(broker)
+        order_middleware(broker)
 
     def after_process_boot(self, broker: Broker) -> None:
-        self.arrange(broker).in_command = True
+        order_middleware(broker).in_command = True
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        self.arrange(broker)
+        order_middleware(broker)
         if self.replaces is not None:
             stock, what = self.replaces
             for name in conflicting_stock(broker, stock, type(self)):

@@ -27,7 +27,7 @@ from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, 
 from ..rules.matching import RuleSet
 from ..rules.parsing import parse_rules
 from ..rules.rule import RetryPolicy
-from .base import PolicyMiddleware
+from .base import PolicyMiddleware, order_middleware
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -128,7 +128,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def actor_options(self) -> set[str]:
         return {*super().actor_options, *ACTOR_OPTIONS}
 
-    def take_over(self, stock: Retries) -> None:
+    def inherit_settings(self, stock: Retries) -> None:
         """Keep the settings of the Retries that was on the broker, where none were given."""
         for name in _DEFAULTS.keys() - self._given.keys():
             setattr(self, name, getattr(stock, name))
@@ -152,7 +152,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         state = self.attached_to
         if state is None:
-            state = self.arrange(broker)
+            state = order_middleware(broker)
         if getattr(state.moving_delayed, "on", False):
             # Out of the delay queue: it became ready when its time came, not now.
             return

@@ -23,7 +23,7 @@ from ..idempotency.guard import IdempotencyGuard
 from ..idempotency.options import OPTIONS, IdempotencyOptions, Register, checked_crashes, key_of
 from ..idempotency.services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
-from .base import PolicyMiddleware
+from .base import PolicyMiddleware, order_middleware
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -144,14 +144,14 @@ class Idempotency(PolicyMiddleware):
         state.guard_defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        state = self.arrange(broker)
+        state = order_middleware(broker)
         if self.claims is not None:
             self.claims.stopping = False
         if state.in_command:
             state.booting_until = time.monotonic() + _BOOTING
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        state = self.arrange(broker)
+        state = order_middleware(broker)
         if self.claims is None:
             return
         trips = getattr(self.store, "trips", None)
@@ -280,7 +280,7 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
         actor = get_broker().get_actor(message.actor_name)
         args, kwargs = message.args, message.kwargs
     where = f"actor {actor.actor_name!r}"
-    state = PolicyMiddleware.arrange(actor.broker)
+    state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
     guard: IdempotencyOptions | None = None if policy is None else policy.guard
     if guard is None or state.admission is None:

@@ -160,7 +160,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         super().after_process_boot(broker)
         supported()
 
-    def take_over(self, stock: TimeLimit) -> None:
+    def inherit_settings(self, stock: TimeLimit) -> None:
         """Keep the limit of the TimeLimit that was on the broker, where none was given."""
         if not self._given:
             self.default = self.time_limit = float(stock.time_limit)

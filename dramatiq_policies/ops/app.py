@@ -18,10 +18,11 @@ from dramatiq import get_broker, set_broker
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
-from ..bundle import arrange, install
+from ..bundle import install
 from ..common.credentials import learn_passwords, redact
 from ..errors import OperationError
 from ..middleware.base import PolicyMiddleware
+from ..middleware.ordering import order_middleware
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -91,7 +92,7 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
 def _arranged(app: str, broker: Broker) -> Broker:
     if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
         with importing(app):
-            arrange(broker)
+            order_middleware(broker)
     learn_passwords(broker, *broker.middleware)
     return broker
 

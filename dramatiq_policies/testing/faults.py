@@ -15,11 +15,11 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
-from ..bundle import arrange
 from ..delivery.delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
+from ..middleware.ordering import order_middleware
 from .draining import WorkerDied, drain_in_progress
 from .patching import around, in_place_of
 from .stub_environment import environment_of
@@ -100,7 +100,7 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
     counted = _Times(where, times)
     if not any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
         raise ConfigurationError(f"{where}: the actor's broker has no Timeout. Call install(broker) first.")
-    policy = arrange(actor.broker).policies.get(actor.actor_name)
+    policy = order_middleware(actor.broker).policies.get(actor.actor_name)
     if policy is None or policy.timeout_ms is None:
         raise ConfigurationError(f"{where}: the actor has no timeout, so it would hang for ever. Give it one.")
 
@@ -236,7 +236,7 @@ def store_down(
       ConfigurationError: The broker has no Idempotency with a store.
     """
     if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
-        arrange(broker)
+        order_middleware(broker)
     found = [one for one in broker.middleware if isinstance(one, Idempotency) and one.claims is not None]
     if not found:
         raise ConfigurationError("store_down(): the broker has no Idempotency with a store.")

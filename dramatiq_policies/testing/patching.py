@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.asyncio import async_to_sync
 
-from ..bundle import arrange, resolve_actor
 from ..common.callables import unwrapped
 from ..interrupts.coroutines import is_async
 from ..middleware.base import PolicyMiddleware
+from ..middleware.ordering import order_middleware, resolve_actor
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -38,7 +38,7 @@ def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[
 def _resolve_again(actor: Actor[..., Any]) -> None:
     """What the bundle knows of the actor's function (``done_when`` is asked before it) is of the one that it has now."""
     if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
-        state = arrange(actor.broker)
+        state = order_middleware(actor.broker)
         state.policies.pop(actor.actor_name, None)
         resolve_actor(state, actor)
 

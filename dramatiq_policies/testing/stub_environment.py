@@ -8,11 +8,11 @@ from dramatiq import Message
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 
-from ..bundle import arrange
 from ..delivery.broker_state import BrokerState
 from ..errors import ConfigurationError
 from ..idempotency.claims import StoreDown
 from ..middleware.base import PolicyMiddleware
+from ..middleware.ordering import order_middleware
 from .virtual_time import VirtualClock, clock_in_force
 
 __all__ = ["StubEnvironment", "environment_of"]
@@ -77,5 +77,5 @@ def environment_of(broker: Broker) -> StubEnvironment:
                 "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
                 "Call install(broker) before its actors are declared."
             )
-        environment = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, arrange(broker))
+        environment = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, order_middleware(broker))
     return environment

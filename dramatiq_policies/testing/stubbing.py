@@ -17,9 +17,10 @@ from dramatiq.results import Results
 from dramatiq.results.backends.stub import StubBackend as StubResults
 
 from .. import _dramatiq
-from ..bundle import arrange, install
+from ..bundle import install
 from ..common.callables import unwrapped
 from ..middleware.base import PolicyMiddleware
+from ..middleware.ordering import order_middleware
 from .stub_environment import environment_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _fresh(broker: Broker | None) -> StubBroker:
     if broker is None:
         return install(StubBroker())
     if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
-        arrange(broker)
+        order_middleware(broker)
     stand_in = StubBroker(middleware=[])
     stand_in.middleware = [
         _for_stub(middleware) for middleware in broker.middleware if _dramatiq.worker_behind(middleware) is None
@@ -100,7 +101,7 @@ def _fresh(broker: Broker | None) -> StubBroker:
     for middleware in stand_in.middleware:
         _dramatiq.add_options(stand_in, middleware)
     if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
-        arrange(stand_in)
+        order_middleware(stand_in)
     for name in sorted({q_name(name) for name in broker.get_declared_queues()}):
         stand_in.declare_queue(name)
     return stand_in

@@ -1,0 +1,216 @@
+"""Order a broker's middleware, and attach dramatiq_policies to its actors and consumers."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from time import monotonic
+from typing import Any
+
+from dramatiq.broker import Broker, Consumer
+from dramatiq.middleware import Callbacks as StockCallbacks
+from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.middleware import Middleware, Retries, TimeLimit
+from dramatiq.middleware import Pipelines as StockPipelines
+from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
+from dramatiq.results import Results as StockResults
+from dramatiq.worker import ConsumerThread
+
+from .. import _dramatiq
+from ..brokers import prepare, wrap_consumer
+from ..common.credentials import learn_passwords
+from ..common.safe_logger import make_safe
+from ..delivery.actor_policy import ActorPolicy
+from ..delivery.broker_state import BrokerState, state_of
+from ..delivery.executor import wrap_actor
+from ..delivery.limits import validate
+from ..errors import ConfigurationError
+from ..idempotency.options import resolve_guard
+from .base import Installer, PolicyMiddleware, register_installer
+from .composition import Callbacks, GroupCallbacks, Pipelines, storing
+from .error_classifier import ErrorClassifier
+from .prometheus import count_retries_of
+from .shutdown import ShutdownNotifications
+from .timeout import Timeout
+
+__all__ = ["kind_of_ours", "order_middleware", "resolve_actor"]
+
+#: The middleware after the ErrorClassifier, in this order; they have no hooks on messages. By name, because unused
+#: ones are not imported.
+_LISTENERS = ("Idempotency", "DiscardLogger", "Metrics", "SentryReporter", "QueueMonitor", "Heartbeat")
+
+_lock = threading.RLock()
+
+
+def order_middleware(broker: Broker) -> BrokerState:
+    """Order the broker's middleware, and attach the middleware and actors that are new since the last call.
+
+    ErrorClassifier and Timeout take the places of ``Retries`` and ``TimeLimit``. The listeners follow the ErrorClassifier.
+    Hooks iterate over the list during this call: this function replaces the list and never changes it.
+    """
+    state = state_of(broker)
+    if state.arranged is broker.middleware and state.arranged_length == len(broker.middleware):
+        if state.arranged_actors != len(broker.actors):
+            _resolve_actors(state)
+        return state
+    with _lock:
+        ours: dict[str, PolicyMiddleware] = {}
+        for middleware in broker.middleware:
+            if isinstance(middleware, PolicyMiddleware):
+                kind = kind_of_ours(middleware)
+                if kind in ours and not ours[kind].auto_added:
+                    raise ConfigurationError(
+                        f"The broker has two {kind} middleware. Add each once, or call install() once."
+                    )
+                if kind in ours:
+                    _replace_auto_added(state, ours[kind], middleware)
+                ours[kind] = middleware
+        if "ErrorClassifier" not in ours:
+            # The others need its hooks. Without rules it does as Dramatiq's Retries.
+            ours["ErrorClassifier"] = added = ErrorClassifier()
+            added.auto_added = True
+        broker.middleware = _ordered(broker.middleware, ours)
+        for middleware in broker.middleware:
+            count_retries_of(middleware, state)
+            _dramatiq.add_options(broker, middleware)
+            if isinstance(middleware, PolicyMiddleware) and middleware not in state.attached:
+                _attach(state, middleware)
+            elif isinstance(middleware, ShutdownNotifications):
+                state.shutdown_notifications = middleware
+        if not state.attached_to_consume:
+            prepare(state)
+            state.attached_to_consume = True
+            _wrap_consume(state)
+        learn_passwords(broker, *broker.middleware)
+        state.arranged = broker.middleware
+        state.arranged_length = len(broker.middleware)
+        _resolve_actors(state)
+    return state
+
+
+def _replace_auto_added(state: BrokerState, added: Middleware, explicit: Middleware) -> None:
+    """Replace the ErrorClassifier that `order_middleware` added by the user's own."""
+    assert isinstance(added, ErrorClassifier)
+    assert isinstance(explicit, ErrorClassifier)
+    explicit.inherit_settings(added)
+    state.forget(added)
+    state.attached.remove(added)
+    state.policies.clear()
+
+
+def kind_of_ours(middleware: PolicyMiddleware) -> str:
+    """Return the name of the dramatiq_policies class behind a middleware that may be of a subclass."""
+    return next(cls.__name__ for cls in type(middleware).__mro__ if PolicyMiddleware in cls.__bases__)
+
+
+def _attach(state: BrokerState, middleware: PolicyMiddleware) -> None:
+    if middleware.attached_to not in (None, state):
+        raise ConfigurationError(
+            f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
+        )
+    middleware.attached_to = state
+    state.attached.append(middleware)
+    if isinstance(middleware, Timeout):
+        state.timeout = middleware
+    middleware.attach(state)
+
+
+def _ordered(present: list[Middleware], ours: dict[str, PolicyMiddleware]) -> list[Middleware]:
+    classifier, timeout = ours["ErrorClassifier"], ours.get("Timeout")
+    assert isinstance(classifier, ErrorClassifier)
+    kinds = {type(middleware) for middleware in present}
+    listeners = [ours[kind] for kind in _LISTENERS if kind in ours]
+    ordered: list[Middleware] = []
+    for middleware in present:
+        if type(middleware) is Retries:
+            classifier.inherit_settings(middleware)
+            ordered += [classifier, *listeners]
+        elif type(middleware) is TimeLimit and isinstance(timeout, Timeout):
+            timeout.inherit_settings(middleware)
+            ordered.append(timeout)
+        elif middleware is classifier:
+            ordered += [] if Retries in kinds else [classifier, *listeners]
+        elif middleware is timeout:
+            ordered += [] if TimeLimit in kinds else [timeout]
+        elif not isinstance(middleware, PolicyMiddleware):
+            ordered.append(_replace_stock(middleware))
+    return ordered if classifier in ordered else [*ordered, classifier, *listeners]
+
+
+def _replace_stock(middleware: Middleware) -> Middleware:
+    """Return the safe version of one of Dramatiq's middleware that lose messages, with its settings; any other unchanged."""
+    if type(middleware) is StockPipelines:
+        return Pipelines()
+    if type(middleware) is StockCallbacks:
+        return Callbacks()
+    if type(middleware) is StockGroupCallbacks:
+        return _with_its_settings(GroupCallbacks, middleware)
+    if type(middleware) is StockResults:
+        return storing(middleware)
+    if type(middleware) is StockShutdownNotifications:
+        return ShutdownNotifications(middleware.notify_shutdown)
+    return middleware
+
+
+def _with_its_settings(kind: type[Middleware], stock: Middleware) -> Middleware:
+    ours = kind.__new__(kind)
+    vars(ours).update(vars(stock))
+    return ours
+
+
+def _resolve_actors(state: BrokerState) -> None:
+    """Resolve the options of new actors, and wrap their functions."""
+    broker = state.broker
+    for actor in list(broker.actors.values()):
+        resolve_actor(state, actor)
+    state.arranged_actors = len(broker.actors)
+
+
+def resolve_actor(state: BrokerState, actor: Any) -> None:
+    """Check one actor's options, store them resolved, and wrap its function.
+
+    Raises:
+      ConfigurationError: An option is wrong.
+    """
+    known = state.policies.get(actor.actor_name)
+    if (
+        known is not None
+        and known.options is actor.options
+        and known.timeout is state.timeout
+        and known.guarded_by is state.admission
+    ):
+        return
+    classifier = next(m for m in state.attached if isinstance(m, ErrorClassifier))
+    policy = ActorPolicy(actor, classifier.rules)
+    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.guard_defaults)
+    policy.guarded_by = state.admission
+    if state.timeout is not None:
+        validate(f"actor {actor.actor_name!r}", actor.options)
+        policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)
+    policy.timeout = state.timeout
+    state.policies[actor.actor_name] = policy
+    wrap_actor(actor)
+
+
+def _wrap_consume(state: BrokerState) -> None:
+    """Wrap the broker's consumers in ours."""
+    stock = state.broker.consume
+
+    @functools.wraps(stock)
+    def consume(queue_name: str, *args: Any, **kwargs: Any) -> Consumer:
+        if state.last_polled_at is not None:
+            # Also while the broker is down: the worker calls this again and again.
+            state.last_polled_at[queue_name] = monotonic()
+        prefetch = kwargs.get("prefetch", args[0] if args else 1)
+        consumer = wrap_consumer(state, stock(queue_name, *args, **kwargs), queue_name, prefetch)
+        consumer.prefetch = prefetch
+        thread = threading.current_thread()
+        if isinstance(thread, ConsumerThread):
+            thread.delay_queue = consumer.delayed
+            make_safe(thread.logger)
+        return consumer
+
+    state.broker.consume = consume  # type: ignore[method-assign]
+
+
+register_installer(Installer(order_middleware, resolve_actor))
