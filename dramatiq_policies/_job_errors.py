@@ -1,23 +1,27 @@
-"""Reading the exceptions of jobs, whose attributes and methods are anybody's code.
+"""Read the exceptions of jobs, and survive the user code in them.
 
-An exception's ``__str__``, a property, ``__getattr__`` or ``__class__`` may raise anything, ``SystemExit`` and
-``RecursionError`` included. Outside of the job that would end the worker's thread. All reading of a user's exception goes
-through this module.
+An exception's ``__str__``, a property, ``__getattr__`` or ``__class__`` may raise any exception, also ``SystemExit`` and
+``RecursionError``. Outside the job that would end the worker's thread. So all other modules read a user's exception through
+this module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeGuard, TypeVar
+
+import dramatiq
 
 from .errors import UnreadableError
 
-__all__ = ["is_a", "quietly", "stand_in_for"]
+__all__ = ["exc_info_of", "is_a", "quietly", "stand_in_for", "user_frames"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
 
-#: How many errors of a chain of causes are looked at.
+#: The most errors of a chain of causes that are read.
 _CHAIN = 1_000
 
 
@@ -30,15 +34,15 @@ def quietly(read: Callable[[], R]) -> R | None:
 
 
 def is_a(error: object, kinds: type[E] | tuple[type[E], ...]) -> TypeGuard[E]:
-    """``isinstance`` by the real type alone: ``isinstance`` may read ``error.__class__``."""
+    """Do as ``isinstance``, without reading ``error.__class__``, which may raise."""
     return issubclass(type(error), kinds)
 
 
 def stand_in_for(error: BaseException) -> UnreadableError | None:
-    """Return None if Dramatiq, ``logging`` and ``traceback`` can read the error and its causes, else one to raise in its place.
+    """Return None if Dramatiq, ``logging`` and ``traceback`` can read an error and its causes; else an error to raise instead.
 
-    They read its truth, ``__class__``, ``__traceback__``, ``__notes__`` and the chain of causes. An error whose ``__getattr__`` fails for
-    want of ``__notes__`` is given empty ones, and is itself again.
+    They read its truth value, ``__class__``, ``__traceback__``, ``__notes__`` and the chain of causes. Where ``__getattr__`` fails
+    because ``__notes__`` is missing, this function sets empty notes, and the error stays.
     """
     try:
         for one in _with_causes(error):
@@ -50,6 +54,26 @@ def stand_in_for(error: BaseException) -> UnreadableError | None:
         name, raised = type(error).__qualname__, type(broken).__qualname__
         return UnreadableError(f"{name}: reading this error, or one of its causes, raised {raised}")
     return None
+
+
+#: The folders whose frames come before the user's code in a job's traceback.
+_MACHINERY = tuple(f"{Path(file).parent}/" for file in (dramatiq.__file__, __file__))
+
+
+def user_frames(stack: TracebackType | None) -> TracebackType | None:
+    """Return the traceback from the first frame of the user's code on; the whole if it has none."""
+    first = stack
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(_MACHINERY):
+        first = first.tb_next
+    return stack if first is None else first
+
+
+def exc_info_of(
+    error: BaseException, *, whole: bool
+) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """Return the ``exc_info`` for a log record: with all frames, or from the user's code on."""
+    stack: TracebackType | None = quietly(lambda: error.__traceback__)
+    return type(error), error, stack if whole else user_frames(stack)
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:

@@ -35,7 +35,7 @@ from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
 from .common.credentials import redact, redacted_repr
 from .common.current import running_job
-from .common.durations import clamped_wait, to_ms
+from .common.durations import clamped_wait, to_ms, warn_of_seconds
 
 __all__ = [
     "ConfigurationError",
@@ -109,6 +109,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
     if not least <= duration <= most:
         bound = f"at least {least}" if duration < least else f"at most {most}"
         raise ConfigurationError.of_option(where, option, f"milliseconds of {bound}, or a timedelta", value)
+    warn_of_seconds(where, option, value)
     return duration
 
 

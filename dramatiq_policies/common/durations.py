@@ -8,24 +8,61 @@ from typing import Any
 
 from .safe_logger import SafeLogger
 
-__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "clamped_wait", "to_ms"]
+__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "clamped_wait", "seconds_hint", "to_ms", "warn_of_seconds"]
 
 logger = SafeLogger("dramatiq_policies.backoff")
+rules_logger = SafeLogger("dramatiq_policies.rules")
 
 Duration = int | timedelta
 
-#: The longest delay that Dramatiq takes: seven days.
+#: The longest delay that Dramatiq accepts: seven days.
 WEEK_MS = 7 * 86_400_000
-#: A hundred years: what anybody may mean by "for ever", and still a time for every clock and store.
+#: A hundred years: longer than any use, and still a valid time for every clock and store.
 CENTURY_MS = 36_525 * 86_400_000
 
 
+#: Below this number of milliseconds an option was probably meant in seconds: 3,600 for an hour, 86,400 for a day.
+SECONDS_BELOW_MS = {
+    "queue_timeout": 5_000,
+    "queue_default": 5_000,
+    "max_age": 5_000,
+    "max_elapsed": 5_000,
+    "max_snooze": 5_000,
+    "idempotency_ttl": 120_000,
+    "ttl": 120_000,
+}
+#: The threshold for all other durations.
+SECOND_MS = 1_000
+
+
+def seconds_hint(option: str, value: Any) -> str | None:
+    """Return a sentence if a declared number looks like seconds where milliseconds are expected; else None.
+
+    A ``timedelta`` has its unit, and 0 has none: both are taken as declared.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 < value < SECONDS_BELOW_MS.get(option, SECOND_MS):
+        return None
+    return (
+        f"{option}={value!r} is {value} milliseconds. "
+        f"For seconds write timedelta(seconds={value!r}); if you mean milliseconds, timedelta(milliseconds={value!r})."
+    )
+
+
+def warn_of_seconds(where: str, option: str, value: Any) -> None:
+    """Log a warning if a declared duration looks like seconds."""
+    hint = seconds_hint(option, value)
+    if hint is not None:
+        rules_logger.warning("%s: %s", where, hint)
+
+
 def to_ms(value: Any) -> int:
-    """The duration in whole milliseconds.
+    """Return a duration in whole milliseconds.
 
     Raises:
-      TypeError: If it is neither a number nor a ``timedelta``.
-      ValueError: If it is negative or not finite.
+      TypeError: The value is neither a number nor a ``timedelta``.
+      ValueError: The value is negative or not finite.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds() * 1_000
@@ -38,7 +75,7 @@ def to_ms(value: Any) -> int:
 
 
 def clamped_wait(value: Any, whose: str) -> int:
-    """A wait in whole milliseconds, from 0 to 7 days: the one place where waits are clamped.
+    """Return a wait in whole milliseconds, clamped to 0 to 7 days.
 
     A negative wait becomes 0, a longer or infinite wait becomes 7 days, each with a warning that begins with ``whose``.
 

@@ -79,6 +79,8 @@ class BrokerState:
         self.arranged_actors = 0
         self.attached: list[Middleware] = []
         self.attached_to_consume = False
+        #: Alerts and stacks of one actor and error class are logged once in this time, in milliseconds.
+        self.alert_interval = 0
         self.after_discard: tuple[Callable[[Any, BaseException], object], ...] = ()
         self._entries: list[tuple[object, Observer, bool]] = []
         self._observers: tuple[Observer, ...] = ()

@@ -1,11 +1,11 @@
-"""The decision on a job that failed: retry, discard, alert, or the dead letters.
+"""Decide about a job that failed: retry, discard, alert, or dead-letter its message.
 
-Called by `ErrorClassifier`, whose settings it reads. `settlement` does what is decided here.
+`ErrorClassifier` calls `decide`; `settlement` carries out the decision.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Retries, Shutdown
@@ -24,68 +24,116 @@ from .delivery import Delivery, OutgoingMessage, Recorder
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
 
 if TYPE_CHECKING:
-    from dramatiq import Message
     from dramatiq.broker import Broker, MessageProxy
 
-    from ..middleware.error_classifier import ErrorClassifier
     from .actor_policy import ActorPolicy
 
-__all__ = ["decide"]
+__all__ = ["BrokerDefaults", "FailedRun", "decide"]
 
 _UNCLASSIFIED = "unclassified"
-#: The wait of a `Snooze` whose own can't be read, in milliseconds.
+#: The wait, in milliseconds, after a `Snooze` whose delay can't be read.
 _UNREADABLE_SNOOZE = 15_000
 
 
-def decide(
-    classifier: ErrorClassifier,
-    broker: Broker,
-    delivery: Delivery,
-    declared: ActorPolicy,
-    message: MessageProxy,
-    error: BaseException,
-) -> Decision:
-    """Decide what becomes of a message whose job has failed, and put what is to be sent on its delivery."""
-    history = History(message.options)
-    rule, cause = deciding(declared.rules, error)
+class BrokerDefaults(NamedTuple):
+    """The settings that hold for every actor of a broker; `ErrorClassifier` documents them."""
+
+    stock: Retries
+    unclassified: RetryPolicy | None
+    max_attempts: int
+    max_snooze: int
+    dead_letter_discards: bool
+
+
+class FailedRun:
+    """One run of a job that raised ``error``."""
+
+    __slots__ = ("broker", "delivery", "error", "history", "message", "policy")
+
+    def __init__(
+        self, broker: Broker, delivery: Delivery, policy: ActorPolicy, message: MessageProxy, error: BaseException
+    ) -> None:
+        self.broker = broker
+        self.delivery = delivery
+        self.policy = policy
+        self.message = message
+        self.error = error
+        self.history = History(message.options)
+
+    def send_again(self, delay_ms: int = 0) -> None:
+        """Add the message of the next run to the outbox."""
+        self.history.deferrals = 0
+        again = self.delivery.again(**{POLICIES: self.history.option()})
+        self.delivery.add_to_outbox(OutgoingMessage(again, delay_ms or None))
+
+    def record_last_failure(self) -> None:
+        """Write the failure into the options of a message that is not retried."""
+        self.history.failed(self.error, now_ms(), None)
+        self.message.options[POLICIES] = self.history.option()
+        self.show_traceback()
+
+    def show_traceback(self) -> None:
+        """Store the traceback where Dramatiq's Retries stores it, for dashboards and other middleware."""
+        text = traceback_of(self.error)
+        if text is not None:
+            self.message.options["traceback"] = text
+
+    def decision(
+        self,
+        outcome: Outcome,
+        reason: str | None = None,
+        *,
+        rule: str | None = None,
+        delay_ms: int | None = None,
+        dead_letter: bool = False,
+    ) -> Decision:
+        return Decision(
+            outcome,
+            reason,
+            exception=self.error,
+            rule=rule,
+            attempt=self.history.attempt,
+            delay_ms=delay_ms,
+            dead_letter=dead_letter,
+        )
+
+
+def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
+    """Decide about the message of a failed run, and add what must be sent to the delivery's outbox."""
+    rule, cause = deciding(run.policy.rules, run.error)
     if is_a(cause, Shutdown):
-        return _interrupted(classifier, delivery, declared, message, history, error)
+        return _interrupted(defaults, run)
+    if is_a(cause, Snooze):
+        return _snoozed(defaults, run, cause)
     if is_a(cause, Verdict):
-        return _apply_verdict(classifier, delivery, declared, message, history, error, cause)
+        run.record_last_failure()
+        return _discarded(defaults, run, None)
     if is_a(cause, Retry):
-        cause = _with_checked_delay(message, cause)
-    policy, rule_id = (None, None) if rule is None else (rule.policy, rule.id)
-    if rule is None and classifier.unclassified is not None and not _is_stock(declared, error, cause):
-        policy, rule_id = classifier.unclassified, _UNCLASSIFIED
-    if policy is not None and rule_id is not None:
-        return _retry(classifier, broker, delivery, declared, message, history, error, cause, policy, rule_id)
+        cause = _with_checked_delay(run.message, cause)
+    if rule is not None and rule.policy is not None:
+        return _retry(defaults, run, cause, rule.policy, rule.id)
     if rule is None:
-        return _by_stock_options(classifier, broker, delivery, declared, message, history, error, cause)
-    history.failed(error, now_ms(), None)
-    message.options[POLICIES] = history.option()
-    _show_traceback(message, error)
+        if defaults.unclassified is None or is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(run):
+            return _by_stock_options(defaults, run, cause)
+        return _retry(defaults, run, cause, defaults.unclassified, _UNCLASSIFIED)
+    run.record_last_failure()
     if rule.verb is Verb.DISCARD:
-        return _discarded(classifier, declared, history, error, rule.id)
-    return Decision(Outcome.ALERTED, exception=error, rule=rule.id, attempt=history.attempt, dead_letter=True)
-
-
-def _is_stock(declared: ActorPolicy, error: BaseException, cause: BaseException) -> bool:
-    """Whether it is left to the stock options, whatever ``unclassified`` says."""
-    return is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(declared, error)
+        return _discarded(defaults, run, rule.id)
+    return run.decision(Outcome.ALERTED, rule=rule.id, dead_letter=True)
 
 
 def _asked_delay(message: MessageProxy, asking: Any) -> int | None:
-    """The delay of a job's ``Retry`` or `Snooze` in milliseconds; None, with a warning, if it is no duration."""
+    """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None if it is no duration."""
     what = f"The delay of the {'Snooze' if is_a(asking, Snooze) else 'Retry'} in message {message.message_id}"
     try:
         return clamped_wait(asking.delay, what)
-    except BaseException as error:  # The delay may be a property of the user's.
+    except BaseException as error:  # The delay may be a property of the user's class.
         logger.warning("%s is ignored: %s", what, text_of(error))
         return None
 
 
 def _with_checked_delay(message: MessageProxy, asking: Retry) -> Retry:
-    """The job's ``Retry``, with a delay that Dramatiq's own code takes; another in its place if it can't be given one."""
+    """Return the job's ``Retry`` with a delay that Dramatiq accepts; a new ``Retry`` if the delay can't be set."""
     if quietly(lambda: asking.delay is None):
         return asking
     delay = _asked_delay(message, asking)
@@ -95,155 +143,101 @@ def _with_checked_delay(message: MessageProxy, asking: Retry) -> Retry:
     return Retry(text_of(asking), delay=delay)
 
 
-def _is_thrown(declared: ActorPolicy, error: BaseException) -> bool:
-    throws: Any = declared.options.get("throws")
-    return bool(throws) and is_a(error, throws)
+def _is_thrown(run: FailedRun) -> bool:
+    throws: Any = run.policy.options.get("throws")
+    return bool(throws) and is_a(run.error, throws)
 
 
-def _interrupted(
-    classifier: ErrorClassifier,
-    delivery: Delivery,
-    declared: ActorPolicy,
-    message: MessageProxy,
-    history: History,
-    error: BaseException,
-) -> Decision:
-    if message.options.get("max_retries", declared.options.get("max_retries", classifier.max_retries)) == 0:
-        return Decision(Outcome.DEAD, _UNCLASSIFIED, exception=error, attempt=history.attempt, dead_letter=True)
-    delivery.add_to_outbox(OutgoingMessage(_again(delivery, history)))
-    return Decision(Outcome.INTERRUPTED, exception=error, attempt=history.attempt)
+def _interrupted(defaults: BrokerDefaults, run: FailedRun) -> Decision:
+    declared = run.policy.options.get("max_retries", defaults.stock.max_retries)
+    if run.message.options.get("max_retries", declared) == 0:
+        return run.decision(Outcome.DEAD, _UNCLASSIFIED, dead_letter=True)
+    run.send_again()
+    return run.decision(Outcome.INTERRUPTED)
 
 
-def _apply_verdict(
-    classifier: ErrorClassifier,
-    delivery: Delivery,
-    declared: ActorPolicy,
-    message: MessageProxy,
-    history: History,
-    error: BaseException,
-    verdict: Verdict,
-) -> Decision:
-    """Do what a job itself said by raising ``verdict``, which is ``error`` or one of the leaves of that group."""
-    now = now_ms()
-    if not is_a(verdict, Snooze):
-        history.failed(error, now, None)
-        message.options[POLICIES] = history.option()
-        _show_traceback(message, error)
-        return _discarded(classifier, declared, history, error, None)
+def _snoozed(defaults: BrokerDefaults, run: FailedRun, snooze: Snooze) -> Decision:
+    """Put the message back, until `max_snooze` is used up. ``snooze`` is the error or a leaf of the error's group."""
+    history, now = run.history, now_ms()
     if history.snoozed_since is None:
         history.snoozed_since = now
-    left = history.snoozed_since + classifier.max_snooze - now
+    left = history.snoozed_since + defaults.max_snooze - now
     if left <= 0:
-        return Decision(Outcome.DEAD, "exhausted", exception=error, attempt=history.attempt, dead_letter=True)
+        return run.decision(Outcome.DEAD, "exhausted", dead_letter=True)
     history.snoozes += 1
-    asked = _asked_delay(message, verdict)
+    asked = _asked_delay(run.message, snooze)
     delay = min(_UNREADABLE_SNOOZE if asked is None else asked, left)
-    delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
-    return Decision(Outcome.DEFERRED, "snoozed", exception=error, attempt=history.attempt, delay_ms=delay)
+    run.send_again(delay)
+    return run.decision(Outcome.DEFERRED, "snoozed", delay_ms=delay)
 
 
-def _discarded(
-    classifier: ErrorClassifier,
-    declared: ActorPolicy,
-    history: History,
-    error: BaseException,
-    rule_id: str | None,
-    reason: str | None = None,
-) -> Decision:
-    keep = declared.dead_letter_discards
+def _discarded(defaults: BrokerDefaults, run: FailedRun, rule_id: str | None, reason: str | None = None) -> Decision:
+    keep = run.policy.dead_letter_discards
     if keep is None:
-        keep = classifier.dead_letter_discards
-    return Decision(
-        Outcome.DISCARDED,
-        reason,
-        exception=error,
-        rule=rule_id,
-        attempt=history.attempt,
-        dead_letter=keep,
-    )
+        keep = defaults.dead_letter_discards
+    return run.decision(Outcome.DISCARDED, reason, rule=rule_id, dead_letter=keep)
 
 
 def _retry(
-    classifier: ErrorClassifier,
-    broker: Broker,
-    delivery: Delivery,
-    declared: ActorPolicy,
-    message: MessageProxy,
-    history: History,
-    error: BaseException,
-    cause: BaseException,
-    policy: RetryPolicy,
-    rule_id: str,
+    defaults: BrokerDefaults, run: FailedRun, cause: BaseException, policy: RetryPolicy, rule_id: str
 ) -> Decision:
-    now = now_ms()
+    history, message, now = run.history, run.message, now_ms()
     number, first = history.count(rule_id, now)
-    highest = max(classifier.max_attempts, policy.attempts, declared.max_attempts)
+    highest = max(defaults.max_attempts, policy.attempts, run.policy.max_attempts)
     exhausted = number >= policy.attempts or history.ended >= highest
     delay = 0
     if not exhausted:
         asked = cause.delay if is_a(cause, Retry) else None
         delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
-    history.failed(error, now, None if exhausted else delay)
-    _show_traceback(message, error)
+    history.failed(run.error, now, None if exhausted else delay)
+    run.show_traceback()
     if not exhausted:
         history.retry_by_rule(message.options)
         message.options["requeue_timestamp"] = now
-        delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
-        return Decision(Outcome.RETRIED, exception=error, rule=rule_id, attempt=history.attempt, delay_ms=delay)
+        run.send_again(delay)
+        return run.decision(Outcome.RETRIED, rule=rule_id, delay_ms=delay)
     message.options[POLICIES] = history.option()
-    tell_exhausted(broker, delivery, message, history.attempt - 1, history.attempt - 1)
+    tell_exhausted(run.broker, run.delivery, message, history.attempt - 1, history.attempt - 1)
     if policy.then == "discard":
-        return _discarded(classifier, declared, history, error, rule_id, "exhausted")
-    return Decision(
-        Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD,
-        "exhausted",
-        exception=error,
-        rule=rule_id,
-        attempt=history.attempt,
-        dead_letter=True,
-    )
+        return _discarded(defaults, run, rule_id, "exhausted")
+    outcome = Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD
+    return run.decision(outcome, "exhausted", rule=rule_id, dead_letter=True)
 
 
-def _by_stock_options(
-    classifier: ErrorClassifier,
-    broker: Broker,
-    delivery: Delivery,
-    declared: ActorPolicy,
-    message: MessageProxy,
-    history: History,
-    error: BaseException,
-    cause: BaseException,
-) -> Decision:
-    """Leave it to Dramatiq's own code, and hand on what it would have enqueued."""
-    recorder = _StockRetriesRecorder(broker)
+def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseException) -> Decision:
+    """Let Dramatiq's Retries decide, and add the message that it would enqueue to the outbox."""
+    recorder = _StockRetriesRecorder(run.broker)
+    history, message = run.history, run.message
     options = message.options
-    # What Dramatiq counts and compares with max_retries are its own retries.
+    # Dramatiq compares max_retries with its own retries only.
     by_rules = min(history.retried, retries_of(options))
     retries = options["retries"] = retries_of(options) - by_rules
+    # Dramatiq knows nothing of exception groups: it gets the leaf that decides.
+    shown = cause if is_a(cause, (RateLimitExceeded, Retry)) else run.error
     try:
-        Retries.after_process_message(classifier, recorder, message, exception=_as_stock(error, cause))
+        Retries.after_process_message(defaults.stock, recorder, message, exception=shown)
     finally:
         options["retries"] += by_rules
     if "traceback" in options:
         options["traceback"] = encodable(options["traceback"])
     if recorder.told is not None:
-        tell_exhausted(broker, delivery, message, **recorder.told)
+        tell_exhausted(run.broker, run.delivery, message, **recorder.told)
     now = now_ms()
     if not message.failed:
         send = recorder.sends[0]
         delay = max(0, int(send.delay or 0))
-        history.failed(error, now, delay)
-        delivery.add_to_outbox(OutgoingMessage(_again(delivery, history), delay or None))
-        return Decision(Outcome.RETRIED, exception=error, attempt=history.attempt, delay_ms=delay)
-    history.failed(error, now, None)
-    message.options[POLICIES] = history.option()
-    reason = "thrown" if _is_thrown(declared, error) else "exhausted" if retries else _UNCLASSIFIED
-    return Decision(Outcome.DEAD, reason, exception=error, attempt=history.attempt, dead_letter=True)
+        history.failed(run.error, now, delay)
+        run.send_again(delay)
+        return run.decision(Outcome.RETRIED, delay_ms=delay)
+    history.failed(run.error, now, None)
+    options[POLICIES] = history.option()
+    reason = "thrown" if _is_thrown(run) else "exhausted" if retries else _UNCLASSIFIED
+    return run.decision(Outcome.DEAD, reason, dead_letter=True)
 
 
 class _StockRetriesRecorder(Recorder):
-    """Records what Dramatiq's ``Retries`` enqueues, and what ``on_retry_exhausted`` is told.
+    """Records the message that Dramatiq's ``Retries`` enqueues, and the arguments for ``on_retry_exhausted``.
 
     ``Retries`` asks for the message's own actor first, and a second time only for the actor of ``on_retry_exhausted``.
     """
@@ -259,21 +253,3 @@ class _StockRetriesRecorder(Recorder):
 
     def send(self, message: dict[str, Any], told: dict[str, Any]) -> None:
         self.told = told
-
-
-def _show_traceback(message: MessageProxy, error: BaseException) -> None:
-    """Put the traceback where Dramatiq's own retries put it, for dashboards and other middleware."""
-    text = traceback_of(error)
-    if text is not None:
-        message.options["traceback"] = text
-
-
-def _as_stock(error: BaseException, cause: BaseException) -> BaseException:
-    """The error that Dramatiq's own code is shown: it knows nothing of exception groups."""
-    return cause if is_a(cause, (RateLimitExceeded, Retry)) else error
-
-
-def _again(delivery: Delivery, history: History) -> Message[Any]:
-    """The message for its next run, with what it carries of its past."""
-    history.deferrals = 0
-    return delivery.again(**{POLICIES: history.option()})

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._job_errors import quietly
+from .._job_errors import quietly, user_frames
 from ..common import clock
 from ..common.texts import encodable, encodable_all
 from ..outcomes import class_path, text_of
@@ -187,8 +187,8 @@ def failure_of(decision: Decision, options: dict[str, Any], tags: Mapping[str, s
 
 
 def traceback_of(error: BaseException) -> str | None:
-    """The end of an error's traceback, at most 10,000 characters; None if the error has none."""
-    stack = quietly(lambda: error.__traceback__)
+    """Return an error's traceback from the user's code on, the last 10,000 characters; None if the error has none."""
+    stack = user_frames(quietly(lambda: error.__traceback__))
     if stack is None:
         return None
     text = quietly(lambda: "".join(traceback.format_exception(type(error), error, stack, limit=-_FRAMES)))

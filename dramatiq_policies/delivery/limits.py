@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from ..common.durations import WEEK_MS
+from ..common.durations import WEEK_MS, warn_of_seconds
 from ..errors import ConfigurationError
 from ..outcomes import logger
 from .delivery import READY_AT, Delivery
@@ -169,4 +169,5 @@ def checked(where: str, option: str, value: Any, most: int | None) -> float | No
     limit = _within(value, most)
     if limit is None:
         raise ConfigurationError.of_option(where, option, _expected(most), value)
+    warn_of_seconds(where, option, value)
     return limit

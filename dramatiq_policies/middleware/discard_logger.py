@@ -1,4 +1,4 @@
-"""One structured log record for each message that ends badly."""
+"""Log one structured record for each message that failed permanently."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .._job_errors import exc_info_of
 from ..common.safe_logger import SafeLogger
+from ..common.throttle import Throttle
 from ..errors import ConfigurationError
 from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
 from .base import PolicyMiddleware
+from .error_classifier import by_rule
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
+    from typing_extensions import Self
 
     from ..delivery.broker_state import BrokerState
 
@@ -21,7 +25,7 @@ __all__ = ["DiscardLogger"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-#: What is logged, and at which level unless another is given.
+#: The records, and their default levels.
 _LEVELS = {
     "dead": logging.ERROR,
     "expired": logging.ERROR,
@@ -33,21 +37,28 @@ Level = int | str
 
 
 class DiscardLogger(PolicyMiddleware):
-    """Logs each bad ending once, on ``dramatiq_policies.outcomes``, its fields in ``extra=``.
+    """Log one record for each message that is dead, expired or discarded, with its fields in ``extra=``.
 
-    Dead and expired messages are an ERROR with the stack, discarded and thrown ones a WARNING. While it is on, the
-    worker's own lines on failed and skipped messages (with stack and arguments, also for errors that are retried) are
-    left out, unless no handler would write the record of a dead message. An alert has its own CRITICAL record.
+    `install` adds one. To log discarded messages at INFO, pass your own::
+
+        install(broker, discard_logger=DiscardLogger(level={"discarded": "info"}))
+
+    The logger is ``dramatiq_policies.outcomes``. Dead and expired messages are an ERROR, discarded and thrown messages a
+    WARNING. The first dead message of an actor and an exception class has its stack, from your code on; after that the stack
+    is logged once per ``alert_interval`` of the `ErrorClassifier`. At DEBUG each record has the whole stack. An alert has a
+    CRITICAL record of its own.
+
+    With a DiscardLogger the worker leaves out Dramatiq's lines on failed and skipped messages, which show arguments and a stack
+    at each retry. If no handler would write the record of a dead message, the worker keeps them.
 
     Parameters:
-      level: One level for all of them, a number or a name; or a mapping that gives some of ``"dead"``, ``"expired"``,
-        ``"discarded"`` and ``"thrown"`` (an error that stock's ``throws`` names) a level of their own. Default None, as
+      level: One level for all records, as a number or a name. Or a mapping with levels for some of ``"dead"``,
+        ``"expired"``, ``"discarded"`` and ``"thrown"`` (an error that Dramatiq's ``throws`` names). Default None: the levels
         above.
-      log_args: Whether the message's arguments are logged, in the text and as ``job_args`` and ``job_kwargs``. Default
-        False.
+      log_args: Whether to log the message's arguments, in the text and as ``job_args`` and ``job_kwargs``. Default False.
 
     Raises:
-      ConfigurationError: If a level is none, the mapping names something else, or ``log_args`` is no bool.
+      ConfigurationError: A level does not exist, the mapping has another key, or ``log_args`` is no bool.
     """
 
     def __init__(self, level: Level | Mapping[str, Level] | None = None, log_args: bool = False) -> None:
@@ -62,8 +73,11 @@ class DiscardLogger(PolicyMiddleware):
         if not isinstance(log_args, bool):
             raise ConfigurationError.of_option("DiscardLogger", "log_args", "True or False", log_args)
         self.log_args = log_args
+        self._stacks = Throttle()
+        self._state: BrokerState | None = None
 
     def attach(self, state: BrokerState) -> None:
+        self._state = state
         state.failure_level = self.levels["dead"]
         state.observe(self, self._record, self, successes=False)
 
@@ -85,12 +99,25 @@ class DiscardLogger(PolicyMiddleware):
             event.message_id,
             event.actor,
             event.attempt,
-            "" if event.rule is None else f", by the rule for {event.rule}",
+            by_rule(event),
             "" if error is None else f": {type(error).__name__}: {text_of(error)}",
             called,
             extra=extra,
-            exc_info=error if _LEVELS[what] == logging.ERROR else None,
+            exc_info=self._stack_of(event, error) if error is not None and _LEVELS[what] == logging.ERROR else None,
         )
+
+    def _stack_of(self, event: OutcomeEvent, error: BaseException) -> Any:
+        if logger.isEnabledFor(logging.DEBUG):
+            return exc_info_of(error, whole=True)
+        interval = 0 if self._state is None else self._state.alert_interval
+        if self._stacks.admits((event.actor, event.outcome, type(error)), interval):
+            return exc_info_of(error, whole=False)
+        return None
+
+    def for_stub(self) -> Self:
+        stub = super().for_stub()
+        vars(stub).update(_stacks=Throttle(), _state=None)
+        return stub
 
 
 def _number(level: Level) -> int:

@@ -1,4 +1,4 @@
-"""The middleware that decides what becomes of a message: its settings, its hooks, and what it logs."""
+"""The middleware that decides about each message: settings, hooks, log lines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from ..common import clock
+from .._job_errors import exc_info_of
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
+from ..common.throttle import Throttle
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..delivery.broker_state import state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
-from ..delivery.decisions import decide
+from ..delivery.decisions import BrokerDefaults, FailedRun, decide
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
@@ -25,7 +26,7 @@ from ..interrupts import unwrap_interrupt
 from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
 from ..rules.matching import RuleSet
-from ..rules.parsing import parse_rules
+from ..rules.parsing import parse_rules, readable_rule
 from ..rules.rule import RetryPolicy
 from .base import PolicyMiddleware, order_middleware
 
@@ -40,33 +41,54 @@ __all__ = ["ErrorClassifier"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
-#: Of how many pairs of actor and exception it is remembered that they have alerted.
-_REMEMBERED = 1_000
 _DEFAULTS = {"max_retries": 20, "min_backoff": None, "max_backoff": None, "retry_when": None}
 
 
 class ErrorClassifier(PolicyMiddleware, Retries):
-    """Retries, discards and alerts by rules that name exceptions; takes the place of Dramatiq's ``Retries``.
+    """Retry, discard or alert by rules that name exceptions. It takes the place of Dramatiq's ``Retries``.
+
+    `install` adds one. Pass your own for rules and settings that hold for all actors::
+
+        from datetime import timedelta
+
+        from dramatiq_policies import ErrorClassifier, RetryPolicy, exponential, install
+
+        install(
+            broker,
+            error_classifier=ErrorClassifier(
+                retry_on={ConnectionError: RetryPolicy(attempts=8, wait=exponential(initial=timedelta(seconds=2)))},
+                discard_on="stripe.CardError",
+                alert_on="myshop.errors.MissingApiKey",
+                unclassified=RetryPolicy(attempts=5),
+            ),
+        )
+
+    An actor adds rules of its own by the options ``retry_on``, ``discard_on`` and ``alert_on``. For each exception the rule for
+    the nearest class in its MRO decides; for the same class an actor's rule goes before a broker's.
 
     Parameters:
-      retry_on, discard_on, alert_on: Rules for every actor of the broker, in the forms that an actor takes, also as
-        dotted strings (resolved at first use). An actor with ``broker_rules=False`` has only its own.
-      unclassified: A `RetryPolicy` for errors that no rule names. None, the default, leaves them to the stock options.
-      max_attempts: How many runs our rules may end in all, whatever alternates. The actor's highest attempts count if
-        they are more. Default 25.
-      alert_interval: How long an alert of the same actor and exception fires only once, in milliseconds or as a
-        ``timedelta``; 0 for always. Default 5 minutes.
-      max_snooze: How long a job may snooze in all, from the first time on. Default 7 days.
-      dead_letter_discards: Whether discarded messages are kept on the dead-letter queue. Default False.
-      after_discard: ``callable(message, exception)``, called once when a message has ended badly for good.
-      max_body_bytes: The largest message body that a worker decodes, in bytes. A larger one becomes a dead letter as it is,
-        reason ``malformed``. None for any size. Default 16 MB.
-      on_outcome: Called with each `OutcomeEvent`, or several such callables. What they raise is logged.
-      max_retries, min_backoff, max_backoff, retry_when: As in Dramatiq's ``Retries``. Left out, those of a ``Retries``
-        that was on the broker are kept.
+      retry_on, discard_on, alert_on: Rules for every actor of the broker, in the same forms as an actor's options. Here a class
+        may also be a dotted string, imported at first use. An actor with ``broker_rules=False`` ignores these rules.
+      unclassified: A `RetryPolicy` for errors that no rule names. Default None: Dramatiq's options decide (20 retries over
+        several weeks).
+      max_attempts: The most runs of one message that rules may end, counted over all rules. An actor with a rule of more
+        attempts may use all of them. Default 25.
+      alert_interval: How often an alert of the same actor and exception fires, and how often the stack of a dead message of
+        the same actor and exception is logged: once per interval. Milliseconds or a ``timedelta``; 0 for always. Default 5
+        minutes.
+      max_snooze: How long a job may snooze, from its first `Snooze` on. Milliseconds or a ``timedelta``. Default 7 days.
+      dead_letter_discards: Whether to keep discarded messages on the dead-letter queue. Default False.
+      after_discard: ``callable(message, exception)``, called once when a message has failed permanently: discarded, alerted,
+        dead or expired.
+      max_body_bytes: The largest message body that a worker decodes, in bytes. A larger message goes undecoded to the dead
+        letters, reason ``malformed``. None for any size. Default 16 MB.
+      on_outcome: A callable, or several, called with the `OutcomeEvent` of each delivery. Their errors are logged and change
+        nothing.
+      max_retries, min_backoff, max_backoff, retry_when: As in Dramatiq's ``Retries``. Default: the settings of the broker's
+        ``Retries``.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument is wrong.
     """
 
     def __init__(
@@ -120,7 +142,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for subscriber in subscribers:
             expect_callable(where, "on_outcome", subscriber, "event")
         self.subscribers = tuple(subscribers)
-        self._alerted: dict[tuple[str | None, type[BaseException]], float] = {}
+        self._alerts = Throttle()
+        self._defaults: BrokerDefaults | None = None
 
     replaces = (Retries, "retry each message")
 
@@ -129,13 +152,21 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         return {*super().actor_options, *ACTOR_OPTIONS}
 
     def inherit_settings(self, stock: Retries) -> None:
-        """Keep the settings of the Retries that was on the broker, where none were given."""
+        """Take over the settings of the broker's Retries that were not passed to this middleware."""
         for name in _DEFAULTS.keys() - self._given.keys():
             setattr(self, name, getattr(stock, name))
 
     def attach(self, state: BrokerState) -> None:
         make_stock_loggers_safe(state.broker)
+        self._defaults = BrokerDefaults(
+            stock=self,
+            unclassified=self.unclassified,
+            max_attempts=self.max_attempts,
+            max_snooze=self.max_snooze,
+            dead_letter_discards=self.dead_letter_discards,
+        )
         state.max_body_bytes = self.max_body_bytes
+        state.alert_interval = self.alert_interval
         state.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
             state.subscribe(self, subscriber)
@@ -143,18 +174,18 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             state.after_discard = (self.after_discard,)
 
     def for_stub(self) -> Self:
-        twin = super().for_stub()
-        vars(twin)["_alerted"] = {}
-        return twin
+        stub = super().for_stub()
+        vars(stub)["_alerts"] = Throttle()
+        return stub
 
-    # Hooks. The one before and the one after a run are on every message's way: they do no more than they must.
+    # Hooks. before_process_message and after_process_message run for every message: keep them short.
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         state = self.attached_to
         if state is None:
             state = order_middleware(broker)
         if getattr(state.moving_delayed, "on", False):
-            # Out of the delay queue: it became ready when its time came, not now.
+            # Moved out of the delay queue: it became ready at its time, not now.
             return
         options = message.options
         options[READY_AT] = now_ms() if delay is None else _ready_at(message, delay)
@@ -178,14 +209,16 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             return
         delivery.proxy = None
         if exception is None:
-            # Or not, if another middleware has failed it: then the worker nacks it, which says so.
+            # If another middleware has failed the message, the worker nacks it, and the consumer decides anew.
             delivery.decision = SUCCEEDED
         else:
             try:
-                # Not what is on the delivery: a before-hook of another's may have raised ahead of ours.
-                declared = delivery.consumer.state.policies[message.actor_name]
-                delivery.decision = decide(self, broker, delivery, declared, message, unwrap_interrupt(exception))
-            except BaseException as error:  # Not even an exit: it would end the worker's thread.
+                # Not `delivery.policy`: another middleware's before-hook may have raised ahead of ours.
+                policy = delivery.consumer.state.policies[message.actor_name]
+                assert self._defaults is not None  # Set by `attach`.
+                run = FailedRun(broker, delivery, policy, message, unwrap_interrupt(exception))
+                delivery.decision = decide(self._defaults, run)
+            except BaseException as error:  # SystemExit would end the worker's thread.
                 logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
                 stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
                 delivery.decision = Decision(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
@@ -202,7 +235,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if decision is None:
             delivery.decision = Decision(Outcome.SKIPPED)
         elif decision.exception is not None:
-            # Skipped by the wrapper of the actor's function.
+            # The wrapper of the actor's function skipped the message.
             message.stuff_exception(decision.exception)
             if decision.dead_letter:
                 message.fail()
@@ -224,22 +257,21 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for put_back in later:
             put_back()
         if state.fatal is not None and state.in_command:
-            # What dramatiq exits with when its broker can't be reached.
+            # Dramatiq's exit code for a broker that it can't reach.
             raise SystemExit(3)
 
-    # Records.
-
     def _report(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        """The one line of a retried or put back message, and of an alert."""
+        """Log one line for a message that is retried, put back or skipped, and for an alert."""
         error = event.exception
         if event.outcome is Outcome.RETRIED:
-            assert error is not None  # It was the job's.
+            assert error is not None  # The job's error.
             logger.warning(
-                "retried: message %s of actor %s, attempt %s, again in %s ms: %s: %s",
+                "retried: message %s of actor %s, attempt %s, again in %s ms%s: %s: %s",
                 event.message_id,
                 event.actor,
                 event.attempt,
                 event.delay_ms,
+                by_rule(event),
                 type(error).__name__,
                 text_of(error),
                 extra=extra_of(event, message),
@@ -254,43 +286,45 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.DUPLICATE, Outcome.SKIPPED):
             logger.log(
                 logging.WARNING if event.reason == "handoff_failed" else logging.INFO,
-                "%s: message %s of actor %s%s",
+                "%s: message %s of actor %s%s%s%s",
                 event.outcome.value,
                 event.message_id,
                 event.actor,
                 "" if event.reason is None else f" ({event.reason})",
+                "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
+                f": {text_of(error)}" if event.reason == "snoozed" and error is not None else "",
                 extra=extra_of(event, message),
             )
 
     def _alert(self, event: OutcomeEvent, error: BaseException, message: MessageProxy | None) -> None:
-        key = (event.actor, type(error))
-        now = clock.monotonic()
-        last = self._alerted.get(key)
-        repeated = last is not None and (now - last) * 1_000 < self.alert_interval
-        if not repeated:
-            if len(self._alerted) >= _REMEMBERED:
-                # Somebody makes classes as he goes; they must not pile up here.
-                self._alerted.clear()
-            self._alerted[key] = now
-        (logger if repeated else alerts).log(
-            logging.WARNING if repeated else logging.CRITICAL,
-            "alerted%s: message %s of actor %s, attempt %s: %s: %s",
-            " again" if repeated else "",
+        first = self._alerts.admits((event.actor, type(error)), self.alert_interval)
+        (alerts if first else logger).log(
+            logging.CRITICAL if first else logging.WARNING,
+            "alerted%s: message %s of actor %s, attempt %s%s: %s: %s",
+            "" if first else " again",
             event.message_id,
             event.actor,
             event.attempt,
+            by_rule(event),
             class_path(type(error)),
             text_of(error),
             extra=extra_of(event, message),
-            exc_info=None if repeated else error,
+            exc_info=exc_info_of(error, whole=alerts.isEnabledFor(logging.DEBUG)) if first else None,
         )
 
 
+def by_rule(event: OutcomeEvent) -> str:
+    """Return the part of a log line that names the rule."""
+    if event.rule is None:
+        return ""
+    return ", unclassified" if event.rule == "unclassified" else f", by the rule for {readable_rule(event.rule)}"
+
+
 def _ready_at(message: Message[Any], delay: Any) -> int:
-    """When a message that is sent with a delay is ready, in ms since the epoch.
+    """Return when a message sent with a delay is ready, in ms since the epoch.
 
     Raises:
-      ConfigurationError: The delay is no number, or not finite. Dramatiq would send the message, and run it at once.
+      ConfigurationError: The delay is no finite number. Dramatiq would send the message and run it at once.
     """
     try:
         if isinstance(delay, bool):

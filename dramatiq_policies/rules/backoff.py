@@ -1,9 +1,9 @@
-"""How long to wait before the next attempt: pure functions of the attempt and the error.
+"""Waits before the next attempt: pure functions of the attempt and the error.
 
-A wait is any ``callable(attempt, exception) -> ms``; attempt is 1 at the rule's first failure. Those here add jitter
-upward only, as a share of the wait, so that a wait is never shorter than it says (see "Exponential Backoff And Jitter",
-AWS Architecture Blog). All are bounded by the seven days that Dramatiq can delay a message for. They are immutable
-values, which compare, print and pickle as what was declared; ``bounds(attempt)`` says what they may come to.
+A wait is any ``callable(attempt, exception) -> ms``; attempt is 1 at the rule's first failure. The waits in this module add
+jitter upward only, as a share of the wait, so that a wait is never shorter than declared (see "Exponential Backoff And Jitter",
+AWS Architecture Blog). The longest wait is seven days, the longest delay that Dramatiq accepts. Waits are immutable values that
+compare, print and pickle by their arguments; ``bounds(attempt)`` returns the shortest and the longest wait.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = [
 
 logger = SafeLogger("dramatiq_policies.backoff")
 
-#: Given the rule's own count and the error, milliseconds (or a timedelta) until the next attempt.
+#: Takes the rule's own count and the error; returns milliseconds (or a timedelta) until the next attempt.
 Wait = Callable[[int, BaseException], "int | float | timedelta"]
 Random = Callable[[], float]
 
 
 class _Declared:
-    """Frozen, and prints as it was declared, for `explain` and for logs.
+    """A frozen value that prints as declared, for `explain` and for logs.
 
-    No dataclass, like all of ours that every worker imports and no user handles: it compiles its methods at each import.
+    No dataclass: a dataclass compiles its methods at each import, and every worker imports this module.
     """
 
     declared_as: ClassVar[str]
@@ -71,7 +71,7 @@ class _Declared:
 
 
 class _Growing(_Declared):
-    """A wait that grows with the attempt, bounded by ``maximum`` before jitter."""
+    """A wait that grows with the attempt, up to ``maximum`` before jitter."""
 
     maximum: int
     jitter: float
@@ -81,7 +81,7 @@ class _Growing(_Declared):
         raise NotImplementedError
 
     def bounds(self, attempt: int) -> tuple[int, int]:
-        """The shortest and the longest wait at this attempt, in milliseconds."""
+        """Return the shortest and the longest wait at this attempt, in milliseconds."""
         most = min(self.maximum, WEEK_MS)
         try:
             base = min(self.base(max(1, attempt)), most)
@@ -125,7 +125,7 @@ class _Constant(_Declared):
     ms: int
 
     def bounds(self, attempt: int) -> tuple[int, int]:
-        """The wait, twice."""
+        """Return the wait as the shortest and as the longest."""
         wait = min(self.ms, WEEK_MS)
         return wait, wait
 
@@ -141,17 +141,21 @@ def exponential(
     *,
     random: Random | None = None,
 ) -> _Exponential:
-    """``initial`` * ``factor`` ^ (attempt - 1).
+    """Wait ``initial``, then ``factor`` times longer after each failure, up to ``maximum``.
+
+    Two seconds, four, eight, sixteen, then at most a minute::
+
+        RetryPolicy(attempts=8, wait=exponential(initial=timedelta(seconds=2), maximum=timedelta(minutes=1)))
 
     Parameters:
-      initial: The wait after the first failure, in milliseconds. Default 15 seconds, Dramatiq's own.
-      maximum: The longest wait before jitter, in milliseconds. Default seven days.
-      factor: What each further wait is multiplied by, at least 1. Default 2.
-      jitter: The share of the wait that is added at random, 0 to 1. Default 0.15.
+      initial: The wait after the first failure, in milliseconds or as a ``timedelta``. Default 15 seconds, as in Dramatiq.
+      maximum: The longest wait before jitter, in milliseconds or as a ``timedelta``. Default seven days.
+      factor: Each wait is this many times the one before, at least 1. Default 2.
+      jitter: The largest share of the wait that is added at random, 0 to 1. Default 0.15.
       random: The source of randomness, a callable that returns 0 to 1.
 
     Raises:
-      ConfigurationError: If an argument is out of its range.
+      ConfigurationError: An argument is out of its range.
     """
     where = "exponential()"
     return _Exponential(
@@ -172,18 +176,22 @@ def polynomial(
     *,
     random: Random | None = None,
 ) -> _Polynomial:
-    """``offset`` + ``scale`` * attempt ^ ``power``: Active Job's ``polynomially_longer`` with its defaults.
+    """Wait ``offset`` + ``scale`` * attempt ^ ``power``; the defaults are those of Active Job's ``polynomially_longer``.
+
+    Three seconds, 18, 83, 258 …::
+
+        RetryPolicy(attempts=10, wait=polynomial())
 
     Parameters:
       power: The exponent. Default 4.
-      scale: In milliseconds. Default 1,000.
-      offset: In milliseconds. Default 2,000.
-      maximum: The longest wait before jitter, in milliseconds. Default seven days.
-      jitter: The share of the wait that is added at random, 0 to 1. Default 0.15.
+      scale: In milliseconds or as a ``timedelta``. Default 1 second.
+      offset: In milliseconds or as a ``timedelta``. Default 2 seconds.
+      maximum: The longest wait before jitter, in milliseconds or as a ``timedelta``. Default seven days.
+      jitter: The largest share of the wait that is added at random, 0 to 1. Default 0.15.
       random: The source of randomness, a callable that returns 0 to 1.
 
     Raises:
-      ConfigurationError: If an argument is out of its range.
+      ConfigurationError: An argument is out of its range.
     """
     where = "polynomial()"
     return _Polynomial(
@@ -197,10 +205,15 @@ def polynomial(
 
 
 def constant(ms: Duration) -> _Constant:
-    """Always the same wait, in milliseconds or as a ``timedelta``.
+    """Always wait the same time, without jitter::
+
+        RetryPolicy(attempts=4, wait=constant(timedelta(seconds=30)))
+
+    Parameters:
+      ms: The wait, in milliseconds or as a ``timedelta``.
 
     Raises:
-      ConfigurationError: If it is no duration.
+      ConfigurationError: ``ms`` is no duration.
     """
     return _Constant(ms=checked_wait("constant()", "ms", ms))
 
@@ -214,49 +227,70 @@ class _RetryAfter(_Declared):
 
     fallback: Wait
     maximum: int
+    jitter: float
+    random: Random | None
     now: Callable[[], datetime]
 
     def bounds(self, attempt: int) -> tuple[int, int]:
-        """The shortest and the longest wait at this attempt: the other side may ask for none at all."""
-        return 0, max(min(self.maximum, WEEK_MS), bounds_of(self.fallback, attempt)[1])
+        """Return the shortest and the longest wait at this attempt; the other side may ask for no wait at all."""
+        return 0, max(self._with_jitter(self.maximum, 1.0), bounds_of(self.fallback, attempt)[1])
+
+    def _with_jitter(self, wait: float, share: float) -> int:
+        return min(WEEK_MS, math.ceil(wait * (1 + self.jitter * share)))
 
     def __call__(self, attempt: int, exception: BaseException) -> int:
         seconds = parse_retry_after(exception, self.now)
         if seconds is None:
             return safe_wait(self.fallback, attempt, exception)
-        # Rounded up: a server that says two seconds means no less.
-        return min(self.maximum, WEEK_MS, math.ceil(seconds * 1_000))
+        # Rounded up: never earlier than the server asks for.
+        wait = min(self.maximum, WEEK_MS, math.ceil(seconds * 1_000))
+        return self._with_jitter(wait, (self.random or _random.random)())
 
 
 def retry_after(
     fallback: Wait | Duration | None = None,
     maximum: Duration = 3_600_000,
+    jitter: float = 0.15,
     *,
+    random: Random | None = None,
     now: Callable[[], datetime] = _now,
 ) -> _RetryAfter:
-    """As long as the other side asked for, in ``exc.retry_after`` or a Retry-After header (RFC 9110, 10.2.3).
+    """Wait as long as the other side asks for, in ``exc.retry_after`` or a Retry-After header (RFC 9110, 10.2.3).
 
-    ``exc.retry_after`` may be seconds, a ``timedelta``, a ``datetime`` (naive: UTC) or a header's value; the header is
-    looked for in ``exc.response.headers`` and ``exc.headers``. A time that has passed is no wait at all.
+    For a rate-limited service::
+
+        RetryPolicy(attempts=10, wait=retry_after(fallback=exponential(initial=timedelta(seconds=1))))
+
+    ``exc.retry_after`` may be seconds, a ``timedelta``, a ``datetime`` (naive: UTC) or a header's value. The header is read from
+    ``exc.response.headers`` and ``exc.headers``. A time in the past is no wait. Jitter lengthens the wait and spreads the
+    messages, which otherwise would all come back at the same moment.
 
     Parameters:
-      fallback: The wait where nothing readable is said, or a constant one. Default ``exponential()``.
-      maximum: The longest wait that is granted, in milliseconds. Default an hour.
+      fallback: The wait if the error names no readable time, or a constant duration. Default ``exponential()``.
+      maximum: The longest wait before jitter, in milliseconds or as a ``timedelta``. Default an hour; at most seven days.
+      jitter: The largest share of the wait that is added at random, 0 to 1. Default 0.15.
+      random: The source of randomness, a callable that returns 0 to 1.
       now: The clock.
 
     Raises:
-      ConfigurationError: If an argument is out of its range.
+      ConfigurationError: An argument is out of its range.
     """
     where = "retry_after()"
     chosen = exponential() if fallback is None else as_wait(where, "fallback", fallback)
-    return _RetryAfter(fallback=chosen, maximum=checked_wait(where, "maximum", maximum), now=now)
+    return _RetryAfter(
+        fallback=chosen,
+        maximum=checked_wait(where, "maximum", maximum),
+        jitter=_share(where, jitter),
+        random=random,
+        now=now,
+    )
 
 
 def as_wait(where: str, option: str, value: Any) -> Wait:
-    """What was declared as a wait, a bare duration as a constant one.
+    """Return a declared wait; a duration becomes a constant wait.
 
     Raises:
-      ConfigurationError: If it is neither a duration nor a plain callable that takes two arguments.
+      ConfigurationError: The value is neither a duration nor a plain callable with two arguments.
     """
     if isinstance(value, (int, float, timedelta)):
         return _Constant(ms=checked_wait(where, option, value))
@@ -269,19 +303,19 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
 
 
 def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
-    """The shortest and the longest wait at this attempt, in milliseconds; a callable of the user's may say anything."""
+    """Return the shortest and the longest wait at this attempt, in milliseconds; a user's callable may return any wait."""
     return wait.bounds(attempt) if isinstance(wait, (_Growing, _Constant, _RetryAfter)) else (0, WEEK_MS)
 
 
 def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
-    """What the wait says, in whole milliseconds, at most seven days; a longer one is logged.
+    """Call a wait, and return whole milliseconds, at most seven days; log a longer wait.
 
-    One that raises or returns rubbish is logged, and `exponential` taken instead.
+    If the wait raises or returns no duration, log the error and use `exponential`.
     """
     try:
         return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
-    except BaseException:  # Not even an exit: see `user_errors`.
-        logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
+    except BaseException:  # User code may raise SystemExit; see `_job_errors`.
+        logger.exception("The wait %r failed at attempt %d; exponential() is used instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from .rule import Owner, RetryPolicy, Rule, Verb, When, reject_duplicates
 
-__all__ = ["parse_rules"]
+__all__ = ["parse_rules", "readable_rule"]
 
 
 def parse_rules(
@@ -113,3 +114,23 @@ def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | 
     # An actor's lambda and the broker's on one class are two rules, and both are tried.
     mark = "?" if owner == "actor" else "??"
     return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
+
+
+def readable_rule(rule_id: str) -> str:
+    """Return a rule's id for people: ``HTTPError when is_rate_limited`` for ``requests.HTTPError?is_rate_limited``.
+
+    Log lines show it; records and dead letters keep the id.
+    """
+    return " or ".join(_readable(part) for part in rule_id.split("|"))
+
+
+def _readable(part: str) -> str:
+    name, mark, predicate = part.partition("?")
+    name, _, number = name.partition("#")
+    predicate, _, also = predicate.lstrip("?").partition("#")
+    shown = name.rpartition(".")[2]
+    if mark:
+        function = re.sub(r".*<locals>\.", "", predicate)
+        shown += f" when {'a lambda' if function.endswith('<lambda>') else function}"
+    number = number or also
+    return f"{shown} (no. {number})" if number else shown
