@@ -114,7 +114,7 @@ class SafeLogger:
                 return
             if isinstance(exc_info, BaseException):
                 exc_info = (type(exc_info), exc_info, exc_info.__traceback__)
-            elif exc_info:
+            elif exc_info and not isinstance(exc_info, tuple):
                 exc_info = sys.exc_info()
             frame = sys._getframe(2)  # noqa: SLF001 - documented in spite of its name
             where = frame.f_code.co_filename, frame.f_lineno

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from .._job_errors import exc_info_of
+from .._job_errors import exc_info_of, is_a
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..common.throttle import Throttle
@@ -21,7 +21,7 @@ from ..delivery.decisions import BrokerDefaults, FailedRun, decide
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
-from ..errors import ConfigurationError, HandoffFailed, checked_duration
+from ..errors import ConfigurationError, HandoffFailed, Snooze, checked_duration
 from ..interrupts import unwrap_interrupt
 from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
@@ -292,7 +292,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 event.actor,
                 "" if event.reason is None else f" ({event.reason})",
                 "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
-                f": {text_of(error)}" if event.reason == "snoozed" and error is not None else "",
+                _snooze_reason(error),
                 extra=extra_of(event, message),
             )
 
@@ -300,12 +300,11 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         first = self._alerts.admits((event.actor, type(error)), self.alert_interval)
         (alerts if first else logger).log(
             logging.CRITICAL if first else logging.WARNING,
-            "alerted%s: message %s of actor %s, attempt %s%s: %s: %s",
+            "alerted%s: message %s of actor %s, attempt %s: %s: %s",
             "" if first else " again",
             event.message_id,
             event.actor,
             event.attempt,
-            by_rule(event),
             class_path(type(error)),
             text_of(error),
             extra=extra_of(event, message),
@@ -318,6 +317,12 @@ def by_rule(event: OutcomeEvent) -> str:
     if event.rule is None:
         return ""
     return ", unclassified" if event.rule == "unclassified" else f", by the rule for {readable_rule(event.rule)}"
+
+
+def _snooze_reason(error: Any) -> str:
+    """Return the part of a log line with the reason of a `Snooze`, if the job gave one."""
+    given = is_a(error, Snooze) and error.args[1:] != ("",)
+    return f": {text_of(error)}" if given else ""
 
 
 def _ready_at(message: Message[Any], delay: Any) -> int:

@@ -233,7 +233,7 @@ class _RetryAfter(_Declared):
 
     def bounds(self, attempt: int) -> tuple[int, int]:
         """Return the shortest and the longest wait at this attempt; the other side may ask for no wait at all."""
-        return 0, max(self._with_jitter(self.maximum, 1.0), bounds_of(self.fallback, attempt)[1])
+        return 0, max(self._with_jitter(min(self.maximum, WEEK_MS), 1.0), bounds_of(self.fallback, attempt)[1])
 
     def _with_jitter(self, wait: float, share: float) -> int:
         return min(WEEK_MS, math.ceil(wait * (1 + self.jitter * share)))
@@ -315,7 +315,7 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     try:
         return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
     except BaseException:  # User code may raise SystemExit; see `_job_errors`.
-        logger.exception("The wait %r failed at attempt %d; exponential() is used instead.", wait, attempt)
+        logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
         return _FALLBACK(attempt, exception)
 
 

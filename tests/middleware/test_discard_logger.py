@@ -94,7 +94,7 @@ def test_plain_logging_says_it_in_a_sentence_and_has_the_fields_for_a_format(for
     written, event = formatted(logging.Formatter("%(levelname)s [%(actor)s/%(queue)s] %(message)s"))
     assert written == (
         f"WARNING [send_mail/mails] discarded: message {event.message_id} of actor send_mail, attempt 1, "
-        f"by the rule for {event.rule}: NoSuchOrder: no order 7\n"
+        f"by the rule for NoSuchOrder: NoSuchOrder: no order 7\n"
     )
 
 

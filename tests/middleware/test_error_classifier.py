@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -295,7 +296,7 @@ def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
     for number in range(2_000):
         error = type(f"MissingKey{number}", (MissingKey,), {})()
         classifier._alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), error, None)
-        remembered.append(len(classifier._alerted))
+        remembered.append(len(classifier._alerts._last))
     assert max(remembered) == 1_000
 
 
@@ -1781,15 +1782,52 @@ def skip(middleware, broker, message):
 def test_what_is_put_back_or_skipped_is_a_line_at_info(caplog):
     caplog.set_level(logging.INFO, "dramatiq_policies.outcomes")
     stage = Stage()
-    snoozing = failing(stage, Snooze(0)).send()
+    snoozing = failing(stage, Snooze(0, "the bank is closed")).send()
     stage.run()
     stage.broker.add_middleware(type("Skipping", (Middleware,), {"before_process_message": skip})())
     skipped = stage.broker.actors["pay"].send()
     stage.run()
     assert [r.getMessage() for r in caplog.records if r.name == "dramatiq_policies.outcomes"] == [
-        f"deferred: message {snoozing.message_id} of actor pay (snoozed)",
+        f"deferred: message {snoozing.message_id} of actor pay (snoozed), again in 0 ms: the bank is closed",
         f"skipped: message {skipped.message_id} of actor pay",
     ]
+
+
+def test_the_line_of_a_retry_names_its_rule_in_words(caplog):
+    def is_busy(error):
+        return True
+
+    stage = Stage(unclassified=SOON)
+    failing(
+        stage, PaymentError("no"), KeyError("x"), retry_on={when(PaymentError, is_busy): SOON, MissingKey: SOON}
+    ).send()
+    stage.run()
+    first, second = [r.getMessage() for r in lines(caplog)]
+    assert ", again in 0 ms, by the rule for PaymentError when is_busy: PaymentError: no" in first
+    assert ", again in 0 ms, unclassified: KeyError: 'x'" in second
+
+
+def test_the_stack_of_a_dead_message_begins_at_the_users_code_and_is_whole_at_debug(caplog):
+    outcomes_of(PaymentError("no"), max_retries=0)
+    stack = traceback.extract_tb(lines(caplog)[0].exc_info[2])
+    assert [frame.name for frame in stack] == ["pay"]
+    caplog.clear()
+    caplog.set_level(logging.DEBUG, logger="dramatiq_policies")
+    outcomes_of(PaymentError("no"), max_retries=0)
+    assert len(traceback.extract_tb(lines(caplog)[0].exc_info[2])) > 3
+
+
+@pytest.mark.parametrize(("interval", "whole"), [(300_000, 2), (0, 5)])
+def test_the_stack_of_one_actors_dead_messages_is_logged_once_per_interval_and_error(interval, whole, caplog):
+    stage = Stage(alert_interval=interval)
+    pay = failing(stage, *[PaymentError("no")] * 4, KeyError("x"), max_retries=0)
+    for _ in range(5):
+        pay.send()
+    stage.run()
+    records = lines(caplog)
+    assert [r.levelno for r in records] == [logging.ERROR] * 5
+    assert sum(bool(r.exc_info) for r in records) == whole
+    assert records[0].exc_info
 
 
 def test_the_stack_of_a_retried_error_is_at_debug(caplog):
@@ -1849,7 +1887,7 @@ def test_the_arguments_are_logged_on_request_only(caplog):
 
 def test_an_expired_message_is_an_error_with_its_exception(caplog):
     stage = Stage()
-    stage.actor(lambda: None, actor_name="late", queue_timeout=1_000)
+    stage.actor(lambda: None, actor_name="late", queue_timeout=timedelta(seconds=1))
     raw(stage, actor="late")
     stage.run()
     (record,) = lines(caplog)

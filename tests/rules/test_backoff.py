@@ -136,14 +136,16 @@ def test_what_is_drawn_lies_within_the_bounds():
 
 def test_the_bounds_of_any_wait_are_known_as_far_as_they_can_be():
     assert bounds_of(constant(5), 3) == (5, 5)
-    assert bounds_of(retry_after(fallback=5, maximum=60_000), 1) == (0, 60_000)
+    assert bounds_of(retry_after(fallback=5, maximum=60_000), 1) == (0, 69_000)
+    assert bounds_of(retry_after(fallback=5, maximum=60_000, jitter=0), 1) == (0, 60_000)
     assert bounds_of(retry_after(fallback=90_000, maximum=60_000), 1) == (0, 90_000)
     assert bounds_of(retry_after(fallback=exponential(1_000, jitter=0.5), maximum=0), 2) == (0, 3_000)
     assert bounds_of(lambda attempt, exception: 5, 1) == (0, WEEK_MS)
 
 
 def test_a_wait_prints_as_it_is_declared():
-    declared = "retry_after(fallback=exponential(initial=2000, maximum=60000, factor=3, jitter=0.2), maximum=5000)"
+    fallback = "exponential(initial=2000, maximum=60000, factor=3, jitter=0.2)"
+    declared = f"retry_after(fallback={fallback}, maximum=5000, jitter=0.15)"
     assert repr(eval(declared)) == declared
     assert repr(constant(timedelta(seconds=2))) == "constant(ms=2000)"
     assert repr(polynomial()) == "polynomial(power=4, scale=1000, offset=2000, maximum=604800000, jitter=0.15)"
@@ -202,6 +204,7 @@ def test_processes_forked_from_one_draw_differently():
         (lambda: constant(-1), "ms"),
         (lambda: constant(float("inf")), "ms"),
         (lambda: retry_after(maximum=-1), "maximum"),
+        (lambda: retry_after(jitter=2), "jitter"),
         (lambda: retry_after(fallback="soon"), "fallback"),
         (lambda: retry_after(fallback=-1), "fallback"),
         (lambda: retry_after(fallback=coroutine_wait), "fallback"),
@@ -237,23 +240,23 @@ def test_an_argument_out_of_range_is_a_configuration_error_that_names_it(build, 
     ids=lambda error: re.sub(r" at 0x\w+", "", repr(vars(error))),
 )
 def test_retry_after_waits_as_long_as_it_is_asked_to_and_never_less(error):
-    assert 7_000 - 1 <= retry_after(now=lambda: NOW)(1, error) <= 7_000
+    assert 7_000 - 1 <= retry_after(jitter=0, now=lambda: NOW)(1, error) <= 7_000
 
 
 def test_headers_need_be_no_mapping_as_those_of_urllib_are_not():
     headers = email.message.Message()
     headers["Retry-After"] = "3"
-    assert retry_after()(1, urllib.error.HTTPError("http://mail", 429, "", headers, None)) == 3_000
+    assert retry_after(jitter=0)(1, urllib.error.HTTPError("http://mail", 429, "", headers, None)) == 3_000
 
 
 def test_a_header_whose_name_is_no_text_is_passed_over():
-    assert retry_after()(1, asked_by_header({None: "5", "Retry-After": "3"})) == 3_000
+    assert retry_after(jitter=0)(1, asked_by_header({None: "5", "Retry-After": "3"})) == 3_000
 
 
 def test_the_errors_own_headers_count_where_it_has_no_response():
     error = ValueError()
     error.headers = {"Retry-After": "3"}
-    assert retry_after()(1, error) == 3_000
+    assert retry_after(jitter=0)(1, error) == 3_000
 
 
 @pytest.mark.parametrize("nothing", ["nan", float("nan"), float("inf"), "inf", True])
@@ -268,29 +271,38 @@ def test_a_time_in_a_zone_that_is_none_is_not_asked_for():
 def test_what_is_unreadable_in_one_place_is_looked_for_in_the_next():
     error = asked_by_header({"Retry-After": "3"})
     error.retry_after = "when it suits you"
-    assert retry_after()(1, error) == 3_000
+    assert retry_after(jitter=0)(1, error) == 3_000
 
 
 def test_a_time_that_has_passed_is_no_wait_at_all():
-    wait = retry_after(now=lambda: NOW)
+    wait = retry_after(jitter=0, now=lambda: NOW)
     assert wait(1, asking(NOW - timedelta(days=1))) == 0
     assert wait(1, asking(-5)) == 0
 
 
 def test_a_date_is_counted_from_now():
-    assert 50_000 < retry_after()(1, asking(datetime.now(timezone.utc) + timedelta(minutes=1))) <= 60_000
+    assert 50_000 < retry_after(jitter=0)(1, asking(datetime.now(timezone.utc) + timedelta(minutes=1))) <= 60_000
 
 
 def test_no_more_than_the_maximum_is_granted():
-    assert retry_after()(1, asking(86_400)) == 3_600_000
-    assert retry_after()(1, asking("9" * 400)) == 3_600_000
-    assert retry_after(maximum=timedelta(minutes=1))(1, asking(86_400)) == 60_000
+    assert retry_after(jitter=0)(1, asking(86_400)) == 3_600_000
+    assert retry_after(jitter=0)(1, asking("9" * 400)) == 3_600_000
+    assert retry_after(maximum=timedelta(minutes=1), jitter=0)(1, asking(86_400)) == 60_000
 
 
 def test_the_fallback_is_taken_where_nothing_is_said():
     assert retry_after(fallback=constant(5))(1, ERROR) == 5
     assert retry_after(fallback=5)(1, ERROR) == 5
     assert 15_000 <= retry_after()(1, ERROR) <= 17_250
+
+
+def test_retry_after_adds_jitter_upward_only_so_that_messages_do_not_come_back_at_one_moment():
+    waits = {retry_after()(1, asking(10)) for _ in range(200)}
+    assert len(waits) > 50
+    assert 10_000 <= min(waits) <= max(waits) <= 11_500
+    assert retry_after(jitter=0.5, random=lambda: 1.0)(1, asking(10)) == 15_000
+    assert retry_after(random=lambda: 1.0)(1, asking(0)) == 0
+    assert retry_after(maximum=10_000, random=lambda: 1.0)(1, asking(60)) == 11_500
 
 
 @given(
@@ -313,7 +325,7 @@ def test_no_hostile_retry_after_makes_a_wait_raise(value, in_a_header):
     error = asked_by_header({"Retry-After": value}) if in_a_header else asking(value)
     wait = retry_after(fallback=1)(1, error)
     assert type(wait) is int
-    assert 0 <= wait <= 3_600_000
+    assert 0 <= wait <= 3_600_000 * 1.15
 
 
 def test_an_error_whose_attributes_raise_gets_the_fallback():
