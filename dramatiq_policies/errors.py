@@ -3,25 +3,25 @@
 ::
 
     Exception
-    ├── PolicyError                     everything of ours that is an error
+    ├── PolicyError                     base class of the errors of this library
     │   ├── ConfigurationError          (also dramatiq's MiddlewareError) a declaration is wrong
     │   ├── QueueTimeoutExceeded        a message waited longer than its queue_timeout
-    │   ├── HandoffFailed               the broker would not take a retry, dead letter or next stage
-    │   ├── Crashed                     the worker died in this job too often
-    │   ├── MalformedMessage            a body or option that can't be read
+    │   ├── HandoffFailed               the broker refused a retry, dead letter or next step
+    │   ├── Crashed                     the worker died too often while running this job
+    │   ├── MalformedMessage            an unreadable body or option
     │   ├── NoCurrentJob                (also a LookupError) current_job() was called outside a job
-    │   ├── NoResult                    a duplicate's pipeline needs a result that nobody stored
-    │   ├── UnknownRecord               an idempotency store holds what this version can't read
-    │   └── UnreadableError             stands in for a job's error whose own attributes raise
-    └── Verdict                         raised by a job, says what is to become of it
+    │   ├── NoResult                    a duplicate's pipeline needs a result that was not stored
+    │   ├── UnknownRecord               an idempotency store has a record of another version
+    │   └── UnreadableError             replaces a job's error whose attributes raise
+    └── Verdict                         raised by a job to decide about its message
         ├── Discard
         └── Snooze
     BaseException
     └── dramatiq's TimeLimitExceeded
         └── TimeoutExceeded             the job ran longer than its timeout
 
-The stand-ins (``QueueTimeoutExceeded``, ``HandoffFailed``, ``Crashed``) are what ``after_discard`` receives and what a
-dead letter names when no error of the job's own explains its end.
+``after_discard`` receives, and a dead letter names, ``QueueTimeoutExceeded``, ``HandoffFailed`` or ``Crashed`` if the message ended
+without an error of the job.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ __all__ = [
 
 
 class PolicyError(Exception):
-    """Base class of the errors that this library raises or puts in place of a job's own.
+    """Base class of the errors of this library.
 
-    Passwords in its text are masked: Python prints it where the application is imported, and a dead letter carries it.
+    Passwords in its text are masked, because tracebacks and dead letters show the text.
     """
 
     def __init__(self, *args: object) -> None:
@@ -69,19 +69,19 @@ class PolicyError(Exception):
 
 
 class ConfigurationError(PolicyError, MiddlewareError):
-    """A declaration is wrong: an actor's option, a middleware's argument, or their combination.
+    """An actor's option or a middleware's argument is wrong, or two of them contradict each other.
 
-    Raised where the mistake is made, at declaration or at the latest when a worker boots. It is a
-    ``MiddlewareError``, since those are the only errors that Dramatiq lets out of a hook.
+    Raised at the declaration, at the latest when a worker boots. The class derives from ``MiddlewareError``, because Dramatiq
+    swallows all other errors of a hook.
     """
 
     @classmethod
     def of_option(
         cls, where: str, option: str, expected: str, got: Any, do: str = "", *, secret: bool = False
     ) -> ConfigurationError:
-        """An error that names the place (``"actor 'mail'"``), the option, what was expected, what came, what to do.
+        """Return an error with the place (``"actor 'mail'"``), the option, the expected and the actual value, and advice.
 
-        ``secret`` is for an option that takes a URL, a client, a broker or a store: of what came only the type is shown.
+        ``secret`` is for options with a URL, a client, a broker or a store: the text then names only the type of the value.
         """
         hidden = secret and not (got is None or isinstance(got, (int, float)))
         shown = f"a {type(got).__name__}" if hidden else f"{redacted_repr(got):.500}"
@@ -90,17 +90,17 @@ class ConfigurationError(PolicyError, MiddlewareError):
 
 
 def how_to_add(middleware: str, call: str) -> str:
-    """A sentence on how to put a middleware on the broker: in Django's settings where django_dramatiq makes the broker."""
+    """Return a sentence on how to add a middleware: in Django's settings if django_dramatiq makes the broker."""
     if "django_dramatiq" in sys.modules:
         return f"Add {middleware} to MIDDLEWARE of DRAMATIQ_BROKER in your Django settings"
     return f"Pass one to install(): {call}"
 
 
 def checked_duration(where: str, option: str, value: Any, *, least: int = 0, most: float = math.inf) -> int:
-    """A declared duration in milliseconds.
+    """Return a declared duration in milliseconds; log a warning if the number looks like seconds.
 
     Raises:
-      ConfigurationError: It is none, or shorter than ``least`` or longer than ``most`` milliseconds.
+      ConfigurationError: The value is no duration, or not between ``least`` and ``most`` milliseconds.
     """
     try:
         duration = to_ms(value)
@@ -114,7 +114,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
 
 
 def checked_wait(where: str, option: str, value: Any) -> int:
-    """A declared wait in milliseconds. A wait of more than 7 days stays as declared, and a warning says what it comes to.
+    """Return a declared wait in milliseconds; log a warning if it exceeds seven days, to which it will be cut.
 
     Raises:
       ConfigurationError: The value is no duration.
@@ -125,55 +125,62 @@ def checked_wait(where: str, option: str, value: Any) -> int:
 
 
 class QueueTimeoutExceeded(PolicyError):
-    """A message waited in its queue for longer than ``queue_timeout`` before its first run."""
+    """A message waited in its queue longer than ``queue_timeout`` before its first run."""
 
 
 class HandoffFailed(PolicyError):
-    """The broker did not accept a retry, a deferral, a dead letter, a next stage or a group's callback."""
+    """The broker refused a retry, a deferral, a dead letter, a pipeline's next step or a group's callback."""
 
 
 class Crashed(PolicyError):
-    """The worker died in this job ``max_crashes`` times; the message is quarantined."""
+    """The worker died ``max_crashes`` times while running this job; the message is quarantined."""
 
 
 class MalformedMessage(PolicyError):
-    """A message whose body, shape or composition can't be read."""
+    """The body or an option of a message can't be read."""
 
 
 class NoCurrentJob(PolicyError, LookupError):
-    """``current_job()`` was called where no job runs: outside a worker, or in a thread or greenlet that a job started."""
+    """``current_job()`` was called outside a job, or in a thread or greenlet that a job started."""
 
 
 class NoResult(PolicyError):
-    """A skipped duplicate's next stage needs its twin's result, and nobody stored it."""
+    """The next step after a skipped duplicate needs the result of the first message, which was not stored."""
 
 
 class UnknownRecord(PolicyError):
-    """An idempotency store holds a record that this version can't read; the message waits, it is not run."""
+    """An idempotency store has a record that this version can't read. The message waits and does not run."""
 
 
 class UnreadableError(PolicyError):
-    """Stands in for an error of a job that neither Dramatiq nor ``traceback`` can read: its ``__class__`` or its chain of
-    causes raises. Rules for the error's own class do not apply to it; its text names that class."""
+    """Replaces a job's error that Dramatiq and ``traceback`` can't read, because its ``__class__`` or its chain of causes raises.
+
+    Rules for the original class do not apply; the text names that class.
+    """
 
 
 class Verdict(Exception):
-    """Base class of what a job raises to say itself what becomes of its message."""
+    """Base class of `Discard` and `Snooze`, by which a job decides about its own message."""
 
 
 class Discard(Verdict):
-    """Raise it in a job to drop the message for good: ``raise Discard("already refunded")``."""
+    """Raise it in a job to drop the message permanently: ``raise Discard("already refunded")``."""
 
 
 class Snooze(Verdict):
-    """Raise it in a job to put the message back for a while without using up an attempt.
+    """Raise it in a job to run the message again later, without using up an attempt::
+
+        if not bank.is_open():
+            raise Snooze(timedelta(minutes=10), reason="the bank is closed")
+
+    A job may snooze for seven days in all; set ``max_snooze`` of the `ErrorClassifier` for another limit.
 
     Parameters:
-      delay: How long, in milliseconds, or a ``timedelta``.
-      reason: Why, for the logs.
+      delay: The wait, in milliseconds or as a ``timedelta``; at most seven days.
+      reason: The reason, for the log.
 
     Raises:
-      TypeError, ValueError: If the delay is no duration.
+      TypeError, ValueError: ``delay`` is no duration.
     """
 
     def __init__(self, delay: int | timedelta, reason: str = "") -> None:
@@ -186,13 +193,13 @@ class Snooze(Verdict):
 
 
 class TimeoutExceeded(TimeLimitExceeded):
-    """Raised in a job that ran for longer than its ``timeout``.
+    """Raised in a job that ran longer than its ``timeout``.
 
-    Like Dramatiq's own interrupts it is no ``Exception``, so that ``except Exception`` in a job does not swallow it.
+    As Dramatiq's interrupts it derives from ``BaseException``, so that ``except Exception`` in a job does not swallow it.
 
     Attributes:
-      limit_ms: The timeout that was exceeded, in milliseconds.
-      elapsed_ms: How long the job had run, in milliseconds.
+      limit_ms: The exceeded timeout, in milliseconds.
+      elapsed_ms: The run time of the job until then, in milliseconds.
       actor: The actor's name.
       message_id: The message's id.
     """
@@ -208,7 +215,7 @@ class TimeoutExceeded(TimeLimitExceeded):
             self._describe()
 
     def _describe(self) -> None:
-        # An interrupt is set by class, without arguments; the interrupted thread knows which job it runs.
+        # An interrupt is set by class, without arguments: read the job from the interrupted thread.
         job = running_job()
         if job is not None:
             self.limit_ms = job.timeout_ms
@@ -223,4 +230,4 @@ class TimeoutExceeded(TimeLimitExceeded):
 
 
 class OperationError(PolicyError):
-    """A command cannot do its work. The text is one sentence for the operator."""
+    """A command can't do its work. The text is one sentence for the operator."""

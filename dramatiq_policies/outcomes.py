@@ -1,4 +1,4 @@
-"""What became of a message: one record per delivery, which every observer reads."""
+"""The outcome of a delivery: one record per delivery, for all observers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 class Outcome(str, Enum):
-    """How one delivery ended. A ``str``, so that it compares, formats and serialises as its value."""
+    """The end of one delivery. It derives from ``str``: it compares, formats and serialises as its value."""
 
     SUCCEEDED = "succeeded"
     RETRIED = "retried"
@@ -34,26 +34,31 @@ class Outcome(str, Enum):
         return self.value
 
 
-#: The outcomes after which a message has ended badly for good.
+#: The outcomes of messages that have failed permanently.
 BAD_ENDINGS = frozenset({Outcome.DISCARDED, Outcome.ALERTED, Outcome.DEAD, Outcome.EXPIRED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutcomeEvent:
-    """One delivery's end. What does not apply, or can't be known, is None.
+    """The record of one delivery's end. Fields that do not apply, or are unknown, are None.
+
+    Pass a callable to ``ErrorClassifier(on_outcome=…)`` to receive each record::
+
+        def count(event: OutcomeEvent) -> None:
+            outcomes.labels(event.actor, event.outcome).inc()
 
     Attributes:
-      outcome: How it ended.
-      reason: Why, where an outcome has several reasons (``exhausted``, ``unclassified``, ``running``, …).
+      outcome: The end of the delivery.
+      reason: The reason, for outcomes with several reasons (``exhausted``, ``unclassified``, ``running``, …).
       actor: The actor's name.
       queue: The canonical name of the queue (never ``.DQ``).
-      message_id: The message's id, the same in all its attempts.
-      attempt: Which run this was, 1 for the first.
-      wait_ms: From ready to started.
-      duration_ms: How long the actor ran; None if it did not.
-      delay_ms: Until the message is ready again (retried, deferred).
-      exception: What the job raised, or the stand-in that explains the end.
-      rule: The stable id of the rule that decided.
+      message_id: The message's id, the same for all attempts.
+      attempt: The number of this run, 1 for the first.
+      wait_ms: The time from ready to started, in milliseconds.
+      duration_ms: The run time of the actor, in milliseconds; None if it did not run.
+      delay_ms: The time until the message is ready again (retried, deferred), in milliseconds.
+      exception: The job's error, or an error of this library that explains the end.
+      rule: The stable id of the deciding rule.
       tags: The actor's constant ``tags``.
     """
 
@@ -71,7 +76,7 @@ class OutcomeEvent:
     tags: Mapping[str, str] | None = None
 
     def extra(self) -> dict[str, Any]:
-        """The fields for a log record's ``extra=``, under the names that dashboards and alerts may rely on."""
+        """Return the fields for ``extra=`` of a log record. Their names are stable: dashboards and alerts may rely on them."""
         error = self.exception
         return {
             "outcome": self.outcome.value,
@@ -89,32 +94,32 @@ class OutcomeEvent:
 
 
 def traceparent_of(message: Any) -> str | None:
-    """The message's option ``traceparent``, by which its sender is found, if it is a text."""
+    """Return the message's option ``traceparent``, the trace of its sender, if it is a text."""
     value = None if message is None else message.options.get("traceparent")
     return value[:200] if isinstance(value, str) and value else None
 
 
 def extra_of(event: OutcomeEvent, message: Any) -> dict[str, Any]:
-    """The fields of a log record, with the message's ``traceparent`` where it has one."""
+    """Return the fields of a log record, with the message's ``traceparent`` if it has one."""
     traceparent = traceparent_of(message)
     return event.extra() if traceparent is None else {**event.extra(), "traceparent": traceparent}
 
 
-#: Called with each record, on the thread that worked on the message. What it raises is logged and changes nothing.
+#: Called with each record, on the worker thread of the message. Its errors are logged and change nothing.
 Subscriber = Callable[[OutcomeEvent], object]
 
 
 def class_path(cls: type[Any]) -> str:
-    """The dotted path of a class."""
+    """Return the dotted path of a class."""
     return encodable(quietly(lambda: f"{cls.__module__}.{cls.__qualname__}") or "an unreadable class")
 
 
 def text_of(error: BaseException, limit: int = 1_000) -> str:
-    """``str(error)``, cut at ``limit`` characters, also where the error's own ``__str__`` is broken."""
+    """Return ``str(error)``, cut at ``limit`` characters; a placeholder if ``__str__`` raises."""
     try:
-        # An exact str: a subclass of the user's may have methods of its own.
+        # An exact str: a user's subclass may override methods.
         text = str.__str__(str(error))
-    except BaseException as broken:  # Not even an exit: see `user_errors`.
+    except BaseException as broken:  # User code may raise SystemExit; see `_job_errors`.
         text = f"<{type(error).__name__}: its text raised {type(broken).__name__}>"
     text = encodable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

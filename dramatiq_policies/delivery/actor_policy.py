@@ -1,4 +1,4 @@
-"""What an actor declares, checked once at its declaration and resolved once for all its messages."""
+"""The options of an actor: checked at its declaration, and resolved once for all its messages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..rules.parsing import parse_rules
 from ..rules.rule import RetryPolicy, Rule, When
 
 if TYPE_CHECKING:
-    from dramatiq import Actor
+    from dramatiq import Actor, Message
 
     from ..idempotency.options import IdempotencyOptions
 
 __all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 
-#: The actor options of the bundle that are always known, so that what is missing can be said.
+#: The options of dramatiq_policies that Dramatiq always accepts, so that our error can name a missing middleware.
 ACTOR_OPTIONS = frozenset(
     {
         "after_discard",
@@ -41,14 +41,14 @@ ACTOR_OPTIONS = frozenset(
 )
 
 
-#: What ``discard_on`` and ``alert_on`` take.
+#: The type of ``discard_on`` and ``alert_on``.
 Exceptions = type[BaseException] | When | Sequence[type[BaseException] | When] | AbstractSet[type[BaseException] | When]
-#: What ``retry_on`` takes. The keys are not spelt out: a mapping's are invariant, and declared ones are checked anyway.
+#: The type of ``retry_on``. Its keys are ``Any``: a mapping is invariant in its keys, and declared keys are checked at run time.
 RetryOn = Exceptions | Mapping[Any, RetryPolicy | int]
 
 
 class ActorOptions(TypedDict, total=False):
-    """Every option that an actor may declare with the bundle, for sets that actors share::
+    """Every option of an actor with dramatiq_policies. Use it for options that actors share::
 
     MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
 
@@ -58,32 +58,32 @@ class ActorOptions(TypedDict, total=False):
 
     # Dramatiq's own.
     queue_name: str
-    actor_name: str
+    actor_name: str | None
     priority: int
     max_retries: int | None
     min_backoff: int
     max_backoff: int
-    retry_when: Callable[[int, BaseException], bool]
+    retry_when: Callable[[int, BaseException], bool] | None
     throws: type[BaseException] | Iterable[type[BaseException]]
-    on_retry_exhausted: str
-    on_failure: str
-    on_success: str
-    time_limit: float
-    max_age: int
+    on_retry_exhausted: str | None
+    on_failure: str | Actor[..., Any] | None
+    on_success: str | Actor[..., Any] | None
+    time_limit: float | None
+    max_age: int | None
     notify_shutdown: bool
     pipe_ignore: bool
-    pipe_target: Any
+    pipe_target: Message[Any] | None
     store_results: bool
     result_ttl: int
-    # The bundle's.
+    # Those of dramatiq_policies.
     retry_on: RetryOn
     discard_on: Exceptions
     alert_on: Exceptions
     broker_rules: bool
-    after_discard: Callable[[Any, BaseException], object]
-    dead_letter_discards: bool
-    policy_exempt: Mapping[str, str]
-    tags: Mapping[str, str]
+    after_discard: Callable[[Any, BaseException], object] | None
+    dead_letter_discards: bool | None
+    policy_exempt: Mapping[str, str] | None
+    tags: Mapping[str, str] | None
     timeout: float | timedelta | None
     queue_timeout: float | timedelta | None
     idempotent: bool
@@ -94,19 +94,19 @@ class ActorOptions(TypedDict, total=False):
 
 
 class ActorPolicy:
-    """One actor's options, resolved.
+    """The resolved options of one actor.
 
     Attributes:
-      actor_name: The actor.
-      rules: Which rule applies to an exception.
-      max_attempts: The highest number of attempts that any of its rules allows; 0 if none retries.
-      tags: Its constant tags.
-      after_discard: Its own hook.
-      dead_letter_discards: Whether its discarded messages are kept; None leaves it to the broker.
-      exempt: The reason for each finding of ``dramatiq-policies check`` that does not count for it.
-      timeout, guarded_by: What resolved them.
-      guard: What it declares about running once; None where there is no Idempotency.
-      timeout_ms, queue_timeout_ms: Its timeouts, None for none.
+      actor_name: The actor's name.
+      rules: The rules for exceptions, the actor's and the broker's.
+      max_attempts: The highest number of attempts of its rules; 0 if no rule retries.
+      tags: Constant tags.
+      after_discard: The actor's own hook.
+      dead_letter_discards: Whether to keep discarded messages; None for the broker's setting.
+      exempt: The reason for each ignored finding of ``dramatiq-policies check``.
+      timeout, guarded_by: The Timeout and the IdempotencyGuard at the time of resolving.
+      guard: The idempotency options; None without Idempotency.
+      timeout_ms, queue_timeout_ms: The timeouts; None for none.
     """
 
     __slots__ = (
@@ -164,7 +164,7 @@ class ActorPolicy:
 
 
 def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
-    """Refuse what can't be called with the arguments that ``takes`` names, and functions that would only make an object."""
+    """Raise unless ``value`` is a plain function of the arguments named in ``takes``; coroutine and generator functions are not."""
     if not is_sync_callable(value, len(takes.split(", "))):
         asynchronous = callable(value) and is_coroutine_callable(value)
         do = "A coroutine function would never be awaited here" if asynchronous else ""
@@ -172,12 +172,12 @@ def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
 
 
 def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of Dramatiq's options on retries and age that were given, a ``timedelta`` as milliseconds.
+    """Check Dramatiq's options on retries and age; return those given, a ``timedelta`` as milliseconds.
 
-    Dramatiq itself looks at them only when a job fails, and then can't decide what becomes of it.
+    Dramatiq reads them only after a job has failed, and a wrong value would then lose the decision.
 
     Raises:
-      ConfigurationError: If one makes no sense.
+      ConfigurationError: An option is wrong.
     """
     checked = {}
     for option in ("min_backoff", "max_backoff", "max_age"):
@@ -196,7 +196,7 @@ def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, A
 
 
 def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseException], ...]:
-    """A class or an iterable of classes as the tuple that ``isinstance`` takes."""
+    """Return a class, or an iterable of classes, as a tuple for ``isinstance``."""
     classes = (value,) if isinstance(value, type) else value
     if isinstance(classes, (list, set, frozenset)):
         classes = tuple(classes)

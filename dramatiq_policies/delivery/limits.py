@@ -1,4 +1,4 @@
-"""How long a job may run, and how long a message may wait for its first run: as its actor and its message say."""
+"""The timeout and the queue timeout of a message, from its actor's options and its own."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["WARN_RATIO", "checked", "expired_after", "finite", "limit_for", "milliseconds", "validate", "warn_if_close"]
 
-#: The share of its timeout that a job may use before it is warned of.
+#: A job that uses more than this share of its timeout is logged as a warning.
 WARN_RATIO: Final = 0.8
 
 
 def validate(where: str, options: Mapping[str, Any]) -> None:
-    """Check an actor's options; ``where`` names it in the error.
+    """Check an actor's timeouts; ``where`` names the actor in the error.
 
     Raises:
-      ConfigurationError: ``timeout`` beside ``time_limit``, or one of them or ``queue_timeout`` that is no duration.
+      ConfigurationError: Both ``timeout`` and ``time_limit`` are set, or a timeout is no duration.
     """
     if options.get("timeout") is not None and options.get("time_limit") is not None:
         raise ConfigurationError.of_option(
@@ -38,17 +38,17 @@ def validate(where: str, options: Mapping[str, Any]) -> None:
         checked(where, option, options.get(option), most)
 
 
-#: The options, and the longest that each may be.
+#: The options with their longest duration.
 _MOST_MS: Final[dict[str, int | None]] = {"timeout": WEEK_MS, "time_limit": None, "queue_timeout": WEEK_MS}
 
 
 def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor: str) -> float | None:
-    """How long one message's job may run, in milliseconds, None for no limit.
+    """Return the timeout of one message's job in milliseconds; None for no limit.
 
     Parameters:
-      options: The message's. Its ``timeout``, else its ``time_limit``, counts if it is a duration; otherwise it is
-        ignored, with one warning per actor and option.
-      actor_timeout_ms: As `Timeout.resolve` says.
+      options: The message's options: ``timeout``, else ``time_limit``, overrides the actor's. An invalid value is ignored,
+        with one warning per actor and option.
+      actor_timeout_ms: The actor's timeout, from `Timeout.resolve`.
       actor: The actor's name.
     """
     if "timeout" not in options and "time_limit" not in options:
@@ -77,15 +77,15 @@ _warned: set[tuple[str, str]] = set()
 
 
 def expired_after(message: Message[Any] | MessageProxy, queue_timeout_ms: float | None, now_ms: float) -> float | None:
-    """How long a message has waited for its first run, in milliseconds, if that is longer than it may; else None.
+    """Return how long an expired message has waited for its first run, in milliseconds; None if it has not expired.
 
     Parameters:
-      message: Its option ``ready_at`` says since when it is ready, in ms since the epoch. A message without it was
-        enqueued by stock Dramatiq, and is ready since it was made.
-      queue_timeout_ms: As `Timeout.resolve` says.
+      message: Its option ``ready_at`` is the time it became ready, in ms since the epoch. Plain Dramatiq does not set the
+        option: then the message's timestamp counts.
+      queue_timeout_ms: The actor's queue timeout, from `Timeout.resolve`.
       now_ms: The time, in ms since the epoch.
 
-    A message that was run before, or put back, never expires, nor does one whose clock is ahead of ours or unreadable.
+    A message that ran before or was put back never expires. Nor does a message with an unreadable or future time.
     """
     if queue_timeout_ms is None:
         return None
@@ -98,12 +98,12 @@ def expired_after(message: Message[Any] | MessageProxy, queue_timeout_ms: float 
     if type(ready) not in (int, float):
         return None
     waited: float = now_ms - ready
-    # Ready before 1971 is no time but a default, or seconds for milliseconds.
+    # A time before 1971 is a default, or seconds instead of milliseconds.
     return waited if waited > queue_timeout_ms and ready > 365 * 24 * 3_600_000 else None
 
 
 def warn_if_close(delivery: Delivery) -> None:
-    """Warn if a job that has ended, and was not timed out, used over 80 % of its timeout."""
+    """Log a warning if a job ended in time but used over 80 % of its timeout."""
     limit = delivery.timeout_ms
     if limit is None:
         return
@@ -129,7 +129,7 @@ def warn_if_close(delivery: Delivery) -> None:
 
 
 def milliseconds(value: Any) -> float | None:
-    """A duration as a finite or infinite number of milliseconds; None if it is none."""
+    """Return a duration in milliseconds, perhaps infinite; None if the value is no duration."""
     if isinstance(value, timedelta):
         return value / timedelta(milliseconds=1)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -149,7 +149,7 @@ def _within(value: Any, most: int | None) -> float | None:
 
 
 def finite(limit: float | None) -> float | None:
-    """A limit, with None in place of infinity."""
+    """Return a limit, and None for infinity."""
     return None if limit == math.inf else limit
 
 
@@ -159,10 +159,10 @@ def _expected(most: int | None) -> str:
 
 
 def checked(where: str, option: str, value: Any, most: int | None) -> float | None:
-    """A limit in milliseconds, None if none was given.
+    """Return a declared limit in milliseconds, None if not set; log a warning if the number looks like seconds.
 
     Raises:
-      ConfigurationError: It is no duration of more than 0, or a finite one of more than ``most`` milliseconds.
+      ConfigurationError: The value is no positive duration, or longer than ``most`` milliseconds and finite.
     """
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""Which rule applies to an exception: pure, and knows nothing of messages or brokers."""
+"""Choose the rule for an exception. Pure: no messages, no brokers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ logger = SafeLogger("dramatiq_policies.rules")
 
 
 class RuleSet:
-    """The rules that hold for one actor: its own and the broker's.
+    """The rules for one actor: the actor's and the broker's.
 
-    For an exception the match nearest in its MRO wins, wherever it was declared; for one class the actor's before the
-    broker's, and within each a ``when`` before the bare class. Of several ``when`` those under ``retry_on`` are tried
-    first, then ``discard_on``, then ``alert_on``, each in the order declared. All that is worked out once per exception
-    type.
+    The rule for the nearest class in the exception's MRO wins. For the same class, the actor's rules go before the broker's,
+    and a ``when`` goes before the bare class. Several ``when`` are tried in this order: ``retry_on``, ``discard_on``,
+    ``alert_on``, each in the order of declaration. The order is computed once per exception type.
     """
 
     def __init__(self, actor_rules: tuple[Rule, ...] = (), broker_rules: tuple[Rule, ...] = ()) -> None:
@@ -31,29 +30,29 @@ class RuleSet:
 
     @property
     def max_attempts(self) -> int:
-        """The highest number of attempts that a rule allows; 0 if none retries."""
+        """Return the highest number of attempts of any rule; 0 if no rule retries."""
         return max((policy.attempts for policy in self.retry_policies()), default=0)
 
     def retry_policies(self) -> list[RetryPolicy]:
-        """Those of the rules that retry."""
+        """Return the policies of the retry rules."""
         return [rule.policy for rule in self.rules if rule.policy is not None]
 
     def resolve(self) -> None:
-        """Import what was declared as a dotted path, and see that it is not a class that stands there already.
+        """Import the classes declared as dotted paths.
 
         Raises:
-          ConfigurationError: If a path leads nowhere, or one owner names the same bare class twice.
+          ConfigurationError: A path leads nowhere, or one owner names the same bare class twice.
         """
         for rule in self.rules:
             rule.resolve()
-        # An actor's rules hold no paths: those were compared when they were declared.
+        # An actor's rules have no paths: they were compared at their declaration.
         reject_duplicates(rule for rule in self.rules if rule.owner == "broker")
 
     def unreachable(self) -> tuple[Rule, ...]:
-        """The rules that never decide, because another one on the same class always comes before.
+        """Return the rules that never decide, because another rule for the same class always goes before.
 
         Raises:
-          ConfigurationError: If a dotted path leads nowhere.
+          ConfigurationError: A dotted path leads nowhere.
         """
         reached = set()
         for target in {rule.resolve() for rule in self.rules}:
@@ -65,19 +64,19 @@ class RuleSet:
         return tuple(rule for rule in self.rules if rule not in reached)
 
     def tried(self, cls: type[BaseException]) -> tuple[Rule, ...]:
-        """The rules for errors of a class, in the order in which they are tried: any ``when`` first, then a bare class."""
+        """Return the rules for errors of a class in the order of trying: each ``when``, then a bare class."""
         return self._plan(cls)[1]
 
     def match(self, error: BaseException) -> Rule | None:
-        """The rule that decides on this error, or None."""
+        """Return the rule that decides about an error, or None."""
         found = self.match_leaf(error)
         return None if found is None else found[0]
 
     def match_leaf(self, error: BaseException) -> tuple[Rule, BaseException] | None:
-        """The rule, and the error that it names: in an exception group one of its leaves.
+        """Return the rule and the error that matches: for an exception group, one of its leaves.
 
-        Alert if any leaf alerts, else discard if any leaf discards, else retry by the leaf that allows the fewest
-        attempts. A rule for the group itself counts where no leaf is named.
+        If a leaf alerts, alert. Else if a leaf discards, discard. Else retry by the rule with the fewest attempts. A rule for
+        the group's own class counts if no leaf has a rule.
         """
         if self.is_group(error):
             found = [(rule, leaf) for leaf in self.leaves(error) if (rule := self.match_itself(leaf))]
@@ -87,19 +86,19 @@ class RuleSet:
         return None if rule is None else (rule, error)
 
     def match_itself(self, error: BaseException) -> Rule | None:
-        """The rule for an error itself, also where the error is an exception group."""
+        """Return the rule for an error's own class, also for an exception group."""
         return _first(self._plan(type(error))[1], error)
 
     def is_group(self, error: BaseException) -> bool:
-        """Whether the error is an exception group."""
+        """Return whether the error is an exception group."""
         return self._plan(type(error))[0]
 
     def _plan(self, cls: type[BaseException]) -> tuple[bool, tuple[Rule, ...]]:
-        """Whether the class is one of exception groups, and the rules for it in the order in which they are tried."""
+        """Return whether the class is an exception group, and its rules in the order of trying."""
         plan = self._plans.get(cls)
         if plan is None:
             if len(self._plans) >= _REMEMBERED:
-                # Somebody makes classes as he goes; they must not pile up here.
+                # Bound the cache: exception classes may be created dynamically.
                 self._plans.clear()
             plan = self._plans[cls] = (issubclass(cls, _group_classes()), self._ordered(cls))
         return plan
@@ -115,15 +114,15 @@ class RuleSet:
                 continue
             if distance is not None:
                 ranked.append((distance, rule.owner == "broker", rule.predicate is None, rule))
-        # A stable sort: those that are alike stay in the order declared.
+        # The sort is stable: equal rules keep the order of declaration.
         ordered = [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])]
-        # Nothing is tried behind a bare class.
+        # A bare class always matches: drop the rules behind the first.
         bare = next((index for index, rule in enumerate(ordered) if rule.predicate is None), len(ordered))
         return tuple(ordered[: bare + 1])
 
     def leaves(self, group: BaseException) -> Iterator[BaseException]:
-        """The errors in an exception group and in the groups in it."""
-        # Not by recursion: groups may be nested deeper than the stack.
+        """Yield the errors in an exception group and in its nested groups."""
+        # No recursion: groups may be nested deeper than the stack.
         pending: list[Any] = [group]
         while pending:
             error = pending.pop()
@@ -133,12 +132,12 @@ class RuleSet:
                 yield error
 
 
-#: For how many classes a RuleSet remembers its plan.
+#: The most classes with a cached plan.
 _REMEMBERED = 1_000
 
 
 def _group_classes() -> tuple[type[BaseException], ...]:
-    """Python's own group class, from 3.11 on, and the backport's if somebody has imported it."""
+    """Return Python's group class (3.11 on), and the backport's if it is imported."""
     modules = (builtins, sys.modules.get("exceptiongroup"))
     return tuple(cls for module in modules if (cls := getattr(module, "BaseExceptionGroup", None)) is not None)
 

@@ -1,4 +1,4 @@
-"""The rules that ``retry_on``, ``discard_on`` and ``alert_on`` declare: what was written, checked and made `Rule`s."""
+"""Check ``retry_on``, ``discard_on`` and ``alert_on``, and make `Rule` objects of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["parse_rules", "readable_rule"]
 def parse_rules(
     where: str, owner: Owner, *, retry_on: Any = None, discard_on: Any = None, alert_on: Any = None
 ) -> tuple[Rule, ...]:
-    """The rules that an actor, or a broker, declares.
+    """Return the rules of an actor or a broker.
 
     Raises:
-      ConfigurationError: If one is wrong, or the same bare class stands under two verbs or twice.
+      ConfigurationError: A declaration is wrong, or names a bare class twice.
     """
     rules: list[Rule] = []
     used: Counter[str] = Counter()
@@ -32,7 +32,7 @@ def parse_rules(
                 raise ConfigurationError.of_option(where, option, "an exception class for each policy", targets)
             together = isinstance(declared, Mapping)
             for counted in [conditions] if together else [[condition] for condition in conditions]:
-                # Sorted, since a frozenset has no order that two processes agree on.
+                # Sorted: the order of a frozenset differs between processes.
                 name = "|".join(sorted(_id(target, predicate, owner) for target, predicate in counted))
                 used[name] += 1
                 # Two lambdas on one class have the same name.
@@ -111,7 +111,7 @@ def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | 
         return name
     while isinstance(predicate, functools.partial):
         predicate = predicate.func
-    # An actor's lambda and the broker's on one class are two rules, and both are tried.
+    # An actor's lambda and a broker's lambda for one class are two rules with two counters.
     mark = "?" if owner == "actor" else "??"
     return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
 

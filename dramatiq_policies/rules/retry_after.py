@@ -1,4 +1,4 @@
-"""How many seconds the other side asks us to wait, read off an error. Pure, and what is unreadable is nothing."""
+"""Read from an error how many seconds the other side asks us to wait. Pure; an unreadable time counts as none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .._job_errors import quietly
 
 __all__ = ["parse_retry_after"]
 
-#: The most that is counted, over thirty years: more is cut to a number of seconds that every type can hold.
+#: The longest time read, over thirty years, in seconds: a number that fits every type.
 _MOST = 10**9
 
 
 def parse_retry_after(exception: BaseException, now: Callable[[], datetime]) -> float | None:
-    """The first readable of ``exc.retry_after`` and the Retry-After header of ``exc.response`` and of ``exc``.
+    """Return the first readable time of ``exc.retry_after`` and the Retry-After headers of ``exc.response`` and ``exc``.
 
-    None if nothing is asked for. What asks for a time that has passed asks for 0.
+    None without a readable time. A time in the past is 0.
     """
     for value in _asked_of(exception):
         seconds = quietly(lambda value=value: _bounded(_seconds(value, now)))  # type: ignore[misc]
@@ -34,7 +34,7 @@ def _asked_of(exception: BaseException) -> Iterable[Any]:
 
 
 def _http_date(text: str) -> datetime:
-    from email.utils import parsedate_to_datetime  # a fifth of what importing us would cost
+    from email.utils import parsedate_to_datetime  # costs a fifth of importing this package
 
     return parsedate_to_datetime(text.strip())
 
@@ -57,7 +57,7 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         value = value.decode("latin-1")
     if isinstance(value, str):
         try:
-            # More digits than a float holds are a long time, and no infinity.
+            # More digits than a float holds are a long time, not infinity.
             value = float(value) if "inf" in value.lower() else min(float(value), _MOST)
         except ValueError:
             value = quietly(lambda text=value: _http_date(text))  # type: ignore[misc]
@@ -70,6 +70,6 @@ def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
         left: timedelta | None = quietly(lambda: when - now())
         return None if left is None else left.total_seconds()
     if isinstance(value, (int, float)):
-        # An int may be more than a float holds.
+        # An int may exceed the range of floats.
         return None if isinstance(value, float) and not math.isfinite(value) else value
     return None

@@ -1,6 +1,6 @@
-"""What a rule is: an exception class, perhaps narrowed by `when`, and what becomes of its errors.
+"""A rule: an exception class, perhaps narrowed by `when`, and a verb: retry, discard or alert.
 
-Pure, and knows nothing of messages or brokers. `rule_set` says which of several rules decides.
+Pure: no messages, no brokers. `matching` chooses among several rules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Owner = Literal["actor", "broker"]
 
 
 class Verb(str, Enum):
-    """What a rule does with its errors."""
+    """The effect of a rule on a failed message."""
 
     RETRY = "retry"
     DISCARD = "discard"
@@ -36,18 +36,36 @@ class Verb(str, Enum):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long to retry.
+    """How often, and after which waits, a rule retries a job.
+
+    Eight attempts within an hour, then an alert::
+
+        from datetime import timedelta
+
+        from dramatiq_policies import RetryPolicy, actor, exponential
+
+        @actor(
+            retry_on={
+                ConnectionError: RetryPolicy(
+                    attempts=8,
+                    wait=exponential(initial=timedelta(seconds=2), maximum=timedelta(minutes=10)),
+                    max_elapsed=timedelta(hours=1),
+                    then="alert",
+                )
+            }
+        )
+        def charge_card(order_id): ...
 
     Parameters:
-      attempts: How many runs in all, the first included. Default 5.
-      wait: Until the next attempt: a wait of `backoff`, any ``callable(attempt, exception) -> ms``, or a constant
-        duration. Default ``exponential()``.
-      max_elapsed: From the rule's first failure on, how long new attempts may start, in milliseconds or as a
-        ``timedelta``. Default None, without end.
-      then: What becomes of the message when its retries are used up: ``"dead"`` (default), ``"discard"``, ``"alert"``.
+      attempts: The number of runs, the first included. Default 5.
+      wait: The wait before the next attempt: `exponential`, `polynomial`, `constant`, `retry_after`, any
+        ``callable(attempt, exception) -> ms``, or a duration. Default ``exponential()``: 15 seconds, 30 seconds, a minute …
+      max_elapsed: No attempt starts later than this after the rule's first failure. Milliseconds or a ``timedelta``. Default
+        None, no limit.
+      then: The end of a message without attempts left: ``"dead"`` (a dead letter, the default), ``"discard"`` or ``"alert"``.
 
     Raises:
-      ConfigurationError: If an argument is out of its range.
+      ConfigurationError: An argument is out of its range.
     """
 
     attempts: int = 5
@@ -66,25 +84,33 @@ class RetryPolicy:
             raise ConfigurationError.of_option(where, "then", "'dead', 'discard' or 'alert'", self.then)
 
 
-# Compared by identity: it may be a mapping's key, and a predicate need not be hashable.
+# Compared by identity: a When may be a mapping's key, and a predicate need not be hashable.
 @dataclass(frozen=True, eq=False)
 class When:
-    """A class, or several, narrowed by a predicate. See `when`."""
+    """Exception classes narrowed by a predicate; made by `when`."""
 
     exceptions: Any
     predicate: Callable[[Any], object]
 
 
 def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
-    """Narrow a class: ``when(HTTPError, lambda e: e.response.status_code == 429)`` stands wherever a class does.
+    """Narrow exception classes by a condition. Use it in place of a class in any rule::
+
+        def is_rate_limited(error):
+            return error.response.status_code == 429
+
+        @actor(retry_on={when(HTTPError, is_rate_limited): RetryPolicy(attempts=10, wait=retry_after())}, discard_on=HTTPError)
+        def send_invoice(order_id): ...
+
+    A rule with a condition goes before a rule for the bare class. Errors that fail the condition go on to the next rule.
 
     Parameters:
-      exceptions: An exception class or a tuple of them.
-      predicate: Called with the error. One that raises does not match, and is logged.
+      exceptions: An exception class, or a tuple of classes.
+      predicate: ``callable(exception) -> bool``. If the predicate raises, the error is logged and the rule does not match.
 
     Raises:
-      ConfigurationError: If the predicate can't be called with one argument, or is a coroutine or generator function
-        (whose result is always truthy).
+      ConfigurationError: The predicate does not take one argument, or is a coroutine or generator function, whose result is
+        always truthy.
     """
     given: Any = predicate
     if not is_sync_callable(given, 1):
@@ -94,17 +120,17 @@ def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
 
 @dataclass(eq=False, slots=True)
 class Rule:
-    """One declared class, and what becomes of its errors.
+    """One exception class with its verb.
 
     Attributes:
-      verb: What is done.
-      target: The exception class, or its dotted path until it is first used.
-      predicate: What narrows it, None for the bare class.
-      policy: How a retry rule retries.
-      id: Stable over restarts and edits of other rules: the name of its counter. What was declared to share one counter
-        shares it.
-      owner: Who declared it.
-      where: For error messages.
+      verb: Retry, discard or alert.
+      target: The exception class; until its first use perhaps a dotted path.
+      predicate: The condition of `when`; None for the bare class.
+      policy: The policy of a retry rule.
+      id: The name of the rule's counter, stable over restarts and edits of other rules. Classes of one key in ``retry_on``
+        share an id.
+      owner: ``"actor"`` or ``"broker"``.
+      where: The place of the declaration, for error messages.
     """
 
     verb: Verb
@@ -116,17 +142,17 @@ class Rule:
     where: str
 
     def resolve(self) -> type[BaseException]:
-        """The exception class.
+        """Return the exception class; import a dotted path.
 
         Raises:
-          ConfigurationError: If a dotted path leads to none.
+          ConfigurationError: The path leads to no exception class.
         """
         if isinstance(self.target, str):
             self.target = _import(self.where, f"{self.verb.value}_on", self.target)
         return self.target
 
     def admits(self, error: BaseException) -> bool:
-        """Whether its predicate, if it has one, holds."""
+        """Return whether the rule has no predicate, or its predicate holds."""
         if self.predicate is None:
             return True
         try:
@@ -135,17 +161,17 @@ class Rule:
                 held.close()
                 raise TypeError("the predicate returned a coroutine, which is always truthy")
             return bool(held)
-        except BaseException:  # Not even an exit: see `user_errors`.
+        except BaseException:  # User code may raise SystemExit; see `_job_errors`.
             logger.exception("The predicate of %s (%s) failed and does not match.", self.id, self.where)
             return False
 
 
 def reject_duplicates(rules: Iterable[Rule]) -> None:
-    """Raise a `ConfigurationError` if one bare class stands under two verbs, or twice."""
+    """Raise a `ConfigurationError` if one owner names a bare class twice."""
     seen: dict[type[BaseException] | str, Rule] = {}
     for rule in rules:
         if rule.predicate is None:
-            # Two spellings of one path are one class.
+            # Two spellings of one path name the same class.
             key = rule.target.replace(":", ".") if isinstance(rule.target, str) else rule.target
             other = seen.setdefault(key, rule)
             if other is not rule:

@@ -1,4 +1,4 @@
-"""Which error decides on a failed job: the job's error, or in an exception group one of its leaves."""
+"""Find the error that decides about a failed job: the job's error, or a leaf of its exception group."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["deciding"]
 
 
 def deciding(rules: RuleSet, error: BaseException) -> tuple[Rule | None, BaseException]:
-    """The rule that decides, None without one, and the error that decides.
+    """Return the rule that decides (None without one), and the error that decides.
 
-    A shutdown, a `Verdict` and Dramatiq's ``Retry`` speak for themselves and need no rule. Of the leaves of a group the first
-    of these decides: an alert; a discard, by a rule or by `Discard`; a shutdown; the retry rule with the fewest attempts;
-    ``Retry`` and ``RateLimitExceeded`` without a rule; `Snooze`. Of several ``Retry`` or `Snooze` the longest delay decides.
-    A rule for the group itself counts where no leaf decides.
+    A shutdown, a `Verdict` and Dramatiq's ``Retry`` need no rule. Of the leaves of a group the first of these decides: an alert;
+    a discard, by a rule or by `Discard`; a shutdown; the retry rule with the fewest attempts; ``Retry`` and
+    ``RateLimitExceeded`` without a rule; `Snooze`. Of several ``Retry`` or `Snooze` the longest delay decides. A rule for the
+    group's own class counts if no leaf decides.
     """
     if not rules.is_group(error):
         return _rule_for(rules, error), error
@@ -40,17 +40,17 @@ def _rule_for(rules: RuleSet, leaf: BaseException) -> Rule | None:
     if is_a(leaf, (Shutdown, Verdict)):
         return None
     rule = rules.match_itself(leaf)
-    # A job's own Retry is no error that a rule discards.
+    # A rule may not discard a job's explicit Retry.
     return None if is_a(leaf, Retry) and rule is not None and rule.verb is not Verb.RETRY else rule
 
 
-#: The leaves of a group in the order in which they decide.
+#: The leaves of a group, in the order of precedence.
 _ALERT, _DISCARD, _SHUTDOWN, _RETRY_RULE, _RETRY, _SNOOZE = range(6)
 _BY_RULE = {Verb.ALERT: _ALERT, Verb.DISCARD: _DISCARD, Verb.RETRY: _RETRY_RULE}
 
 
 def _severity(rule: Rule | None, leaf: BaseException) -> tuple[int, int] | None:
-    """What the leaves of a group are sorted by; None for a leaf that decides nothing."""
+    """Return the sort key of a group's leaf; None for a leaf without effect."""
     if rule is not None:
         return _BY_RULE[rule.verb], 0 if rule.policy is None else rule.policy.attempts
     if is_a(leaf, Snooze):
@@ -67,5 +67,5 @@ def _severity(rule: Rule | None, leaf: BaseException) -> tuple[int, int] | None:
 def _delay_of(leaf: Any) -> int:
     try:
         return to_ms(leaf.delay)
-    except BaseException:  # Not even an exit: see `user_errors`.
+    except BaseException:  # User code may raise SystemExit; see `_job_errors`.
         return 0
