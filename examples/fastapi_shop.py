@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
@@ -16,10 +17,11 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import BrokerConnectionError
 from fastapi import FastAPI, HTTPException
 
-from dramatiq_policies import current_job, install
+from dramatiq_policies import ErrorClassifier, RetryPolicy, current_job, install
 
 BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
-broker = install(StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL))
+broker = StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL)
+install(broker, error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)))
 # For jobs that are coroutine functions. Its loop is not the web server's: share no client between the two.
 broker.add_middleware(dramatiq.middleware.AsyncIO())
 dramatiq.set_broker(broker)
@@ -27,7 +29,7 @@ dramatiq.set_broker(broker)
 told: list[tuple[int, int]] = []
 
 
-@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=30_000)
+@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=timedelta(seconds=30))
 async def send_confirmation(order_id: int) -> None:
     """The customer learns that the order was taken."""
     await asyncio.sleep(0)

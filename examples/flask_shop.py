@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import dramatiq
@@ -15,10 +16,11 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from flask import Flask, current_app
 
-from dramatiq_policies import install
+from dramatiq_policies import ErrorClassifier, RetryPolicy, install
 
 BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
-broker = install(StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL))
+broker = StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL)
+install(broker, error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)))
 dramatiq.set_broker(broker)
 
 app = Flask(__name__)
@@ -37,7 +39,7 @@ def in_app_context(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=30_000)
+@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=timedelta(seconds=30))
 @in_app_context
 def send_confirmation(order_id: int) -> None:
     """The customer learns that the order was taken."""

@@ -72,10 +72,11 @@ class MissingCredentials(Exception):
     """Somebody must set the API key."""
 
 
-# The broker: install() puts the bundle on it. Each outcome goes to the queue that the transcript below is read from.
+# The broker. `unclassified` is the rule for errors without a rule. Each outcome goes to a queue, for the transcript below.
 
 events: queue.Queue[OutcomeEvent] = queue.Queue()
-broker = install(StubBroker(), error_classifier=ErrorClassifier(on_outcome=events.put))
+unclassified = RetryPolicy(attempts=3, wait=constant(50))
+broker = install(StubBroker(), error_classifier=ErrorClassifier(unclassified=unclassified, on_outcome=events.put))
 dramatiq.set_broker(broker)
 
 
@@ -113,14 +114,9 @@ def render_invoice(order_id: int) -> None:
         time.sleep(0.01)
 
 
-@dramatiq.actor(max_retries=0)
+@dramatiq.actor
 def sync_stock(sku: str) -> None:
     raise KeyError(sku)
-
-
-@dramatiq.actor(max_retries=1, min_backoff=50, max_backoff=50)
-def ping_partner(url: str) -> None:
-    raise ConnectionRefusedError(f"{url} refused the connection")
 
 
 def gateway(email: str, attempt: int) -> None:
@@ -150,8 +146,7 @@ JOBS: list[tuple[str, Message[object]]] = [
     ("Decides itself: raise Discard(...)", refund.message(8)),
     ("Puts itself off: raise Snooze(150)", pick_order.message(9)),
     ("Runs into its timeout, then works", render_invoice.message(10)),
-    ("Fails as no rule names, with max_retries=0", sync_stock.message("KB-11")),
-    ("Fails as no rule names, with stock's max_retries=1", ping_partner.message("https://partner.example")),
+    ("Fails as no rule names: unclassified=RetryPolicy(attempts=3)", sync_stock.message("KB-11")),
 ]
 
 

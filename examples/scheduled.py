@@ -17,10 +17,11 @@ from apscheduler.triggers.cron import CronTrigger
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import RetryPolicy, install
+from dramatiq_policies import ErrorClassifier, RetryPolicy, install
 
 BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
-broker = install(StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL))
+broker = StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL)
+install(broker, error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)))
 dramatiq.set_broker(broker)
 
 reports: list[str] = []
@@ -30,7 +31,7 @@ reports: list[str] = []
     queue_name="reports",
     retry_on={ConnectionError: RetryPolicy(attempts=5)},
     idempotency_key="nightly:{day}",  # two schedulers, or one that fires twice: still one report
-    timeout=600_000,
+    timeout=timedelta(minutes=10),
     queue_timeout=timedelta(hours=20),  # tomorrow's makes it worthless
 )
 def nightly_report(day: str) -> None:
