@@ -284,8 +284,8 @@ class InlineWorker(_worker.Worker):
         thread.running = True
         self.broker.emit_after("consumer_thread_boot", thread)
         thread.consumer = self.broker.consume(queue_name, prefetch=thread.prefetch, timeout=0)
-        thread.delay_queue = thread.consumer.delayed  # type: ignore[attr-defined]
-        lift_stub_limit(thread.consumer.inner)  # type: ignore[attr-defined]
+        thread.delay_queue = thread.consumer.transport.delayed  # type: ignore[attr-defined]
+        lift_stub_limit(thread.consumer.transport.inner)  # type: ignore[attr-defined]
 
     def _add_worker(self) -> None:
         self.thread = _Thread(broker=self.hooks, consumers=self.consumers, work_queue=self.work_queue, worker_timeout=0)

@@ -29,7 +29,7 @@ TEST_TOOLS = ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 NEEDS = {
     "": "dramatiq_policies.testing",
     "redis": "dramatiq_policies.stores.redis",
-    "rabbitmq": "dramatiq_policies.brokers.rabbitmq.consumer",
+    "rabbitmq": "dramatiq_policies.brokers.rabbitmq.transport",
     "statsd": "statsd",
     "sentry": "sentry_sdk",
     "cli": "dramatiq_policies.cli",

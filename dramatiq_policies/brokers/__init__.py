@@ -12,6 +12,7 @@ from ..common.connections import close_when_interrupted
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..delivery.consumer import PolicyConsumer
+from ..delivery.transport import Transport
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,33 +26,33 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 def wrap_consumer(state: BrokerState, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
-    """The wrapping consumer for what ``broker.consume`` returned."""
-    # A broker of somebody else's that has one of the three inside hands out consumers of that one's.
-    kind = kind_of(state.broker)
+    """Wrap what ``broker.consume`` returned."""
+    return PolicyConsumer(_transport_of(state, inner, queue_name)(state, inner, queue_name, prefetch))
+
+
+def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Transport]:
+    # The kind of the consumer counts, too: a broker of the user's may have another broker inside, and return its consumers.
+    kind, is_delay_queue = kind_of(state.broker), queue_name != q_name(queue_name)
     if kind == "stub" and _dramatiq.is_stub_consumer(inner):
-        from .stub.consumer import StubConsumer
+        from .stub.transport import StubTransport
 
-        return StubConsumer(state, inner, queue_name)
+        return StubTransport
     if kind == "redis" and _dramatiq.is_redis_consumer(inner):
-        from .redis.consumer import RedisConsumer
-        from .redis.delayed import RedisDelayConsumer
+        from .redis.delayed import RedisDelayTransport
+        from .redis.transport import RedisTransport
 
-        if queue_name != q_name(queue_name):
-            return RedisDelayConsumer(state, inner, queue_name)
-        return RedisConsumer(state, inner, queue_name)
+        return RedisDelayTransport if is_delay_queue else RedisTransport
     if kind == "rabbitmq" and _dramatiq.is_rabbitmq_consumer(inner):
-        from .rabbitmq.consumer import RabbitmqConsumer
-        from .rabbitmq.delayed import RabbitmqDelayConsumer
+        from .rabbitmq.delayed import RabbitmqDelayTransport
+        from .rabbitmq.transport import RabbitmqTransport
 
-        if queue_name != q_name(queue_name):
-            return RabbitmqDelayConsumer(state, inner, queue_name, prefetch)
-        return RabbitmqConsumer(state, inner, queue_name)
+        return RabbitmqDelayTransport if is_delay_queue else RabbitmqTransport
     if state.warned_of_unknown_broker.acquire(blocking=False):
         logger.info(
             "How %s stores messages is not known: its dead letters carry no reason; all rules work.",
             type(state.broker).__name__,
         )
-    return PolicyConsumer(state, inner, queue_name)
+    return Transport
 
 
 def prepare(state: BrokerState) -> None:
@@ -65,7 +66,7 @@ def prepare(state: BrokerState) -> None:
     """
     kind = kind_of(state.broker)
     if kind == "stub":
-        from .stub import consumer as stub
+        from .stub import transport as stub
 
         stub.explain_unserialisable(state.broker)
     elif kind == "redis":

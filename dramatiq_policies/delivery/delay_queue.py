@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from queue import Empty, PriorityQueue
 from typing import Any
 
-from .. import _dramatiq
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
 
-__all__ = ["DelayQueue"]
+from .. import _dramatiq
+from .validation import is_number
+
+__all__ = ["DelayQueue", "Move"]
 
 
 class DelayQueue(PriorityQueue[Any]):
@@ -45,3 +50,31 @@ class DelayQueue(PriorityQueue[Any]):
         far = self.queue[keep:]
         del self.queue[keep:]
         return far
+
+
+@dataclass(slots=True)
+class Move:
+    """One due message on its way from its delay queue to its work queue.
+
+    Parameters:
+      item: The item of the `DelayQueue`.
+      message: The message as delivered by the delay queue.
+      moved: The message for the work queue.
+      done: Whether the work queue has the message, and the delay queue no longer.
+      error: Why this message could not be moved. The others of its batch are not affected.
+    """
+
+    item: Any
+    message: MessageProxy
+    moved: Message[Any]
+    done: bool = False
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, item: Any, queue_name: str) -> Move:
+        message = _dramatiq.delayed_message(item)
+        moved = message.copy(queue_name=queue_name)
+        eta = moved.options.pop("eta", None)
+        if "ready_at" not in moved.options and is_number(eta) and eta > 0:
+            moved.options["ready_at"] = int(eta)
+        return cls(item, message, moved)

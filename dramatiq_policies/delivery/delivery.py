@@ -83,7 +83,7 @@ class Delivery:
     """One message taken from a work queue.
 
     Attributes:
-      consumer: The wrapping consumer that delivered it; no other may ack it.
+      transport: The transport that delivered it; no other may acknowledge it.
       message: The message; not Dramatiq's proxy of it, which refers to the delivery: a cycle for each message would keep
         the garbage collector busy.
       body: The message as received, encoded. Retries and dead letters take their arguments from here, since the job
@@ -111,7 +111,6 @@ class Delivery:
         "body",
         "carried",
         "claim",
-        "consumer",
         "decision",
         "ended",
         "key",
@@ -124,10 +123,11 @@ class Delivery:
         "stage",
         "started",
         "timeout_ms",
+        "transport",
     )
 
-    def __init__(self, consumer: Any, message: Message[Any]) -> None:
-        self.consumer = consumer
+    def __init__(self, transport: Any, message: Message[Any]) -> None:
+        self.transport = transport
         self.message = message
         self.body: bytes | None = None
         self.proxy: MessageProxy | None = None

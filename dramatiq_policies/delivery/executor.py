@@ -50,7 +50,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
         if delivery is None or delivery.stage != PREPARED or delivery.message.actor_name != name:
             return fn(*args, **kwargs)
         try:
-            return _run(delivery.consumer.state, delivery, call, fn, args, kwargs)
+            return _run(delivery.transport.state, delivery, call, fn, args, kwargs)
         except BaseException as error:
             stand_in = stand_in_for(error)
             if stand_in is None:
@@ -153,7 +153,7 @@ def _call(
             on_shutdown=state.interrupted_by_shutdown(delivery),
             watch=state.timeout,
             job=delivery,
-            after_interrupt=delivery.consumer.after_interrupt,
+            after_interrupt=delivery.transport.after_interrupt,
         )
     finally:
         delivery.ended = ended = monotonic()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
     from .broker_state import BrokerState
-    from .consumer import PolicyConsumer
+    from .transport import Transport
 
 __all__ = ["RETURNED", "Publication", "returned", "wait_before_return"]
 
@@ -84,13 +84,13 @@ class Publication:
     def __init__(
         self,
         state: BrokerState,
-        consumer: PolicyConsumer,
+        transport: Transport,
         message: MessageProxy,
         delivery: Delivery,
         decision: Decision,
     ) -> None:
         self.state = state
-        self.consumer = consumer
+        self.transport = transport
         self.message = message
         self.delivery = delivery
         self.decision = decision
@@ -138,36 +138,36 @@ class Publication:
                     return self._give_up(error)
 
     def _try(self) -> None:
-        consumer, delivery = self.consumer, self.delivery
+        transport, delivery = self.transport, self.delivery
         if self.decision.dead_letter and self.dead is None:
             self.dead = self._dead_letter()
-        if delivery.outbox or self.dead is not None or consumer.completes(delivery):
+        if delivery.outbox or self.dead is not None or transport.completes(delivery):
             _resolve(delivery)
             self._mark_retry_pending()
-            consumer.publish_outbox(self.message, delivery, self.dead)
+            transport.publish_outbox(self.message, delivery, self.dead)
         if self.dead is not None:
-            consumer.dead_letters_accepted()
+            transport.dead_letters_accepted()
 
     def _is_given_back(self) -> bool:
         """Whether the broker has given this message back to its queue already."""
-        return self.consumer.will_redeliver() and not self.delivery.completes_key()
+        return self.transport.will_redeliver() and not self.delivery.completes_key()
 
     def _is_futile(self, error: Exception) -> bool:
         """Whether there is no point in the same try once more."""
-        fault = self.consumer.fault_of(error)
+        fault = self.transport.fault_of(error)
         if fault is Fault.LOST:
             return False
         now = clock.monotonic()
         if self.first_refusal is None:
             self.first_refusal = now
         # One that is known to refuse dead letters is not waited for with each of them.
-        known = self.decision.dead_letter and (self.consumer.refuses_dead_letters or RETURNED in self.message.options)
+        known = self.decision.dead_letter and (self.transport.refuses_dead_letters or RETURNED in self.message.options)
         return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _RETRY_REFUSAL_FOR
 
     def _escalate(self, error: Exception) -> None:
         """Go on with less than was to be handed on."""
         delivery, decision = self.delivery, self.decision
-        hopeless = self.consumer.fault_of(error) is Fault.HOPELESS
+        hopeless = self.transport.fault_of(error) is Fault.HOPELESS
         if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(hopeless)):
             self._alert(
                 "The broker would not take what follows message %s of actor %r (%s: %s); "
@@ -192,7 +192,7 @@ class Publication:
             isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.outbox or ()
         )
         # Elsewhere the dead letter is sent when no step is left.
-        return hopeless and encoded and self.consumer.acks_with_outbox and not isinstance(self.dead, bytes)
+        return hopeless and encoded and self.transport.acks_with_outbox and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Decision:
         """The decision on a message whose retry, or next stage, was refused."""
@@ -219,7 +219,7 @@ class Publication:
         failure = message.options[FAILURE] if RETURNED in message.options else self._failure()
         sent = self.delivery.received() if self.small else None
         # The options, too, may have been changed to what cannot be sent.
-        dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.consumer.queue_name)
+        dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.transport.queue_name)
         dead.options.pop(POLICIES, None)
         dead.options.pop(RETURNED, None)
         if replays := replays_of(message.options) - (RETURNED in message.options):
@@ -236,7 +236,7 @@ class Publication:
         options = self.message.options
         times = options.get(RETURNED, 0)
         wait = wait_before_return(times)
-        if self.consumer.dead_letters_refused():
+        if self.transport.dead_letters_refused():
             self._alert(
                 "The dead-letter queue would not take message %s of actor %r (%s: %s). The message, and others like it, "
                 "are enqueued again and not run: make room in the dead-letter queue.",
@@ -260,7 +260,7 @@ class Publication:
         """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
         self.delivery.abandoned = True
         self.delivery.outbox = None
-        self.consumer.park(self.message, self.decision.delay_ms or _FIRST_RETURN)
+        self.transport.park(self.message, self.decision.delay_ms or _FIRST_RETURN)
         logger.error(
             "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
             self.message.message_id,
@@ -273,7 +273,7 @@ class Publication:
     def _give_up(self, error: Exception) -> Decision:
         self.delivery.abandoned = True
         # Which may keep what is left of the steps.
-        self.consumer.abandon(self.message)
+        self.transport.abandon(self.message)
         self.delivery.outbox = None
         return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
@@ -282,10 +282,10 @@ class Publication:
 
         A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
         """
-        delivery, consumer, steps = self.delivery, self.consumer, self.delivery.outbox
+        delivery, transport, steps = self.delivery, self.transport, self.delivery.outbox
         if (
             delivery.claim is None
-            or consumer.acks_with_outbox
+            or transport.acks_with_outbox
             or self.decision.outcome not in _REENQUEUED_OUTCOMES
             or not steps
         ):
@@ -300,7 +300,7 @@ class Publication:
         if len(steps) > 1:
             steps.remove(again)
             try:
-                consumer.publish_outbox(self.message, delivery, None)
+                transport.publish_outbox(self.message, delivery, None)
             finally:
                 steps.append(again)
         delivery.claim.ending(again)
@@ -316,7 +316,7 @@ class Publication:
             exc_info=error,
             extra={
                 "actor": message.actor_name,
-                "queue": self.consumer.queue_name,
+                "queue": self.transport.queue_name,
                 "message_id": message.message_id,
                 "reason": "handoff_failed",
             },

@@ -1,8 +1,8 @@
-"""All that comes before an ack, in this order: hand-off, results, ``after_discard``, the published outcome.
+"""The end of a delivery: publish the outbox, complete the key, store the failure, report the outcome, acknowledge.
 
-Called by the wrapping consumer for each message that a worker is done with. Between any two lines the process may die:
-the message is not acked yet, so it comes back. The hand-off is the only step that can keep the ack from coming; the
-later ones are best effort and logged.
+The consumer calls `settle_and_ack` for each message that a worker is done with. The process may die between any two lines:
+the message is not acknowledged yet, so it comes back. Only the publishing of the outbox can prevent the acknowledgement;
+errors of the later steps are logged.
 """
 
 from __future__ import annotations
@@ -22,38 +22,55 @@ if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
     from .broker_state import BrokerState
-    from .consumer import PolicyConsumer
+    from .transport import Transport
 
-__all__ = ["settle"]
+__all__ = ["settle_and_ack"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def settle(state: BrokerState, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
-    """Do all that must come before the ack, once.
+def settle_and_ack(state: BrokerState, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
+    """Settle a delivery, once, and acknowledge its message. After an error, call this again to go on.
 
-    Returns:
-      Whether the message is to be acked now: not if the hand-off has taken it off its queue already, and not if the
-      hand-off was given up, for then the message must come back.
+    The message is not acknowledged if `publish_outbox` has done so, or if publishing was given up: then the message comes
+    back.
     """
     if not delivery.settled:
-        decision = delivery.decision
-        if decision is None:
-            delivery.decision = decision = undecided()
-        if decision.outcome is not Outcome.SUCCEEDED:
-            delivery.restore(message)
-        succeeded = decision.outcome is Outcome.SUCCEEDED
-        delivery.decision = decision = Publication(state, consumer, message, delivery, decision).run()
-        if delivery.claim is not None:
-            delivery.claim.conclude(decision)
-        delivery.settled = True
-        if decision.outcome is Outcome.INTERRUPTED:
-            # The message comes back: no hook is to take this failure for its end, as that of Dramatiq's Results does.
-            message.failed = False
-        _conclude(state, message, delivery, decision, succeeded)
-        # The error's traceback leads to the message: no cycle is left behind.
-        delivery.decision = SUCCEEDED if decision is SUCCEEDED else None
-    return not (delivery.acked or delivery.abandoned)
+        if delivery.is_plain_success() and delivery.claim is None:
+            # Nothing to publish, and no key to complete.
+            delivery.settled = True
+            state.notify_success(delivery)
+            if state.successes_observed:
+                _publish_outcome(state, message, delivery, SUCCEEDED)
+        else:
+            _settle(state, transport, message, delivery)
+    if not (delivery.acked or delivery.abandoned):
+        transport.ack(message)
+
+
+def _settle(state: BrokerState, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
+    """Publish what follows from the decision, complete or free the key, and report the outcome."""
+    decision = delivery.decision
+    if decision is None:
+        delivery.decision = decision = undecided()
+    succeeded = decision.outcome is Outcome.SUCCEEDED
+    if not succeeded:
+        delivery.restore(message)
+    delivery.decision = decision = Publication(state, transport, message, delivery, decision).run()
+    if delivery.claim is not None:
+        delivery.claim.conclude(decision)
+    delivery.settled = True
+    if decision.outcome is Outcome.SUCCEEDED:
+        state.notify_success(delivery)
+    elif decision.outcome is Outcome.INTERRUPTED:
+        # The message comes back: no hook (of Dramatiq's Results, say) is to take this failure for its end.
+        message.failed = False
+    elif decision.outcome in BAD_ENDINGS:
+        _report_failure(state, message, delivery, decision, succeeded)
+    if decision.outcome is not Outcome.SUCCEEDED or state.successes_observed:
+        _publish_outcome(state, message, delivery, decision)
+    # The error's traceback leads to the message: no cycle is left behind.
+    delivery.decision = SUCCEEDED if decision is SUCCEEDED else None
 
 
 def undecided() -> Decision:
@@ -62,26 +79,27 @@ def undecided() -> Decision:
     return Decision(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
 
 
-def _conclude(
+def _report_failure(
     state: BrokerState, message: MessageProxy, delivery: Delivery, decision: Decision, succeeded: bool
 ) -> None:
-    """The best-effort steps, after the hand-off; ``succeeded`` says whether the job did, whatever came of the hand-off."""
-    outcome = decision.outcome
-    if outcome is Outcome.SUCCEEDED:
-        state.notify_success(delivery)
-        if not state.successes_observed:
-            return
+    """Store the failure as the job's result and call ``after_discard``.
+
+    Parameters:
+      succeeded: Whether the job itself did, and only its publishing failed.
+    """
+    error = decision.exception
+    assert error is not None  # A bad ending without an error of the job's has one of ours.
+    settle_results(state, message, decision, error, succeeded)
+    _after_discard(state, message, delivery, error)
+
+
+def _publish_outcome(state: BrokerState, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
     policy = delivery.policy or state.policies.get(message.actor_name)
-    if outcome in BAD_ENDINGS:
-        error = decision.exception
-        assert error is not None  # What ends badly without an error of the job's has one of ours.
-        settle_results(state, message, decision, error, succeeded)
-        _after_discard(state, message, delivery, error)
     event = OutcomeEvent(
-        outcome=outcome,
+        outcome=decision.outcome,
         reason=decision.reason,
         actor=message.actor_name,
-        queue=delivery.consumer.queue_name,
+        queue=delivery.transport.queue_name,
         message_id=message.message_id,
         attempt=attempt_of(message.options) if decision.attempt is None else decision.attempt,
         wait_ms=delivery.waited_ms(),

@@ -16,7 +16,15 @@ from ..errors import MalformedMessage
 #: The default of ``max_body_bytes``.
 MAX_BODY_BYTES = 16_000_000
 
-__all__ = ["MAX_BODY_BYTES", "check_composition", "check_shape", "clean_options", "decode", "redacted_repr"]
+__all__ = [
+    "MAX_BODY_BYTES",
+    "check_composition",
+    "check_shape",
+    "clean_options",
+    "decode",
+    "redacted_repr",
+    "without_stack",
+]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -149,3 +157,9 @@ def timedeltas_to_ms(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, timedelta):
             options[name] = round(value.total_seconds() * 1_000)
+
+
+def without_stack(error: MalformedMessage) -> MalformedMessage:
+    """Make the error anew, without its stack, whose frames are ours and hold the message."""
+    # Before Python 3.11 `sys.exc_info()`, which Sentry reads, keeps the stack of an error that is being handled.
+    return MalformedMessage(*error.args)

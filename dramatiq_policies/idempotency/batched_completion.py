@@ -23,13 +23,14 @@ from dramatiq.middleware import Middleware
 from .._redis import CommandBatcher, DeferredCommand
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
+from ..delivery.settlement import settle_and_ack
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
 
     from ..delivery.broker_state import BrokerState
-    from ..delivery.consumer import PolicyConsumer
     from ..delivery.delivery import Delivery
+    from ..delivery.transport import Transport
     from .claims import Claims
 
 __all__ = ["BatchedCompletions"]
@@ -73,7 +74,7 @@ class BatchedCompletions:
             for hook in _HOOKS
         )
 
-    def post(self, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> bool:
+    def post(self, transport: Transport, message: MessageProxy, delivery: Delivery) -> bool:
         """Post the completion of a plain success, if somebody is to carry it soon.
 
         Returns:
@@ -83,22 +84,24 @@ class BatchedCompletions:
             return False
         if not _has_more(threading.current_thread()):
             return False
-        command, acks = consumer.completion(delivery)
+        command, acks = transport.completion(delivery)
 
         def told(answer: Any) -> None:
             if not isinstance(answer, Exception) and answer:
                 delivery.claim.completed()
-                delivery.claim, delivery.acked = None, acks
-            self._settle(consumer, message, delivery)
+                delivery.claim = None
+                if acks:
+                    transport.acked_by_completion(delivery)
+            self._settle(transport, message, delivery)
 
         self._last.post = post = DeferredCommand(command, told)
         self.trips.post(post)
         return True
 
-    def _settle(self, consumer: PolicyConsumer, message: MessageProxy, delivery: Delivery) -> None:
+    def _settle(self, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
         while True:
             try:
-                consumer.conclude(message, delivery)
+                settle_and_ack(self.state, transport, message, delivery)
                 return
             except BrokerConnectionError as error:
                 logger.warning("Message %s can't be acked yet: %s", message.message_id, error)

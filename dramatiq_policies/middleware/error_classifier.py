@@ -194,7 +194,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is not None:
-            delivery.policy = delivery.consumer.state.policies.get(message.actor_name)
+            delivery.policy = delivery.transport.state.policies.get(message.actor_name)
             delivery.stage = PREPARED
             delivery.proxy = message
             current.set(delivery)
@@ -214,7 +214,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         else:
             try:
                 # Not `delivery.policy`: another middleware's before-hook may have raised ahead of ours.
-                policy = delivery.consumer.state.policies[message.actor_name]
+                policy = delivery.transport.state.policies[message.actor_name]
                 assert self._defaults is not None  # Set by `attach`.
                 run = FailedRun(broker, delivery, policy, message, unwrap_interrupt(exception))
                 delivery.decision = decide(self._defaults, run)

@@ -146,7 +146,7 @@ class Heartbeat(PolicyMiddleware):
                     continue
                 if not consumer.is_alive():
                     return False
-                if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.stands_still():
+                if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.transport.stands_still():
                     return False
                 silent = silent or (now - max(self._since, polled.get(queue, 0.0))) * 1_000 > self.silence
         return not (silent and _answers(state.broker))

@@ -182,7 +182,7 @@ def _success_of(delivery: Delivery) -> OutcomeEvent:
     return OutcomeEvent(
         outcome=Outcome.SUCCEEDED,
         actor=delivery.message.actor_name,
-        queue=delivery.consumer.queue_name,
+        queue=delivery.transport.queue_name,
         wait_ms=delivery.waited_ms(),
         duration_ms=None if delivery.started is None else delivery.elapsed_ms(),
         tags=None if policy is None else policy.tags,

@@ -203,10 +203,9 @@ def _wrap_consume(state: BrokerState) -> None:
             state.last_polled_at[queue_name] = monotonic()
         prefetch = kwargs.get("prefetch", args[0] if args else 1)
         consumer = wrap_consumer(state, stock(queue_name, *args, **kwargs), queue_name, prefetch)
-        consumer.prefetch = prefetch
         thread = threading.current_thread()
         if isinstance(thread, ConsumerThread):
-            thread.delay_queue = consumer.delayed
+            thread.delay_queue = consumer.transport.delayed
             make_safe(thread.logger)
         return consumer
 

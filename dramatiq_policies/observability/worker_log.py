@@ -40,7 +40,7 @@ class _ReplacedLines(logging.Filter):
         delivery = getattr(message, "delivery", None) if isinstance(message, MessageProxy) else None
         if delivery is None:
             return True
-        level = delivery.consumer.state.failure_level
+        level = delivery.transport.state.failure_level
         return level is None or not is_heard(OUTCOMES, level)
 
 

@@ -222,8 +222,8 @@ class Drain:
             delivery.claim.claims.drop(delivery.claim)
         again: Message[Any] = Message.decode(message.body)
         again.options[REDELIVERED] = True
-        self.broker.queues[delivery.consumer.source].put(again.encode())
-        delivery.consumer.finish(message)
+        self.broker.queues[delivery.transport.source].put(again.encode())
+        delivery.transport.ack(message)
 
 
 #: What a job may end with; anything else is for the test.

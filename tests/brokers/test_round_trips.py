@@ -142,12 +142,13 @@ def settling(monkeypatch):
         left = list(errors)
         tried = []
 
-        def conclude(message, delivery):
+        def ack(state, transport, message, delivery):
             tried.append(message.message_id)
             if left:
                 raise left.pop(0)
 
-        batched_completions._settle(SimpleNamespace(conclude=conclude), SimpleNamespace(message_id="m1"), None)
+        monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion.settle_and_ack", ack)
+        batched_completions._settle(None, SimpleNamespace(message_id="m1"), None)
         return len(tried)
 
     return settle

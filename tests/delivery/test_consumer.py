@@ -90,7 +90,7 @@ def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
     try:
         worker.consumers["default.DQ"].consumer, lost = None, worker.consumers["default.DQ"].consumer
         quiet(worker)
-        assert worker.consumers["default"].consumer.is_quiet
+        assert worker.consumers["default"].consumer.transport.is_quiet
     finally:
         worker.consumers["default.DQ"].consumer = lost
         worker.stop()

@@ -17,7 +17,7 @@ from dramatiq_policies.testing import drain
 
 from ..support import Stage
 
-CONSUMER = "dramatiq_policies.brokers.stub.consumer.StubConsumer"
+TRANSPORT = "dramatiq_policies.brokers.stub.transport.StubTransport"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkey
         raise ValueError("too large")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dramatiq_policies.brokers.stub.consumer.StubConsumer.dead_letter", refuse)
+        patch.setattr("dramatiq_policies.brokers.stub.transport.StubTransport.dead_letter", refuse)
         with stage.working():
             stage.collected.wait_for(lambda events: events)
     assert (stage.outcomes(), stage.reasons()) == (["interrupted"], ["handoff_failed"])
@@ -85,7 +85,7 @@ def test_of_a_message_that_stores_no_results_no_failure_is_stored():
 @pytest.fixture
 def acks(monkeypatch):
     acked = []
-    monkeypatch.setattr(f"{CONSUMER}.finish", lambda consumer, message: acked.append(message.message_id))
+    monkeypatch.setattr(f"{TRANSPORT}.ack", lambda consumer, message: acked.append(message.message_id))
     return acked
 
 
@@ -116,7 +116,7 @@ def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back
         tries.append(1)
         raise ConnectionError
 
-    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", refuse)
+    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
     consumer.ack(message)
     assert len(tries) == 2
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -126,8 +126,8 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
     stage = Stage()
     consumer, message = taken(stage)
     handed = []
-    monkeypatch.setattr(f"{CONSUMER}.is_revoked", lambda consumer: True)
-    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", lambda *args: handed.append(args))
+    monkeypatch.setattr(f"{TRANSPORT}.is_revoked", lambda consumer: True)
+    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", lambda *args: handed.append(args))
     consumer.ack(message)
     assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
 
@@ -140,10 +140,10 @@ def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_ag
 
     def refuse(*args):
         tries.append(1)
-        monkeypatch.setattr(f"{CONSUMER}.is_revoked", lambda consumer: gone)
+        monkeypatch.setattr(f"{TRANSPORT}.is_revoked", lambda consumer: gone)
         raise error
 
-    monkeypatch.setattr(f"{CONSUMER}.publish_outbox", refuse)
+    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
     consumer.ack(message)
     assert len(tries) == 1
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -224,7 +224,7 @@ def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_th
         raise Unsendable("never")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{CONSUMER}.publish_outbox", refuse)
+        patch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
         with stage.working():
             stage.collected.wait_for(lambda events: events)
             patch.undo()

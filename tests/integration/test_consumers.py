@@ -15,8 +15,8 @@ from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher, DeferredCommand
-from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
-from dramatiq_policies.brokers.redis.consumer import RedisConsumer
+from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
+from dramatiq_policies.brokers.redis.transport import RedisTransport
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -55,7 +55,7 @@ def test_an_error_of_the_socket_is_a_lost_connection(redis_place: RedisPlace, mo
     app = redis_place.app()
     job = app.actor(lambda: None, actor_name="job")
     job.send()
-    fail_once(monkeypatch, RedisConsumer, "_take_off", OSError("the cable"))
+    fail_once(monkeypatch, RedisTransport, "_take_off", OSError("the cable"))
     app.work_until("succeeded")
     assert redis_place.left() == []
 
@@ -65,7 +65,7 @@ def test_a_worker_that_redis_refuses_for_good_outside_the_command_is_told_to_be_
 ) -> None:
     app = redis_place.app()
     app.actor(lambda: None, actor_name="job")
-    monkeypatch.setattr(RedisConsumer, "_take_off", lambda *args: refuse())
+    monkeypatch.setattr(RedisTransport, "_take_off", lambda *args: refuse())
     with app.working():
         until(lambda: "Redis refuses this worker for good" in caplog.text)
         time.sleep(0.3)
@@ -82,9 +82,9 @@ def test_an_ack_that_is_lost_while_the_worker_stops_is_said_and_the_message_come
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer, message = taken(redis_place.app())
-    fail_once(monkeypatch, consumer, "_settle", ConnectionClosed("gone"))
+    fail_once(monkeypatch, consumer.transport, "_settle", ConnectionClosed("gone"))
     consumer.state.stopping.set()
-    consumer.finish(message)
+    consumer.transport.ack(message)
     assert f"Message {message.message_id} was not acked and comes back: gone" in caplog.text
     assert [left.message_id for left in redis_place.left()] == [message.message_id]
 
@@ -123,7 +123,7 @@ def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(
         claims=SimpleNamespace(store=MemoryStore()), keyed=True, completion=lambda: ("the", "command")
     )
     delivery = SimpleNamespace(completes_key=lambda: True, claim=claim)
-    assert consumer.completion(delivery) == (("the", "command"), False)
+    assert consumer.transport.completion(delivery) == (("the", "command"), False)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])
@@ -180,7 +180,7 @@ def test_a_message_that_somebody_has_failed_and_whose_ack_is_lost_is_a_dead_lett
     app = rabbitmq_place.app()
     consumer, message = taken(app)
     message.fail()
-    fail_once(monkeypatch, consumer, "finish", ConnectionClosed("gone"))
+    fail_once(monkeypatch, consumer.transport, "ack", ConnectionClosed("gone"))
     with pytest.raises(ConnectionClosed):
         consumer.nack(message)
     consumer.nack(message)
@@ -197,7 +197,7 @@ def test_a_body_that_can_t_be_read_and_whose_dead_letter_is_lost_is_read_again(
     app.actor(lambda: None, actor_name="job")
     app.broker.declare_queue(rabbitmq_place.queue, ensure=True)
     rabbitmq_place.push(b"not json")
-    fail_once(monkeypatch, RabbitmqConsumer, "publish", ConnectionError("gone"))
+    fail_once(monkeypatch, RabbitmqTransport, "publish", ConnectionError("gone"))
     app.work_until("dead")
     assert rabbitmq_place.dead_bodies() == [b"not json"]
     assert rabbitmq_place.left() == []
@@ -227,8 +227,8 @@ def exists(place: RabbitmqPlace) -> bool:
 
 def test_a_tag_is_used_once(rabbitmq_place: RabbitmqPlace, caplog: pytest.LogCaptureFixture) -> None:
     consumer, message = taken(rabbitmq_place.app())
-    consumer.finish(message)
-    consumer.finish(message)
+    consumer.transport.ack(message)
+    consumer.transport.ack(message)
     assert caplog.text.count(f"Message {message.message_id} was acked already.") == 1
     consumer.close()
     assert rabbitmq_place.left() == []
@@ -252,7 +252,7 @@ def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
 
     message = job.send()
     with monkeypatch.context() as patch:
-        patch.setattr(RabbitmqConsumer, "_channel", lambda consumer: Refusing())
+        patch.setattr(RabbitmqTransport, "_channel", lambda transport: Refusing())
         with app.working():
             app.wait_for("interrupted")
     assert [(event.outcome, event.reason) for event in app.events][:1] == [("interrupted", "handoff_failed")]
@@ -263,13 +263,13 @@ def test_a_consumer_whose_connection_breaks_while_it_is_closed_is_closed(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     consumer, _ = taken(rabbitmq_place.app())
-    stock = consumer.inner.connection.close
+    stock = consumer.transport.inner.connection.close
 
     def break_off() -> None:
         stock()
         raise pika.exceptions.ConnectionWrongStateError("it is closing")
 
-    monkeypatch.setattr(consumer.inner, "close", lambda: None)
-    monkeypatch.setattr(consumer.inner.connection, "close", break_off)
+    monkeypatch.setattr(consumer.transport.inner, "close", lambda: None)
+    monkeypatch.setattr(consumer.transport.inner.connection, "close", break_off)
     consumer.close()
-    assert consumer.is_revoked()
+    assert consumer.transport.is_revoked()

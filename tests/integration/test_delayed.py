@@ -287,14 +287,16 @@ def test_any_worker_runs_what_another_has_left_to_the_index(redis_place: RedisPl
 
 def leave_to_index(app: App, *messages: Message[Any]) -> None:
     """As a worker does that is then killed."""
-    consuming = app.broker.consume(f"{app.place.queue}.DQ", prefetch=100, timeout=100)
+    consumer = app.broker.consume(f"{app.place.queue}.DQ", prefetch=100, timeout=100)
     for _ in messages:
-        until(lambda: next(consuming))
+        until(lambda: next(consumer))
     ids = [message.options["redis_message_id"] for message in messages]
-    consuming.index.keep([(redis_id, message.options["eta"]) for redis_id, message in zip(ids, messages, strict=True)])
+    consumer.transport.index.keep(
+        [(redis_id, message.options["eta"]) for redis_id, message in zip(ids, messages, strict=True)]
+    )
     # Whoever is killed has no time to put anything back.
     for redis_id in ids:
-        consuming.places.release(redis_id)
+        consumer.transport.places.release(redis_id)
 
 
 def test_the_last_worker_that_stops_puts_all_back_for_workers_that_know_no_index(redis_place: RedisPlace) -> None:

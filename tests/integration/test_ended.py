@@ -128,8 +128,8 @@ def test_a_run_whose_connection_is_lost_ends_once_and_all_that_follows_from_it_h
                 until(lambda: ended_of(app)._heirs)
                 gate.set()
             else:
-                consumer = next(iter(ended_of(app).in_hand.values()))
-                until(consumer.is_revoked)
+                transport = next(iter(ended_of(app).in_hand.values()))
+                until(transport.is_revoked)
                 gate.set()
                 until(lambda: ended_of(app).known)
                 proxy.accept()

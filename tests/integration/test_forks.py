@@ -16,7 +16,7 @@ from .places import Place, RedisPlace
 #: What both servers' apps have in common. Each child works until all jobs are done, and then a while longer.
 APP = """\
 import dramatiq, logging, multiprocessing, os, sys, time
-import dramatiq_policies.brokers.redis.consumer as consumer
+import dramatiq_policies.brokers.redis.transport as consumer
 from dramatiq_policies import install
 from dramatiq.brokers.{kind} import {broker_class}
 

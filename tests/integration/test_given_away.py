@@ -125,7 +125,7 @@ def test_what_follows_a_job_whose_connection_to_rabbitmq_was_lost_comes_once(
             assert shop.gate.entered.wait(10)
             consumer = worker.consumers[rabbitmq_place.queue].consumer
             proxy.cut()
-            until(consumer.is_revoked)
+            until(consumer.transport.is_revoked)
             # It has come again, and waits for the end of the run.
             until(lambda: state_of(app.broker).shared["ended"]._heirs)
             shop.gate.open.set()

@@ -27,7 +27,7 @@ from redis.retry import Retry
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
 from dramatiq_policies._redis import CommandBatcher
-from dramatiq_policies.brokers.redis.consumer import _FETCH, RedisConsumer
+from dramatiq_policies.brokers.redis.transport import _FETCH, RedisTransport
 from tests.proxy import Proxy, amqp_method
 
 from .places import App, Gate, Place, RabbitmqPlace, RedisPlace, until
@@ -45,7 +45,7 @@ class Transient(Exception):
 def known_script(request: pytest.FixtureRequest) -> None:
     """Redis knows the script, so that the first call that bears a body is the one that is executed."""
     if "redis_place" in request.fixturenames or "redis" in str(getattr(request.node, "callspec", "")):
-        source = resources.files("dramatiq_policies.brokers").joinpath("settle.lua").read_text()
+        source = resources.files("dramatiq_policies.brokers.redis").joinpath("settle.lua").read_text()
         request.getfixturevalue("redis_client").script_load(source)
 
 
@@ -615,7 +615,7 @@ def test_client_kill_while_jobs_run(redis_place: RedisPlace) -> None:
 
 @pytest.mark.parametrize("retries", [0, 3], ids=["client gives up", "client sends it again"])
 def test_a_fetch_whose_reply_is_lost(redis_place: RedisPlace, retries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.consumer._LOOK_EVERY", 0.2)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._LOOK_EVERY", 0.2)
     with Proxy.before(redis_place.url) as proxy:
         client = redis.Redis.from_url(proxy.url, retry=Retry(NoBackoff(), retries))
         app = redis_place.app(broker=RedisBroker(client=client, namespace=redis_place.namespace))
@@ -672,7 +672,7 @@ def test_an_id_that_is_fetched_again_just_before_its_ack_runs_once(
 ) -> None:
     app = redis_place.app()
     gate = Gate()
-    fetch = RedisConsumer._take_off
+    fetch = RedisTransport._take_off
     done = []
 
     def fetching(*args):
@@ -683,7 +683,7 @@ def test_an_id_that_is_fetched_again_just_before_its_ack_runs_once(
             until(lambda: done and not app.in_hand())
         return found
 
-    monkeypatch.setattr(RedisConsumer, "_take_off", fetching)
+    monkeypatch.setattr(RedisTransport, "_take_off", fetching)
 
     @app.actor
     def job():
@@ -890,7 +890,7 @@ def test_a_job_that_failed_on_a_closed_connection_is_left_to_its_redelivery(rabb
             assert gate.entered.wait(10)
             consumer = worker.consumers[rabbitmq_place.queue].consumer
             proxy.cut()
-            until(consumer.is_revoked)
+            until(consumer.transport.is_revoked)
             gate.open.set()
             app.wait_for("interrupted", "dead")
             calm(app)

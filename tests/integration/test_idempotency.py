@@ -581,10 +581,10 @@ def test_what_a_kept_message_hands_on_is_enqueued_once_however_often_the_call_is
     job.send(7)
     consumer = app.broker.consume(redis_place.queue)
     message = next(consumer)
-    consumer_: Any = consumer
+    transport: Any = consumer.transport
     for _ in range(2):
         redis_id = message.options["redis_message_id"]
-        consumer_._settle(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
+        transport._settle(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
     queued = redis_place.client.lrange(f"{redis_place.namespace}:{redis_place.queue}", 0, -1)
     assert queued == [b"next"]
     consumer.requeue([message])

@@ -212,7 +212,7 @@ def test_a_message_whose_dead_letters_have_no_place_is_not_lost(redis_place: Red
     consumer = app.broker.consume(redis_place.queue, timeout=1)
     message = until(lambda: next(consumer))
     with pytest.raises(ConnectionClosed):
-        consumer.publish_outbox(message, message.delivery, b"the dead letter")
+        consumer.transport.publish_outbox(message, message.delivery, b"the dead letter")
     assert [left.args for left in redis_place.left()] == [(1,)]
 
 
@@ -276,7 +276,7 @@ def test_a_recovered_message_is_marked_beside_its_body(redis_place: RedisPlace) 
     message = until(lambda: next(consumer))
     assert message.delivery.redelivered
     assert message.body == body
-    consumer.put_back([message])
+    consumer.transport.requeue([message])
     again = until(lambda: next(consumer))
     assert again.delivery.redelivered
     assert "redelivered" not in again.options
@@ -340,7 +340,7 @@ def test_a_silent_process_of_this_version_is_forgotten_without_a_search(
         until(lambda: left() == {elsewhere.broker.broker_id, app.broker.broker_id}, describe=left)
         time.sleep(4 * TIMEOUT / 1_000)
         assert left() == {elsewhere.broker.broker_id, app.broker.broker_id}
-        holder.finish(message)
+        holder.transport.ack(message)
         until(lambda: left() == {app.broker.broker_id}, describe=left)
 
 
@@ -402,7 +402,7 @@ def test_dead_letters_that_were_kept_long_enough_are_removed(
 def test_a_message_that_says_another_id_runs_once_and_its_neighbour_too(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, said: str | None
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.consumer._LOOK_EVERY", 0.1)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._LOOK_EVERY", 0.1)
     app = app_of(redis_place)
     body = app.job.message(1).asdict()
     options = {} if said is None else {"redis_message_id": said}

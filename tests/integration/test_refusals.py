@@ -18,7 +18,7 @@ from dramatiq.common import xq_name
 
 from dramatiq_policies import Heartbeat, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher
-from dramatiq_policies.brokers.rabbitmq.consumer import RabbitmqConsumer
+from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
 from dramatiq_policies.delivery import publishing
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
@@ -139,8 +139,10 @@ def test_a_message_whose_retry_is_larger_than_the_server_takes_is_dead_as_receiv
 
     message = job.message()
     body = message.encode()
-    stock = RabbitmqConsumer._channel
-    monkeypatch.setattr(RabbitmqConsumer, "_channel", lambda self: TooLarge(stock(self), lambda: len(body) + 40, sizes))
+    stock = RabbitmqTransport._channel
+    monkeypatch.setattr(
+        RabbitmqTransport, "_channel", lambda self: TooLarge(stock(self), lambda: len(body) + 40, sizes)
+    )
     app.broker.enqueue(message)
     app.work_until("dead")
     assert app.events[0].reason == "handoff_failed"
@@ -161,14 +163,14 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
     app.broker.add_middleware(heartbeat)
     refusing = threading.Event()
     refusing.set()
-    stock = RabbitmqConsumer.publish
+    stock = RabbitmqTransport.publish
 
     def publish(self: Any, *args: Any) -> None:
         if refusing.is_set():
             raise pika.exceptions.NackError([])
         stock(self, *args)
 
-    monkeypatch.setattr(RabbitmqConsumer, "publish", publish)
+    monkeypatch.setattr(RabbitmqTransport, "publish", publish)
     monkeypatch.setattr(publishing, "_FIRST_RETURN", 1_500)
 
     @app.actor(max_retries=0)

@@ -94,9 +94,9 @@ def put_back_what_a_dead_worker_held(place: RedisPlace) -> None:
 def close_channel_from_the_server(app, place: RabbitmqPlace) -> None:
     assert app.worker is not None
     consumer = app.worker.consumers[place.queue].consumer
-    inner = consumer.inner
+    inner = consumer.transport.inner
     inner.connection.add_callback_threadsafe(lambda: inner.channel.basic_ack(1_000_000))
-    until(consumer.is_revoked)
+    until(consumer.transport.is_revoked)
 
 
 def test_a_job_whose_channel_the_server_closes_runs_once_and_its_redelivery_is_a_duplicate(

@@ -120,13 +120,13 @@ def test_it_stops_when_a_consumer_is_silent(tmp_path):
 
     def hanging(*args, **kwargs):
         consumer = consume(*args, **kwargs)
-        take = consumer.take
+        take = consumer.transport.take
 
         def patient():
             gate.wait(PATIENCE)
             return take()
 
-        consumer.take = patient
+        consumer.transport.take = patient
         return consumer
 
     beating.stage.broker.consume = hanging

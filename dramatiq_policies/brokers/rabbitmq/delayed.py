@@ -24,14 +24,14 @@ from dramatiq.errors import ConnectionClosed
 from ... import _dramatiq
 from ...common.connections import discard
 from ...delivery.broker_state import BrokerState
+from ...delivery.delay_queue import Move
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
-from ...delivery.moving_delayed import Move, attempt
 from ...delivery.refusals import Unsendable
-from .consumer import RabbitmqConsumer
+from .transport import RabbitmqTransport
 from .unreadable import LOST
 
-__all__ = ["RabbitmqDelayConsumer"]
+__all__ = ["RabbitmqDelayTransport"]
 
 #: How long before its time a message is returned for another delivery, in milliseconds.
 _AHEAD = 5_000
@@ -48,7 +48,7 @@ _SERVE_EVERY = 5.0
 _PATIENCE = 5.0
 
 
-class RabbitmqDelayConsumer(RabbitmqConsumer):
+class RabbitmqDelayTransport(RabbitmqTransport):
     """Consumes a delay queue, and moves its messages when they are due.
 
     Parameters:
@@ -57,7 +57,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
     """
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
-        super().__init__(state, inner, queue_name)
+        super().__init__(state, inner, queue_name, prefetch)
         self.limit = max(prefetch, _FEWEST)
         #: The due time and the tag of each message that was delivered and is not kept, the nearest first.
         self.far: list[tuple[float, int]] = []
@@ -189,7 +189,7 @@ class RabbitmqDelayConsumer(RabbitmqConsumer):
         for number, (move, step) in enumerate(steps):
             if number not in accepted:
                 # One by one: the queue is declared again, the connection made anew, and an error is its own message's.
-                attempt(self, move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
+                self.try_move(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
         self.enqueue(step)

@@ -17,10 +17,10 @@ from dramatiq.common import xq_name
 from dramatiq.errors import ConnectionClosed
 
 from ...common.safe_logger import SafeLogger
-from ...delivery.consumer import PolicyConsumer
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.publishing import RETURNED, wait_before_return
 from ...delivery.refusals import IN_A_ROW, Fault
+from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...outcomes import text_of
 
@@ -36,7 +36,7 @@ UNREADABLE = "unreadable_body"
 _SERVE = 1.0
 
 
-class UnreadableBodies(PolicyConsumer):
+class UnreadableBodies(Transport):
     """The part of a RabbitMQ consumer that deals with bodies that it cannot read."""
 
     deliveries: Any

@@ -11,23 +11,23 @@ from dramatiq.errors import BrokerConnectionError
 from ... import _dramatiq
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
+from ...delivery.delay_queue import Move
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
-from ...delivery.moving_delayed import Move
 from ...delivery.validation import is_number
-from .consumer import RedisConsumer
 from .delay_index import BATCH, DelayIndex
+from .transport import RedisTransport
 
-__all__ = ["RedisDelayConsumer"]
+__all__ = ["RedisDelayTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-class RedisDelayConsumer(RedisConsumer):
+class RedisDelayTransport(RedisTransport):
     """Consumes a delay queue, and moves its messages when they are due."""
 
-    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
-        super().__init__(state, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(state, inner, queue_name, prefetch)
         self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
 
     def room(self) -> int:

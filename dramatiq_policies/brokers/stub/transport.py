@@ -13,18 +13,18 @@ from dramatiq.message import get_encoder
 
 from ... import _dramatiq
 from ...delivery.broker_state import BrokerState
-from ...delivery.consumer import PolicyConsumer
-from ...delivery.moving_delayed import Move
+from ...delivery.delay_queue import Move
+from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 
-__all__ = ["StubConsumer", "explain_unserialisable"]
+__all__ = ["StubTransport", "explain_unserialisable"]
 
 
-class StubConsumer(PolicyConsumer):
+class StubTransport(Transport):
     """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
 
-    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
-        super().__init__(state, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(state, inner, queue_name, prefetch)
         if self.is_delay_queue:
             # All delayed messages are in memory anyhow: far ones must not keep nearer ones out.
             _dramatiq.lift_stub_limit(inner)
@@ -69,20 +69,20 @@ class StubConsumer(PolicyConsumer):
         # Not before the outcome is published: whoever joins the queue expects to see it.
         delivery.acked = False
 
-    def finish(self, message: MessageProxy) -> None:
+    def ack(self, message: MessageProxy) -> None:
         _dramatiq.release_stub_slot(self.inner)
 
-    def put_back(self, messages: list[MessageProxy]) -> None:
+    def requeue(self, messages: list[MessageProxy]) -> None:
         for message in messages:
             self.inner.queue.put(message.body)
             _dramatiq.release_stub_slot(self.inner)
 
     def abandon(self, message: MessageProxy) -> None:
-        self.state.requeue_after_shutdown.append(partial(self.put_back, [message]))
+        self.state.requeue_after_shutdown.append(partial(self.requeue, [message]))
 
     def move_one(self, move: Move) -> None:
         self.broker.enqueue(move.moved)
-        self.finish(move.message)
+        self.ack(move.message)
 
 
 def explain_unserialisable(broker: Broker) -> None:

@@ -30,7 +30,7 @@ from ..ended import Ended, Runs
 from .acks import SharedAcks
 from .unreadable import LOST, UNREADABLE, UnreadableBodies
 
-__all__ = ["RabbitmqConsumer"]
+__all__ = ["RabbitmqTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -41,11 +41,11 @@ _FOR_GOOD = frozenset({311, 403, 406})
 _RETURNS = 2
 
 
-class RabbitmqConsumer(UnreadableBodies):
+class RabbitmqTransport(UnreadableBodies):
     """Consumes, acks and dead-letters on RabbitMQ."""
 
-    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
-        super().__init__(state, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(state, inner, queue_name, prefetch)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
         #: Whether its queue was deleted under it, and with it all that the server would have given back.
@@ -220,14 +220,14 @@ class RabbitmqConsumer(UnreadableBodies):
         broker.state.dramatiq_policies_channel = None
         discard(_dramatiq.take_rabbitmq_connection(broker))
 
-    def finish(self, message: MessageProxy) -> None:
+    def ack(self, message: MessageProxy) -> None:
         if self.deleted:
             return
         if self.is_revoked():
             self._not_acked(message)
             logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
             return
-        super().finish(message)
+        super().ack(message)
 
     def send_ack(self, message: MessageProxy) -> None:
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
@@ -256,7 +256,7 @@ class RabbitmqConsumer(UnreadableBodies):
         # The server gives the delayed messages of a closed consumer out again.
         return DelayQueue()
 
-    def put_back(self, messages: list[MessageProxy]) -> None:
+    def requeue(self, messages: list[MessageProxy]) -> None:
         """The server does it when the consumer closes."""
         for message in messages:
             delivery = vars(message).get("delivery")

@@ -26,10 +26,11 @@ from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 from ..._redis import RAW, CommandBatcher, Script
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
-from ...delivery.consumer import REDELIVERED, PolicyConsumer
+from ...delivery.consumer import REDELIVERED
 from ...delivery.delivery import Carried, Delivery, DeliveryReassigned, OutgoingMessage
 from ...delivery.history import FAILURE, now_ms
 from ...delivery.refusals import IN_A_ROW, Fault, Unsendable
+from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
@@ -39,7 +40,7 @@ from .recovery import Recovery
 if TYPE_CHECKING:
     from ...idempotency.claims import Claim
 
-__all__ = ["RedisConsumer"]
+__all__ = ["RedisTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -60,13 +61,13 @@ _TOO_LARGE = ("invalid bulk length", "string exceeds maximum allowed size")
 _LOOK_EVERY = 5.0
 
 
-class RedisConsumer(PolicyConsumer):
+class RedisTransport(Transport):
     """Fetches, acks and dead-letters on Redis."""
 
     acks_with_outbox = True
 
-    def __init__(self, state: BrokerState, inner: Any, queue_name: str) -> None:
-        super().__init__(state, inner, queue_name)
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        super().__init__(state, inner, queue_name, prefetch)
         self.client = inner.broker.client
         self.trips = state.shared.setdefault("round_trips", CommandBatcher(self.client))
         self.timeout_ms = inner.timeout
@@ -173,7 +174,7 @@ class RedisConsumer(PolicyConsumer):
         taken: list[bytes] = _FETCH.call(self.client, [broker.namespace], [broker.broker_id, self.source, most])
         return taken
 
-    def finish(self, message: MessageProxy) -> None:
+    def ack(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
         try:
             if "do_ack" in vars(self.broker):
@@ -206,7 +207,7 @@ class RedisConsumer(PolicyConsumer):
         if not settled:
             self._given_away(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
-            # Somebody's own, as in `finish`. It hears of a dead letter that lies in its place already.
+            # Somebody's own, as in `ack`. It hears of a dead letter that lies in its place already.
             self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
             delivery.claim = claim.completed()
@@ -264,11 +265,9 @@ class RedisConsumer(PolicyConsumer):
             return super().completion(delivery)
         return self._settling(self._over(delivery.message), completes=delivery.claim), True
 
-    def conclude(self, message: MessageProxy, delivery: Delivery) -> None:
-        if delivery.acked and not delivery.settled:
-            # By the completion that was posted.
-            self._release(message)
-        super().conclude(message, delivery)
+    def acked_by_completion(self, delivery: Delivery) -> None:
+        super().acked_by_completion(delivery)
+        self._release(delivery.message)
 
     def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
         """Settle a message and complete its key in one step; None if it takes two.
@@ -308,7 +307,7 @@ class RedisConsumer(PolicyConsumer):
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
         return _SETTLE.command(keys, args)
 
-    def put_back(self, messages: list[MessageProxy]) -> None:
+    def requeue(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]
         if ids:
             self._guarded(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
@@ -334,7 +333,7 @@ class RedisConsumer(PolicyConsumer):
         self.places.job_finished(redis_id)
         return redis_id
 
-    def _release(self, message: MessageProxy) -> None:
+    def _release(self, message: MessageProxy | Message[Any]) -> None:
         self.places.release(message.options["redis_message_id"])
 
     def _requeue_orphans(self) -> None:

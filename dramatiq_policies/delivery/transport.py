@@ -1,0 +1,297 @@
+"""The broker's side of one consumer: how messages are taken, published, acknowledged and dead-lettered.
+
+`Transport` serves any broker through Dramatiq's own consumer. The packages in `brokers` hold one for each broker whose
+storage is known. The worker's side is `PolicyConsumer`, which has a transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dramatiq import Message
+from dramatiq.broker import MessageProxy
+from dramatiq.common import q_name
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+
+from .. import _dramatiq
+from ..common.safe_logger import SafeLogger
+from ..errors import MalformedMessage
+from ..outcomes import Outcome, OutcomeEvent, text_of
+from .delay_queue import DelayQueue, Move
+from .delivery import Delivery, OutgoingMessage
+from .refusals import Distrust, Fault, Parking, Unsendable
+from .validation import check_shape, decode, without_stack
+
+if TYPE_CHECKING:
+    from .broker_state import BrokerState
+
+__all__ = ["Transport"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+
+class Transport:
+    """Speaks to the broker for one consumer.
+
+    Parameters:
+      state: What is shared on the broker.
+      inner: Dramatiq's own consumer.
+      queue_name: The queue to read, which may be a delay queue.
+      prefetch: How many messages the consumer may have in hand.
+    """
+
+    #: Whether `publish_outbox` also acknowledges, in one step of the broker.
+    acks_with_outbox = False
+
+    def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
+        self.state = state
+        self.broker = state.broker
+        self.inner = inner
+        self.source = queue_name
+        self.queue_name = q_name(queue_name)
+        self.is_delay_queue = self.source != self.queue_name
+        self.prefetch = prefetch
+        self.delayed = self.delay_queue()
+        self.parked = self.parking()
+        self.distrust = state.distrusted.setdefault(queue_name, Distrust(queue_name))
+        self.max_body_bytes = state.max_body_bytes
+        #: Set while the worker shuts down: messages that still arrive are left to other workers.
+        self.is_quiet = False
+
+    # Taking messages.
+
+    def take(self) -> MessageProxy | None:
+        """Return the next readable message, or None if none arrived for a while."""
+        try:
+            message: MessageProxy | None = next(self.inner)
+        except Exception as error:
+            if self.lost_connection(error) and not isinstance(error, BrokerConnectionError):
+                raise ConnectionClosed(error) from None
+            raise
+        if message is None:
+            return None
+        try:
+            self.validate(_dramatiq.message_of(message))
+        except MalformedMessage as error:
+            self.inner.nack(message)
+            self.report_malformed(error)
+            return None
+        return message
+
+    def has_received(self) -> bool:
+        """Whether `take` returns a message without asking the broker."""
+        return False
+
+    @property
+    def outstanding_message_count(self) -> int:
+        """How many messages are in hand, where Dramatiq's consumer counts them."""
+        count: int = self.inner.outstanding_message_count
+        return count
+
+    def decode(self, body: bytes) -> Message[Any]:
+        """Decode and validate a body.
+
+        Raises:
+          Exception: The body can't be read.
+        """
+        message = decode(body, self.max_body_bytes)
+        self.validate(message)
+        return message
+
+    def validate(self, message: Message[Any]) -> None:
+        """Check a message's shape, and set its queue to the one that it was read from."""
+        check_shape(message)
+        if message.queue_name != self.source:
+            object.__setattr__(message, "queue_name", self.source)
+
+    def report_malformed(self, error: MalformedMessage) -> None:
+        """Publish the outcome of a body that could not be read and lies, raw, on the dead-letter queue."""
+        event = OutcomeEvent(
+            outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=without_stack(error)
+        )
+        self.state.publish(event, None)
+
+    def idle(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    # Publishing, and the end of a message.
+
+    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        """Publish the outbox, and then the dead letter (a message, or a raw body).
+
+        Each message that the broker has accepted leaves the outbox: after an error, call this again to go on.
+        """
+        outbox = delivery.outbox
+        while outbox:
+            sent = outbox[0]
+            assert isinstance(sent, OutgoingMessage)
+            self.broker.enqueue(sent.message, delay=sent.delay)
+            outbox.pop(0)
+        if dead is not None:
+            self.dead_letter(message, dead)
+            delivery.acked = True
+
+    def completes(self, delivery: Delivery) -> bool:
+        """Whether `publish_outbox` also completes the idempotency key and acknowledges, in one step."""
+        return False
+
+    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+        """Return the command that completes the key of a plain success, and whether it also acknowledges."""
+        return delivery.claim.completion(), False
+
+    def acked_by_completion(self, delivery: Delivery) -> None:
+        """The command of `completion` has acknowledged the message."""
+        delivery.acked = True
+
+    def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
+        """Move the message to the dead-letter queue; without the failure, since the broker's storage is not known."""
+        self.inner.nack(message)
+
+    def ack(self, message: MessageProxy) -> None:
+        """Acknowledge a message.
+
+        Raises:
+          ConnectionClosed: The connection is lost, and the worker goes on.
+        """
+        try:
+            self.send_ack(message)
+        except Exception as error:
+            if not self.lost_connection(error):
+                raise
+            if self.state.stopping.is_set():
+                logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
+                return
+            raise ConnectionClosed(error) from None
+
+    def send_ack(self, message: MessageProxy) -> None:
+        """Have the broker take a message off its queue."""
+        self.inner.ack(message)
+
+    def nack(self, message: MessageProxy) -> None:
+        """Move a message that has no delivery to the dead-letter queue, as plain Dramatiq does."""
+        self.inner.nack(message)
+
+    def requeue(self, messages: list[MessageProxy]) -> None:
+        """Put messages back on the queue that no thread has begun."""
+        self.inner.requeue(messages)
+
+    def try_requeue(self, messages: list[MessageProxy]) -> None:
+        """Requeue messages; log an error, after which they come back as after a crash."""
+        try:
+            self.requeue(messages)
+        except Exception as error:
+            # Dramatiq calls this while it closes a consumer: an error would end the thread.
+            logger.warning("%d messages could not be put back on queue %r: %s", len(messages), self.source, error)
+
+    def give_back(self, message: MessageProxy) -> None:
+        """Have the broker deliver a message again."""
+        self.try_requeue([message])
+
+    def abandon(self, message: MessageProxy) -> None:
+        """Leave a message unacknowledged, so that it comes back."""
+
+    def park(self, message: MessageProxy, wait_ms: float) -> None:
+        """Keep a message that the broker takes in no form in its slot, and give it back after the wait."""
+        self.parked.park(wait_ms, partial(self.give_back, message))
+
+    def after_interrupt(self) -> None:
+        """Drop connections of this thread that an interrupt of a job may have left in an unknown state."""
+
+    def close(self) -> None:
+        """Close Dramatiq's consumer. Never raises."""
+        try:
+            self.inner.close()
+        except BrokerConnectionError:
+            pass
+        except Exception as error:
+            logger.warning("The consumer of queue %r did not close cleanly: %s", self.source, error)
+
+    # Errors and refusals.
+
+    def lost_connection(self, error: Exception) -> bool:
+        """Whether the error says that the broker can't be reached for now."""
+        return isinstance(error, (BrokerConnectionError, OSError))
+
+    def fault_of(self, error: Exception) -> Fault:
+        """Why the broker did not accept a message."""
+        if isinstance(error, Unsendable):
+            return Fault.HOPELESS
+        return Fault.LOST if self.lost_connection(error) else Fault.REFUSED
+
+    def encoded(self, message: Message[Any]) -> bytes:
+        """Encode a message.
+
+        Raises:
+          Unsendable: It can't be encoded, or is too large for any worker to decode.
+        """
+        try:
+            body = message.encode()
+            if self.max_body_bytes is None or len(body) <= self.max_body_bytes:
+                return body
+            error: Exception = MalformedMessage(f"{len(body)} bytes; max_body_bytes is {self.max_body_bytes}")
+        except Exception as refusal:
+            error = refusal
+        raise Unsendable(f"the message cannot be encoded: {type(error).__name__}: {text_of(error)}") from error
+
+    @property
+    def refuses_dead_letters(self) -> bool:
+        """Whether the broker refused the last dead letter of this queue."""
+        return self.queue_name in self.state.refused
+
+    def dead_letters_refused(self) -> bool:
+        """Remember that the broker refuses this queue's dead letters. Returns whether it took them before."""
+        news = object()
+        return self.state.refused.setdefault(self.queue_name, news) is news
+
+    def dead_letters_accepted(self) -> None:
+        """Remember that the broker takes this queue's dead letters."""
+        if self.state.refused and self.state.refused.pop(self.queue_name, None) is not None:
+            logger.warning("The dead-letter queue of %r takes messages again.", self.queue_name)
+
+    def is_revoked(self) -> bool:
+        """Whether the broker has taken back every message that this consumer delivered."""
+        return False
+
+    def will_redeliver(self) -> bool:
+        """Whether the broker delivers those messages again; False after the queue was deleted."""
+        return self.is_revoked()
+
+    def stands_still(self) -> bool:
+        """Whether no message is taken: parked messages fill every slot, or no body can be read."""
+        return len(self.parked) >= self.prefetch or self.distrust.is_pausing
+
+    # Delayed messages.
+
+    def move(self, moves: list[Move]) -> None:
+        """Publish due messages to the work queue, take them off the delay queue, and mark them as done."""
+        for move in moves:
+            self.try_move(move, self.move_one)
+
+    def try_move(self, move: Move, call: Callable[[Move], object]) -> None:
+        """Move one message by ``call``. An error delays this message only, unless the connection is lost."""
+        try:
+            call(move)
+            move.done = True
+        except Exception as error:
+            if self.fault_of(error) is Fault.LOST:
+                raise
+            move.error = error
+
+    def move_one(self, move: Move) -> None:
+        self.broker.enqueue(move.moved)
+        self.inner.ack(move.message)
+
+    def dead_letter_unmoved(self, message: MessageProxy) -> None:
+        """Move a delayed message, as it was delivered, to the dead-letter queue."""
+        self.inner.nack(message)
+
+    def delay_queue(self) -> DelayQueue:
+        """Return the delayed messages in hand: kept per queue, not per connection, since the broker counts them as ours."""
+        return self.state.delayed.setdefault(self.source, DelayQueue())
+
+    def parking(self) -> Parking:
+        """Return the messages that keep their slots: kept per queue, as the delayed ones are."""
+        return self.state.parked.setdefault(self.source, Parking())
