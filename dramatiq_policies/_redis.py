@@ -1,8 +1,8 @@
 """Round trips to Redis that threads share.
 
-Whoever gets hold of the connection sends what all are waiting for, in one write, as databases do with commits (Gray and
-Reuter, *Transaction Processing*, 1993, "group commit"). No thread is added, and one thread alone waits no longer than it
-would. A call whose connection is lost is sent once more, so it must not matter if it was carried out.
+The thread that owns the connection sends the commands of all waiting threads in one write, as databases do with commits (Gray
+and Reuter, *Transaction Processing*, 1993, "group commit"). No extra thread runs, and a single thread waits no longer than
+without batching. After a lost connection the commands are sent once more, so each command must be safe to repeat.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from .common.forks import after_fork
 
 __all__ = ["RAW", "CommandBatcher", "DeferredCommand", "Script"]
 
-#: hiredis' own, where that is installed: redis-py's around it costs as much again.
+#: Of hiredis, if installed. The wrapper in redis-py doubles the cost.
 _pack: Callable[[tuple[Any, ...]], bytes] | None = None
 with suppress(ImportError, AttributeError):
     import hiredis
 
     _pack = hiredis.pack_command
 
-#: For `execute_command`: the answer is bytes, whatever the client is set to decode.
+#: For `execute_command`: return bytes, even from a client with ``decode_responses``.
 RAW: dict[str, Any] = {NEVER_DECODE: []}
 _UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
 
 
-#: Connections of the processes that this one was forked from.
+#: Connections of the parent processes.
 _of_parents: list[Any] = []
 #: The text of each script, by its digest.
 _texts: dict[str, str] = {}
 
 
 class Script:
-    """A Lua script, called by its digest and loaded where it is not known."""
+    """A Lua script, called by its digest. The first call on a server loads the script."""
 
     def __init__(self, text: str) -> None:
         self.digest = sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -51,7 +51,7 @@ class Script:
         return ("EVALSHA", self.digest, len(keys), *keys, *args)
 
     def call(self, client: Any, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """The answer, on a connection of the client's pool."""
+        """Run the script on a connection of the client's pool."""
         command = self.command(keys, args)
         try:
             return client.execute_command(*command, **RAW)
@@ -60,7 +60,7 @@ class Script:
 
     @staticmethod
     def in_full(command: Sequence[Any]) -> tuple[Any, ...]:
-        """The same call with the text in place of its digest, which loads it."""
+        """Return the same call with the text in place of the digest. Redis then loads the script."""
         return ("EVAL", _texts[command[1]], *command[2:])
 
 
@@ -82,10 +82,10 @@ def _error_in(call: _Call) -> Exception | None:
 
 
 class DeferredCommand(_Call):
-    """A call that nobody waits for: it goes ahead of one that somebody waits for, who tells of its answer.
+    """A fire-and-forget command, sent before the next blocking command.
 
     Parameters:
-      callback: Called once with the answer, or the error, by the thread that sent it.
+      callback: Called once with the reply or the error, by the thread that sent the command.
     """
 
     __slots__ = ("callback",)
@@ -99,12 +99,12 @@ class DeferredCommand(_Call):
         return self.answer is not _UNANSWERED
 
 
-#: The errors that say that a call can't be made as it is, whatever the connection.
+#: Errors of the command itself. No other connection would help.
 _ITS_OWN = (redis.ResponseError, redis.DataError, UnicodeError, TypeError)
 
 
 def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[bytes]]:
-    """The calls that can be sent, and what is sent for them all; each of the others has its error for an answer."""
+    """Return the calls that can be encoded, and their bytes. Each other call gets its error as its reply."""
     pack = _pack or (lambda command: b"".join(connection.pack_command(*command)))
     try:
         return calls, [b"".join([pack(tuple(call.command)) for call in calls])]
@@ -122,24 +122,24 @@ def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[byte
 
 
 class _Batch:
-    """One thread's calls; it sleeps until they are answered, or it is to send them and those that have come meanwhile."""
+    """The calls of one thread. The thread sleeps until another thread has sent the calls, or until its own turn to send."""
 
     __slots__ = ("calls", "posts", "sends", "woken")
 
     def __init__(self, commands: Sequence[Sequence[Any]]) -> None:
         self.posts: list[DeferredCommand] = []
         self.calls = [_Call(command) for command in commands]
-        #: The turns that this one sends, itself included.
+        #: The batches that this thread sends, its own included.
         self.sends: list[_Batch] = []
         self.woken = Lock()
         self.woken.acquire()
 
 
 class CommandBatcher:
-    """Calls a server on one connection, made as those of a client's pool are; of a cluster's client, on its connections.
+    """Sends commands of many threads to Redis over one connection. With a cluster client, over the connections of the client.
 
-    The connection is none of the pool's, which may have no other to give. Answers are bytes, numbers, lists of them and
-    None, whatever the client is set to decode.
+    The connection is made like those of the client's pool but does not come from the pool, which may be exhausted. Replies are
+    bytes, numbers, lists and None, even if the client decodes replies.
     """
 
     def __init__(self, client: Any) -> None:
@@ -149,24 +149,24 @@ class CommandBatcher:
         self._lock = Lock()
         self._waiting: list[_Batch] = []
         self._sender: _Batch | None = None
-        #: Posts that no turn has taken along yet.
+        #: Deferred commands that no batch has sent yet.
         self.posted: list[DeferredCommand] = []
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process no other thread waits, whatever the locks say, and the connection is the parent's."""
-        # Kept, since giving it back to its pool takes that pool's lock.
+        """Forget the waiting threads and the connection, which belong to the parent."""
+        # Kept alive: closing takes a lock that may be held.
         _of_parents.append(self._connection)
         self._connection = None
         self._lock, self._waiting, self._sender, self.posted = Lock(), [], None, []
 
     def post(self, post: DeferredCommand) -> None:
-        """Leave a call for the next `execute` with ``carries``, which the caller sees to."""
+        """Queue a command for the next `execute` with ``carries``. The caller must ensure that one follows."""
         with self._lock:
             self.posted.append(post)
 
     def call(self, *command: Any, carries: bool = False) -> Any:
-        """The answer to one command.
+        """Send one command and return the reply.
 
         Raises:
           redis.RedisError, OSError: As the client.
@@ -174,9 +174,9 @@ class CommandBatcher:
         return self.execute([command], carries=carries)[0]
 
     def execute(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
-        """The answers to many commands in one round trip; with ``carries`` what was posted goes ahead of them.
+        """Send many commands in one round trip. With ``carries``, send the deferred commands first.
 
-        All that was posted before is answered then, also what another thread has taken along.
+        On return, all commands deferred before this call have replies, even if another thread has sent them.
         """
         return [call.result() for call in self._ask(commands, carries=carries)]
 
@@ -185,7 +185,7 @@ class CommandBatcher:
         try:
             with self._lock:
                 if carries and self.posted:
-                    # In line before anybody who asks later, so that none of them is answered before it.
+                    # Enter the line before later callers, so that no later command is answered first.
                     turn.posts, self.posted = self.posted, []
                 if self._sender is None:
                     self._sender = turn
@@ -204,10 +204,10 @@ class CommandBatcher:
         return turn.calls
 
     def answers(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
-        """As `execute`, but a command that was refused has its error among the answers.
+        """Like `execute`, but return the error of a refused command as its reply.
 
         Raises:
-          redis.RedisError, OSError: The first one's, where all were refused.
+          redis.RedisError, OSError: The first error, if all commands were refused.
         """
         found = self._ask(commands, carries=carries)
         if found and all(_error_in(call) is not None for call in found):
@@ -215,9 +215,9 @@ class CommandBatcher:
         return [call.answer for call in found]
 
     def alone(self, *command: Any) -> Any:
-        """The answer to one command, on a connection of the pool's: for code that may be interrupted.
+        """Send one command on a connection of the pool. Use this in code that may be interrupted.
 
-        An interrupt of whoever sends over the shared connection would reach all whose calls are on their way.
+        An interrupt during a shared round trip would fail the commands of all other threads too.
         """
         try:
             return self.client.execute_command(*command, **RAW)
@@ -225,7 +225,7 @@ class CommandBatcher:
             return self.client.execute_command(*Script.in_full(command), **RAW)
 
     def _leave(self, turn: _Batch) -> None:
-        """Wake those who were answered, and one of those who came since, to send."""
+        """Wake the threads that have replies, and one waiting thread to send the next batch."""
         with self._lock:
             if self._sender is turn:
                 self._sender = following = self._waiting.pop(0) if self._waiting else None
@@ -244,12 +244,12 @@ class CommandBatcher:
                 self._exchange(refused)
             for call in calls:
                 if isinstance(call.answer, NoScriptError):
-                    # The server was restarted or flushed, or another is the master now.
+                    # The server was restarted or flushed, or a failover made a new master.
                     call.command = Script.in_full(call.command)
                     self._exchange([call])
         except Exception as error:
             for call in calls:
-                if _error_in(call) is not None:  # Not answered, or to be asked once more.
+                if _error_in(call) is not None:  # Not answered, or not repeated.
                     call.answer = error
 
     def _exchange(self, calls: list[_Call]) -> None:
@@ -257,10 +257,10 @@ class CommandBatcher:
             try:
                 self._converse(calls)
             except (redis.ConnectionError, redis.TimeoutError, OSError):
-                # One that has idled is often gone.
+                # An idle connection is often closed by the server.
                 self._converse(calls)
             return
-        for call in calls:  # A cluster's: each key has a server of its own.
+        for call in calls:  # A cluster client: each key has its own server.
             try:
                 call.answer = self.client.execute_command(*call.command, **RAW)
             except _ITS_OWN as error:
@@ -276,9 +276,9 @@ class CommandBatcher:
             return
         demoted = False
         try:
-            # If it is not: a Sentinel's asks who the master is here, and nowhere else.
+            # A no-op while connected. A Sentinel connection looks up the master only here.
             connection.connect()
-            # A pipeline of the client's costs several times as much as what it sends.
+            # A pipeline of redis-py would cost several times the commands themselves.
             connection.send_packed_command(packed)
             for call in calls:
                 try:
@@ -287,10 +287,10 @@ class CommandBatcher:
                     call.answer = error
                     demoted = demoted or is_demoted(error)
             if demoted:
-                # The name of the server may lead to another by now.
+                # The name may resolve to a new master by now.
                 connection.disconnect()
                 reconnect(pool)
         except BaseException:
-            # Whatever comes over it now is the answer to something else.
+            # The next bytes on this connection would answer an older command.
             connection.disconnect()
             raise

@@ -1,4 +1,4 @@
-"""What can be said of a callable before it is called."""
+"""Inspect callables without calling them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARK = "dramatiq_policies_wraps"
 
 
 class _Mark:
-    """What a wrapper of ours wraps, and for which actor. `functools.wraps` copies the mark onto functions of the user's."""
+    """The wrapped function and the actor of a wrapper. `functools.wraps` copies the mark onto user functions."""
 
     __slots__ = ("actor_name", "wrapped", "wrapper")
 
@@ -33,28 +33,28 @@ class _Mark:
 
 
 def mark_wrapper(wrapper: Any, wrapped: Any, actor_name: str) -> None:
-    """Mark a wrapper that stands in the place of an actor's function."""
+    """Mark a wrapper that replaces an actor's function."""
     setattr(wrapper, _MARK, _Mark(wrapper, wrapped, actor_name))
 
 
 def unwrapped(fn: Any) -> Any:
-    """The user's function inside of a marked wrapper; any other callable, a copy of a wrapper included, as it is."""
+    """Return the user function of a marked wrapper. Return any other callable (even a copy of a wrapper) unchanged."""
     mark = getattr(fn, _MARK, None)
     return mark.wrapped if isinstance(mark, _Mark) and mark.wrapper is fn else fn
 
 
 def is_coroutine_callable(fn: Any) -> bool:
-    """Whether calling it gives a coroutine: also for partials and objects with an async ``__call__``."""
+    """Return whether a call gives a coroutine. Looks through partials and an async ``__call__``."""
     return _is_any(fn, inspect.iscoroutinefunction)
 
 
 def returns_coroutine_or_generator(fn: Any) -> bool:
-    """Whether calling it runs nothing of what it is written to do: it gives a coroutine or a generator."""
+    """Return whether a call only makes a coroutine or a generator, and runs none of the body."""
     return _is_any(fn, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def is_sync_callable(fn: Any, count: int) -> bool:
-    """Whether it can be called with so many positional arguments, and does its work then."""
+    """Return whether this is a plain function that takes ``count`` positional arguments."""
     return callable(fn) and not returns_coroutine_or_generator(fn) and accepts(fn, count)
 
 
@@ -66,19 +66,19 @@ def _is_any(fn: Any, *kinds: Callable[[Any], bool]) -> bool:
 
 
 def accepts(fn: Callable[..., Any], count: int) -> bool:
-    """Whether it can be called with so many positional arguments; True where a callable does not say."""
+    """Return whether the callable takes ``count`` positional arguments. True if the signature is unknown."""
     signature = stated_signature(fn)
     return signature is None or _takes(signature, count, ())
 
 
 def accepts_call_of(fn: Callable[..., Any], signature: inspect.Signature) -> bool:
-    """Whether it takes any of the calls that a signature takes; True where a callable does not say."""
+    """Return whether at least one call fits both the callable and the signature. True if its own signature is unknown."""
     own = stated_signature(fn)
     if own is None:
         return True
     both = (own, signature)
     for count in range(max(len(one.parameters) for one in both) + 1):
-        # So many by position, and by name no more than one of the two must have.
+        # ``count`` by position; by name, the required parameters of either.
         names = {name for one in both for name in _required_names(one, count)}
         if all(_takes(one, count, names) for one in both):
             return True
@@ -86,9 +86,9 @@ def accepts_call_of(fn: Callable[..., Any], signature: inspect.Signature) -> boo
 
 
 def stated_signature(fn: Callable[..., Any]) -> inspect.Signature | None:
-    """What a callable says that it takes itself, None if it does not: some that are written in C."""
+    """Return the signature of the callable itself, or None (some callables written in C)."""
     try:
-        # A decorator may take other arguments than what it wraps.
+        # A decorator may take other arguments than the wrapped function.
         return inspect.signature(fn, follow_wrapped=False)
     except (TypeError, ValueError):
         return None
@@ -103,7 +103,7 @@ def _takes(signature: inspect.Signature, count: int, names: Iterable[str]) -> bo
 
 
 def _required_names(signature: inspect.Signature, count: int) -> Iterator[str]:
-    """The parameters without a default that so many arguments by position leave to be given by name."""
+    """Yield the required parameters that are left after ``count`` positional arguments."""
     for index, one in enumerate(signature.parameters.values()):
         left = one.kind is one.KEYWORD_ONLY or (one.kind is one.POSITIONAL_OR_KEYWORD and index >= count)
         if left and one.default is one.empty:

@@ -1,8 +1,7 @@
-"""The clocks that the bundle looks at.
+"""The clocks of dramatiq_policies.
 
-Always called as ``clock.time()``, ``clock.monotonic()`` and ``clock.sleep()``, and never imported by name: the test kit
-puts its virtual clock here while it drains a broker. How long a job has run, and when it is interrupted, is measured by
-the real clock.
+Call ``clock.time()``, ``clock.monotonic()`` and ``clock.sleep()``; never import the functions by name. While the test kit drains
+a broker, it replaces them by a virtual clock. Run times and timeouts of jobs use the real clock.
 """
 
 from __future__ import annotations

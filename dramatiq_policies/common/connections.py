@@ -1,8 +1,8 @@
-"""Connections that must not be used again: struck by an exception from outside, or to a server that lost its rank.
+"""Close connections that must not be reused: interrupted by an async exception, or connected to a demoted Redis.
 
-Ctrl-C, a timeout, a shutdown can come between any two instructions, also between a question to a server and its answer.
-What comes over the connection then is the answer to something else, or never comes. It can only be thrown away. A Redis
-that answers READONLY is no master any more: its name or address may lead to the next one, but only who connects anew asks.
+Ctrl-C, a timeout or a shutdown can interrupt a thread between a request and its reply. The next request on the connection would
+then read the wrong reply, so the connection must be closed. A Redis server that answers READONLY is no longer the master. A new
+connection finds the new master.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ __all__ = ["close_when_interrupted", "discard", "is_async_exception", "is_demote
 
 
 def is_async_exception(error: BaseException | None) -> bool:
-    """Whether it is an exception that may have come from outside."""
+    """Return whether the exception may have been raised from another thread or by a signal."""
     return error is not None and not issubclass(type(error), (Exception, GeneratorExit))
 
 
 def discard(connection: Any) -> None:
-    """Close what a BlockingConnection of pika's has opened and say nothing to the server, which sees that we are gone.
+    """Close the socket of a BlockingConnection of pika without a goodbye. Never waits, never raises.
 
-    Its own `close` waits for an answer to each channel's end. Nobody must use it afterwards. Waits for nothing and raises
-    nothing.
+    pika's `close` waits for a reply for each channel. The connection must not be used afterwards.
     """
     inner: Any = getattr(connection, "_impl", None)
     sock: Any = getattr(getattr(inner, "_transport", None), "_sock", None)
-    # Whatever state it was left in; what can't be closed here is closed when it is collected.
+    # The connection may be in any state. The garbage collector closes the rest.
     with suppress(Exception):
         sock.shutdown(socket.SHUT_RDWR)
     with suppress(Exception):
@@ -40,21 +39,21 @@ def discard(connection: Any) -> None:
 
 
 def is_demoted(error: BaseException | None) -> bool:
-    """Whether a Redis has answered that it is a replica. Nothing of the command was carried out."""
-    # From inside a script Redis 6 answers it as the text of another error.
+    """Return whether Redis refused the command as a replica. Nothing was executed."""
+    # Inside a script, Redis 6 wraps the text in another error.
     return error is not None and (type(error).__name__ == "ReadOnlyError" or "READONLY You can't write" in str(error))
 
 
 def reconnect(pool: Any) -> None:
-    """Have a pool of redis-py's connect anew for whatever is asked next; one that is in use closes when it is given back."""
+    """Close the idle connections of a redis-py pool now, and each used connection on release."""
     queue = getattr(pool, "pool", None)
     in_use = getattr(pool, "_in_use_connections", None)
-    # A BlockingConnectionPool's list has the idle ones, too.
+    # The list of a BlockingConnectionPool includes the idle connections.
     in_use = set(getattr(pool, "_connections", ()) if in_use is None else in_use)
     if queue is None:
         pool.disconnect(inuse_connections=False)
     else:
-        # Taken out one by one, so that nobody else is given them meanwhile.
+        # Take each connection, so that no other thread gets one meanwhile.
         taken = []
         with suppress(Empty):
             while True:
@@ -70,15 +69,14 @@ def reconnect(pool: Any) -> None:
 
 
 def close_when_interrupted(pool: Any) -> None:
-    """Have a pool of redis-py's close what must not be used again before it takes it back.
+    """Patch a redis-py pool: on release, close a connection that was interrupted or leads to a demoted server.
 
-    redis-py closes a connection that is struck while it writes or reads, but not between the two: then the next command is
-    given this one's answer, and each later one that of the one before. (Its pools look for unread data when they give a
-    connection out, which may not have come yet; and from 8.0 on, by default, they don't look.) Nor does it leave a server
-    that was demoted, but by Sentinel's clients.
+    redis-py closes a connection if an exception interrupts a write or a read, but not between the two. The next command would then
+    read the reply of this command, and so on. (The pool checks for unread data on checkout, but the reply may arrive later. From
+    8.0 on, the pool does not check by default.) Only Sentinel clients leave a demoted server.
     """
     release = getattr(pool, "release", None)
-    # A cluster's client has no pool of its own.
+    # A cluster client has no pool.
     if release is None or getattr(release, "closes_interrupted", False):
         return
     stale: WeakSet[Any] = WeakSet()

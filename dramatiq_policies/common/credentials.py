@@ -1,4 +1,4 @@
-"""No text of this package shows a password: errors and log records are redacted by known values, by URLs and by names."""
+"""Mask passwords in errors and log records: known values, passwords in URLs, and values of names such as ``password=``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import quote, quote_plus
 __all__ = ["is_secret_name", "learn_passwords", "redact", "redacted_repr"]
 
 _MASK = "***"
-#: Everybody knows RabbitMQ's default; of anything shorter than three characters each text would be full.
+#: Not masked: the default password of RabbitMQ, and passwords of fewer than three characters, which every text contains.
 _NO_SECRETS = frozenset({"guest"})
 _LEAST = 3
 
@@ -24,7 +24,7 @@ _NAMES = (
     r"(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|"
     r"(?:access|auth|bearer|refresh|api)[_-]?token)"
 )
-#: One of these is in each name: to look for them is far cheaper than to search for a pattern.
+#: Each secret name contains one of these. A substring search is far cheaper than the pattern.
 _HINTS = ("pass", "secret", "key", "credential", "authorization", "token")
 _IS_SECRET = re.compile(_NAMES, re.IGNORECASE)
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
@@ -43,7 +43,7 @@ _IN_URL = re.compile(
 )
 _PORT = re.compile(r"(?<=Port could not be cast to integer value as )(?:'.*'|\".*\")")
 
-#: Attributes of brokers, stores, backends, clients of redis-py and parameters of pika's under which a password lies.
+#: Attributes of brokers, stores, backends, redis-py clients and pika parameters that lead to a password.
 _HOLDERS = (
     *("client", "connection_pool", "connection_kwargs", "sentinel_manager", "sentinel_kwargs", "sentinels"),
     *("nodes_manager", "parameters", "credentials", "store", "backend"),
@@ -54,7 +54,7 @@ _pattern: re.Pattern[str] | None = None
 
 
 def redact(text: str) -> str:
-    """The text without passwords: known ones, those of URLs, and the values of names such as ``password=``."""
+    """Mask the passwords in a text: known passwords, passwords in URLs, and values of names such as ``password=``."""
     if _pattern is not None:
         text = _pattern.sub(_MASK, text)
     if "://" in text:
@@ -78,12 +78,12 @@ def _mask_value(found: re.Match[str]) -> str:
 
 
 def is_secret_name(name: object) -> bool:
-    """Whether the value of an argument of this name is a secret."""
+    """Return whether an argument of this name holds a secret."""
     return isinstance(name, str) and _IS_SECRET.search(name) is not None
 
 
 def learn_passwords(*clients: Any) -> None:
-    """Have `redact` mask the passwords of these clients, brokers, stores or backends from now on. Connects nowhere."""
+    """Make `redact` mask the passwords of these clients, brokers, stores or backends. Opens no connection."""
     global _known, _pattern  # noqa: PLW0603 - of a process, as its logging is
     found: set[str] = set()
     for client in clients:
@@ -97,12 +97,12 @@ def learn_passwords(*clients: Any) -> None:
 
 
 def _exactly(password: str) -> str:
-    # A short word could be a part of any other.
+    # A short password may be part of an ordinary word.
     return rf"(?<!\w){re.escape(password)}(?!\w)" if len(password) < 8 and password.isalnum() else re.escape(password)
 
 
 def _passwords_of(client: Any, depth: int = 6) -> Iterator[str]:
-    """The passwords that a client of redis-py or pika's parameters hold, or what has such a client."""
+    """Yield the passwords of a redis-py client, of pika parameters, or of an object with such a client."""
     if client is None or depth == 0:
         return
     if isinstance(client, (list, tuple)):
@@ -115,8 +115,8 @@ def _passwords_of(client: Any, depth: int = 6) -> Iterator[str]:
         yield from _passwords_of(client.get("credential_provider"), depth - 1)
         return
     own = getattr(client, "__dict__", {})
-    # Not by ``getattr``: of a RedisBroker every name that it does not know is a command. Some are kept behind a property.
-    # pika's parameters have slots.
+    # No ``getattr``: a RedisBroker turns each unknown name into a command. Some attributes hide behind a property.
+    # pika's parameters use slots.
     in_slots = type(client).__module__.startswith("pika.")
     held = {
         name: getattr(client, name, None) if in_slots else own.get(name, own.get(f"_{name}"))
@@ -133,18 +133,18 @@ def _as_text(password: str | bytes) -> str:
 
 
 def redacted_repr(value: Any, depth: int = 3) -> str:
-    """A value as an error or a log record may show it: never the inside of an object that may hold a password."""
+    """Return a safe repr for errors and log records. Never shows the inside of an object that may hold a password."""
     try:
         return redact(_described(value, depth))
     except Exception:
-        # As the text of an int of five thousand digits.
+        # For example, the repr of an int with five thousand digits.
         return f"a {type(value).__name__}"
 
 
 def _described(value: Any, depth: int) -> str:
     kind = type(value)
     if isinstance(value, str) and ("://" in value or redact(value) != value):
-        # Where its password ends is a guess, and that of a webhook is a part of its path.
+        # The end of a password in a URL is a guess, and the path of a webhook is secret too.
         return f"a {kind.__name__} with a URL or a password"
     if value is None or isinstance(
         value, (bool, int, float, complex, str, timedelta, date, datetime, PurePath, enum.Enum, type, BaseException)
@@ -153,7 +153,7 @@ def _described(value: Any, depth: int) -> str:
     if isinstance(value, functools.partial):
         return f"partial({_described(value.func, depth - 1)})"
     if inspect.ismethod(value) or (inspect.isbuiltin(value) and not inspect.ismodule(value.__self__)):
-        # Its repr is that of the object, too.
+        # The repr includes the object.
         return f"<method {value.__qualname__}>"
     if inspect.isroutine(value):
         return repr(value)

@@ -1,4 +1,4 @@
-"""The job that runs in this thread, greenlet or task, for packages that know nothing of deliveries."""
+"""The current job of this thread, greenlet or task, for packages that must not import `delivery`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Job", "current", "running_job"]
 
 
 class Job(Protocol):
-    """The part of a `Delivery` that these packages read."""
+    """The attributes of a `Delivery` for these packages."""
 
     message: Message[Any]
     timeout_ms: float | None
@@ -28,6 +28,6 @@ current: ContextVar[Job | None] = ContextVar("dramatiq_policies_delivery", defau
 
 
 def running_job() -> Job | None:
-    """Return the job that runs here; None outside of a job."""
+    """Return the running job, or None outside of a job."""
     job = current.get()
     return job if job is not None and job.is_running else None

@@ -1,4 +1,4 @@
-"""What must begin anew in a forked child: locks that another thread of the parent may hold, and what only that one does."""
+"""Reset state in a forked child: locks that a thread of the parent may hold, connections, threads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["BeginsAnew", "after_fork"]
 
 
 class BeginsAnew(Protocol):
-    """Has state of its own in each process."""
+    """An object with state per process."""
 
     def reset_after_fork(self) -> None:
-        """Called in a forked child, in which no other thread runs."""
+        """Called in the forked child, before other threads start."""
 
 
 _all: WeakSet[BeginsAnew] = WeakSet()
 
 
 def after_fork(one: BeginsAnew) -> None:
-    """Have it begin anew in every child, for as long as it lives."""
+    """Call ``reset_after_fork`` in every forked child, for the lifetime of the object."""
     _all.add(one)
 
 

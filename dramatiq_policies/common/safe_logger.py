@@ -1,13 +1,11 @@
-"""Every log call of this package: `SafeLogger`. A call never raises, so logging never changes what becomes of a job.
+"""`SafeLogger`, the logger of this package. A log call never raises, so logging never changes the outcome of a job.
 
-- A filter, a handler, a ``LogRecordFactory`` or a text that raises is reported on stderr with the line, by ``logging.lastResort``.
-  ``SystemExit`` is an error like any other here: in a worker's thread it would end the thread before the ack. Only an exception
-  that stops the thread from outside passes: Ctrl-C, an interrupt of Dramatiq's, one of gevent's.
-- A field of ours that the application's ``LogRecordFactory`` has set on the record already is overwritten: ours is about the
-  message. Where ours is None, the application's value stays.
-- Texts are printable: a line end or an escape sequence in an exception's text is written as its escape. Passwords are masked.
-- ``logging.config`` disables each logger that exists already, by default. An alert, and a record of ERROR or above, of a
-  disabled logger goes to the root logger.
+- If a filter, a handler, a ``LogRecordFactory`` or a text raises, ``logging.lastResort`` writes the line and the error to stderr.
+  Even ``SystemExit`` is caught, because it would end the worker thread before the ack. Only exceptions that stop the thread from
+  outside pass: Ctrl-C, interrupts of Dramatiq, exceptions of gevent.
+- Our extra fields overwrite fields of the application's ``LogRecordFactory``, unless our value is None.
+- Line ends and escape sequences in texts are escaped. Passwords are masked.
+- ``logging.config`` disables existing loggers by default. Alerts and records of level ERROR or above then go to the root logger.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ ALERTS = "dramatiq_policies.alerts"
 
 
 def _stops_the_thread(error: BaseException) -> bool:
-    """Whether it came from outside of the log call, and is meant for what called it."""
+    """Return whether the exception came from outside the log call and must pass."""
     if isinstance(error, Exception):
         return False
     if isinstance(error, KeyboardInterrupt):
@@ -46,19 +44,19 @@ def _stops_the_thread(error: BaseException) -> bool:
 
 
 class Lines(str):
-    """An argument of a log call that keeps its line ends, as a stack does."""
+    """A log argument that keeps its line ends, for example a stack."""
 
     __slots__ = ()
 
 
 class _Shown(str):
-    """What stands for an object of the application's, whose own text might show what it holds."""
+    """A replacement for an application object, since the text of the object might show secrets."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
-#: Arguments that show nothing but themselves.
+#: Types with a safe text.
 _PLAIN = (type(None), int, float, str, BaseException, list, tuple, dict, PurePath, Enum, timedelta)
 
 
@@ -147,7 +145,7 @@ def _record(
     except BaseException as error:
         if _stops_the_thread(error):
             raise
-        # The application's factory raised: its fields are missing, ours are not.
+        # The application's factory raised. The record lacks only the fields of the factory.
         return logging.LogRecord(name, level, *where, text, args, exc_info, func)
 
 
@@ -156,7 +154,7 @@ def _safe(text: str, *, lines: bool = False) -> str:
 
 
 def _clean(record: logging.LogRecord) -> None:
-    """Make the record's texts printable. Its template stays, and each argument that is printable."""
+    """Make the texts of the record printable. Keeps the template and each printable argument."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             arg if isinstance(arg, _PLAIN) or _is_ours(arg) else _Shown(redacted_repr(arg)) for arg in record.args
@@ -172,13 +170,13 @@ def _clean(record: logging.LogRecord) -> None:
         record.args = tuple(_printable(arg) for arg in record.args or ())
         text = record.getMessage()
         if (shown := _safe(text, lines=True)) != text:
-            # A password of which one argument has the name and another the value.
+            # One argument has the name of a secret, another has the value.
             record.msg, record.args = shown, ()
     clean_stack(record)
 
 
 def clean_stack(record: logging.LogRecord) -> None:
-    """Have formatters write the record's stack without passwords, and with nothing that a terminal obeys."""
+    """Mask passwords and escape control characters in the stack of the record."""
     if record.exc_info and record.exc_info[0] is not None:
         try:
             stack = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
@@ -187,12 +185,12 @@ def clean_stack(record: logging.LogRecord) -> None:
         except BaseException as error:
             if _stops_the_thread(error):
                 raise
-            # As a handler's formatter would fail, too.
+            # The formatter of a handler would fail too.
             record.exc_text = f"{record.exc_info[0].__qualname__}: its traceback raised {type(error).__name__}"
 
 
 def _clean_value(value: Any, depth: int = 10) -> Any:
-    """A field's value, with printable texts in it."""
+    """Make all texts in the value of a field printable."""
     if isinstance(value, str):
         return _safe(value, lines=isinstance(value, Lines))
     if depth and type(value) in (dict, list, tuple):
@@ -203,7 +201,7 @@ def _clean_value(value: Any, depth: int = 10) -> Any:
 
 
 def _printable(value: Any) -> Any:
-    """An argument that can be formatted, whatever its own text holds or raises."""
+    """Return a printable argument, even if its ``__str__`` raises."""
     if value is None or isinstance(value, (int, float)):
         return value
     try:
@@ -216,7 +214,7 @@ def _printable(value: Any) -> Any:
 
 
 def write_to_stderr(name: str, level: int, text: str, args: Any, error: BaseException | None = None) -> None:
-    """The line, and why it could not be logged, where Python writes what no handler takes."""
+    """Write the line, and the reason why logging failed, to stderr by ``logging.lastResort``."""
     handler = logging.lastResort
     if handler is None or level < handler.level:
         return
@@ -232,7 +230,7 @@ def write_to_stderr(name: str, level: int, text: str, args: Any, error: BaseExce
 
 
 def make_safe(logger: logging.Logger) -> None:
-    """Have a logger of Dramatiq's raise no more, once: its worker logs a failed job before any hook sees the failure."""
+    """Patch a logger of Dramatiq so that log calls never raise. The worker logs a failed job before any hook sees the failure."""
     if "handle" in vars(logger):
         return
     handle, make = logger.handle, logger.makeRecord
@@ -257,9 +255,9 @@ def make_safe(logger: logging.Logger) -> None:
 
 
 def is_heard(name: str, level: int) -> bool:
-    """Whether a record of this logger and level is written anywhere.
+    """Return whether any handler writes a record of this logger and level.
 
-    Looks at levels, disabled loggers, propagation, handlers' levels, and filters by name; not at filters with code of their own.
+    Checks levels, disabled loggers, propagation, levels of handlers and filters by name. Ignores custom filters.
     """
     logger = logging.getLogger(name)
     if not logger.isEnabledFor(level):
@@ -275,7 +273,7 @@ def is_heard(name: str, level: int) -> bool:
             if not isinstance(handler, logging.NullHandler) and level >= handler.level and _passes(handler, record):
                 return True
         if not found.propagate:
-            # Nobody has chosen stderr for it.
+            # ``lastResort`` does not apply.
             return False
         found = found.parent
     last = logging.lastResort

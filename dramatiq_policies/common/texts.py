@@ -8,8 +8,7 @@ from typing import Any
 
 __all__ = ["UNPRINTABLE", "encodable", "encodable_all", "printable"]
 
-#: Control characters (C0, DEL, C1), the marks that change a text's direction, the line separators of Unicode, the byte order mark,
-#: and halves of a character, which no encoding has.
+#: Control characters (C0, DEL, C1), marks of text direction, line separators of Unicode, the byte order mark and lone surrogates.
 UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
 _UNPRINTABLE = re.compile(f"[{UNPRINTABLE}]")
 _UNPRINTABLE_BUT_LINES = re.compile(f"(?![\\n\\t])[{UNPRINTABLE}]")
@@ -17,14 +16,14 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def encodable(text: str) -> str:
-    r"""The text with each half of a character, which UTF-8 can't encode, as its escape: ``\ud83d``."""
+    r"""Escape each lone surrogate, because UTF-8 can't encode one: ``\ud83d``."""
     if text.isascii():
         return text
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def encodable_all(value: Any) -> Any:
-    """The value with every text in it encodable, in mappings and lists at any depth; a frame's ``vars`` stay as they are."""
+    """Make all texts in a value encodable, at any depth of mappings and lists. The ``vars`` of a frame stay unchanged."""
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, Mapping):
@@ -40,11 +39,11 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""The text on one line, with each character that could forge a line or command a terminal as its escape.
+    r"""Return the text on one line. Characters that could forge a line or control a terminal are escaped.
 
     Parameters:
-      text: From anybody: an exception's text, a message's id, a name.
-      lines: Whether line ends and tabs stay as they are, for what has many lines by nature, as a traceback has.
+      text: Untrusted text: of an exception, a message id, a name.
+      lines: Keep line ends and tabs, for example in a traceback.
     """
     if text.isascii() and text.isprintable():
         return text
