@@ -1,12 +1,11 @@
-"""Messages that lie somewhere, looked through one by one: the crash-safe mover behind replay, purge and move.
+"""Browse and move messages one by one: the crash-safe base of replay, purge and move.
 
-The contract of every pile, in words:
+The contract of every browser:
 
-- Looked at in order, no more than were there at the beginning, in constant memory.
-- ``send`` and ``drop`` act on the item that was yielded last. Interrupted at any moment, by an exception or a SIGKILL, a
-  message that was being sent lies in one of the two places. On Redis it is one step; on RabbitMQ it may then lie in
-  both, never in neither.
-- What was neither sent nor dropped is afterwards where it was, in its order.
+- Yields messages in order, at most as many as on opening, in constant memory.
+- ``send`` and ``drop`` act on the last yielded item. An exception or a SIGKILL at any moment loses no message. On Redis, ``send``
+  is one atomic step. On RabbitMQ, a crash may leave the message in both queues, never in neither.
+- Other messages keep their place and order.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ __all__ = ["Item", "QueueBrowser"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One message of a pile.
+    """One message.
 
     Attributes:
-      body: Its bytes.
-      at_ms: Since when it lies there, in ms since the epoch, where the storage knows.
-      place: Where the storage keeps it.
+      body: The encoded message.
+      at_ms: The time of arrival in ms since the epoch, or None if the storage does not know.
+      place: The address in the storage.
     """
 
     body: bytes
@@ -37,21 +36,21 @@ class Item:
 
 
 class QueueBrowser(Protocol):
-    """See the module's docstring."""
+    """A view of one queue. The module has the contract."""
 
     def __len__(self) -> int:
-        """How many there were at the beginning."""
+        """Return the number of messages on opening."""
 
     def __iter__(self) -> Iterator[Item]: ...
 
     def read_all(self) -> Iterator[Item]:
-        """As iterating, for whoever neither sends nor drops."""
+        """Iterate for reading only: faster, without `send` and `drop`."""
 
     def send(self, item: Item, message: Message[Any]) -> bool:
-        """Put a message on its queue, and take the item off the pile; False if somebody else has taken it meanwhile."""
+        """Enqueue ``message`` and remove the item. Return False if another process has taken the item."""
 
     def drop(self, item: Item) -> bool:
-        """Take the item off the pile; False if somebody else has."""
+        """Remove the item. Return False if another process has taken the item."""
 
     def wait(self, seconds: float) -> None:
         """Wait, and keep the connection alive."""

@@ -1,4 +1,4 @@
-"""What is read of a queue, and what the readers have in common."""
+"""The reading of a queue, and the base class of the readers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ __all__ = ["ENDS", "QueueReader", "QueueReading", "oldest", "ready_at"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
-#: Of how many messages at either end of a queue the age is read: those put back by a worker lie at the end.
+#: Messages to check for their age at either end of a queue. A stopping worker puts messages back at the end.
 ENDS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueReading:
-    """What lay in one queue. None is what can't be known on this broker.
+    """The state of one queue. None means unknown on this broker.
 
     Attributes:
       queue: The queue's canonical name (never ``.DQ``).
       ready: Messages that wait for a worker.
-      delayed: Messages whose time had not come when they were sent: delayed ones and retries. On RabbitMQ without those
-        held by workers that are not heard; workers hold all of them, up to 65,535 each.
-      running: Messages that a worker has taken, whether a job runs yet or not. On RabbitMQ None while there is a worker
-        that is not heard.
+      delayed: Messages sent with a delay, and retries. On RabbitMQ, workers hold these messages (up to 65,535 each). Messages of
+        workers without a report are not counted.
+      running: Messages taken by workers, running or prefetched. On RabbitMQ None if a worker sends no report.
       dead: Dead letters.
-      oldest_ms: For how long the oldest ready message has been ready, 0 with none. On RabbitMQ an estimate.
-      stalled_ms: For how long messages have been ready while none was taken, as far as this reader has seen; 0 with
-        none ready, and at its first reading.
+      oldest_ms: The age of the oldest ready message in ms, 0 with none. On RabbitMQ an estimate.
+      stalled_ms: The time in ms during which messages were ready and no worker took one, as seen by this reader. 0 with none
+        ready, and at the first reading.
     """
 
     queue: str
@@ -50,40 +49,40 @@ class QueueReading:
 
 
 class QueueReader:
-    """Reads the queues of one broker; this one, of a broker that it does not know, says so once and knows nothing.
+    """Reads the queues of one broker. This base class serves unknown brokers: every value is None, with one warning.
 
-    It connects at the first reading, and again after an error. One thread at a time may use it.
+    Connects at the first reading, and again after an error. Not thread-safe.
     """
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        #: The latest `report` of every process that can be heard, this one's included; None if there is only this one.
+        #: The latest `report` of every reachable process, including this process. None if only this process exists.
         self.peer_reports: list[dict[str, Any]] | None = None
         self._fronts: dict[str, tuple[Any, int]] = {}
         self._said = False
 
     def queues(self) -> list[str]:
-        """The canonical names of the queues that the broker has declared, sorted."""
+        """Return the canonical names of the declared queues, sorted."""
         return sorted({q_name(queue) for queue in self.broker.get_declared_queues()})
 
     def read_all(self, queues: Iterable[str] | None = None) -> list[QueueReading]:
-        """One reading of each of these queues, by default of all that are declared. Raises as `read` does."""
+        """Read each of these queues; by default all declared queues. Raises like `read`."""
         return [self.read(queue) for queue in (self.queues() if queues is None else queues)]
 
     def read(self, queue: str) -> QueueReading:
-        """One reading of a queue; one that does not exist on the server is empty.
+        """Read a queue. A missing queue counts as empty.
 
         Raises:
-          dramatiq.errors.ConnectionClosed: If the server can't be read; its error is in the text.
+          dramatiq.errors.ConnectionClosed: The server can't be read. The text has the error of the server.
         """
         return self._read(q_name(queue), now_ms())
 
     def report(self) -> dict[str, Any]:
-        """What the workers of this process know and the server does not say; it can be written as JSON."""
+        """Return facts that only the workers of this process know, as JSON values."""
         return {}
 
     def close(self) -> None:
-        """Close what it has opened. It may be used again."""
+        """Close the connection. The next reading opens another."""
 
     def _read(self, queue: str, now: int) -> QueueReading:
         if not self._said:
@@ -95,7 +94,7 @@ class QueueReader:
         return QueueReading(queue=queue)
 
     def _stalled(self, queue: str, front: Any, now: int) -> int:
-        """Since when the front of the queue is the same; None is that of an empty queue."""
+        """Return for how many ms the front of the queue has not changed. ``front`` is None for an empty queue."""
         seen, since = self._fronts.get(queue, (None, now))
         if front is None or front != seen:
             self._fronts[queue] = (front, now)
@@ -104,14 +103,14 @@ class QueueReader:
 
 
 def oldest(bodies: Iterable[bytes | str | None], now: int) -> int:
-    """How long the oldest of these has been ready, in milliseconds; what can't be read has no age."""
+    """Return the age of the oldest message in ms. Unreadable bodies have no age."""
     since = now
     for body in bodies:
         if body is None:
-            continue  # Taken meanwhile.
+            continue  # A worker took the message meanwhile.
         try:
             ready = ready_at(decode(body.encode() if isinstance(body, str) else body))
-        except Exception:  # noqa: S112  Whatever an encoder raises; the consumer dead-letters and reports it.
+        except Exception:  # noqa: S112  An encoder may raise anything. The consumer reports the message.
             continue
         if ready is not None:
             since = min(since, ready)
@@ -119,7 +118,7 @@ def oldest(bodies: Iterable[bytes | str | None], now: int) -> int:
 
 
 def ready_at(message: Message[Any]) -> int | None:
-    """Since when the message is ready, in ms since the epoch. One sent by stock Dramatiq: since it was made."""
+    """Return the time since which the message is ready, in ms since the epoch. From plain Dramatiq: the time of creation."""
     ready: Any = message.options.get(READY_AT)
     if not is_number(ready):
         ready = message.message_timestamp

@@ -1,4 +1,4 @@
-"""Acks that share their way to RabbitMQ."""
+"""Batch the acks of all threads."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ __all__ = ["SharedAcks"]
 
 
 class SharedAcks:
-    """Sends the acks of all threads over one consumer's channel, as many at a time as there are.
+    """Sends the acks of all threads over the channel of one consumer, in batches.
 
-    Only the thread of the connection may send, and whoever asks for a call on that thread wakes it through a socket. So
-    one call is asked for what all threads have put here until it comes, and writes to the server once.
+    Only the connection thread may send. Each `add_callback_threadsafe` wakes the connection thread through a socket, so one
+    callback serves all pending acks and writes to the server once.
 
     Parameters:
-      connection: The consumer's.
-      write, send: Ack by a delivery tag; what ``write`` has written may wait for the next ``send``.
+      connection: The connection of the consumer.
+      write: Buffers the ack of a delivery tag.
+      send: Writes the ack of a delivery tag and all buffered acks.
     """
 
     def __init__(self, connection: Any, write: Callable[[int], object], send: Callable[[int], object]) -> None:
         self._connection, self._write, self._send = connection, write, send
         self._tags: deque[int] = deque()
-        #: Whether a call is on its way. The call unsets it, and then takes tags; a thread puts a tag here, and then looks.
-        #: So either the call takes that tag, or its thread asks for another call.
+        #: Whether a callback is pending. The callback first clears the flag, then takes tags. A thread first adds its tag, then
+        #: checks the flag. So either the callback takes the tag, or the thread adds another callback.
         self._called = False
 
     def put(self, tag: int) -> None:
-        """Have a message acked, from any thread.
+        """Ack a message, from any thread.
 
         Raises:
-          pika.exceptions.ConnectionWrongStateError: The connection is closed. Its server gives the messages out again, also
-            those whose threads saw that a call was on its way.
+          pika.exceptions.ConnectionWrongStateError: The connection is closed. RabbitMQ redelivers all pending messages.
         """
         self._tags.append(tag)
         if not self._called:
@@ -40,7 +40,7 @@ class SharedAcks:
             self._connection.add_callback_threadsafe(self._send_all)
 
     def send(self, tags: Iterable[int]) -> None:
-        """Have messages acked now, from the thread of the connection."""
+        """Ack messages now, from the connection thread."""
         self._tags.extend(tags)
         self._send_all()
 
@@ -49,5 +49,5 @@ class SharedAcks:
         tags = self._tags
         while tags:
             tag = tags.popleft()
-            # Nobody else takes any: there is a last one.
+            # Only this thread takes tags, so the last tag is known.
             (self._write if tags else self._send)(tag)

@@ -1,7 +1,7 @@
-"""Piles on RabbitMQ, through AMQP alone.
+"""Browse and move messages on RabbitMQ over AMQP.
 
-Messages are got one by one and held unacknowledged; when the channel closes, for whatever reason, the server puts back what
-was not acked, in its place and with its clock. What is sent is published mandatory and confirmed before its ack.
+The browser gets messages one by one and holds them unacknowledged. When the channel closes, RabbitMQ requeues unacknowledged
+messages at their place. A move publishes the message (mandatory, confirmed) before the ack.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..browser import Item
 
 __all__ = ["browse", "connect", "unreachable"]
 
-#: For how many seconds the server may send nothing before we take it that there is no more.
+#: After how many seconds without a message the queue counts as empty.
 _SILENCE = 1.0
 
 
 @contextmanager
 def connect(broker: Any) -> Iterator[Any]:
-    """A connection of our own to the broker's server.
+    """Open a separate connection to the server of the broker.
 
     Raises:
-      OperationError: If it can't be reached, or closes the connection or a channel.
+      OperationError: The server can't be reached, or closes the connection or a channel.
     """
     try:
         connection = pika.BlockingConnection(broker.parameters)
@@ -56,14 +56,14 @@ def _close(connection: Any) -> None:
 
 
 def unreachable(broker: Any, error: BaseException | None) -> OperationError:
-    """Says that the broker's server can't be reached, and why."""
+    """Return the error for an unreachable server, with the reason."""
     parameters = broker.parameters
     first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
     return OperationError(f"RabbitMQ can't be reached at {first.host}:{first.port} ({_reason(error)}).")
 
 
 def _reason(error: Any) -> str:
-    """What a pika error says; the outer ones say nothing, and hold those that do."""
+    """Return the text of a pika error. Outer errors have no text, only inner errors."""
     inner = getattr(error, "exception", None) or next(iter([*getattr(error, "exceptions", ()), *error.args][-1:]), None)
     if isinstance(inner, BaseException):
         return _reason(inner)
@@ -73,7 +73,7 @@ def _reason(error: Any) -> str:
 
 @contextmanager
 def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqBrowser]:
-    """See the package's."""
+    """Open the dead letters of a queue, or its ready messages."""
     with connect(broker) as connection:
         yield RabbitmqBrowser(broker, connection, xq_name(queue) if dead else queue)
 
@@ -105,11 +105,11 @@ class RabbitmqBrowser:
             yield Item(body, None, method.delivery_tag)
 
     def read_all(self) -> Iterator[Item]:
-        """As iterating, several times as fast: the server sends all there is at once, as fast as it is read."""
+        """Iterate several times as fast: RabbitMQ pushes all messages."""
         arriving = self.channel.consume(self.name, inactivity_timeout=_SILENCE)
         for method, _properties, body in islice(arriving, self.size):
             if method is None:
-                # Somebody else has the rest in hand.
+                # Workers hold the other messages.
                 return
             yield Item(body, None, method.delivery_tag)
 

@@ -1,4 +1,4 @@
-"""The queues on RabbitMQ: passive declares on a connection of our own, and what follows from one after the other."""
+"""Read queues on RabbitMQ by passive declares over a separate connection."""
 
 from __future__ import annotations
 
@@ -21,31 +21,28 @@ from ..queue_reader import QueueReader, QueueReading, ready_at
 __all__ = ["AgeEstimate", "Reader"]
 
 _LOST = (AMQPError, AMQPConnectorException, OSError)
-#: Seconds that a new connection may take.
+#: Seconds to wait for a new connection.
 _PATIENCE = 5
-#: How many earlier readings of a queue are remembered at most.
+#: The limit of remembered readings per queue.
 MARKS = 1_024
 
 
 class Reader(QueueReader):
-    """Reads the counts of passive declares, over a connection of its own, and works out the rest.
+    """Reads the counts of passive declares and estimates the age of the oldest message.
 
-    What the server does not say is what its consumers hold: workers say so to whoever hears them (`report`). Where some
-    are not heard, ``running`` is None, and ``delayed`` leaves out what those hold.
+    RabbitMQ does not tell how many messages a consumer holds. Workers report the number (`report`). If a worker sends no report,
+    ``running`` is None, and ``delayed`` lacks the messages of this worker.
 
-    To look at the oldest message would be to take it, and each time it is put back counts against a quorum queue's
-    delivery limit. So the age is what it can be at most: a queue is first in, first out, and its oldest message became
-    ready
+    Reading the oldest message would mean taking the message, and each return counts against the delivery limit of a quorum queue.
+    So the reader gives an upper bound. A queue is first in, first out, so the oldest message became ready
 
-    - after the one that a worker that is heard took last (redelivered ones aside), and
-    - after the latest reading of whose messages at least as many have gone since as lay there then; an empty queue is
-      the simplest case.
+    - after the last message taken by a reporting worker (redeliveries aside), and
+    - after each earlier reading whose messages have all left the queue since.
 
-    The later counts. So the age is right to within the interval of the readings for a queue that is emptied between
-    them, or that such a worker takes from; it is too long, and never too short, for one that is never empty and that only
-    others take from: by the time that a message takes through the queue, and for as long as the queue only grows. Before
-    either is known it is None at the first reading, then the time since that one. Queues with priorities
-    (``x-max-priority``) are not first in, first out: what waits behind those may be older.
+    The later time counts. The bound is exact to one interval of readings if the queue runs empty or if reporting workers consume.
+    If only other workers consume and the queue never runs empty, the bound is too long by the transit time of the queue, and for as
+    long as the queue only grows. At the first reading the age may be None; afterwards, without other knowledge, the age is the time
+    since the first reading. Queues with priorities (``x-max-priority``) are not first in, first out, so older messages may wait.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -62,7 +59,7 @@ class Reader(QueueReader):
             except _LOST:
                 if not idle:
                     raise
-                # An idle connection is often gone: once more, on a new one.
+                # An idle connection is often closed by the server: try a new connection.
                 self.close()
                 counts = self._counts(queue)
         except _LOST as error:
@@ -106,7 +103,7 @@ class Reader(QueueReader):
         }
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:
-        """How many messages are ready in the queue, its delay and its dead-letter queue; and each one's consumers."""
+        """Return (ready messages, consumers) of the queue, its delay queue and its dead-letter queue."""
         if self._connection is None or not self._connection.is_open:
             self._connection = pika.BlockingConnection(parameters=self._parameters())
             self._channel = None
@@ -125,7 +122,7 @@ class Reader(QueueReader):
         return counts
 
     def _parameters(self) -> Any:
-        """The broker's, but for how long to wait for an answer."""
+        """Return the parameters of the broker, with our timeouts."""
         broker: Any = self.broker
         several = broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]
         copies = [copy(one) for one in several]
@@ -145,19 +142,19 @@ class Reader(QueueReader):
 
 
 class AgeEstimate:
-    """What a queue's counts, one after the other, say of when its oldest message came.
+    """Estimates from consecutive counts when the oldest message of a queue arrived.
 
-    ``gone`` is how many messages were seen to go: each fall of the count is that many at least. A reading that saw n
-    messages when g had gone is over once g + n have: all that lay there then has gone, and the oldest came later.
+    ``gone`` counts the messages that have left the queue: at least the sum of all falls of the count. After a reading of n messages
+    at ``gone`` = g, all n messages have left once ``gone`` reaches g + n. The oldest message then arrived after this reading.
     """
 
     def __init__(self, now: int) -> None:
         self.first = now
-        #: The oldest message came after this time, None if nothing is known.
+        #: The oldest message arrived after this time. None if unknown.
         self.after: int | None = None
         self.gone = 0
         self._last = 0
-        #: (g + n, when), both rising; of the readings with one sum the latest.
+        #: (g + n, time), both rising. Of readings with an equal sum, the latest.
         self._marks: deque[tuple[int, int]] = deque()
 
     def observe(self, count: int, now: int) -> None:

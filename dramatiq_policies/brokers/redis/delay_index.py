@@ -1,7 +1,7 @@
-"""Delayed messages that wait on Redis, ordered by the time at which they are due.
+"""An index of delayed messages on Redis, by due time.
 
-A worker holds the nearest messages of a delay queue. The others wait here, where any worker of the queue takes them when
-they are due. See `delay_index.lua` for the keys.
+A worker holds the nearest messages of a delay queue and leaves the others to the index. When a message is due, any worker of the
+queue takes the message. `delay_index.lua` describes the keys.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ...delivery.history import now_ms
 __all__ = ["DelayIndex"]
 
 _SCRIPT = Script(resources.files(__package__).joinpath("delay_index.lua").read_text())
-#: How many messages one call keeps, takes or releases at most.
+#: The limit of messages for one call.
 BATCH = 500
-#: How long a worker takes for granted that no other has kept a nearer message, in milliseconds.
+#: After how many ms to ask again, because another worker may have added a nearer message.
 _LOOK_EVERY = 1_000
-#: Later than any time that Redis can compare exactly.
+#: The largest time that Redis compares exactly.
 _NEVER = 2**53
 
 
@@ -41,7 +41,7 @@ class DelayIndex:
         self.next_look: float = 0
 
     def keep(self, messages: Iterable[tuple[str, float]]) -> None:
-        """Leave messages (redis id, due time) that this process has taken off the queue to the index."""
+        """Move messages (redis id, due time) of this process to the index."""
         pairs = [(redis_id, min(eta, _NEVER)) for redis_id, eta in messages]
         for start in range(0, len(pairs), BATCH):
             some = pairs[start : start + BATCH]
@@ -49,7 +49,7 @@ class DelayIndex:
             self.next_look = min(self.next_look, *[eta for _, eta in some])
 
     def take(self, limit: int) -> list[tuple[bytes, bytes]]:
-        """Take at most ``limit`` due messages, as (redis id, body). They are this process' until it acks them."""
+        """Take at most ``limit`` due messages, as (redis id, body). This process then holds the messages until the ack."""
         now = now_ms()
         if limit <= 0 or now < self.next_look:
             return []
@@ -61,7 +61,7 @@ class DelayIndex:
         return list(zip(taken[::2], taken[1::2], strict=True))
 
     def release(self) -> None:
-        """Put everything back on the queue, unless another worker uses the index."""
+        """Requeue all messages of the index, unless another worker uses the index."""
         while self._run("release", self.broker.heartbeat_timeout, BATCH):
             pass
 

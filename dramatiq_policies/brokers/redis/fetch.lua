@@ -1,10 +1,10 @@
--- Take messages off a queue, each with the id under which it lies, and say that this worker lives.
+-- Fetch messages, and write a heartbeat by the clock of the server.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     the worker's id, queue, how many at most
+-- ARGV     worker id, queue, limit
 --
--- Returns {id, body, '1' if it comes back from a worker that died or '', …}. An id without a body was acked at an earlier
--- turn: it is left out. The heartbeat is by the server's clock. Key names are Dramatiq's, but for `__redelivered__`.
+-- Returns {redis id, body, '1' if recovered from a dead worker or '', …}. Ids without a body were acked before and are skipped.
+-- Key names are Dramatiq's, except `__redelivered__`.
 local namespace = KEYS[1]
 local worker, queue, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local waiting = namespace .. ':' .. queue

@@ -1,19 +1,19 @@
--- Say that this worker lives. For the one that looks after a queue at this time: find the workers that have fallen silent.
+-- Write a heartbeat. Then, for one consumer of the queue at a time: find silent workers, and delete expired dead letters.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     the worker's id, queue, for how many ms a living worker may be silent, for how many ms nobody else need look,
---          the end of ids whose heartbeats are by the server's clock, where in the heartbeats to begin, how many to read,
---          for how many ms dead letters are kept or '' to leave them, for how many ms to watch an old heartbeat that is seen first
+-- ARGV     worker id, queue, heartbeat timeout in ms, pause of other consumers in ms,
+--          suffix of worker ids with heartbeats by the clock of the server, offset in the heartbeats, heartbeats to read,
+--          ttl of dead letters in ms or '' to keep all, time in ms to watch an old heartbeat at first sight
 --
--- Returns {} if another looks, else {where to go on, worker, its heartbeat, '1' if it holds messages of the queue or '', …}.
+-- Returns {} if another consumer has checked, else {next offset, worker, heartbeat, '1' if the worker holds messages of the
+-- queue or '', …}.
 --
--- Plain Dramatiq, and 0.1.0 of this library, write heartbeats by the worker's clock, which may be wrong: so such a worker is
--- silent if its heartbeat has not *changed* for so long by the server's clock. When each was seen to change stands in
--- `__observed__`.
+-- Plain Dramatiq and version 0.1.0 write heartbeats by the clock of the worker, which may be wrong. Such a worker is silent if
+-- the heartbeat has not *changed* for the timeout by the clock of the server. `__observed__` has the time of the last change.
 --
--- A silent worker of this version that holds nothing of any queue in `__queues__` is forgotten at once: its consumers have
--- added their queues before they took anything. Which queues another version reads is not known: see `forget.lua`. Key names
--- are Dramatiq's, but for `__observed__`, `__queues__` and `__recovery__`.
+-- A silent worker of this version without messages of any queue in `__queues__` is removed at once, because consumers add their
+-- queue before their first fetch. The queues of other versions are unknown: see `forget.lua`. Key names are Dramatiq's, except
+-- `__observed__`, `__queues__` and `__recovery__`.
 local namespace = KEYS[1]
 local me, queue, timeout, pause, suffix = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local from, most, kept, watch = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -28,7 +28,7 @@ if not redis.call('set', namespace .. ':__recovery__.' .. queue, '1', 'nx', 'px'
   return {}
 end
 
--- Dead letters that have been kept long enough, some at a time.
+-- Delete expired dead letters, in batches.
 if kept then
   local letters = namespace .. ':' .. queue .. '.XQ'
   for _, id in ipairs(redis.pcall('zrangebyscore', letters, '-inf', now - kept, 'limit', 0, 5000)) do
@@ -50,7 +50,7 @@ local function is_silent(worker, beat)
   if not since or string.sub(seen, #since + 2) ~= beat then
     since = now
     if not seen and tonumber(beat) <= now - timeout then
-      -- It has either been dead for long, or a clock that is behind.
+      -- Either dead for long, or a slow clock.
       since = now - math.max(0, timeout - watch)
     end
     redis.call('hset', observed, worker, string.format('%d %s', since, beat))

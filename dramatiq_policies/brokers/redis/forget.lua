@@ -1,7 +1,7 @@
--- Forget workers that have fallen silent and hold nothing: their heartbeats go, unless they have changed.
+-- Remove the heartbeats of silent workers without messages, unless the heartbeat has changed.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     for each worker: its id, the heartbeat with which it fell silent
+-- ARGV     for each worker: worker id, last heartbeat
 local heartbeats = KEYS[1] .. ':__heartbeats__'
 for i = 1, #ARGV, 2 do
   if redis.call('zscore', heartbeats, ARGV[i]) == ARGV[i + 1] then

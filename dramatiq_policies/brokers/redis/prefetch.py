@@ -1,4 +1,4 @@
-"""The places that a consumer's messages take, of those that it may prefetch."""
+"""The prefetch window of a consumer on Redis."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ __all__ = ["PrefetchWindow"]
 
 
 class PrefetchWindow:
-    """Which messages of a queue this process holds, and how many places they take.
+    """The messages of a queue in this process, and the free places for more.
 
-    One that is done takes none any more while its ack is on its way: so there is more to do when it arrives.
+    A finished job frees its place before the ack arrives, so the consumer fetches the next messages meanwhile.
 
     Parameters:
-      held: The ids that are held; not forgotten when a connection is lost.
-      prefetch: How many places there are.
+      held: The ids of the messages in this process. Kept per queue, not per connection: Redis counts the messages as ours after a
+        reconnect.
+      prefetch: The number of places.
     """
 
     def __init__(self, held: set[str], prefetch: int) -> None:
         self.held = held
         self.prefetch = prefetch
-        #: The ids whose jobs are over, and whose acks are on their way or tried again.
+        #: Ids of finished jobs whose ack is pending.
         self._done: set[str] = set()
-        #: What was held when messages were last fetched: among them may be one that has been acked since.
+        #: The held ids at the last fetch. The reply may repeat an id that was acked since.
         self._held_before: frozenset[str] = frozenset()
         self._room = Event()
 
@@ -34,31 +35,31 @@ class PrefetchWindow:
         self._held_before = frozenset(self.held)
 
     def take(self, redis_id: str) -> bool:
-        """Hold a message that was fetched. False if it is held already, or was when it was fetched."""
+        """Hold a fetched message. Return False if the process holds the message already, or held the message at the fetch."""
         if redis_id in self.held or redis_id in self._held_before:
             return False
         self.held.add(redis_id)
         return True
 
     def job_finished(self, redis_id: str) -> None:
-        """Its job is over, so another may take its place."""
+        """Free the place of the message; the ack is pending."""
         self._done.add(redis_id)
         self._look_for_room()
 
     def release(self, redis_id: str) -> None:
-        """It is held no more."""
+        """Forget the message."""
         self.held.discard(redis_id)
         self._done.discard(redis_id)
-        # One that was abandoned, or acked by somebody's own `do_ack`, was in no `job_finished`.
+        # Abandoned messages, and messages acked by a replaced `do_ack`, skip `job_finished`.
         self._look_for_room()
 
     def wait(self, seconds: float) -> None:
-        """While all places are taken, wait until half of them are free."""
+        """Return if a place is free. Otherwise wait until half of the places are free."""
         self._room.clear()
         if self.taken >= self.prefetch:
             self._room.wait(seconds)
 
     def _look_for_room(self) -> None:
-        # Looked at first, since to set it takes a lock. Whoever waits clears it, and looks for room only then.
+        # Check first, because `set` takes a lock. The waiting thread clears the event, then checks for room.
         if not self._room.is_set() and len(self.held) - len(self._done) <= self.prefetch >> 1:
             self._room.set()

@@ -1,4 +1,4 @@
-"""The queues on Redis: keys are read, and none of Dramatiq's commands is sent, for each of those is a heartbeat."""
+"""Read queues on Redis by their keys. Dramatiq's own commands would write a heartbeat."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
 
 __all__ = ["Reader", "own_client"]
 
-#: Seconds that Redis may take to answer.
+#: Seconds to wait for Redis.
 _PATIENCE = 5
 
 
 class Reader(QueueReader):
-    """Reads Dramatiq's keys, over a connection of its own.
+    """Reads Dramatiq's keys over a separate connection.
 
-    The age is that of the oldest of the first and the last messages of the list, by the clock of whoever sent it. What
-    a worker puts back when it stops lies at the end, and is not the oldest again until it comes near the front.
+    The age is the age of the oldest among the first and last 16 messages, by the clock of the sender. A stopping worker puts
+    messages back at the end of the list. Between the two ends, their age is not seen.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -61,11 +61,11 @@ class Reader(QueueReader):
 
 
 def own_client(client: Any) -> Any:
-    """A client of the same server with connections of its own, which do not wait for ever; close it by its pool."""
+    """Return a client of the same server with a separate pool and timeouts. Disconnect the pool to close the client."""
     pool = client.connection_pool
     settings = {**pool.connection_kwargs, "socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE}
     if hasattr(pool, "service_name"):
-        # Sentinel's: it asks where the server is.
+        # A Sentinel pool looks up the master.
         settings.pop("connection_pool", None)
         own: Any = type(pool)(pool.service_name, pool.sentinel_manager, **settings)
     else:

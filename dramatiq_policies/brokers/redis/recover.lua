@@ -1,22 +1,22 @@
--- Put what a silent worker holds of a queue back on it, and its dead letters where they belong.
+-- Requeue the messages of a silent worker, and move its dead letters to the dead letters of the queue.
 --
 -- KEYS[1]  the broker's namespace
--- ARGV     queue, the worker's id, the heartbeat with which it fell silent, '1' if what comes back may have been begun or '',
---          then for each message: redis id, '' or its body that somebody has read, '' or 'dead' if that is a dead letter
+-- ARGV     queue, worker id, last heartbeat of the worker, '1' if the messages may have begun or '',
+--          then for each message: redis id, the body as read by the caller or '', 'dead' if the body is a dead letter or ''
 --
--- A worker that has spoken again meanwhile keeps its messages; one that another has put back, or that its worker has settled,
--- is left as it is. A body that may be a dead letter (0.1.0 writes one in the message's place before it moves it) is not
--- moved but returned, to be read; and moved only if it is still the one that was read.
+-- A worker with a new heartbeat keeps its messages. Messages requeued by another process or settled by the worker are skipped.
+-- If a body may be a dead letter (0.1.0 writes the dead letter in place before the move), the script returns the body to
+-- the caller. The next call moves the body only if unchanged.
 --
--- Returns {how many came back, how many were dead letters, then of each that is to be read: redis id, body}. Key names are
--- Dramatiq's, but for `__redelivered__`.
+-- Returns {requeued messages, moved dead letters, then for each body to read: redis id, body}. Key names are Dramatiq's,
+-- except `__redelivered__`.
 local namespace = KEYS[1]
 local queue, worker, beat, begun = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local unacked = namespace .. ':__acks__.' .. worker .. '.' .. queue
 local waiting = namespace .. ':' .. queue
 local bodies, letters = waiting .. '.msgs', waiting .. '.XQ'
 local redelivered = namespace .. ':__redelivered__.' .. queue
--- No dead letter of 0.1.0 that is larger is looked for here. Whoever fetches it sees that it is one.
+-- Larger bodies are not checked for dead letters here, but by the worker after the fetch.
 local most_bytes = 1000000
 local a_week = 604800000
 
@@ -34,14 +34,14 @@ for i = 5, #ARGV, 3 do
       body = redis.call('hget', bodies, id)
     end
     if read ~= '' and body ~= read then
-      -- Changed since it was read.
+      -- Changed since the caller read the body.
     elseif read == '' and body and string.find(body, 'failure', 1, true) then
       if #unread < 40 then
         unread[#unread + 1] = id
         unread[#unread + 1] = body
       end
     else
-      -- Written first, removed then: a script that fails midway (a key of another type) undoes nothing.
+      -- Write before removing: Redis does not roll back a script that fails midway (a key of another type).
       if letter then
         redis.call('zadd', letters, now, id)
         redis.call('hset', letters .. '.msgs', id, body)

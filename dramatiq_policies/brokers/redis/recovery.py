@@ -1,13 +1,13 @@
-"""Bringing back the messages that dead workers hold, soon.
+"""Requeue the messages of dead workers on Redis.
 
-Dramatiq recovers them in one command of a thousand, which on an idle system is hours. Here the consumer of each queue
-looks every two seconds, one of the whole fleet: for workers that have been silent for the broker's ``heartbeat_timeout``,
-and for the messages of this queue that they hold. Two consumers that look at once do no harm: each message moves once.
+Plain Dramatiq does this in one command of a thousand, which takes hours on an idle system. Here one consumer of the fleet checks
+each queue every two seconds. A worker counts as dead after ``heartbeat_timeout`` ms of silence. If two consumers check at the same
+time, each message still moves once.
 
-Only the server's clock decides who is silent. A worker of this version writes its heartbeats by that clock; the heartbeat
-of any other worker must not have changed for as long (see ``find_silent.lua``).
+Only the clock of the server counts. Workers of this version write heartbeats by this clock. For other workers, the heartbeat must
+not have changed for as long (see ``find_silent.lua``).
 
-A message that comes back is marked, since it may have been begun: the marks are how starts that never ended are counted.
+Each requeued message is marked as redelivered. By the marks, workers count starts without an end.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _FORGET, _FIND_SILENT, _RECOVER = (
     Script(resources.files(__package__).joinpath(f"{name}.lua").read_text())
     for name in ("forget", "find_silent", "recover")
 )
-#: Every how many seconds to look.
+#: Seconds between checks.
 _LOOK_EVERY = 2.0
-#: Every how many seconds a consumer removes dead letters that have been kept for the broker's ``dead_message_ttl``.
+#: Seconds between removals of dead letters older than ``dead_message_ttl``.
 _EXPIRE_EVERY = 60.0
-#: How many messages are moved in one step, and how many heartbeats are read in one.
+#: Messages moved per call, heartbeats read per call.
 _BATCH, _PAGE = 100, 1_000
-#: For how many milliseconds an old heartbeat is watched that nobody has seen before. A living worker sends one every few
-#: seconds, whatever its clock says.
+#: For how many ms to watch an old heartbeat at first sight. A living worker sends a heartbeat every few seconds, even with a wrong
+#: clock.
 _WATCH = 10_000
-#: How many keys one step of a search reads, and for how many seconds one look may search.
+#: Keys read per SCAN, and seconds of search per check.
 _KEYS, _SEARCH = 2_000, 0.1
-#: For how many milliseconds one consumer of the fleet may search alone, and the least pause until the next search.
+#: For how many ms one consumer has the search to itself, and the minimal pause between searches.
 _SEARCH_ALONE, _SEARCH_AGAIN = 60_000, 10_000
 
 
@@ -56,14 +56,14 @@ class Recovery:
         self.broker = broker
         self.client = broker.client
         self.queue = queue_name
-        #: A delayed message was not begun.
+        #: Delayed messages have not begun.
         self.begun = queue_name == q_name(queue_name)
         self.looked = -_LOOK_EVERY
         #: When to remove expired dead letters next.
         self.expires_at = monotonic() + _EXPIRE_EVERY
-        #: Where the next look begins in the heartbeats.
+        #: Offset of the next check in the heartbeats.
         self.place = 0
-        #: The search for workers that hold nothing: its cursor, None while there is none, and who may hold nothing.
+        #: The search for workers without messages: the cursor (None while idle), and the candidates.
         self.cursor: int | None = None
         self.idle: dict[bytes, bytes] = {}
         self.searched = 0.0
@@ -71,13 +71,13 @@ class Recovery:
         self.lock = f"{broker.namespace}:__forget__"
 
     def recover_if_due(self) -> None:
-        """Say that this worker lives, and every two seconds bring back what silent workers hold."""
+        """Every two seconds, write a heartbeat and requeue the messages of silent workers."""
         now = monotonic()
         if now - self.looked < _LOOK_EVERY:
             return
         self.looked = now
         broker = self.broker
-        # A worker whose threads are all busy fetches nothing, which is all that Dramatiq takes for a sign of life.
+        # In plain Dramatiq only a fetch writes a heartbeat, and a worker with busy threads fetches nothing.
         pause = round(_LOOK_EVERY * 900)
         where = [BY_SERVER_CLOCK, self.place, _PAGE]
         kept = ""
@@ -114,17 +114,17 @@ class Recovery:
             logger.warning("%d dead letters of queue %r are moved for a worker that died.", dead, self.queue)
 
     def _marked(self, body: bytes) -> bool:
-        """Whether a body is the dead letter of a worker of 0.1.0, which died before it could move it."""
+        """Return whether the body is a dead letter that a worker of 0.1.0 did not move before its death."""
         try:
             return FAILURE in decode(body).options
         except Exception:
-            return False  # What can't be read is for the consumer to say.
+            return False  # The consumer reports unreadable bodies.
 
     def _forget(self, silent: dict[bytes, bytes]) -> None:
-        """Have the server forget silent workers of another version that hold nothing of any queue.
+        """Remove silent workers of other versions from the heartbeats if they hold no messages.
 
-        Dramatiq's own maintenance calls ``KEYS`` for each that is left. Here ``SCAN`` goes once over all keys, a few at each
-        look: a worker that was silent all the while, and has no key, holds nothing.
+        Dramatiq's maintenance calls ``KEYS`` for each leftover worker. Here one ``SCAN`` goes over all keys in small steps. A worker
+        without a key, silent during the whole scan, holds no messages.
         """
         if not self.may_search:
             return
@@ -135,7 +135,7 @@ class Recovery:
                 self.cursor, self.idle, self.searched = 0, silent, 0.0
             self._search(f"{self.broker.namespace}:__acks__.".encode())
         except redis.exceptions.NoPermissionError as error:
-            # Whoever uses plain Dramatiq beside this has the more to wait for it; nothing else depends on it.
+            # Only the maintenance of plain Dramatiq workers gets slower.
             self.may_search = False
             logger.info("Workers that have died and hold nothing stay in %r: %s", "__heartbeats__", error)
 
@@ -154,7 +154,7 @@ class Recovery:
             pairs = [part for pair in self.idle.items() for part in pair]
             if pairs:
                 self._call(_FORGET, pairs)
-            # Where there are many, one look has not read all of them. Else a hundredth of the time at most is for searches.
+            # A full page means that more are left. Otherwise searches take at most 1 % of the time.
             pause = 1 if len(pairs) >= _PAGE else _SEARCH_AGAIN + round(100_000 * self.searched)
             self._ask("SET", self.lock, "1", "PX", pause)
             self.idle = {}

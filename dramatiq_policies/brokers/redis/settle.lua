@@ -1,17 +1,18 @@
--- Take one message off its queue's unacked set and, in the same step, enqueue what follows from it.
+-- Ack one message and enqueue its follow-up messages, in one step.
 --
 -- KEYS[1]  the broker's namespace
--- KEYS[2]  if the message's idempotency key is completed by this: its register
--- ARGV     broker id, queue, the message's redis id, the body of its dead letter or '', 'keep' to leave it unacked or '',
---          what the register is to hold, its ttl in ms and what it holds while the claim is ours, then for each message that
---          follows: queue, redis id, body
+-- KEYS[2]  the register of the idempotency key, if this call completes the key
+-- ARGV     broker id, queue, redis id, body of the dead letter or '', 'keep' to leave the message unacked or '',
+--          new value of the register, ttl in ms, value of the register while the claim is ours,
+--          then for each follow-up message: queue, redis id, body
 --
--- A message that is not in this worker's unacked set was given to another, or this call is repeated after a lost reply. Then
--- nothing more is done, unless the run is remembered as completed ('keep', or a register that still holds the claim): the
--- other worker will hand nothing on, so what follows is enqueued here. Key names are Dramatiq's.
+-- If the message is not in the unacked set of this worker, either another worker has the message, or this call repeats a call
+-- with a lost reply. The script then enqueues nothing, unless the key counts as completed ('keep', or the register still holds
+-- the claim): the other worker will skip the message, so this worker must enqueue the follow-up messages.
+-- Key names are Dramatiq's.
 --
--- A dead letter takes the message's place and its id: in the same step it lies among the dead letters, as after Dramatiq's own
--- nack, by the server's clock. Returns 0 if the other worker is to settle the message, else 1.
+-- The dead letter gets the id of the message and the time of the server, as after Dramatiq's nack.
+-- Returns 0 if the other worker must settle the message, else 1.
 local namespace = KEYS[1]
 local broker_id, queue, id, dead, keep, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
@@ -43,14 +44,14 @@ if register then
 end
 for i = first, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
-  -- One that is kept stays in the set: what a lost call has enqueued already is not enqueued twice.
+  -- A kept message stays in the unacked set. After a lost reply, enqueue nothing twice.
   if redis.call('hexists', target .. '.msgs', ARGV[i + 1]) == 0 then
     redis.call('hset', target .. '.msgs', ARGV[i + 1], ARGV[i + 2])
     redis.call('rpush', target, ARGV[i + 1])
   end
 end
 if ours and (keep == '' or dead ~= '') then
-  -- Written first, removed then: a script that fails midway (a key of another type) undoes nothing.
+  -- Write before removing: Redis does not roll back a script that fails midway (a key of another type).
   if dead ~= '' then
     local time = redis.call('time')
     redis.call('zadd', letters, time[1] * 1000 + math.floor(time[2] / 1000), id)

@@ -1,8 +1,8 @@
-"""The id under which the workers of one process hold messages on Redis, and the clock of its heartbeats.
+"""The worker id of a process on Redis, and the clock of the heartbeats.
 
-Dramatiq makes the id with the broker and takes the heartbeat's time from the worker's clock. A fork then shares the id with
-its parent, so that each puts the other's messages back; and a clock that is wrong has a living worker taken for dead. With
-this library each process has an id of its own, and every command of Dramatiq's takes the server's time.
+In plain Dramatiq the broker makes the id, so a forked child shares the id of the parent, and each requeues the messages of the
+other. Heartbeats carry the time of the worker, so a worker with a wrong clock looks dead. Here each process has a separate id, and
+heartbeats carry the time of the server.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ...common.forks import after_fork
 
 __all__ = ["BY_SERVER_CLOCK", "WorkerId"]
 
-#: The end of an id whose heartbeats are by the server's clock.
+#: The suffix of worker ids with heartbeats by the clock of the server.
 BY_SERVER_CLOCK = "+server-clock"
-#: Comes before Dramatiq's own script, whose second argument is the worker's time.
+#: Put in front of Dramatiq's script. The second argument of the script is the time of the worker.
 _SERVER_CLOCK = b"""\
 local server_time = redis.call('time')
 ARGV[2] = string.format('%d', server_time[1] * 1000 + math.floor(server_time[2] / 1000))
@@ -24,9 +24,9 @@ ARGV[2] = string.format('%d', server_time[1] * 1000 + math.floor(server_time[2] 
 
 
 class WorkerId:
-    """Gives a RedisBroker its id, and a child of this process another.
+    """Gives a RedisBroker a worker id, and a new id in each forked child.
 
-    Dramatiq's maintenance is switched off: it calls ``KEYS``, and `recovery.Recovery` does the same work.
+    Switches off Dramatiq's maintenance, which calls ``KEYS``. `recovery.Recovery` does the same work.
     """
 
     def __init__(self, broker: Any) -> None:
@@ -39,5 +39,5 @@ class WorkerId:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process nothing is held."""
+        """Take a new id: the child holds no messages."""
         self.broker.broker_id = f"{uuid4()}{BY_SERVER_CLOCK}"

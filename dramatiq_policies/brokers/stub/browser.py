@@ -1,4 +1,4 @@
-"""Piles on a StubBroker, for tests and demonstrations: nobody else is at work on them."""
+"""Browse and move messages on a StubBroker, for tests and demos. Workers must not run meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["browse"]
 
 @contextmanager
 def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
-    """See the package's."""
+    """Open the dead letters of a queue, or its ready messages."""
     browser = StubBrowser(broker, queue, dead=dead)
     try:
         yield browser
@@ -66,7 +66,7 @@ class StubBrowser:
         return True
 
     def put_back(self) -> None:
-        """Ready messages were taken to be looked at."""
+        """Requeue the remaining ready messages."""
         if self.letters is None:
             for item in self.items:
                 self.queue.put(item.body)

@@ -1,4 +1,4 @@
-"""The queues of a StubBroker."""
+"""Read queues of a StubBroker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Reader"]
 
 
 class Reader(QueueReader):
-    """Reads a StubBroker's queues, which are in memory."""
+    """Reads the queues in memory."""
 
     def _read(self, queue: str, now: int) -> QueueReading:
         broker: Any = self.broker
