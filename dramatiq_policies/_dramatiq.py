@@ -1,6 +1,6 @@
-"""Every private name of Dramatiq that this library touches, in one place.
+"""All private names of Dramatiq used by dramatiq_policies.
 
-Checked against Dramatiq 2.1 and 2.2. When a new release of Dramatiq breaks us, it breaks here.
+Tested with Dramatiq 2.1 and 2.2. If a new release of Dramatiq breaks dramatiq_policies, the break is here.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers import stub as _stub
 from dramatiq.middleware import Middleware
 
-#: The logger on which a worker thread reports failed and skipped messages, and the lines in question.
+#: The logger of worker threads, and the lines for failed and skipped messages.
 WORKER_LOGGER = "dramatiq.worker.WorkerThread"
 OTHER_LOGGERS = ("dramatiq.worker.Worker", "dramatiq.worker._WorkerMiddleware")
 FAILED_LINE = "Failed to process message %s with unhandled exception."
 EXPECTED_LINE = "Failed to process message %s with expected exception %s."
 SKIPPED_LINE = "Message %s was skipped."
-#: What a consumer's thread reports, on a logger that ends in its queue's name.
+#: A line of the consumer thread, on a logger with the name of the queue.
 UNKNOWN_ACTOR_LINE = "Received message for undefined actor %r. Moving it to the DLQ."
 
 StubMessage: type[MessageProxy] = _stub._StubMessageProxy
 
 
 class StubDeadLetter(_stub._StubMessageProxy):
-    """A dead letter of a StubBroker: says why it is one, and yet equals the message that it was."""
+    """A dead letter of a StubBroker, with the failure. Equals the original message."""
 
     def __init__(self, message: Message[Any], origin: MessageProxy) -> None:
         self._origin = origin
         super().__init__(message)
         self.failed = True
 
-    # The worker clears the error of the message that it processed, not of a copy.
+    # The worker clears the error of the original message, not of the copy.
     @property
     def _exception(self) -> BaseException | None:
         return self._origin._exception
@@ -55,22 +55,22 @@ class StubDeadLetter(_stub._StubMessageProxy):
 
 
 def message_of(proxy: MessageProxy) -> Message[Any]:
-    """The message behind a proxy."""
+    """Return the message of a proxy."""
     return proxy._message
 
 
 def keep_fields(proxy: MessageProxy, message: Message[Any]) -> None:
-    """Have a proxy keep the fields of its message, where it has none of its own.
+    """Copy the fields of the message to the proxy, unless already set.
 
-    Otherwise each look at one fails first and then asks the message: sixteen times on a message's way, which is a quarter
-    of what Dramatiq takes for all of it. They are never set again, for a message is frozen.
+    Without the copy, each read of a field first fails on the proxy and then asks the message: 16 times per message, a quarter of
+    Dramatiq's whole cost. The fields never change, because a message is frozen.
     """
     own = vars(proxy)
     own.update({**vars(message), **own})
 
 
 def exception_of(proxy: MessageProxy) -> BaseException | None:
-    """What the worker stuffed into the proxy."""
+    """Return the exception set by the worker."""
     return proxy._exception
 
 
@@ -79,14 +79,14 @@ def is_stub_consumer(consumer: Consumer) -> bool:
 
 
 def release_stub_slot(consumer: Any) -> None:
-    """What a stub consumer does at every ack: the queue counts one less, and a prefetch slot is free."""
+    """Finish one message of a stub consumer and free a prefetch slot."""
     consumer.queue.task_done()
     if hasattr(consumer, "prefetch_semaphore"):  # Not before Dramatiq 2.2.
         consumer.prefetch_semaphore.release()
 
 
 def next_stub_body(consumer: Any) -> bytes | None:
-    """The next body of a stub consumer, one of its prefetch slots taken; None if there was none for a while."""
+    """Take a prefetch slot and the next body of a stub consumer. None after the timeout."""
     slots = getattr(consumer, "prefetch_semaphore", None)
     seconds = consumer.timeout / 1_000
     if slots is not None and not slots.acquire(timeout=seconds):
@@ -100,7 +100,7 @@ def next_stub_body(consumer: Any) -> bytes | None:
 
 
 def eta_of(item: Any) -> float:
-    """When an item of a consumer thread's delay queue is due; before Dramatiq 2.2 it is a tuple."""
+    """Return the due time of an item of a delay queue. Before Dramatiq 2.2 an item is a tuple."""
     return cast("float", item[0] if isinstance(item, tuple) else item.priority)
 
 
@@ -109,13 +109,13 @@ def delayed_message(item: Any) -> MessageProxy:
 
 
 def delay_item(eta: float, message: MessageProxy) -> Any:
-    """What a consumer thread puts into its delay queue."""
+    """Make an item for the delay queue of a consumer thread."""
     made = getattr(_worker, "_WorkQueueItem", None)
     return (eta, message) if made is None else made(eta, message)
 
 
 def delayed_until(item: Any, eta: int) -> Any:
-    """The same message, due at another time."""
+    """Return a copy of the item with another due time."""
     return (eta, item[1]) if isinstance(item, tuple) else type(item)(eta, item.message)
 
 
@@ -147,7 +147,7 @@ def rabbitmq_message(consumer: Any, method: Any, message: Message[Any]) -> Messa
 
 
 def take_rabbitmq_tag(consumer: Any, message: Any) -> int | None:
-    """The tag by which a RabbitMQ consumer acks a message, to be used once; None if it was."""
+    """Remove and return the delivery tag of a message. None if already removed."""
     try:
         consumer.known_tags.remove(message._tag)
     except KeyError:
@@ -156,16 +156,16 @@ def take_rabbitmq_tag(consumer: Any, message: Any) -> int | None:
 
 
 def rabbitmq_acks(consumer: Any) -> tuple[Callable[[int], object], Callable[[int], object]]:
-    """How a consumer's channel acks: one that leaves what it writes in the connection's buffer, and one that sends it all.
+    """Return two functions that ack a delivery tag: a buffered one, and one that also flushes the buffer.
 
-    The first is pika's own inside of the second; without it there would be four calls of the system for each message.
+    The buffered function is pika's inner one. Without buffering, each message would cost four system calls.
     """
     channel = consumer.channel
     return getattr(channel, "_impl", channel).basic_ack, channel.basic_ack
 
 
 def rabbitmq_confirmed(channel: Any, confirmed: Callable[[Any], None], returned: Callable[..., None]) -> Any:
-    """The channel inside of pika's blocking one, with confirms by callback: its ``basic_publish`` waits for nothing."""
+    """Return the inner channel of a blocking pika channel, with confirms by callback. Its ``basic_publish`` never waits."""
     inner = channel._impl
     inner.add_on_return_callback(returned)
     inner.confirm_delivery(confirmed)
@@ -173,9 +173,9 @@ def rabbitmq_confirmed(channel: Any, confirmed: Callable[[Any], None], returned:
 
 
 def take_rabbitmq_connection(broker: Any) -> Any:
-    """The connection that a RabbitmqBroker keeps for this thread, and keeps no longer; None if it has none.
+    """Remove and return the connection of a RabbitmqBroker for this thread, or None.
 
-    ``del broker.connection`` would close it, and trusts that no exception has struck in the middle of what it did.
+    ``del broker.connection`` would close the connection, which fails after an interrupt in the middle of an operation.
     """
     connection = getattr(broker.state, "connection", None)
     for name in ("channel", "connection"):
@@ -187,26 +187,26 @@ def take_rabbitmq_connection(broker: Any) -> Any:
 
 
 def leave_rabbitmq_connections(broker: Any) -> object:
-    """Have a RabbitmqBroker make new connections, and neither use nor close those that it has; they are returned."""
+    """Make a RabbitmqBroker forget all connections without closing. Returns the old connections."""
     left = (broker.state, broker.connections, broker.channels)
     broker.state, broker.connections, broker.channels = threading.local(), set(), set()
     return left
 
 
 def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:
-    """With which arguments a RabbitmqBroker declares a queue and its delay queue."""
+    """Return the arguments for the declaration of a queue and its delay queue."""
     return cast("dict[str, Any]", broker._build_queue_arguments(queue_name))
 
 
 def add_options(broker: Broker, middleware: Middleware) -> None:
-    """Let actors use the options of a middleware that was put into the list without ``add_middleware``."""
+    """Allow the actor options of a middleware added without ``add_middleware``."""
     broker.actor_options |= middleware.actor_options
 
 
 def clock_places() -> list[tuple[Any, str]]:
-    """Where the modules that a StubBroker's messages pass through look at the time: each has it under ``time``.
+    """Return the modules that read the clock for a StubBroker, each with the name ``time``.
 
-    In `dramatiq.common` that is the function, in the others the module.
+    In `dramatiq.common` the name is the function, elsewhere the module.
     """
     from dramatiq import common, message
     from dramatiq.middleware import retries
@@ -218,14 +218,14 @@ def clock_places() -> list[tuple[Any, str]]:
 
 
 def worker_behind(middleware: Middleware) -> _worker.Worker | None:
-    """The worker that has put this on its broker, to hear of new queues; it never takes it off. None behind all else."""
+    """Return the worker of a ``_WorkerMiddleware``, which stays on the broker for ever. None for other middleware."""
     return middleware.worker if isinstance(middleware, _worker._WorkerMiddleware) else None
 
 
 class _InOrder(PriorityQueue[Any]):
-    """A worker's queue where messages of one priority stay in their order; before Dramatiq 2.2 they do not.
+    """A work queue that keeps the order of messages with equal priority, also before Dramatiq 2.2.
 
-    Without its locks: the thread that puts in is the one that takes out.
+    Without locks, because a single thread puts and takes.
     """
 
     def _init(self, maxsize: int) -> None:
@@ -245,7 +245,7 @@ class _InOrder(PriorityQueue[Any]):
 
 
 class _NoLimit:
-    """Stands in for the semaphore that counts what a stub consumer has in hand, where it may have all."""
+    """Replaces the prefetch semaphore of a stub consumer: no limit."""
 
     def acquire(self, timeout: float | None = None) -> bool:
         return True
@@ -255,21 +255,21 @@ class _NoLimit:
 
 
 def lift_stub_limit(consumer: Any) -> None:
-    """Let a stub consumer have any number of messages in hand, as before Dramatiq 2.2."""
+    """Remove the prefetch limit of a stub consumer, as before Dramatiq 2.2."""
     if hasattr(consumer, "prefetch_semaphore"):
         consumer.prefetch_semaphore = _NoLimit()
 
 
 class InlineWorker(_worker.Worker):
-    """Dramatiq's worker without its threads: whoever has started it takes and runs the messages.
+    """Dramatiq's worker without threads: the caller takes and runs the messages.
 
     Parameters:
-      broker: What it consumes.
-      hooks: Stands in for the broker where a message is processed; see `testing.draining`.
+      broker: The broker to consume from.
+      hooks: Replaces the broker during the processing of a message; see `testing.draining`.
     """
 
     def __init__(self, broker: Broker, hooks: Any) -> None:
-        # Consumers look whether there is a message, and never wait for one.
+        # Timeout 0: consumers never wait for a message.
         super().__init__(broker, worker_threads=1, worker_timeout=0)
         self.hooks = hooks
         self.work_queue = _InOrder()
@@ -294,7 +294,7 @@ class InlineWorker(_worker.Worker):
         self.workers.append(self.thread)
 
     def fetch(self, source: str) -> bool:
-        """Take one message off a queue, if there is one, and put it where a worker thread, or its time, finds it."""
+        """Move one message from the broker to the work queue or the delay queue. Return False if the queue is empty."""
         thread = self.consumers[source]
         message = next(cast("Consumer", thread.consumer))
         if message is not None:
@@ -302,14 +302,14 @@ class InlineWorker(_worker.Worker):
         return message is not None
 
     def next(self) -> MessageProxy | None:
-        """The next message for a worker thread."""
+        """Take the next message of the work queue."""
         try:
             return delayed_message(self.work_queue.get_nowait())
         except Empty:
             return None
 
     def run(self, message: MessageProxy) -> None:
-        """Process a message as a worker thread does."""
+        """Process a message like a worker thread."""
         self.thread.process_message(message)
 
 
@@ -335,9 +335,9 @@ _CLASSES: dict[Kind, str] = {"stub": "StubBroker", "redis": "RedisBroker", "rabb
 
 
 def kind_of(broker: Broker) -> Kind | None:
-    """``"stub"``, ``"redis"`` or ``"rabbitmq"``, subclasses included; None for any other broker."""
+    """Return ``"stub"``, ``"redis"`` or ``"rabbitmq"``, also for subclasses. None for any other broker."""
     for kind, name in _CLASSES.items():
-        # Who has such a broker has imported its module; no client is imported that is not in use.
+        # A broker of this kind has imported the module already. Importing here would load unused clients.
         module = sys.modules.get(f"dramatiq.brokers.{kind}")
         if module is not None and isinstance(broker, getattr(module, name)):
             return kind

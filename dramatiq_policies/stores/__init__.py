@@ -1,19 +1,19 @@
-"""Where idempotency remembers: the protocol that a store implements.
+"""The protocol of an idempotency store.
 
-A store is a set of registers, one for each key, with compare-and-swap and expiry. It need not know what a register means:
-every rule of claims, leases and takeovers is in `dramatiq_policies.idempotency.records`, above it. What it must guarantee:
+A store is a set of registers, one per key, with compare-and-swap and expiry. A store does not interpret the registers: the rules
+of claims, leases and takeovers are in `dramatiq_policies.idempotency.records`. If you write a store, guarantee:
 
-- Each call is atomic for its key, and calls for one key have one order that all processes see: what `swap` wrote is what
-  the next call finds, whoever makes it. A store that may forget an acknowledged write (a failover to a replica that lags,
-  an evicting cache) makes a second run possible.
-- Time is the store's own: ``ttl`` counts from the moment of the write, by one clock, whatever the callers' clocks say. An
-  expired register is absent.
-- Keys are any text, also with a NUL in it. Values are bytes, never empty, and come back as they were.
-- What can't be done raises, within a bounded time. A call that raised may or may not have been carried out: callers repeat
-  it, so it must not matter if it was.
-- Calls come from any thread. After a fork the child uses the store too, and no connection of its parent's.
+- Each call is atomic for its key. All processes see the calls for one key in one order: after `swap` wrote a value, the next call
+  of any process finds this value. If a store may lose an acknowledged write (failover to a lagging replica, eviction), a job may
+  run twice.
+- The store has a single clock: ``ttl`` counts from the write, independent of the clocks of the callers. An expired register is
+  absent.
+- Keys are any text, even with NUL characters. Values are bytes, never empty, and are returned unchanged.
+- A failed call raises within a bounded time. Callers repeat failed calls, so a call must be safe to repeat even if the first try
+  was carried out.
+- Any thread may call. After a fork, the child uses new connections.
 
-`dramatiq_policies.testing.IdempotencyStoreContract` tests all this for a store of your own.
+`dramatiq_policies.testing.IdempotencyStoreContract` tests these guarantees for your store.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["Entry", "IdempotencyStore", "Renewal"]
 
 
 class Entry(NamedTuple):
-    """What a register holds, and for how many more milliseconds."""
+    """The value of a register, and the milliseconds left until expiry."""
 
     value: bytes | None
     left: int
 
 
 class Renewal(NamedTuple):
-    """A register that is to live ``ttl`` milliseconds from now, if it still holds ``value``."""
+    """Let a register expire ``ttl`` milliseconds from now, if the register still holds ``value``."""
 
     key: str
     value: bytes
@@ -41,23 +41,23 @@ class Renewal(NamedTuple):
 
 @runtime_checkable
 class IdempotencyStore(Protocol):
-    """See the module. ``ttl`` is in milliseconds, and more than 0."""
+    """The methods of a store; the module has the guarantees. ``ttl`` is in milliseconds, greater than 0."""
 
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:
-        """Write ``value`` if the register holds ``expected`` (None: is absent); a ``value`` of None removes it.
+        """Write ``value`` if the register holds ``expected``. An ``expected`` of None means absent; a ``value`` of None removes.
 
         Returns:
-          None if it was written; else what it holds instead.
+          None after a write, else the current entry.
         """
 
     def put(self, key: str, value: bytes, ttl: int) -> None:
-        """Write ``value``, whatever the register holds."""
+        """Write ``value`` unconditionally."""
 
     def get(self, key: str) -> Entry:
-        """What the register holds; ``Entry(None, 0)`` if nothing."""
+        """Return the current entry, or ``Entry(None, 0)``."""
 
     def delete(self, key: str) -> bool:
-        """Empty the register; whether there was something in it."""
+        """Remove the register. Return whether the register existed."""
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
-        """Prolong many registers in one round trip; for each whether it held what was expected."""
+        """Prolong many registers in one round trip. Return for each register whether the value matched."""

@@ -1,4 +1,4 @@
-"""A store in this process' memory, for tests and for a single worker process."""
+"""An idempotency store in memory, for tests and for a single worker process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["MemoryStore"]
 
 
 def _now() -> float:
-    # Looked up at each call: the test kit puts its clock there.
+    # Looked up at each call, because the test kit replaces the clock.
     return clocks.monotonic()
 
 
 class MemoryStore:
-    """Remembers in memory: nothing is shared with other processes, and all is forgotten at the end of this one.
+    """Keeps keys in the memory of this process. Other processes see none of the keys, and a restart forgets all keys.
 
     Parameters:
-      clock: What tells the time, in seconds; None, the default, for the process' monotonic clock.
+      clock: A callable that returns the time in seconds. Default (None): the monotonic clock.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
@@ -32,7 +32,7 @@ class MemoryStore:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """A forked child has a copy of its own."""
+        """Replace the lock. The child keeps a copy of the keys."""
         self._lock = Lock()
 
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:

@@ -1,4 +1,4 @@
-"""A store on Redis 6.2 or later, or Valkey."""
+"""An idempotency store on Redis 6.2 or later, or Valkey."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from . import Entry, Renewal
 __all__ = ["RedisStore"]
 
 _SWAP = Script(resources.files(__package__).joinpath("swap.lua").read_text())
-#: For how long one call may wait on a socket, in seconds, where the store makes the client.
+#: The socket timeout in seconds of clients made by the store.
 _SOCKET_TIMEOUT = 1.0
 
 
 class _Namespace(str):
-    """The namespace where none was given, which equals one of that name and is not the same."""
+    """The type of the default namespace, to tell the default from an equal namespace of the user."""
 
     __slots__ = ()
 
@@ -41,19 +41,24 @@ _DERIVED = _Namespace("idem")
 
 
 class RedisStore:
-    """Remembers on a Redis server: one string key per job, so that it works on a cluster.
+    """Keeps keys on a Redis server, one string key per job. Works on a cluster.
 
-    Run the server with ``maxmemory-policy noeviction`` and with persistence: a key that was evicted or lost is a second run.
+    Example::
+
+        store = RedisStore.from_url("redis://cache:6379/0", namespace="billing")
+        install(broker, idempotency=Idempotency(store))
+
+    Run the server with ``maxmemory-policy noeviction`` and with persistence. After the loss of a key, a job may run twice.
 
     Parameters:
-      client: Any client of redis-py (Sentinel's and cluster's too, decoding or not). Give it a ``socket_timeout``: a hung
-        server holds up each job for as long. Default: a client of ``localhost:6379/0`` with one of 1 s.
-      namespace: What its keys begin with. Give each service that shares the server a namespace of its own. Without one keys
-        begin with ``"idem"``, and each is told apart from other services' by the broker's virtual host (or namespace) and
-        the actor's queue. Keys are digests: they say nothing of the jobs' arguments.
+      client: Any client of redis-py, also for Sentinel or a cluster, with or without ``decode_responses``. Set a ``socket_timeout``:
+        a hung server delays each job by the timeout. Default: a client of ``localhost:6379/0`` with a timeout of 1 s.
+      namespace: The prefix of the keys. Default: ``"idem"``. Give each service on a shared server a different namespace. With the
+        default, the virtual host (or namespace) of the broker and the queue of the actor keep the keys of services apart. Keys are
+        digests, so Redis does not see the arguments of your jobs.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument is invalid.
     """
 
     def __init__(self, client: Any = None, *, namespace: str = _DERIVED) -> None:
@@ -66,23 +71,23 @@ class RedisStore:
         if namespace is not _DERIVED and (type(namespace) is not str or not namespace):
             raise ConfigurationError.of_option("RedisStore", "namespace", "a str that is not empty", namespace)
         self.client = redis.Redis(**_client_arguments()) if client is None else client
-        #: Whether the namespace was given, and so tells services apart.
+        #: Whether the user gave a namespace, which tells services apart.
         self.is_namespaced = namespace is not _DERIVED
         self.namespace = str(namespace)
-        #: What its calls share with one another, and with the acks of a Redis broker beside it.
+        #: Batches the calls of all threads, and the acks of a Redis broker on the same server.
         self.trips = CommandBatcher(self.client)
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = _DERIVED, **arguments: Any) -> RedisStore:
-        """A store with a client of its own, whose sockets time out after 1 s unless an argument says otherwise.
+        """Make a store with a new client. ``arguments`` go to ``redis.Redis.from_url``; default socket timeout: 1 s.
 
         Raises:
-          ConfigurationError: redis-py can't read the URL, or its password is not percent-encoded.
+          ConfigurationError: redis-py can't parse the URL, or the password is not percent-encoded.
         """
         try:
             misread = "@" in urlsplit(url).path
             client = None if misread else redis.Redis.from_url(url, **{**_client_arguments(), **arguments})
-        except Exception:  # Its text may be a part of the password.
+        except Exception:  # The text may contain a part of the password.
             client = None
         if client is None:
             raise ConfigurationError.of_option(
@@ -96,7 +101,7 @@ class RedisStore:
 
     @classmethod
     def beside(cls, client: Any, *, namespace: str = _DERIVED) -> RedisStore:
-        """A store on the same server as a client, with connections of its own that time out after 1 s."""
+        """Make a store on the server of ``client``, with separate connections and a timeout of 1 s."""
         pool = client.connection_pool
         arguments = {**pool.connection_kwargs, **_client_arguments()}
         if hasattr(pool, "service_name"):
@@ -109,7 +114,7 @@ class RedisStore:
     def swap(self, key: str, expected: bytes | None, value: bytes | None, ttl: int) -> Entry | None:
         name = self.name_of(key)
         if expected is None and value is not None:
-            # By far the most frequent call, and cheaper without a script.
+            # The most frequent call by far. Cheaper without a script.
             if self._call("SET", name, value, "NX", "PX", ttl, carries=True):
                 return None
             return self._read(name)
@@ -120,7 +125,7 @@ class RedisStore:
         self._call(*self.putting(key, value, ttl))
 
     def putting(self, key: str, value: bytes, ttl: int) -> tuple[Any, ...]:
-        """The command that `put` calls."""
+        """Return the command of `put`."""
         return ("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
@@ -130,7 +135,7 @@ class RedisStore:
         return _entry(self._call(*_SWAP.command([name], ["read"])))
 
     def _call(self, *command: Any, carries: bool = False) -> Any:
-        # A timeout of a job that asks must not reach its neighbours.
+        # An interrupt of this job must not fail the calls of other jobs.
         if running_job() is not None:
             return self.trips.alone(*command)
         return self.trips.call(*command, carries=carries)
@@ -140,15 +145,15 @@ class RedisStore:
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
         calls = [_SWAP.command([self.name_of(key)], [value, value, ttl]) for key, value, ttl in renewals]
-        # One that is refused is not kept, and no error of the others.
+        # A refused renewal counts as lost and does not fail the others.
         return [answer is None for answer in self.trips.answers(calls, carries=True)]
 
     def warnings(self) -> list[str]:
-        """What is wrong with how the server is set up, as sentences. Connects."""
+        """Return warnings about the configuration of the server. Connects."""
         try:
             memory = self.client.info("memory")
         except NoPermissionError:
-            # A user with least rights may not ask. What such a user must be able to do is tried instead.
+            # Redis refuses INFO to users with least rights. Try a read instead.
             self.get("")
             return []
         policy = memory.get("maxmemory_policy", "noeviction")
@@ -161,7 +166,7 @@ class RedisStore:
         return [text]
 
     def is_beside(self, client: Any) -> bool:
-        """Whether a client reaches the same database of the same server, so that one script may touch both."""
+        """Return whether ``client`` uses the same database of the same server, so that a script can write to both."""
         ours, theirs = (getattr(one, "connection_pool", None) for one in (self.client, client))
         if ours is None or theirs is None or hasattr(ours, "service_name") or hasattr(theirs, "service_name"):
             return False
@@ -169,7 +174,7 @@ class RedisStore:
         return all(ours.connection_kwargs.get(name) == theirs.connection_kwargs.get(name) for name in same)
 
     def name_of(self, key: str) -> str:
-        """The name of a register on the server."""
+        """Return the Redis key of a register."""
         return f"{self.namespace}:{_digest(key)}"
 
 
@@ -177,13 +182,13 @@ def _entry(found: Any) -> Entry:
     return Entry(found[0] or None, max(0, found[1]))
 
 
-@lru_cache(maxsize=1024)  # Each is wanted twice, for the claim and for the completion.
+@lru_cache(maxsize=1024)  # Used twice per job: for the claim and for the completion.
 def _digest(key: str) -> str:
     return urlsafe_b64encode(blake2b(key.encode(), digest_size=15).digest()).decode()
 
 
 def _client_arguments() -> dict[str, Any]:
-    # One more try on a new connection: one that has idled is often gone. Calls may be repeated.
+    # Retry once on a new connection, because idle connections are often closed. All calls are safe to repeat.
     return {
         "socket_timeout": _SOCKET_TIMEOUT,
         "socket_connect_timeout": _SOCKET_TIMEOUT,

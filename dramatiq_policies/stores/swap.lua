@@ -1,9 +1,9 @@
--- Write a register if it holds what is expected.
+-- Compare and swap a register.
 --
 -- KEYS[1]  the register
--- ARGV     expected or '' for absent, value or '' to remove it, ttl in milliseconds; or 'read' alone to look
+-- ARGV     expected value or '' for absent, new value or '' to remove, ttl in milliseconds; or only 'read'
 --
--- Returns nothing if it was written, else what it holds ('' for nothing) and for how many more milliseconds.
+-- Returns nil after a write, else {current value or '', milliseconds until expiry}.
 local found = redis.call('get', KEYS[1])
 if not ARGV[2] or (found or '') ~= ARGV[1] then
   return {found or '', redis.call('pttl', KEYS[1])}

@@ -1,17 +1,16 @@
--- Keep delayed messages on the server, ordered by the time at which they are due.
+-- The index of delayed messages, by due time.
 --
 -- KEYS[1]  the broker's namespace
 -- ARGV     command, broker id, delay queue, then:
---   keep     for each message: redis id, due time (ms). From this worker's unacked set into the index.
---   take     the time now (ms), how many at most. Due messages, from the index into this worker's unacked set. Returns the due
---            time of the next one or false, then of each: id, body.
---   release  after how many ms of silence a worker counts as dead, how many at most. Back to the queue, unless another
---            worker uses the index. Returns how many.
+--   keep     for each message: redis id, due time (ms). Moves the messages from the unacked set of this worker to the index.
+--   take     current time (ms), limit. Moves due messages from the index to the unacked set of this worker. Returns the due
+--            time of the next message or false, then for each due message: redis id, body.
+--   release  heartbeat timeout (ms), limit. Requeues messages, unless another worker uses the index. Returns the count.
 --
--- The kept ids are the unacked set of a worker of their own name, whose heartbeat each call renews. Once no worker calls
--- this any more (all run plain Dramatiq or 0.1.0), the recovery of dead workers, Dramatiq's or ours, puts the messages
--- back on the queue. The set is the truth: an entry of the index without its id in the set means nothing. Other key names
--- are Dramatiq's.
+-- The ids in the index form the unacked set of a pseudo worker. Each call renews the heartbeat of the pseudo worker. Once no
+-- worker calls this script (all run plain Dramatiq or 0.1.0), the recovery of dead workers, Dramatiq's or ours, requeues the
+-- messages. The unacked set is the truth: an entry of the index without an id in the set is ignored. Other key names are
+-- Dramatiq's.
 local namespace, command, worker, queue = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local keeper = 'dramatiq_policies.delayed.' .. queue
 local kept = namespace .. ':__acks__.' .. keeper .. '.' .. queue
