@@ -1,8 +1,9 @@
-"""Dramatiq's composition middleware, except that what they enqueue is part of the hand-off, and its results.
+"""Dramatiq's composition middleware and Results, without lost messages.
 
-Stock enqueues the next stage, a group's callbacks, and the messages of ``on_success`` and ``on_failure`` in an after-hook,
-whose errors are swallowed: the message is acked and the stage is lost. So is a result, which a duplicate of a completed
-job may need.
+Plain Dramatiq enqueues a pipeline's next step, a group's callbacks, and the messages of ``on_success`` and ``on_failure`` in an
+after-hook. Dramatiq swallows the errors of hooks: the worker acknowledges the message, and the next step is lost. The versions
+here publish the follow-up messages before the acknowledgement. Results that can't be stored are lost in the same way, although
+a duplicate of a completed job may need the result.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Callbacks", "GroupCallbacks", "Pipelines", "storing"]
 
-#: Seconds between the tries to store a result.
+#: The pauses between attempts to store a result, in seconds.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 
 
-def _hand_on(
+def _publish_by_stock(
     stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
 ) -> None:
-    """Have the stock middleware's own code run as a step of the hand-off, and record what it enqueues."""
+    """Add a step to the outbox that runs Dramatiq's own code and records the messages that it enqueues."""
     delivery: Delivery | None = getattr(message, "delivery", None)
     if delivery is None:
         stock.after_process_message(middleware, broker, message, result=result)
@@ -54,19 +55,19 @@ def _hand_on(
 
 
 class Pipelines(StockPipelines):
-    """Moves pipelines on; the stage's message is acked once the broker has accepted the next one."""
+    """Publish the next step of a pipeline before the worker acknowledges the message of the last."""
 
     def after_process_message(
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
         if exception is None and not message.failed and message.options.get("pipe_target") is not None:
-            _hand_on(StockPipelines, self, broker, message, result)
+            _publish_by_stock(StockPipelines, self, broker, message, result)
 
 
 class Callbacks(StockCallbacks):
-    """Sends the messages of ``on_success`` and ``on_failure``; the job's message is acked once the broker has accepted them.
+    """Publish the messages of ``on_success`` and ``on_failure`` before the worker acknowledges the job's message.
 
-    ``on_failure`` is told of each failed run, as in Dramatiq, and not of a job that snoozed or that a shutdown interrupted.
+    As in Dramatiq, ``on_failure`` receives each failed run. A snooze or an interrupt by a shutdown is no failed run.
     """
 
     def after_process_message(
@@ -95,15 +96,15 @@ class Callbacks(StockCallbacks):
         delivery.add_to_outbox(tell_failure)
 
 
-#: The outcomes of a run that raised and did not fail.
+#: The outcomes of runs that raised but did not fail.
 _NO_FAILURES = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
 
 
 class GroupCallbacks(StockGroupCallbacks):
-    """Counts a group's members; a member's message is acked once the callbacks it completes were accepted.
+    """Count a group's members, and publish the callbacks before the worker acknowledges the last member.
 
-    Where the barriers are on Redis or in memory a member counts once, by its message id, however often it is settled.
-    Elsewhere (Memcached) a barrier is a bare counter: a member that is redelivered after it was counted counts twice.
+    With barriers on Redis or in memory each member counts once, by its message id. With other backends (Memcached) a barrier is a
+    plain counter: a member that is redelivered after it was counted counts twice.
     """
 
     def after_process_message(
@@ -115,7 +116,7 @@ class GroupCallbacks(StockGroupCallbacks):
         delivery: Delivery | None = getattr(message, "delivery", None)
         count = self._counter()
         if delivery is None or count is None:
-            _hand_on(StockGroupCallbacks, self, broker, message, result)
+            _publish_by_stock(StockGroupCallbacks, self, broker, message, result)
             return
 
         def step() -> list[OutgoingMessage]:
@@ -126,7 +127,7 @@ class GroupCallbacks(StockGroupCallbacks):
         delivery.add_to_outbox(step)
 
     def _counter(self) -> Callable[[str, str], bool] | None:
-        """Counts a member at a group's barrier and says whether it completes the group; None where it can't be once."""
+        """Return a function that counts a member and returns whether the group is complete; None if the backend can't count once."""
         backend: Any = self.rate_limiter_backend
         if isinstance(backend, StubBackend):
             return lambda uuid, member: (
@@ -138,7 +139,7 @@ class GroupCallbacks(StockGroupCallbacks):
             return None
 
         def count(uuid: str, member: str) -> bool:
-            # In braces: one slot of a cluster.
+            # Braces keep both keys in one slot of a cluster.
             from importlib import resources
 
             script = client.register_script(resources.files(__package__).joinpath("count_member.lua").read_text())
@@ -151,9 +152,9 @@ class GroupCallbacks(StockGroupCallbacks):
 
 
 def storing(results: StockResults) -> StockResults:
-    """A Results that stores as `_Store` does.
+    """Return a copy of a Results that stores by `_Store`.
 
-    No subclass of it: where the worker finds no middleware of just that class, it warns of each result.
+    The copy is no subclass: the worker logs a warning for each result if no middleware has exactly the class Results.
     """
     if isinstance(store := vars(results).get("after_process_message"), _Store) and store.results is results:
         return results
@@ -163,9 +164,9 @@ def storing(results: StockResults) -> StockResults:
 
 
 class _Store:
-    """Stores a result; that of a job with an idempotency key is tried for some five seconds, as its completion is.
+    """Store a result; retry for about five seconds if the job has an idempotency key.
 
-    Once the key is completed the job never runs again, and nobody could store what its duplicates move on with.
+    After the key is completed the job never runs again. So nothing could store the result for its duplicates later.
     """
 
     def __init__(self, results: StockResults) -> None:
@@ -189,7 +190,7 @@ class _Store:
         store(exception=exception)
 
     def _is_storable(self, result: Any) -> bool:
-        """Whether the backend is what failed."""
+        """Return whether the result can be encoded, so that the backend has failed."""
         try:
             self.results.backend.encoder.encode({"result": result})
         except Exception:

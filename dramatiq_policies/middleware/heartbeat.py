@@ -1,4 +1,4 @@
-"""A file that is touched while a worker works, for a liveness probe."""
+"""Touch a file while the worker is well, for a liveness probe."""
 
 from __future__ import annotations
 
@@ -35,36 +35,35 @@ __all__ = ["Heartbeat"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
-#: ``.<pid>`` or ``.<pid>-<random>``, what the file of one process ends in.
+#: ``.<pid>`` or ``.<pid>-<random>``, the suffix of a process's own file.
 _OWN_SUFFIX = re.compile(r"\.\d+(-[0-9a-f]+)?")
 
 
 class Heartbeat(PolicyMiddleware):
-    """Touches a file at an interval, as long as every worker process of the command is well.
+    """Touch a file at an interval, as long as every worker process of the command is well::
 
-    A process is not well when
+        install(broker, heartbeat=Heartbeat("/run/worker/heartbeat"))
 
-    - every slot of a queue is taken by messages that the broker would not take back in any form, or
-    - each of its worker threads has died, or has a job that is stuck: past its timeout and the grace, where no interrupt reaches
-      it, or
-    - a thread that consumes has died, or has been silent for longer than ``silence`` although the broker answers on a
-      new connection.
+    A liveness probe restarts the worker when the file is older than a few intervals. A process is not well if
 
-    It is well while it is idle, while it is busy, while it shuts down and finishes its jobs, and while the broker is
-    away or hangs: to start it again would help nobody. A probe finds the worker dead when the file is older than a few
-    intervals.
+    - messages that the broker refuses in every form hold all slots of a queue,
+    - every worker thread has died or runs a stuck job (past its timeout and the grace, out of reach of interrupts), or
+    - a consumer thread has died, or was silent for longer than ``silence`` although the broker answers on a new connection.
 
-    Each process also keeps a file of its own beside it, ``<path>.<pid>-…``, so that the command's other processes do not
-    speak for one that is stuck.
+    A process is well while it is idle or busy, while it shuts down and finishes its jobs, and while the broker is down: a restart
+    would not help.
+
+    Each process also keeps a file of its own, ``<path>.<pid>-…``, so that other processes of the command do not hide a stuck
+    process.
 
     Parameters:
-      path: The file, of this user's: no link, and nothing but a regular file. Its folder must exist. Default
-        ``dramatiq-policies-<uid>/heartbeat`` in the temporary directory; only this user and root see into that folder.
-      interval: In milliseconds or as a ``timedelta``. Default 10 seconds.
-      silence: For how long a consumer may be silent, in milliseconds or as a ``timedelta``. Default 5 minutes.
+      path: A regular file of this user, no link. Its folder must exist. Default ``dramatiq-policies-<uid>/heartbeat`` in the
+        temporary directory; only this user and root can read that folder.
+      interval: The time between two touches, in milliseconds or as a ``timedelta``. Default 10 seconds.
+      silence: The longest silence of a consumer, in milliseconds or as a ``timedelta``. Default 5 minutes.
 
     Raises:
-      ConfigurationError: An argument makes no sense, or the platform has no ``fcntl`` (Windows).
+      ConfigurationError: An argument is wrong, or the platform has no ``fcntl`` (Windows).
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Heartbeat(PolicyMiddleware):
         *,
         silence: int | timedelta = 300_000,
     ) -> None:
-        from pathlib import Path  # see owners.py
+        from pathlib import Path  # costs time at each import; see owner.py
 
         require_file_locks("Heartbeat")
         self._private = path is None
@@ -92,7 +91,7 @@ class Heartbeat(PolicyMiddleware):
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Forget what belongs to a broker and its workers."""
+        """Forget the broker and its workers."""
         self._workers: list[Worker] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -102,10 +101,10 @@ class Heartbeat(PolicyMiddleware):
         self._since = 0.0
 
     def for_stub(self) -> Self:
-        twin = super().for_stub()
-        twin.reset_after_fork()
-        after_fork(twin)
-        return twin
+        stub = super().for_stub()
+        stub.reset_after_fork()
+        after_fork(stub)
+        return stub
 
     def attach(self, state: BrokerState) -> None:
         state.last_polled_at = {}
@@ -129,7 +128,7 @@ class Heartbeat(PolicyMiddleware):
             self._thread = None
 
     def well(self) -> bool:
-        """Whether this process is well. False before its worker has started."""
+        """Return whether this process is well; False before its worker has started."""
         state = self.attached_to
         if state is None or not self._workers:
             return False
@@ -176,10 +175,10 @@ class Heartbeat(PolicyMiddleware):
         if self._private:
             make_private(self.path.parent)
         if self._own is None:
-            # Not the process id alone: a file of another user's, or of another container's process, may have it.
+            # The process id is not enough: a process of another user or container may have the same.
             self._own_path = self.path.with_name(f"{self.path.name}.{os.getpid()}-{token_hex(4)}")
             self._own = open_own(self._own_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            # Locked, so that the others see when this process is gone, whoever has its id then.
+            # The lock tells other processes that this process lives, even if its id is reused later.
             lock(self._own)
         os.utime(self._own)
         if all(self._speaks(path) for path in self.path.parent.glob(f"{self.path.name}.*")):
@@ -190,7 +189,7 @@ class Heartbeat(PolicyMiddleware):
                 os.close(shared)
 
     def _speaks(self, path: Path) -> bool:
-        """Whether the process of this file has touched it lately, or is gone, or whether it is no file of ours."""
+        """Return False only for the file of a living process that has not touched it lately."""
         if path == self._own_path or not _OWN_SUFFIX.fullmatch(path.suffix):
             return True
         try:
@@ -210,7 +209,7 @@ class Heartbeat(PolicyMiddleware):
 
 
 def _answers(broker: Broker) -> bool:
-    """Whether the broker's server can be read, on a new connection."""
+    """Return whether the broker's server answers on a new connection."""
     reader = reader_of(broker)
     try:
         reader.read_all(reader.queues()[:1])

@@ -1,4 +1,4 @@
-"""What became of each delivery, as numbers on a StatsD server."""
+"""Send the outcome and the times of each delivery to a StatsD server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Metrics"]
 
-#: What each outcome is counted as.
+#: The counter of each outcome.
 COUNTERS = {
     Outcome.SUCCEEDED: "success",
     Outcome.RETRIED: "retry",
@@ -38,12 +38,12 @@ COUNTERS = {
     Outcome.INTERRUPTED: "interrupted",
     Outcome.SKIPPED: "skipped",
 }
-#: More actors, queues and outcomes than any app has: who sends messages for unknown actors must not fill the memory.
+#: The most cached names, more than any application needs: messages for unknown actors must not fill the memory.
 _MOST_NAMES = 10_000
 
 
 class _Names(NamedTuple):
-    """What does not change between two deliveries of one actor that end alike."""
+    """The names and tags shared by deliveries of one actor with the same outcome."""
 
     duration: str
     wait: str
@@ -60,29 +60,31 @@ class Nowhere:
 
 
 class Metrics(PolicyMiddleware):
-    """Counts how deliveries end, and times how long jobs waited and ran.
+    """Count outcomes, and time how long jobs waited and ran, with StatsD or DogStatsD::
 
-    A delivery's values leave in one datagram, after its hand-off. With a StatsD client they are called
-    ``jobs.<actor>.duration`` (ms, every run), ``.wait`` (ms from ready to started), ``.success``, ``.failure`` (every run
-    that raised, beside its outcome), ``.retry``, ``.discard``, ``.alert``, ``.dead``, ``.duplicate``, ``.deferred``,
-    ``.expired``, ``.interrupted``, ``.skipped``, ``.timeout`` (every run that was timed out) and ``.stuck``. With a
-    DogStatsD client they are ``jobs.duration`` and so on, with the tags ``actor``, ``queue``, ``outcome`` and the
-    actor's own. A verdict that the job raises to be put off, ``Snooze``, and the interrupt of a shutdown are no failures.
+        install(broker, metrics=Metrics(statsd.StatsClient("statsd.internal"), prefix="shop.jobs"))
 
-    A server that is dead, slow or can't be found never blocks, slows or fails a job, and is said once.
+    The worker sends the values of a delivery in one datagram, after the follow-up messages are published. With a StatsD client
+    the names are ``jobs.<actor>.duration`` (ms, each run), ``.wait`` (ms from ready to started), ``.success``, ``.failure`` (each
+    run that raised, in addition to its outcome), ``.retry``, ``.discard``, ``.alert``, ``.dead``, ``.duplicate``, ``.deferred``,
+    ``.expired``, ``.interrupted``, ``.skipped``, ``.timeout`` (each run that timed out) and ``.stuck``. With a DogStatsD client
+    the names are ``jobs.duration`` and so on, with the tags ``actor``, ``queue``, ``outcome`` and the actor's ``tags``. A `Snooze`
+    and the interrupt of a shutdown are no failures.
+
+    A StatsD server that is down or slow never blocks, slows or fails a job; the worker logs one line about the server.
 
     Parameters:
-      client: A ``statsd.StatsClient`` or DogStatsD client, or any object with the methods of one (`Statsd` says which).
-        None, the default, for UDP to ``STATSD_HOST`` and ``STATSD_PORT``, else localhost:8125.
-      prefix: What the names of jobs begin with. Default ``"jobs"``.
-      queue_prefix: What the names of queues' gauges begin with, which a QueueMonitor reads. Default ``"queues"``.
+      client: A ``statsd.StatsClient``, a DogStatsD client, or an object with the same methods (see `Statsd`). Default None:
+        UDP to ``STATSD_HOST`` and ``STATSD_PORT``, else to localhost:8125.
+      prefix: The prefix of job metrics. Default ``"jobs"``.
+      queue_prefix: The prefix of queue gauges, for a QueueMonitor. Default ``"queues"``.
 
     Attributes:
-      statsd: Where the values go, a `Statsd`; another may be put in its place.
+      statsd: The `Statsd` that sends the values; you may replace it.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
-      ImportError: There is no client, and the ``statsd`` package is not installed.
+      ConfigurationError: An argument is wrong.
+      ImportError: No client is given, and the ``statsd`` package is not installed.
     """
 
     def __init__(self, client: Any = None, prefix: str = "jobs", queue_prefix: str = "queues") -> None:
@@ -93,30 +95,30 @@ class Metrics(PolicyMiddleware):
         self.statsd = Statsd(client)
         self.prefix = prefix
         self.queue_prefix = queue_prefix
-        self._wiring: BrokerState | None = None
+        self._state: BrokerState | None = None
         self._names: dict[tuple[str | None, str | None, Outcome, bool], _Names] = {}
-        #: What a success says, by its actor, but for the two times.
+        #: The text of a success by actor, with places for the two times.
         self._lines: dict[str, str] = {}
 
     def attach(self, state: BrokerState) -> None:
-        self._wiring = state
+        self._state = state
         state.metrics = self
         state.observe(self, self._record, self, successes=False)
         state.success_listeners = (*state.success_listeners, self._succeeded)
         state.stuck_subscribers.append(self._stuck)
 
     def for_stub(self) -> Self:
-        twin = super().for_stub()
-        # Nothing is sent; the test kit looks at the values on their way.
-        twin.statsd = Statsd(Nowhere())
-        vars(twin).update(_wiring=None, _names={}, _lines={})
-        return twin
+        stub = super().for_stub()
+        # Sends nothing; the test kit records the values before.
+        stub.statsd = Statsd(Nowhere())
+        vars(stub).update(_state=None, _names={}, _lines={})
+        return stub
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.statsd.flush()
 
     def _succeeded(self, delivery: Delivery) -> None:
-        """On every successful message's way: no record, no names put together, no list of values."""
+        """Send the values of a success. Runs for every successful message: no record, no joined names, no list."""
         statsd, message = self.statsd, delivery.message
         started, ended = delivery.started, delivery.ended
         ready = message.options.get(READY_AT)
@@ -135,7 +137,7 @@ class Metrics(PolicyMiddleware):
         self.statsd.send(self.values_of(event))
 
     def values_of(self, event: OutcomeEvent) -> list[Value]:
-        """What is sent of one delivery."""
+        """Return the values of one delivery."""
         key = (event.actor, event.queue, event.outcome, self.statsd.tagged)
         names = self._names.get(key)
         if names is None:
@@ -169,11 +171,11 @@ class Metrics(PolicyMiddleware):
         return f"{self.prefix}.{what}" if self.statsd.tagged else f"{self.prefix}.{metric_name(actor)}.{what}"
 
     def _stuck(self, job: StuckJob) -> None:
-        policy = None if self._wiring is None else self._wiring.policies.get(job.actor)
+        policy = None if self._state is None else self._state.policies.get(job.actor)
         own = {} if policy is None or policy.tags is None else policy.tags
         tags = tag_list({**own, "actor": job.actor, "queue": job.queue})
         self.statsd.send([("c", self._name_of(job.actor, "stuck"), 1, tags)])
-        # The process may be about to end.
+        # The process may end at once.
         self.statsd.flush()
 
 
@@ -190,7 +192,7 @@ def _success_of(delivery: Delivery) -> OutcomeEvent:
 
 
 def _raised(event: OutcomeEvent) -> bool:
-    """Whether the exception is the job's own, and one that speaks of a failure."""
+    """Return whether the exception is the job's own, and a failure."""
     return (
         event.duration_ms is not None
         and event.reason != "handoff_failed"

@@ -1,7 +1,7 @@
-"""Dramatiq's Prometheus middleware, except that it counts retries as they are decided.
+"""Make Dramatiq's Prometheus middleware count each retry once.
 
-Stock counts what is enqueued with the option ``retries``: a retry with a delay is enqueued twice, once on the delay queue
-and once on its own.
+Plain Dramatiq counts enqueued messages with the option ``retries``. Dramatiq enqueues a delayed retry twice, on the delay queue
+and then on the actor's queue, and so counts it twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["count_retries_of"]
 
 
 def count_retries_of(middleware: Middleware, state: BrokerState) -> None:
-    """Have a Prometheus middleware that is on the broker count each retry once; any other is left alone."""
-    # Known by its module, since to import that is to make a folder.
+    """Make a Prometheus middleware count each retry once; leave any other middleware alone."""
+    # Recognised by its module: importing that module would create a folder.
     if type(middleware).__module__ != "dramatiq.middleware.prometheus" or "after_enqueue" in vars(middleware):
         return
 
     def record(event: OutcomeEvent, message: Any) -> None:
-        # Made when a process of the command boots, and only then.
+        # The counter exists only in processes of the dramatiq command.
         counter = getattr(middleware, "total_retried_messages", None)
         if event.outcome is Outcome.RETRIED and counter is not None:
             counter.labels(event.queue, event.actor).inc()

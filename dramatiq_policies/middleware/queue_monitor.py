@@ -1,4 +1,4 @@
-"""Watches the queues, and warns before one is late."""
+"""Monitor the queues, and alert when a threshold is reached."""
 
 from __future__ import annotations
 
@@ -29,40 +29,45 @@ __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
-#: After so many readings in a row that fail, the elected one lets another try.
+#: After this many failed readings in a row, the leader resigns.
 _PATIENCE = 3
 
 
 class QueueMonitor(PolicyMiddleware):
-    """Reads every queue at an interval, sends gauges, and tells when a threshold is reached.
+    """Read every queue at an interval, send gauges, and alert when a threshold is reached::
 
-    One process of each ``dramatiq`` command does it, elected among the command's worker processes; where Redis is at
-    hand (a RedisBroker, or Idempotency with a RedisStore) one process of the whole fleet, by a lease that another takes
-    over within four intervals. The fleet is whoever has the same queues in the same namespace. One that can't read the
-    queues three times in a row lets another try. A thread is started when a worker boots, and ends with it; no reading
-    takes a message, nor does an outage of the broker end anything.
+        install(
+            broker,
+            queue_monitor=QueueMonitor(
+                thresholds={"mail": Threshold(oldest=timedelta(minutes=5)), "*": Threshold(ready=10_000, dead=1)},
+                on_alert="sentry",
+            ),
+        )
 
-    A breach is told once, and again only after its value has come down to four fifths of the threshold.
+    One worker process of each ``dramatiq`` command monitors the queues. With Redis (a RedisBroker, or Idempotency with a
+    RedisStore) one process across all hosts does; another takes over within four intervals. All workers with the same queues in
+    the same namespace elect the process together. A process that fails to read the queues three times in a row resigns. The
+    monitor runs on a thread of its own while the worker runs. Readings take no message, and an outage of the broker does no harm.
 
-    Gauges, by a client of StatsD or DogStatsD: ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms`` (with
-    tags: ``queues.ready`` and so on, tag ``queue``), and ``workers.busy`` and ``workers.threads``, the sums over all
-    processes that can let the elected one know: those of its command, with Redis those of the fleet.
+    The monitor alerts once per breach, and again only after the value has fallen to 80 % of the threshold.
+
+    The gauges for StatsD are ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms``, ``workers.busy`` and
+    ``workers.threads``. With DogStatsD they are ``queues.ready`` and so on, with the tag ``queue``. The ``workers`` gauges are sums
+    over the processes of the command, with Redis over all hosts.
 
     Parameters:
-      interval: Between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.
-      thresholds: A `Threshold` by queue name, or by a pattern as in ``fnmatch`` (``"mail.*"``). A queue's own name counts
-        first, then the first pattern that matches; ``"*"`` last is for all others.
-      on_alert: Who gets each `QueueAlert`: a callable, ``"log"`` (the default: a WARNING on
-        ``dramatiq_policies.alerts``, with its fields in ``extra``), ``"sentry"``, or a list of these. What a callable
-        raises is logged.
-      client: Where the gauges go, as in `Metrics`. None, the default: where those of the broker's Metrics go; without
-        Metrics nowhere.
-      queue_prefix: What the names of the queues' gauges begin with. None, the default: as Metrics says, else
-        ``"queues"``.
-      in_workers: False if only ``dramatiq-policies monitor`` is to watch, and no worker.
+      interval: The time between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.
+      thresholds: A `Threshold` by queue name or by ``fnmatch`` pattern (``"mail.*"``). A queue's own name goes first, then the
+        first pattern that matches. Put ``"*"`` last for all other queues.
+      on_alert: The receiver of each `QueueAlert`: a callable, ``"log"`` (default: a WARNING on ``dramatiq_policies.alerts`` with
+        fields in ``extra``), ``"sentry"``, or a list of these. Errors of a callable are logged.
+      client: A client for the gauges, as for `Metrics`. Default None: the client of the broker's Metrics; without Metrics the
+        monitor sends no gauges.
+      queue_prefix: The prefix of queue gauges. Default None: that of Metrics, else ``"queues"``.
+      in_workers: False if only ``dramatiq-policies monitor`` shall monitor, and no worker. Default True.
 
     Raises:
-      ConfigurationError: An argument makes no sense, or the platform has no ``fcntl`` (Windows).
+      ConfigurationError: An argument is wrong, or the platform has no ``fcntl`` (Windows).
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class QueueMonitor(PolicyMiddleware):
         self.in_workers = in_workers
         self._tracker = ThresholdTracker(thresholds)
         self._notifiers = notifiers(on_alert)
-        #: Whether alerts are log records: a WARNING that somebody must hear.
+        #: Whether alerts are log records, which need a handler.
         self.logs_alerts = on_alert in (None, "log") or (isinstance(on_alert, (list, tuple)) and "log" in on_alert)
         self._statsd: Statsd | None = None
         if client is not None:
@@ -96,27 +101,27 @@ class QueueMonitor(PolicyMiddleware):
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Forget what belongs to a broker and its workers."""
+        """Forget the broker and its workers."""
         self._reader: QueueReader | None = None
-        #: Held while reading: a reader belongs to one thread at a time.
+        #: Held while reading: only one thread may use a reader.
         self._reading = threading.Lock()
         self._workers: list[Worker] = []
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
         self._watching = 0
         self._elected = False
-        #: Readings in a row that have failed.
+        #: The number of failed readings in a row.
         self._failed = 0
         self._stands_back = False
 
     def for_stub(self) -> Self:
-        twin = super().for_stub()
-        twin.reset_after_fork()
-        after_fork(twin)
-        # In a test it is asked by `check`, and watches nothing by itself.
-        twin.in_workers = False
-        vars(twin).update(_tracker=self._tracker.reset(), _statsd=None)
-        return twin
+        stub = super().for_stub()
+        stub.reset_after_fork()
+        after_fork(stub)
+        # A test calls `check`; no thread monitors.
+        stub.in_workers = False
+        vars(stub).update(_tracker=self._tracker.reset(), _statsd=None)
+        return stub
 
     # In a worker.
 
@@ -129,7 +134,7 @@ class QueueMonitor(PolicyMiddleware):
             return
         self._workers.append(worker)
         if self._thread is None:
-            # A fresh event for each thread: one that ends late must not see that another has begun.
+            # A fresh event for each thread: a thread that ends late must not miss its own stop.
             self._stop = threading.Event()
             self._thread = threading.Thread(
                 target=self.run_forever, args=(self._stop,), name="dramatiq_policies.queue_monitor", daemon=True
@@ -144,22 +149,22 @@ class QueueMonitor(PolicyMiddleware):
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         if not self._workers and self._thread is not None:
-            # A reading may wait for a server that is not there; the thread ends by itself then.
+            # A reading may wait for a server that is down; the thread ends later then.
             self._thread.join(2)
             self._thread = None
 
-    # What the thread does, and ``dramatiq-policies monitor``.
+    # On the thread, and in ``dramatiq-policies monitor``.
 
     def run_forever(self, stop: threading.Event | None = None) -> None:
-        """Watch the queues on this thread, while this process is elected, until ``stop`` is set.
+        """Monitor the queues on this thread until ``stop`` is set, whenever this process is the leader.
 
         Raises:
-          ConfigurationError: If the monitor is on no broker yet.
+          ConfigurationError: The monitor is on no broker.
         """
         stop = threading.Event() if stop is None else stop
         from ..observability.election import elect
 
-        election = elect(self._wiring(), self.interval)
+        election = elect(self._state(), self.interval)
         with self._reading:
             self._watching += 1
         try:
@@ -176,20 +181,20 @@ class QueueMonitor(PolicyMiddleware):
             election.resign()
 
     def threshold_of(self, queue: str) -> Threshold | None:
-        """The threshold that counts for a queue."""
+        """Return the threshold of a queue."""
         return self._tracker.threshold_of(queue)
 
     def check(self) -> list[QueueAlert]:
-        """Read every queue now, whoever is elected, send its gauges, tell what is new, and return it.
+        """Read every queue now, also without being the leader; send gauges and new alerts, and return the alerts.
 
         Raises:
-          ConfigurationError: If the monitor is on no broker yet.
-          dramatiq.errors.ConnectionClosed: If the server can't be read.
+          ConfigurationError: The monitor is on no broker.
+          dramatiq.errors.ConnectionClosed: The server does not answer.
         """
         with self._reading:
             readings, found = self._look()
             if not self._watching:
-                # Nobody else would close it.
+                # No thread of this monitor closes the reader later.
                 self._get_reader().close()
         self._send(readings, [], False)
         self._tell(found)
@@ -221,17 +226,17 @@ class QueueMonitor(PolicyMiddleware):
                 readings, found = self._look()
                 if self._tracker.open != open_before:
                     election.save(sorted(self._tracker.open))
-            # First: what was told is remembered as told, and nobody else would tell it.
+            # Alerts first: they are saved as sent, so no other process would send them.
             self._tell(found)
             self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
         except Exception as error:
             self._failed += 1
             if self._failed % _PATIENCE == 0 and self._elected:
-                # Another process may reach the server: for one turn it is theirs to ask.
+                # Another process may reach the server: let it try for one turn.
                 self._elected, self._stands_back = False, True
                 election.resign()
             if self._failed == 1:
-                logger.error(  # noqa: TRY400  Its stack says nothing: a server is not there.
+                logger.error(  # noqa: TRY400  The stack is of no use: the server is down.
                     "The queues can't be read (%s: %s); trying again every %d ms.",
                     type(error).__name__,
                     error,
@@ -254,7 +259,7 @@ class QueueMonitor(PolicyMiddleware):
     def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
         from ..observability.statsd import metric_name, tag_list
 
-        metrics = self._wiring().metrics
+        metrics = self._state().metrics
         statsd, queues = self._statsd, self.queue_prefix
         if metrics is not None:
             statsd = metrics.statsd if statsd is None else statsd
@@ -277,8 +282,8 @@ class QueueMonitor(PolicyMiddleware):
         statsd.send(values)
 
     def _get_reader(self) -> QueueReader:
-        broker = self._wiring().broker
-        # While its actors are lent to a StubBroker, in tests, the messages are there.
+        broker = self._state().broker
+        # In tests a StubBroker may hold the messages of these actors.
         broker = vars(broker).get("dramatiq_policies_lent_to", broker)
         if self._reader is not None and self._reader.broker is not broker:
             self._reader.close()
@@ -287,12 +292,12 @@ class QueueMonitor(PolicyMiddleware):
             self._reader = reader_of(broker)
         return self._reader
 
-    def _wiring(self) -> BrokerState:
+    def _state(self) -> BrokerState:
         if self.attached_to is None:
             raise ConfigurationError("This QueueMonitor is on no broker yet. Did you forget to install the bundle?")
         return self.attached_to
 
 
 def _busy(worker: Worker) -> int:
-    """How many of the worker's threads are at a message: those taken from its queue and not done."""
+    """Return how many of the worker's threads are busy: messages taken from the work queue and not done."""
     return max(0, worker.work_queue.unfinished_tasks - worker.work_queue.qsize())

@@ -1,4 +1,4 @@
-"""One Sentry event for each message that ends badly."""
+"""Send a Sentry event for each message that failed permanently."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ _LEVELS: Final = {
     Outcome.RETRIED: "warning",
 }
 _FRAME: Final = re.compile(r'^ *File "(.*)", line (\d+), in (.*)$', re.MULTILINE)
-#: Seconds that an event has to leave before the worker, or its process, ends.
+#: The time to send the last events before the worker, or its process, ends, in seconds.
 _FLUSH_WITHIN: Final = 2.0
 
 
 class SentryReporter(PolicyMiddleware):
-    """Reports bad endings to Sentry, through the client that ``sentry_sdk.init`` has set up.
+    """Send permanent failures to Sentry, with the client from ``sentry_sdk.init``::
 
-    An event has the error with its own stack, and is grouped by actor, exception type and outcome. An alert is fatal,
-    dead and expired messages are errors, a discarded one and a retried attempt are warnings. Its tags are ``actor``,
-    ``queue``, ``outcome``, ``reason``, ``attempt``, ``rule``, the message's ``traceparent``, and the actor's own. A stuck
-    job is reported too, with the stack of where it is.
+        sentry_sdk.init(dsn=DSN)
+        install(broker, sentry=SentryReporter())
 
-    Each job has an isolation scope of its own, so that breadcrumbs and tags of one never show up in another's event. The
-    log lines of failing jobs, the worker's and the bundle's, become no events. Beside Sentry's DramatiqIntegration, that one
-    keeps its transactions and scopes, and leaves the events of jobs to this one.
+    Sentry groups the events by actor, exception type and outcome. An alert is fatal, dead and expired messages are errors,
+    discarded messages and retried attempts are warnings. The tags are ``actor``, ``queue``, ``outcome``, ``reason``, ``attempt``,
+    ``rule``, the message's ``traceparent``, and the actor's ``tags``. A stuck job is an event with its current stack.
+
+    Each job has its own isolation scope: breadcrumbs and tags of a job never appear in the events of another. Log lines of failed
+    jobs become no events. You may use Sentry's DramatiqIntegration beside: it keeps transactions and scopes, and leaves the events
+    of jobs to the SentryReporter.
 
     Parameters:
-      report: ``"final"``, the default: one event per bad ending. ``"first"``: one at the first failed attempt of a
-        message, and none for the attempts after it, except that an alert is always reported. ``"every"``: one per failed
-        attempt.
+      report: ``"final"`` (default): one event per permanent failure. ``"first"``: one event at the first failed attempt of a
+        message, and one for each alert. ``"every"``: one event per failed attempt.
 
-    Arguments are sent only with Sentry's ``send_default_pii``. Whether frames carry local variables, which may hold
-    arguments, is Sentry's ``include_local_variables``.
+    Sentry receives the message's arguments only with ``send_default_pii``. Local variables in frames may contain arguments, too:
+    Sentry's ``include_local_variables`` controls them.
 
     Raises:
-      ConfigurationError: ``report`` is none of the three.
+      ConfigurationError: ``report`` has another value.
       ImportError: ``sentry-sdk`` is not installed.
     """
 
@@ -70,17 +71,17 @@ class SentryReporter(PolicyMiddleware):
         self.report = report
         self._sdk = sentry_sdk
         self._get_client = sentry_sdk.get_client
-        # Looked up once, and not for every message.
+        # Looked up here and not for each message.
         self._get_scope: Any = sentry_sdk.Scope.get_isolation_scope
         self._set_scope: Any = sentry_sdk.Scope.set_isolation_scope
         self._job_scope = job_scope(sentry_sdk.Scope)
-        self._wiring: BrokerState | None = None
+        self._state: BrokerState | None = None
 
     def attach(self, state: BrokerState) -> None:
         from sentry_sdk.integrations.logging import ignore_logger
 
-        self._wiring = state
-        # Before the log lines: Sentry takes the second event with one exception for a repetition.
+        self._state = state
+        # Before the log lines: Sentry drops a second event with the same exception.
         state.observe(self, self._record, self, successes=False, first=True)
         state.stuck_subscribers.append(self._stuck)
         ignore_logger(_dramatiq.WORKER_LOGGER)
@@ -96,13 +97,13 @@ class SentryReporter(PolicyMiddleware):
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._sdk.flush(timeout=_FLUSH_WITHIN)
 
-    # Scopes. On every message's way.
+    # Scopes. These hooks run for every message.
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         scope = message.sentry_scope = object.__new__(self._job_scope)  # type: ignore[attr-defined]
         around = self._get_scope()
         if type(around) is self._job_scope:
-            # Of a job whose after-hooks never ran.
+            # Left by a job whose after-hooks did not run.
             around = getattr(around, "around", around)
         scope.around = around
         self._set_scope(scope)
@@ -112,7 +113,7 @@ class SentryReporter(PolicyMiddleware):
     ) -> None:
         try:
             scope = message.sentry_scope
-        except AttributeError:  # Skipped before it was this one's turn.
+        except AttributeError:  # Another middleware skipped the message before our hook.
             return
         self._set_scope(scope.around)
 
@@ -134,7 +135,7 @@ class SentryReporter(PolicyMiddleware):
                 current.add_event_processor(_without_arguments)
             forget_last_seen(client)
             report, hint = self._event(client, event, message)
-            # A server that reads JSON strictly takes no event with half a character.
+            # A strict JSON server refuses lone surrogates.
             self._sdk.capture_event(encodable_all(report), hint)
 
     def _wanted(self, event: OutcomeEvent) -> bool:
@@ -184,7 +185,7 @@ class SentryReporter(PolicyMiddleware):
     def _stuck(self, job: StuckJob) -> None:
         if not self._get_client().is_active():
             return
-        policy = None if self._wiring is None else self._wiring.policies.get(job.actor)
+        policy = None if self._state is None else self._state.policies.get(job.actor)
         frames = [
             {"filename": file, "abs_path": file, "lineno": int(line), "function": function, "in_app": True}
             for file, line, function in _FRAME.findall(job.stack)
@@ -203,7 +204,7 @@ class SentryReporter(PolicyMiddleware):
                 "contexts": {"job": {"message_id": job.message_id, "duration_ms": job.elapsed_ms}},
             }
         )
-        # The process may be about to end.
+        # The process may end at once.
         self._sdk.flush(timeout=_FLUSH_WITHIN)
 
 
@@ -212,6 +213,6 @@ def _tags(own: Any, **ours: Any) -> dict[str, str]:
 
 
 def _without_arguments(event: Any, hint: Any) -> Any:
-    """Sentry's own integration adds the whole message to what is captured in its scope."""
+    """Drop the message that Sentry's integration adds to each event in its scope."""
     event.get("contexts", {}).pop("dramatiq", None)
     return event

@@ -1,4 +1,4 @@
-"""Telling jobs that their worker shuts down."""
+"""Interrupt jobs when their worker shuts down."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["ShutdownNotifications"]
 
 
 class ShutdownNotifications(_ShutdownNotifications):
-    """Dramatiq's ``ShutdownNotifications``, except that it interrupts jobs and nothing else.
+    """Dramatiq's ``ShutdownNotifications``, limited to jobs: no hook and no other message is interrupted.
 
-    Its message is put back at once and uses up no attempt. The worker begins no further job after the notification, which goes
-    to the jobs of every worker in this process.
+    `install` puts it in place of Dramatiq's. The message of an interrupted job goes back to its queue at once and uses up no
+    attempt. The notification goes to the jobs of all workers in this process, and these workers start no other job.
 
     Parameters:
-      notify_shutdown: Whether jobs are interrupted, where neither message nor actor says so. Not by default.
+      notify_shutdown: Whether to interrupt jobs whose message and actor do not set ``notify_shutdown``. Default False.
     """
 
-    # Whether the job is interrupted is for the wrapper of the actor's function to ask (`should_notify`).
+    # The executor asks `BrokerState.interrupted_by_shutdown` for each job.
     before_process_message = Middleware.before_process_message
     after_process_message = Middleware.after_process_message
     after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
