@@ -1,0 +1,90 @@
+"""A job that a shutdown interrupts comes back and uses up no attempt."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import (
+    Retries,
+    Shutdown,
+    ShutdownNotifications,
+)
+
+from ..support import Stage
+from .scenarios import (
+    PaymentError,
+    always,
+    failing,
+    raw,
+)
+
+
+def test_a_job_that_shutdown_interrupts_comes_back_and_has_used_no_attempt():
+    stage = Stage(middleware=[], broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries()]))
+    started = threading.Event()
+    raised = []
+
+    @stage.actor(retry_on={PaymentError: 1})
+    def slow():
+        started.set()
+        deadline = time.monotonic() + 10
+        try:
+            while not raised and time.monotonic() < deadline:
+                time.sleep(0.001)
+        except Shutdown as error:
+            raised.append(error)
+            raise
+
+    slow.send()
+    with stage.working():
+        assert started.wait(10)
+    assert len(raised) == 1
+    assert stage.outcomes()[0] == "interrupted"
+    stage.run()
+    assert stage.outcomes() == ["interrupted", "succeeded"]
+    assert [event.attempt for event in stage.events] == [1, 1]
+
+
+@pytest.mark.parametrize("others", [[], [ShutdownNotifications()]])
+def test_what_a_worker_fetches_while_it_shuts_down_is_left_for_the_next(others):
+    stage = Stage(broker=StubBroker(middleware=[*others, Retries()]))
+    pay = failing(stage)
+    with stage.working() as worker:
+        stage.broker.emit_before("worker_shutdown", worker)
+        pay.send()
+        consumer = worker.consumers["default"].consumer
+        deadline = time.monotonic() + 10
+        while not (consumer.set_aside or stage.events) and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert stage.events == []
+    assert stage.run().outcomes() == ["succeeded"]
+
+
+def test_a_job_that_shutdown_interrupts_and_that_may_not_be_retried_is_dead():
+    stage = Stage(middleware=[], broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries()]))
+    always(stage, Shutdown(), max_retries=0).send()
+    stage.run()
+    assert (stage.outcomes(), stage.reasons()) == (["dead"], ["unclassified"])
+    assert len(stage.dead) == 1
+
+
+@pytest.mark.parametrize(
+    ("classifier", "actor", "message", "outcome"),
+    [
+        (0, None, None, "dead"),
+        (0, 1, None, "interrupted"),
+        (1, 0, None, "dead"),
+        (1, 0, 1, "interrupted"),
+        (1, 1, 0, "dead"),
+    ],
+)
+def test_whether_it_may_be_retried_the_message_says_before_its_actor_and_the_classifier(
+    classifier, actor, message, outcome
+):
+    stage = Stage(max_retries=classifier)
+    failing(stage, Shutdown(), **({} if actor is None else {"max_retries": actor}))
+    raw(stage, options={} if message is None else {"max_retries": message})
+    assert stage.run().outcomes()[0] == outcome
