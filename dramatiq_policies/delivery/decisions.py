@@ -213,7 +213,7 @@ def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseExcep
     # Dramatiq compares max_retries with its own retries only.
     by_rules = min(history.retried, retries_of(options))
     retries = options["retries"] = retries_of(options) - by_rules
-    # Dramatiq knows nothing of exception groups: it gets the leaf that decides.
+    # Dramatiq knows no exception groups: pass the deciding leaf.
     shown = cause if is_a(cause, (RateLimitExceeded, Retry)) else run.error
     try:
         Retries.after_process_message(defaults.stock, recorder, message, exception=shown)

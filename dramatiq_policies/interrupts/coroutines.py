@@ -65,7 +65,7 @@ def run(
     thread = get_event_loop_thread()
     slot = slot_of_this_thread()
     if thread is None or not thread.loop.is_running() or slot.tokens is not None or current_thread() is thread:
-        # No loop to run on: Dramatiq raises an error that explains it.
+        # No loop to run on: Dramatiq raises an error with the cause.
         return fn(*args, **kwargs)
     running = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}

@@ -51,7 +51,7 @@ class _Run:
         self._over = False
         self._greenlet: Any = gevent.getcurrent()
         self._loop: Any = gevent.get_hub().loop
-        # The hub makes the exception in the job's context, from which it reads the job it interrupts.
+        # The hub makes the exception in the job's context: TimeoutExceeded reads the job from there.
         self._context = copy_context()
         self._timer: Any = None
         if deadline is not None:

@@ -1,4 +1,4 @@
-"""One slot for each worker thread: the job that runs there, and how to interrupt or report the job.
+"""Slots: the job of each worker thread, with ways to interrupt or report the job.
 
 `threads` explains why no interrupt comes too late.
 """
@@ -43,7 +43,7 @@ def noop() -> None:
 
 
 class StuckListener(Protocol):
-    """Receives the report of a job that still runs after its interrupt.
+    """Receives reports of jobs still running after an interrupt.
 
     Attributes:
       grace: Time between deadline and report, in seconds.
@@ -94,7 +94,7 @@ class Slot:
         self.target: Target | None = None
 
     def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
-        """Interrupt the job with these tokens, unless it has ended or had this interrupt. The caller holds the lock."""
+        """Interrupt the job of ``tokens``, at most once and never after its end. The caller holds the lock."""
         if tokens.pop(exception, None) is None:
             return
         if self.target is not None:

@@ -36,8 +36,8 @@ interrupted thread is alive and in that same run.
 The timer
 ---------
 
-One daemon thread per process looks at one slot per worker thread. There is no queue of deadlines: jobs that end early would
-leave stale entries in it. The timer sleeps until the earliest deadline. A worker writes its deadline into its slot, and the
+A daemon thread of the process looks at the slots of all worker threads. There is no queue of deadlines: early ends of jobs would
+leave stale entries. The timer sleeps until the earliest deadline. A worker writes its deadline into its slot, and the
 timer reads it there, under the slot's lock; `timer` explains why the timer misses none. A deadline no earlier than the
 timer's next wake-up costs no wake-up. The timer keeps a deadline of a job that has ended, so that the next job's deadline is
 no earlier; after that, an idle process sleeps without end.
@@ -185,7 +185,7 @@ def timer_runs() -> bool:
 
 
 def end_timer() -> None:
-    """End the timer's thread and join it, unless a job runs that it may have to interrupt. The next job starts another."""
+    """End and join the timer's thread, unless a job with a deadline runs. The next job starts another thread."""
     thread = _timer.thread
     if thread is None or any(slot.tokens is not None for slot in _slots.copy().values()):
         return
@@ -243,7 +243,7 @@ def _forget_slots() -> None:
 
 def _after_fork_in_child() -> None:
     for slot in _slots.values():
-        # A thread of the parent may have held it, and the job that forked reads it when it ends.
+        # A thread of the parent may have held the lock, and the forked job reads the lock at its end.
         slot.lock = Lock()
     _forget_slots()
 

@@ -1,8 +1,8 @@
 """A thread that sleeps until the next deadline.
 
-A setter writes its deadline where ``fire_due`` reads it, and then reads ``wakes_at``. The thread sets ``wakes_at`` to
+A setter publishes a deadline for ``fire_due``, and then reads ``wakes_at``. The thread sets ``wakes_at`` to
 infinity, calls ``fire_due``, and then sets ``wakes_at`` to the earliest deadline. Writing and reading a deadline take the same
-lock. So either the thread sees the new deadline, or the setter sees that it must wake the thread.
+lock. So either the thread sees the new deadline, or the setter sees a later ``wakes_at`` and wakes the thread.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Timer:
         self.wakes_at = inf
         self._starting = Lock()
         self._stopped = False
-        # Free only between `wake` and the moment in which the thread sees it.
+        # Released by `wake`, acquired again by the thread.
         self._wakeup = Lock()
         self._wakeup.acquire()
 
     def start(self) -> bool:
-        """Start the thread unless it runs; return whether it runs."""
+        """Start the thread, once; return False if no thread could be started."""
         with self._starting:
             if self.thread is None:
                 thread = threading.Thread(target=self._run, name="dramatiq_policies.timer", daemon=True)

@@ -24,7 +24,7 @@ logger = SafeLogger("dramatiq_policies.alerts")
 
 
 def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
-    """Return the names of middleware derived from ``stock`` that are on the broker beside ``ours``, which replaces it."""
+    """Return the names of middleware on the broker derived from ``stock``, which ``ours`` should replace."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
@@ -58,19 +58,19 @@ class PolicyMiddleware(Middleware):
 
     #: The state of the broker that has this middleware; None until the middleware has its place.
     attached_to: BrokerState | None = None
-    #: Whether `ordering` added it because another middleware needs it.
+    #: Whether `ordering` added this middleware for another.
     auto_added = False
 
     def attach(self, state: BrokerState) -> None:
         """Connect to the broker's state. Called once, after the middleware has taken its place."""
 
-    #: The Dramatiq middleware that this one replaces, and its job in words.
+    #: The replaced Dramatiq middleware, and its job in words.
     replaces: tuple[type[Middleware], str] | None = None
 
     def for_stub(self) -> Self:
         """Return a copy with the same settings for a StubBroker in a test: on no broker, without connections.
 
-        `testing.stub` calls it. A subclass with state or a connection of its own extends it.
+        `testing.stub` calls it. Extend it in a subclass with state or a connection.
         """
         stub = copy.copy(self)
         stub.attached_to = None

@@ -167,7 +167,7 @@ def _resolve_actors(state: BrokerState) -> None:
 
 
 def resolve_actor(state: BrokerState, actor: Any) -> None:
-    """Check one actor's options, store them resolved, and wrap its function.
+    """Resolve an actor's options, and wrap its function.
 
     Raises:
       ConfigurationError: An option is wrong.

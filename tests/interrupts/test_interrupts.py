@@ -690,6 +690,11 @@ def sabotage(moments, *, raised, error=None):
 @pytest.mark.parametrize("raised", [False, True], ids=["set", "raised"])
 @pytest.mark.parametrize("fails", [False, True], ids=["returned", "failed"])
 def test_an_interrupt_between_any_two_instructions_after_the_job_s_end_is_dropped(raised, fails):
+    # On a thread of its own: an exception that a tracer raises may stay behind as the one that is handled.
+    run_on_threads(1, lambda _: interrupt_between_any_two_instructions(raised, fails))
+
+
+def interrupt_between_any_two_instructions(raised, fails):
     error = KeyError("mine") if fails else None
     own = error or "result"
     # Each twice: from 3.12 on, a tracer's wish to see instructions may take effect the next time only.
@@ -711,7 +716,7 @@ def test_an_interrupt_between_any_two_instructions_after_the_job_s_end_is_droppe
 
 
 class Instrument(ast.NodeTransformer):
-    """Puts ``strike()`` before each statement of `call` and of `Slot.disarm`, and after the last of each block."""
+    """Puts ``strike()`` before each statement of `run` and of `Slot.disarm`, and after the last of each block."""
 
     def __init__(self):
         self.inside = False
