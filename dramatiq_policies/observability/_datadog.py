@@ -1,7 +1,7 @@
-"""A client of our own beside a client of the ``datadog`` package.
+"""A second client beside a client of the ``datadog`` package.
 
-``open_buffer`` of a DogStatsD client drops what the application has in the buffer (datadog 0.47), or sends the application's values
-into ours. So values are packed by a client that nobody else has, which sends to the same place under the same names and tags.
+``open_buffer`` of a DogStatsD client drops the buffered values of the application (datadog 0.47), or mixes the values of the
+application with ours. So a private client batches our values. Its address, names and tags equal those of the application's client.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 __all__ = ["Twin", "can_have_twin"]
 
-#: What says where values go and what they are called; all public but the container's id.
+#: The settings for address, names and tags. All public except the container id.
 _COPIED = ("host", "port", "socket_path", "namespace", "constant_tags", "use_ms", "default_sample_rate", "cardinality")
 _COPIED_TOO = ("_container_id", "_enabled")
 _METHODS = ("increment", "timing", "gauge", "_report")
 
 
 def can_have_twin(client: Any) -> bool:
-    """Whether it is a plain client of ``datadog``'s, with sockets and methods of its own class."""
+    """Return whether this is an unmodified client of the ``datadog`` package."""
     cls = type(client)
     own = vars(client) if hasattr(client, "__dict__") else {}
     return (
@@ -32,7 +32,7 @@ def can_have_twin(client: Any) -> bool:
 
 
 class Twin:
-    """The client of our own, made anew when the application's has been set up otherwise, and after a fork."""
+    """The private client. Made anew after a fork, and after a change in the settings of the application's client."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -40,7 +40,7 @@ class Twin:
         self._like: Any = None
 
     def get(self) -> Any:
-        """The client, to be used by one thread."""
+        """Return the private client, for a single thread."""
         client = self.client
         settings = {name: getattr(client, name) for name in (*_COPIED, *_COPIED_TOO) if hasattr(client, name)}
         settings["constant_tags"] = list(settings.get("constant_tags") or ())
@@ -55,7 +55,7 @@ class Twin:
         return self._own
 
     def close(self) -> None:
-        """Close the socket; the next `get` makes another client."""
+        """Close the socket. The next `get` makes another client."""
         own, self._own, self._like = self._own, None, None
         if own is not None:
             own.close_socket()

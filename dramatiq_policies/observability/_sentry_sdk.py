@@ -1,6 +1,6 @@
-"""What is done to Sentry's SDK, and the private names of it that this takes.
+"""Patches of Sentry's SDK, and all private names of the SDK used by dramatiq_policies.
 
-Checked against sentry-sdk 2.0, 2.25 and 2.75. When a new release of it breaks us, it breaks here.
+Tested with sentry-sdk 2.0, 2.25 and 2.75. If a new release of the SDK breaks dramatiq_policies, the break is here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["drop_our_lines", "forget_last_seen", "job_scope", "quieten"]
 
-#: Outcomes that Sentry need not count as a failed transaction.
+#: Outcomes that are no failed transaction.
 _NO_FAILURES: Final = frozenset({Outcome.DEFERRED, Outcome.INTERRUPTED})
 _OUR_LOGGERS: Final = frozenset({"dramatiq_policies.outcomes", "dramatiq_policies.alerts"})
 
 
 def job_scope(scope_class: Any) -> Any:
-    """The class of a job's isolation scope: a fork of the one around it, made when the job first needs it.
+    """Return a lazy class for the isolation scope of a job: the outer scope is forked at first use.
 
-    A fork copies a dozen containers, which costs a sixth of what Dramatiq takes for a whole message; most jobs leave no
-    breadcrumb. An instance is made without them, so that the first that is missed brings all.
+    A fork copies a dozen containers, which costs a sixth of Dramatiq's whole work for a message. Most jobs never use the scope. An
+    instance starts without slots; the first missing slot triggers the fork.
     """
 
     class JobScope(scope_class):  # type: ignore[misc]
@@ -37,7 +37,7 @@ def job_scope(scope_class: Any) -> Any:
             fork = self.around.fork()
             fork.clear_breadcrumbs()
             for slot in scope_class.__slots__:
-                # What the job has set already stays; and some versions leave one unset in a copy.
+                # Keep the slots set by the job. Some versions leave a slot unset in a copy.
                 if not _is_set(self, slot) and _is_set(fork, slot):
                     setattr(self, slot, getattr(fork, slot))
             return object.__getattribute__(self, name)
@@ -54,9 +54,9 @@ def _is_set(scope: Any, slot: str) -> bool:
 
 
 def quieten(middleware: Any) -> None:
-    """Have Sentry's own middleware report no job of ours; its transactions go on to say which failed.
+    """Stop Sentry's own Dramatiq middleware from reporting our jobs. Its transactions still show failures.
 
-    Any other middleware is left alone.
+    Other middleware is not changed.
     """
     if type(middleware).__module__ != "sentry_sdk.integrations.dramatiq":
         return
@@ -84,7 +84,7 @@ def quieten(middleware: Any) -> None:
 
 
 def forget_last_seen(client: Any) -> None:
-    """Have an error reported that a log line, of Dramatiq's or the job's own, has told Sentry of before."""
+    """Make Sentry report an error even if a log line has already sent the same error."""
     from sentry_sdk.integrations.dedupe import DedupeIntegration
 
     last_seen = getattr(client.get_integration(DedupeIntegration), "_last_seen", None)
@@ -93,7 +93,7 @@ def forget_last_seen(client: Any) -> None:
 
 
 def drop_our_lines() -> None:
-    """Have Sentry make no event of a log line on what is reported already."""
+    """Stop Sentry from making events of our log lines."""
     from sentry_sdk.scope import add_global_event_processor, global_event_processors
 
     if _without_our_lines not in global_event_processors:
@@ -101,12 +101,12 @@ def drop_our_lines() -> None:
 
 
 def _without_our_lines(event: Any, hint: Any) -> Any:
-    """None for the event that Sentry makes of a log line on something that is reported already."""
+    """Drop the event of a log line if Sentry has a report already."""
     record = hint.get("log_record") if hint else None
     if not isinstance(record, logging.LogRecord):
         return event
     if record.name in _OUR_LOGGERS:
-        # Of a delivery, or of a stuck job.
+        # Records of a delivery or of a stuck job.
         told = hasattr(record, "reason") or hasattr(record, "stack")
     else:
         told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE

@@ -1,4 +1,4 @@
-"""A ``statsd`` client over UDP that finds its server by itself."""
+"""A ``statsd`` client over UDP that resolves its server lazily."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..errors import ConfigurationError
 
 __all__ = ["MAX_BYTES", "udp_client"]
 
-#: The most that fits into one datagram on any Ethernet without being taken apart.
+#: The largest datagram without fragmentation on Ethernet.
 MAX_BYTES = 1_432
-#: Seconds after which the host is looked up again, and after a failure.
+#: Seconds until the next lookup of the host, after a success and after a failure.
 _RESOLVED_FOR, _RESOLVE_AGAIN = 300.0, 30.0
 
 
 def udp_client(say: Callable[[str, str], None]) -> Any:
-    """A client for ``STATSD_HOST``/``STATSD_PORT``, localhost:8125 by default.
+    """Return a client for ``STATSD_HOST``/``STATSD_PORT``. Default: localhost:8125.
 
-    ``say(what, text)`` logs what goes wrong, each ``what`` once.
+    ``say(kind, text)`` logs a problem, each kind once.
 
     Raises:
       ImportError: The ``statsd`` package is not installed.
@@ -42,15 +42,16 @@ def udp_client(say: Callable[[str, str], None]) -> Any:
 
 
 class _Udp:
-    """What ``statsd.StatsClient`` does with a socket, for one thread that may wait for a name, and no longer.
+    """Replaces the socket handling of ``statsd.StatsClient``. Used by a single thread.
 
-    That one's constructor looks the host up, and raises if it can't; its socket never says that nobody listens.
+    The constructor of ``StatsClient`` resolves the host, raises on failure, and its unconnected socket never reports a missing
+    server.
     """
 
     def __init__(self, host: str, port: int, say: Callable[[str, str], None]) -> None:
         self.host, self.port = host, port
         self.say = say
-        # What StatsClient's own methods read.
+        # Read by the methods of StatsClient.
         self._prefix = None
         self._maxudpsize = MAX_BYTES
         self._sock: socket.socket | None = None
@@ -58,7 +59,7 @@ class _Udp:
         self._pid = os.getpid()
 
     def close(self) -> None:
-        """Close the socket; the next value opens another."""
+        """Close the socket. The next value opens another socket."""
         sock, self._sock = self._sock, None
         self._look_up_at = 0.0
         if sock is not None:
@@ -67,7 +68,7 @@ class _Udp:
     __del__ = close
 
     def deliver_all(self, texts: Iterable[str]) -> None:
-        """Send lines in as few datagrams as they need; those of one text stay together, if they fit into one."""
+        """Send lines in as few datagrams as possible. The lines of one text share a datagram, if small enough."""
         packet: list[str] = []
         size = 0
         for text in texts:
@@ -80,7 +81,7 @@ class _Udp:
         self._send("\n".join(packet))
 
     def _send(self, text: str) -> None:
-        """Send what a method of StatsClient has formatted."""
+        """Send a line formatted by StatsClient."""
         if self._pid != os.getpid():
             self.close()
             self._pid = os.getpid()
@@ -95,7 +96,7 @@ class _Udp:
         except BlockingIOError:
             pass
         except OSError as error:
-            # A connected socket tells of the datagram before: nobody listened. This one is still to be sent.
+            # A connected socket reports the failure of the previous datagram. Send the current one again.
             self._lost(error)
             try:
                 sock.send(data)
@@ -106,7 +107,7 @@ class _Udp:
         sock = self._sock
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
-            # As the statsd package: IPv4 where there is both.
+            # Prefer IPv4, like the statsd package.
             family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
             if sock is None:
                 sock = socket.socket(family, kind, protocol)
@@ -114,7 +115,7 @@ class _Udp:
             sock.connect(address)
             self._sock = sock
             self._look_up_at = monotonic() + _RESOLVED_FOR
-        except Exception as error:  # Not only an OSError: a name that can't be one is a UnicodeError.
+        except Exception as error:  # An invalid name raises UnicodeError, not OSError.
             self._look_up_at = monotonic() + _RESOLVE_AGAIN
             if sock is not None and sock is not self._sock:
                 sock.close()

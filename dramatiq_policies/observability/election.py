@@ -1,7 +1,7 @@
-"""Which of many processes does what only one should do, and what each of them lets that one know.
+"""Elect one leader among worker processes, and give the leader the reports of the others.
 
-Among the worker processes of one ``dramatiq`` command a lock on a file elects the one: the kernel takes it back when the
-process dies, however it dies. Where Redis is at hand, a lease elects one for the whole fleet.
+Among the worker processes of one ``dramatiq`` command, a file lock elects the leader. The kernel releases the lock when the process
+dies. With Redis, a lease elects one leader for the whole fleet.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ logger = SafeLogger("dramatiq_policies.alerts")
 
 
 class Election:
-    """Nobody else is there: this process is the one.
+    """The election of a single process, always the leader. The base class of the others.
 
-    A note counts for ``fresh_ms``; a lease ends that long after it was last asked for.
+    Parameters:
+      fresh_ms: The lifetime of reports and of the lease, in milliseconds.
     """
 
-    #: Whether `reports` has those of everybody, so that none means that nobody is there.
+    #: Whether `reports` covers all processes. If so, no reports means no processes.
     hears_all = False
 
     def __init__(self, fresh_ms: int = 60_000) -> None:
@@ -45,43 +46,43 @@ class Election:
         self._report: Report | None = None
 
     def is_leader(self) -> bool:
-        """Whether this process is the elected one, from now until it asks next; asks again what it was asked before."""
+        """Acquire or renew leadership. Call once per interval. Return whether this process is the leader."""
         return True
 
     def publish(self, note: Report) -> None:
-        """Let the elected one know; replaces what this process posted before."""
+        """Publish the report of this process to the leader. Replaces the last report."""
         self._report = note
 
     def reports(self) -> list[Report]:
-        """What every process has posted lately, this one included."""
+        """Return the fresh reports of all processes, including this process."""
         return [] if self._report is None else [self._report]
 
     def save(self, memory: list[Any]) -> None:
-        """Leave something to the next one that is elected; best effort."""
+        """Save state for the next leader. Best effort."""
 
     def saved(self) -> list[Any] | None:
-        """What the one before has left; None if nothing, or if nothing can be left."""
+        """Return the state of the last leader, or None."""
         return None
 
     def resign(self) -> None:
-        """Leave the place to another at once."""
+        """Give up leadership at once."""
 
 
 class CommandElection(Election):
-    """One among the processes with the same ``name`` and master on this host, by a lock on a file.
+    """One leader among the processes of one command on this host, by a file lock.
 
-    Where the file can't be made every process elects itself, and says so: to hear it twice is better than never.
+    If the file can't be made, every process becomes leader and logs a warning: a duplicate alert is better than none.
 
     Parameters:
-      name: What is elected for.
-      master: The process id that they have in common.
-      fresh_ms: For how long a note counts.
-      folder: Where the file lies; by default a folder of this user's in the temporary directory.
+      name: The purpose of the election.
+      master: The process id of the common parent.
+      fresh_ms: The lifetime of reports, in milliseconds. Default: 60,000.
+      folder: The folder of the lock file. Default: a private folder in the temporary directory.
     """
 
     def __init__(self, name: str, master: int, *, fresh_ms: int = 60_000, folder: str | None = None) -> None:
         super().__init__(fresh_ms)
-        # Containers may share a folder, and their processes have the same few ids.
+        # Containers may share a folder and use the same process ids.
         self._ours = f"dramatiq-policies-{os.getuid()}-{socket.gethostname()}-"
         file = f"{self._ours}{master}-{name}"
         self._private = folder is None
@@ -104,7 +105,7 @@ class CommandElection(Election):
                 self._sweep()
                 return True
         except FileNotFoundError:
-            pass  # Somebody resigned, and removed it.
+            pass  # A leader resigned and removed the file.
         except OSError as error:
             self._say(error)
             os.close(descriptor)
@@ -123,7 +124,7 @@ class CommandElection(Election):
             logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
 
     def _sweep(self) -> None:
-        """Remove what commands that were killed have left."""
+        """Remove the files of killed commands."""
         for path in self.path.parent.glob(f"{self._ours}*"):
             master = path.name.removeprefix(self._ours).partition("-")[0]
             try:
@@ -165,14 +166,15 @@ class CommandElection(Election):
 
 
 class FleetElection(Election):
-    """One among all processes that use the same key of the same Redis, by a lease; while Redis can't be reached, one of
-    each command.
+    """One leader among all processes with the same key on the same Redis, by a lease.
+
+    While Redis can't be reached, each command has its own leader.
 
     Parameters:
-      client: A client of redis-py, for this alone.
-      key: What its keys begin with.
-      fallback: The election among the processes of the same command.
-      fresh_ms: How long the lease lasts when it is not asked for again, and for how long a note counts.
+      client: A client of redis-py, used only by this election.
+      key: The prefix of the Redis keys.
+      fallback: The election of this command, used while Redis is down.
+      fresh_ms: The lifetime of the lease and of reports, in milliseconds.
     """
 
     hears_all = True
@@ -251,11 +253,11 @@ class FleetElection(Election):
 
 
 def elect(state: BrokerState, interval: int) -> Election:
-    """The election of who watches a broker's queues: in the fleet, in this command, or of this process alone.
+    """Return the election of the queue monitor: of the fleet, of this command, or of this process alone.
 
     Parameters:
-      wiring: The broker's.
-      interval: How often each asks, in milliseconds.
+      state: The state of the broker.
+      interval: The time between two calls of `Election.is_leader`, in milliseconds.
     """
     fresh = max(1_000, 3 * interval)
     queues = "\n".join(sorted(state.broker.get_declared_queues()))
@@ -277,10 +279,10 @@ def elect(state: BrokerState, interval: int) -> Election:
 
 
 def _redis_of(broker: Broker) -> tuple[Any, str] | None:
-    """A client of the Redis that is at hand, the broker's or a store's, and a namespace there."""
+    """Return the Redis client and namespace of the broker or of a store, or None."""
     stores = (getattr(middleware, "store", None) for middleware in broker.middleware)
     for place in (broker if kind_of(broker) == "redis" else None, *stores):
-        # Of a RedisBroker every name that it does not know is a command of its server.
+        # No ``getattr``: a RedisBroker turns each unknown name into a command.
         known = getattr(place, "__dict__", {})
         if hasattr(known.get("client"), "connection_pool"):
             return known["client"], str(known.get("namespace", "dramatiq"))

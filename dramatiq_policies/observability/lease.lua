@@ -1,9 +1,9 @@
--- Take, keep or give up a lease.
+-- Acquire, renew or release a lease.
 --
 -- KEYS[1]  the lease
--- ARGV     who wants it, for how long in ms; 0 to give it up
+-- ARGV     owner, ttl in ms; 0 to release
 --
--- Returns 1 if the caller holds it now.
+-- Returns 1 if the owner holds the lease, else 0.
 local holder = redis.call('get', KEYS[1])
 if holder and holder ~= ARGV[1] then
   return 0

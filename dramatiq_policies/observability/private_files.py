@@ -1,7 +1,7 @@
-"""Files that the processes of one user share in a temporary folder, where other users may write.
+"""Files shared by the processes of one user in the temporary directory, where other users may write.
 
-Each file lies in a folder of the user's own (``0700``). Each is opened without following links, never waits for the other end of a
-FIFO, and must be a regular file of this user.
+Each file is in a private folder (mode ``0700``). Opening follows no links and never blocks on a FIFO. Only regular files of this
+user are accepted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["lock", "make_private", "open_own", "private_folder", "require_file_l
 
 
 def require_file_locks(where: str) -> None:
-    """Refuse what needs locks on files where there are none.
+    """Check for file locks.
 
     Raises:
       ConfigurationError: This platform has no ``fcntl``.
@@ -35,17 +35,17 @@ def require_file_locks(where: str) -> None:
 
 
 def private_folder() -> Path:
-    """The path of the folder of this user in the temporary directory. `make_private` makes it."""
+    """Return the path of the private folder of this user. `make_private` creates the folder."""
     import tempfile
 
     return Path(tempfile.gettempdir(), f"dramatiq-policies-{os.getuid()}")
 
 
 def make_private(path: Path) -> None:
-    """Make a folder that only this user can enter, if it is missing.
+    """Create a folder with mode 0700, if missing.
 
     Raises:
-      OSError: It can't be made, is a link, or belongs to another user.
+      OSError: The folder can't be created, is a link, or belongs to another user.
     """
     try:
         path.mkdir(mode=0o700)
@@ -59,10 +59,10 @@ def make_private(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
-    """``os.open`` for a regular file of this user.
+    """Like ``os.open``, but only for a regular file of this user.
 
     Raises:
-      OSError: It is missing, a link, a FIFO, a folder or a device, or belongs to another user.
+      OSError: The file is missing, is a link, a FIFO, a folder or a device, or belongs to another user.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     found = os.fstat(descriptor)
@@ -74,9 +74,9 @@ def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock the whole file for this process; False if another process holds the lock.
+    """Lock the whole file for this process. Return False if another process holds the lock.
 
-    Unlike that of ``flock``, a forked child that outlives this process does not keep the lock.
+    Unlike ``flock``, a forked child does not keep the lock after the end of this process.
     """
     locks: Any = fcntl
     try:

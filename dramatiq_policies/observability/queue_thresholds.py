@@ -1,4 +1,4 @@
-"""When a queue is late, and who is told."""
+"""Thresholds of queues, and alerts."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ __all__ = ["OnAlert", "QueueAlert", "Threshold", "ThresholdTracker", "notifiers"
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
-#: A threshold that was reached is reached again only after the value has come down to this share of it.
+#: A breach ends when the value falls to this share of the threshold.
 _DOWN = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """From which values on a queue is late. None is no threshold; at least one must be given.
+    """The values at which a queue raises an alert. Give at least one.
+
+    Example::
+
+        QueueMonitor(thresholds={"mail": Threshold(ready=1_000, oldest=timedelta(minutes=5))})
 
     Attributes:
-      ready: Messages that wait.
-      oldest: Age of the oldest ready message, in milliseconds or as a ``timedelta``.
-      stalled: For how long messages wait and none is taken, in milliseconds or as a ``timedelta``. No reading knows of
-        what was before the first one.
-      dead: Dead letters.
-      notify_clear: Also tell when it is over, that is, when the value has come down to four fifths of the threshold.
+      ready: Ready messages. Default: no threshold.
+      oldest: Age of the oldest ready message, in milliseconds or as a ``timedelta``. Default: no threshold.
+      stalled: Time without a worker taking a ready message, in milliseconds or as a ``timedelta``. Counts from the first reading.
+        Default: no threshold.
+      dead: Dead letters. Default: no threshold.
+      notify_clear: Also send an alert when the value has fallen to 80 % of the threshold. Default: False.
 
     Raises:
-      ConfigurationError: A number below 1, what is no duration, or no threshold at all.
+      ConfigurationError: A number below 1, an invalid duration, or no threshold.
     """
 
     ready: int | None = None
@@ -60,7 +64,7 @@ class Threshold:
             raise ConfigurationError("Threshold(): expected at least one of ready, oldest, stalled and dead.")
 
     def measures(self, reading: QueueReading) -> list[tuple[str, int, int]]:
-        """Each measure that has a threshold and is known: its name, its value and the threshold."""
+        """Return (name, value, threshold) of each known measure with a threshold."""
         pairs = (
             ("ready", reading.ready, self.ready),
             ("oldest", reading.oldest_ms, self.oldest),
@@ -72,14 +76,14 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueAlert:
-    """A queue has reached a threshold, or has come down again.
+    """A queue has reached a threshold, or the breach has ended.
 
     Attributes:
-      queue: The queue's name.
+      queue: The name of the queue.
       measure: ``"ready"``, ``"oldest"``, ``"stalled"`` or ``"dead"``, as in `Threshold`.
-      value: What was read; ``oldest`` and ``stalled`` in milliseconds.
-      threshold: What it has reached, or has come down from.
-      cleared: Whether it is over.
+      value: The reading; in milliseconds for ``oldest`` and ``stalled``.
+      threshold: The threshold, in the same unit.
+      cleared: Whether the breach has ended.
     """
 
     queue: str
@@ -104,13 +108,13 @@ class QueueAlert:
 
 
 class ThresholdTracker:
-    """Compares readings with thresholds, and says what is new: a breach once, until its value has come down.
+    """Compares readings with thresholds. Reports each breach once, until the value has fallen again.
 
     Parameters:
-      thresholds: By queue name or pattern. A queue's own name counts first, then the first pattern that matches.
+      thresholds: Thresholds by queue name or pattern. An exact name wins over patterns, then the first matching pattern wins.
 
     Raises:
-      ConfigurationError: It is no mapping of names to thresholds.
+      ConfigurationError: ``thresholds`` is no mapping of names to thresholds.
     """
 
     def __init__(self, thresholds: Mapping[str, Threshold] | None) -> None:
@@ -126,11 +130,11 @@ class ThresholdTracker:
                     {queue: threshold},
                 )
         self._thresholds: dict[str, Threshold] = dict(given)
-        #: The breaches that were told and are not over, (queue, measure).
+        #: Open breaches: (queue, measure).
         self.open: set[tuple[str, str]] = set()
 
     def reset(self) -> ThresholdTracker:
-        """One with the same thresholds that has told nothing yet."""
+        """Return a new tracker with the same thresholds and no open breaches."""
         return ThresholdTracker(self._thresholds)
 
     def threshold_of(self, queue: str) -> Threshold | None:
@@ -140,7 +144,7 @@ class ThresholdTracker:
         return next((found for name, found in self._thresholds.items() if fnmatchcase(queue, name)), None)
 
     def transitions(self, reading: QueueReading) -> list[QueueAlert]:
-        """What is to be told after this reading."""
+        """Return the alerts for breaches that begin or end with this reading."""
         threshold = self.threshold_of(reading.queue)
         if threshold is None:
             return []
@@ -160,15 +164,15 @@ class ThresholdTracker:
 
 
 Notifier = Callable[[QueueAlert], object]
-#: What ``on_alert`` takes.
+#: The type of ``on_alert``.
 OnAlert = Literal["log", "sentry"] | Notifier | Sequence[Literal["log", "sentry"] | Notifier]
 
 
 def notifiers(on_alert: OnAlert | None) -> list[Notifier]:
-    """Who is told. What one raises is logged, and the others are told still.
+    """Return the notifiers. If one raises, the error is logged and the others still run.
 
     Raises:
-      ConfigurationError: One is neither a known name nor a callable that takes an alert and does something.
+      ConfigurationError: ``on_alert`` has an unknown name, or a callable that does not take an alert.
       ImportError: ``"sentry"``, and ``sentry_sdk`` is not installed.
     """
     if on_alert is None:
@@ -193,7 +197,7 @@ def _notifier(one: Any) -> Notifier:
     def guarded(alert: QueueAlert) -> None:
         try:
             one(alert)
-        except BaseException:  # Not even an exit: it would end the monitor.
+        except BaseException:  # Even SystemExit must not end the monitor.
             logger.exception("%r failed when it was told: %s", one, alert)
 
     return guarded
@@ -210,7 +214,7 @@ def _fields(alert: QueueAlert) -> dict[str, Any]:
 
 
 def _log(alert: QueueAlert) -> None:
-    # No ERROR: Sentry's logging integration would make an event of it, and nobody has asked for one.
+    # WARNING, because the logging integration of Sentry makes an event of each ERROR.
     logger.log(logging.INFO if alert.cleared else logging.WARNING, "%s", alert, extra=_fields(alert))
 
 

@@ -1,7 +1,7 @@
-"""What processes leave for one another as JSON: whatever is not as ours is left out, and harms nobody.
+"""Parse the JSON reports of other processes. Unexpected values are dropped.
 
-Anybody may write to a shared server: another version, another program, an operator by hand. One value that is not as
-expected must not end the alerts of a fleet.
+Another version, another program or an operator may write to the shared server. An unexpected value must not stop the alerts of a
+fleet.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 __all__ = ["Report", "parse_memory", "parse_report", "parse_timed_report"]
 
-#: What one process lets the elected one know.
+#: The report of one process to the leader.
 Report = dict[str, Any]
 
 
 def parse_report(text: str | bytes) -> Report | None:
-    """The note that a text holds, without those of its parts that nobody can use; None if it holds none."""
+    """Parse a report and drop invalid fields. None if the text is no report."""
     return _clean(_decoded(text))
 
 
 def parse_timed_report(text: str | bytes) -> tuple[float, Report] | None:
-    """A note with the time at which it was posted, ms since the epoch; None if the text holds none."""
+    """Parse (publish time in ms since the epoch, report). None if the text is no timed report."""
     found = _decoded(text)
     if not isinstance(found, list) or len(found) != 2 or not _is_number(found[0]):
         return None
@@ -31,7 +31,7 @@ def parse_timed_report(text: str | bytes) -> tuple[float, Report] | None:
 
 
 def parse_memory(text: str | bytes) -> list[Any] | None:
-    """The pairs of names that a text holds; None if it holds no list."""
+    """Parse a list of name pairs and drop invalid pairs. None if the text is no list."""
     found = _decoded(text)
     if not isinstance(found, list):
         return None
@@ -39,7 +39,7 @@ def parse_memory(text: str | bytes) -> list[Any] | None:
 
 
 def _decoded(text: str | bytes) -> Any:
-    # Also bytes that are no text, and nesting that is too deep.
+    # Also for invalid UTF-8 and too deep nesting.
     with suppress(ValueError, TypeError, RecursionError):
         return json.loads(text)
     return None
@@ -69,7 +69,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_taken(value: Any) -> bool:
-    """A message id, and since when it was ready, if that is known."""
+    """Return whether the value is [message id, ready time or None]."""
     return (
         isinstance(value, list)
         and len(value) == 2

@@ -1,4 +1,4 @@
-"""Values on their way to a StatsD server: packed, never waited for, never the reason why anything fails."""
+"""Send values to a StatsD server: batched, without waiting, without failing a job."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Statsd", "Value", "metric_name", "tag_list"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: Kind (``"c"`` to count, ``"ms"``, ``"g"`` for a gauge), name, value, and the tags, which a client without tags ignores.
+#: Kind (``"c"``: counter, ``"ms"``: timing, ``"g"``: gauge), name, value, tags. Clients without tags ignore the tags.
 Value = tuple[str, str, float, Sequence[str]]
 
-#: How many calls' values wait for a thread of ours; more are left out.
+#: The limit of queued calls. Further values are dropped.
 _WAITING = 10_000
-#: For how many seconds values wait for others to leave with.
+#: Seconds to collect values for one datagram.
 _TOGETHER = 0.05
-#: Seconds that a client may take before it is called on a thread of its own.
+#: After a call longer than this (seconds), the client moves to a background thread.
 _SLOW = 0.05
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.\-]")
@@ -36,37 +36,36 @@ _NOT_IN_TAGS = re.compile(rf"[,|\s{UNPRINTABLE}]")
 
 
 def metric_name(text: str | None) -> str:
-    """A part of a metric's name: what StatsD would misread becomes ``_``; at most 200 characters."""
+    """Return a safe part of a metric name: invalid characters become ``_``, at most 200 characters."""
     return _NOT_IN_NAMES.sub("_", text)[:200] if text else "unknown"
 
 
 def tag_list(tags: Mapping[str, str | None]) -> list[str]:
-    """``["key:value", …]``, without those that have no value."""
+    """Return ``["key:value", …]`` without empty values."""
     return [_NOT_IN_TAGS.sub("_", f"{key}:{value}") for key, value in tags.items() if value is not None]
 
 
 class Statsd:
-    """Sends values through a client of the user's, or over UDP to ``STATSD_HOST``/``STATSD_PORT``.
+    """Sends values through the client of the user, or over UDP to ``STATSD_HOST``/``STATSD_PORT``.
 
-    A call returns without waiting for a server or a name, and never raises; the first thing that goes wrong is logged,
-    once. Over UDP what comes within 50 ms leaves together, in datagrams of at most 1,432 bytes; the values of one call
-    stay in one, if they fit. After a fork the child has a socket and a thread of its own. Nothing starts before the
-    first call.
+    A call never waits for a server or a DNS lookup, and never raises. The first problem of each kind is logged once. Over UDP, all
+    values of 50 ms share datagrams of at most 1,432 bytes, and the values of one call share one datagram, if small enough. A forked
+    child uses a new socket and a new thread. The thread starts at the first call.
 
     Parameters:
-      client: A ``statsd`` client (``incr``, ``timing``, ``gauge``, and ``pipeline`` if it can pack), a DogStatsD client
-        (``increment``, ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods. Nothing of
-        it is changed; beside one of ``datadog``'s, a client with the same settings packs the values. It
-        is called where `send` is, but for one that may block (over TCP, or ``datadog``'s, which looks names up) and one
-        that was slow once: those are called on a thread of their own. None, the default, for UDP.
+      client: A ``statsd`` client (``incr``, ``timing``, ``gauge``, optionally ``pipeline``), a DogStatsD client (``increment``,
+        ``timing`` or ``histogram``, ``gauge``, all with ``tags=``), or any object with these methods. The client is not changed. For
+        a client of the ``datadog`` package, a second client with equal settings batches the values. The thread of the job calls
+        the client, with two exceptions: clients that may block (TCP, or ``datadog``, which resolves names) and clients that
+        were slow once run on a background thread. Default (None): UDP.
 
     Attributes:
-      tagged: Whether values get tags, rather than names that say it all.
-      takes_text: Whether `send_text` may be used.
+      tagged: Whether values carry tags.
+      takes_text: Whether `send_text` is available.
 
     Raises:
-      ConfigurationError: The client has none of these methods, or ``STATSD_PORT`` is no port.
-      ImportError: There is no client, and the ``statsd`` package is not installed.
+      ConfigurationError: The client lacks these methods, or ``STATSD_PORT`` is no port.
+      ImportError: ``client`` is None, and the ``statsd`` package is not installed.
     """
 
     def __init__(self, client: Any = None) -> None:
@@ -90,7 +89,7 @@ class Statsd:
         self._pid: int | None = None
 
     def send(self, values: Sequence[Value]) -> None:
-        """Send these values. Returns at once, and never raises."""
+        """Send values. Returns at once and never raises."""
         try:
             if self.takes_text:
                 self._put("\n".join([f"{name}:{value}|{kind}" for kind, name, value, _ in values]))
@@ -106,7 +105,7 @@ class Statsd:
             self._failed(error)
 
     def send_text(self, text: str) -> None:
-        """`send` for lines that are written already, ``name:value|kind``; only where `takes_text`."""
+        """Send formatted lines, ``name:value|kind``. Requires `takes_text`."""
         if self._pid == getpid() and self._waiting.qsize() < _WAITING:
             self._waiting.put(text)
             return
@@ -116,7 +115,7 @@ class Statsd:
             self._failed(error)
 
     def flush(self, timeout: float = 1.0) -> None:
-        """Wait until what is under way has been sent, at most ``timeout`` seconds."""
+        """Wait until all queued values are sent, at most ``timeout`` seconds. Default: 1 s."""
         if self._pid == getpid():
             done = threading.Event()
             self._waiting.put(done)
@@ -125,7 +124,7 @@ class Statsd:
 
     def _put(self, item: str | Sequence[Value]) -> None:
         if self._pid != getpid():
-            # No lock, for a fork may find it held. Each thread works off its own queue, should two start one here.
+            # No lock, because a fork may happen while the lock is held. If two threads race here, each new thread has a separate queue.
             self._waiting, self._hurry = queue.SimpleQueue(), threading.Event()
             self._pid = getpid()
             threading.Thread(
@@ -139,7 +138,7 @@ class Statsd:
     def _work(self, waiting: queue.SimpleQueue[Any], hurry: threading.Event) -> None:
         while True:
             batch: list[Any] = [waiting.get()]
-            # What comes in the meantime wakes nobody, and shares a datagram.
+            # Values of the next 50 ms wake no thread and share a datagram.
             hurry.wait(_TOGETHER)
             hurry.clear()
             while not waiting.empty():
@@ -170,7 +169,7 @@ def _may_block(client: Any) -> bool:
 
 
 class _Plain:
-    """A client whose names say it all."""
+    """Adapter of a client without tags."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -180,19 +179,19 @@ class _Plain:
 
     def deliver(self, values: Iterable[Value]) -> None:
         client = self.client
-        # Asked of its class: a mock has whatever it is asked for.
+        # Checked on the class, because a mock has every attribute.
         if not hasattr(type(client), "pipeline"):
             self._call(client, values)
             return
         try:
             with client.pipeline() as pipe:
                 if hasattr(pipe, "_maxudpsize"):
-                    # A job's values stay together, however long its name.
+                    # Keep the values of a job in one datagram, even with a long name.
                     pipe._maxudpsize = max(pipe._maxudpsize, MAX_BYTES)  # noqa: SLF001
                 self._call(pipe, values)
         except OSError:
             if hasattr(client, "reconnect"):
-                # A broken TCP connection stays broken until it is closed.
+                # A broken TCP connection must be closed.
                 client.close()
             raise
 
@@ -208,7 +207,7 @@ class _Plain:
 
 
 class _Tagged:
-    """A DogStatsD client. The application may share it: nothing of it is called but the methods for values."""
+    """Adapter of a DogStatsD client. The application may share the client, so only methods for values are called."""
 
     def __init__(self, client: Any) -> None:
         self.client = client

@@ -1,4 +1,4 @@
-"""The log lines that the bundle writes in place of the worker's, and a word at boot on those that nobody would see."""
+"""Replace log lines of the worker, and warn at boot about loggers without a handler."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _REPLACED = frozenset({_dramatiq.FAILED_LINE, _dramatiq.EXPECTED_LINE, _dramatiq
 
 
 class _ReplacedLines(logging.Filter):
-    """Drops the worker's lines on failed and skipped messages, where the bundle writes a record of its own.
+    """Drops the worker's lines on failed and skipped messages, which dramatiq_policies logs itself.
 
-    The worker logs an ERROR with stack and arguments before any hook can say that the error is retried. The line stays where
-    no handler would write the bundle's record of a dead message.
+    The worker logs an ERROR with stack and arguments before the decision to retry. The filter keeps the line if no handler writes
+    the record of dramatiq_policies on a dead message.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -48,13 +48,13 @@ _filter = _ReplacedLines()
 
 
 def filter_worker_lines() -> None:
-    """Put the filter on the worker's logger, once per process."""
-    # A logger keeps a filter only once.
+    """Add the filter to the logger of the worker, once per process."""
+    # Adding the same filter again does nothing.
     logging.getLogger(_dramatiq.WORKER_LOGGER).addFilter(_filter)
 
 
 def make_stock_loggers_safe(broker: Broker) -> None:
-    """Have the loggers of Dramatiq's worker, broker, middleware and actors raise no more, and filter the worker's lines."""
+    """Patch the loggers of Dramatiq's worker, broker, middleware and actors so that they never raise. Add the filter."""
     of_worker = [logging.getLogger(name) for name in (_dramatiq.WORKER_LOGGER, *_dramatiq.OTHER_LOGGERS)]
     filter_worker_lines()
     used = (vars(one).get("logger") for one in (broker, *broker.middleware, *broker.actors.values()))
@@ -64,7 +64,7 @@ def make_stock_loggers_safe(broker: Broker) -> None:
 
 
 def stock_lines_logger() -> logging.Logger:
-    """The logger of the stock Retries, whose lines on a single message our own records replace."""
+    """Return the logger for the stock Retries: only errors, because our records replace the other lines."""
     logger = logging.getLogger("dramatiq_policies.stock")
     logger.setLevel(logging.ERROR)
     make_safe(logger)
@@ -72,9 +72,9 @@ def stock_lines_logger() -> logging.Logger:
 
 
 def report_unheard(state: BrokerState) -> None:
-    """Log which of the bundle's loggers no handler writes, through a logger that one does; else on stderr.
+    """Warn about loggers of dramatiq_policies without a handler, through a logger with a handler, else on stderr.
 
-    Called when a worker boots: by then the application has configured its logging.
+    Called at worker boot, after the application has configured logging.
     """
     warns = any(getattr(middleware, "logs_alerts", False) for middleware in state.broker.middleware)
     needed = {ALERTS: logging.WARNING if warns else logging.CRITICAL}

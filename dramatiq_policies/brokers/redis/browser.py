@@ -127,7 +127,7 @@ class DeadLetters(_RedisBrowser):
                     return
 
     def _page(self, kept: Any) -> list[tuple[Any, float]]:
-        """Read the next dead letters after the last one that was kept."""
+        """Read the next dead letters after the last kept dead letter."""
         start = 0
         if kept is not None:
             rank = self.client.zrank(self.key, kept[0])
@@ -141,7 +141,7 @@ class DeadLetters(_RedisBrowser):
 
 
 class ReadyMessages(_RedisBrowser):
-    """The ready messages of one queue, from its front."""
+    """The ready messages of one queue, in order."""
 
     kind = "ready"
 
@@ -184,7 +184,7 @@ class ReadyMessages(_RedisBrowser):
             before = self.client.lindex(self.key, self.position - 1)
             if before is None or _bytes(before) != _bytes(previous):
                 found = None if kept is None else self.client.lpos(self.key, kept)
-                # Workers take from the front: if the message is gone, so are all before it.
+                # Workers take from the front. If the kept message is gone, all messages in front are gone too.
                 self.position = 0 if found is None else found + 1
         return list(self.client.lrange(self.key, self.position, self.position + _PAGE - 1))
 
