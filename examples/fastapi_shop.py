@@ -29,7 +29,13 @@ dramatiq.set_broker(broker)
 told: list[tuple[int, int]] = []
 
 
-@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=timedelta(seconds=30))
+@dramatiq.actor(
+    queue_name="mail",
+    retry_on={ConnectionError: 5},
+    discard_on=(),
+    idempotency_key="order-confirmation:{order_id}",
+    timeout=timedelta(seconds=30),
+)
 async def send_confirmation(order_id: int) -> None:
     """The customer learns that the order was taken."""
     await asyncio.sleep(0)

@@ -39,7 +39,13 @@ def in_app_context(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@dramatiq.actor(queue_name="mail", retry_on={ConnectionError: 5}, timeout=timedelta(seconds=30))
+@dramatiq.actor(
+    queue_name="mail",
+    retry_on={ConnectionError: 5},
+    discard_on=(),
+    idempotency_key="order-confirmation:{order_id}",
+    timeout=timedelta(seconds=30),
+)
 @in_app_context
 def send_confirmation(order_id: int) -> None:
     """The customer learns that the order was taken."""

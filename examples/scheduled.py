@@ -30,6 +30,7 @@ reports: list[str] = []
 @dramatiq.actor(
     queue_name="reports",
     retry_on={ConnectionError: RetryPolicy(attempts=5)},
+    discard_on=(),
     idempotency_key="nightly:{day}",  # two schedulers, or one that fires twice: still one report
     timeout=timedelta(minutes=10),
     queue_timeout=timedelta(hours=20),  # tomorrow's makes it worthless
