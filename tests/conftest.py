@@ -7,9 +7,14 @@ import itertools
 import dramatiq.worker
 import pytest
 from dramatiq.broker import MessageProxy
+from hypothesis import settings
 
 from dramatiq_policies.common import credentials
 from dramatiq_policies.testing import pytest_plugin
+
+# No example fails for its time: on a busy machine any of them may take long.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 if not hasattr(dramatiq.worker, "_WorkQueueItem"):
     # Before Dramatiq 2.2 a worker takes messages of one priority in the order of their ids, which is none. These tests name
