@@ -17,7 +17,7 @@ from ..rules.rule import RetryPolicy, Rule, When
 if TYPE_CHECKING:
     from dramatiq import Actor, Message
 
-    from ..idempotency.options import IdempotencyOptions
+    from ..interrupts import Runner
 
 __all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
 
@@ -91,6 +91,35 @@ class ActorOptions(TypedDict, total=False):
     idempotency_ttl: int | timedelta
     done_when: Callable[..., object]
     max_crashes: int | None
+
+
+class IdempotencyOptions:
+    """An actor's options of idempotency, checked.
+
+    Attributes:
+      enabled: Whether the actor asks for any of them.
+      keyed: Whether its messages have keys. Without keys only ``done_when`` and the count of crashes remain.
+      key_of: Makes the key; None for the message id. With ``call_key`` it takes the actor's arguments.
+      key_runs_no_user_code: Whether the key is known without a call of the user's code.
+      call_key: Calls a ``key_of`` of the user's; None for a template.
+      job, call: The actor's function with ``done_when`` before it, and what calls it; None without ``done_when``.
+      ttl: How long a completed key is remembered, in milliseconds.
+      max_crashes: See `Idempotency`.
+    """
+
+    __slots__ = ("call", "call_key", "enabled", "job", "key_of", "key_runs_no_user_code", "keyed", "max_crashes", "ttl")
+
+    enabled: bool
+    keyed: bool
+    key_runs_no_user_code: bool
+    ttl: int
+    max_crashes: int | None
+
+    def __init__(self) -> None:
+        self.key_of: Callable[..., Any] | None = None
+        self.call_key: Runner | None = None
+        self.job: Callable[..., Any] | None = None
+        self.call: Runner | None = None
 
 
 class ActorPolicy:

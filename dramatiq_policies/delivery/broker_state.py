@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.forks import after_fork
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, logger
+from .executor import AroundJob, Proceed, run_job
 from .refusals import Distrust, Parking
 from .validation import MAX_BODY_BYTES
 
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.middleware import Middleware
 
-    from ..idempotency.batched_completion import BatchedCompletions
-    from ..idempotency.guard import IdempotencyGuard
+    from ..interrupts.slots import StuckListener
     from ..middleware.metrics import Metrics
     from ..middleware.shutdown import ShutdownNotifications
     from ..middleware.timeout import StuckJob, Timeout
@@ -29,6 +30,19 @@ __all__ = ["BrokerState", "Observer", "state_of"]
 
 #: An observer of ours gets the message too (None if it could not be read).
 Observer = Callable[[OutcomeEvent, "MessageProxy | None"], object]
+
+
+class CompletionBatcher(Protocol):
+    """Sends the completion of a job's key together with the claim of the next job."""
+
+    def post(self, transport: Any, message: MessageProxy, delivery: Delivery) -> bool:
+        """Take over the settlement of a plain success; False if the caller must settle it."""
+
+    def look(self) -> None:
+        """Send what was posted, unless another message is about to carry it."""
+
+    def flush(self) -> None:
+        """Send what was posted, and wait for the answers."""
 
 
 class BrokerState:
@@ -59,16 +73,19 @@ class BrokerState:
         self.last_polled_at: dict[str, float] | None = None
         #: The middleware that says how long jobs may run, None without one.
         self.timeout: Timeout | None = None
+        #: Learns of each job that goes on after its interrupt, None without Timeout.
+        self.stuck_listener: StuckListener | None = None
+        self._around_jobs: list[tuple[int, AroundJob]] = []
+        #: Runs all that is around a job, and the job.
+        self.run_around_job: Proceed = run_job
         #: Where numbers go, None without it.
         self.metrics: Metrics | None = None
         #: Called with each stuck job, on a thread of its own, before ``on_stuck``.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
-        #: What lets jobs begin once, None without Idempotency.
-        self.admission: IdempotencyGuard | None = None
         #: For how many milliseconds a due message stays in the delay queue; None moves it. None without Idempotency.
         self.postpone: Callable[[MessageProxy], int | None] | None = None
         #: What posts completions, None where that could be seen from outside.
-        self.batched_completions: BatchedCompletions | None = None
+        self.batched_completions: CompletionBatcher | None = None
         #: The ttl and max_crashes of the Idempotency, None without one that has a store.
         self.guard_defaults: tuple[int, int | None] | None = None
         #: Dramatiq's ShutdownNotifications, in our version.
@@ -117,6 +134,20 @@ class BrokerState:
         for seen in (self.last_received, self.last_polled_at):
             if seen is not None:
                 seen.clear()
+
+    def add_around_job(self, around: AroundJob, *, order: int) -> None:
+        """Run a callable around every job of this broker.
+
+        Composed here, once, so that a message creates no closures.
+
+        Parameters:
+          order: A lower number runs outside of a higher one.
+        """
+        self._around_jobs = sorted([*self._around_jobs, (order, around)], key=lambda entry: entry[0])
+        chain: Proceed = run_job
+        for _, inner in reversed(self._around_jobs):
+            chain = partial(inner, proceed=chain)
+        self.run_around_job = chain
 
     def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
         """Whether a worker's shutdown interrupts this delivery's job."""

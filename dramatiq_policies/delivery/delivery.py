@@ -22,12 +22,14 @@ from .decision import COMPLETING, SUCCEEDED, Decision
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
+    from ..interrupts import Runner
     from .actor_policy import ActorPolicy
 
 __all__ = [
     "Carried",
     "Delivery",
     "DeliveryReassigned",
+    "Job",
     "OutgoingMessage",
     "Recorder",
     "running_delivery",
@@ -75,6 +77,19 @@ class Carried(NamedTuple):
     steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
 
 
+class Job(NamedTuple):
+    """The function that a delivery runs, with its arguments.
+
+    Attributes:
+      call: Calls the function and interrupts it at its deadline.
+    """
+
+    call: Runner
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 #: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
 RECEIVED, PREPARED, RUNNING, FINISHED = range(4)
 
@@ -101,6 +116,7 @@ class Delivery:
       redelivered: It may have been begun before, by a worker that did not end it.
       carried: What is left of an earlier run that has ended in this process: it is settled so, and does not run.
       claim: The claim on its idempotency key, None without one.
+      job: The function to run, with its arguments. Set by the wrapper of the actor's function.
       key: The key, as the user knows it; None without one.
       abandoned: The message is neither acked nor nacked: it comes back.
     """
@@ -113,6 +129,7 @@ class Delivery:
         "claim",
         "decision",
         "ended",
+        "job",
         "key",
         "message",
         "outbox",
@@ -143,6 +160,7 @@ class Delivery:
         self.redelivered = False
         self.carried: Carried | None = None
         self.claim: Any = None
+        self.job: Job
         self.key: str | None = None
         self.abandoned = False
 

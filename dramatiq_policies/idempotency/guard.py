@@ -7,6 +7,7 @@ delivery, or raises SkipMessage with the decision on it.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.broker import MessageProxy
@@ -16,18 +17,21 @@ from dramatiq.results import ResultFailure, ResultMissing, Results
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery, OutgoingMessage
+from ..delivery.executor import run_interruptibly
 from ..delivery.history import POLICIES, History, now_ms, run_of
 from ..errors import Crashed, NoResult, UnknownRecord
 from ..outcomes import Outcome, logger
 from . import records
 from .claims import Claim, Claims, Quarantined, StoreDown, crash_counter_name, is_dead
 from .contention import WAITS_FOR, Contention
-from .options import IdempotencyOptions, Register, register_of
+from .options import AlreadyDone, Register, key_of, register_of
 
 if TYPE_CHECKING:
     from dramatiq import Message
 
+    from ..delivery.actor_policy import IdempotencyOptions
     from ..delivery.broker_state import BrokerState
+    from ..delivery.executor import Proceed
 
 __all__ = ["IdempotencyGuard"]
 
@@ -58,6 +62,48 @@ class IdempotencyGuard:
         if self.place is None:
             return register_of(actor_name, key)
         return register_of(actor_name, key, (self.place, self.state.broker.get_actor(actor_name).queue_name))
+
+    def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
+        """Run a job once: claim its key, run it if nobody else does, and keep it from jobs that must run alone."""
+        policy = delivery.policy
+        options = None if policy is None else policy.guard
+        exclusive, batched = self.claims.exclusive, self.state.batched_completions
+        if batched is not None and not (
+            options is not None and options.key_runs_no_user_code and not delivery.redelivered and exclusive.is_open
+        ):
+            batched.flush()
+        if options is None:
+            return proceed(delivery)
+        exclusive.enter(delivery)
+        try:
+            if options.enabled or delivery.redelivered or "idempotency_key" in delivery.message.options:
+                return self._run_once(delivery, options, proceed)
+            return proceed(delivery)
+        finally:
+            exclusive.leave(delivery)
+
+    def _run_once(self, delivery: Delivery, options: IdempotencyOptions, proceed: Proceed) -> Any:
+        job = delivery.job
+        if options.call_key is None:
+            delivery.key = key_of(delivery.message, options)
+        else:
+            # The user's code, so inside of the timeout.
+            make = partial(run_interruptibly, delivery, options.call_key, args=job.args, kwargs=job.kwargs)
+            delivery.key = key_of(delivery.message, options, make)
+        # The key's function was not the job.
+        delivery.started = delivery.ended = None
+        if delivery.key is not None or delivery.redelivered:
+            # Outside of any interrupt, which would strike in the store's client.
+            self.admit(delivery, options, delivery.key)
+        if options.job is None or options.call is None:
+            return proceed(delivery)
+        delivery.job = job._replace(call=options.call, fn=options.job)
+        try:
+            return proceed(delivery)
+        except AlreadyDone:
+            delivery.started = None
+            self.done(delivery)
+            raise
 
     def admit(self, delivery: Delivery, guard: IdempotencyOptions, key: str | None) -> None:
         """Claim the key, or count a start.

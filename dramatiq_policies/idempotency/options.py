@@ -18,8 +18,9 @@ from ..common.callables import (
     unwrapped,
 )
 from ..common.durations import CENTURY_MS, WEEK_MS
+from ..delivery.actor_policy import IdempotencyOptions
 from ..errors import ConfigurationError, checked_duration, how_to_add
-from ..interrupts import Runner, coroutines, runner_for
+from ..interrupts import coroutines, runner_for
 from ..rules.backoff import bounds_of
 from ..rules.matching import RuleSet
 from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
@@ -34,7 +35,7 @@ __all__ = [
     "Register",
     "checked_crashes",
     "key_of",
-    "name_of",
+    "register_name",
     "register_of",
     "resolve_guard",
 ]
@@ -43,40 +44,11 @@ __all__ = [
 OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max_crashes")
 
 
-class IdempotencyOptions:
-    """What an actor declares about running once.
-
-    Attributes:
-      asked: Whether it asks for anything at all.
-      keyed: Whether it has a key; without one only ``done_when`` and the count of crashes are left.
-      key_of: Makes the key; None for the message id. If ``call_key`` is given, it takes what the actor takes.
-      claims_at_once: Whether nothing of the user's runs before the claim.
-      call_key: How a ``key_of`` that is code of the user's is called; None for a template.
-      job, call: The actor's function with ``done_when`` before it, and how it is called; None without one.
-      ttl: How long a completed key is remembered, in milliseconds.
-      max_crashes: See `Idempotency`.
-    """
-
-    __slots__ = ("asked", "call", "call_key", "job", "key_of", "key_runs_no_user_code", "keyed", "max_crashes", "ttl")
-
-    asked: bool
-    keyed: bool
-    key_runs_no_user_code: bool
-    ttl: int
-    max_crashes: int | None
-
-    def __init__(self) -> None:
-        self.key_of: Callable[..., Any] | None = None
-        self.call_key: Runner | None = None
-        self.job: Callable[..., Any] | None = None
-        self.call: Runner | None = None
-
-
 class AlreadyDone(SkipMessage):
     """``done_when`` said that there is nothing left to do."""
 
 
-def name_of(actor_name: str, key: str) -> str:
+def register_name(actor_name: str, key: str) -> str:
     """The register of an actor's key."""
     if type(key) is TypedKey:
         return typed_name(("a", actor_name), *key.parts)
@@ -102,13 +74,13 @@ def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Registe
       scope: Tells the services apart that share the store; empty where the store's namespace does.
     """
     if type(key) is not TypedKey and not scope:
-        return Register(name_of(actor_name, key))
+        return Register(register_name(actor_name, key))
     parts = key.parts if type(key) is TypedKey else (("k", key),)
     name = typed_name(*(("@", text) for text in scope), ("a", actor_name), *parts)
     return Register(name, encodable(f"{actor_name}\0{key}"))
 
 
-def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[..., Any]) -> str | None:
+def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any], Any] | None = None) -> str | None:
     """The key of a message: its own, or what the actor's makes of its arguments; None if it has none.
 
     ``call`` calls code of the user's with what the actor was called with.
@@ -120,7 +92,7 @@ def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[...,
         return None
     if guard.key_of is None:
         return text_key(message.message_id)
-    if guard.call_key is not None:
+    if guard.call_key is not None and call is not None:
         return checked_key(call(guard.key_of))
     key: str = guard.key_of(message.args, message.kwargs)
     return key or checked_key(key)
@@ -161,7 +133,7 @@ def resolve_guard(
             guard.call_key = runner_for(guard.key_of)
     guard.keyed = bool(idempotent) or given is not None
     guard.key_runs_no_user_code = guard.keyed and guard.call_key is None
-    guard.asked = guard.keyed or done_when is not None
+    guard.enabled = guard.keyed or done_when is not None
     if done_when is not None:
         _check_callable(where, "done_when", "a callable", done_when, fn, takes)
         guard.job = _with_done_when(fn, done_when)

@@ -20,7 +20,7 @@ from ..errors import ConfigurationError, checked_duration
 from ..idempotency import records
 from ..idempotency.claims import Claims, StoreDown
 from ..idempotency.guard import IdempotencyGuard
-from ..idempotency.options import OPTIONS, IdempotencyOptions, Register, checked_crashes, key_of
+from ..idempotency.options import OPTIONS, Register, checked_crashes, key_of
 from ..idempotency.services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware, order_middleware
@@ -112,6 +112,7 @@ class Idempotency(PolicyMiddleware):
         self.on_store_error = on_store_error
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None
+        self.guard: IdempotencyGuard | None = None
 
     @property
     def actor_options(self) -> set[str]:
@@ -120,9 +121,9 @@ class Idempotency(PolicyMiddleware):
     def for_stub(self) -> Self:
         from ..stores.memory import MemoryStore
 
-        twin = super().for_stub()
-        twin.store, twin.claims = MemoryStore(), None
-        return twin
+        copy = super().for_stub()
+        copy.store, copy.claims, copy.guard = MemoryStore(), None, None
+        return copy
 
     @staticmethod
     def has_default_store(broker: Broker) -> bool:
@@ -134,13 +135,14 @@ class Idempotency(PolicyMiddleware):
         if store is None:
             return
         self.claims = Claims(store, self.lease)
-        state.admission = IdempotencyGuard(
+        self.guard = guard = IdempotencyGuard(
             state,
             self.claims,
             run_without_store=self.on_store_error == "run",
             place=place_of(state.broker, store),
         )
-        state.postpone = state.admission.contention.postpone
+        state.postpone = guard.contention.postpone
+        state.add_around_job(guard.around_job, order=1)
         state.guard_defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
@@ -175,12 +177,12 @@ class Idempotency(PolicyMiddleware):
             pass  # Said already.
 
     def _look_for_neighbours(self, state: BrokerState) -> None:
-        assert state.admission is not None
-        claims, broker = state.admission.claims, state.broker
+        assert self.guard is not None
+        claims, broker = self.guard.claims, state.broker
         queues, server = keyed_queues(state), server_of(broker, claims.store)
         if server is None or not queues:
             return
-        for found in claims.ask(partial(record_service, claims.store, server, state.admission.place, queues)):
+        for found in claims.ask(partial(record_service, claims.store, server, self.guard.place, queues)):
             alerts.warning("%s.", found)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
@@ -282,11 +284,11 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
     where = f"actor {actor.actor_name!r}"
     state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
-    guard: IdempotencyOptions | None = None if policy is None else policy.guard
-    if guard is None or state.admission is None:
+    options, guard = None if policy is None else policy.guard, guard_on(state)
+    if options is None or guard is None:
         raise ConfigurationError(f"{where}: the broker has no Idempotency with a store.")
     if message is None:
-        by_id = guard.keyed and guard.key_of is None
+        by_id = options.keyed and options.key_of is None
         if by_id and (len(args) != 1 or not isinstance(args[0], str)):
             raise ConfigurationError(f"{where} is idempotent by message id: pass the id, or the message.")
         message = Message(actor.queue_name, actor.actor_name, args, kwargs, {})
@@ -294,10 +296,10 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
             message = message.copy(message_id=args[0])
     args, kwargs = _as_received(where, message)
     message = message.copy(args=args, kwargs=kwargs)
-    key = key_of(message, guard, lambda make: _ask(make, args, kwargs))
+    key = key_of(message, options, lambda make: _ask(make, args, kwargs))
     if key is None:
         raise ConfigurationError(f"{where} has no idempotency key.")
-    return _Job(state.admission.claims, key, state.admission.register_of(actor.actor_name, key), guard.ttl)
+    return _Job(guard.claims, key, guard.register_of(actor.actor_name, key), options.ttl)
 
 
 def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -320,6 +322,11 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return make(*args, **kwargs)
     with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
         return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
+
+
+def guard_on(state: BrokerState) -> IdempotencyGuard | None:
+    """The guard of a broker's Idempotency; None without one that has a store."""
+    return next((one.guard for one in state.attached if isinstance(one, Idempotency)), None)
 
 
 def keyed_queues(state: BrokerState) -> list[tuple[str, str]]:

@@ -177,13 +177,13 @@ def resolve_actor(state: BrokerState, actor: Any) -> None:
         known is not None
         and known.options is actor.options
         and known.timeout is state.timeout
-        and known.guarded_by is state.admission
+        and known.guarded_by is state.guard_defaults
     ):
         return
     classifier = next(m for m in state.attached if isinstance(m, ErrorClassifier))
     policy = ActorPolicy(actor, classifier.rules)
     policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.guard_defaults)
-    policy.guarded_by = state.admission
+    policy.guarded_by = state.guard_defaults
     if state.timeout is not None:
         validate(f"actor {actor.actor_name!r}", actor.options)
         policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)

@@ -16,10 +16,21 @@ from dramatiq.middleware import Middleware, TimeLimit
 from ..common.callables import is_sync_callable
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import Lines, SafeLogger
+from ..delivery.decision import Decision
 from ..delivery.delivery import RUNNING
-from ..delivery.limits import checked, finite, milliseconds
-from ..errors import ConfigurationError
+from ..delivery.history import now_ms
+from ..delivery.limits import (
+    WARN_RATIO,
+    checked,
+    expired_after,
+    finite,
+    limit_for,
+    milliseconds,
+    warn_if_close,
+)
+from ..errors import ConfigurationError, QueueTimeoutExceeded
 from ..interrupts import supported
+from ..outcomes import Outcome
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -28,6 +39,7 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
+    from ..delivery.executor import Proceed
 
 __all__ = ["StuckJob", "Timeout"]
 
@@ -142,6 +154,8 @@ class Timeout(PolicyMiddleware, TimeLimit):
         return {"time_limit", "timeout", "queue_timeout"}
 
     def attach(self, state: BrokerState) -> None:
+        state.stuck_listener = self
+        state.add_around_job(around_job, order=0)
         # One list, whoever came first.
         state.stuck_subscribers += self.stuck_subscribers
         self.stuck_subscribers = state.stuck_subscribers
@@ -235,3 +249,31 @@ class Timeout(PolicyMiddleware, TimeLimit):
 def _argument(option: str, value: Any, most: int | None, default: float) -> float:
     limit = checked("Timeout", option, value, most)
     return default if limit is None else limit
+
+
+def around_job(delivery: Delivery, proceed: Proceed) -> Any:
+    """Set a job's time limit, or skip its message if the message has waited for too long."""
+    policy = delivery.policy
+    limit = None
+    if policy is not None:
+        if policy.queue_timeout_ms is not None:
+            _expire(delivery, policy.queue_timeout_ms)
+        limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
+    delivery.timeout_ms = limit
+    if limit is None:
+        return proceed(delivery)
+    try:
+        return proceed(delivery)
+    finally:
+        started, ended = delivery.started, delivery.ended
+        if started is not None and ended is not None and limit * WARN_RATIO < (ended - started) * 1_000 <= limit:
+            warn_if_close(delivery)
+
+
+def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
+    """Skip a message that waited too long before its first run."""
+    waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
+    if waited is None:
+        return
+    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
+    delivery.skip(Decision(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

@@ -12,6 +12,7 @@ from ..delivery.broker_state import BrokerState
 from ..errors import ConfigurationError
 from ..idempotency.claims import StoreDown
 from ..middleware.base import PolicyMiddleware
+from ..middleware.idempotency import guard_on
 from ..middleware.ordering import order_middleware
 from .virtual_time import VirtualClock, clock_in_force
 
@@ -46,9 +47,10 @@ class StubEnvironment:
 
     def _renew_leases(self) -> None:
         """What a thread of the process would have done meanwhile."""
-        if self.state.admission is not None:
+        guard = guard_on(self.state)
+        if guard is not None:
             try:
-                self.state.admission.claims.leases.renew()
+                guard.claims.leases.renew()
             except StoreDown:
                 pass
 

@@ -17,7 +17,7 @@ from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records
 from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, crash_counter_name, is_dead
-from dramatiq_policies.idempotency.options import name_of
+from dramatiq_policies.idempotency.options import register_name
 from dramatiq_policies.idempotency.records import Defer, Record, Request, Skip, Take
 from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
@@ -672,7 +672,7 @@ def test_a_record_of_an_owner_that_nobody_can_read_is_of_nobody_certainly_dead()
 
 
 def test_each_message_without_a_key_is_counted_apart_from_others_and_from_keys():
-    names = [crash_counter_name("a"), crash_counter_name("b"), name_of("a", "b"), name_of("b", "a")]
+    names = [crash_counter_name("a"), crash_counter_name("b"), register_name("a", "b"), register_name("b", "a")]
     assert len(set(names)) == len(names)
 
 

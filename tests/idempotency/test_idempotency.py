@@ -31,7 +31,7 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.common import clock
 from dramatiq_policies.delivery.broker_state import state_of
-from dramatiq_policies.idempotency.options import name_of
+from dramatiq_policies.idempotency.options import register_name
 from dramatiq_policies.idempotency.records import RUNNING, Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
@@ -146,7 +146,7 @@ def test_each_deferral_waits_twice_as_long_and_the_last_for_what_is_left_of_the_
     stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
     ship = keep(stage)
     theirs = Record(RUNNING, "another", owner="elsewhere:1:place:1", keep=1_000).encode()
-    store.put(name_of("ship", "order:7"), theirs, 40_000 + 1_000)  # Nobody renews it.
+    store.put(register_name("ship", "order:7"), theirs, 40_000 + 1_000)  # Nobody renews it.
     ship.send(7)
     drain(stage.broker)
     *waits, last = [event.delay_ms for event in stage.events if event.outcome == "deferred"]

@@ -21,6 +21,8 @@ from dramatiq import Message
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from dramatiq_policies import constant, ops
+from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.middleware.idempotency import guard_on
 from dramatiq_policies.ops import Filter
 from dramatiq_policies.ops.dead_letters import dead_letter as letters
 from dramatiq_policies.rules.rule import RetryPolicy
@@ -430,7 +432,7 @@ def test_the_live_gate_sees_how_redis_keeps_messages(redis_place, monkeypatch):
 
 def test_the_live_gate_sees_a_store_that_may_forget(redis_place, monkeypatch):
     app = redis_place.app()
-    store = app.broker.dramatiq_policies_wiring.admission.claims.store
+    store = guard_on(state_of(app.broker)).claims.store
     monkeypatch.setattr(store.client, "info", lambda section: {"maxmemory": 1, "maxmemory_policy": "allkeys-lru"})
     findings, facts = ops.check_live(app.broker)
     assert "DP110" in live_codes(findings)
@@ -460,7 +462,7 @@ def test_the_live_gate_says_that_the_store_can_t_be_asked(redis_place, monkeypat
     def away(section):
         raise redis.ConnectionError("no route")
 
-    monkeypatch.setattr(app.broker.dramatiq_policies_wiring.admission.claims.store.client, "info", away)
+    monkeypatch.setattr(guard_on(state_of(app.broker)).claims.store.client, "info", away)
     with pytest.raises(ops.OperationError, match=r"The idempotency store can't be asked: .*no route"):
         ops.check_live(app.broker)
 

@@ -121,9 +121,9 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
 def _store(broker: Broker, facts: dict[str, Any]) -> Found:
     idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
     state = state_of(broker)
-    if idempotency is None or idempotency.store is None or state.admission is None:
+    if idempotency is None or idempotency.store is None or idempotency.guard is None:
         return
-    store, place = idempotency.store, state.admission.place
+    store, place = idempotency.store, idempotency.guard.place
     warnings, server = getattr(store, "warnings", None), server_of(broker, store)
     try:
         found = warnings() if callable(warnings) else []
