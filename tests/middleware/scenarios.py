@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 
-import pytest
 from dramatiq.middleware import (
     Middleware,
     MiddlewareError,
@@ -14,7 +13,6 @@ from dramatiq.middleware import (
 from dramatiq_policies import (
     RetryPolicy,
 )
-from dramatiq_policies.delivery import publishing
 
 from ..support import Stage
 
@@ -88,12 +86,6 @@ class Refusing(Middleware):
 
     def before_process_message(self, broker, message):
         raise self.error
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.05)
-    monkeypatch.setattr(publishing, "_RETRY_PAUSES", (0.0, 0.01))
 
 
 def lines(caplog):
