@@ -342,3 +342,13 @@ def kind_of(broker: Broker) -> Kind | None:
         if module is not None and isinstance(broker, getattr(module, name)):
             return kind
     return None
+
+
+def is_missing_middleware(error: BaseException) -> bool:
+    """Whether Dramatiq raised ``error`` because the broker has no GroupCallbacks or no Results: no retry can succeed."""
+    if type(error) is not RuntimeError:
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") in ("dramatiq.broker", "dramatiq.composition")

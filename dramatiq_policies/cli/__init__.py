@@ -1,4 +1,4 @@
-"""The command ``dramatiq-policies``: one module per subcommand, on top of `dramatiq_policies.ops`."""
+"""The command ``dramatiq-policies``: a module for each subcommand, on top of `dramatiq_policies.ops`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .queues import monitor, queues
 
 __all__ = ["main"]
 
-#: What Click raises for a group without a command; older ones print their help.
+#: Click raises this for a group without a command; older versions print the help.
 _NO_COMMAND: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 class OneLineErrors(WholeSummaries):
-    """A group whose errors are one sentence on stderr, exit code 2."""
+    """A group that prints errors as a sentence on stderr and exits with 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         # Click itself would exit with 1.
@@ -59,15 +59,15 @@ def _fail(text: str, code: int) -> None:
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dramatiq-policies")
 def main() -> None:
-    """Operate Dramatiq jobs: check them before they go out, look at what went wrong, and put it right.
+    """Operate Dramatiq jobs: check jobs before a release, look at failures, and repair them.
 
-    Applications are named as dramatiq names them: package.module, package.module:broker, package.module:factory. Every
-    command exits with 0 if all is well, 1 if it found something, 2 if it could not do what was asked.
+    Name the application as for dramatiq: package.module, package.module:broker, package.module:factory. Every
+    command exits with 0 if all is well, 1 for findings, 2 for an error.
 
     For a Django project pass --django (or set DJANGO_SETTINGS_MODULE) and leave APP out. For completion at a Tab:
     eval "$(_DRAMATIQ_POLICIES_COMPLETE=bash_source dramatiq-policies)", with zsh_source in zsh, fish_source in fish.
     """
-    # A library's own complaints would stand before our sentence.
+    # Pika's own log lines would precede our sentence.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 

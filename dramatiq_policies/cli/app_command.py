@@ -1,4 +1,4 @@
-"""Commands that work on an application: ``APP`` as the ``dramatiq`` command names it, or a Django project."""
+"""Commands on an application: ``APP`` as for the ``dramatiq`` command, or a Django project."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import os
 from typing import Any
 
 import click
+from dramatiq.broker import Broker
 
 from .. import ops
 
-__all__ = ["AppCommand"]
+__all__ = ["AppCommand", "load_app"]
+
+
+def load_app(app: str, path: tuple[str, ...]) -> Broker:
+    """Load APP and return its broker.
+
+    Raises:
+      OperationError: The application can't be loaded, or declares neither actors nor queues.
+    """
+    broker = ops.load_broker(app, path)
+    if not ops.known_queues(broker):
+        ops.require_actors(app, broker)
+    return broker
 
 
 class AppCommand(click.Command):
-    """A command whose ``APP`` may be left out for a Django project: ``--django``, or ``DJANGO_SETTINGS_MODULE`` is set."""
+    """A command with an optional ``APP`` for Django projects: pass ``--django`` or set ``DJANGO_SETTINGS_MODULE``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the commands share: how an application is named, and how results are printed."""
+"""Options, tables, JSON and questions for all commands."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from rich.text import Text
 from .. import ops
 from ..common.credentials import is_secret_name
 from ..common.texts import UNPRINTABLE, printable
-from ..ops import MoveResult, OperationError
+from ..ops import MoveResult, OperationError, durations
 
 __all__ = [
     "as_json",
     "confirm",
     "console",
     "counted",
-    "duration",
     "escape_unencodable",
     "finite",
     "format_option",
@@ -52,7 +51,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def path_option(command: F) -> F:
-    """``--path``, as dramatiq has it."""
+    """Add ``--path``, as in the dramatiq command."""
     return click.option(
         "-P",
         "--path",
@@ -64,7 +63,7 @@ def path_option(command: F) -> F:
 
 
 def format_option(*more: str) -> Callable[[F], F]:
-    """``--format human|json``, and what else a command can print."""
+    """Add ``--format human|json``, and further formats of a command."""
     return click.option(
         "--format", "form", type=click.Choice(["human", "json", *more]), default="human", help="What to print."
     )
@@ -78,7 +77,7 @@ class _Console(Console):
 
 @contextlib.contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """Whoever reads our output may stop reading at any time (``| head``); what is left of it is then not said."""
+    """Stop printing without an error if the reader of a pipe ends (``| head``)."""
     try:
         yield
         sys.stdout.flush()
@@ -87,14 +86,14 @@ def ignore_broken_pipe() -> Iterator[None]:
 
 
 def escape_unencodable() -> None:
-    """Have stdout and stderr write a character that their encoding has not as its escape, rather than raise."""
+    """Print characters outside the encoding of stdout and stderr as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console of the terminal's width; into a pipe, of one so large that nothing is wrapped or cut."""
+    """Return a console as wide as the terminal; for a pipe so wide that no line is wrapped."""
     stream = sys.stderr if stderr else sys.stdout
     return _Console(
         file=stream,
@@ -105,12 +104,12 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
-#: Line ends between values stay; those in texts are escaped by JSON itself.
+#: Line ends between values stay; JSON escapes line ends in texts.
 _NOT_IN_JSON = re.compile(f"(?!\\n)[{UNPRINTABLE}]")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> Table:
-    """A table without a frame, whose lines a pipe can cut into columns."""
+    """Return a table without a frame, for ``cut`` and ``awk``."""
     made = Table(
         show_header=any(columns),
         box=None,
@@ -130,7 +129,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print such a table."""
+    """Print a table, or blocks if the table is wider than the terminal."""
     out = console()
     rows = [list(row) for row in rows]
     made = table(columns, rows, right=right)
@@ -147,7 +146,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right:
 
 
 def _stack(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """What is too wide for a table: one block for each row, a line for each value, no name broken."""
+    """Print a block for each row, a line for each value, without breaking names."""
     margin = max((len(column) for column in columns), default=0)
     for row in rows:
         for column, cell in zip(columns, row, strict=False):
@@ -166,12 +165,12 @@ def _stack(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 
 def printable_text(value: object, *, lines: bool = False) -> str:
-    """A value as it may be printed: on one line, unless ``lines`` may stay, without credentials, nothing that a terminal obeys."""
+    """Return a value as text without credentials and terminal controls, on one line unless ``lines`` is true."""
     return printable(ops.redact(str(value)), lines=lines)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, without credentials in its texts; in ASCII where stdout can't write what is in it."""
+    """Return a value as JSON without credentials; in ASCII if stdout can't encode the text."""
     text = _dumped(value, indent, ascii_only=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -199,12 +198,12 @@ def _redacted(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document."""
+    """Print a JSON document."""
     click.echo(as_json(value, 2))
 
 
 def print_json_stream(values: Iterable[Any]) -> None:
-    """A JSON array, an element a line, each printed as soon as it is there."""
+    """Print a JSON array, an element per line, each as soon as it is read."""
     opening = "["
     for value in values:
         click.echo(f"{opening}\n{as_json(value)}", nl=False)
@@ -212,24 +211,8 @@ def print_json_stream(values: Iterable[Any]) -> None:
     click.echo("[]" if opening == "[" else "\n]")
 
 
-def duration(ms: float | None) -> str:
-    """Milliseconds as a person says them: ``850 ms``, ``1.5 s``, ``2 m 5 s``, ``3 h 20 m``, ``7 d``."""
-    if ms is None:
-        return "-"
-    if ms < 1_000:
-        return f"{ms:.0f} ms"
-    seconds = ms / 1_000
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    units = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s"))
-    size, unit, smaller, name = next(row for row in units if whole >= row[0])
-    rest = whole % size // smaller
-    return f"{whole // size} {unit} {rest} {name}" if rest else f"{whole // size} {unit}"
-
-
 def timestamp(ms: Any) -> str:
-    """A time in ms since the epoch as local date, time and zone; anybody may have written it, and what is none is ``-``."""
+    """Format ms since the epoch as local date, time and zone; ``-`` for an invalid value."""
     try:
         when = datetime.fromtimestamp(ms / 1_000).astimezone()
         zone = when.strftime("%z")
@@ -238,36 +221,28 @@ def timestamp(ms: Any) -> str:
         return "-"
 
 
-_UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
-
 def parse_duration(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """The callback of an option that is a length of time: ``90s``, ``30m``, ``2h``, ``7d``, or milliseconds."""
+    """Read the value of an option: ``90s``, ``30m``, ``2h``, ``7d``, or milliseconds."""
     if value is None:
         return None
-    text = value.strip().lower()
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
     try:
-        ms = round(float(number) * _UNITS[text[len(number) :].strip() or "ms"])
-        if ms < 0:
-            raise ValueError
-    except (KeyError, ValueError, OverflowError):
+        return durations.parse_duration(value)
+    except ValueError:
         raise click.BadParameter(f"{value!r} is no length of time; write 90s, 30m, 2h or 7d.", ctx, param) from None
-    return ms
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """The callback of an option that is a number, and neither infinite nor none."""
+    """Refuse infinity and NaN as an option's value."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number to go by.", ctx, param)
     return value
 
 
 def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
-    """``name=value`` options as a mapping.
+    """Parse ``name=value`` options.
 
     Raises:
-      OperationError: If one has no ``=``.
+      OperationError: An option has no ``=``.
     """
     parsed = {}
     for tag in tags:
@@ -280,7 +255,7 @@ def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
 
 @contextlib.contextmanager
 def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
-    """Say how far it came, whatever ends it."""
+    """Report the progress after an interruption or an error."""
     try:
         yield
     except KeyboardInterrupt:
@@ -297,7 +272,7 @@ def counted(number: int, what: str) -> str:
 
 
 def report_unreadable(moved: MoveResult) -> None:
-    """Say how many were meant and could not be read, if there were some."""
+    """Report the number of matching messages with unreadable bodies, if any."""
     if moved.unreadable:
         stay = "stays where it is" if moved.unreadable == 1 else "stay where they are"
         click.echo(f"{counted(moved.unreadable, 'message')} can't be read and {stay}.", err=True)
@@ -305,7 +280,7 @@ def report_unreadable(moved: MoveResult) -> None:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar on stderr, if somebody is looking."""
+    """Show a progress bar on stderr, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -317,7 +292,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
 
 
 def confirm(question: str) -> None:
-    """Go on only if somebody says yes."""
+    """Ask a question; exit unless the answer is yes."""
     try:
         agreed = click.confirm(printable_text(question), err=True)
     except click.Abort:

@@ -82,10 +82,10 @@ def check(
     worker_shutdown_timeout: int,
     consumer_timeout: int,
 ) -> int:
-    """Is every actor of APP ready to go out? Exit code 1 if one is not.
+    """Is every actor of APP ready for production? Exit code 1 if not.
 
-    Imports the application and connects nowhere, unless --live. An actor is exempt from a finding by policy_exempt={"DP005": "reason"},
-    or by [tool.dramatiq_policies.exempt] in pyproject.toml; what is exempt is listed.
+    Imports the application; connects only with --live. Exempt an actor from a finding by policy_exempt={"DP005": "reason"},
+    or by [tool.dramatiq_policies.exempt] in pyproject.toml; the output lists exemptions.
     """
     exemptions = read_exemptions(Path("pyproject.toml"))
     exemptions.setdefault("", {}).update(_ignored(ignore, reason))
@@ -116,7 +116,7 @@ def check(
 
 
 def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str, Any] | None) -> None:
-    # The verdict does not depend on who reads it.
+    # The exit code stays the same if the reader of a pipe ends.
     with ignore_broken_pipe():
         if form == "json":
             print_json({**_as_json(report, actors, failed), **({} if facts is None else {"live": facts})})
@@ -161,7 +161,7 @@ def _as_json(report: Report, actors: int, failed: bool) -> dict[str, Any]:
 
 
 def _annotation(finding: Finding) -> str:
-    """A line that GitHub shows beside the source."""
+    """Return an annotation for GitHub to show beside the source."""
     text = (
         f"{finding.actor}: {finding.message}. {finding.fix}." if finding.actor else f"{finding.message}. {finding.fix}."
     )

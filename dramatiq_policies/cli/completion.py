@@ -1,4 +1,4 @@
-"""What the shell offers at a Tab: the names of an application that stands before it on the line."""
+"""Complete names of the application that you have already typed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["actor_names", "queue_names"]
 
 def _names(of: Callable[[Broker], Iterable[str]]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        # Where the last option has no value yet, Click leaves the arguments before it unnamed.
+        # If the last option has no value yet, Click leaves the earlier arguments unnamed.
         app = ctx.params.get("app") or next(iter(ctx.args), None)
         if app is None:
             return []
         try:
-            # Whatever the application says while it is imported would stand in the middle of the line.
+            # The application's output during the import would disturb the line.
             with contextlib.redirect_stderr(io.StringIO()):
                 broker = ops.load_broker(app, ctx.params.get("path", (".",)))
         except ops.OperationError:

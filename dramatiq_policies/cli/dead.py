@@ -1,4 +1,4 @@
-"""``dramatiq-policies dead``: what has died, why, and how it gets another try."""
+"""``dramatiq-policies dead``: look at dead letters, replay and purge them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.cells import cell_len
 
 from .. import ops
 from ..delivery.validation import is_number
-from .app_command import AppCommand
+from ..ops.durations import format_duration
+from .app_command import AppCommand, load_app
 from .base import (
     confirm,
     console,
     counted,
-    duration,
     finite,
     format_option,
     interruptible,
@@ -48,7 +48,7 @@ def dead() -> None:
 @filters
 @format_option()
 def summary(form: str, **given: Any) -> None:
-    """How many of what: counts by actor, exception and outcome, the most frequent first."""
+    """Count dead letters by actor, exception and outcome, the most frequent first."""
     broker, queues, where = parse_filters(**given)
     groups = ops.summarise(broker, queues, where)
     if form == "json":
@@ -87,9 +87,9 @@ def _outcome(outcome: str, reason: str | None) -> str:
 @click.option("--oldest", is_flag=True, help="The oldest of each queue first, each as it is read.")
 @format_option()
 def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
-    """One line for each dead letter, the newest first.
+    """List dead letters, the newest first.
 
-    On a terminal ids are shortened, and what does not fit on a line stands on two. Every command takes a shortened id.
+    On a terminal, ids are shortened and long lines are split. Every command accepts a shortened id.
     """
     broker, queues, where = parse_filters(**given)
     with contextlib.closing(ops.dead_letters(broker, queues, where, limit=limit if oldest else None)) as read:
@@ -104,7 +104,7 @@ def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
             click.echo("No dead letters.", err=True)
 
 
-#: Characters of an id on a terminal. Of 10,000 random ids, two begin alike in one of 86 lists.
+#: Characters of an id on a terminal. In a list of 10,000 random ids, the chance of a collision is 1 in 86.
 _SHORT_ID = 8
 
 
@@ -130,7 +130,7 @@ def _print_letters(letters: Iterator[ops.DeadLetter]) -> None:
 
 
 def _folded(text: str, width: int, indent: str) -> str:
-    """Wrapped at blanks only: no name is broken."""
+    """Wrap a text at blanks only, without breaking names."""
     return textwrap.fill(
         text, width, initial_indent=indent, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
@@ -143,13 +143,13 @@ def _folded(text: str, width: int, indent: str) -> str:
 @click.option("--args", is_flag=True, help="Show the arguments too.")
 @format_option()
 def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str) -> None:
-    """All that one dead letter says: its failure, its history, its traceback; its arguments only if asked for."""
-    broker = ops.load_broker(app, path)
+    """Show a dead letter: failure, history and traceback; arguments only with --args."""
+    broker = load_app(app, path)
     whole = ops.resolve_ids(broker, (), (message_id,))
     letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=whole)))
     if not letters:
         raise ops.OperationError(f"There is no dead letter with the id {message_id!r}.")
-    # On RabbitMQ one message may have two.
+    # On RabbitMQ a message may have two dead letters.
     found = letters[-1].asdict(args=args)
     if form == "json":
         print_json(found)
@@ -178,7 +178,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
 
 
 def _wait(delay: Any) -> str | None:
-    return duration(delay) if is_number(delay) else None
+    return format_duration(delay) if is_number(delay) else None
 
 
 @dead.command(cls=AppCommand)
@@ -204,7 +204,7 @@ def replay(
     form: str,
     **given: Any,
 ) -> None:
-    """Send dead letters again, as if for the first time; loses none, whenever it is interrupted."""
+    """Send dead letters again. An interruption loses no message."""
     broker, queues, where = parse_filters(**given)
     if to_queue is not None:
         ops.find_queue(broker, to_queue)
@@ -220,7 +220,7 @@ def replay(
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
 def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **given: Any) -> None:
-    """Delete dead letters for good."""
+    """Delete dead letters permanently."""
     broker, queues, where = parse_filters(**given)
     act = functools.partial(ops.purge, broker, queues, limit=limit)
     words = _Words("Delete {} for good?", "Deleting", "deleted")
@@ -243,7 +243,7 @@ def _carry_out(
     yes: bool,
     form: str,
 ) -> None:
-    """Do it, after a question unless somebody has said yes already; or only say what it would be."""
+    """Ask, act and report; with a dry run only report."""
     if dry_run or not yes:
         would = act(where=where, dry_run=True)
         if dry_run or not would.count:
@@ -261,7 +261,7 @@ def _carry_out(
 
 
 def _report(form: str, moved: ops.MoveResult, done: str, *, dry_run: bool) -> None:
-    """Say what was done, to people or to programs."""
+    """Report the result as text or JSON."""
     if form == "json":
         print_json({"count": moved.count, "unreadable": moved.unreadable, "dry_run": dry_run})
     else:

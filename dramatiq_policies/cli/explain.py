@@ -1,4 +1,4 @@
-"""``dramatiq-policies explain``: which rule, when, and where the message ends up."""
+"""``dramatiq-policies explain``: show the deciding rule, the schedule of retries and the end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from .. import ops
+from ..ops.durations import describe_wait, format_duration
 from .app_command import AppCommand
-from .base import console, duration, format_option, path_option, print_json, print_table, printable_text
+from .base import console, format_option, path_option, print_json, print_table, printable_text
 
 __all__ = ["explain"]
 
@@ -19,9 +20,9 @@ __all__ = ["explain"]
 @path_option
 @format_option()
 def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str) -> None:
-    """What becomes of a message of ACTOR (app:actor) whose job raises EXCEPTION; without one, the actor's whole policy.
+    """Show how ACTOR (app:actor) handles EXCEPTION; without EXCEPTION, the actor's whole policy.
 
-    EXCEPTION is module:Class, module.Class, or a bare name that the actor's module, its rules or Python know.
+    EXCEPTION is module:Class, module.Class, or a bare name from the actor's module, its rules or Python.
     """
     found = ops.find_actor(actor, path, stand_in=True)
     if exception is None:
@@ -42,7 +43,8 @@ def explain(actor: str, exception: str | None, path: tuple[str, ...], form: str)
 def _print_summary(summary: ops.ActorSummary) -> None:
     out = console()
     out.print(printable_text(summary.actor), style="bold", end="")
-    out.print(f" on {summary.queue}" + ("" if summary.file is None else f", {summary.file}:{summary.line}"))
+    place = "" if summary.file is None else f", {summary.file}:{summary.line}"
+    out.print(printable_text(f" on {summary.queue}{place}"))
     if summary.purpose:
         out.print(printable_text(summary.purpose, lines=True))
     out.print()
@@ -50,7 +52,10 @@ def _print_summary(summary: ops.ActorSummary) -> None:
         print_table(
             ["verb", "error", "only if", "attempts", "wait", "then", "declared by"],
             [
-                [rule[name] for name in ("verb", "error", "only_if", "attempts", "wait", "then", "owner")]
+                [
+                    describe_wait(rule[name]) if name == "wait" and rule[name] else rule[name]
+                    for name in ("verb", "error", "only_if", "attempts", "wait", "then", "owner")
+                ]
                 for rule in summary.rules
             ],
             right=["attempts"],
@@ -71,10 +76,11 @@ _SAYS = {
 
 def _print_answer(answer: ops.Explanation) -> None:
     out = console()
-    out.print(f"{answer.exception.removeprefix('builtins.')} in {answer.actor}: ", style="bold", end="")
+    out.print(printable_text(f"{answer.exception.removeprefix('builtins.')} in {answer.actor}: "), style="bold", end="")
     out.print(_SAYS[answer.outcome], style="bold", end="")
-    out.print("" if answer.only_if is None else f", if {answer.only_if} holds")
-    out.print(f"  because {answer.why}" + ("" if answer.rule is None else f" (rule {answer.rule})"))
+    out.print("" if answer.only_if is None else printable_text(f", if {answer.only_if} holds"))
+    rule = "" if answer.rule is None else f" (rule {answer.rule})"
+    out.print(printable_text(f"  because {answer.why}{rule}"))
     if len(answer.attempts) > 1:
         print_table(["  attempt", "starts after", "at the latest after"], [_row(one) for one in answer.attempts])
     if not answer.complete:
@@ -83,10 +89,12 @@ def _print_answer(answer: ops.Explanation) -> None:
         out.print(f"  then {answer.ending} ({answer.reason}): ", end="")
     else:
         out.print("  it is then ", end="")
-    out.print(f"in {answer.where_it_ends}" if answer.where_it_ends != "gone" else "gone")
+    out.print(printable_text(f"in {answer.where_it_ends}") if answer.where_it_ends != "gone" else "gone")
     if answer.longest_ms is not None:
-        out.print(f"  at most {duration(answer.longest_ms)} from its first start, if each run takes its whole timeout")
+        out.print(
+            f"  at most {format_duration(answer.longest_ms)} from its first start, if each run takes its whole timeout"
+        )
 
 
 def _row(attempt: ops.Attempt) -> list[Any]:
-    return [f"  {attempt.number}", duration(attempt.earliest_ms), duration(attempt.latest_ms)]
+    return [f"  {attempt.number}", format_duration(attempt.earliest_ms), format_duration(attempt.latest_ms)]

@@ -1,4 +1,4 @@
-"""The options that say which dead letters are meant."""
+"""The options that select dead letters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dramatiq.broker import Broker
 
 from .. import ops
 from ..common.callables import stated_signature, unwrapped
+from .app_command import load_app
 from .base import parse_duration, parse_tags, path_option, printable_text
 from .completion import actor_names, queue_names
 
@@ -19,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def filters(command: F) -> F:
-    """The options that say which dead letters are meant."""
+    """Add the options that select dead letters."""
     for option in reversed(
         [
             click.argument("app"),
@@ -77,8 +78,8 @@ def parse_filters(
     older_than: int | None,
     newer_than: int | None,
 ) -> tuple[Broker, tuple[str, ...], ops.Tally]:
-    """The broker, the queues and the filter that those options say."""
-    broker = ops.load_broker(app, path)
+    """Return the broker, the queues and the filter from the options."""
+    broker = load_app(app, path)
     where = ops.Filter(
         actor=actor,
         outcome=outcome,
@@ -103,7 +104,8 @@ def _parameters(broker: Broker) -> dict[str, tuple[str, ...]]:
 
 
 def report_nothing_found(broker: Broker, where: ops.Tally) -> None:
-    """Say that a filter has matched nothing, with the nearest name, and exit with 1; return where nothing is there at all."""
+    """Report a filter without a match, with the nearest name, and exit with 1. Return if there are no dead letters at
+    all."""
     sentence = where.no_match(broker.actors)
     if sentence is not None:
         click.echo(printable_text(sentence), err=True)

@@ -1,4 +1,4 @@
-"""``--help``: whole summaries, and an example of each command."""
+"""``--help`` with whole summaries and an example for each command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXAMPLES = {
 
 
 class WholeSummaries(click.Group):
-    """A group whose help has the first sentence of each command's, however long."""
+    """A group that prints each command's whole first sentence."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
@@ -35,7 +35,7 @@ class WholeSummaries(click.Group):
 
 
 def add_examples(command: click.Command, words: str = "") -> None:
-    """Give each command below this one its example."""
+    """Add the examples of a command's subcommands."""
     if words in _EXAMPLES:
         command.epilog = f"\b\nExample:\n  {_EXAMPLES[words]}"
     if isinstance(command, click.Group):

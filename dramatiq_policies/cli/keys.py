@@ -1,4 +1,4 @@
-"""``dramatiq-policies keys``: what idempotency remembers."""
+"""``dramatiq-policies keys``: show and delete idempotency records."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import asdict
 import click
 
 from .. import ops
+from ..ops.durations import format_duration
 from .app_command import AppCommand
-from .base import confirm, duration, format_option, path_option, print_json, print_table, printable_text, timestamp
+from .base import confirm, format_option, path_option, print_json, print_table, printable_text, timestamp
 from .help import WholeSummaries
 
 __all__ = ["keys"]
@@ -16,7 +17,7 @@ __all__ = ["keys"]
 
 @click.group(cls=WholeSummaries)
 def keys() -> None:
-    """What idempotency remembers of a job, which is named by its arguments.
+    """Show or delete the idempotency record of a job. Name the job by its arguments.
 
     ARGS are JSON or text (42, ada@example.com, '"42"'), or name=value; for an actor with idempotent=True, a message id.
     """
@@ -28,7 +29,7 @@ def keys() -> None:
 @path_option
 @format_option()
 def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) -> None:
-    """Has the job of ACTOR (app:actor) with these ARGS run, does it run, or is nothing known of it?"""
+    """Show whether the job of ACTOR (app:actor) with ARGS has run or is running."""
     found = ops.find_actor(actor, path)
     given, named = ops.read_arguments(found, args)
     state = ops.key_state(found, *given, **named)
@@ -42,7 +43,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
         "owner": state.owner,
         "since": None if state.since is None else timestamp(state.since),
         "starts": state.starts,
-        "left": None if state.left_ms is None else duration(state.left_ms),
+        "left": None if state.left_ms is None else format_duration(state.left_ms),
     }
     print_table(["", ""], [(name, value) for name, value in rows.items() if value is not None])
 
@@ -53,7 +54,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
 @click.option("-y", "--yes", is_flag=True, help="Don't ask whether to forget a job that is running.")
 @path_option
 def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) -> None:
-    """Forget the job of ACTOR with these ARGS, so that its next message runs."""
+    """Delete the record of the job of ACTOR with ARGS, so that the next message runs."""
     found = ops.find_actor(actor, path)
     given, named = ops.read_arguments(found, args)
     state = ops.key_state(found, *given, **named)

@@ -1,4 +1,4 @@
-"""``dramatiq-policies new``: the design first, then failing tests, then the job."""
+"""``dramatiq-policies new``: write the rules and failing tests of a job from its design."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ __all__ = ["new"]
 @click.option("--tests", type=click.Path(path_type=Path, file_okay=False), default="tests", show_default=True)
 @path_option
 def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> int:
-    """Design a job, and write its rules and its tests into FILE (shop/jobs/send_confirmation.py) and the tests' folder.
+    """Design a job, and write its rules into FILE (shop/jobs/send_confirmation.py) and its tests into the tests'
+    folder.
 
-    Asks, or reads a TOML file with the tables [job] and [errors]. An incomplete design is refused, with all that is
-    missing. The tests fail until the job is written. No file is ever overwritten.
+    Asks eight questions, or reads a TOML file with the tables [job] and [errors]. Refuses an incomplete design and lists
+    the missing answers. The tests fail until you write the job. Never overwrites a file.
     """
     module_name(file)
     for one in (file, tests / f"test_{file.stem}.py"):
@@ -47,7 +48,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
 
 
 def _ask() -> dict[str, Any]:
-    """The questions, each with an example; where nobody answers any more, what was answered till then."""
+    """Ask the questions, each with an example; at the end of the input, return the answers so far."""
     click.echo("Eight questions before the job. Lists are separated by commas; empty means none.\n")
     job: dict[str, Any] = {}
     errors: dict[str, Any] = {}

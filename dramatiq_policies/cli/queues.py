@@ -1,4 +1,4 @@
-"""``dramatiq-policies queues`` and ``monitor``: how the queues are, and who is told when one is late."""
+"""``dramatiq-policies queues`` and ``monitor``: show and move messages, and run the QueueMonitor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .. import ops
 from ..brokers.readers import reader_of
 from ..common.safe_logger import SafeLogger
 from ..errors import how_to_add
-from .app_command import AppCommand
+from ..ops.durations import format_duration
+from .app_command import AppCommand, load_app
 from .base import (
     as_json,
     confirm,
     console,
     counted,
-    duration,
     format_option,
     ignore_broken_pipe,
     interruptible,
@@ -54,11 +54,11 @@ class _WithDefault(WholeSummaries):
 
 @click.group(cls=_WithDefault)
 def queues() -> None:
-    """How many messages wait, run and have died: queues APP. Moves them: queues move."""
+    """Show the ready, delayed, running and dead messages: queues APP. Move messages: queues move."""
 
 
 _COLUMNS = ("queue", "ready", "delayed", "running", "dead", "oldest")
-#: Which measure of a threshold stands in which column.
+#: The column of each measure of a threshold.
 _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": "dead"}
 
 
@@ -81,9 +81,9 @@ def show(
 ) -> int:
     """Ready, delayed, running, dead, and the age of the oldest ready message, for each queue of APP.
 
-    "-" is what can't be known: on RabbitMQ how many run while a worker lives, and the age at a first reading.
+    "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading.
     """
-    broker = ops.load_broker(app, path)
+    broker = load_app(app, path)
     if fail_on_breach and ops.monitor_of(broker) is None:
         raise ops.OperationError("There is no QueueMonitor on the broker, and so no threshold that could be reached.")
     if watch:
@@ -107,7 +107,7 @@ def _row(state: ops.QueueState) -> list[Any]:
     cells = {
         "queue": reading.queue if state.declared else f"{reading.queue} (no actor)",
         **{name: getattr(reading, name) for name in ("ready", "delayed", "running", "dead")},
-        "oldest": None if reading.oldest_ms is None else duration(reading.oldest_ms) if reading.ready else None,
+        "oldest": None if reading.oldest_ms is None else format_duration(reading.oldest_ms) if reading.ready else None,
     }
     return [Text(str(cells[name]), style="bold red") if name in late else cells[name] for name in _COLUMNS]
 
@@ -145,7 +145,7 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
 
 
 def _change(before: dict[str, tuple[float, int]], reading: Any) -> float | None:
-    """By how many messages a second the queue has grown since the last reading."""
+    """Return the growth of the queue since the last reading, in messages per second."""
     if reading.ready is None:
         return None
     now = time.monotonic()
@@ -186,17 +186,17 @@ def move(
     path: tuple[str, ...],
     form: str,
 ) -> None:
-    """Move the messages that are ready in QUEUE of APP behind those of another one, in their order.
+    """Move ready messages from QUEUE of APP to the end of another queue, in their order.
 
-    A few urgent ones out of a long queue, or all of a queue that is retired. Each keeps its id, its arguments and its
-    attempts; how long it has waited is counted anew.
+    Use it for urgent messages in a long queue, or to empty a retired queue. Each message keeps its id, arguments and
+    attempts; its waiting time starts anew.
 
-    What stays in QUEUE: delayed messages, dead letters, what a worker has in hand, and what can't be read.
+    Delayed messages, dead letters, received messages and unreadable messages stay in QUEUE.
 
-    Nothing is lost, whenever it is interrupted: a message is then in one of the two queues. On RabbitMQ a single one may be
-    in both, and runs twice unless it is idempotent. Call it again for the rest.
+    An interruption loses no message: each is in one of the two queues. On RabbitMQ a single message may be in both, and runs
+    twice unless the job is idempotent. Call the command again for the rest.
     """
-    broker = ops.load_broker(app, path)
+    broker = load_app(app, path)
     moved, where = ops.MoveResult(), ops.Tally(ops.Filter(actor=actor))
     if dry_run or not yes:
         ops.move(broker, queue, target, limit=limit, dry_run=True, where=where, moved=moved)
@@ -220,8 +220,8 @@ def move(
 @click.argument("app")
 @path_option
 def monitor(app: str, path: tuple[str, ...]) -> None:
-    """Run the QueueMonitor of APP as a process of its own, so that it alerts when no worker lives."""
-    broker = ops.load_broker(app, path)
+    """Run the QueueMonitor of APP as a separate process, which alerts although no worker lives."""
+    broker = load_app(app, path)
     found = ops.monitor_of(broker)
     if found is None:
         raise ops.OperationError(

@@ -1,1 +1,1 @@
-"""What belongs to one framework. Nothing here is imported by the rest of the package."""
+"""Integrations with frameworks. Nothing here is imported by the rest of the package."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dramatiq.errors import RateLimitExceeded, Retry
 from dramatiq.middleware import Retries, Shutdown
 
+from .. import _dramatiq
 from .._job_errors import is_a, quietly
 from ..common.durations import clamped_wait
 from ..common.texts import encodable
@@ -112,6 +113,9 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
         cause = _with_checked_delay(run.message, cause)
     if rule is not None and rule.policy is not None:
         return _retry(defaults, run, cause, rule.policy, rule.id)
+    if rule is None and _dramatiq.is_missing_middleware(run.error):
+        run.record_last_failure()
+        return run.decision(Outcome.DEAD, _UNCLASSIFIED, dead_letter=True)
     if rule is None:
         if defaults.unclassified is None or is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(run):
             return _by_stock_options(defaults, run, cause)

@@ -14,6 +14,7 @@ from ..errors import HandoffFailed
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
 from .decision import SUCCEEDED, Decision
 from .delivery import Delivery
+from .groups import warn_of_incomplete_group
 from .history import attempt_of
 from .publishing import Publication
 from .results import settle_results
@@ -91,6 +92,7 @@ def _report_failure(
     assert error is not None  # A bad ending without an error of the job's has one of ours.
     settle_results(state, message, decision, error, succeeded)
     _after_discard(state, message, delivery, error)
+    warn_of_incomplete_group(message, decision)
 
 
 def _publish_outcome(state: BrokerState, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:

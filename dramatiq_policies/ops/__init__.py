@@ -1,4 +1,4 @@
-"""What the command ``dramatiq-policies`` does, as functions: for an admin page, a script, a test."""
+"""The functions behind the command ``dramatiq-policies``, for an admin page, a script or a test."""
 
 from __future__ import annotations
 

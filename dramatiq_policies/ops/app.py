@@ -1,4 +1,4 @@
-"""Finding the application, its broker and its actors, named as the ``dramatiq`` command names them."""
+"""Find an application, its broker and its actors by the names that the ``dramatiq`` command uses."""
 
 from __future__ import annotations
 
@@ -44,30 +44,34 @@ __all__ = [
 ]
 
 
+#: How many actors an error lists.
+_LISTED = 8
+
+
 class PlaceholderBroker(StubBroker):
-    """Stands in where a module of jobs alone is looked at, and no broker is set."""
+    """The broker for a module of jobs that sets no broker."""
 
 
 def one_line(error: BaseException) -> str:
-    """An error's class and text on one line, without credentials."""
+    """Return an error's class and text on one line, without credentials."""
     text = " ".join(str(error).split())
     return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = False) -> Broker:
-    """Import an application and return its broker, the bundle in its place and every actor's options resolved.
+    """Import an application and return its broker, with its middleware in order and every actor's options resolved.
 
     Parameters:
       app: ``package.module`` (the global broker counts), ``package.module:broker``, or ``package.module:factory``, which
         is called and sets the global broker.
-      path: What is put before ``sys.path``. The current folder by default.
-      stand_in: Whether a StubBroker with the bundle stands in while no broker is set: for a module of jobs alone. By
-        default it is what Dramatiq itself would make.
+      path: The folders to put before ``sys.path``. Default: the current folder.
+      stand_in: Whether to set a StubBroker with dramatiq_policies if no broker is set, for a module of jobs alone.
+        Default False: Dramatiq makes its own default broker.
 
-    What the application prints while it is imported goes to stderr. Nothing connects unless the application does.
+    The application's own output during the import goes to stderr. Nothing connects unless the application does.
 
     Raises:
-      OperationError: If there is no such thing, or importing it fails.
+      OperationError: The application does not exist, or its import fails.
     """
     extend_path(path)
     if app == "django":
@@ -78,6 +82,8 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
         set_broker(install(PlaceholderBroker()))
     found = import_object(app)
     if found is not None and not isinstance(found, Broker):
+        if _is_actor(found):
+            raise OperationError(f"{app!r} is an actor; name its module, {app.partition(':')[0]!r}.")
         if not callable(found):
             raise OperationError(f"{app!r} is neither a broker nor a callable that sets one.")
         with importing(app):
@@ -98,7 +104,7 @@ def _arranged(app: str, broker: Broker) -> Broker:
 
 
 def require_actors(app: str, broker: Broker) -> None:
-    """Refuse an application without actors: nothing can be said of it.
+    """Refuse an application without actors.
 
     Raises:
       OperationError: No actor is declared on the broker.
@@ -114,16 +120,16 @@ def require_actors(app: str, broker: Broker) -> None:
 
 
 def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = False) -> Actor[..., Any]:
-    """The actor that ``app:actor`` names: an attribute of the module, or an actor's name.
+    """Return the actor that ``app:actor`` names: an attribute of the module, or an actor's name.
 
     Where a factory sets the broker, ``app:factory:actor``. ``path`` and ``stand_in`` as for `load_broker`.
 
     Raises:
-      OperationError: If there is none, with the names that come near.
+      OperationError: There is no such actor; the text has the nearest names.
     """
     app, _, name = target.rpartition(":")
     if not app and dramatiq.broker.global_broker is not None and target in dramatiq.broker.global_broker.actors:
-        app = "django"  # It is set up, and has declared the actor.
+        app = "django"  # Django is set up, and its settings' broker has the actor.
     if not app:
         raise OperationError(f"{target!r} names no actor; write it as app:actor.")
     broker = load_broker(app, path, stand_in=stand_in)
@@ -131,18 +137,31 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
         with contextlib.suppress(OperationError):
             found = import_object(target)
             actor = getattr(found, "__actor__", found)
-            if hasattr(actor, "send_with_options") and hasattr(actor, "broker"):
+            if _is_actor(found):
                 return actor  # type: ignore[no-any-return]
     if name in broker.actors:
         return broker.actors[name]
-    raise OperationError(f"{app} has no actor {name!r}{did_you_mean(name, broker.actors)}")
+    raise OperationError(f"{app} has no actor {name!r}{_suggest_actors(name, broker.actors)}")
+
+
+def _is_actor(value: Any) -> bool:
+    actor = getattr(value, "__actor__", value)
+    return hasattr(actor, "send_with_options") and hasattr(actor, "broker")
+
+
+def _suggest_actors(name: str, actors: Iterable[str]) -> str:
+    """Return the end of a sentence: the nearest names, else the first actors."""
+    near, known = did_you_mean(name, actors), sorted(actors)
+    if near != "." or not known:
+        return near
+    return f"; its actors: {', '.join(known[:_LISTED])}{', …' if len(known) > _LISTED else ''}."
 
 
 def find_queue(broker: Broker, queue: str) -> str:
-    """The queue's name, if the broker knows it.
+    """Return the name of a queue that the broker knows.
 
     Raises:
-      OperationError: If it does not, with the names that come near.
+      OperationError: No actor uses the queue; the text has the nearest names.
     """
     known = known_queues(broker)
     if queue not in known:
@@ -151,15 +170,15 @@ def find_queue(broker: Broker, queue: str) -> str:
 
 
 def known_queues(broker: Broker) -> list[str]:
-    """The queues that are declared, without those of delayed messages, by name."""
+    """Return the declared queues without their delay queues, sorted by name."""
     return sorted({queue for queue in broker.get_declared_queues() if not queue.endswith((".DQ", ".XQ"))})
 
 
 def import_object(path: str) -> Any:
-    """What ``module:attribute.attribute`` leads to; None for a module alone.
+    """Import ``module:attribute.attribute`` and return the object; None for a module alone.
 
     Raises:
-      OperationError: If it leads nowhere.
+      OperationError: The module or the attribute does not exist.
     """
     name, _, attributes = path.partition(":")
     if name.endswith(".py"):
@@ -172,7 +191,10 @@ def import_object(path: str) -> Any:
         return functools.reduce(getattr, attributes.split("."), module)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise OperationError(f"{name} has no {attributes!r}{did_you_mean(attributes, public)}") from None
+        near = did_you_mean(attributes, public)
+        if near == ".":
+            near = _suggest_actors(attributes, [known for known in public if _is_actor(vars(module)[known])])
+        raise OperationError(f"{name} has no {attributes!r}{near}") from None
 
 
 @contextlib.contextmanager
@@ -184,7 +206,7 @@ def importing(app: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        # The application's own line, rather than that of a library which it calls.
+        # Name the application's own line, not the line of a library.
         own = [frame for frame in frames if not os.path.relpath(frame.filename).startswith("..")]
         where = (own or frames)[-1]
         place = "" if "importlib" in where.filename else f" ({os.path.relpath(where.filename)}, line {where.lineno})"
@@ -192,7 +214,7 @@ def importing(app: str) -> Any:
 
 
 def _near(app: str, error: BaseException) -> str:
-    """The names that come near, where it is the application's module itself, or a package of it, that is not there."""
+    """Suggest names if the application's module itself, or a package of the module, is missing."""
     module = app.partition(":")[0]
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is None or not f"{module}.".startswith(f"{missing}."):
@@ -205,13 +227,13 @@ def _near(app: str, error: BaseException) -> str:
 
 
 def extend_path(path: Iterable[str]) -> None:
-    """Look for modules in these folders first."""
+    """Put folders before ``sys.path``."""
     for folder in reversed([os.path.abspath(one) for one in path]):  # noqa: PTH100 - as dramatiq has it
         if folder not in sys.path:
             sys.path.insert(0, folder)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence: ``; did you mean 'this'?`` if anything known comes near, else its full stop."""
+    """Return the end of a sentence: ``; did you mean 'this'?`` if a known name is near, else a full stop."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

@@ -23,8 +23,8 @@ def set_up_django(settings: str | None = None, path: Iterable[str] = (".",)) -> 
     """Set up Django and import every module of actors, as ``manage.py rundramatiq`` does.
 
     Parameters:
-      settings: The settings module; by default ``DJANGO_SETTINGS_MODULE``, else the one in ``manage.py``.
-      path: What is put before ``sys.path``.
+      settings: The settings module. Default: ``DJANGO_SETTINGS_MODULE``, else the module in ``manage.py``.
+      path: The folders to put before ``sys.path``.
 
     Raises:
       OperationError: Django is not installed, no settings are named, or an import fails.

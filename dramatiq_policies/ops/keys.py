@@ -1,4 +1,4 @@
-"""What idempotency remembers of one job, asked by the job's arguments as they are written on a command line."""
+"""Read and delete the idempotency record of a job, by the job's arguments."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ __all__ = ["forget_key", "key_state", "read_arguments"]
 
 
 def key_state(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> KeyState:
-    """What is remembered of the job that these arguments name; with ``idempotent=True`` the argument is a message id.
+    """Return the record of the job with these arguments. For ``idempotent=True`` the argument is a message id.
 
     Raises:
-      OperationError: If the actor has no key, the arguments don't fit, or the store can't be asked.
+      OperationError: The actor has no key, the arguments don't fit, or the store can't be reached.
     """
     return _ask_store(Idempotency.state, actor, args, kwargs)  # type: ignore[no-any-return]
 
 
 def forget_key(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Forget it, so that the next message runs; whether anything was remembered. Arguments and errors as `key_state`."""
+    """Delete the record so that the next message runs; return whether there was a record. Arguments and errors as
+    `key_state`."""
     return bool(_ask_store(Idempotency.forget, actor, args, kwargs))
 
 
@@ -37,12 +38,12 @@ def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, An
     except (ConfigurationError, TypeError) as error:
         raise OperationError(str(error)) from None
     except Exception as error:
-        raise OperationError(f"The store can't be asked: {one_line(error).rstrip('.')}.") from None
+        raise OperationError(f"The idempotency store can't be reached ({one_line(error).rstrip('.')}).") from None
 
 
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments from a command line: JSON where they are, else text; text for those annotated ``str``; ``name=value``
-    for keywords."""
+    """Parse arguments of a command line: JSON if valid, else text; text if annotated ``str``; ``name=value`` for
+    keywords."""
     known = signature_of(actor.fn).parameters
     parameters = list(known.values())
     args: list[Any] = []

@@ -1,4 +1,4 @@
-"""How the queues are, and which of them are late: what ``dramatiq-policies queues`` shows."""
+"""Read the queues and their thresholds, for ``dramatiq-policies queues``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._dramatiq import kind_of
 from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..middleware.queue_monitor import QueueMonitor
 from ..observability.queue_thresholds import QueueAlert
-from .app import OperationError, known_queues, redact
+from .app import OperationError, known_queues, one_line
 from .undeclared import find_any_queue, undeclared_queues
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ __all__ = ["QueueState", "monitor_of", "read_queues"]
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """One queue now.
+    """The state of a queue.
 
     Attributes:
-      reading: What lies in it.
-      breaches: The thresholds of the broker's QueueMonitor that it has reached.
-      declared: Whether an actor uses it.
+      reading: The counts of messages.
+      breaches: The exceeded thresholds of the broker's QueueMonitor.
+      declared: Whether an actor uses the queue.
     """
 
     reading: QueueReading
@@ -40,19 +40,19 @@ class QueueState:
         breaches = [{name: getattr(one, name) for name in ("measure", "value", "threshold")} for one in self.breaches]
         found = {**asdict(self.reading), "breaches": breaches, "declared": self.declared}
         if not self.reading.ready:
-            found["oldest_ms"] = None  # As "-" in the table: there is none.
+            found["oldest_ms"] = None  # Printed as "-" in the table.
         return found
 
 
 def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueReader | None = None) -> list[QueueState]:
-    """Every queue, or these, read once; no message is taken.
+    """Read all queues, or the given ones, once. Takes no message.
 
     Parameters:
-      reader: Of `dramatiq_policies.brokers.readers.reader_of`, for whoever reads again and again: it keeps its connection, and on
-        RabbitMQ knows ages from the second reading on.
+      reader: Of `dramatiq_policies.brokers.readers.reader_of`, for repeated readings: the reader keeps its connection,
+      and on RabbitMQ estimates ages from the second reading on.
 
     Raises:
-      OperationError: If a queue is unknown or the broker can't be reached.
+      OperationError: A queue is unknown or the broker can't be reached.
     """
     chosen = [find_any_queue(broker, queue) for queue in queues]
     monitor = monitor_of(broker)
@@ -62,11 +62,7 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
             chosen = [*own.queues(), *undeclared_queues(broker)]
         readings = own.read_all(chosen or None)
     except ConnectionClosed as error:
-        if kind_of(broker) == "rabbitmq":
-            from ..brokers.rabbitmq.browser import unreachable
-
-            raise unreachable(broker, error.__context__) from None
-        raise OperationError(f"The broker can't be read: {redact(str(error))}") from None
+        raise _unreachable(broker, error) from None
     finally:
         if reader is None:
             own.close()
@@ -74,8 +70,21 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     return [QueueState(reading, _breaches(monitor, reading), reading.queue in declared) for reading in readings]
 
 
+def _unreachable(broker: Broker, error: ConnectionClosed) -> OperationError:
+    cause = error.__cause__ or error.__context__ or error
+    if kind_of(broker) == "rabbitmq":
+        from ..brokers.rabbitmq import browser as rabbitmq
+
+        return rabbitmq.unreachable(broker, error.__context__)
+    if kind_of(broker) == "redis":
+        from ..brokers.redis import browser as redis
+
+        return redis.unreachable(getattr(broker, "client", None), cause)
+    return OperationError(f"The broker can't be reached ({one_line(error)}).")
+
+
 def monitor_of(broker: Broker) -> QueueMonitor | None:
-    """The broker's QueueMonitor, if it has one."""
+    """Return the broker's QueueMonitor, or None."""
     return next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
 
 

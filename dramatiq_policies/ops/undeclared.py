@@ -1,4 +1,4 @@
-"""Queues that lie on the server although no actor declares them any more: their dead letters and messages can still be found."""
+"""Find queues that hold messages on the server although no actor declares them any more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["find_any_queue", "undeclared_queues"]
 
 
 def undeclared_queues(broker: Broker) -> list[str]:
-    """The names of undeclared queues that hold messages, sorted. RabbitMQ lists no queues, so none are known there."""
+    """Return the sorted names of undeclared queues with messages. AMQP can't list queues, so the list is empty on
+    RabbitMQ."""
     kind = kind_of(broker)
     stub: Any = broker
     if kind == "redis":
@@ -42,17 +43,17 @@ def _in_redis(broker: Any) -> set[str]:
             for key in client.scan_iter(match=pattern, count=5_000)
         ]
     except (redis.RedisError, OSError):
-        return set()  # Perhaps this user may not scan; whoever reads next says so if the server is away.
+        return set()  # The user may lack the right to scan. The next command reports a server that is down.
     finally:
         client.connection_pool.disconnect()
     return {name.removeprefix(begins).removesuffix(".msgs") for name in names if not name.startswith(f"{begins}__")}
 
 
 def find_any_queue(broker: Broker, queue: str) -> str:
-    """The queue's name, if an actor declares it or if it holds messages on the server.
+    """Return the name of a queue that an actor declares or that holds messages on the server.
 
     Raises:
-      OperationError: There is no such queue, with the names that come near.
+      OperationError: The queue does not exist; the text has the nearest names.
     """
     known = known_queues(broker)
     if queue in known:

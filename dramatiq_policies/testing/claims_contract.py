@@ -1,4 +1,4 @@
-"""What must hold of claims over any idempotency store, as tests: the part of `store_contract` that needs more than a store."""
+"""Tests of claims over an idempotency store: the part of `store_contract` with more than store calls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DEAD = Decision(Outcome.DEAD, "exhausted")
 
 
 class ClaimsContract:
-    """Claims as a worker makes them, of messages with one key. See `IdempotencyStoreContract`, which has these tests too."""
+    """Claims of messages with the same key, as a worker makes them. `IdempotencyStoreContract` includes these tests."""
 
     short = 400
 
     def pass_time(self, store: Any, ms: int) -> None:
-        """Let as many milliseconds go by for the store; override it where its clock can be moved."""
+        """Let milliseconds pass for the store; override the method if you can move the store's clock."""
         time.sleep(ms / 1_000)
 
     def test_of_many_messages_with_one_key_one_runs_and_the_others_wait(self, store: IdempotencyStore) -> None:
@@ -55,7 +55,7 @@ class ClaimsContract:
             answers = run_concurrently(lambda _: claim("m", is_dead=is_first))
             (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
             assert taken.record.starts == 2
-            # What the first one still says is said too late.
+            # The first claim's conclusion comes too late.
             first.conclude(_DEAD)
             assert store.get("key").value == taken.value
 
@@ -63,7 +63,7 @@ class ClaimsContract:
         with _claims(store, self.short) as claim:
             first = claim("m")
             assert isinstance(first, Claim)
-            first.claims.close()  # Nobody renews it.
+            first.claims.close()  # The lease is not renewed.
             assert isinstance(claim.unrenewed("other"), Defer)
             self.pass_time(store, self.short + 50)
             second = claim.unrenewed("other")

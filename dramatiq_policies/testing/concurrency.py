@@ -1,4 +1,4 @@
-"""What a store is put through: a hundred threads at once, clocks that are wrong, forked children."""
+"""Stress for a store: a hundred threads, wrong clocks, forked children."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHILD_ENDS_WITHIN = 10.0
 
 
 def run_concurrently(call: Callable[[int], T]) -> list[T]:
-    """What a hundred threads get that begin at the same moment."""
+    """Call a function in a hundred threads at the same moment, and return the results."""
     barrier = threading.Barrier(THREADS)
 
     def begin(number: int) -> T:
@@ -45,11 +45,11 @@ def clock_wrong_by(seconds: int) -> Iterator[None]:
 
 
 def in_a_child(work: Callable[[], None]) -> None:
-    """Have it done by a forked child, within ten seconds."""
+    """Run ``work`` in a forked child, within ten seconds."""
     if not hasattr(os, "fork"):
         return
     with warnings.catch_warnings():
-        # Of a fork beside other threads, which is the point.
+        # Python warns of a fork beside threads, which is the subject here.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

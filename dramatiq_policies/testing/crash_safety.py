@@ -1,4 +1,4 @@
-"""`assert_crash_safe`: what becomes of a job's effects when its worker dies at any of its lines."""
+"""`assert_crash_safe`: compare a job's effects after a crash at each of its lines."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_crash_safe"]
 
-#: The line after the last one: the job is over, and its message not yet acked.
+#: Stands for the moment after the last line, before the ack.
 _END = 0
 
 
 class Point(NamedTuple):
-    """Where a worker dies: before a line runs, for the ``visit``-th time."""
+    """The place of a crash: before the ``visit``-th run of a line."""
 
     line: int
     visit: int
@@ -47,26 +47,28 @@ def assert_crash_safe(
     reset: Callable[[], object],
     **kwargs: Any,
 ) -> None:
-    """Fail if a crash at some line of an actor, and the redelivery that follows, changes what the job has done in all.
+    """Fail if a crash at a line of an actor, with the redelivery after it, changes the effects of the job::
 
-    The job runs undisturbed; then once for each line that it came by, with the worker dying just before that line (in a
-    loop: the first, second and last time) and the message delivered again; once with the worker dying after the last
-    line, before the ack; and once with its message delivered twice. Each time it runs until nothing is queued, on a
-    StubBroker of its own, its idempotency store empty.
+        def test_a_crash_at_any_line_sends_no_second_mail():
+            assert_crash_safe(send_confirmation, 42, "ada@example.com", effects=lambda: list(outbox), reset=outbox.clear)
+
+    The job runs undisturbed first. Then, for each line of the job, a worker dies just before the line (in a loop: at the first,
+    second and last pass), and the broker delivers the message again. Two more runs: a crash after the last line, before the
+    ack, and a message that is delivered twice. Each run ends with empty queues, on a fresh StubBroker with an empty
+    idempotency store.
 
     Parameters:
-      args, kwargs: What the actor is sent.
-      effects: Says what the job has done, such as the mails that were sent. Compared by ``==``, so it must not depend on
-        the time or on message ids.
-      reset: Puts everything back to where it was before the job. Called before each run.
+      args, kwargs: The arguments of the message.
+      effects: Returns the effects of the job, such as the sent mails. Compared by ``==``: leave out times and message ids.
+      reset: Undoes the effects. Called before each run.
 
     Raises:
-      AssertionError: The effects differ, with the lines to blame; or the job does not even succeed undisturbed.
+      AssertionError: The effects differ (the text names the lines), or the job fails without a crash.
 
-    Warns if ``effects()`` is the same before the job and after it.
+    Warns if ``effects()`` returns the same before and after the job.
 
-    What it can't see: ``finally`` and ``except BaseException`` blocks run, as they would not if the process died; a call
-    into C, or into a function of yours, is one line, which happens or does not.
+    Limits: ``finally`` and ``except BaseException`` blocks run, unlike in a dead process. A call into C, or into another
+    function of yours, counts as a single line.
     """
     __tracebackhide__ = True
     scene = _Scene(actor, args, kwargs, effects, reset)
@@ -87,7 +89,7 @@ def assert_crash_safe(
 
 
 class _Scene:
-    """A job and its effects, to be played again and again."""
+    """A job and its effects, for repeated runs."""
 
     def __init__(
         self,
@@ -104,12 +106,12 @@ class _Scene:
         self.visited: list[int] = []
 
     def undisturbed(self) -> Any:
-        """The effects without a crash; the lines that the job comes by are known afterwards."""
+        """Return the effects without a crash, and record the lines of the job."""
         __tracebackhide__ = True
         name = self.actor.actor_name
         self.reset()
         before = self._look()
-        # Once without tracing: whoever measures coverage sees it.
+        # Once without tracing, for a coverage tool.
         expected, run = self.play(traced=False)
         if run.outcomes(self.actor)[-1:] != ["succeeded"]:
             raise AssertionError(f"{name} does not succeed even undisturbed.\n{run!r}")
@@ -129,7 +131,7 @@ class _Scene:
 
     @property
     def points(self) -> list[Point]:
-        """The first, second and last time that it came by each line."""
+        """Return the first, second and last pass of each line."""
         counts = Counter(self.visited)
         return [
             Point(line, visit)
@@ -177,7 +179,7 @@ class _Scene:
 
 
 def _code_of(fn: Any) -> CodeType:
-    """The code of the actor's own function, whatever decorates it."""
+    """Return the code of the actor's own function, without decorators."""
     fn = inspect.unwrap(fn)
     while isinstance(fn, functools.partial):
         fn = inspect.unwrap(fn.func)

@@ -1,7 +1,7 @@
-"""`drain`: what is queued runs to its end, on the calling thread and through Dramatiq's own worker code.
+"""`drain`: run all queued messages on the calling thread, through Dramatiq's own worker code.
 
-A worker without threads is booted, takes messages off the queues as its consumer threads would, processes them as a worker
-thread would, and is shut down again. When nothing is ready, the virtual clock goes forward to the next delayed message.
+A worker without threads boots, takes messages off the queues as consumer threads do, processes messages as worker threads do,
+and shuts down. If no message is ready, the virtual clock advances to the next delayed message.
 """
 
 from __future__ import annotations
@@ -37,38 +37,47 @@ if TYPE_CHECKING:
 
 __all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
 
-#: What a consumer thread waits for, in seconds, before it tries to reach its broker again.
+#: The pause of a consumer thread before it connects again, in seconds.
 _RESTART = 3.0
 
 _in_progress: ContextVar[Drain | None] = ContextVar("dramatiq_policies_drain", default=None)
 
 
 class TooManyRuns(AssertionError):
-    """The jobs of a broker did not come to an end."""
+    """The jobs of a broker have exceeded ``max_runs``."""
 
 
 class WorkerDied(BaseException):
-    """Raised in a job, and in what comes after it, where the test kit lets the worker die."""
+    """Raised in a job, and in the code after the job, if the test kit lets the worker die."""
 
 
 def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int = 10_000) -> Run:
-    """Run everything that is queued on a StubBroker to its end, and say what became of it.
+    """Run all queued messages of a StubBroker until the queues are empty, and return a record of the run::
 
-    Messages that the jobs send are run too, waits are skipped on a virtual clock, and all happens on the calling thread,
-    through Dramatiq's own worker code: middleware, retries, pipelines, groups and results as in production.
+        def test_a_timeout_is_retried_and_the_customer_gets_one_mail(stub_broker):
+            with fail(send_confirmation, EmailTimeout, times=2):
+                send_confirmation.send(42, "ada@example.com")
+                run = drain(stub_broker)
+            run.assert_outcomes(send_confirmation, "retried", "retried", "succeeded")
+            run.assert_waits(send_confirmation, 2_000, 4_000)
+            assert len(outbox) == 1
+
+    The jobs run on the calling thread, through Dramatiq's own worker code: middleware, retries, pipelines, groups and results
+    behave as in production. Messages that the jobs send run too. A virtual clock skips all waits, so the test above takes
+    milliseconds. With pytest, the fixture ``drain`` passes the broker.
 
     Parameters:
-      broker: A StubBroker with the bundle on it; see `stub` for others.
-      until: Stop when so much virtual time has gone by, in milliseconds or as a ``timedelta``: what is delayed for
-        longer stays queued, and the next drain goes on from there. None, the default, for no end.
-      max_runs: How many runs there may be beside one for each message that is queued at the beginning.
+      broker: A StubBroker with dramatiq_policies; for other brokers see `stub`.
+      until: The virtual time after which to stop, in milliseconds or as a ``timedelta``. Messages with a longer delay stay
+        queued, and the next drain continues from that time. Default None: no end.
+      max_runs: The largest number of runs beyond one for each queued message. Default 10,000.
 
     Raises:
-      ConfigurationError: The broker is no StubBroker, or has none of the bundle's middleware.
-      TooManyRuns: The jobs go on without an end, such as those that send themselves. What is left stays queued.
+      ConfigurationError: The broker is no StubBroker, or has no dramatiq_policies middleware.
+      TooManyRuns: The jobs don't end, for example because a job sends itself. The remaining messages stay queued.
 
-    What a job raises goes the way of its rules; only what is meant for the test itself (KeyboardInterrupt, `pytest.fail`)
-    is raised here.
+    The rules handle the exceptions of jobs. `drain` raises only exceptions for the test itself, such as KeyboardInterrupt and
+    the exception of ``pytest.fail``.
     """
     environment = environment_of(broker)
     limit = None if until is None else checked_duration("drain()", "until", until)
@@ -89,16 +98,16 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
 
 
 def drain_in_progress() -> Drain | None:
-    """The drain on whose thread, or event loop, this is called."""
+    """Return the drain of this thread or event loop, or None."""
     return _in_progress.get()
 
 
 class Drain:
-    """A worker on this thread, booted on entry and shut down on exit.
+    """A worker on this thread: boots on entry, shuts down on exit.
 
     Attributes:
-      run: What became of the messages so far.
-      died: Whether the worker has died in the job at hand: nothing more is done for its message.
+      run: The record of the messages so far.
+      died: Whether the worker has died in the current job. Its message gets no further step.
     """
 
     def __init__(self, environment: StubEnvironment) -> None:
@@ -107,7 +116,7 @@ class Drain:
         self.clock = environment.clock
         self.run = Run(environment.broker.actors, environment.state.metrics)
         self.died = False
-        #: The messages that wait for the idempotency store.
+        #: The ids of messages that wait for the idempotency store.
         self._stalled: set[str] = set()
         self._sources: list[str] = []
         self._began = 0
@@ -146,18 +155,18 @@ class Drain:
         self.run.note_actors(self.broker.actors)
 
     def _wind_back(self) -> None:
-        # By the time of the first drain a few real ms have gone by since a delayed message was sent.
+        # A few real ms pass between a test's first delayed message and its first drain.
         if self.clock.skipped == 0:
             sent = [message.message_timestamp for message in self.environment.delayed()]
             self.clock.now = min([self.clock.now, *(at for at in sent if at > self.clock.now - 60_000)])
 
     def _take_worker_off(self) -> None:
-        # In place: the list is the one that the bundle has put in order.
+        # In place: dramatiq_policies has sorted this list.
         middleware = self.broker.middleware
         middleware[:] = [one for one in middleware if _dramatiq.worker_behind(one) is not self._worker]
 
     def step(self, limit: int | None = None) -> bool:
-        """Run the next message; False if there is none, or none before the virtual time ``limit``."""
+        """Run the next message; return False if no message is due before the virtual time ``limit``."""
         worker = self._worker
         while not self.environment.state.stopping.is_set():
             self._fetch()
@@ -174,9 +183,9 @@ class Drain:
         return False
 
     def _fetch(self) -> None:
-        """Take whatever is ready off the queues; first of all, what has become due off the delay queues."""
+        """Take ready messages off the queues, due messages of delay queues first."""
         consumers, queues = self._worker.consumers, self.broker.queues
-        # A job may declare one meanwhile.
+        # A job may have declared a queue.
         if len(self._sources) != len(consumers):
             self._sources = sorted(consumers, key=_delay_queues_first)
         for name in self._sources:
@@ -185,12 +194,12 @@ class Drain:
                 try:
                     self._worker.fetch(name)
                 except BrokerConnectionError:
-                    # A consumer thread begins anew after a while.
+                    # A consumer thread connects again after a pause.
                     if self.environment.state.stopping.wait(_RESTART):
                         return
 
     def _next_eta(self, but_of: Collection[str]) -> int | None:
-        """When the next delayed message is due, but for those that would only be put back again."""
+        """Return the time of the next delayed message, without messages that would only wait for the store again."""
         etas = [
             _dramatiq.eta_of(item)
             for thread in self._worker.consumers.values()
@@ -210,7 +219,7 @@ class Drain:
             raise error
 
     def _redeliver(self, message: MessageProxy) -> None:
-        """The message that a worker was never to ack comes back, as it was delivered."""
+        """Put the message of a dead worker back on its queue, as delivered before."""
         self.died = False
         current.set(None)
         self.run.entries.append(
@@ -218,7 +227,7 @@ class Drain:
         )
         delivery = message.delivery
         if delivery.claim is not None:
-            # It goes on naming this process, which has no such run any more.
+            # The record still names this process, which has lost the run.
             delivery.claim.claims.drop(delivery.claim)
         again: Message[Any] = Message.decode(message.body)
         again.options[REDELIVERED] = True
@@ -226,7 +235,7 @@ class Drain:
         delivery.transport.ack(message)
 
 
-#: What a job may end with; anything else is for the test.
+#: The exceptions of jobs; other exceptions are for the test.
 _OF_JOBS = (Exception, SystemExit, GeneratorExit, Interrupt, asyncio.CancelledError)
 
 
@@ -235,7 +244,7 @@ def _delay_queues_first(name: str) -> tuple[bool, str]:
 
 
 class _Hooks:
-    """Stands in for the broker where a worker thread calls hooks: when the worker has died, none of them is."""
+    """Replaces the broker of a worker thread: a dead worker calls no hooks."""
 
     def __init__(self, work: Drain) -> None:
         self.work = work

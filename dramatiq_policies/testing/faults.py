@@ -1,4 +1,4 @@
-"""What goes wrong in production, made to go wrong in a test: context managers, which may be nested."""
+"""Failures of production for tests, as context managers; you can nest them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["crash", "enqueue_down", "fail", "hang", "redeliver", "store_down"]
 
 
 class _Times:
-    """How often something still happens; None for always."""
+    """A counter of failures that are left; None for always."""
 
     def __init__(self, where: str, times: int | None) -> None:
         if times is not None and (type(times) is not int or times < 0):
@@ -53,14 +53,18 @@ class _Times:
 def fail(
     actor: Actor[..., Any], exception: type[BaseException] | BaseException, times: int | None = 1
 ) -> AbstractContextManager[None]:
-    """Have an actor raise instead of doing its work.
+    """Raise an exception in place of an actor's job::
+
+        with fail(send_confirmation, EmailTimeout, times=2):
+            send_confirmation.send(42, "ada@example.com")
+            drain(broker).assert_outcomes(send_confirmation, "retried", "retried", "succeeded")
 
     Parameters:
-      exception: An instance, or a class that can be made without arguments.
-      times: For how many runs; None for all. Default 1.
+      exception: An instance, or a class without required arguments.
+      times: The number of failing runs; None for all. Default 1.
 
     Raises:
-      ConfigurationError: ``exception`` is neither.
+      ConfigurationError: ``exception`` is no exception, or its class needs arguments.
     """
     where = f"fail({actor.actor_name!r})"
     counted = _Times(where, times)
@@ -86,15 +90,19 @@ def fail(
 
 
 def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextManager[None]:
-    """Have an actor hang instead of doing its work, until its timeout ends it.
+    """Let an actor's job hang until its timeout interrupts the job::
 
-    In `drain` that is at once, and on the virtual clock after as long as the timeout; under a real worker, it hangs.
+        with hang(send_confirmation, times=1):
+            send_confirmation.send(42, "ada@example.com")
+            drain(broker).assert_outcomes(send_confirmation, "retried", "succeeded")
+
+    In `drain` the virtual clock skips the timeout. Under a real worker the job hangs in real time.
 
     Parameters:
-      times: For how many runs; None, the default, for all.
+      times: The number of hanging runs. Default None: all.
 
     Raises:
-      ConfigurationError: The actor has no timeout: it would hang for ever.
+      ConfigurationError: The actor has no timeout.
     """
     where = f"hang({actor.actor_name!r})"
     counted = _Times(where, times)
@@ -126,19 +134,24 @@ def _let_time_out(delivery: Delivery) -> None:
     if limit is None or delivery.started is None:
         raise RuntimeError("hang(): this message has no timeout, and would hang for ever.")
     clock.advance(ceil(limit))
-    # The job's own time is real: it began so much earlier.
+    # The job measures real time: move its start back.
     delivery.started -= ceil(limit) / 1_000
     raise TimeoutExceeded
 
 
 def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool = False) -> AbstractContextManager[None]:
-    """Have the worker die in an actor's job: nothing after it happens, and its message is delivered again.
+    """Let the worker die in an actor's job: no hook runs, and the broker delivers the message again::
 
-    Works in `drain` and `perform`, on whose thread the dead worker is replaced at once.
+        with crash(charge, after_effect=True):
+            charge.send(42)
+            drain(broker)
+        assert len(gateway.charges) == 1  # the second run used the same key
+
+    Works in `drain` and `perform`; a new worker replaces the dead worker at once.
 
     Parameters:
-      times: In how many runs; None for all. Default 1.
-      after_effect: False, the default, before the job has done anything; True when it has done all.
+      times: The number of crashes; None for all runs. Default 1.
+      after_effect: Whether the worker dies after the job's last line. Default False: before the first.
     """
     where = f"crash({actor.actor_name!r})"
     counted = _Times(where, times)
@@ -153,10 +166,10 @@ def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool =
 
 
 def die_in_job(where: str) -> None:
-    """Let the worker die, here and now.
+    """Let the worker die at this point.
 
     Raises:
-      WorkerDied: For this job to end.
+      WorkerDied: Always, to end the job.
       RuntimeError: No drain is in progress.
     """
     work = drain_in_progress()
@@ -167,16 +180,20 @@ def die_in_job(where: str) -> None:
 
 
 def redeliver(message: Message[Any], broker: Broker | None = None) -> AbstractContextManager[None]:
-    """Deliver a message that was sent once more, as brokers do: same id, same everything.
+    """Deliver a message again, with the same id, arguments and options, as a broker may do::
 
-    At once, when it is called; it may stand in a ``with`` as the other faults do. A message that is still queued is then
-    queued twice.
+        message = charge.send(42)
+        drain(broker).assert_outcomes(charge, "succeeded")
+        redeliver(message)
+        drain(broker).assert_outcomes(charge, "duplicate")
+
+    The call takes effect at once; ``with redeliver(message):`` works too. A message that is still queued is queued twice.
 
     Parameters:
-      broker: The StubBroker that it was sent through; None, the default, for the global one.
+      broker: The StubBroker of the message. Default None: the global broker.
 
     Raises:
-      ConfigurationError: That is no StubBroker, or has no such queue.
+      ConfigurationError: The broker is no StubBroker, or lacks the message's queue.
     """
     if broker is None:
         broker = get_broker()
@@ -193,14 +210,14 @@ def redeliver(message: Message[Any], broker: Broker | None = None) -> AbstractCo
 def enqueue_down(
     broker: Broker, exception: type[BaseException] | BaseException = ConnectionFailed, times: int | None = None
 ) -> Iterator[None]:
-    """Have a broker accept no messages: neither from whoever sends one, nor what follows from a job.
+    """Let a broker refuse all messages, from your code and from the worker.
 
     Parameters:
-      exception: What it raises, an instance or a class. By default Dramatiq's ``ConnectionFailed``.
-      times: How many messages it does not accept; None, the default, for all.
+      exception: The exception to raise, an instance or a class. Default: Dramatiq's ``ConnectionFailed``.
+      times: The number of refused messages. Default None: all.
 
-    A hand-off is tried again until the worker stops, which in `drain` it does after ten virtual minutes: the message
-    is then back on its queue.
+    The worker publishes follow-up messages again and again until it stops. In `drain` it stops after ten virtual minutes, and
+    the job's message is back on its queue.
     """
     counted = _Times("enqueue_down()", times)
     own = vars(broker).get("enqueue")
@@ -225,12 +242,12 @@ def enqueue_down(
 def store_down(
     broker: Broker, exception: type[BaseException] | BaseException = ConnectionError, times: int | None = None
 ) -> Iterator[None]:
-    """Have a broker's idempotency store answer nothing.
+    """Let all calls of a broker's idempotency store fail.
 
     Parameters:
-      exception: What it raises, an instance or a class. By default the built-in ``ConnectionError``.
-      times: How many calls fail; None, the default, for all. Then `drain` ends, unless told until when to go on, when
-        only messages are left that wait for the store: they stay queued.
+      exception: The exception to raise, an instance or a class. Default: the built-in ``ConnectionError``.
+      times: The number of failing calls. Default None: all. Without ``until=``, `drain` then ends as soon as all remaining
+        messages wait for the store; they stay queued.
 
     Raises:
       ConfigurationError: The broker has no Idempotency with a store.
@@ -256,7 +273,7 @@ def store_down(
 
 
 class _Down:
-    """A store that can't be reached."""
+    """An unreachable store."""
 
     def __init__(self, store: object, exception: type[BaseException] | BaseException, counted: _Times) -> None:
         self._store, self._exception, self._counted = store, exception, counted

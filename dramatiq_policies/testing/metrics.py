@@ -1,4 +1,4 @@
-"""What Metrics would have sent."""
+"""Compute the values of Metrics without a client."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["values_of"]
 
 
 class _Values(dict[str, Any]):
-    """Metrics by name; 0 for what was not counted."""
+    """Metrics by name; 0 for a missing counter."""
 
     def __missing__(self, name: str) -> int:
         return 0
 
 
 def values_of(events: Iterable[OutcomeEvent], metrics: Metrics | None) -> dict[str, Any]:
-    """What a broker's Metrics, or one with its defaults, would have sent of these: sums of counters, lists of times."""
+    """Return the values that a broker's Metrics, or a default Metrics, would send: sums of counters, lists of times."""
     if metrics is None:
         metrics = Metrics(Nowhere())
     found = _Values()

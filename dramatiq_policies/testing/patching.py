@@ -1,4 +1,4 @@
-"""Something else in the place of an actor's function, while a test lasts."""
+"""Replace an actor's function during a test."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["around", "in_place_of"]
 
 @contextmanager
 def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[None]:
-    """Have ``make(fn)`` run where the actor's own ``fn`` would, with the bundle around it, while it lasts."""
-    # Of a class-based actor the class is taken, too.
+    """Run ``make(fn)`` in place of the actor's ``fn``, inside the wrapper of dramatiq_policies."""
+    # For a class-based actor, accept the class too.
     actor = getattr(actor, "__actor__", actor)
     saved = actor.fn
     actor.fn = make(unwrapped(saved))
@@ -36,7 +36,7 @@ def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[
 
 
 def _resolve_again(actor: Actor[..., Any]) -> None:
-    """What the bundle knows of the actor's function (``done_when`` is asked before it) is of the one that it has now."""
+    """Resolve the actor's options for its new function."""
     if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
         state = order_middleware(actor.broker)
         state.policies.pop(actor.actor_name, None)
@@ -44,7 +44,8 @@ def _resolve_again(actor: Actor[..., Any]) -> None:
 
 
 def around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:
-    """``fn``, sync or async as it is, with a call before it (told which, may return an awaitable) and one after it."""
+    """Return ``fn``, sync or async, with a call before it and after it. ``before`` gets True in an event loop, and may
+    return an awaitable."""
     if is_async(fn):
         coroutine = fn.__wrapped__
 

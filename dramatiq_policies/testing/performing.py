@@ -1,4 +1,4 @@
-"""`perform`: one run of one message, and nothing else."""
+"""`perform`: run a single message once."""
 
 from __future__ import annotations
 

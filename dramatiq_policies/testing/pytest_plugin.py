@@ -1,4 +1,4 @@
-"""pytest's fixtures, registered as the plugin ``dramatiq_policies``; ``-p no:dramatiq_policies`` turns them off."""
+"""Fixtures of the pytest plugin ``dramatiq_policies``; turn it off by ``-p no:dramatiq_policies``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["drain", "stub_broker"]
 
 @pytest.fixture
 def stub_broker() -> Iterator[Broker]:
-    """The global broker's actors on a StubBroker, in its place: `dramatiq_policies.testing.stub`."""
+    """Replace the global broker by a StubBroker with the same actors: `dramatiq_policies.testing.stub`."""
     from .stubbing import stub
 
     with stub() as broker:
@@ -26,7 +26,8 @@ def stub_broker() -> Iterator[Broker]:
 
 @pytest.fixture
 def drain(stub_broker: Broker) -> Callable[..., Run]:
-    """``drain()``: run all that is queued on `stub_broker` to its end. It takes `dramatiq_policies.testing.drain`'s options."""
+    """Return ``drain()``, which runs all queued messages of `stub_broker`, with the options of
+    `dramatiq_policies.testing.drain`."""
     from .draining import drain as drain_broker
 
     def run(**options: Any) -> Run:

@@ -1,4 +1,4 @@
-"""What a drain writes down in its `Run`: each outcome, what died, and what was logged of it."""
+"""Record the outcomes, dead letters and log records of a drain in its `Run`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BAD = frozenset(outcome.value for outcome in BAD_ENDINGS)
 
 @contextmanager
 def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[[], bool]) -> Iterator[set[str]]:
-    """Collect what happens on the bench from now on, and give the ids of the messages that wait for the idempotency store.
+    """Record events from now on, and yield the ids of messages that wait for the idempotency store.
 
     Parameters:
-      is_of_the_drain: Whether what is logged now comes from it.
+      is_of_the_drain: Returns whether the current log call comes from the drain.
     """
     clock, state, dead_letters = environment.clock, environment.state, environment.broker.dead_letters_by_queue
     began, entries = clock.now, run.entries
@@ -54,7 +54,7 @@ def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[
 
 
 class _BadEndings(logging.Handler):
-    """Keeps their records."""
+    """Keeps the log records of failures."""
 
     def __init__(self, records: list[logging.LogRecord], is_of_the_drain: Callable[[], bool]) -> None:
         super().__init__()

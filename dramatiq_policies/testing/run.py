@@ -1,4 +1,4 @@
-"""What became of the messages of one `drain`."""
+"""The record of a `drain`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
-#: How much of a message's arguments a transcript shows.
+#: The longest text of a message's arguments in a transcript, in characters.
 _WIDTH = 100
 
 
 class Entry:
-    """One delivery: when it ended, in virtual ms since the beginning, and how. A worker that died left no event."""
+    """A delivery: its end in virtual ms since the start, and its event; None if the worker died."""
 
     __slots__ = ("at", "event", "message", "note")
 
@@ -54,17 +54,17 @@ class Entry:
 
 
 class Run:
-    """What became of the messages of one `drain`; its ``repr`` is a transcript, one line for each delivery.
+    """The record of a `drain`. Its ``repr`` is a transcript with a line for each delivery.
 
-    Where a method takes an actor, it may be the actor or its name; None stands for all actors.
+    Methods accept an actor or its name; None means all actors.
 
     Attributes:
-      elapsed: How much virtual time went by, in milliseconds.
-      events: The `OutcomeEvent` of each delivery, in order. A worker that died in a job leaves none.
-      dead: The messages that went to the dead-letter queues; ``message.options["failure"]`` says why.
-      metrics: What Metrics would have sent, also where it is not installed, by name: of counters the sum, 0 for what
-        was not counted; of durations and waits the list of them, in ms.
-      logs: The log records of messages that ended badly: the DiscardLogger's, and those of alerts.
+      elapsed: The virtual time of the drain, in milliseconds.
+      events: The `OutcomeEvent` of each delivery, in order. A crashed worker leaves no event.
+      dead: The new dead letters; ``message.options["failure"]`` has the reason.
+      metrics: The values that Metrics would send, by name, also without Metrics on the broker: sums of counters (0 if
+        missing), and lists of durations and waits in ms.
+      logs: The log records of failed messages: from DiscardLogger, and alerts.
     """
 
     def __init__(self, actors: Iterable[str] = (), metrics: Metrics | None = None) -> None:
@@ -80,7 +80,7 @@ class Run:
         return values_of(self.events, self._metrics)
 
     def note_actors(self, actors: Iterable[str]) -> None:
-        """More actors that there are: a job may declare some."""
+        """Add actors that a job has declared."""
         self._actors |= set(actors)
 
     @property
@@ -88,7 +88,7 @@ class Run:
         return [entry.event for entry in self.entries if entry.event is not None]
 
     def outcomes(self, actor: Actor[..., Any] | str | None = None) -> list[str]:
-        """How each delivery ended, in order: ``["retried", "succeeded"]``.
+        """Return the outcome of each delivery, in order: ``["retried", "succeeded"]``.
 
         Raises:
           ValueError: There is no such actor.
@@ -96,18 +96,18 @@ class Run:
         return [event.outcome.value for event in self._of(actor)]
 
     def reasons(self, actor: Actor[..., Any] | str | None = None) -> list[str | None]:
-        """Why each delivery ended so, in order; None where an outcome has but one reason."""
+        """Return the reason of each outcome, in order; None for an outcome without reasons."""
         return [event.reason for event in self._of(actor)]
 
     def waits(self, actor: Actor[..., Any] | str | None = None) -> list[int]:
-        """For how long, in ms, each delivery that was retried or deferred had its message wait, in order."""
+        """Return the wait of each retried or deferred delivery, in ms, in order."""
         return [event.delay_ms for event in self._of(actor) if event.delay_ms is not None]
 
     def assert_outcomes(self, actor: Actor[..., Any] | str | None, *expected: str | Outcome) -> None:
         """Fail unless the deliveries ended so, in this order.
 
         Raises:
-          AssertionError: They did not; it shows what did happen.
+          AssertionError: The outcomes differ; the text has the transcript.
         """
         __tracebackhide__ = True
         wanted = [str(outcome) for outcome in expected]
@@ -116,10 +116,10 @@ class Run:
             self._fail(f"{_name(actor)}: expected {_said(wanted)}, got {_said(got)}.")
 
     def assert_waits(self, actor: Actor[..., Any] | str | None, *expected: int, jitter: float = 0.0) -> None:
-        """Fail unless the waits were these, in ms, or longer by at most the share ``jitter`` of each.
+        """Fail unless the waits equal these, in ms, or exceed them by at most the share ``jitter``.
 
         Raises:
-          AssertionError: They were not; it shows what did happen.
+          AssertionError: The waits differ; the text has the transcript.
         """
         __tracebackhide__ = True
         got = self.waits(actor)
@@ -133,7 +133,7 @@ class Run:
         """Fail unless the actor's dead letters carry these reasons (None where the outcome has but one), in order.
 
         Raises:
-          AssertionError: They do not; it shows what did happen.
+          AssertionError: The reasons differ; the text has the transcript.
         """
         __tracebackhide__ = True
         name = self._known(actor)
@@ -149,7 +149,7 @@ class Run:
         """Fail if a message went to the dead letters.
 
         Raises:
-          AssertionError: One did; it shows what did happen.
+          AssertionError: There is a dead letter; the text has the transcript.
         """
         __tracebackhide__ = True
         if self.dead:
@@ -169,7 +169,7 @@ class Run:
         name = actor if isinstance(actor, str) else actor.actor_name
         known = self._actors | {event.actor for event in self.events if event.actor is not None}
         if name not in known:
-            # An empty list would be taken for "it did not run".
+            # A reader would take an empty list for "did not run".
             like = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {like[0]!r}?" if like else f" It has {', '.join(sorted(known)) or 'none'}."
             raise ValueError(f"The broker has no actor {name!r}.{hint}")

@@ -1,4 +1,4 @@
-"""What every idempotency store must do, as tests: for those of this library, and for one of your own."""
+"""Tests for idempotency stores: for ours, and for your own."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class IdempotencyStoreContract(ClaimsContract):
             for key in ("behind", "ahead"):
                 _holds(store, key, b"one", _LONG)
 
-    # Calls that are repeated, since nobody knows whether they were carried out.
+    # Repeated calls after a lost answer.
 
     def test_a_call_that_is_repeated_finds_its_own_work_done(self, store: IdempotencyStore) -> None:
         for expected, value in ((None, b"one"), (b"one", b"two")):

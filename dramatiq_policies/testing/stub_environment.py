@@ -1,4 +1,4 @@
-"""What the test kit keeps of one StubBroker: its time, and what it sends."""
+"""The test kit's state of a StubBroker: its virtual clock and its patched ``enqueue``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ATTRIBUTE = "dramatiq_policies_environment"
 
 
 class StubEnvironment:
-    """One StubBroker under test. What is sent through it is sent at its own, virtual, time."""
+    """A StubBroker under test. Its messages get the virtual time."""
 
     def __init__(self, broker: StubBroker, state: BrokerState) -> None:
         self.broker = broker
         self.state = state
         self.clock = VirtualClock(self._renew_leases)
         self.draining = False
-        #: Whether the idempotency store is down for good: what waits for it waits in vain.
+        #: Whether the idempotency store stays down, so that `drain` must not wait for it.
         self.store_is_down = False
         stock, began = broker.enqueue, self.clock.now
         clock = self.clock
@@ -39,14 +39,14 @@ class StubEnvironment:
                 return stock(message, delay=delay)
             with clock.in_force():
                 if message.message_timestamp >= began:
-                    # Made just now, by the real clock.
+                    # The message has the real time.
                     message = message.copy(message_timestamp=clock.now)
                 return stock(message, delay=delay)
 
         broker.enqueue = enqueue  # type: ignore[method-assign]
 
     def _renew_leases(self) -> None:
-        """What a thread of the process would have done meanwhile."""
+        """Renew leases, as a worker's thread does in real time."""
         guard = guard_on(self.state)
         if guard is not None:
             try:
@@ -55,17 +55,17 @@ class StubEnvironment:
                 pass
 
     def delayed(self) -> list[Message[Any]]:
-        """The messages on the delay queues."""
+        """Return the messages on the delay queues."""
         return [
             Message.decode(body) for name in self.broker.delay_queues for body in tuple(self.broker.queues[name].queue)
         ]
 
 
 def environment_of(broker: Broker) -> StubEnvironment:
-    """The broker's environment, made at the first call.
+    """Return the environment of the broker, made at the first call.
 
     Raises:
-      ConfigurationError: It is no StubBroker, or has none of the bundle's middleware.
+      ConfigurationError: The broker is no StubBroker, or has no dramatiq_policies middleware.
     """
     environment: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
     if environment is None:

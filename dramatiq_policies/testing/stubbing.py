@@ -1,4 +1,4 @@
-"""`stub`: an app's actors on a StubBroker, with nothing changed in the app."""
+"""`stub`: run an application's actors on a StubBroker, without a change of the application."""
 
 from __future__ import annotations
 
@@ -28,27 +28,31 @@ if TYPE_CHECKING:
 
 __all__ = ["stub"]
 
-#: What goes to the StubBroker where the app holds on to its own broker.
+#: Methods of the application's broker that call the StubBroker.
 _LENT = ("enqueue", "join", "flush", "flush_all", "get_results_backend")
 
 
 @contextmanager
 def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
-    """Lend the actors of a broker to a fresh StubBroker, while it lasts; all is put back afterwards.
+    """Lend a broker's actors to a fresh StubBroker, and return them at the end::
 
-    The StubBroker has the same middleware with the same settings, but everything that they store is in memory, and
-    nothing connects. What the app sends through its own broker goes to the StubBroker too.
+        with stub() as broker:
+            send_confirmation.send(42, "ada@example.com")
+            drain(broker).assert_outcomes(send_confirmation, "succeeded")
+
+    The StubBroker has the same middleware with the same settings, but keeps all data in memory; nothing connects. Messages that
+    the application sends through its own broker go to the StubBroker too.
 
     Parameters:
-      broker: None, the default, means the global one, in whose place the StubBroker stands meanwhile. Where none was
-        set, the StubBroker is a fresh one with the bundle installed.
+      broker: The broker to replace. Default None: the global broker; if none is set, the StubBroker gets `install`'s
+        defaults.
 
-    A middleware of yours is on both brokers, and the same object. A rate limiter or a result backend that your code
-    holds on to is still the one that it made.
+    Your own middleware is the same object on both brokers. Rate limiters and result backends that your code has made
+    stay as they are.
 
-    Import the app before. An app that is imported for the first time meanwhile, and sets a global broker of its own, sends
-    through that one: it can't be lent any more. Where it has none of its own, the actors of its modules are lent, and
-    belong to the global broker afterwards; with none set, they stay on this StubBroker.
+    Import the application before. If its first import happens inside and sets a global broker, its actors keep that
+    broker and are not lent. If the import sets no broker, its actors are lent, and belong to the global broker
+    afterwards; without a global broker they stay on the StubBroker.
     """
     real = dramatiq.broker.global_broker if broker is None else broker
     stand_in = _fresh(real)
@@ -84,7 +88,7 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
 
 
 def _is_of_a_module(actor: Actor[..., Any]) -> bool:
-    """Whether it stays when a test is over: a module is imported once, while what a function declares is gone."""
+    """Whether a module declares the actor; actors of a test function end with the test."""
     fn = unwrapped(actor.fn)
     return "<locals>" not in getattr(fn, "__qualname__", type(fn).__qualname__)
 
@@ -113,7 +117,7 @@ def _for_stub(middleware: Middleware) -> Middleware:
     if isinstance(middleware, Results):
         middleware = copy.copy(middleware)
         middleware.backend = StubResults(encoder=middleware.backend.encoder)
-        middleware.backend.results = {}  # Its own: the class has one for all.
+        middleware.backend.results = {}  # Dramatiq's class shares the dictionary among all instances.
     elif isinstance(middleware, GroupCallbacks):
         middleware = copy.copy(middleware)
         middleware.rate_limiter_backend = StubLimits()
@@ -125,7 +129,7 @@ def _stand_in_globally(stand_in: StubBroker) -> Any:
     dramatiq.broker.global_broker = stand_in
 
     def put_back() -> None:
-        # An app that was imported meanwhile may have set its own.
+        # An application imported meanwhile may have set its own broker.
         if dramatiq.broker.global_broker is stand_in:
             dramatiq.broker.global_broker = before
 
@@ -133,10 +137,10 @@ def _stand_in_globally(stand_in: StubBroker) -> Any:
 
 
 def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
-    """Have what is sent through ``real`` go to the StubBroker, and actors declared on it lent as well."""
+    """Redirect the messages of ``real`` to the StubBroker, and lend actors declared on ``real`` later."""
 
     def lent(name: str) -> Any:
-        # Looked up at each call: a fault may have taken its place.
+        # Looked up at each call: a fault may have replaced the method.
         return lambda *args, **kwargs: getattr(stand_in, name)(*args, **kwargs)  # noqa: PLW0108
 
     declare = real.declare_actor

@@ -1,4 +1,4 @@
-"""For tests in the style of `unittest`."""
+"""The test kit for `unittest`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["StubBrokerMixin"]
 
 
 class StubBrokerMixin(unittest.TestCase):
-    """A test case whose tests find the global broker's actors on a fresh StubBroker; goes with any other test case::
+    """Replace the global broker by a fresh StubBroker in each test; combine it with any test case::
 
     class OrderTests(StubBrokerMixin, TransactionTestCase): ...
 
     Attributes:
-      stub_broker: The StubBroker, in the global broker's place while a test runs.
+      stub_broker: The StubBroker of the running test.
     """
 
     stub_broker: StubBroker
@@ -33,5 +33,5 @@ class StubBrokerMixin(unittest.TestCase):
         self.stub_broker = stack.enter_context(stub())
 
     def drain(self, **options: Any) -> Run:
-        """Run all that is queued to its end, as `dramatiq_policies.testing.drain` does, with its options."""
+        """Run all queued messages. Options as for `dramatiq_policies.testing.drain`."""
         return drain(self.stub_broker, **options)

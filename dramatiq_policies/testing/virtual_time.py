@@ -18,7 +18,7 @@ from ..common import clock
 
 __all__ = ["VirtualClock", "VirtualStop", "clock_in_force"]
 
-#: How long, in virtual ms, what can't be reached is tried again before the worker is stopped.
+#: The virtual time, in ms, after which a drain stops to retry an unreachable broker.
 _PATIENCE = 600_000
 
 _in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtual_clock", default=None)
@@ -43,14 +43,14 @@ class VirtualClock:
         self._passed = passed
 
     def advance(self, ms: int) -> None:
-        """Let so many milliseconds pass."""
+        """Advance the clock."""
         self.now += ms
         self.skipped += ms
         if ms:
             self._passed()
 
     def time(self) -> float:
-        # The tenth of a millisecond is for those who round down what they multiply by 1,000 again.
+        # The tenth of a millisecond protects callers that multiply by 1,000 and round down.
         return (self.now + 0.1) / 1_000
 
     def monotonic(self) -> float:
@@ -58,7 +58,7 @@ class VirtualClock:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Have this thread see it, while it lasts."""
+        """Show the virtual clock to this thread."""
         token = _in_force.set(self)
         _put_in_place()
         try:
@@ -69,12 +69,12 @@ class VirtualClock:
 
 
 def clock_in_force() -> VirtualClock | None:
-    """The virtual clock that this thread, or this task, sees."""
+    """Return the virtual clock of this thread or task, or None."""
     return _in_force.get()
 
 
 class VirtualStop(threading.Event):
-    """Says that a worker stops; waiting for it takes virtual time, and after a while it does stop."""
+    """The stop event of a drain: a wait takes virtual time, and after some minutes the event is set."""
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def _sleep(seconds: float) -> None:
 
 
 class _TimeModule:
-    """Stands in for the `time` module where Dramatiq looks at it."""
+    """Replaces the `time` module in Dramatiq's modules."""
 
     time = staticmethod(_time)
     monotonic = staticmethod(_monotonic)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dramatiq_policies import ErrorClassifier
+from dramatiq_policies import ErrorClassifier, RetryPolicy
 
 SECRET_KEY = "an example's, not a secret"  # noqa: S105
 USE_TZ = True
@@ -32,7 +32,10 @@ DRAMATIQ_BROKER = {
         "dramatiq.middleware.Pipelines",
         # In the place of Retries and TimeLimit, in any order.
         "dramatiq_policies.Timeout",
-        ErrorClassifier(retry_on={"django.db.utils.OperationalError": 5}),
+        ErrorClassifier(
+            retry_on={"django.db.utils.OperationalError": 5},
+            unclassified=RetryPolicy(attempts=5),
+        ),
         # In the broker's Redis; on a StubBroker in memory. On RabbitMQ: Idempotency(RedisStore.from_url("redis://…")).
         "dramatiq_policies.Idempotency",
         "dramatiq_policies.DiscardLogger",

@@ -21,6 +21,12 @@ def send_mail(order_id):
     "Tells the customer."
 """
 
+BOUNDED = """
+broker = StubBroker()
+install(broker, error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)))
+dramatiq.set_broker(broker)
+"""
+
 
 def job(options="", body='"Does something."', **replaced):
     """A job that is ready but for what a test changes."""
@@ -314,7 +320,7 @@ def test_warnings_fail_only_if_asked_to(command):
 
 def test_an_exemption_without_a_reason_is_no_exemption(command):
     assert "reason" in command.refuses("check", command.app(job(policy_exempt='{"DP006": " "}')))
-    app = command.app(PREPARED)
+    app = command.app(PREPARED, broker=BOUNDED)
     assert command.refuses("check", app, "--ignore", "DP019") == "Error: --ignore needs a --reason."
     two = ("--ignore", "DP019", "--ignore", "DP006", "--ignore", "DP005", "--reason", "x", "--reason", "y")
     assert "give each its own, or one for all" in command.refuses("check", app, *two)
@@ -408,7 +414,7 @@ install(broker)
 dramatiq.set_broker(broker)
 """
     line = command.refuses("check", command.app(PREPARED, broker=broker), "--live")
-    assert line.startswith("Error: Redis can't be asked: ")
+    assert line.startswith("Error: Redis can't be reached at 127.0.0.1:1 (ConnectionError: ")
     assert "secret" not in line
 
 
@@ -530,3 +536,73 @@ def test_a_name_that_is_no_broker_and_makes_none_is_refused(command):
 def test_an_actor_whose_name_means_something_else_in_its_module_is_found_on_the_broker(command):
     app = command.app(PREPARED + "\nsend_mail = None\n")
     assert find_actor(f"{app}:send_mail").actor_name == "send_mail"
+
+
+def found(report, code):
+    return [finding for finding in report["findings"] if finding["code"] == code]
+
+
+def test_retries_that_go_on_for_more_than_a_day_are_reported(command):
+    (finding,) = found(command.json("check", command.app(job())), "DP026")
+    assert finding["message"].startswith("An error that no rule names is tried 21 times, over up to 46 d")
+    assert found(command.json("check", command.app(job(), broker=BOUNDED)), "DP026") == []
+    slow = job(retry_on="{OSError: RetryPolicy(attempts=9, wait=constant(12_000_000))}")
+    (finding,) = found(command.json("check", command.app(slow, broker=BOUNDED)), "DP026")
+    assert finding["message"] == "The rule for OSError gives up after up to 26 h 40 m"
+
+
+STEPS = """
+def step(name, **options):
+    def work(*args):
+        "Does something."
+    return dramatiq.actor(actor_name=name, queue_name="q", retry_on=(), discard_on=(), timeout=5_000, **options)(work)
+a = step("a", idempotency_key="a:{args}")
+b = step("b", idempotent=True)
+c = step("c", idempotency_key="c:{args}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sends", "unkeyed"),
+    [
+        ("def send(): (a.message(1) | b.message() | c.message()).run()", ["b"]),
+        ("def send(): dramatiq.pipeline([a.message(1), b.message_with_options(args=())]).run()", ["b"]),
+        ("def send():\n    steps = [a.message(1), b.message()]\n    dramatiq.pipeline(steps).run()", ["b"]),
+        ("def send(): (a.message(1) | c.message()).run()", []),
+        ("def send(): (b.message(1) | c.message()).run()", []),
+        ("def send(): return 1 | 2", []),
+    ],
+)
+def test_a_pipeline_whose_first_job_alone_has_a_key_is_found(command, sends, unkeyed):
+    source = STEPS.replace(":{args}", ":{day}").replace("*args", "day=None")
+    report = command.json("check", command.app(f"{source}\n{sends}\n"), "--ignore", "DP006", "--reason", "x")
+    assert [finding["actor"] for finding in found(report, "DP030")] == unkeyed
+
+
+def test_a_group_s_callback_and_a_result_without_their_middleware_are_found(command):
+    uses = """
+def images():
+    g = dramatiq.group([send_mail.message(1)])
+    g.add_completion_callback(send_mail.message(2))
+    g.run()
+    return g.get_results(), send_mail.send(1).get_result()
+"""
+    report = command.json("check", command.app(job() + uses), code=1)
+    assert codes(report) == ["DP028", "DP029", "DP029"]
+    complete = """
+from dramatiq.middleware import GroupCallbacks
+from dramatiq.rate_limits.backends import StubBackend
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend as StubResults
+broker = StubBroker()
+broker.add_middleware(GroupCallbacks(StubBackend()))
+broker.add_middleware(Results(backend=StubResults()))
+install(broker)
+dramatiq.set_broker(broker)
+"""
+    assert codes(command.json("check", command.app(job() + uses, broker=complete))) == []
+
+
+def test_a_get_result_of_something_else_is_no_finding(command):
+    uses = "\ndef other(client):\n    job = client.query('select 1')\n    return job.get_result()\n"
+    assert codes(command.json("check", command.app(job() + uses))) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dramatiq_policies import ops
-from dramatiq_policies.cli.base import duration
+from dramatiq_policies.ops.durations import format_duration
 
 from .test_check import PREPARED
 
@@ -75,11 +75,12 @@ def test_the_example_passes_its_own_gate(monkeypatch):
         (59_600, "59.6 s"),
         (125_000, "2 m 5 s"),
         (12_000_000, "3 h 20 m"),
+        (86_400_000, "24 h"),
         (7 * 86_400_000, "7 d"),
     ],
 )
 def test_a_length_of_time_is_said_as_a_person_would(ms, said):
-    assert duration(ms) == said
+    assert format_duration(ms) == said
 
 
 def test_a_reader_that_has_seen_enough_is_told_nothing_more(command):

@@ -153,7 +153,7 @@ def test_what_it_says_is_what_then_happens(command, app, actor, error):
 def test_without_an_exception_it_shows_the_whole_policy(command, app):
     shown = explained(command, f"{app}:send_mail")
     assert (shown["actor"], shown["queue"], shown["purpose"]) == ("send_mail", "mail", "Tells the customer.")
-    assert shown["facts"]["timeout"] == "30000 ms"
+    assert shown["facts"]["timeout"] == "30 s"
     assert shown["facts"]["tags"] == "team=shop"
     assert [(rule["verb"], rule["error"].rpartition(".")[2]) for rule in shown["rules"]] == [
         ("retry", "Timeout_"),
@@ -170,7 +170,7 @@ def test_people_read_it_as_sentences(command, app):
     assert f"{app}.Timeout_ in send_mail: retried" in shown
     assert "then dead (exhausted): in the dead letters of mail" in shown
     assert "at most 2 m 10 s from its first start" in shown
-    assert "exponential(initial=1000" in command("explain", f"{app}:send_mail").stdout
+    assert "exponential(initial=1 s, maximum=7 d" in command("explain", f"{app}:send_mail").stdout
 
 
 def test_an_actor_or_error_that_does_not_exist_is_one_sentence(command, app):

@@ -94,7 +94,7 @@ def test_a_store_that_is_down_is_one_sentence(command, app, monkeypatch):
 
     monkeypatch.setattr(idempotency.store, "get", down)
     line = command.refuses("keys", "show", f"{app}:send_mail", 7)
-    assert line.startswith("Error: The store can't be asked: ")
+    assert line.startswith("Error: The idempotency store can't be reached (ConnectionError: refused")
     assert "refused" in line
 
 

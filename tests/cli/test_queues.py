@@ -187,7 +187,7 @@ def test_a_broker_that_can_not_be_read_is_one_sentence(command, app, monkeypatch
 
     monkeypatch.setattr(Reader, "read_all", lost)
     line = command.refuses("queues", app)
-    assert line.startswith("Error: The broker can't be read: no route to redis://")
+    assert line.startswith("Error: The broker can't be reached (ConnectionClosed: no route to redis://")
     assert "secret" not in line
 
 

@@ -21,7 +21,7 @@ from ...common.credentials import redact
 from ...errors import OperationError
 from ..browser import Item
 
-__all__ = ["browse"]
+__all__ = ["browse", "unreachable"]
 
 _MOVE = resources.files(__package__).joinpath("move.lua").read_text()
 _PAGE = 500
@@ -38,8 +38,19 @@ def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | Rea
             yield browser
         finally:
             browser.close()
-    except redis.RedisError as error:
-        raise OperationError(f"Redis does not answer as it should: {redact(str(error))}") from None
+    except (redis.RedisError, OSError) as error:
+        raise unreachable(broker.client, error) from None
+
+
+def unreachable(client: Any, error: BaseException) -> OperationError:
+    """Return the error for a Redis server that can't be reached, or that refuses a command."""
+    text = f"({type(error).__name__}: {redact(' '.join(str(error).split())).rstrip('.')})."
+    if not isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+        return OperationError(f"Redis refuses a command {text}")
+    pool = getattr(client, "connection_pool", None)
+    place = getattr(pool, "connection_kwargs", {})
+    at = place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}"
+    return OperationError(f"Redis can't be reached at {at} {text}")
 
 
 class _RedisBrowser:

@@ -1,11 +1,11 @@
-"""For Django: the command ``manage.py policies``, and messages that are sent before their transaction has committed.
+"""Django: the command ``manage.py policies``, and warnings of messages sent before a commit.
 
 Put ``"dramatiq_policies.contrib.django"`` into ``INSTALLED_APPS``, after ``"django_dramatiq"``::
 
     python manage.py policies check
 
-Inside ``atomic()``, a worker may take a message before the row that it is about can be seen, and a rollback leaves a message about
-nothing. `WarnInsideAtomic` in ``MIDDLEWARE`` finds the places; ``transaction.on_commit`` mends them::
+If you send a message inside ``atomic()``, a worker may run the job before the commit, and a rollback does not remove the
+message. `WarnInsideAtomic` in ``MIDDLEWARE`` logs such places; ``transaction.on_commit`` mends them::
 
     transaction.on_commit(partial(send_confirmation.send, order.id))
 """

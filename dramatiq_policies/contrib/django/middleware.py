@@ -1,4 +1,4 @@
-"""Messages that are sent before their transaction has committed."""
+"""Warn of messages that your code sends before the commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["SentInsideAtomic", "WarnInsideAtomic"]
 logger = SafeLogger("dramatiq_policies.django")
 
 
-# A MiddlewareError, by its base: the only kind that Dramatiq lets out of a hook.
+# Its base is a MiddlewareError: Dramatiq swallows all other errors of a hook.
 class SentInsideAtomic(ConfigurationError):
     """A message was sent inside ``atomic()``. Raised by ``WarnInsideAtomic(strict=True)`` only."""
 
@@ -34,7 +34,7 @@ class SentInsideAtomic(ConfigurationError):
 class WarnInsideAtomic(Middleware):
     """Warns when a message is sent inside ``transaction.atomic()``: once per actor and line of code in each process.
 
-    The blocks that Django's ``TestCase`` wraps around each test do not count, and neither do ``on_commit`` callbacks.
+    The blocks of Django's ``TestCase`` around each test don't count; ``on_commit`` callbacks don't either.
     The record is on the logger ``dramatiq_policies.django``, with ``actor``, ``call_site`` ("file:line") and
     ``database`` as ``extra``.
 
@@ -67,7 +67,7 @@ class WarnInsideAtomic(Middleware):
 
 
 def _call_site() -> str:
-    """The innermost line that is neither ours nor Dramatiq's."""
+    """Return the innermost line outside dramatiq_policies and Dramatiq."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]

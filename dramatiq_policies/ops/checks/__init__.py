@@ -1,3 +1,3 @@
-"""What ``dramatiq-policies check`` finds."""
+"""The findings of ``dramatiq-policies check``."""
 
 from __future__ import annotations

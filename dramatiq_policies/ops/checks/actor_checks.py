@@ -23,8 +23,11 @@ from ...middleware.timeout import Timeout
 from ...outcomes import class_path
 from ...rules.backoff import bounds_of
 from ...rules.rule import RetryPolicy, Rule, Verb
+from ..durations import format_duration
+from ..explanations.explanation import unnamed
 from .actor_source import purpose_of, source_of
 from .broker_checks import OF_BROKERS, Found, named
+from .composition_checks import check_composition
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -38,12 +41,12 @@ __all__ = ["Settings", "check_actor", "check_broker", "retry_horizon"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the gate must be told, since no application says it.
+    """Settings of the gate that no application declares.
 
     Attributes:
-      required_tags: Tags that every actor must have.
-      shutdown_timeout_ms: What ``dramatiq --worker-shutdown-timeout`` is; its own default is ten minutes.
-      consumer_timeout_ms: RabbitMQ's ``consumer_timeout``; its own default is half an hour.
+      required_tags: The tags to require of every actor.
+      shutdown_timeout_ms: The value of ``dramatiq --worker-shutdown-timeout``. Default: ten minutes, as Dramatiq's.
+      consumer_timeout_ms: RabbitMQ's ``consumer_timeout``. Default: half an hour, as RabbitMQ's.
     """
 
     required_tags: tuple[str, ...] = ()
@@ -53,7 +56,7 @@ class Settings:
 
 @dataclass(slots=True)
 class _Job:
-    """One actor, and what is known of it."""
+    """An actor with its policy and its broker's state."""
 
     actor: Actor[..., Any]
     policy: ActorPolicy
@@ -68,23 +71,24 @@ class _Job:
         return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)
 
     def named(self, name: str) -> Any:
-        """A middleware by its class's name, for those whose module may not be imported."""
+        """Find a middleware by class name, without importing its module."""
         return named(self.state.broker, name)
 
 
 def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
-    """Everything that is wrong with a broker's actors and middleware, exemptions not yet applied."""
+    """Return all findings on a broker's actors and middleware, before exemptions."""
     settings = Settings() if settings is None else settings
     if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
         return [_finding("DP022", None, f"The {type(broker).__name__} has no middleware of dramatiq_policies")]
     found = [_finding(code, None, text) for check in OF_BROKERS for code, text in check(broker)]
     for name in sorted(broker.actors):
         found += check_actor(broker.actors[name], settings)
+    found += [_finding(code, broker.actors.get(name or ""), text) for name, code, text in check_composition(broker)]
     return found
 
 
 def check_actor(actor: Actor[..., Any], settings: Settings | None = None) -> list[Finding]:
-    """Everything that is wrong with one actor, exemptions not yet applied."""
+    """Return all findings on an actor, before exemptions."""
     settings = Settings() if settings is None else settings
     policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
@@ -139,24 +143,37 @@ def _uncapped(job: _Job) -> Found:
         yield "DP003", "max_retries is None, and errors that no rule names are retried without end"
 
 
+def _horizon(job: _Job) -> Found:
+    for rule in job.policy.rules.rules:
+        if rule.policy is not None and (longest := retry_horizon(rule.policy)) > _DAY:
+            yield "DP026", f"The rule for {_target(rule)} gives up after up to {format_duration(longest)}"
+    other = unnamed(job.actor)
+    if other.outcome == "retried" and other.complete and other.attempts[-1].latest_ms > _DAY:
+        runs, latest = len(other.attempts), format_duration(other.attempts[-1].latest_ms)
+        yield "DP026", f"An error that no rule names is tried {runs} times, over up to {latest}"
+
+
 def _memory(job: _Job) -> Found:
     idempotency, guard, timeout = job.one(Idempotency), job.policy.guard, job.policy.timeout_ms
     if idempotency is None or guard is None or not guard.keyed:
         return
-    # It is renewed while the job runs. A call that lets no other thread run is not covered by a lease that is short.
+    # The lease is renewed while the job runs, but not during a call that blocks all other threads.
     if timeout is not None and idempotency.lease < min(timeout, _LEASE):
-        yield "DP009", f"The lease is {idempotency.lease} ms, the timeout {timeout:.0f} ms"
+        yield "DP009", f"The lease is {format_duration(idempotency.lease)}, the timeout {format_duration(timeout)}"
     horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
     if guard.ttl < horizon:
-        yield "DP010", f"Retries may go on for {horizon} ms, and a completed key is remembered for {guard.ttl:.0f} ms"
+        lasts, kept = format_duration(horizon), format_duration(guard.ttl)
+        yield "DP010", f"Retries may go on for {lasts}, and a completed key is remembered for {kept}"
 
 
-#: The lease that Idempotency has by default, in ms.
+#: The default lease of Idempotency, in ms.
 _LEASE = 60_000
+_DAY = 86_400_000
 
 
 def retry_horizon(policy: RetryPolicy) -> int:
-    """The longest time between a rule's first failure and the start of its last attempt, runs taken as instant."""
+    """Return the longest time from a rule's first failure to the start of its last attempt, without the time of the
+    runs."""
     longest = sum(bounds_of(policy.wait, number)[1] for number in range(1, min(policy.attempts, 10_000)))
     return longest if policy.max_elapsed is None else min(longest, to_ms(policy.max_elapsed))
 
@@ -175,7 +192,7 @@ def _rules(job: _Job) -> Found:
 
 
 def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
-    """An actor's rule, and the broker's that does something else with errors of a narrower class."""
+    """Yield each actor's rule with each broker's rule that treats a narrower class differently."""
     own = [rule for rule in rules if rule.owner == "actor" and rule.predicate is None]
     named = {rule.resolve() for rule in own}
     for wide in own:
@@ -187,7 +204,7 @@ def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
 
 
 def _overridden(job: _Job, rule: Any) -> bool:
-    """A broker's rule that this actor has replaced by its own for the same class: as it is meant to be."""
+    """Whether the actor replaces a broker's rule by a rule for the same class, which is intended."""
     return any(own.owner == "actor" and own.resolve() is rule.resolve() for own in job.policy.rules.rules)
 
 
@@ -206,17 +223,17 @@ def _clocks(job: _Job) -> Found:
     timeout = job.policy.timeout_ms
     if timeout is None or not math.isfinite(timeout):
         return
-    settings = job.settings
+    settings, lasts = job.settings, format_duration(timeout)
     if timeout > settings.shutdown_timeout_ms:
         yield (
             "DP015",
-            f"It may run for {timeout:.0f} ms; a worker that shuts down waits {settings.shutdown_timeout_ms} ms",
+            f"It may run for {lasts}; a worker that shuts down waits {format_duration(settings.shutdown_timeout_ms)}",
         )
     if kind_of(job.state.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
         yield (
             "DP017",
             (
-                f"It may run for {timeout:.0f} ms; after {settings.consumer_timeout_ms} ms RabbitMQ closes the channel and "
+                f"It may run for {lasts}; after {format_duration(settings.consumer_timeout_ms)} RabbitMQ closes the channel and "
                 "gives its message to another worker"
             ),
         )
@@ -243,7 +260,10 @@ def _alerts(job: _Job) -> Found:
         classifier.subscribers or classifier.after_discard or job.policy.after_discard or job.named("SentryReporter")
     )
     if not heard and not is_heard(ALERTS, logging.CRITICAL):
-        yield "DP018", "It alerts, and no Sentry, no on_outcome, no after_discard and no log handler would tell anybody"
+        yield (
+            "DP018",
+            "It alerts, no SentryReporter, on_outcome or after_discard passes the alert on, and no log handler is configured for it",
+        )
 
 
 def _asynchronous(job: _Job) -> Found:
@@ -254,6 +274,7 @@ def _asynchronous(job: _Job) -> Found:
 
 _OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
     _design,
+    _horizon,
     _memory,
     _rules,
     _references,

@@ -1,4 +1,4 @@
-"""Where an actor is declared, and what its docstring says."""
+"""The place of an actor's declaration, and its docstring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["purpose_of", "source_of"]
 
 
 def source_of(actor: Actor[..., Any]) -> tuple[str | None, int | None]:
-    """The file, from the current folder, and the line of an actor's function or class."""
+    """Return the file (relative to the current folder) and the line of an actor's function or class."""
     fn: Any = inspect.unwrap(actor.fn)
     try:
         if hasattr(fn, "__code__"):
@@ -27,11 +27,11 @@ def source_of(actor: Actor[..., Any]) -> tuple[str | None, int | None]:
 
 
 def purpose_of(actor: Actor[..., Any]) -> str | None:
-    """The docstring of an actor's function; of a class or its ``perform``, their own."""
+    """Return the docstring of an actor's function, of its class, or of the class's ``perform``."""
     fn: Any = inspect.unwrap(actor.fn)
     if hasattr(fn, "__code__"):
         return inspect.getdoc(fn)
-    # Not what a class inherits: GenericActor's own docstring says nothing of the job.
+    # Without inheritance: the docstring of GenericActor does not describe the job.
     for part in (type(fn), vars(type(fn)).get("perform")):
         text = getattr(part, "__dict__", {}).get("__doc__") or (part.__doc__ if inspect.isfunction(part) else None)
         if text:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...common.durations import to_ms
 from ...outcomes import class_path
+from ..durations import format_duration
 from ..explanations.explanation import policy_of, predicate_name, unnamed
 from .actor_source import purpose_of, source_of
 
@@ -23,9 +24,9 @@ class ActorSummary:
     """An actor's whole policy.
 
     Attributes:
-      actor, queue, purpose, file, line: Who it is.
-      facts: What holds for it, by name, in words.
-      rules: One row for each rule: verb, errors, narrowed by, attempts, waits, then, owner.
+      actor, queue, purpose, file, line: The actor and the place of its declaration.
+      facts: The values of its options in words, by name.
+      rules: A row for each rule: verb, error, only_if, attempts, wait, then, owner.
     """
 
     actor: str
@@ -45,7 +46,7 @@ def describe(actor: Actor[..., Any]) -> ActorSummary:
     """An actor's whole policy.
 
     Raises:
-      OperationError: If it is on a broker without the bundle.
+      OperationError: The actor's broker has no dramatiq_policies.
     """
     policy = policy_of(actor)
     file, line = source_of(actor)
@@ -77,8 +78,8 @@ def describe(actor: Actor[..., Any]) -> ActorSummary:
 
 def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
     facts = {
-        "timeout": _said(policy.timeout_ms, "none: it may run for ever"),
-        "queue_timeout": _said(policy.queue_timeout_ms, "none: it may wait for ever"),
+        "timeout": _duration_or(policy.timeout_ms, "none: it may run for ever"),
+        "queue_timeout": _duration_or(policy.queue_timeout_ms, "none: it may wait for ever"),
         "other errors": unnamed(actor).why,
     }
     for option in ("max_retries", "idempotency_key", "idempotent", "done_when"):
@@ -94,7 +95,7 @@ def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
 
 
 def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
-    """What a second message of the same job does, and what follows when the worker dies in one."""
+    """Describe a second message of the same job, and a crash of the worker during a job."""
     guard = policy.guard
     again = "the message is delivered again and the job runs again from its start"
     crash = (
@@ -103,12 +104,12 @@ def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
         else f"{again}; dead (crashed) after {guard.max_crashes} such runs"
     )
     if guard is not None and guard.keyed:
-        kept = f"skipped for {guard.ttl} ms after the job is completed, put off while it runs"
+        kept = f"skipped for {format_duration(guard.ttl)} after the job is completed, put off while it runs"
         return (kept if guard.key_of is not None else f"{kept}; only of this very message"), crash
     if "done_when" in actor.options:
         return "runs, unless done_when says that there is nothing left to do", crash
     return "runs again: nothing in the actor's options stops it", crash
 
 
-def _said(ms: float | None, none: str) -> str:
-    return none if ms is None else f"{ms:.0f} ms"
+def _duration_or(ms: float | None, none: str) -> str:
+    return none if ms is None else format_duration(ms)

@@ -1,4 +1,4 @@
-"""What the production gate looks for in a broker's middleware."""
+"""Check a broker's middleware."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Found = Iterator[tuple[str, str]]
 
 
 def named(broker: Broker, name: str) -> Any:
-    """A middleware of ours by its class's name, for those whose module may not be imported; None if there is none."""
+    """Find a dramatiq_policies middleware by class name, without importing its module; None if it is absent."""
     for middleware in broker.middleware:
         if name in {cls.__name__ for cls in type(middleware).__mro__} and isinstance(middleware, PolicyMiddleware):
             return middleware
     return None
 
 
-#: What ours takes the place of: both at once work against each other.
+#: Dramatiq's middleware and ours that replaces it: both at once work against each other.
 _REPLACED: tuple[tuple[type[Middleware], type[Middleware]], ...] = ((Retries, ErrorClassifier), (TimeLimit, Timeout))
-#: What a subclass of ours takes the place of, but not where it is a user's own subclass.
+#: Dramatiq's middleware and our subclass that replaces it, unless you have a subclass of your own.
 _WITH_HOLES: tuple[tuple[type[Middleware], type[Middleware]], ...] = (
     (StockCallbacks, Callbacks),
     (StockPipelines, Pipelines),

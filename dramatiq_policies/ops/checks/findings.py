@@ -1,4 +1,4 @@
-"""What the production gate can find: one code each, stable for good."""
+"""The kinds of findings of the production gate, each with a stable code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One kind of finding.
+    """A kind of finding.
 
     Attributes:
-      code: Its name, never given to anything else.
+      code: The stable code.
       severity: An error fails the gate, a warning only with ``strict``.
-      title: What is wrong, in a few words.
-      fix: What to do.
+      title: The fault in a few words.
+      fix: The remedy.
     """
 
     code: str
@@ -33,7 +33,7 @@ def _codes(*codes: Code) -> Mapping[str, Code]:
 
 
 CODES: Mapping[str, Code] = _codes(
-    # One actor's design.
+    # The design of an actor.
     Code("DP001", "error", "nothing is retried", "Declare retry_on for the transient errors; retry_on=() if there are none"),
     Code("DP002", "error", "nothing is discarded", "Declare discard_on for the permanent errors; discard_on=() if there are none"),
     Code("DP003", "error", "retries have no cap", "Set max_retries, or ErrorClassifier(unclassified=RetryPolicy(…))"),
@@ -42,7 +42,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP006", "error", "nothing makes a second run harmless", "Declare idempotency_key, idempotent=True or done_when"),
     Code("DP007", "error", "no purpose", "Say in a docstring what the job is for"),
     Code("DP008", "error", "a required tag is missing", "Declare it in tags="),
-    # What contradicts itself.
+    # Contradictions.
     Code("DP009", "error", "the lease is short, and shorter than the timeout", "Leave Idempotency(lease=…) at its 60 seconds, or over the timeout"),
     Code("DP010", "error", "retries outlive the idempotency memory", "Raise idempotency_ttl over the longest time of retries"),
     Code("DP011", "error", "a rule can never match", "Take it out, or narrow the rule before it by when()"),
@@ -60,7 +60,12 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP023", "error", "a rule's class can't be imported", "Mend its dotted path"),
     Code("DP024", "error", "idempotency remembers within one process", "Pass Idempotency(RedisStore.from_url(…))"),
     Code("DP025", "warning", "a subclass of a stock middleware keeps its holes", "Derive it from ours, in dramatiq_policies.middleware.composition and .shutdown"),
-    # What the servers say (--live).
+    Code("DP026", "warning", "retries go on for more than a day", "Bound them: ErrorClassifier(unclassified=RetryPolicy(attempts=5)), fewer attempts or max_elapsed="),
+    Code("DP027", "warning", "a duration that looks like seconds", "Durations are milliseconds: write timedelta(seconds=30) or 30_000"),
+    Code("DP028", "error", "a group's callback without GroupCallbacks", "Add dramatiq.middleware.GroupCallbacks(rate_limiter_backend) to the broker"),
+    Code("DP029", "error", "results are read without Results", "Add dramatiq.results.Results(backend=…) to the broker, and store_results=True to the actor"),
+    Code("DP030", "warning", "a later step of a pipeline has no key", "Declare idempotency_key on each step"),
+    # Findings of check --live.
     Code("DP101", "error", "Redis may evict messages", "Set maxmemory-policy noeviction"),
     Code("DP102", "error", "Redis keeps nothing on disk", "Turn on appendonly"),
     Code("DP103", "warning", "Redis loses what came since its last snapshot", "Turn on appendonly"),
@@ -77,16 +82,16 @@ CODES: Mapping[str, Code] = _codes(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is wrong.
+    """A finding on an actor, a broker or a server.
 
     Attributes:
-      code: Which kind; `CODES` says more.
+      code: The kind, a key of `CODES`.
       severity: ``error`` or ``warning``.
-      actor: The actor, None if it is the broker or a server.
-      message: What is wrong, with its figures.
-      fix: What to do.
-      file, line: Where the actor is declared, None where that can't be known.
-      exempt: The reason for which it does not count, None if it does.
+      actor: The actor; None for a broker or a server.
+      message: The fault with its figures.
+      fix: The remedy.
+      file, line: The place of the actor's declaration; None if unknown.
+      exempt: The reason of an exemption; None if the finding counts.
     """
 
     code: str

@@ -1,4 +1,4 @@
-"""What counts of the findings: exemptions, each with its reason, and the baseline of an application that starts late."""
+"""Sort findings: exemptions with reasons, and a baseline for an existing application."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ Exemptions = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the gate found.
+    """The result of the gate.
 
     Attributes:
-      findings: What counts.
-      exempt: What has a reason not to.
-      baseline: What was there already when the baseline was written.
-      fixed: The entries (code, actor) of the baseline that are no longer found.
+      findings: The findings that count.
+      exempt: Findings with the reason of an exemption.
+      baseline: Findings that the baseline lists.
+      fixed: Entries (code, actor) of the baseline without a finding now.
     """
 
     findings: tuple[Finding, ...]
@@ -65,14 +65,14 @@ def gate(
     baseline: frozenset[tuple[str, str | None]] = frozenset(),
     live: tuple[Finding, ...] = (),
 ) -> Report:
-    """Check a broker's actors, and sort what is found. Nothing connects.
+    """Check a broker's actors and sort the findings. Nothing connects.
 
     Parameters:
-      broker: As `load_broker` returns it.
-      settings: What no application says.
-      exemptions: Beside those that actors declare themselves (``policy_exempt={"DP005": "reason"}``).
-      baseline: What does not count since it was there before, as (code, actor).
-      live: More findings, of the servers.
+      broker: The broker from `load_broker`.
+      settings: The settings that no application declares.
+      exemptions: Added to each actor's own ``policy_exempt={"DP005": "reason"}``.
+      baseline: Known findings as (code, actor); they don't count.
+      live: Findings of `check_live`.
     """
     found = [*check_broker(broker, settings), *live]
     reasons = {"": {}, **(exemptions or {})}
@@ -109,10 +109,10 @@ def _reason(broker: Broker, finding: Finding, reasons: Exemptions) -> str | None
 
 
 def assert_job_ready(actor: Actor[..., Any], *, required_tags: tuple[str, ...] = ()) -> None:
-    """The gate for one actor, in a unit test.
+    """Check an actor in a unit test.
 
     Raises:
-      AssertionError: With each finding that is an error and has no exemption.
+      AssertionError: The actor has errors without an exemption; the text lists them.
     """
     found = [
         finding
@@ -125,7 +125,8 @@ def assert_job_ready(actor: Actor[..., Any], *, required_tags: tuple[str, ...] =
 
 
 def read_exemptions(pyproject: Path) -> dict[str, dict[str, str]]:
-    """``[tool.dramatiq_policies.exempt]`` of a ``pyproject.toml``: a reason for each code, or such a table for an actor.
+    """``[tool.dramatiq_policies.exempt]`` of a ``pyproject.toml``: a reason for each code, or a table of reasons for an
+    actor.
 
     Raises:
       OperationError: If the file can't be read, a code is unknown or a reason is missing.
@@ -161,7 +162,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def checked_reason(where: str, code: str, reason: Any) -> None:
-    """See that an exemption names a code that exists, and has a reason.
+    """Check that an exemption has a known code and a reason.
 
     Raises:
       OperationError: If not.
@@ -173,7 +174,7 @@ def checked_reason(where: str, code: str, reason: Any) -> None:
 
 
 def read_baseline(file: Path) -> frozenset[tuple[str, str | None]]:
-    """What a baseline lists; nothing if there is no such file.
+    """Return the entries of a baseline; an empty set without a file.
 
     Raises:
       OperationError: If it can't be read.
@@ -189,7 +190,7 @@ def read_baseline(file: Path) -> frozenset[tuple[str, str | None]]:
 
 
 def write_baseline(file: Path, report: Report) -> int:
-    """Write all that counts, and all that a baseline holds already, into a baseline; how many that are."""
+    """Write the counting findings and the known ones into a baseline, and return their number."""
     entries = sorted(
         {(finding.code, finding.actor) for finding in (*report.findings, *report.baseline)},
         key=lambda e: (e[1] or "", e[0]),

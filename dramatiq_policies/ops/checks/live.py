@@ -1,4 +1,4 @@
-"""What the servers say: the part of the gate that connects."""
+"""Check the servers: the part of the gate that connects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..._dramatiq import kind_of
 from ...delivery.broker_state import state_of
 from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
-from ..app import OperationError, known_queues, one_line, redact
+from ..app import OperationError, known_queues, one_line
+from ..durations import format_duration
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
 __all__ = ["check_live"]
 
 Found = Iterator[tuple[str, str]]
-#: Clocks that differ by more, in ms, are a finding.
+#: The largest accepted difference of clocks, in ms.
 _SKEW = 1_000
 _DAY = 86_400_000
 
 
 def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
-    """Connect to a broker's server; what is wrong there, and what was seen.
+    """Connect to a broker's server, and return the findings and the facts.
 
-    Nothing is changed and no message is taken. The facts are ``server``, ``version`` and others, as far as the server tells
-    them; what it does not let us ask is said under ``unknown``.
+    Changes nothing and takes no message. The facts are ``server``, ``version`` and more; ``unknown`` lists the
+    questions that the server refuses.
 
     Raises:
-      OperationError: If it can't be reached.
+      OperationError: The server can't be reached.
     """
     facts: dict[str, Any] = {"server": None, "unknown": []}
     check: Callable[[Any, dict[str, Any]], Found] | None = None
@@ -56,15 +57,17 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
 def _redis(broker: Any, facts: dict[str, Any]) -> Found:
     import redis
 
+    from ...brokers.redis.browser import unreachable
+
     try:
         yield from _ask_redis(broker, facts)
     except (redis.RedisError, OSError) as error:
-        raise OperationError(f"Redis can't be asked: {redact(str(error))}") from None
+        raise unreachable(broker.client, error) from None
 
 
 def _ask_redis(broker: Any, facts: dict[str, Any]) -> Found:
     client = broker.client
-    # INFO by sections: some of the managed ones refuse the whole.
+    # INFO by sections: some managed servers refuse the whole.
     server, memory, kept, role = (
         client.info(section) for section in ("server", "memory", "persistence", "replication")
     )
@@ -90,7 +93,7 @@ def _ask_redis(broker: Any, facts: dict[str, Any]) -> Found:
     yield from _skew(client, facts)
     facts["dead_message_ttl_ms"] = broker.dead_message_ttl
     if broker.dead_message_ttl < _DAY:
-        yield "DP108", f"dead_message_ttl is {broker.dead_message_ttl} ms"
+        yield "DP108", f"dead_message_ttl is {format_duration(broker.dead_message_ttl)}"
 
 
 def _snapshots(client: Any, facts: dict[str, Any]) -> str | None:
@@ -111,11 +114,14 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
     seconds, micros = client.time()
     after = time.time()
     there = seconds + micros / 1_000_000
-    # Between the two readings of our clock there was a moment at which the server read its own.
+    # The server read its clock between our two readings.
     skew = round((there - after if there > after else min(0.0, there - before)) * 1_000)
     facts["clock_skew_ms"] = skew
     if abs(skew) > _SKEW:
-        yield "DP104", f"The server's clock is {abs(skew)} ms {'ahead of' if skew > 0 else 'behind'} this machine's"
+        yield (
+            "DP104",
+            f"The server's clock is {format_duration(abs(skew))} {'ahead of' if skew > 0 else 'behind'} this machine's",
+        )
 
 
 def _store(broker: Broker, facts: dict[str, Any]) -> Found:
@@ -129,7 +135,7 @@ def _store(broker: Broker, facts: dict[str, Any]) -> Found:
         found = warnings() if callable(warnings) else []
         others = [] if server is None else neighbours(store, server, place, keyed_queues(state))
     except Exception as error:
-        raise OperationError(f"The idempotency store can't be asked: {one_line(error)}.") from None
+        raise OperationError(f"The idempotency store can't be reached ({one_line(error).rstrip('.')}).") from None
     facts["store"] = type(store).__name__
     for text in found:
         yield "DP110", text.removesuffix(".")
@@ -145,7 +151,7 @@ def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:
 
 
 def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
-    # Pika keeps to itself what the server said when it opened the connection.
+    # Pika keeps the server's properties private.
     inner = connection._impl  # noqa: SLF001
     properties, tuned = inner.server_properties, inner.params.heartbeat
     facts.update(server="RabbitMQ", version=_text(properties.get("version")), heartbeat_s=tuned)
@@ -162,12 +168,12 @@ def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
     ttl = _dead_message_ttl()
     facts["dead_message_ttl_ms"] = ttl
     if ttl < _DAY:
-        yield "DP108", f"The dead-letter queues' x-message-ttl is {ttl} ms"
+        yield "DP108", f"The dead-letter queues' x-message-ttl is {format_duration(ttl)}"
     facts["unknown"] += ["consumer_timeout (AMQP does not tell; give it by --consumer-timeout)", "the server's clock"]
 
 
 def _declared(broker: Any, queue: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The queues that Dramatiq declares for one, with their arguments."""
+    """Return the queues that Dramatiq declares for a queue, with their arguments."""
     arguments = _dramatiq.rabbitmq_queue_arguments(broker, queue)
     yield queue, arguments
     yield dq_name(queue), arguments
@@ -181,10 +187,11 @@ def _dead_message_ttl() -> int:
 
 
 def _mismatch(connection: Any, name: str, arguments: dict[str, Any]) -> str | None:
-    """What the server says to the declaration of a queue that exists; None if it agrees, or there is none."""
+    """Return the server's complaint about a declaration; None if it agrees or the queue does not exist."""
     import pika.exceptions
 
-    # Passive first: a declaration of what is not there would make it. Each on a channel of its own, which an error closes.
+    # Passive first: a plain declaration would create a missing queue. Each on its own channel: an error closes the
+    # channel.
     for options in ({"passive": True}, {"durable": True, "arguments": arguments}):
         channel = connection.channel()
         try:

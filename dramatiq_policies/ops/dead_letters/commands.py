@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "MoveResult", "dead_letters", "move", "purge", "replay", "summarise"]
 
-#: A `Filter`, or what wraps one.
+#: A `Filter` or a `Tally`.
 Where = Callable[[DeadLetter], bool]
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Dead letters that have an actor, an exception and an outcome in common.
+    """Dead letters with the same actor, exception, outcome and reason.
 
     Attributes:
-      first_seen, last_seen: When the first and the last of them failed, in ms since the epoch.
+      first_seen, last_seen: The times of the first and last failure, in ms since the epoch.
     """
 
     actor: str | None
@@ -47,12 +47,12 @@ class Group:
 
 @dataclass(slots=True)
 class MoveResult:
-    """What a replay, a purge or a move did, or would do.
+    """The result of a replay, a purge or a move, or of its dry run.
 
     Attributes:
-      count: How many messages.
-      seen: How many were looked at.
-      unreadable: How many were meant and can't be sent, since their bodies can't be read. They stay.
+      count: The number of messages.
+      seen: The number of messages that the operation has read.
+      unreadable: The number of matching messages with unreadable bodies. They stay.
     """
 
     count: int = 0
@@ -63,15 +63,15 @@ class MoveResult:
 def dead_letters(
     broker: Broker, queues: Iterable[str] = (), where: Where | None = None, *, limit: int | None = None
 ) -> Generator[DeadLetter, None, None]:
-    """Dead letters, one by one, the oldest of each queue first.
+    """Yield dead letters, the oldest of each queue first.
 
     Parameters:
-      broker: As `load_broker` returns it.
-      queues: Which queues'; by default all that the application declares, and on Redis those that nobody declares any more.
-      where: Which of them; all by default.
-      limit: How many at most.
+      broker: The broker from `load_broker`.
+      queues: The queues to read. Default: all declared queues, and on Redis also undeclared queues with messages.
+      where: A filter. Default: all dead letters.
+      limit: The largest number of dead letters.
 
-    On RabbitMQ nobody else sees the letters that were looked at until the iterator is closed.
+    On RabbitMQ the dead letters are hidden from other consumers until you close the iterator.
 
     Raises:
       OperationError: If a queue is unknown or the broker can't be reached.
@@ -90,12 +90,12 @@ def dead_letters(
 
 
 def _looked_at(browser: QueueBrowser, limit: int | None) -> Iterable[Item]:
-    """What is only looked at: all at once, but whoever needs a few takes no more off RabbitMQ than those."""
+    """Read all at once, but with a limit take no more messages from RabbitMQ than the limit needs."""
     return browser.read_all() if limit is None and len(browser) else browser
 
 
 def summarise(broker: Broker, queues: Iterable[str] = (), where: Where | None = None) -> list[Group]:
-    """The first question: how many of what, the most frequent first. Arguments and errors as `dead_letters`."""
+    """Count dead letters by actor, exception and outcome, the most frequent first. Arguments and errors as `dead_letters`."""
     counts: dict[Any, list[Any]] = {}
     for letter in dead_letters(broker, queues, where):
         key = (letter.actor, letter.exception, letter.outcome, letter.reason)
@@ -122,19 +122,20 @@ def replay(
     progress: Progress | None = None,
     moved: MoveResult | None = None,
 ) -> MoveResult:
-    """Send dead letters again, as if for the first time, each to the queue that it came from.
+    """Send dead letters again, each to its own queue, without the history of earlier attempts.
 
-    Interrupted at any moment, it has lost none: on Redis each lies either among the dead or in its queue, on RabbitMQ one
-    may lie in both. It can be called again. Letters that come while it works are not of this replay.
+    An interruption at any moment loses no message: on Redis each is either a dead letter or in its queue; on RabbitMQ
+    one message may be both. Call the function again for the rest. A replay ignores dead letters that arrive while it
+    works.
 
     Parameters:
       broker, queues, where, limit: As for `dead_letters`.
-      to_queue: Send them to this queue instead.
-      new_id: Give each a message id of its own; by default it keeps its id, and counts the replay.
-      rate: So many a second at most.
-      dry_run: Only count what it would be.
-      progress: Called with how many were looked at, and how many there are.
-      moved: Counted on while it works, for whoever interrupts it.
+      to_queue: Send all messages to this queue instead.
+      new_id: Give each message a new id. By default a message keeps its id.
+      rate: The largest number of messages per second.
+      dry_run: Count the messages and change nothing.
+      progress: Called with the number of messages read, and the number in the queue.
+      moved: Updated during the replay, for a caller that may interrupt it.
 
     Raises:
       OperationError: If a queue is unknown or the broker can't be reached.
@@ -170,7 +171,7 @@ def purge(
     progress: Progress | None = None,
     moved: MoveResult | None = None,
 ) -> MoveResult:
-    """Delete dead letters for good. Arguments and errors as for `replay`."""
+    """Delete dead letters permanently. Arguments and errors as for `replay`."""
     moved = MoveResult() if moved is None else moved
     for queue in _chosen(broker, queues):
         _work(broker, queue, True, where, None, moved, limit, progress, dry_run=dry_run)
@@ -189,13 +190,13 @@ def move(
     moved: MoveResult | None = None,
     where: Where | None = None,
 ) -> MoveResult:
-    """Move messages that are ready from one queue to another, in their order and as safely as `replay`.
+    """Move ready messages from one queue to another, in their order and as safely as `replay`.
 
-    Delayed messages, and those that a worker has in hand, stay. On RabbitMQ the messages that were looked at and stay
-    (with ``actor``) are marked as redelivered.
+    Delayed messages and messages that a worker has received stay. On RabbitMQ, messages of other actors (with
+    ``actor``) stay and are marked as redelivered.
 
     Raises:
-      OperationError: If a queue is unknown, both are one, or the broker can't be reached.
+      OperationError: A queue is unknown, both queues are the same, or the broker can't be reached.
     """
     find_any_queue(broker, queue)
     find_queue(broker, to_queue)
@@ -224,7 +225,7 @@ def _work(
     rate: float | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Send the successor of each letter of a queue that is meant, or drop it where there is none to be."""
+    """Send the successor of each matching message of a queue, or delete the message if there is no ``successor``."""
     with browse(broker, queue, dead=dead) as browser:
         next_at = monotonic()
         if limit is not None and moved.count >= limit:

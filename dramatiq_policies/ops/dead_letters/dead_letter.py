@@ -1,4 +1,4 @@
-"""Dead letters as records: who, why and when, whoever wrote them."""
+"""Dead letters as records, from dramatiq_policies and from plain Dramatiq."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dramatiq.message import generate_unique_id
 from ...common.texts import printable
 from ...delivery.broker_state import state_of
 from ...delivery.delivery import READY_AT
+from ...delivery.groups import group_of
 from ...delivery.history import FAILURE, POLICIES, History, now_ms
 from ...delivery.validation import check_shape, decode, is_number
 
@@ -23,23 +24,23 @@ if TYPE_CHECKING:
 
 __all__ = ["DeadLetter", "Filter", "for_replay", "read_dead_letter"]
 
-#: What a message carries of its past, and must not carry into a replay.
+#: The options that a message must not carry into a replay.
 PAST = frozenset({"eta", FAILURE, POLICIES, READY_AT, "redis_message_id", "requeue_timestamp", "retries", "traceback"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """One dead letter. What it does not say is None.
+    """A dead letter. Unknown values are None.
 
     Attributes:
-      queue: The queue whose dead letter it is.
-      message_id, actor: Of the message; None if its body can't be read.
-      outcome, reason, exception, text, traceback, attempts, history: Of `failure`; a stock dead letter says only what its
-        traceback does.
-      failed_at: When, in ms since the epoch.
-      replays: How often it was replayed before.
-      tags: Its actor's.
-      message: The message itself; None if its body can't be read.
+      queue: The queue of the message.
+      message_id, actor: From the message; None if the body is unreadable.
+      outcome, reason, exception, text, traceback, attempts, history: From the option ``failure``. A dead letter of
+        plain Dramatiq has only a traceback.
+      failed_at: The time of the last failure, in ms since the epoch.
+      replays: The number of earlier replays.
+      tags: The actor's tags.
+      message: The message; None if the body is unreadable.
     """
 
     queue: str
@@ -57,13 +58,18 @@ class DeadLetter:
     history: tuple[Mapping[str, Any], ...] = ()
     message: Message[Any] | None = None
 
+    @property
+    def group(self) -> str | None:
+        """The id of the group whose completion callback waits for this message, or None."""
+        return None if self.message is None else group_of(self.message.options)
+
     def row(self) -> dict[str, Any]:
-        """What a list shows of it."""
+        """Return the fields for a list."""
         names = ("queue", "message_id", "actor", "outcome", "reason", "exception", "text", "attempts", "failed_at")
         return {**{name: getattr(self, name) for name in names}, "replays": self.replays, "tags": dict(self.tags)}
 
     def asdict(self, *, args: bool = False) -> dict[str, Any]:
-        """All of it; the arguments by their types only, unless asked for."""
+        """Return all fields; arguments as types only, unless ``args`` is true."""
         message = self.message
         shown: dict[str, Any] = {"args": None, "kwargs": None, "options": None}
         if message is not None:
@@ -78,7 +84,7 @@ class DeadLetter:
                     name: value if isinstance(value, (int, float, bool)) else _type_of(value)
                     for name, value in shown["options"].items()
                 }
-        return {**self.row(), "traceback": self.traceback, "history": list(self.history), **shown}
+        return {**self.row(), "group": self.group, "traceback": self.traceback, "history": list(self.history), **shown}
 
 
 def _itself(value: Any) -> Any:
@@ -90,7 +96,7 @@ def _type_of(value: Any) -> str:
 
 
 def read_dead_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
-    """What a dead letter says. It may come from anybody: what can't be read is None."""
+    """Read a dead letter. Unreadable parts are None: any program may have written it."""
     try:
         message = decode(item.body, state_of(broker).max_body_bytes)
         check_shape(message)
@@ -133,7 +139,7 @@ def read_dead_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
 
 
 def _stock_failure(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dead letter of plain Dramatiq's says: its traceback is that of the failure before the last."""
+    """Read the traceback that plain Dramatiq leaves: the traceback of the last failure but one."""
     trace = _text(options.get("traceback"))
     retries = options.get("retries")
     found: dict[str, Any] = {"traceback": trace, "attempts": retries + 1 if type(retries) is int else None}
@@ -149,9 +155,9 @@ def _text(value: Any) -> str | None:
 
 
 def for_replay(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
-    """The message for its replay: without its past, made now, and counting one replay more.
+    """Return the message for its replay: without its history, with the time of now and one more replay.
 
-    The count is part of the run's identity: what remembers that the earlier run has ended lets this one run.
+    The number of replays is part of the run's identity, so that the record of the earlier run does not stop the replay.
     """
     options = {name: value for name, value in message.options.items() if name not in PAST}
     options[POLICIES] = {"replays": History(message.options).replays + 1}
@@ -168,16 +174,16 @@ def for_replay(message: Message[Any], queue: str, *, new_id: bool = False) -> Me
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which dead letters are meant; all of what is given must hold.
+    """A filter on dead letters. All given conditions must hold.
 
     Attributes:
-      actor, outcome, reason: Exactly.
-      error: A class as a dotted path or by its bare name, or any part of ``path: text``, whatever the case.
-      tags: Names and values, all of them.
-      message_ids: One of them, also as a list prints it, with its control characters escaped.
-      older_than_ms, newer_than_ms: How long ago it failed.
-      arguments: Names of arguments and their values as text or JSON; ``order.id`` looks into an argument that is an object, ``0``
-        is the first by position.
+      actor, outcome, reason: The exact value.
+      error: A class by its dotted path or bare name, or any part of ``path: text``, in any case.
+      tags: Names and values.
+      message_ids: Accepted ids, also with control characters escaped as ``dead list`` prints them.
+      older_than_ms, newer_than_ms: The time since the last failure.
+      arguments: Names of arguments and their values as text or JSON; ``order.id`` reads a key of an object, ``0`` is
+        the first positional argument.
       parameters: The names of each actor's parameters, for arguments by position.
     """
 

@@ -1,4 +1,4 @@
-"""What a filter has found among the dead letters, and what it meant if it has found nothing."""
+"""Count the matches of a filter, and suggest names if nothing matches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SHOWN = 3
 
 
 class Tally:
-    """A filter that counts what it sees.
+    """A filter that counts its matches.
 
     Attributes:
-      seen: How many letters it was asked about.
-      matched: How many it let pass, by actor and queue.
-      unreadable: How many more, whose bodies can't be read.
+      seen: The number of dead letters read.
+      matched: The number of matches by actor and queue.
+      unreadable: The number of further matches with unreadable bodies.
     """
 
     def __init__(self, where: Filter) -> None:
@@ -58,7 +58,7 @@ class Tally:
         return True
 
     def breakdown(self, count: int) -> str:
-        """Whose letters the ``count`` that matched are: ``20 of send_mail in mail, 3 of import_batch in import``."""
+        """Describe the matches by actor and queue: ``20 of send_mail in mail, 3 of import_batch in import``."""
         most = self.matched.most_common()
         parts = [f"{count} of {actor} in {queue}" for (actor, queue), count in most[:_SHOWN]]
         rest = sum(count for _, count in most[_SHOWN:])
@@ -67,10 +67,10 @@ class Tally:
         return ", ".join([*parts, f"{unreadable} that can't be read"] if unreadable > 0 else parts)
 
     def no_match(self, actors: Iterable[str]) -> str | None:
-        """A sentence on what matched nothing, with the nearest name; None where there was nothing to be found.
+        """Return a sentence on filters without a match, with the nearest name; None if there were no dead letters.
 
         Parameters:
-          actors: The names of the actors that the application declares.
+          actors: The names of the application's actors.
         """
         where, given = self.where, []
         hint = ""
@@ -97,7 +97,7 @@ class Tally:
 
 
 def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]:
-    """The letters that failed last, the newest first."""
+    """Return the latest dead letters, the newest first."""
 
     def failed_at(letter: DeadLetter) -> int:
         return letter.failed_at or 0
@@ -108,10 +108,10 @@ def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]
 
 
 def resolve_ids(broker: Broker, queues: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
-    """The whole ids of dead letters, each given whole or by a beginning that no other one has.
+    """Return the full ids of dead letters, each given in full or by a unique prefix.
 
     Raises:
-      OperationError: A beginning fits several, or none.
+      OperationError: A prefix fits several ids.
     """
     found: dict[str, set[str]] = {one: set() for one in given}
     if not found:

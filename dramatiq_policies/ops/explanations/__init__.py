@@ -1,3 +1,3 @@
-"""Which rule an exception meets, and the schedule of its retries."""
+"""Explain the rule for an exception, and the schedule of retries."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which exception class a name means."""
+"""Find an exception class by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["find_exception"]
 
 
 def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
-    """The class that a name means: ``module:Class``, ``module.Class``, or a bare name that the actor's module, one of
-    its rules or Python itself knows.
+    """Return an exception class by ``module:Class``, ``module.Class``, or a bare name from the actor's module, its
+    rules or Python.
 
     Raises:
-      OperationError: If there is none.
+      OperationError: There is no such exception class.
     """
     module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
     if module:

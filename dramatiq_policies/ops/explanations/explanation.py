@@ -1,4 +1,4 @@
-"""What would become of an actor's message at an error: by the rules, waits and options that production reads."""
+"""Explain an error's consequences from the same rules, waits and options that a worker uses."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = ["Attempt", "Explanation", "explain", "policy_of", "predicate_name", "
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """When a run starts, counted from the first failure, in ms; runs themselves are taken as instant.
+    """The start of a run, in ms after the first failure, without the time of the runs.
 
     Attributes:
-      number: 1 for the first run, whose failure is the beginning.
-      earliest_ms, latest_ms: What lies between is jitter, or what the other side asks for.
+      number: 1 for the first run, which starts the count.
+      earliest_ms, latest_ms: The bounds of the start: jitter or Retry-After moves it between them.
     """
 
     number: int
@@ -42,21 +42,21 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What becomes of a message whose job raises an error of one class.
+    """The consequences for a message if its job raises an error of a class.
 
     Attributes:
-      actor, exception: Whose message, and which error, as a dotted path.
-      outcome: Of the first such run: ``retried``, ``discarded``, ``alerted``, ``dead``, ``deferred`` or ``interrupted``.
-      ending: The outcome once its retries are used up; that of the first run if there are none.
-      reason: Of the ending.
-      rule: The id of the rule that decides; None if no rule of ours does.
-      why: Why that one.
-      only_if: The predicate that must hold, None if none must.
-      attempts: All runs; a single one without retries.
-      complete: Whether `attempts` is all that there may be; False if a callable decides, or there is no cap.
-      longest_ms: From the start of the first run to the end of the last, if each run takes its whole timeout; None if
-        that can't be known.
-      where_it_ends: Where the message is then.
+      actor, exception: The actor, and the error's class as a dotted path.
+      outcome: The outcome of the first run: ``retried``, ``discarded``, ``alerted``, ``dead``, ``deferred`` or ``interrupted``.
+      ending: The outcome after the last retry; equal to ``outcome`` without retries.
+      reason: The reason of the ending.
+      rule: The id of the deciding rule; None if no rule decides.
+      why: The reason for this rule.
+      only_if: The predicate of the rule, or None.
+      attempts: All runs; a single run without retries.
+      complete: Whether `attempts` lists all possible runs; False if a callable decides or retries have no limit.
+      longest_ms: The longest time from the start of the first run to the end of the last, if each run takes its whole
+        timeout; None if unknown.
+      where_it_ends: The last place of the message.
     """
 
     actor: str
@@ -78,12 +78,12 @@ class Explanation:
 
 
 def explain(actor: Actor[..., Any], exception: type[BaseException]) -> tuple[Explanation, ...]:
-    """What becomes of a message whose job raises such an error.
+    """Explain the consequences if an actor's job raises an error of a class.
 
-    Several answers, each but the last with an ``only_if``, where predicates (``when``) look at the error itself first.
+    Returns several explanations if rules have predicates (``when``): all but the last have an ``only_if``.
 
     Raises:
-      OperationError: If the actor is on a broker without the bundle.
+      OperationError: The actor's broker has no dramatiq_policies.
     """
     case = _Case(actor, exception)
     if issubclass(exception, Shutdown):
@@ -105,13 +105,13 @@ def explain(actor: Actor[..., Any], exception: type[BaseException]) -> tuple[Exp
 
 
 def unnamed(actor: Actor[..., Any]) -> Explanation:
-    """What becomes of a message whose job raises an error that no rule names."""
+    """Explain the consequences of an error that no rule names."""
     return _Case(actor, Exception).unnamed()
 
 
 @dataclass(slots=True)
 class _Case:
-    """One actor, and one class of errors."""
+    """An actor and a class of errors."""
 
     actor: Actor[..., Any]
     exception: type[BaseException]
@@ -123,7 +123,7 @@ class _Case:
         self.classifier = next(m for m in self.actor.broker.middleware if isinstance(m, ErrorClassifier))
 
     def option(self, name: str) -> Any:
-        """What the actor declares, else the broker's. Only ``max_retries`` may be declared as None."""
+        """Return the actor's option, else the broker's. Only ``max_retries`` may be declared as None."""
         value = self.actor.options.get(name)
         declared = name in self.actor.options if name == "max_retries" else value is not None
         return value if declared else getattr(self.classifier, name)
@@ -152,7 +152,7 @@ class _Case:
         return self._retried(rule.policy, rule.id, why, only_if)
 
     def unnamed(self) -> Explanation:
-        """What our rules don't name: `unclassified`, or the stock options."""
+        """Explain an error without a rule: `unclassified`, or plain Dramatiq's options."""
         throws: Any = self.actor.options.get("throws")
         thrown = bool(throws) and issubclass(self.exception, throws)
         if self.classifier.unclassified is not None and not (
@@ -211,7 +211,7 @@ class _Case:
         timeout = self.policy.timeout_ms
         if timeout is None:
             return None
-        # Under max_elapsed the runs between take their time out of the same limit.
+        # max_elapsed includes the time of the runs.
         whole = round(waits_ms + runs * timeout)
         return whole if limit_ms is None or runs == 1 else min(whole, round(limit_ms + 2 * timeout))
 
@@ -226,10 +226,10 @@ class _Case:
 
 
 def policy_of(actor: Actor[..., Any]) -> ActorPolicy:
-    """An actor's resolved options.
+    """Return an actor's resolved options.
 
     Raises:
-      OperationError: If it is on a broker without the bundle.
+      OperationError: The actor's broker has no dramatiq_policies.
     """
     policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
@@ -253,7 +253,7 @@ def _timeline(runs: int, bounds: Any, limit_ms: int | None) -> tuple[Attempt, ..
 
 
 def stock_bounds(retries: int, least: int, most: int) -> tuple[int, int]:
-    """The shortest and the longest wait of Dramatiq's ``compute_backoff``, in ms."""
+    """Return the shortest and longest wait of Dramatiq's ``compute_backoff``, in ms."""
     backoff = least * 2 ** min(retries, 32)
     if backoff > most:
         return int(most * 0.5), most
@@ -276,7 +276,7 @@ def _short(cls: type[Any]) -> str:
 
 
 def predicate_name(rule: Rule) -> str | None:
-    """What narrows a rule, by name; a lambda by its line."""
+    """Return the name of a rule's predicate; a lambda's line."""
     if rule.predicate is None:
         return None
     predicate: Any = rule.predicate

@@ -1,3 +1,3 @@
-"""Writes a job and its tests from a design."""
+"""Write a job and its tests from a design."""
 
 from __future__ import annotations

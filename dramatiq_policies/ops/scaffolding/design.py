@@ -1,4 +1,4 @@
-"""The design that comes before the job: eight answers, complete or refused."""
+"""Read the design of a job: eight answers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Argument", "Design", "IncompleteDesign", "Named", "parse_design"]
 
 
 class IncompleteDesign(OperationError):
-    """A design has no answer, or one that makes no sense, to some questions.
+    """A design has missing or invalid answers.
 
     Attributes:
-      problems: One for each, as ``job.purpose: what is missing``.
+      problems: A text for each question: ``job.purpose: its purpose, in one sentence``.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -33,7 +33,7 @@ class IncompleteDesign(OperationError):
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One of the job's arguments: its name, and its type as it is written, None without one."""
+    """A job's argument: its name and its annotation, or None."""
 
     name: str
     annotation: str | None
@@ -44,7 +44,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Something that is imported: ``module:Name``."""
+    """An imported object: ``module:Name``."""
 
     module: str
     name: str
@@ -56,7 +56,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """What a job is, before it is written. Attributes as in the file that `parse_design` reads."""
+    """The design of a job. The attributes are the answers in the TOML file."""
 
     purpose: str
     trigger: str
@@ -91,11 +91,11 @@ _JOB = (*_TEXTS, "input", "timeout", "idempotency_key", "idempotent", "done_when
 
 
 def parse_design(data: Mapping[str, Any]) -> Design:
-    """A design from the tables ``[job]`` and ``[errors]``.
+    """Read a design from the tables ``[job]`` and ``[errors]``.
 
     Raises:
-      IncompleteDesign: With everything that is missing or makes no sense.
-      OperationError: It answers what nobody asks.
+      IncompleteDesign: Answers are missing or invalid; the text lists all of them.
+      OperationError: A name in the file is no question.
     """
     problems: list[str] = []
     job: Any = data.get("job", {})
@@ -135,7 +135,7 @@ def parse_design(data: Mapping[str, Any]) -> Design:
 
 
 def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """An answer under another name would be none at all."""
+    """Refuse misspelt names, whose answers would be ignored."""
     for name in given:
         if name not in known:
             there = ", ".join(f"{table}{one}" for one in known)

@@ -1,4 +1,4 @@
-"""A job and its tests, written from a design: the rules stand, the tests fail, and the job is to be written."""
+"""Write a job's rules and its failing tests from a design."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["module_name", "render_conftest", "render_job", "scaffold"]
 
 
 def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
-    """Write the job's module and its tests; what was written.
+    """Write the job's module and its tests, and return the files.
 
     Parameters:
-      design: A complete one.
-      file: The module, below the current folder: ``shop/jobs/send_confirmation.py``. Its name is the job's.
-      tests: The folder for ``test_<job>.py``. It also gets a ``conftest.py`` if it has none and no package of the module
-        sets a broker.
+      design: The design of the job.
+      file: The module, below the current folder: ``shop/jobs/send_confirmation.py``. The job gets the name of the file.
+      tests: The folder for ``test_<job>.py``. Also writes ``conftest.py`` if the folder has none and no package of the
+      module sets a broker.
 
     Raises:
-      OperationError: If one of them exists, or the path is no module's. Nothing is written then.
+      OperationError: A file exists, or the path is no module. Nothing is written then.
     """
     module = module_name(file)
     test_file, conftest = tests / f"test_{file.stem}.py", tests / "conftest.py"
@@ -40,10 +40,10 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
 
 
 def module_name(file: Path) -> str:
-    """The dotted name of a module from its file.
+    """Return the dotted name of a module file.
 
     Raises:
-      OperationError: If it can't have one.
+      OperationError: The file is no module below the current folder.
     """
     parts = list(file.with_suffix("").parts)
     if parts[:1] == ["src"]:
@@ -57,13 +57,13 @@ def _make_folders(folder: Path) -> None:
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for one in missing:
-        # A new folder of a package is a package.
+        # A new folder in a package becomes a package.
         if (one.parent / "__init__.py").exists():
             (one / "__init__.py").touch()
 
 
 def _sets_broker(file: Path) -> bool:
-    """Whether importing the module imports something of its packages that sets the broker."""
+    """Whether a package of the module sets the broker."""
     return any(_mentions(folder / "__init__.py") for folder in file.parents)
 
 
@@ -75,14 +75,14 @@ def _mentions(file: Path) -> bool:
 
 
 def _app_of(file: Path) -> str | None:
-    """The one module of the same package that sets the broker, if there is one."""
+    """Return the only module of the package that sets the broker, or None."""
     top = file.parts[0] if file.parts[0] != "src" else str(Path(*file.parts[:2]))
     found = [one for one in sorted(Path(top).rglob("*.py")) if _mentions(one)] if len(file.parts) > 1 else []
     return module_name(found[0]).removesuffix(".__init__") if len(found) == 1 else None
 
 
 def render_job(design: Design, name: str) -> str:
-    """The module of the job."""
+    """Return the source of the job's module."""
     imports, ours = Imports(), Imports()
     options = [f"queue_name={quoted(design.queue)}"]
     if design.transient:
@@ -136,12 +136,16 @@ def _listed(imports: Imports, named: tuple[Named, ...]) -> str:
 
 
 def render_conftest(app: str | None) -> str:
-    """What sets the broker for the tests, where importing the job does not."""
+    """Return the source of a ``conftest.py`` that sets the broker for the tests."""
     if app is not None:
         return f'"""The tests run on the broker that the application sets, with stubs in its place."""\n\nimport {app}  # noqa: F401\n'
     return (
         '"""The application sets no broker yet; until it does, the tests do."""\n\n'
         "import dramatiq\nfrom dramatiq.brokers.stub import StubBroker\n"
-        "from dramatiq_policies import install\n\n"
-        "dramatiq.set_broker(install(StubBroker()))\n"
+        "from dramatiq_policies import ErrorClassifier, RetryPolicy, install\n\n"
+        "broker = install(\n"
+        "    StubBroker(),\n"
+        "    error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)),\n"
+        ")\n"
+        "dramatiq.set_broker(broker)\n"
     )

@@ -1,4 +1,4 @@
-"""How source is written: import lines as a linter sorts them, and texts."""
+"""Write source: sorted import lines, and texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Imports:
             return name
         first = name.partition(".")[0]
         if self.taken.setdefault(first, module) != module:
-            # Two of one name: this one is called by its module's.
+            # Two objects with the same name: use the module's name for this object.
             self.lines.setdefault(module, set()).add("")
             return f"{module}.{name}"
         self.lines.setdefault(module, set()).add(first)
@@ -41,7 +41,7 @@ class Imports:
         return "\n".join(rendered)
 
 
-#: Ruff's own line length, which fits into any that a project has.
+#: Ruff's default line length.
 WIDTH = 88
 
 
@@ -51,7 +51,7 @@ def _as_isort(name: str) -> tuple[int, str]:
 
 
 def called(imports: Imports, named: Named) -> str:
-    """How something is called, once it is imported."""
+    """Import an object and return its name in the source."""
     return imports.add(named.module, named.name)
 
 
@@ -61,12 +61,12 @@ def quoted(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """The text on one line, as it may stand in a docstring."""
+    """Return a text on one line, escaped for a docstring."""
     return " ".join(text.split()).replace("\\", "\\\\").replace('"""', "'''")
 
 
 def sentence(text: str) -> str:
-    """The text as a sentence, as it may stand in a docstring."""
+    """Return a text as a sentence, escaped for a docstring."""
     text = prose(text)
     text = text[0].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,4 +1,4 @@
-"""The tests of a job, written from its design."""
+"""Write the tests of a job from its design."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _example(name: str, annotation: str | None) -> str:
 
 
 def render_tests(design: Design, module: str, name: str) -> str:
-    """The tests of the job, which fail until it is written."""
+    """Return the source of the tests, which fail until you write the job."""
     errors, theirs, ours = Imports(), Imports(), Imports()
     kit = ["assert_crash_safe", "fail", "hang", *(["redeliver"] if design.idempotency_key or design.idempotent else [])]
     for one in kit:
@@ -51,7 +51,7 @@ def render_tests(design: Design, module: str, name: str) -> str:
 
 
 def _fit(text: str) -> str:
-    """Calls that are too long, one argument a line; the trailing comma keeps a formatter from joining them again."""
+    """Break long calls, one argument per line; the trailing comma stops a formatter from joining the lines."""
     return "\n".join(_LONG_CALL.sub(_exploded, line) if len(line) > WIDTH else line for line in text.splitlines())
 
 
@@ -60,7 +60,7 @@ _LONG_CALL = re.compile(r"^( *)(.*?[\w.]\()(.*)(\):?)$")
 
 def _exploded(found: re.Match[str]) -> str:
     indent, call, arguments, end = found.groups()
-    # drain().method(…): the last call is the long one.
+    # drain().method(…): break the last call.
     while arguments.startswith(")."):
         more, _, arguments = arguments.partition("(")
         call += f"{more}("
@@ -101,7 +101,7 @@ def _twice(design: Design) -> str:
     run = drain()
     assert run.outcomes(JOB)[-1] in ("succeeded", "duplicate"), run
     assert effects() == once"""
-    # Another message of the same key is the same job; without a key of its own, each message is one.
+    # A second message with the same key is a duplicate; without a key only the same message is.
     again = '\n    JOB.send(**EXAMPLE)\n    drain().assert_outcomes(JOB, "duplicate", "duplicate")'
     once = '\n    drain().assert_outcomes(JOB, "duplicate")'
     return f"""def test_sent_or_delivered_again_it_does_not_run_again(drain):
@@ -116,7 +116,7 @@ def _slug(error: Named) -> str:
 
 
 def _raised(imports: Imports, error: Named) -> str:
-    """How the error is raised: by its class, or an instance where it can't be made without arguments."""
+    """Return the source that makes the error: its class, or an instance if the class needs arguments."""
     made = called(imports, error)
     for arguments in _tried():
         try:
