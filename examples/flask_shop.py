@@ -1,4 +1,4 @@
-"""Flask: jobs that run in the application's context.
+"""Flask: run jobs in the application's context.
 
 flask --app examples.flask_shop run      dramatiq examples.flask_shop
 """
@@ -29,7 +29,7 @@ app.extensions["outbox"] = []
 
 
 def in_app_context(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Below ``@dramatiq.actor``. The context ends with the job, also with one that fails or is interrupted."""
+    """Decorate a job below ``@dramatiq.actor``. The context ends with the job, also after a failure or an interruption."""
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def in_app_context(fn: Callable[..., Any]) -> Callable[..., Any]:
 )
 @in_app_context
 def send_confirmation(order_id: int) -> None:
-    """The customer learns that the order was taken."""
+    """Tell the customer that the order has arrived."""
     current_app.extensions["outbox"].append((current_app.config["SENDER"], order_id))
 
 

@@ -10,7 +10,7 @@ from .tasks import send_confirmation
 
 @transaction.atomic
 def place_order(email: str) -> Order:
-    """Send when the order can be seen, and not at all if it is rolled back."""
+    """Send the message after the commit, and not after a rollback."""
     order = Order.objects.create(email=email)
     transaction.on_commit(partial(send_confirmation.send, order.pk))
     return order
@@ -18,7 +18,7 @@ def place_order(email: str) -> Order:
 
 @transaction.atomic
 def place_order_too_early(email: str) -> Order:
-    """What not to do; it is warned of."""
+    """Don't do this: WarnInsideAtomic logs a warning."""
     order = Order.objects.create(email=email)
     send_confirmation.send(order.pk)
     return order

@@ -1,4 +1,4 @@
-"""The service that sends mails; a list in memory stands in for it."""
+"""A fake mail service with a list in memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ sent: list[tuple[str, str, str]] = []
 
 
 class MailTimeout(Exception):
-    """It did not answer in time; perhaps it has sent the mail."""
+    """The service did not answer in time. Perhaps the mail is out."""
 
 
 class AddressRefused(Exception):
-    """There is no such mailbox."""
+    """The mailbox does not exist."""
 
 
 def send(to: str, text: str, *, key: str) -> None:
-    """Send a mail; a second one with the same key is not sent."""
+    """Send a mail, unless a mail with the same key is out already."""
     if not any(known == key for _, _, known in sent):
         sent.append((to, text, key))

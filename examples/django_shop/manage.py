@@ -9,7 +9,7 @@ from pathlib import Path
 from django.core.management import execute_from_command_line
 
 if __name__ == "__main__":
-    # In a project of your own this file stands in the folder that is imported from.
+    # In your project, manage.py lies in the folder of your packages.
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "examples.django_shop.settings")
     execute_from_command_line(sys.argv)

@@ -4,7 +4,7 @@ from django.db import models
 
 
 class Order(models.Model):
-    """One order. ``mails`` counts its confirmations."""
+    """An order. ``mails`` counts the confirmations."""
 
     email = models.EmailField()
     mails = models.IntegerField(default=0)

@@ -16,7 +16,7 @@ from .models import Order
 @dramatiq.actor(
     queue_name="mail",
     retry_on={
-        # Not committed yet? Then it is there in a moment, or never.
+        # Perhaps the order is not committed yet: try again, then give up.
         Order.DoesNotExist: RetryPolicy(attempts=3, wait=constant(timedelta(milliseconds=50)), then="discard"),
         mail.MailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=timedelta(seconds=2))),
     },
@@ -25,7 +25,7 @@ from .models import Order
     timeout=timedelta(seconds=30),
 )
 def send_confirmation(order_id: int) -> None:
-    """The customer learns that the order was taken."""
+    """Tell the customer that the order has arrived."""
     order = Order.objects.get(pk=order_id)
     mail.send(order.email, f"Order {order_id}", key=current_job().idempotency_key)
     Order.objects.filter(pk=order.pk).update(mails=F("mails") + 1)

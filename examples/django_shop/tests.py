@@ -43,7 +43,7 @@ class SettingsTest(TestCase):
 
 
 class CheckoutTest(TestCase):
-    """Inside the block that TestCase puts around each test, which does not count."""
+    """Tests inside TestCase's own atomic block, which does not count."""
 
     def tearDown(self) -> None:
         dramatiq.get_broker().flush_all()
@@ -74,7 +74,7 @@ class CheckoutTest(TestCase):
 
 
 class JobTest(TransactionTestCase):
-    """With real commits, which the worker's thread can see."""
+    """Tests with real commits, visible to the worker's thread."""
 
     def test_the_customer_is_told_once(self) -> None:
         order = place_order("ada@example.com")

@@ -1,6 +1,6 @@
-"""A fake mail gateway that fails as real ones do. Nothing is sent.
+"""A fake mail gateway with realistic failures. Sends nothing.
 
-The address says how it behaves, as the test cards of a payment service do:
+The address selects the behaviour, like the test cards of a payment service:
 
 ======================= ==================================================================
 ``flaky@…``             times out at first, answers the second time
@@ -39,19 +39,19 @@ class InvalidEmail(Exception):
 
 
 class MissingCredentials(Exception):
-    """The gateway has no API key, or a wrong one."""
+    """The API key is missing or wrong."""
 
 
 class MailGateway:
-    """One account at the mail service.
+    """An account at the mail service.
 
     Parameters:
-      api_key: None as if somebody had forgotten to set it.
-      retry_after: How long it asks for when it limits its rate, in seconds.
+      api_key: The API key; None for a forgotten key.
+      retry_after: The wait that a rate limit asks for, in seconds.
 
     Attributes:
-      sent: The accepted mails by their idempotency key. A key that it knows is answered as before, and not sent again.
-      asked: How often each key was asked for, and the timeouts in ms that it was given, in order.
+      sent: The accepted mails by their idempotency key. A known key gets the same answer, and no second mail.
+      asked: The number of calls for each key.
     """
 
     def __init__(self, api_key: str | None = "secret", retry_after: float = 0.5) -> None:
@@ -62,7 +62,7 @@ class MailGateway:
         self.timeouts: list[float] = []
 
     def send(self, to: str, subject: str, *, idempotency_key: str, timeout_ms: float) -> None:
-        """Send one mail.
+        """Send a mail.
 
         Raises:
           EmailTimeout, RateLimited, InvalidEmail, MissingCredentials: As the address asks for.

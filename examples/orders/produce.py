@@ -8,12 +8,12 @@ from datetime import date
 from .app import broker, import_orders, nightly_report, send_confirmation
 from .shop import FIRST_UNKNOWN
 
-#: Who gets a confirmation. The gateway's docstring says what becomes of each.
+#: The customers. The gateway's docstring has the behaviour of each address.
 CUSTOMERS = ("ada", "grace", "flaky", "busy", "edsger", "nobody", "down")
 
 
 def produce(times: int = 1) -> int:
-    """Send the mix so many times over, and return how many messages that were."""
+    """Send the mix ``times`` times, and return the number of messages."""
     sent = 0
     for round_ in range(times):
         first = round_ * 1_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class OrderNotFound(Exception):
-    """There is no such order: its transaction has not committed yet, or it was rolled back."""
+    """The order does not exist: its transaction is not committed yet, or was rolled back."""
 
 
 class BadRow(Exception):
@@ -13,9 +13,9 @@ class BadRow(Exception):
 
 #: Orders from this number on never existed.
 FIRST_UNKNOWN = 900_000
-#: Orders whose transaction has not committed yet.
+#: Orders before their commit.
 uncommitted: set[int] = set()
-#: What the import has written: cents by order.
+#: Imported orders: cents by order number.
 imported: dict[int, int] = {}
 
 
@@ -23,7 +23,7 @@ def find_order(order_id: int) -> int:
     """The order's number.
 
     Raises:
-      OrderNotFound: It is not there, or not there yet.
+      OrderNotFound: The order does not exist, or not yet.
     """
     if order_id >= FIRST_UNKNOWN or order_id in uncommitted:
         raise OrderNotFound(order_id)
@@ -31,10 +31,10 @@ def find_order(order_id: int) -> int:
 
 
 def upsert(order_id: int, cents: int) -> None:
-    """Write an order; written twice, it is the same order.
+    """Write an order. A second write changes nothing.
 
     Raises:
-      BadRow: It costs less than nothing.
+      BadRow: The price is negative.
     """
     if cents < 0:
         raise BadRow(f"order {order_id} costs {cents} cents")

@@ -606,3 +606,25 @@ dramatiq.set_broker(broker)
 def test_a_get_result_of_something_else_is_no_finding(command):
     uses = "\ndef other(client):\n    job = client.query('select 1')\n    return job.get_result()\n"
     assert codes(command.json("check", command.app(job() + uses))) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "option"),
+    [
+        ({"timeout": "30"}, "timeout=30"),
+        ({"queue_timeout": "3600"}, "queue_timeout=3600"),
+        ({"retry_on": "{OSError: RetryPolicy(attempts=3, wait=exponential(initial=2, maximum=60_000))}"}, "initial=2"),
+        ({"retry_on": "{OSError: RetryPolicy(attempts=3, wait=constant(1_000), max_elapsed=60)}"}, "max_elapsed=60"),
+    ],
+)
+def test_a_duration_that_looks_like_seconds_is_found(command, changed, option):
+    (finding,) = found(command.json("check", command.app(job(**changed), broker=BOUNDED)), "DP027")
+    assert finding["message"].startswith(f"{option} is ")
+    assert (finding["actor"], finding["severity"]) == ("send_mail", "warning")
+
+
+def test_a_broker_s_duration_that_looks_like_seconds_is_found(command):
+    broker = BOUNDED.replace("install(broker,", "install(broker, timeout=Timeout(default=30),")
+    (finding,) = found(command.json("check", command.app(job(), broker=broker)), "DP027")
+    assert finding["message"].startswith("default=30 is ")
+    assert finding["actor"] is None

@@ -26,7 +26,7 @@ from ...rules.rule import RetryPolicy, Rule, Verb
 from ..durations import format_duration
 from ..explanations.explanation import unnamed
 from .actor_source import purpose_of, source_of
-from .broker_checks import OF_BROKERS, Found, named
+from .broker_checks import OF_BROKERS, Found, named, seconds_found, wait_durations
 from .composition_checks import check_composition
 from .findings import CODES, Finding
 
@@ -153,6 +153,15 @@ def _horizon(job: _Job) -> Found:
         yield "DP026", f"An error that no rule names is tried {runs} times, over up to {latest}"
 
 
+def _seconds(job: _Job) -> Found:
+    declared = [(name, job.options.get(name)) for name in _DURATIONS]
+    for rule in job.policy.rules.rules:
+        if rule.owner == "actor" and rule.policy is not None:
+            declared.append(("max_elapsed", rule.policy.max_elapsed))
+            declared += wait_durations(rule.policy.wait)
+    yield from seconds_found(dict.fromkeys(declared))
+
+
 def _memory(job: _Job) -> Found:
     idempotency, guard, timeout = job.one(Idempotency), job.policy.guard, job.policy.timeout_ms
     if idempotency is None or guard is None or not guard.keyed:
@@ -166,6 +175,8 @@ def _memory(job: _Job) -> Found:
         yield "DP010", f"Retries may go on for {lasts}, and a completed key is remembered for {kept}"
 
 
+#: The options of an actor that are durations.
+_DURATIONS = ("timeout", "time_limit", "queue_timeout", "idempotency_ttl", "min_backoff", "max_backoff", "max_age")
 #: The default lease of Idempotency, in ms.
 _LEASE = 60_000
 _DAY = 86_400_000
@@ -275,6 +286,7 @@ def _asynchronous(job: _Job) -> Found:
 _OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
     _design,
     _horizon,
+    _seconds,
     _memory,
     _rules,
     _references,

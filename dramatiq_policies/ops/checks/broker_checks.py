@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Callbacks as StockCallbacks
@@ -12,6 +12,7 @@ from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..._dramatiq import kind_of
+from ...common.durations import seconds_hint
 from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
 from ...middleware.error_classifier import ErrorClassifier
@@ -79,8 +80,40 @@ def _memory_store(broker: Broker) -> Found:
         yield "DP024", "Idempotency has a MemoryStore"
 
 
+def _durations(broker: Broker) -> Found:
+    declared: list[tuple[str, Any]] = []
+    for middleware in broker.middleware:
+        if isinstance(middleware, Timeout):
+            declared += [("default", middleware.default), ("queue_default", middleware.queue_default)]
+        elif isinstance(middleware, Idempotency):
+            declared += [("lease", middleware.lease), ("ttl", middleware.ttl)]
+        elif isinstance(middleware, ErrorClassifier):
+            for policy in (middleware.unclassified, *(rule.policy for rule in middleware.rules)):
+                if policy is not None:
+                    declared += [("max_elapsed", policy.max_elapsed), *wait_durations(policy.wait)]
+    yield from seconds_found(dict.fromkeys(declared))
+
+
+def wait_durations(wait: Any) -> list[tuple[str, Any]]:
+    """Return the durations of a wait, by name."""
+    fields = vars(wait) if hasattr(type(wait), "declared_as") else {}
+    found = [(name, fields[name]) for name in ("initial", "maximum", "scale", "ms") if name in fields]
+    return found + (wait_durations(fields["fallback"]) if "fallback" in fields else [])
+
+
+def seconds_found(declared: Iterable[tuple[str, Any]]) -> Found:
+    """Yield a finding for each duration that looks like seconds."""
+    for option, value in declared:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # noqa: PLW2901 - Timeout keeps floats
+        hint = seconds_hint(option, value)
+        if hint is not None:
+            yield "DP027", hint.partition(". ")[0]
+
+
 OF_BROKERS: tuple[Callable[[Broker], Found], ...] = (
     _leftovers,
     _thresholds,
     _memory_store,
+    _durations,
 )
