@@ -22,7 +22,7 @@ from dramatiq_policies import ErrorClassifier, RetryPolicy, current_job, install
 BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
 broker = StubBroker() if BROKER_URL.startswith("stub") else RedisBroker(url=BROKER_URL)
 install(broker, error_classifier=ErrorClassifier(unclassified=RetryPolicy(attempts=5)))
-# For jobs that are coroutine functions. Its loop is not the web server's: share no client between the two.
+# For async jobs. The worker's event loop is not the web server's: don't share clients between them.
 broker.add_middleware(dramatiq.middleware.AsyncIO())
 dramatiq.set_broker(broker)
 
@@ -37,7 +37,7 @@ told: list[tuple[int, int]] = []
     timeout=timedelta(seconds=30),
 )
 async def send_confirmation(order_id: int) -> None:
-    """The customer learns that the order was taken."""
+    """Tell the customer that the order has arrived."""
     await asyncio.sleep(0)
     told.append((order_id, current_job().attempt))
 
@@ -53,7 +53,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/orders/{order_id}", status_code=202)
 async def place_order(order_id: int) -> dict[str, str]:
-    """Sending talks to the broker and waits for it: on a thread, so that the loop goes on."""
+    """send() waits for the broker: call it on a thread, so that the event loop continues."""
     try:
         message = await asyncio.to_thread(send_confirmation.send, order_id)
     except (BrokerConnectionError, OSError):

@@ -1,4 +1,4 @@
-"""A dozen jobs or so, and what became of each: a StubBroker, a real worker, no server. `make demo` runs it."""
+"""A dozen jobs with their outcomes, on a StubBroker with a real worker, without a server. Run: `make demo`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def paint(text: str, colour: str) -> str:
     return f"\033[{CODES[colour]}m{text}\033[0m" if COLOUR else text
 
 
-# What can go wrong in this shop.
+# The errors of this shop.
 
 
 class MailTimeout(Exception):
@@ -61,7 +61,7 @@ class RateLimited(Exception):
 
 
 class InvalidEmail(Exception):
-    """There is no such address, and there won't be one."""
+    """The address does not exist."""
 
 
 class OrderNotFound(Exception):
@@ -80,7 +80,7 @@ broker = install(StubBroker(), error_classifier=ErrorClassifier(unclassified=unc
 dramatiq.set_broker(broker)
 
 
-# The jobs. Waits are short here, so that nobody waits for a demo.
+# The jobs. Waits are short for the demo.
 
 
 @dramatiq.actor(
@@ -120,7 +120,7 @@ def sync_stock(sku: str) -> None:
 
 
 def gateway(email: str, attempt: int) -> None:
-    """A stand-in for a mail gateway: the address says how it behaves."""
+    """A fake mail gateway: the address selects the behaviour."""
     who = email.partition("@")[0]
     if (who == "slow" and attempt < 3) or who == "dead":
         raise MailTimeout("no answer within 5 s")
@@ -164,7 +164,7 @@ def describe(event: OutcomeEvent) -> str:
 
 
 def follow(message: Message[object]) -> OutcomeEvent:
-    """Print what happens to the message, until it has ended."""
+    """Print the outcomes of a message up to the last."""
     broker.enqueue(message)
     while True:
         event = events.get(timeout=10)
@@ -192,7 +192,7 @@ def print_dead_letters() -> None:
 
 
 class Records(logging.Handler):
-    """Keeps the log, of which the transcript shows one record of each level at its end."""
+    """Keeps log records; the transcript ends with a record of each level."""
 
     def __init__(self) -> None:
         super().__init__()

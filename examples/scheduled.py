@@ -1,8 +1,8 @@
-"""Jobs by the clock, with APScheduler: a process that only sends, beside the workers that run.
+"""Scheduling with APScheduler: a process sends, the workers run.
 
 python -m examples.scheduled      dramatiq examples.scheduled
 
-The day is an argument, taken from the time that was planned: a job that comes late, or twice, knows which day it is about.
+The day is an argument from the planned time, so a late or repeated job reports the right day.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ reports: list[str] = []
     queue_name="reports",
     retry_on={ConnectionError: RetryPolicy(attempts=5)},
     discard_on=(),
-    idempotency_key="nightly:{day}",  # two schedulers, or one that fires twice: still one report
+    idempotency_key="nightly:{day}",  # two schedulers still make one report
     timeout=timedelta(minutes=10),
-    queue_timeout=timedelta(hours=20),  # tomorrow's makes it worthless
+    queue_timeout=timedelta(hours=20),  # the next report replaces it
 )
 def nightly_report(day: str) -> None:
-    """Yesterday's figures are there when the office opens."""
+    """Write the report of a day."""
     reports.append(f"the figures of {day}")
 
 
@@ -47,7 +47,8 @@ def send_report(now: datetime | None = None) -> None:
 
 
 def make_scheduler(kind: type[BaseScheduler] = BlockingScheduler) -> BaseScheduler:
-    """At three each night. A scheduler that was down sends late, up to an hour, and once for all that it missed."""
+    """Make a scheduler for three each night. After a downtime it sends up to an hour late, and once for all missed
+    runs."""
     scheduler = kind(timezone=timezone.utc)
     scheduler.add_job(
         send_report, CronTrigger(hour=3, timezone=timezone.utc), id="nightly", misfire_grace_time=3_600, coalesce=True

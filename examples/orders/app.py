@@ -2,13 +2,13 @@
 
 Environment:
   BROKER_URL: ``redis://…``, ``amqp://…`` or ``stub://``. Default ``redis://localhost:6379/0``.
-  IDEMPOTENCY_URL: The Redis that remembers which jobs are done. Default: the broker's own, or for RabbitMQ
+  IDEMPOTENCY_URL: The Redis for the idempotency records. Default: the broker's own, or for RabbitMQ
     ``redis://localhost:6379/0``.
-  MAIL_API_KEY: The gateway's key. Empty, as if somebody had forgotten it: the jobs alert.
-  ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; less for a demo that ends soon.
+  MAIL_API_KEY: The gateway's key. If empty, the jobs alert.
+  ORDERS_WAIT_MS: The first wait of a retry, in milliseconds. Default 2000; a demo uses less.
   ORDERS_TIMEOUT_MS: How long the confirmation may take, in milliseconds. Default 30000.
-  STATSD_HOST, STATSD_PORT: Where the jobs' numbers go. Nowhere without a host.
-  SENTRY_DSN: Where bad endings are reported. Nowhere without it.
+  STATSD_HOST, STATSD_PORT: The StatsD server for metrics. Default: no metrics.
+  SENTRY_DSN: The Sentry project for failures. Default: no reports.
   HEARTBEAT_FILE: The file for a liveness probe. None by default.
 """
 
@@ -50,7 +50,7 @@ GATEWAY_TIMEOUT_MS = 5_000
 
 
 def make_broker(url: str) -> Broker:
-    """The broker that the URL asks for. What a broker needs is imported only if it is the one."""
+    """Make the broker of a URL, and import only this broker's client."""
     scheme = url.partition(":")[0]
     if scheme in ("redis", "rediss"):
         from dramatiq.brokers.redis import RedisBroker
@@ -68,13 +68,13 @@ def make_broker(url: str) -> Broker:
 
 
 def make_idempotency(broker: Broker) -> Idempotency:
-    """What remembers the finished jobs: the broker's own Redis (or memory on a StubBroker), or the one that the URL names."""
+    """Make the idempotency middleware: on the broker's own Redis (in memory on a StubBroker), or on IDEMPOTENCY_URL."""
     url = os.environ.get("IDEMPOTENCY_URL")
     if url is None and type(broker).__name__ != "RabbitmqBroker":
         return Idempotency()
     from dramatiq_policies.stores.redis import RedisStore
 
-    # Without it the jobs run all the same: the gateway knows the key, and imports write what is there already.
+    # If the store is down, the jobs run all the same: the gateway knows the key, and a second import changes nothing.
     return Idempotency(RedisStore.from_url(url or "redis://localhost:6379/0"), on_store_error="run")
 
 
@@ -82,7 +82,7 @@ sentry_dsn = os.environ.get("SENTRY_DSN")
 if sentry_dsn:
     import sentry_sdk
 
-    # Before the broker is made, so that Sentry's own integration finds it: transactions come from that one.
+    # Call it before the broker is made: Sentry's own integration records transactions.
     sentry_sdk.init(dsn=sentry_dsn, traces_sample_rate=0.1)
 
 broker = make_broker(os.environ.get("BROKER_URL", "redis://localhost:6379/0"))
@@ -116,9 +116,9 @@ gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
         RateLimited: RetryPolicy(
             attempts=100, max_elapsed=timedelta(hours=1), wait=retry_after(fallback=exponential(initial=WAIT_MS))
         ),
-        # Sent before its transaction committed? Then it is there in a moment, or never.
+        # Perhaps the order is not committed yet: try again, then give up.
         OrderNotFound: RetryPolicy(attempts=3, wait=constant(WAIT_MS), then="discard"),
-        # The mail may be out. The gateway knows the key, so asking again sends it no second time.
+        # The mail may be out. The gateway knows the key and sends no second mail.
         TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(WAIT_MS)),
     },
     discard_on=InvalidEmail,
@@ -132,7 +132,7 @@ def send_confirmation(order_id: int, email: str, total: str) -> None:
     """Tell the customer that the order has arrived."""
     shop.find_order(order_id)
     job = current_job(None)
-    # Called directly, as from a shell, there is no job, and the order is what makes the mail unique.
+    # In a direct call, as from a shell, there is no job: make the key from the order.
     key = f"order-confirmation:{order_id}" if job is None else job.idempotency_key
     left = None if job is None else job.remaining_ms()
     gateway.send(
@@ -153,9 +153,9 @@ def send_confirmation(order_id: int, email: str, total: str) -> None:
     policy_exempt={"DP006": "its batches write what is there already"},
 )
 def import_orders(first: int, last: int) -> None:
-    """Cut an import into batches, each a job with retries of its own.
+    """Split an import into batches, each a job with its own retries.
 
-    It may be run again and send its batches again; they write what is there already.
+    A second run sends the batches again, which changes nothing.
     """
     for start in range(first, last + 1, BATCH):
         import_batch.send(start, min(start + BATCH - 1, last))
@@ -173,7 +173,7 @@ def import_orders(first: int, last: int) -> None:
     policy_exempt={"DP006": "an order written twice is the same order"},
 )
 def import_batch(first: int, last: int) -> None:
-    """Write the orders of one batch. A row that can't be one drops the batch, onto the dead letters for a look."""
+    """Write the orders of a batch. An invalid row discards the batch and leaves a dead letter."""
     for order_id in range(first, last + 1):
         shop.upsert(order_id, 1_000 + order_id)
 
@@ -189,23 +189,23 @@ REPORT: ActorOptions = {
 
 @dramatiq.actor(retry_on=(), **REPORT)
 def collect_figures(day: str) -> dict[str, object]:
-    """The first stage of the nightly report."""
+    """Collect the figures: the first step of the nightly report."""
     return {"day": day, "orders": len(shop.imported), "cents": sum(shop.imported.values())}
 
 
 @dramatiq.actor(retry_on=(), **REPORT)
 def render_report(figures: dict[str, object]) -> str:
-    """The second stage: what it gets is what the first one returned."""
+    """Render the report: the second step, with the result of the first."""
     return f"{figures['day']}: {figures['orders']} orders, {figures['cents']} cents"
 
 
 @dramatiq.actor(retry_on={EmailTimeout: 5}, alert_on=MissingCredentials, **REPORT)
 def mail_report(to: str, report: str) -> None:
-    """The last stage."""
+    """Mail the report: the last step."""
     gateway.send(to, report, idempotency_key=current_job().idempotency_key, timeout_ms=GATEWAY_TIMEOUT_MS)
 
 
 def nightly_report(day: str, to: str = "finance@example.com") -> dramatiq.pipeline:
-    """The report of a day: three jobs, each of which is sent when the one before has succeeded."""
+    """Make the pipeline of a day's report: each job is sent after the success of the job before."""
     stages = [collect_figures.message(day), render_report.message(), mail_report.message(to)]
     return dramatiq.pipeline(stages, broker=broker)
