@@ -20,7 +20,7 @@ from dramatiq_policies import RetryPolicy
 from dramatiq_policies.brokers.rabbitmq import delayed as rabbitmq_delayed
 from dramatiq_policies.brokers.rabbitmq.acks import SharedAcks
 from dramatiq_policies.brokers.redis.delay_index import DelayIndex
-from dramatiq_policies.delivery import moving
+from dramatiq_policies.delivery import moving_delayed
 from dramatiq_policies.delivery.broker_state import state_of
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
@@ -130,7 +130,7 @@ class Refuses(Middleware):
 def test_a_move_that_fails_delays_its_own_message_only(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(moving, "RETRY_AFTER", 200)
+    monkeypatch.setattr(moving_delayed, "RETRY_AFTER", 200)
     app = place.app()
     ran: list[int] = []
     job = app.actor(ran.append, actor_name="job")
@@ -200,7 +200,7 @@ def test_a_batch_that_was_published_and_not_acked_is_all_that_runs_twice(
     with app.working(1):
         until(lambda: len(done) == 500 and rabbitmq_place.ready() == 0 and calls[0] > 3, describe=lambda: len(done))
         until(lambda: app.in_hand() == 0)
-    assert sum(done.values()) - 500 <= moving.BATCH
+    assert sum(done.values()) - 500 <= moving_delayed.BATCH
     assert rabbitmq_place.left() == []
 
 

@@ -384,10 +384,13 @@ def test_queues_are_read_by_a_process(place, app, run):
 @pytest.mark.parametrize("place", ["redis"], indirect=True)
 def test_the_monitor_alerts_though_no_worker_lives(place, app, run, tmp_path):
     source = (tmp_path / "killed_app.py").read_text()
-    monitored = "install(broker, queue_monitor=QueueMonitor(interval=100, thresholds={'*': Threshold(ready=2)}))"
+    interval = "timedelta(milliseconds=100)"
+    monitored = (
+        f"install(broker, queue_monitor=QueueMonitor(interval={interval}, thresholds={{'*': Threshold(ready=2)}}))"
+    )
     (tmp_path / "watched_app.py").write_text(
         source.replace("install(broker)", monitored).replace(
-            "import install", "import QueueMonitor, Threshold, install"
+            "import install", "import QueueMonitor, Threshold, install\nfrom datetime import timedelta"
         )
     )
     for number in range(2):
