@@ -526,3 +526,18 @@ def test_a_letter_that_lies_there_twice_is_run_once_by_its_key(redis_place):
     assert ops.replay(app.broker).count == 1
     app.work_until("duplicate", "succeeded", threads=1)
     assert {event.message_id for event in app.events} == {first}
+
+
+def test_dead_letters_of_a_queue_that_no_actor_declares_are_found_by_its_name(rabbitmq_place):
+    app = rabbitmq_place.app()
+    app.broker.declare_queue(rabbitmq_place.queue, ensure=True)
+    retired = f"{rabbitmq_place.queue}-retired"
+    dead = Message(retired, "gone", (), {}, {"failure": {"outcome": "dead", "exception": "app.Gone"}})
+    rabbitmq_place.channel.queue_declare(f"{retired}.XQ", arguments={"x-message-ttl": 60_000, "x-expires": 60_000})
+    rabbitmq_place.channel.basic_publish("", f"{retired}.XQ", dead.encode())
+    until(lambda: len(list(ops.dead_letters(app.broker, [retired]))) == 1)
+    with pytest.raises(ops.OperationError, match=r"No actor uses the queue .* any more; say with --to-queue"):
+        ops.replay(app.broker, [retired])
+    assert ops.replay(app.broker, [retired], to_queue=rabbitmq_place.queue).count == 1
+    with pytest.raises(ops.OperationError, match="holds no messages"):
+        list(ops.dead_letters(app.broker, [f"{retired}-never"]))
