@@ -34,7 +34,7 @@ from .earlier import EarlierRecords
 from .exclusive import ExclusiveRuns
 from .keys import encodable
 from .lease_renewal import Leases
-from .records import Record, Request, Take
+from .records import Record, Request, Start
 from .store_client import StoreClient, StoreDown
 
 if TYPE_CHECKING:
@@ -181,14 +181,14 @@ class Claims:
         _live.add(token)
         claimed = False
         try:
-            action = records.decide(None, 0, request)
+            action = records.next_action(None, 0, request)
             if earlier is not None and (known := self.earlier.find(earlier, keep)) is not None:
-                action = records.decide(*known, request)
-                if isinstance(action, records.Crashed):
+                action = records.next_action(*known, request)
+                if isinstance(action, records.Quarantine):
                     return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, keep)
             expected: bytes | None = None
             for _ in range(_TRIES):
-                if not isinstance(action, Take) or action.alone:
+                if not isinstance(action, Start) or action.alone:
                     return action
                 record = records.taken(action, request, owner=owner, token=token, since=now_ms(), keep=keep)
                 value = record.encode()
@@ -204,11 +204,11 @@ class Claims:
                     self.leases.hold(held)
                     return held
                 stored = self._read(found.value)
-                action = records.decide(stored, found.left, request)
-                if isinstance(action, records.Crashed) and stored is not None and found.value is not None:
+                action = records.next_action(stored, found.left, request)
+                if isinstance(action, records.Quarantine) and stored is not None and found.value is not None:
                     return self._quarantined(action, name, stored, found.value, request, keyed, keep)
                 expected = found.value
-            return records.Defer(self.lease)
+            return records.WaitForOwner(self.lease)
         except StoreDown:
             if len(_unconfirmed_tokens) < 10_000:
                 _unconfirmed_tokens.add(token)
@@ -218,7 +218,14 @@ class Claims:
                 _live.discard(token)
 
     def _quarantined(
-        self, found: records.Crashed, name: str, stored: Record, value: bytes, request: Request, keyed: bool, keep: int
+        self,
+        found: records.Quarantine,
+        name: str,
+        stored: Record,
+        value: bytes,
+        request: Request,
+        keyed: bool,
+        keep: int,
     ) -> Quarantined:
         # Another process' token may also be that of a run here.
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
@@ -254,7 +261,7 @@ class Claims:
         message = delivery.message
         request = Request(message.message_id, run_of(message.options), is_dead)
         record = records.taken(
-            Take(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=_EXCUSED_FOR
+            Start(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=_EXCUSED_FOR
         )
         name = crash_counter_name(message.message_id)
         try:

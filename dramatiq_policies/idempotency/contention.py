@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..common import clock
 from ..delivery.consumer import REDELIVERED
 from ..delivery.history import now_ms
-from .records import Defer, Skip
+from .records import SkipDuplicate, WaitForOwner
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
@@ -64,7 +64,7 @@ class ContendedKey:
         self.number = 0
         self.before = 0
         self.asked = -inf
-        self.owner: Defer | None = None
+        self.owner: WaitForOwner | None = None
         self.next_move = 0.0
 
     @property
@@ -86,7 +86,7 @@ class Contention:
         self.keys: dict[str, ContendedKey] = {}
         self._random = random.Random()  # noqa: S311 - it spreads waits
 
-    def known(self, name: str, message_id: str) -> Defer | None:
+    def known(self, name: str, message_id: str) -> WaitForOwner | None:
         """The store's answer to one more message of a contended key; None if the store must be asked."""
         key = self.keys.get(name)
         if key is None or not key.is_contended:
@@ -100,11 +100,11 @@ class Contention:
         Parameters:
           counted: Whether the message has been counted in the delay queue.
         """
-        if not isinstance(answer, Defer):
+        if not isinstance(answer, WaitForOwner):
             key = self.keys.get(name)
             if key is not None:
                 # A message that starts now owns the key: the next one asks.
-                is_free = isinstance(answer, Skip)
+                is_free = isinstance(answer, SkipDuplicate)
                 key.asked, key.owner = clock.monotonic() if is_free else -inf, None
                 key.next_move = min(key.next_move, key.asked) if is_free else key.next_move
             return
@@ -120,7 +120,7 @@ class Contention:
         key.number += 1
         return key
 
-    def wait(self, name: str, deferrals: int, owner: Defer | None) -> int:
+    def wait(self, name: str, deferrals: int, owner: WaitForOwner | None) -> int:
         """For how many milliseconds a message is deferred.
 
         A run that has lasted for long is likely to last for as long again, so no wait is shorter than that.
@@ -167,13 +167,13 @@ class Contention:
             key = self.keys[name] = ContendedKey(now)
         return key
 
-    def _owner(self, key: ContendedKey, now: float) -> Defer | None:
+    def _owner(self, key: ContendedKey, now: float) -> WaitForOwner | None:
         """Who holds the key, if that is known well enough."""
         owner, elapsed = key.owner, now - key.asked
         if owner is None or elapsed > self.fresh:
             return None
         left = owner.left - round(elapsed * 1_000)
-        return Defer(left, owner.since, owner.message_id) if left > 0 else None
+        return WaitForOwner(left, owner.since, owner.message_id) if left > 0 else None
 
     def _spread(self, left: int) -> int:
         drawn = self._random.uniform(0, self.at_most * _JITTER)

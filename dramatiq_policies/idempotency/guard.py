@@ -144,7 +144,7 @@ class IdempotencyGuard:
             if self.claims.stopping:
                 # The shutdown looked for the jobs that run before this one could be seen.
                 self.claims.uncount_start(delivery)
-        elif isinstance(answer, records.Defer):
+        elif isinstance(answer, records.WaitForOwner):
             self._defer(delivery, "running", name, answer)
         else:
             self._refuse(delivery, answer)
@@ -163,10 +163,10 @@ class IdempotencyGuard:
                 return known
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
         answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
-        if isinstance(answer, records.Take):
+        if isinstance(answer, records.Start):
             request = self._alone(delivery, request, answer.starts)
             answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
-        if isinstance(answer, records.Defer) or name in self.contention.keys:
+        if isinstance(answer, records.WaitForOwner) or name in self.contention.keys:
             self.contention.observe(name, answer, counted=counted)
         return answer
 
@@ -195,7 +195,7 @@ class IdempotencyGuard:
             due = follow.get("due")
             delivery.add_to_outbox(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
             delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
-        assert isinstance(answer, records.Skip)
+        assert isinstance(answer, records.SkipDuplicate)
         if answer.twin is not None:
             self.forward_first_result(delivery, answer.twin)
         delivery.skip(Decision(Outcome.DUPLICATE, answer.reason))
@@ -249,7 +249,9 @@ class IdempotencyGuard:
             target.get("options", {}).get("pipe_ignore") or (actor is not None and actor.options.get("pipe_ignore"))
         )
 
-    def _defer(self, delivery: Delivery, reason: str, name: str = "", answer: records.Defer | None = None) -> None:
+    def _defer(
+        self, delivery: Delivery, reason: str, name: str = "", answer: records.WaitForOwner | None = None
+    ) -> None:
         message = delivery.message
         history = History(message.options)
         wait = self.contention.wait(name, history.deferrals, answer)

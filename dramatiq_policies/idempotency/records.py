@@ -19,7 +19,17 @@ from uuid import UUID
 
 from ..errors import UnknownRecord
 
-__all__ = ["Crashed", "Defer", "Record", "RepublishRetry", "Request", "Skip", "Take", "completed_by", "decide"]
+__all__ = [
+    "Quarantine",
+    "Record",
+    "RepublishRetry",
+    "Request",
+    "SkipDuplicate",
+    "Start",
+    "WaitForOwner",
+    "completed_by",
+    "next_action",
+]
 
 _VERSION = b"\x01"
 _KEPT = 8
@@ -154,7 +164,7 @@ class Request(NamedTuple):
     beside: bool = False
 
 
-class Take(NamedTuple):
+class Start(NamedTuple):
     """Run it. ``alone``: only if nothing else runs in this process, for it may be what kills it."""
 
     starts: int
@@ -162,7 +172,7 @@ class Take(NamedTuple):
     alone: bool = False
 
 
-class Skip(NamedTuple):
+class SkipDuplicate(NamedTuple):
     """It has been done (``completed``; by which message) or this run of it has ended (``stale``)."""
 
     reason: str
@@ -170,7 +180,7 @@ class Skip(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Defer:
+class WaitForOwner:
     """Somebody else runs it, or will.
 
     Attributes:
@@ -190,24 +200,24 @@ class RepublishRetry(NamedTuple):
     follow: dict[str, Any]
 
 
-class Crashed(NamedTuple):
+class Quarantine(NamedTuple):
     """It began this many times and never ended."""
 
     starts: int
 
 
-Action = Take | Skip | Defer | RepublishRetry | Crashed
+Action = Start | SkipDuplicate | WaitForOwner | RepublishRetry | Quarantine
 
 
-def decide(record: Record | None, left: int, request: Request) -> Action:
+def next_action(record: Record | None, left: int, request: Request) -> Action:
     """What becomes of a message whose key holds ``record``, which is kept for ``left`` more milliseconds."""
     if record is None:
         return _take(request.starts, (), request)
     mine = record.message_id == request.message_id
     if record.state == COMPLETED:
-        return Skip("completed", None if mine else record.message_id)
+        return SkipDuplicate("completed", None if mine else record.message_id)
     if any(message == request.message_id and request.run <= run for message, run in record.ended):
-        return Skip("stale")
+        return SkipDuplicate("stale")
     left = left - record.keep
     if record.state == FREE:
         return _take(request.starts, record.ended, request)
@@ -215,17 +225,17 @@ def decide(record: Record | None, left: int, request: Request) -> Action:
         # A later run of the same message exists, so that one has ended.
         return _take(request.starts, record.having_ended(), request)
     if mine and request.run < record.run:
-        return Skip("stale")
+        return SkipDuplicate("stale")
     if not mine or record.state == WAITING:
         if left > 0:
-            return Defer(left, record.since, record.message_id)
+            return WaitForOwner(left, record.since, record.message_id)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
         # The same job in another message, which may kill its worker, too; but it is granted one start of its own.
         return _after_a_crash(record, request, 1)
     # The very same run once more: redelivered, or a copy of it.
     if left > 0 and not request.is_dead(record):
-        return Defer(left, record.since, record.message_id)
+        return WaitForOwner(left, record.since, record.message_id)
     if record.state == ENDING:
         return RepublishRetry(record.follow or {})
     return _after_a_crash(record, request, 0)
@@ -236,17 +246,17 @@ def _after_a_crash(record: Record, request: Request, more: int) -> Action:
     # A limit of one leaves no start to be made alone.
     is_proof = not record.beside or limit == 1
     if limit is not None and record.starts >= limit + more and is_proof:
-        return Crashed(record.starts)
+        return Quarantine(record.starts)
     return _take(record.starts + 1, record.ended, request)
 
 
-def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Take:
+def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Start:
     # The last start that it is granted. Those that only ran beside a killer do not die of this one.
     last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
-    return Take(starts, ended, alone=last and not (request.alone or request.beside))
+    return Start(starts, ended, alone=last and not (request.alone or request.beside))
 
 
-def taken(action: Take, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
+def taken(action: Start, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
     """The record of a claim."""
     return Record(
         RUNNING,

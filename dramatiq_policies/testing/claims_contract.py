@@ -9,7 +9,7 @@ from typing import Any
 
 from ..delivery.decision import Decision
 from ..idempotency.claims import Claim, Claims
-from ..idempotency.records import Defer, Record, Request, Skip
+from ..idempotency.records import Record, Request, SkipDuplicate, WaitForOwner
 from ..outcomes import Outcome
 from ..stores import IdempotencyStore
 from .concurrency import THREADS, run_concurrently
@@ -35,13 +35,13 @@ class ClaimsContract:
             answers = run_concurrently(lambda number: claim(f"m{number}"))
             winners = [answer for answer in answers if isinstance(answer, Claim)]
             assert len(winners) == 1
-            assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, Defer))
-            assert sum(isinstance(answer, Defer) for answer in answers) == THREADS - 1
+            assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, WaitForOwner))
+            assert sum(isinstance(answer, WaitForOwner) for answer in answers) == THREADS - 1
             winners[0].conclude(_SUCCEEDED)
             winner = winners[0].record.message_id
             assert set(run_concurrently(lambda number: claim(f"m{number}"))) == {
-                Skip("completed", winner),
-                Skip("completed"),
+                SkipDuplicate("completed", winner),
+                SkipDuplicate("completed"),
             }
 
     def test_of_many_copies_of_a_dead_workers_message_one_takes_over_at_once(self, store: IdempotencyStore) -> None:
@@ -64,7 +64,7 @@ class ClaimsContract:
             first = claim("m")
             assert isinstance(first, Claim)
             first.claims.close()  # The lease is not renewed.
-            assert isinstance(claim.unrenewed("other"), Defer)
+            assert isinstance(claim.unrenewed("other"), WaitForOwner)
             self.pass_time(store, self.short + 50)
             second = claim.unrenewed("other")
             assert isinstance(second, Claim)
@@ -78,7 +78,7 @@ class ClaimsContract:
             for _ in range(6):
                 self.pass_time(store, self.short // 3)
                 first.claims.leases.renew()
-                assert isinstance(claim("other"), Defer)
+                assert isinstance(claim("other"), WaitForOwner)
             store.delete("key")
             first.claims.leases.renew()
             assert store.get("key").value == first.value
@@ -90,13 +90,13 @@ class ClaimsContract:
             first = claim("m")
             assert isinstance(first, Claim)
             first.conclude(Decision(Outcome.RETRIED, delay_ms=1_000))
-            assert claim("m") == Skip("stale")
-            assert isinstance(claim("other"), Defer)
+            assert claim("m") == SkipDuplicate("stale")
+            assert isinstance(claim("other"), WaitForOwner)
             retry = claim("m", run=1)
             assert isinstance(retry, Claim)
-            assert claim("m") == Skip("stale")
+            assert claim("m") == SkipDuplicate("stale")
             retry.conclude(_DEAD)
-            assert [claim("m"), claim("m", run=1)] == [Skip("stale")] * 2
+            assert [claim("m"), claim("m", run=1)] == [SkipDuplicate("stale")] * 2
             assert isinstance(claim("other"), Claim)
 
 

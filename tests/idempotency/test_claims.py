@@ -18,7 +18,7 @@ from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records
 from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, crash_counter_name, is_dead
 from dramatiq_policies.idempotency.options import register_name
-from dramatiq_policies.idempotency.records import Defer, Record, Request, Skip, Take
+from dramatiq_policies.idempotency.records import Record, Request, SkipDuplicate, Start, WaitForOwner
 from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -92,21 +92,21 @@ def test_a_claim_names_this_process_and_is_deferred_to_while_its_lease_lasts(cla
     claim = ask(claims)
     assert isinstance(claim, Claim)
     assert store.record("k").owner == owners.this_process()
-    assert ask(claims, "other") == Defer(LEASE)
+    assert ask(claims, "other") == WaitForOwner(LEASE)
     store.now += 59
-    assert ask(claims, "other") == Defer(1_000)
+    assert ask(claims, "other") == WaitForOwner(1_000)
 
 
 def test_another_message_waits_out_the_lease_even_of_a_dead_owner(claims, store):
     ask(claims)
-    assert ask(claims, "other", dead=died) == Defer(LEASE)
+    assert ask(claims, "other", dead=died) == WaitForOwner(LEASE)
     store.now += 61
     assert isinstance(ask(claims, "other", dead=died), Claim)
 
 
 def test_the_same_run_takes_over_at_once_only_where_its_owner_is_certainly_dead(claims, store):
     first = ask(claims)
-    assert ask(claims) == Defer(LEASE)
+    assert ask(claims) == WaitForOwner(LEASE)
     taken = ask(claims, dead=died)
     assert isinstance(taken, Claim)
     assert store.record("k").starts == 2
@@ -125,7 +125,7 @@ def test_a_run_that_was_taken_over_and_yet_succeeds_completes_the_key(claims, st
     first = ask(claims)
     ask(claims, dead=died)
     claims.conclude(first, SUCCEEDED)
-    assert ask(claims) == Skip("completed", None)
+    assert ask(claims) == SkipDuplicate("completed", None)
 
 
 def test_a_quarantine_leaves_the_claims_of_this_process_alone(claims, store):
@@ -137,7 +137,7 @@ def test_a_quarantine_leaves_the_claims_of_this_process_alone(claims, store):
     assert isinstance(quarantined, Quarantined)
     claims.conclude(quarantined.claim, Decision(Outcome.DEAD, "crashed"))
     assert not is_dead(running.record)
-    assert ask(claims, "runs here", name="other") == Defer(LEASE)
+    assert ask(claims, "runs here", name="other") == WaitForOwner(LEASE)
 
 
 def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quarantined(claims, store):
@@ -145,7 +145,7 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
     starts, running = 0, ["a", "b"]
     while running and starts < 20:
         answer = ask(claims, running[0])
-        if isinstance(answer, Take) and answer.alone:
+        if isinstance(answer, Start) and answer.alone:
             answer = ask(claims, running[0], alone=True)
         if isinstance(answer, Quarantined):
             claims.conclude(answer.claim, Decision(Outcome.DEAD, "crashed"))
@@ -173,12 +173,12 @@ def test_the_register_of_each_ending_says_what_the_next_message_needs(claims, st
     waiting = store.record("k")
     assert (waiting.state, waiting.ended) == ("waiting", (("m", 0),))
     assert store.get("k").left == 5_000 + LEASE + KEEP
-    assert ask(claims, "other") == Defer(5_000 + LEASE)
-    assert ask(claims) == Skip("stale")
+    assert ask(claims, "other") == WaitForOwner(5_000 + LEASE)
+    assert ask(claims) == SkipDuplicate("stale")
 
     claims.conclude(ask(claims, run=1), DEAD)
     assert store.record("k").state == "free"
-    assert ask(claims) == ask(claims, run=1) == Skip("stale")
+    assert ask(claims) == ask(claims, run=1) == SkipDuplicate("stale")
     assert isinstance(ask(claims, "other"), Claim)
 
 
@@ -196,8 +196,8 @@ def test_a_run_that_was_put_back_unrun_has_not_ended(claims, store):
 
 def test_a_snooze_ends_its_run(claims, store):
     claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "snoozed", delay_ms=1_000))
-    assert ask(claims) == Skip("stale")
-    assert ask(claims, "other") == Defer(1_000 + LEASE)
+    assert ask(claims) == SkipDuplicate("stale")
+    assert ask(claims, "other") == WaitForOwner(1_000 + LEASE)
     assert isinstance(ask(claims, run=1), Claim)
 
 
@@ -233,7 +233,7 @@ def test_what_is_to_be_handed_on_again_is_known_but_for_what_every_run_has(claim
 
 def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
     claims.conclude(ask(claims), Decision(Outcome.SKIPPED))
-    assert ask(claims) == Skip("stale")
+    assert ask(claims) == SkipDuplicate("stale")
 
 
 def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
@@ -259,7 +259,7 @@ def test_a_register_that_changes_at_each_look_is_asked_for_again_later(claims, s
         return Entry(Record(records.FREE, f"m{len(asked)}", 0, "elsewhere:1:place:1", "1", 0, 1, KEEP).encode(), KEEP)
 
     store.swap = swap
-    assert ask(claims) == Defer(LEASE)
+    assert ask(claims) == WaitForOwner(LEASE)
     assert 1 < len(asked) <= 100
 
 
@@ -325,7 +325,7 @@ def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_en
     with pytest.raises(claims_module.StoreDown):
         ask(claims, "second")
     store.swap = swap
-    assert ask(claims, "first", dead=died) == Skip("stale")
+    assert ask(claims, "first", dead=died) == SkipDuplicate("stale")
 
 
 def test_a_start_in_another_process_counts_whatever_its_token(claims, store):
@@ -383,7 +383,7 @@ def test_a_completion_that_was_carried_ends_the_claim(claims, store):
     claims.leases.renew()
     assert store.renewals == []
     assert is_dead(claim.record)
-    assert ask(claims, "other") == Skip("completed", "m")
+    assert ask(claims, "other") == SkipDuplicate("completed", "m")
 
 
 # An ending that is late.
@@ -394,7 +394,7 @@ def test_an_ending_that_could_not_be_written_holds_the_key_until_it_is(claims, s
     store.down = True
     claims.conclude(claim, DEAD)
     store.down = False
-    assert ask(claims, "other") == Defer(LEASE)
+    assert ask(claims, "other") == WaitForOwner(LEASE)
     assert not is_dead(claim.record)
     claims.leases.renew()
     assert is_dead(claim.record)

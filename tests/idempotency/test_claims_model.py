@@ -292,10 +292,10 @@ class Simulation:
         request = Request(message.id, message.run, is_dead, self.max_crashes)
         try:
             answer = self._ask(worker, message, request)
-            if isinstance(answer, records.Take):
+            if isinstance(answer, records.Start):
                 answer = self._ask(worker, message, request._replace(alone=True))
         except StoreDown:
-            answer = records.Defer(1_000)
+            answer = records.WaitForOwner(1_000)
         held.stage = PUT_BACK
         if isinstance(answer, Claim):
             self._check_claim(held)
@@ -303,7 +303,7 @@ class Simulation:
             held.renewed = self.now
         elif isinstance(answer, Quarantined):
             held.claim, held.stage, held.outcome = answer.claim, ANNOUNCED, "dead"
-        elif isinstance(answer, records.Defer):
+        elif isinstance(answer, records.WaitForOwner):
             self.queue.append(Message(message.id, message.run, message.key, self.now + 1))
         elif isinstance(answer, records.RepublishRetry):
             self.queue.append(Message(message.id, answer.follow["options"]["retries"], message.key, self.now))

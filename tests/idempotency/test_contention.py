@@ -9,7 +9,7 @@ from dramatiq_policies import Idempotency
 from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.idempotency import contention
 from dramatiq_policies.idempotency.contention import _FRESH, _GRID, _MANY, WAITS_FOR, Contention
-from dramatiq_policies.idempotency.records import Defer, Skip
+from dramatiq_policies.idempotency.records import SkipDuplicate, WaitForOwner
 from dramatiq_policies.stores.memory import MemoryStore
 
 from ..support import Stage
@@ -37,13 +37,13 @@ def many(waiting, answer, number=_MANY):
 
 def test_one_duplicate_waits_ever_longer_and_at_most_a_quarter_of_the_lease():
     waiting = Contention(LEASE)
-    answer = Defer(LEASE)
+    answer = WaitForOwner(LEASE)
     waits = []
     for deferrals in range(7):
         waiting.observe("k", answer)
         waits.append(waiting.wait("k", deferrals, answer))
     assert waits == [1_000, 2_000, 4_000, 8_000, 15_000, 15_000, 15_000]
-    assert waiting.wait("k", 6, Defer(3_000)) == 3_000
+    assert waiting.wait("k", 6, WaitForOwner(3_000)) == 3_000
     assert waiting.wait("", 6, None) == 15_000
 
 
@@ -51,27 +51,27 @@ def test_one_duplicate_waits_ever_longer_and_at_most_a_quarter_of_the_lease():
     ("age", "least", "most"), [(-10_000, 1_000, 1_000), (6_000, 6_000, 7_000), (10**9, 15_000, 15_000)]
 )
 def test_the_first_wait_is_as_long_as_the_run_has_lasted(age, least, most):
-    assert least <= Contention(LEASE).wait("k", 0, Defer(LEASE, now_ms() - age)) <= most
+    assert least <= Contention(LEASE).wait("k", 0, WaitForOwner(LEASE, now_ms() - age)) <= most
 
 
 def test_many_wait_as_long_as_they_may_and_do_not_come_at_the_same_time(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE))
-    waits = [waiting.wait("k", 0, Defer(LEASE)) for _ in range(1_000)]
+    many(waiting, WaitForOwner(LEASE))
+    waits = [waiting.wait("k", 0, WaitForOwner(LEASE)) for _ in range(1_000)]
     assert 12_000 - _GRID <= min(waits) < 12_200
     assert 14_700 < max(waits) <= 15_000
     assert len({wait // _GRID for wait in waits}) > 20
     # Nor do they when the lease ends.
-    waits = [waiting.wait("k", 0, Defer(2_000)) for _ in range(1_000)]
+    waits = [waiting.wait("k", 0, WaitForOwner(2_000)) for _ in range(1_000)]
     assert 2_000 - _GRID <= min(waits) < 2_200
     assert 4_700 < max(waits) <= 5_000
 
 
 def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_always(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE, 5, "owner"), _MANY - 1)
+    many(waiting, WaitForOwner(LEASE, 5, "owner"), _MANY - 1)
     assert waiting.known("k", "other") is None
-    many(waiting, Defer(LEASE, 5, "owner"), 1)
+    many(waiting, WaitForOwner(LEASE, 5, "owner"), 1)
     clock.now += 0.5
     found = waiting.known("k", "other")
     assert (found.left, found.since, found.message_id) == (LEASE - 500, 5, "owner")
@@ -83,19 +83,19 @@ def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_alway
 
 def test_an_answer_does_not_hold_for_longer_than_the_lease(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(300))
+    many(waiting, WaitForOwner(300))
     clock.now += 0.4
     assert waiting.known("k", "other") is None
 
 
 def test_many_are_few_again_after_a_while(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE))
+    many(waiting, WaitForOwner(LEASE))
     clock.now += 16
-    waiting.observe("k", Defer(LEASE))
+    waiting.observe("k", WaitForOwner(LEASE))
     assert waiting.keys["k"].is_contended
     clock.now += 40
-    waiting.observe("k", Defer(LEASE))
+    waiting.observe("k", WaitForOwner(LEASE))
     assert not waiting.keys["k"].is_contended
 
 
@@ -103,7 +103,7 @@ def test_however_many_keys_there_are_few_are_remembered(clock):
     waiting = Contention(LEASE)
     for number in range(5_000):
         clock.now += 0.01
-        waiting.observe(str(number), Defer(LEASE))
+        waiting.observe(str(number), WaitForOwner(LEASE))
     assert len(waiting.keys) <= 1_000
 
 
@@ -118,7 +118,7 @@ def postponed(waiting, number, message=None):
 
 def test_due_messages_of_a_key_that_is_known_to_be_held_stay_in_the_delay_queue(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE, 5, "owner"))
+    many(waiting, WaitForOwner(LEASE, 5, "owner"))
     waits = [waiting.postpone(due()) for _ in range(1_000)]
     assert min(waits) >= 12_000 - _GRID
     assert max(waits) <= 15_000
@@ -137,18 +137,18 @@ def test_due_messages_of_a_key_that_is_known_to_be_held_stay_in_the_delay_queue(
 )
 def test_any_other_due_message_moves(clock, message):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE, 5, "owner"))
+    many(waiting, WaitForOwner(LEASE, 5, "owner"))
     assert waiting.postpone(message) is None
 
 
 def test_once_a_second_one_of_many_due_messages_moves_and_asks(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE, 5, "owner"))
+    many(waiting, WaitForOwner(LEASE, 5, "owner"))
     clock.now += _FRESH + 0.1
     assert postponed(waiting, 100) == 99
     clock.now += _FRESH + 0.1
     assert postponed(waiting, 100) == 99
-    waiting.observe("k", Defer(LEASE, 5, "owner"), counted=True)
+    waiting.observe("k", WaitForOwner(LEASE, 5, "owner"), counted=True)
     assert postponed(waiting, 100) == 100
 
 
@@ -165,10 +165,10 @@ def test_in_a_process_that_knows_nothing_of_a_key_many_do_not_move_at_once_eithe
 
 def test_when_the_key_is_free_due_messages_move_a_few_at_a_time(clock):
     waiting = Contention(LEASE)
-    many(waiting, Defer(LEASE, 5, "owner"))
+    many(waiting, WaitForOwner(LEASE, 5, "owner"))
     moved = 0
     for _ in range(100):
-        waiting.observe("k", Skip("completed", "owner"))
+        waiting.observe("k", SkipDuplicate("completed", "owner"))
         moved += 200 - postponed(waiting, 200)
         clock.now += 0.1
     assert 4_900 <= moved <= 5_100
@@ -177,7 +177,7 @@ def test_when_the_key_is_free_due_messages_move_a_few_at_a_time(clock):
 def test_a_wait_is_at_most_a_quarter_of_a_short_lease_too(clock):
     waiting = Contention(400)
     waits = [waiting.postpone(due()) for _ in range(100)]
-    many(waiting, Defer(400, 5, "owner"))
+    many(waiting, WaitForOwner(400, 5, "owner"))
     waits += [waiting.postpone(due()) for _ in range(100)]
     assert all(wait <= 100 for wait in waits if wait is not None)
 

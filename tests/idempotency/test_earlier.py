@@ -59,7 +59,7 @@ def test_a_running_claim_of_0_1_0_is_honoured(app):
     message = app.job.message(TEXT)
     claims = app.claims
     answer = claims.claim("new", request(message), keyed=True, keep=DAY, earlier="job\x007")
-    assert answer == records.Defer(30_000)
+    assert answer == records.WaitForOwner(30_000)
     assert Idempotency.state(app.job, TEXT).state == "running"
     assert Idempotency.state(app.job, TEXT).message_id == "theirs"
 
@@ -74,7 +74,7 @@ def test_what_0_1_0_counted_goes_on(app):
     claims = app.claims
     dead = request(message)._replace(is_dead=lambda record: True)
     answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
-    assert answer == records.Take(3, alone=True)
+    assert answer == records.Start(3, alone=True)
     app.old(running(message.message_id, starts=3))
     answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
     assert answer.starts == 3

@@ -15,15 +15,15 @@ from dramatiq_policies.idempotency.records import (
     FREE,
     RUNNING,
     WAITING,
-    Crashed,
-    Defer,
+    Quarantine,
     Record,
     RepublishRetry,
     Request,
-    Skip,
-    Take,
+    SkipDuplicate,
+    Start,
+    WaitForOwner,
     completed_by,
-    decide,
+    next_action,
     released,
     taken,
 )
@@ -104,75 +104,80 @@ LEFT, OVER = 1_500, 900  # a lease of which 500 ms are left, and one that ended 
 RETRY = {"options": {"retries": 2}, "due": None}
 
 TABLE = {
-    "nothing is known: it runs": (None, 0, LIVE, Take(1)),
-    "it completed itself: its redelivery is skipped": (Record("completed", "m"), LEFT, LIVE, Skip("completed")),
+    "nothing is known: it runs": (None, 0, LIVE, Start(1)),
+    "it completed itself: its redelivery is skipped": (
+        Record("completed", "m"),
+        LEFT,
+        LIVE,
+        SkipDuplicate("completed"),
+    ),
     "another completed it: it is skipped, for that one": (
         Record("completed", "other"),
         LEFT,
         LIVE,
-        Skip("completed", "other"),
+        SkipDuplicate("completed", "other"),
     ),
-    "another runs: it waits": (theirs(), LEFT, LIVE, Defer(500)),
-    "another runs and its owner is dead: it waits all the same": (theirs(), LEFT, GONE, Defer(500)),
-    "another ran and its lease ended: it runs, and that was a start of the job": (theirs(), OVER, LIVE, Take(2)),
+    "another runs: it waits": (theirs(), LEFT, LIVE, WaitForOwner(500)),
+    "another runs and its owner is dead: it waits all the same": (theirs(), LEFT, GONE, WaitForOwner(500)),
+    "another ran and its lease ended: it runs, and that was a start of the job": (theirs(), OVER, LIVE, Start(2)),
     "another's ran three times, which is no fault of its own yet: it runs, alone": (
         theirs(starts=3),
         OVER,
         LIVE,
-        Take(4, alone=True),
+        Start(4, alone=True),
     ),
-    "another's ran four times, once alone: it is a killer, too": (theirs(starts=4), OVER, LIVE, Crashed(4)),
-    "another waits for its retry: it waits": (theirs(WAITING), LEFT, LIVE, Defer(500)),
+    "another's ran four times, once alone: it is a killer, too": (theirs(starts=4), OVER, LIVE, Quarantine(4)),
+    "another waits for its retry: it waits": (theirs(WAITING), LEFT, LIVE, WaitForOwner(500)),
     "another's retry never came: it runs": (
         theirs(WAITING, ended=(("other", 0),)),
         OVER,
         LIVE,
-        Take(1, (("other", 0),)),
+        Start(1, (("other", 0),)),
     ),
-    "another hands its retry on: it waits": (theirs(ENDING, follow=RETRY), LEFT, GONE, Defer(500)),
+    "another hands its retry on: it waits": (theirs(ENDING, follow=RETRY), LEFT, GONE, WaitForOwner(500)),
     "another's retry may never have been handed on: it runs, and that run has not ended": (
         theirs(ENDING, follow=RETRY),
         OVER,
         LIVE,
-        Take(1),
+        Start(1),
     ),
     "the key is free: it runs, and what has ended stays known": (
         theirs(FREE, ended=(("other", 0),)),
         OVER,
         LIVE,
-        Take(1, (("other", 0),)),
+        Start(1, (("other", 0),)),
     ),
-    "this run has ended: it is stale": (theirs(FREE, ended=(("m", 1),)), OVER, LIVE, Skip("stale")),
-    "a later run has ended: it is stale": (theirs(FREE, ended=(("m", 2),)), OVER, LIVE, Skip("stale")),
+    "this run has ended: it is stale": (theirs(FREE, ended=(("m", 1),)), OVER, LIVE, SkipDuplicate("stale")),
+    "a later run has ended: it is stale": (theirs(FREE, ended=(("m", 2),)), OVER, LIVE, SkipDuplicate("stale")),
     "an earlier run has ended: it runs": (
         theirs(FREE, ended=(("m", 0),)),
         OVER,
         LIVE,
-        Take(1, (("m", 0),)),
+        Start(1, (("m", 0),)),
     ),
-    "a later run is on: it is stale": (mine(run=2), LEFT, LIVE, Skip("stale")),
+    "a later run is on: it is stale": (mine(run=2), LEFT, LIVE, SkipDuplicate("stale")),
     "its earlier run never said that it ended, but here is the retry: it runs": (
         mine(run=0),
         LEFT,
         LIVE,
-        Take(1, (("m", 0),)),
+        Start(1, (("m", 0),)),
     ),
     "its retry was waited for: it runs": (
         mine(WAITING, run=0, ended=(("m", 0),)),
         LEFT,
         LIVE,
-        Take(1, (("m", 0),)),
+        Start(1, (("m", 0),)),
     ),
-    "this very run is on in a live process: it waits": (mine(), LEFT, LIVE, Defer(500)),
-    "this very run was on in a dead one: it takes over at once": (mine(), LEFT, GONE, Take(2)),
-    "this very run was on somewhere, and its lease ended: it takes over": (mine(), OVER, LIVE, Take(2)),
-    "it began twice and died: its last start is made alone": (mine(starts=2), LEFT, GONE, Take(3, alone=True)),
-    "it began three times and died: it is a killer": (mine(starts=3), LEFT, GONE, Crashed(3)),
+    "this very run is on in a live process: it waits": (mine(), LEFT, LIVE, WaitForOwner(500)),
+    "this very run was on in a dead one: it takes over at once": (mine(), LEFT, GONE, Start(2)),
+    "this very run was on somewhere, and its lease ended: it takes over": (mine(), OVER, LIVE, Start(2)),
+    "it began twice and died: its last start is made alone": (mine(starts=2), LEFT, GONE, Start(3, alone=True)),
+    "it began three times and died: it is a killer": (mine(starts=3), LEFT, GONE, Quarantine(3)),
     "this very run is being ended by a live process: it waits": (
         mine(ENDING, follow=RETRY),
         LEFT,
         LIVE,
-        Defer(500),
+        WaitForOwner(500),
     ),
     "this very run was being ended by a dead one: its retry is handed on again": (
         mine(ENDING, follow=RETRY),
@@ -192,22 +197,22 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_what_becomes_of_a_message(case):
     record, left, is_dead, answer = TABLE[case]
-    found = decide(record, left, Request("m", 1, is_dead, max_crashes=3))
+    found = next_action(record, left, Request("m", 1, is_dead, max_crashes=3))
     # They are tuples, and a number of starts equals a time that is left.
     assert (type(found), found) == (type(answer), answer)
 
 
 def test_without_a_limit_it_takes_over_for_ever():
-    assert decide(mine(starts=1_000), LEFT, Request("m", 1, GONE)) == Take(1_001)
-    assert decide(theirs(starts=1_000), OVER, Request("m", 1, GONE)) == Take(1_001)
+    assert next_action(mine(starts=1_000), LEFT, Request("m", 1, GONE)) == Start(1_001)
+    assert next_action(theirs(starts=1_000), OVER, Request("m", 1, GONE)) == Start(1_001)
 
 
 @given(st.none() | RECORDS, st.integers(0, 2**40), st.builds(Request, st.text(), counts, st.sampled_from([LIVE, GONE])))
 def test_there_is_an_answer_for_every_record(record, left, request):
-    answer = decide(record, left, request)
-    if isinstance(answer, Defer):
+    answer = next_action(record, left, request)
+    if isinstance(answer, WaitForOwner):
         assert answer.left > 0
-    if isinstance(answer, Take) and record is not None:
+    if isinstance(answer, Start) and record is not None:
         # As many as a register keeps, the run at hand among them.
         others = [(message, run) for message, run in record.ended if message != record.message_id]
         assert set(others[1 - _KEPT :]) <= set(answer.ended)
@@ -217,9 +222,9 @@ def test_there_is_an_answer_for_every_record(record, left, request):
 def test_a_run_that_ended_is_stale_from_then_on(record, keep):
     after = released(record, FREE, ended=True, keep=keep)
     request = Request(record.message_id, record.run, GONE)
-    assert decide(after, 0, request) == Skip("stale")
-    claim = taken(Take(1, after.ended), request._replace(message_id="next"), owner="o", token="t", since=0, keep=keep)
-    assert decide(claim, 0, request) == Skip("stale") or record.message_id == "next"
+    assert next_action(after, 0, request) == SkipDuplicate("stale")
+    claim = taken(Start(1, after.ended), request._replace(message_id="next"), owner="o", token="t", since=0, keep=keep)
+    assert next_action(claim, 0, request) == SkipDuplicate("stale") or record.message_id == "next"
 
 
 def test_a_key_of_which_nothing_is_to_be_remembered_is_removed():
@@ -232,8 +237,8 @@ def test_only_the_last_eight_messages_that_ended_are_remembered():
 
 
 def test_a_first_start_is_not_made_alone_though_a_limit_of_one_grants_no_other():
-    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=1)) == Take(1)
-    assert decide(None, 0, Request("m", 0, LIVE, max_crashes=2, starts=2)) == Take(2, alone=True)
+    assert next_action(None, 0, Request("m", 0, LIVE, max_crashes=1)) == Start(1)
+    assert next_action(None, 0, Request("m", 0, LIVE, max_crashes=2, starts=2)) == Start(2, alone=True)
 
 
 @pytest.mark.parametrize("state", ["running", "ending", "waiting", "free"])
@@ -247,8 +252,8 @@ def test_what_a_store_holds_is_read_by_workers_of_a_later_version(state):
 
 def test_a_lease_holds_to_its_last_millisecond():
     for record in (mine(), theirs(), theirs(WAITING)):
-        assert decide(record, record.keep + 1, Request("m", 1, LIVE, 3)) == Defer(1)
-        assert decide(record, record.keep, Request("m", 1, LIVE, 3)) != Defer(0)
+        assert next_action(record, record.keep + 1, Request("m", 1, LIVE, 3)) == WaitForOwner(1)
+        assert next_action(record, record.keep, Request("m", 1, LIVE, 3)) != WaitForOwner(0)
 
 
 @pytest.mark.parametrize("others", [0, 1], ids=["the same message", "another message"])
@@ -256,20 +261,20 @@ def test_a_start_beside_others_is_no_proof_however_many_there_were(others):
     request = Request("m" if not others else "another", 1, GONE, max_crashes=3)
     for starts in (3, 4, 50):
         record = mine(starts=starts, beside=True)
-        assert decide(record, 0, request) == Take(starts + 1, record.ended, alone=True)
+        assert next_action(record, 0, request) == Start(starts + 1, record.ended, alone=True)
         if starts >= 3 + others:
-            assert decide(record._replace(beside=False), 0, request) == Crashed(starts)
+            assert next_action(record._replace(beside=False), 0, request) == Quarantine(starts)
             # A record of 0.1.0 does not say.
-            assert decide(record._replace(beside=None), 0, request) == Crashed(starts)
+            assert next_action(record._replace(beside=None), 0, request) == Quarantine(starts)
 
 
 def test_a_limit_of_one_counts_every_start_for_none_is_made_alone():
-    assert decide(mine(starts=1, beside=True), 0, Request("m", 1, GONE, max_crashes=1)) == Crashed(1)
+    assert next_action(mine(starts=1, beside=True), 0, Request("m", 1, GONE, max_crashes=1)) == Quarantine(1)
 
 
 def test_a_claim_says_whether_it_was_made_beside_others():
     request = Request("m", 1, GONE, max_crashes=3)
     for asked, beside in [({}, True), ({"alone": True}, False), ({"beside": True}, True)]:
-        claim = taken(Take(3), request._replace(**asked), owner="o", token="t", since=0, keep=1)
+        claim = taken(Start(3), request._replace(**asked), owner="o", token="t", since=0, keep=1)
         assert claim.beside is beside
         assert Record.decode(claim.encode()) == claim

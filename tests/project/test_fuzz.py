@@ -47,7 +47,7 @@ from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.history import POLICIES, History, attempt_of, replays_of, run_of
 from dramatiq_policies.delivery.validation import check_composition, check_shape, is_number
 from dramatiq_policies.errors import UnknownRecord
-from dramatiq_policies.idempotency.records import Record, Request, decide
+from dramatiq_policies.idempotency.records import Record, Request, next_action
 from dramatiq_policies.ops.dead_letters.dead_letter import for_replay, read_dead_letter
 from dramatiq_policies.rules.backoff import WEEK_MS, bounds_of, safe_wait
 
@@ -310,7 +310,7 @@ def test_a_record_of_anybody_s_is_read_and_decided_on_or_said_to_be_unknown(data
     except UnknownRecord:
         return
     assert Record.decode(record.encode()) == record
-    decide(record, left, Request(record.message_id if mine else "other", run, lambda _: False, 3))
+    next_action(record, left, Request(record.message_id if mine else "other", run, lambda _: False, 3))
 
 
 @fuzzed(100, body=bodies | raw_bodies)
