@@ -73,11 +73,11 @@ def prepare(state: BrokerState) -> None:
         from .redis.worker_id import WorkerId
 
         _refuse_decoding(state.broker)
-        state.shared["worker_id"] = WorkerId(state.broker)
+        state.shared(WorkerId, state.broker)
         # What sends must not use a connection that was struck, or that leads to a demoted server.
         close_when_interrupted(getattr(vars(state.broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
-        state.shared["connections"] = _Connections(state.broker)
+        state.shared(_Connections, state.broker)
 
 
 class _Connections:

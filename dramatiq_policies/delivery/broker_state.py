@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from ..common.forks import after_fork
 from ..outcomes import Outcome, OutcomeEvent, Subscriber, logger
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .delivery import Delivery
 
 __all__ = ["BrokerState", "Observer", "state_of"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: An observer of ours gets the message too (None if it could not be read).
 Observer = Callable[[OutcomeEvent, "MessageProxy | None"], object]
@@ -65,8 +68,7 @@ class BrokerState:
         self.broker = broker
         self.policies: dict[str, ActorPolicy] = {}
         self.max_body_bytes: int | None = MAX_BODY_BYTES
-        #: What the consumers of one broker share among them.
-        self.shared: dict[str, Any] = {}
+        self._shared: dict[object, object] = {}
         #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
         self.last_received: dict[str, Message[Any]] | None = None
         #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.
@@ -148,6 +150,12 @@ class BrokerState:
         for _, inner in reversed(self._around_jobs):
             chain = partial(inner, proceed=chain)
         self.run_around_job = chain
+
+    def shared(self, kind: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the one object of a class that the transports of this broker share, made at the first call."""
+        if kind not in self._shared:
+            self._shared.setdefault(kind, kind(*args, **kwargs))
+        return cast("T", self._shared[kind])
 
     def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
         """Whether a worker's shutdown interrupts this delivery's job."""

@@ -21,7 +21,7 @@ from ..outcomes import Outcome
 from .decision import Decision
 from .delivery import Delivery
 from .moving_delayed import move_due
-from .publishing import RETURNED, returned
+from .returned import RETURNED, decision_of_returned
 from .settlement import settle_and_ack
 from .validation import check_composition, clean_options, is_number, without_stack
 
@@ -86,7 +86,7 @@ class PolicyConsumer(Consumer):
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
             delivery.carried = own.get("carried")
-        if RETURNED in options and (decision := returned(options)) is not None:
+        if RETURNED in options and (decision := decision_of_returned(options)) is not None:
             self._settle_unrun(message, delivery, decision)
             return None
         if "pipe_target" in options or "group_completion_callbacks" in options:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
-from ..outcomes import BAD_ENDINGS, Outcome, text_of
+from ..outcomes import Outcome, text_of
 from .decision import Decision
 from .delivery import Delivery, DeliveryReassigned, OutgoingMessage
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
 from .refusals import Fault
+from .returned import RETURNED, wait_before_return
 
 if TYPE_CHECKING:
     from dramatiq import Message
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .broker_state import BrokerState
     from .transport import Transport
 
-__all__ = ["RETURNED", "Publication", "returned", "wait_before_return"]
+__all__ = ["Publication"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -42,36 +43,6 @@ _RETRY_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 _RETRY_REFUSAL_FOR = 5.0
 #: The outcomes of a run that has ended and whose message is enqueued again.
 _REENQUEUED_OUTCOMES = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
-
-#: The message option that says how often the message was enqueued again since its dead letter was refused.
-RETURNED = "returned"
-_FIRST_RETURN = 10_000
-_LAST_RETURN = 300_000
-
-
-def wait_before_return(times: int) -> int:
-    """For how many milliseconds a message waits whose dead letter was refused so often before."""
-    return min(_FIRST_RETURN << min(times, 10), _LAST_RETURN)
-
-
-def returned(options: dict[str, Any]) -> Decision | None:
-    """What was decided on a message that was enqueued again since its dead letter was refused; None of any other."""
-    failure, times = options.get(FAILURE), options.get(RETURNED)
-    if type(times) is not int or not isinstance(failure, dict):
-        options.pop(RETURNED, None)
-        return None
-    try:
-        outcome = Outcome(failure.get("outcome"))
-    except ValueError:
-        outcome = Outcome.DEAD
-    reason, attempts = failure.get("reason"), failure.get("attempts")
-    return Decision(
-        outcome if outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED else Outcome.DEAD,
-        reason if isinstance(reason, str) else None,
-        exception=HandoffFailed(f"{failure.get('exception')}: {failure.get('message')}"),
-        attempt=attempts if type(attempts) is int else None,
-        dead_letter=True,
-    )
 
 
 class Publication:
@@ -260,7 +231,7 @@ class Publication:
         """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
         self.delivery.abandoned = True
         self.delivery.outbox = None
-        self.transport.park(self.message, self.decision.delay_ms or _FIRST_RETURN)
+        self.transport.park(self.message, self.decision.delay_ms or wait_before_return(0))
         logger.error(
             "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
             self.message.message_id,

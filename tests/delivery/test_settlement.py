@@ -9,7 +9,7 @@ from dramatiq import Message, Middleware
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
-from dramatiq_policies.delivery import publishing
+from dramatiq_policies.delivery import publishing, returned
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.delivery import DeliveryReassigned
 from dramatiq_policies.delivery.refusals import Unsendable
@@ -24,7 +24,7 @@ TRANSPORT = "dramatiq_policies.brokers.stub.transport.StubTransport"
 def impatient(monkeypatch):
     monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_REFUSAL_FOR", 0.05)
     monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_PAUSES", (0.0, 0.01))
-    monkeypatch.setattr("dramatiq_policies.delivery.publishing._FIRST_RETURN", 100)
+    monkeypatch.setattr("dramatiq_policies.delivery.returned._FIRST_RETURN", 100)
 
 
 def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_success():
@@ -244,6 +244,6 @@ def test_a_message_that_only_says_that_it_was_returned_is_run(value):
 
 
 def test_the_wait_of_a_returned_message_grows_up_to_five_minutes():
-    assert [publishing.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
+    assert [returned.wait_before_return(times) for times in (0, 1, 4, 5, 10**9)] == [
         10_000, 20_000, 160_000, 300_000, 300_000,
     ]  # fmt: skip

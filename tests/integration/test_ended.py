@@ -12,6 +12,7 @@ from dramatiq import pipeline
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
+from dramatiq_policies.brokers.ended import Ended
 from dramatiq_policies.delivery.broker_state import state_of
 from tests.proxy import Proxy, amqp_method
 
@@ -26,7 +27,7 @@ def hold_the_interpreter(seconds: float) -> None:
 
 
 def ended_of(app: App) -> Any:
-    return state_of(app.broker).shared["ended"]
+    return state_of(app.broker).shared(Ended)
 
 
 def all_acked(app: App) -> bool:

@@ -19,7 +19,7 @@ from dramatiq.common import xq_name
 from dramatiq_policies import Heartbeat, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher
 from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
-from dramatiq_policies.delivery import publishing
+from dramatiq_policies.delivery import publishing, returned
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
 
@@ -33,7 +33,7 @@ class Transient(Exception):
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.3)
-    monkeypatch.setattr(publishing, "_FIRST_RETURN", 300)
+    monkeypatch.setattr(returned, "_FIRST_RETURN", 300)
 
 
 class FullDeadLetters(RabbitmqBroker):
@@ -171,7 +171,7 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
         stock(self, *args)
 
     monkeypatch.setattr(RabbitmqTransport, "publish", publish)
-    monkeypatch.setattr(publishing, "_FIRST_RETURN", 1_500)
+    monkeypatch.setattr(returned, "_FIRST_RETURN", 1_500)
 
     @app.actor(max_retries=0)
     def bad() -> None:

@@ -52,7 +52,7 @@ class RabbitmqTransport(UnreadableBodies):
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         state.unacked_counts[queue_name] = self.held
-        self.runs = Runs(state.shared.setdefault("ended", Ended()), self)
+        self.runs = Runs(state.shared(Ended), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acked."""

@@ -18,8 +18,8 @@ from dramatiq.errors import ConnectionClosed
 
 from ...common.safe_logger import SafeLogger
 from ...delivery.delivery import OutgoingMessage
-from ...delivery.publishing import RETURNED, wait_before_return
 from ...delivery.refusals import IN_A_ROW, Fault
+from ...delivery.returned import RETURNED, wait_before_return
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...outcomes import text_of

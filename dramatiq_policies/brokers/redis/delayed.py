@@ -35,7 +35,7 @@ class RedisDelayTransport(RedisTransport):
         places, delayed = self.places, self.delayed
         if places.taken >= places.prefetch:
             self._keep(delayed.cut(places.prefetch * 3 // 4))
-        for name, data in self._guarded(self.index.take, super().room()):
+        for name, data in self.call(self.index.take, super().room()):
             message = self._read(name, data)
             if message is not None and places.take(message.options["redis_message_id"]):
                 eta: Any = message.options.get("eta")
@@ -47,7 +47,7 @@ class RedisDelayTransport(RedisTransport):
         places, delayed = self.places, self.delayed
         kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
         try:
-            self._guarded(self.index.keep, kept.items())
+            self.call(self.index.keep, kept.items())
         except BrokerConnectionError:
             # What Redis may have kept all the same is not in this worker's unacked set: moving it here does nothing.
             for item in far:
@@ -78,7 +78,7 @@ class RedisDelayTransport(RedisTransport):
                 sent.append((move, step, redis_id, self._settling(redis_id, sends=self._encode(step))))
             except Exception as error:
                 move.error = error
-        answers = self._guarded(self.trips.answers, [command for *_, command in sent]) if sent else []
+        answers = self.call(self.trips.answers, [command for *_, command in sent]) if sent else []
         for (move, step, redis_id, _), answer in zip(sent, answers, strict=True):
             if isinstance(answer, Exception):
                 move.error = answer
@@ -90,7 +90,7 @@ class RedisDelayTransport(RedisTransport):
 
     def dead_letter_unmoved(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
-        self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+        self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         self.places.release(redis_id)
 
     def close(self) -> None:

@@ -8,8 +8,6 @@ connection, but for those that no waiting cures.
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import deque
 from collections.abc import Sequence
 from importlib import resources
@@ -21,7 +19,7 @@ import redis
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff, dq_name
-from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+from dramatiq.errors import BrokerConnectionError
 
 from ..._redis import RAW, CommandBatcher, Script
 from ...common.safe_logger import SafeLogger
@@ -29,11 +27,12 @@ from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
 from ...delivery.delivery import Carried, Delivery, DeliveryReassigned, OutgoingMessage
 from ...delivery.history import FAILURE, now_ms
-from ...delivery.refusals import IN_A_ROW, Fault, Unsendable
+from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
+from .calls import RedisCalls
 from .prefetch import PrefetchWindow
 from .recovery import Recovery
 
@@ -43,19 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["RedisTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
-alerts = SafeLogger("dramatiq_policies.alerts")
 
 _FETCH, _SETTLE = (
     Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
 )
-#: What Redis answers when no waiting will help.
-_PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
-#: What Redis answers when it takes no writes for now: it is full, cannot save, or has lost its replicas.
-_FULL = ("used memory > 'maxmemory'", "MISCONF", "NOREPLICAS")
-#: Every how many seconds that is logged.
-_SAY_AGAIN = 300.0
-#: What Redis answers when a value is larger than it ever takes (``proto-max-bulk-len``).
-_TOO_LARGE = ("invalid bulk length", "string exceeds maximum allowed size")
 #: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
 #: accord gets other messages, and raises nothing.
 _LOOK_EVERY = 5.0
@@ -69,9 +59,10 @@ class RedisTransport(Transport):
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.client = inner.broker.client
-        self.trips = state.shared.setdefault("round_trips", CommandBatcher(self.client))
+        self.trips = state.shared(CommandBatcher, self.client)
+        self.call = state.shared(RedisCalls, state)
         self.timeout_ms = inner.timeout
-        self.ended: Ended = state.shared.setdefault("ended", Ended())
+        self.ended = state.shared(Ended)
         #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = PrefetchWindow(state.in_flight.setdefault(queue_name, set()), inner.prefetch)
@@ -114,9 +105,9 @@ class RedisTransport(Transport):
             unreadable = MalformedMessage(f"the body can't be read: {error}")
             if self.distrust.unreadable(error):
                 # It stays on the queue, behind the others.
-                self._guarded(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
+                self.call(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
                 return None
-            self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+            self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
             self.report_malformed(unreadable)
             return None
         if self.distrust.count:
@@ -126,7 +117,7 @@ class RedisTransport(Transport):
         if recovered:
             if FAILURE in message.options:
                 # The dead letter of a worker of 0.1.0 that died before it could move it.
-                self._guarded(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+                self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
                 return None
             message.options[REDELIVERED] = True
         return message
@@ -139,9 +130,9 @@ class RedisTransport(Transport):
     def _fetch(self) -> bool:
         """Fill the cache; False if there was nothing to be had for a while."""
         if monotonic() - self.looked > _LOOK_EVERY:
-            self._guarded(self._requeue_orphans)
+            self.call(self._requeue_orphans)
             self.looked = monotonic()
-        self._guarded(self.recovery.recover_if_due)
+        self.call(self.recovery.recover_if_due)
         if left := self.distrust.seconds_left():
             self.idle(min(left, self.timeout_ms / 1_000))
             return False
@@ -152,7 +143,7 @@ class RedisTransport(Transport):
             return False
         if room > 0:
             self.places.about_to_fetch()
-            taken = self._guarded(self._take_off, room)
+            taken = self.call(self._take_off, room)
             self.cache.extend(zip(taken[::3], taken[1::3], taken[2::3], strict=True))
             if self.cache:
                 self.misses = 0
@@ -179,7 +170,7 @@ class RedisTransport(Transport):
         try:
             if "do_ack" in vars(self.broker):
                 # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
-                self._guarded(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+                self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
             elif not self._settle(self._over(message), b"", []):
                 self._not_acked(message)
         except BrokerConnectionError as error:
@@ -208,7 +199,7 @@ class RedisTransport(Transport):
             self._given_away(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
             # Somebody's own, as in `ack`. It hears of a dead letter that lies in its place already.
-            self._guarded(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+            self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
             delivery.claim = claim.completed()
         steps, delivery.outbox = delivery.outbox, None
@@ -288,7 +279,7 @@ class RedisTransport(Transport):
                 return None
 
     def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> bool:
-        return bool(self._guarded(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
+        return bool(self.call(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
 
     def _settling(
         self,
@@ -310,7 +301,7 @@ class RedisTransport(Transport):
     def requeue(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]
         if ids:
-            self._guarded(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
+            self.call(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
             for redis_id in ids:
                 self.places.release(redis_id)
 
@@ -349,38 +340,6 @@ class RedisTransport(Transport):
             log = logger.info if self.state.stopping.is_set() else logger.warning
             log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
             broker.do_requeue(self.source, *lost)
-
-    def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call Redis; any of its errors is a lost connection, but a permanent one also ends this process."""
-        try:
-            return call(*args, **kwargs)
-        except redis.DataError:
-            raise  # It can't be sent, on any connection.
-        except redis.RedisError as error:
-            text = str(error)
-            if any(part in text for part in _TOO_LARGE):
-                raise Unsendable(f"{type(error).__name__}: {text}") from error
-            if isinstance(error, redis.AuthenticationError) or text.startswith(_PERMANENT):
-                self._permanent(error)
-            is_full = any(part in text for part in _FULL)
-            if is_full and monotonic() - self.state.shared.get("full", -_SAY_AGAIN) >= _SAY_AGAIN:
-                self.state.shared["full"] = monotonic()
-                alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
-            raise ConnectionClosed(error) from None
-        except OSError as error:
-            raise ConnectionClosed(error) from None
-
-    def _permanent(self, error: Exception) -> None:
-        state = self.state
-        if state.fatal is None:
-            state.fatal = f"{type(error).__name__}: {error}"
-            alerts.critical(
-                "Redis refuses this worker for good (%s). %s",
-                state.fatal,
-                "The process ends." if state.in_command else "Stop the worker and mend what it says.",
-            )
-            if state.in_command:
-                os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         super().close()
