@@ -1,4 +1,4 @@
-"""What each broker's storage asks for: one consumer each, and the plain one for brokers that we don't know."""
+"""One folder for each broker: its transport, its queue reader, its browser. Other brokers get the plain `Transport`."""
 
 from __future__ import annotations
 

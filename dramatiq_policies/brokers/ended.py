@@ -1,12 +1,12 @@
-"""Runs of this process that have ended and could not be acked, since their connection was gone.
+"""Runs of this process that ended without an acknowledgement, because their connection was lost.
 
-A job that holds the interpreter for longer than two heartbeats, a partition, a process that was stopped: the broker gives
-all that the process holds to somebody, and very often to the same process, which would run it again and again. All this is
-known to this process alone: that a message runs on another worker meanwhile is for Idempotency.
+A connection is lost when a job holds the interpreter for longer than two heartbeats, when the network is partitioned, or
+when the process was stopped. The broker then redelivers every unacknowledged message, often to the same process, which
+would run each again. (A run of the message on another worker is a matter for Idempotency: this module knows one process.)
 
-- A run has ended, and all that follows from it was accepted: its redelivery is acked unrun, as a duplicate.
-- A run has ended, and what follows was not accepted: its redelivery hands that on, and does not run.
-- A run goes on (or waits for its thread) when its message comes again: the redelivery waits for the end of the run.
+- The run has ended and its follow-up messages are published: the redelivery is acknowledged unrun, as a duplicate.
+- The run has ended and its follow-up messages are not published: the redelivery publishes them and does not run.
+- The run goes on, or waits for a thread: the redelivery waits for the end of the run.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Ended", "Runs", "is_keyed", "left_of"]
 
-#: How many runs are remembered; the oldest are forgotten first.
+#: How many runs to remember; the oldest are forgotten first.
 _CAPACITY = 10_000
-#: How many of the last acks may be lost with their connection. RabbitMQ delivers no more than may be prefetched beyond what it
-#: has seen acked.
+#: How many of the last acknowledgements may be lost with their connection: RabbitMQ delivers at most the prefetch count beyond
+#: those that the server has received.
 _UNSEEN = 1_000
 _COMPLETED = Carried(Decision(Outcome.DUPLICATE, "completed"), None)
 _STALE = Carried(Decision(Outcome.DUPLICATE, "stale"), None)
 
 
 def left_of(delivery: Delivery) -> Carried:
-    """What is left to do of a run that has ended."""
+    """Return what a run that has ended has left to do."""
     decision = delivery.decision
     if delivery.abandoned and decision is not None:
         return Carried(decision, delivery.outbox)
@@ -45,29 +45,29 @@ def left_of(delivery: Delivery) -> Carried:
 
 
 def is_keyed(delivery: Delivery) -> bool:
-    """Whether its store says how its run has ended, to all processes."""
+    """Whether the store records the end of the run, for all processes."""
     return delivery.claim is not None and delivery.claim.keyed
 
 
 class Ended:
-    """What is known of the runs of one broker, each by a key that its redelivery has too."""
+    """The ended runs of one broker, by a key that the redelivery shares."""
 
     def __init__(self) -> None:
         self.reset_after_fork()
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process nothing has run."""
+        """Forget everything: nothing has run in a new process."""
         self._lock = threading.Lock()
-        #: What becomes of the redeliveries. Looked at without the lock: empty but after a connection was lost.
+        #: What redeliveries have left to do. Read without the lock: empty unless a connection was lost.
         self.known: OrderedDict[Hashable, Carried] = OrderedDict()
-        #: The consumer that delivered what this process holds.
+        #: The transport that delivered each message in hand.
         self.in_hand: dict[Hashable, Any] = {}
-        #: To which consumer a message has come again while it runs, and what to call when that run has ended.
+        #: For each redelivery that waits for a run: its transport, and the callback for the end of the run.
         self._heirs: dict[Hashable, tuple[Any, Callable[[Carried | None], object]]] = {}
 
     def remember(self, key: Hashable, carried: Carried | None) -> None:
-        """A run has ended and could not be acked; None where its redelivery is to ask a store."""
+        """Remember a run that ended without an acknowledgement. With None the redelivery asks the store."""
         with self._lock:
             self.in_hand.pop(key, None)
             heir = self._heirs.pop(key, None)
@@ -79,25 +79,25 @@ class Ended:
             heir[1](carried)
 
     def recall(self, key: Hashable) -> Carried | None:
-        """What becomes of a message that came again, once; None if it is to run."""
+        """Take what a redelivery has left to do; None if the message must run."""
         with self._lock:
             return self.known.pop(key, None)
 
-    def waits(self, key: Hashable, consumer: Any, inherit: Callable[[Carried | None], object]) -> bool:
-        """Whether this process holds a message that came again, over a connection that is gone.
+    def waits(self, key: Hashable, transport: Any, inherit: Callable[[Carried | None], object]) -> bool:
+        """Whether a redelivery must wait, since this process holds the message over a lost connection.
 
-        Then ``inherit`` is called once its run has ended, on the thread of that run.
+        ``inherit`` is then called at the end of the run, on the thread of the run.
         """
         with self._lock:
             holder, heir = self.in_hand.get(key), self._heirs.get(key)
             if holder is None or not holder.is_revoked() or (heir is not None and not heir[0].is_revoked()):
-                # Or it is another message, with the same text.
+                # Another message with the same body.
                 return False
-            self._heirs[key] = consumer, inherit
+            self._heirs[key] = transport, inherit
             return True
 
     def given_up(self, holder: Any) -> None:
-        """Nothing that a consumer has delivered begins any more: its worker has stopped."""
+        """Forget the messages of a transport whose worker has stopped: none of them begins any more."""
         with self._lock:
             for key in [key for key, one in self.in_hand.items() if one is holder]:
                 del self.in_hand[key]
@@ -105,57 +105,57 @@ class Ended:
 
 
 class Runs:
-    """The runs of what one consumer on RabbitMQ has delivered. A redelivery has the same body, byte for byte."""
+    """The runs of the messages of one transport on RabbitMQ. A redelivery has the same body, byte for byte."""
 
-    def __init__(self, ended: Ended, consumer: Any) -> None:
+    def __init__(self, ended: Ended, transport: Any) -> None:
         self._ended = ended
-        self._consumer = consumer
-        #: Those whose acks were sent last.
+        self._transport = transport
+        #: The runs acknowledged last, whose acknowledgements may be lost.
         self._acked: deque[tuple[int, Carried]] = deque(maxlen=_UNSEEN)
-        #: What came again, and whose run has ended meanwhile.
+        #: Redeliveries whose runs have ended.
         self.inherited: deque[MessageProxy] = deque()
 
     def take(self, message: MessageProxy, body: bytes, redelivered: bool) -> bool:
-        """Take note of a message that was received. False if it waits for a run that goes on."""
+        """Note a message that was received. Returns False if the message waits for a run that goes on."""
         key, ended = hash(body), self._ended
         if redelivered:
             carried = ended.recall(key)
-            if carried is None and ended.waits(key, self._consumer, partial(self._inherit, message, key)):
+            if carried is None and ended.waits(key, self._transport, partial(self._inherit, message, key)):
                 return False
             message.carried = carried  # type: ignore[attr-defined]
-        ended.in_hand[key] = self._consumer
+        ended.in_hand[key] = self._transport
         return True
 
     def _inherit(self, message: MessageProxy, key: int, carried: Carried | None) -> None:
-        if self._consumer.is_revoked():
+        if self._transport.is_revoked():
             self._ended.remember(key, carried)
             return
         message.carried = carried  # type: ignore[attr-defined]
-        self._ended.in_hand[key] = self._consumer
+        self._ended.in_hand[key] = self._transport
         self.inherited.append(message)
 
     def acked(self, delivery: Delivery) -> None:
-        """Its ack is about to be sent."""
+        """Note that an acknowledgement is about to be sent."""
         key = hash(delivery.body)
         self._ended.in_hand.pop(key, None)
         if not is_keyed(delivery):
             self._acked.append((key, left_of(delivery)))
 
     def not_acked(self, delivery: Delivery) -> None:
-        """It has ended, and the connection is gone."""
+        """Note a run that ended after the connection was lost."""
         self._ended.remember(hash(delivery.body), None if is_keyed(delivery) else left_of(delivery))
 
     def put_back(self, delivery: Delivery) -> None:
-        """It was not begun, and is the server's."""
+        """Note a message that goes back to the server unrun."""
         self._ended.in_hand.pop(hash(delivery.body), None)
 
     def lost(self) -> None:
-        """The connection is gone, and the last acks with it, as far as is known."""
+        """Note that the connection is lost, and perhaps the last acknowledgements with it."""
         while self._acked:
             self._ended.remember(*self._acked.popleft())
 
     def closed(self, stopping: bool) -> None:
-        """The connection was closed in order: all acks have been sent. With ``stopping`` nothing begins any more."""
+        """Note that the connection was closed in order, after all acknowledgements. With ``stopping`` no run begins any more."""
         self._acked.clear()
         if stopping:
-            self._ended.given_up(self._consumer)
+            self._ended.given_up(self._transport)

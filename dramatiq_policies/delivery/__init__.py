@@ -1,3 +1,3 @@
-"""One message from the consumer to its ack."""
+"""Bring one message from the consumer to its acknowledgement."""
 
 from __future__ import annotations

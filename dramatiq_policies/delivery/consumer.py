@@ -1,8 +1,8 @@
 """The consumer that a worker calls in the place of Dramatiq's own.
 
-Each message of a work queue gets a `Delivery`. Nothing is acknowledged before its outcome is settled (`settlement`), and
-the transport that delivered a message is the one that acknowledges it. Delayed messages are published to the work queue
-first and acknowledged then.
+Each message of a work queue gets a `Delivery`. A message is settled (see `settlement`) before its acknowledgement, and
+acknowledged by the transport that delivered the message. Delayed messages are published to the work queue first and
+acknowledged then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyConsumer", "quiet"]
 
-#: The message option of a message that was taken from a worker that died. The copy that runs does not have it.
+#: The option of a message taken back from a dead worker. The copy that runs has no such option.
 REDELIVERED = "redelivered"
 #: The types of arguments that a job can't change in place.
 _FIXED = frozenset({type(None), bool, int, float, str, bytes})
@@ -80,7 +80,7 @@ class PolicyConsumer(Consumer):
         options = plain.options
         clean_options(plain)
         _dramatiq.keep_fields(message, plain)
-        # Not by getattr(): a proxy looks in its message for each name that it lacks.
+        # Not by getattr(): a proxy forwards unknown names to its message.
         own = vars(message)
         delivery.body = own.get("body") or _body_of(plain)
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
@@ -107,7 +107,7 @@ class PolicyConsumer(Consumer):
             self._settle(message, delivery)
 
     def nack(self, message: MessageProxy) -> None:
-        """Settle a failed message: it becomes a dead letter, whoever failed it."""
+        """Settle a failed message as a dead letter."""
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is None:
             self.transport.nack(message)

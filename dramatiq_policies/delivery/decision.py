@@ -1,4 +1,4 @@
-"""What becomes of a delivery, once that is decided."""
+"""How a delivery ends."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["COMPLETING", "SUCCEEDED", "Decision"]
 
 
 class Decision:
-    """What was decided: how the delivery ends, and what becomes of its message.
+    """How a delivery ends, and whether its message becomes a dead letter.
 
     Attributes:
-      outcome, reason, exception, rule, delay_ms, attempt: As in the record that is published.
-      dead_letter: The message goes to the dead-letter queue.
+      outcome, reason, exception, rule, delay_ms, attempt: As in `OutcomeEvent`.
+      dead_letter: Whether the message goes to the dead-letter queue.
     """
 
     __slots__ = ("attempt", "dead_letter", "delay_ms", "exception", "outcome", "reason", "rule")
@@ -37,9 +37,9 @@ class Decision:
         self.attempt = attempt
 
 
-#: Every success is the same decision.
+#: The decision of every success.
 SUCCEEDED = Decision(Outcome.SUCCEEDED)
 
 
-#: The outcomes after which an idempotency key is completed.
+#: Outcomes that complete an idempotency key.
 COMPLETING = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})

@@ -18,8 +18,8 @@ __all__ = ["DelayQueue", "Move"]
 class DelayQueue(PriorityQueue[Any]):
     """Dramatiq's queue of delayed messages in hand, except that only we take messages out of it.
 
-    Dramatiq's consumer thread puts messages in and a worker's ``join`` waits on it, as ever; but it would move the due
-    ones without knowing whether the broker took them, and drop them all when a connection is lost.
+    Dramatiq's consumer thread puts messages in, and a worker's ``join`` waits for the queue to be empty. Dramatiq would move
+    due messages without a confirmation of the broker, and drop all messages when a connection is lost.
 
     Only the consumer's own thread puts in and takes out, so the methods below take no lock (gevent's queue has none).
     """
@@ -54,14 +54,14 @@ class DelayQueue(PriorityQueue[Any]):
 
 @dataclass(slots=True)
 class Move:
-    """One due message on its way from its delay queue to its work queue.
+    """The move of one due message from its delay queue to its work queue.
 
     Parameters:
       item: The item of the `DelayQueue`.
       message: The message as delivered by the delay queue.
-      moved: The message for the work queue.
+      moved: The copy for the work queue.
       done: Whether the work queue has the message, and the delay queue no longer.
-      error: Why this message could not be moved. The others of its batch are not affected.
+      error: Why this message could not be moved. The rest of the batch is not affected.
     """
 
     item: Any

@@ -1,6 +1,6 @@
-"""Moving due messages from a delay queue to its work queue.
+"""Move due messages from a delay queue to its work queue.
 
-A batch at a time: a batch is enqueued on the work queue first, and then taken off the delay queue.
+Each batch is published to the work queue first, and then acknowledged on the delay queue.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["move_due"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: How long a due message whose move failed waits for the next try, in milliseconds.
+#: Milliseconds until the next try to move a message.
 RETRY_AFTER = 5_000
-#: How many due messages are moved at a time: as many may run twice if the process is killed in between (RabbitMQ).
+#: Messages per batch. On RabbitMQ a process killed between publish and acknowledgement leaves one batch in both queues.
 BATCH = 100
 
 
 def move_due(transport: Transport) -> bool:
-    """Move a batch of a consumer's due messages. Returns whether more are due."""
+    """Move one batch. Returns whether more messages are due."""
     now, delayed, moving = now_ms(), transport.delayed, transport.state.moving_delayed
     due, postpone = delayed.due(now, BATCH), transport.state.postpone
     if postpone is not None:
@@ -71,7 +71,7 @@ def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[Mes
 
 
 def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
-    """Whether a message that was not moved is a dead letter now: the broker will never take it as it is."""
+    """Make a dead letter of a message that the broker will never accept. Returns whether that was done."""
     if transport.fault_of(error) is Fault.HOPELESS:
         try:
             transport.dead_letter_unmoved(move.message)

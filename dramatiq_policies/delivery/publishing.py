@@ -1,14 +1,14 @@
-"""The hand-off: have the broker accept what follows from a delivery, whatever it takes.
+"""Publish the follow-up messages and the dead letter of a delivery, until the broker has accepted all of them.
 
-Each try fails in one of three ways (see `Fault`). A lost connection is tried until it is back. A refusal escalates, after
-five seconds or at once if it is for good:
+Each try fails in one of three ways (see `Fault`). After a lost connection the worker tries again until the broker is back.
+A refusal escalates, after five seconds or at once if the refusal is permanent:
 
-1. What follows (a retry, a next stage) is given up; the message becomes a dead letter, reason ``handoff_failed``.
-2. The dead letter is made small: without traceback and history.
-3. The body as received becomes the dead letter. This needs no encoding.
-4. The message is enqueued again with its failure, after a wait that grows. It is not run again: the worker that takes it
-   goes on with this hand-off. Its slot is free meanwhile.
-5. Where even that is refused, the message keeps its slot for the wait and is then given back to its queue.
+1. Drop the follow-up messages (a retry, a next step). The message becomes a dead letter, reason ``handoff_failed``.
+2. Make the dead letter small: no traceback, no history.
+3. Publish the body as received for a dead letter. This needs no encoding.
+4. Enqueue the message again with its failure, after a growing wait. The job does not run: the next worker continues here.
+   The message takes no slot meanwhile.
+5. If the broker refuses even that, keep the message in its slot for the wait, and then return the message to its queue.
 """
 
 from __future__ import annotations
@@ -37,20 +37,16 @@ __all__ = ["Publication"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: Seconds between the tries of a hand-off. The first repetition is at once: a connection that idled is often gone.
+#: Seconds between tries. The second try is immediate, since idle connections are often closed.
 _RETRY_PAUSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
-#: For how many seconds a refusal is tried again.
+#: How many seconds to repeat a publish that the broker refuses.
 _RETRY_REFUSAL_FOR = 5.0
-#: The outcomes of a run that has ended and whose message is enqueued again.
+#: Outcomes after which the same message is enqueued for another run.
 _REENQUEUED_OUTCOMES = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
 
 
 class Publication:
-    """One delivery's hand-off.
-
-    Parameters:
-      decided: What was decided on the delivery.
-    """
+    """Publishes the outbox of one delivery."""
 
     def __init__(
         self,
@@ -65,18 +61,18 @@ class Publication:
         self.message = message
         self.delivery = delivery
         self.decision = decision
-        #: The dead letter: a message, or the body as received.
+        #: The dead letter, a message or the body as received.
         self.dead: Message[Any] | bytes | None = None
         self.small = False
-        #: Whether the message is being enqueued again, since its dead letter was refused.
+        #: Whether step 4 has begun.
         self.returning = False
         self.tries = 0
         self.first_refusal: float | None = None
 
     def run(self) -> Decision:
-        """Have the broker accept all that follows from the decision; what was really decided in the end."""
+        """Publish until the broker has accepted everything. Returns the final decision."""
         if self.decision.outcome is not Outcome.SUCCEEDED and self._is_given_back():
-            # Whatever follows from this run would happen twice.
+            # Another worker runs the message: each follow-up message would be published twice.
             return self._give_up(ConnectionError("the consumer's connection is closed"))
         while True:
             try:
@@ -120,23 +116,23 @@ class Publication:
             transport.dead_letters_accepted()
 
     def _is_given_back(self) -> bool:
-        """Whether the broker has given this message back to its queue already."""
+        """Whether the broker has returned this message to its queue already."""
         return self.transport.will_redeliver() and not self.delivery.completes_key()
 
     def _is_futile(self, error: Exception) -> bool:
-        """Whether there is no point in the same try once more."""
+        """Whether to escalate, and not to repeat the same try."""
         fault = self.transport.fault_of(error)
         if fault is Fault.LOST:
             return False
         now = clock.monotonic()
         if self.first_refusal is None:
             self.first_refusal = now
-        # One that is known to refuse dead letters is not waited for with each of them.
+        # The queue refused the last dead letter, too: five seconds of tries for each would hold up the worker.
         known = self.decision.dead_letter and (self.transport.refuses_dead_letters or RETURNED in self.message.options)
         return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _RETRY_REFUSAL_FOR
 
     def _escalate(self, error: Exception) -> None:
-        """Go on with less than was to be handed on."""
+        """Take the next step of the list above."""
         delivery, decision = self.delivery, self.decision
         hopeless = self.transport.fault_of(error) is Fault.HOPELESS
         if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(hopeless)):
@@ -158,20 +154,20 @@ class Publication:
             self._return(error)
 
     def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
-        """Whether what can never be sent is the dead letter, and not a callback that goes with it."""
+        """Whether the dead letter, and no message of the outbox, can never be sent."""
         encoded = all(
             isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.outbox or ()
         )
-        # Elsewhere the dead letter is sent when no step is left.
+        # On other brokers the dead letter is published after the outbox is empty.
         return hopeless and encoded and self.transport.acks_with_outbox and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Decision:
-        """The decision on a message whose retry, or next stage, was refused."""
+        """Return the decision on a message whose follow-up messages were refused."""
         decision = self.decision
         stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
         stand_in.__cause__ = error
         if decision.outcome is Outcome.RETRIED and decision.exception is not None:
-            # The dead letter tells of the run whose retry would have told of it.
+            # The retry would have carried this failure in its history; now the dead letter does.
             history = History(self.message.options)
             history.attempt = decision.attempt or history.attempt
             history.failed(decision.exception, now_ms(), None)
@@ -189,7 +185,7 @@ class Publication:
         message = self.message
         failure = message.options[FAILURE] if RETURNED in message.options else self._failure()
         sent = self.delivery.received() if self.small else None
-        # The options, too, may have been changed to what cannot be sent.
+        # The job may have put values into the options that can't be encoded.
         dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.transport.queue_name)
         dead.options.pop(POLICIES, None)
         dead.options.pop(RETURNED, None)
@@ -203,7 +199,7 @@ class Publication:
         return failure_of(self.decision, self.message.options, None if policy is None else policy.tags)
 
     def _return(self, error: Exception) -> None:
-        """Enqueue the message again, with its failure, for the dead-letter queue refuses it."""
+        """Enqueue the message again with its failure (step 4)."""
         options = self.message.options
         times = options.get(RETURNED, 0)
         wait = wait_before_return(times)
@@ -228,7 +224,7 @@ class Publication:
         )
 
     def _park(self, error: Exception) -> Decision:
-        """Keep the message in its slot for the wait; then it goes back to its queue, and is run again."""
+        """Keep the message in its slot for the wait, and then return the message to its queue, to run again (step 5)."""
         self.delivery.abandoned = True
         self.delivery.outbox = None
         self.transport.park(self.message, self.decision.delay_ms or wait_before_return(0))
@@ -243,37 +239,37 @@ class Publication:
 
     def _give_up(self, error: Exception) -> Decision:
         self.delivery.abandoned = True
-        # Which may keep what is left of the steps.
+        # Before the outbox is dropped: the transport may remember the outbox for a redelivery.
         self.transport.abandon(self.message)
         self.delivery.outbox = None
         return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
     def _mark_retry_pending(self) -> None:
-        """Have the claim say that the run has ended, before its retry is enqueued.
+        """Record in the claim that the run has ended, before the retry is published.
 
-        A redelivery hands on no more than the retry then: what else follows from the run is handed on before.
+        A redelivery then publishes nothing but the retry, so the other messages are published first.
         """
-        delivery, transport, steps = self.delivery, self.transport, self.delivery.outbox
+        delivery, transport, outbox = self.delivery, self.transport, self.delivery.outbox
         if (
             delivery.claim is None
             or transport.acks_with_outbox
             or self.decision.outcome not in _REENQUEUED_OUTCOMES
-            or not steps
+            or not outbox
         ):
             return
         message_id = self.message.message_id
         again = next(
-            (step for step in steps if isinstance(step, OutgoingMessage) and step.message.message_id == message_id),
+            (step for step in outbox if isinstance(step, OutgoingMessage) and step.message.message_id == message_id),
             None,
         )
         if again is None:
             return
-        if len(steps) > 1:
-            steps.remove(again)
+        if len(outbox) > 1:
+            outbox.remove(again)
             try:
                 transport.publish_outbox(self.message, delivery, None)
             finally:
-                steps.append(again)
+                outbox.append(again)
         delivery.claim.ending(again)
 
     def _alert(self, text: str, error: Exception) -> None:
@@ -295,13 +291,13 @@ class Publication:
 
 
 def _resolve(delivery: Delivery) -> None:
-    """Turn the calls among the steps into the messages that they yield."""
-    steps = delivery.outbox
-    if steps is None:
+    """Replace each call in the outbox by the messages that the call returns."""
+    outbox = delivery.outbox
+    if outbox is None:
         return
-    for index, step in enumerate(steps):
+    for index, step in enumerate(outbox):
         if not isinstance(step, OutgoingMessage):
-            # Replaced at once: a group's barrier must not be counted again when a later step fails.
-            steps[index : index + 1] = step()
+            # Replaced at once: after an error later, a second call would count a group's barrier again.
+            outbox[index : index + 1] = step()
             _resolve(delivery)
             return

@@ -1,4 +1,4 @@
-"""The three ways in which a broker does not take a message, and where messages wait that it takes in no form."""
+"""Why a broker does not accept a message, and where messages wait that the broker accepts in no form."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["IN_A_ROW", "Distrust", "Fault", "Parking", "Unsendable"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: How many bodies in a row that it cannot read a worker moves to the dead letters. Then it suspects itself.
+#: After this many unreadable bodies in a row a worker suspects its own configuration and stops taking messages.
 IN_A_ROW = 10
-#: For how many seconds it takes nothing then: at first, and at most.
+#: Length of the first pause and of the longest one, in seconds.
 _FIRST_PAUSE, _LAST_PAUSE = 5.0, 60.0
 
 
 class Fault(Enum):
-    """Why the broker did not take a message, and so for how long to try.
+    """Why the broker did not accept a message. The reason decides how long to try again.
 
-    LOST: The connection is lost, or the server takes nothing at all for now. Try until it answers.
-    REFUSED: The server refuses this message now: its queue is full or missing. Try for some seconds.
-    HOPELESS: The message can never be sent as it is: it cannot be encoded, or is too large. Do not try again.
+    LOST: The connection is lost, or the server accepts nothing for now. Try until the server answers.
+    REFUSED: The server refuses this message: the queue is full or missing. Try for some seconds.
+    HOPELESS: The message can't be encoded, or is too large. Do not try again.
     """
 
     LOST = auto()
@@ -33,11 +33,11 @@ class Fault(Enum):
 
 
 class Unsendable(Exception):
-    """A message that cannot be encoded, or that the server refuses for good."""
+    """A message can't be encoded, or the server refuses the message permanently."""
 
 
 class Parking:
-    """Messages that keep their slots for a while, since the broker would not take them in any form."""
+    """Messages that keep their slots for a while, because the broker accepts them in no form."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[float, Callable[[], object]]] = deque()
@@ -50,7 +50,7 @@ class Parking:
         self._waiting.append((clock.monotonic() + wait_ms / 1_000, give_back))
 
     def give_back(self, *, everything: bool = False) -> None:
-        """Give back what has waited long enough. Only the consumer's thread calls it."""
+        """Return messages whose wait is over. Only the consumer's thread calls this."""
         for _ in range(len(self._waiting)):
             due, give_back = self._waiting.popleft()
             if everything or due <= clock.monotonic():
@@ -60,11 +60,11 @@ class Parking:
 
 
 class Distrust:
-    """Whether a worker that reads one body of a queue after the other as garbage should go on taking them.
+    """Decides whether a worker goes on taking messages of a queue after unreadable bodies.
 
-    Ten in a row may be the worker's own fault: another encoder than the producers', or too low a ``max_body_bytes``. It then
-    takes nothing for a pause that grows from 5 s to a minute, looks at ten messages after each, and goes on with the first
-    that it can read. The others stay on the queue, behind those that it has not seen.
+    Ten unreadable bodies in a row may be the worker's own fault: another encoder than the producers', or a low
+    ``max_body_bytes``. The worker then pauses (5 s at first, a minute at most), tries ten messages after each pause, and goes
+    on after the first readable one. The unreadable messages stay on the queue, behind the rest.
     """
 
     def __init__(self, queue: str) -> None:
@@ -75,15 +75,15 @@ class Distrust:
 
     @property
     def is_pausing(self) -> bool:
-        """Whether it takes a few messages at a time, with pauses."""
+        """Whether the worker takes only a few messages after each pause."""
         return self.count >= IN_A_ROW
 
     def seconds_left(self) -> float:
-        """For how long it takes nothing."""
+        """Seconds until the end of the pause; 0.0 outside of one."""
         return max(0.0, self.until - clock.monotonic()) if self.count else 0.0
 
     def unreadable(self, error: Exception | str) -> bool:
-        """Count a body that cannot be read. Returns whether to leave it on the queue."""
+        """Count an unreadable body. Returns whether to leave the body on the queue."""
         self.count += 1
         if self.count >= IN_A_ROW and not self.seconds_left():
             self.until = clock.monotonic() + min(_FIRST_PAUSE * 2 ** min(self.pauses, 10), _LAST_PAUSE)
@@ -99,5 +99,5 @@ class Distrust:
         return self.count > IN_A_ROW
 
     def readable(self) -> None:
-        """Count a body that can be read."""
+        """Forget earlier unreadable bodies: this one was readable."""
         self.count = self.pauses = 0

@@ -1,4 +1,4 @@
-"""What whoever waits for a job's result is told of a bad ending: once, and finally."""
+"""Store the failure of a job as its result, once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ __all__ = ["settle_results"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: Why a message is dead where no rule of ours had a say: the result's text is Dramatiq's own then.
+#: Reasons that plain Dramatiq has, too: the result keeps Dramatiq's own text.
 _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
 def settle_results(
     state: BrokerState, message: MessageProxy, decision: Decision, error: BaseException, succeeded: bool
 ) -> None:
-    """Store a failure that names the outcome, so that whoever waits for the result need not wait on.
+    """Store a failure with the outcome's name as the job's result.
 
-    Dramatiq stores one for a nacked message only, and without the outcome; on the local copy ``store_results`` is
-    switched off so that it does not overwrite ours. The result of a job that succeeded stays, for it may have been seen.
+    Dramatiq stores a failure only for a nacked message, and without the outcome. ``store_results`` is set to False on the local
+    copy of the message, so that Dramatiq does not overwrite the result. A result of a job that succeeded stays: a client may
+    have read that result.
     """
     for middleware in state.broker.middleware:
         if not isinstance(middleware, Results):

@@ -11,19 +11,19 @@ from .history import FAILURE
 
 __all__ = ["RETURNED", "decision_of_returned", "wait_before_return"]
 
-#: The message option that says how often the message was enqueued again since its dead letter was refused.
+#: The message option that counts how often the message was enqueued again.
 RETURNED = "returned"
 _FIRST_RETURN = 10_000
 _LAST_RETURN = 300_000
 
 
 def wait_before_return(times: int) -> int:
-    """For how many milliseconds a message waits whose dead letter was refused so often before."""
+    """How many milliseconds a message waits that was enqueued again ``times`` times before."""
     return min(_FIRST_RETURN << min(times, 10), _LAST_RETURN)
 
 
 def decision_of_returned(options: dict[str, Any]) -> Decision | None:
-    """What was decided on a message that was enqueued again since its dead letter was refused; None of any other."""
+    """Return the decision that a returned message carries; None for any other message."""
     failure, times = options.get(FAILURE), options.get(RETURNED)
     if type(times) is not int or not isinstance(failure, dict):
         options.pop(RETURNED, None)

@@ -102,7 +102,7 @@ class Transport:
         return message
 
     def validate(self, message: Message[Any]) -> None:
-        """Check a message's shape, and set its queue to the one that it was read from."""
+        """Check a message's shape, and set the queue name to the queue read from."""
         check_shape(message)
         if message.queue_name != self.source:
             object.__setattr__(message, "queue_name", self.source)
@@ -191,7 +191,7 @@ class Transport:
         self.try_requeue([message])
 
     def abandon(self, message: MessageProxy) -> None:
-        """Leave a message unacknowledged, so that it comes back."""
+        """Leave a message unacknowledged: the broker redelivers the message."""
 
     def park(self, message: MessageProxy, wait_ms: float) -> None:
         """Keep a message that the broker takes in no form in its slot, and give it back after the wait."""

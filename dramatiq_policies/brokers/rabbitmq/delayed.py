@@ -1,11 +1,11 @@
-"""The consumer of a delay queue on RabbitMQ.
+"""The transport of a delay queue on RabbitMQ.
 
-The server delivers the whole delay queue, up to 65,535 messages. The consumer keeps the nearest messages. Of the others it
-keeps only the delivery tag and the due time: shortly before that time it returns the message, and the server delivers it
-again. So a nearer message does not wait behind far ones, nothing is published for it, and whatever happens to the process
-the server still has every message in its place.
+The server delivers the whole delay queue, up to 65,535 messages. The transport keeps the nearest messages in full. For the
+rest only the delivery tag and the due time are kept; shortly before the due time the message is returned, and the server
+delivers the message again. So near messages do not wait behind far ones, nothing is published, and the server still has every
+message if the process dies.
 
-Due messages are moved in batches: published with pipelined confirms, then acked at once on the thread that owns the
+Due messages are moved in batches: published with pipelined confirms, then acknowledged at once on the thread that owns the
 consumer's connection. A process killed in between leaves at most one batch in both queues.
 """
 
@@ -33,38 +33,37 @@ from .unreadable import LOST
 
 __all__ = ["RabbitmqDelayTransport"]
 
-#: How long before its time a message is returned for another delivery, in milliseconds.
+#: Milliseconds before the due time at which a message is returned for another delivery.
 _AHEAD = 5_000
-#: How many messages are published anew at a time.
+#: Messages per batch of messages that are published anew.
 _ANEW = 100
-#: How many messages the server may deliver before the first is acked: as many as AMQP can say. "No limit" (0) means 2,000
-#: to a quorum queue.
+#: The prefetch count of the delay queue: the maximum of AMQP. 0, "no limit", means 2,000 to a quorum queue.
 _WINDOW = 65_535
-#: How many messages a consumer keeps at least, whatever the prefetch.
+#: The least number of messages to keep in full.
 _FEWEST = 100
-#: Every how many seconds the connection on which this thread publishes is served, so that its server hears heartbeats.
+#: Seconds between two heartbeats on the connection on which this thread publishes.
 _SERVE_EVERY = 5.0
-#: For how many seconds a worker that stops waits for confirms.
+#: Seconds that a stopping worker waits for confirms.
 _PATIENCE = 5.0
 
 
 class RabbitmqDelayTransport(RabbitmqTransport):
-    """Consumes a delay queue, and moves its messages when they are due.
+    """Consumes a delay queue, and moves messages when due.
 
     Parameters:
-      wiring, inner, queue_name: As for every consumer.
-      prefetch: How many messages it keeps, at least 100.
+      state, inner, queue_name: See `Transport`.
+      prefetch: How many messages to keep in full, at least 100.
     """
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.limit = max(prefetch, _FEWEST)
-        #: The due time and the tag of each message that was delivered and is not kept, the nearest first.
+        #: Due time and tag of each delivered message that is not kept in full, the nearest first.
         self.far: list[tuple[float, int]] = []
-        #: How many messages were returned and have not been delivered again.
+        #: How many returned messages have not been delivered again.
         self.returned = 0
         self.batches: _Batches | None = None
-        #: What is to be published anew, with its tag: see `is_published_anew`.
+        #: Messages to publish anew, with their tags: see `is_published_anew`.
         self.anew: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
@@ -86,7 +85,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             if wait is not None:
                 self.on_connection(self.inner.connection.process_data_events, wait)
                 if not self.has_received():
-                    # Whatever was returned has gone to other workers.
+                    # Other workers have taken the returned messages.
                     self.returned = 0 if wait > 0.1 else self.returned
                     return None
         if len(self.delayed.queue) >= self.limit:
@@ -106,7 +105,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             step.encoded = self.encoded(message)
         except Unsendable:
             return False
-        # In batches: after a restart it may be the whole delay queue.
+        # In batches: after a restart this may be the whole delay queue.
         self.anew.append((tag, step))
         return True
 
@@ -119,7 +118,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 self.nack_here(tag)
 
     def _forget_far(self) -> None:
-        """Keep of the farthest messages nothing but tag and due time."""
+        """Reduce the farthest messages to tag and due time."""
         for item in self.delayed.cut(self.limit * 3 // 4):
             tag = _dramatiq.take_rabbitmq_tag(self.inner, _dramatiq.delayed_message(item))
             if tag is not None:
@@ -127,7 +126,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self.delayed.task_done()
 
     def _return_near(self) -> None:
-        """Return those of the far messages that are due soon, as many as can be kept."""
+        """Return far messages that are due soon, as many as there is room for."""
         room, until = self._room(), now_ms() + _AHEAD
         while room > 0 and self.far and self.far[0][0] <= until:
             self.on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
@@ -135,11 +134,11 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             room -= 1
 
     def _room(self) -> int:
-        # Below the mark to which the farthest are forgotten: the same message does not go back and forth.
+        # Below the mark of `_forget_far`, so that a message does not go back and forth.
         return self.limit // 2 - len(self.delayed.queue) - self.returned
 
     def _seconds_to_wait(self) -> float | None:
-        """For how long no message is due; None if that is longer than the stock consumer waits for a delivery."""
+        """Seconds until a message is due; None if Dramatiq's consumer would return earlier."""
         eta = self.delayed.next_eta()
         if self.far and self._room() > 0:
             nearest = self.far[0][0] - _AHEAD
@@ -148,7 +147,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         return None if wait is None or wait > 1 else max(0.0, wait)
 
     def _serve_publishing(self) -> None:
-        """Let the connection on which this thread publishes answer its server, or give it up if it is lost."""
+        """Serve the connection on which this thread publishes, or drop a lost one."""
         now = monotonic()
         if now - self.served < _SERVE_EVERY:
             return
@@ -183,12 +182,12 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self.broker.emit_after("enqueue", step.message, None)
         self.on_connection(self.inner.connection.process_data_events, 0)
         if self.state.stopping.is_set() and len(accepted) < len(steps):
-            # No further try, which may take as long. The server gives the messages out again.
+            # Another try may take as long. The server redelivers the messages.
             self._stop_publishing()
             raise ConnectionClosed("RabbitMQ did not confirm before the worker stopped")
         for number, (move, step) in enumerate(steps):
             if number not in accepted:
-                # One by one: the queue is declared again, the connection made anew, and an error is its own message's.
+                # One by one, with a new declare and a new connection; an error delays its own message only.
                 self.try_move(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
@@ -196,7 +195,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         self.send_ack(move.message)
 
     def _publish_all(self, queue: str, steps: list[OutgoingMessage]) -> set[int]:
-        """Publish to a queue, confirmed. Returns the numbers of those that the server has accepted."""
+        """Publish to a queue, confirmed. Returns the indexes of the accepted messages."""
         broker: Any = self.broker
         try:
             broker.declare_queue(self.queue_name, ensure=True)
@@ -215,7 +214,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 self._stop_publishing()
                 break
             if batches.waiting:
-                # The server takes its time: it must hear from the consumer meanwhile.
+                # Send heartbeats on the consumer's connection meanwhile.
                 self.on_connection(self.inner.connection.process_data_events, 0)
                 if self.state.stopping.is_set() and monotonic() - began > _PATIENCE:
                     break
@@ -223,14 +222,14 @@ class RabbitmqDelayTransport(RabbitmqTransport):
 
 
 class _Batches:
-    """A channel on which many messages are published before the first is confirmed, all of them mandatory."""
+    """A channel with pipelined confirms; every publish is mandatory."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.channel = connection.channel()
         self._inner = _dramatiq.rabbitmq_confirmed(self.channel, self._confirmed, self._unroutable)
         self._published = 0
-        #: What was published and not confirmed yet: the number in the batch by the channel's own count.
+        #: Unconfirmed messages: the index in the batch by the channel's delivery tag.
         self.waiting: dict[int, int] = {}
         self.accepted: set[int] = set()
         self._bodies: list[Any] = []
@@ -249,11 +248,11 @@ class _Batches:
         last = method.delivery_tag
         for tag in [tag for tag in self.waiting if tag <= last] if method.multiple else [last]:
             number = self.waiting.pop(tag, None)
-            # A returned message is confirmed, too.
+            # The server also confirms a message that it has returned as unroutable.
             if number is not None and isinstance(method, pika.spec.Basic.Ack) and self._bodies[number] is not None:
                 self.accepted.add(number)
         if not self.waiting:
-            # Ends `process_data_events`, which a confirm alone does not.
+            # A confirm alone does not end `process_data_events`.
             self.connection.add_callback_threadsafe(lambda: None)
 
     def _unroutable(self, _channel: Any, _method: Any, _properties: Any, body: bytes) -> None:

@@ -1,8 +1,8 @@
-"""The consumer on RabbitMQ.
+"""The transport on RabbitMQ.
 
-Hand-offs go over a channel of ours, mandatory and confirmed, on the calling thread's own connection. A dead letter is
-published to the dead-letter queue and the message acked after that was confirmed: a crash in between leaves two, never
-none. Once this consumer's channel is closed the server has put its messages back, so nothing is handed on for them.
+The outbox is published mandatory and confirmed, over a channel of ours on the calling thread's own connection. A dead letter
+is published to the dead-letter queue, confirmed, and then the message is acknowledged: a crash in between leaves two copies,
+never none. After this consumer's channel is closed, the server redelivers its messages, so nothing is published for them.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ _RETURNS = 2
 
 
 class RabbitmqTransport(UnreadableBodies):
-    """Consumes, acks and dead-letters on RabbitMQ."""
+    """Consumes, acknowledges and dead-letters on RabbitMQ."""
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
-        #: Whether its queue was deleted under it, and with it all that the server would have given back.
+        #: Whether the queue was deleted, with every message that the server would have redelivered.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         state.unacked_counts[queue_name] = self.held
         self.runs = Runs(state.shared(Ended), self)
 
     def held(self) -> int:
-        """How many messages were delivered and not yet acked."""
+        """How many messages were delivered and not yet acknowledged."""
         return 0 if self.is_revoked() else len(self.inner.known_tags)
 
     def take(self) -> MessageProxy | None:
@@ -66,7 +66,7 @@ class RabbitmqTransport(UnreadableBodies):
         try:
             method, properties, body = next(self.deliveries)
         except StopIteration:
-            # The server cancelled this consumer. A job that ends before it is known why hands on: better twice than not at all.
+            # The server cancelled this consumer. A job that ends before the reason is known publishes: twice beats never.
             self.deleted = True
             self.closed = True
             self.deleted = self._is_queue_deleted()
@@ -80,7 +80,7 @@ class RabbitmqTransport(UnreadableBodies):
         return None if body is None else self.received(method, properties, body)
 
     def received(self, method: Any, properties: Any, body: bytes) -> MessageProxy | None:
-        """The message of one delivery; None if it cannot be read, or goes back to its queue."""
+        """Return the message of one delivery; None if the body can't be read, or goes back to the queue."""
         try:
             message = self.decode(body)
         except Exception as error:
@@ -111,14 +111,14 @@ class RabbitmqTransport(UnreadableBodies):
 
     @staticmethod
     def _returns_of(properties: Any) -> int:
-        """How often the message was returned to its quorum queue; 0 on another queue, which does not count."""
+        """How often the message was returned to its quorum queue; 0 on a classic queue, which does not count."""
         count: Any = (properties.headers or {}).get("x-delivery-count")
-        return int(count) if isinstance(count, int) else 0  # pika has a type of its own for it.
+        return int(count) if isinstance(count, int) else 0  # pika returns a subclass of int.
 
     def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
-        """Publish a message anew that RabbitMQ would soon count out. Returns False if the server does not take it.
+        """Publish a message anew before its delivery limit. Returns False if the server refuses.
 
-        A quorum queue drops a message, or dead-letters it without a word, that was returned more often than its limit.
+        A quorum queue drops a message, or silently dead-letters the message, after more returns than its limit.
         """
         again = message.copy(options={REDELIVERED: True})
         try:
@@ -132,7 +132,7 @@ class RabbitmqTransport(UnreadableBodies):
         return True
 
     def _is_queue_deleted(self) -> bool:
-        """Whether what this consumer held is gone with its queue. A queue on a node that is down keeps its messages."""
+        """Whether the queue was deleted. A queue on a node that is down keeps its messages."""
         try:
             self.inner.channel.queue_declare(self.source, passive=True)
         except pika.exceptions.ChannelClosedByBroker as error:
@@ -140,7 +140,7 @@ class RabbitmqTransport(UnreadableBodies):
         except LOST:
             deleted = False
         else:
-            deleted = True  # And declared again by somebody, empty.
+            deleted = True  # Another client has declared the queue again, empty.
         if deleted:
             self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
             logger.warning("Queue %r was deleted. Jobs that run go on, and their retries are published.", self.source)
@@ -166,7 +166,7 @@ class RabbitmqTransport(UnreadableBodies):
             self.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
 
     def enqueue(self, step: OutgoingMessage) -> None:
-        """What ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
+        """Enqueue as ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
         self._encode(step)
         self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
         self.broker.emit_after("enqueue", step.message, step.delay)
@@ -212,9 +212,9 @@ class RabbitmqTransport(UnreadableBodies):
         return channel
 
     def after_interrupt(self) -> None:
-        """Forget this thread's connection: a send of the job's may have been struck, and its confirm never come.
+        """Drop this thread's connection: an interrupted publish of the job may wait for a confirm for ever.
 
-        The next one who needs it opens another. What the job had sent may have been confirmed or not.
+        The next publish opens another connection.
         """
         broker: Any = self.broker
         broker.state.dramatiq_policies_channel = None
@@ -249,15 +249,15 @@ class RabbitmqTransport(UnreadableBodies):
             self.runs.not_acked(delivery)
 
     def parking(self) -> Parking:
-        # The server gives the messages of a closed consumer out again.
+        # Per connection: the server redelivers the messages of a closed consumer.
         return Parking()
 
     def delay_queue(self) -> DelayQueue:
-        # The server gives the delayed messages of a closed consumer out again.
+        # Per connection: the server redelivers the messages of a closed consumer.
         return DelayQueue()
 
     def requeue(self, messages: list[MessageProxy]) -> None:
-        """The server does it when the consumer closes."""
+        """Note the messages. The server requeues them when the consumer closes."""
         for message in messages:
             delivery = vars(message).get("delivery")
             if delivery is not None:
@@ -287,7 +287,7 @@ class RabbitmqTransport(UnreadableBodies):
         self.runs.closed(self.state.stopping.is_set())
         if self.state.unacked_counts.get(self.source) == self.held:
             del self.state.unacked_counts[self.source]
-        # The stock consumer leaves its connection open if its channel was closed already.
+        # Dramatiq's consumer leaves its connection open if the channel was closed already.
         if self.inner.connection.is_open:
             try:
                 self.inner.connection.close()

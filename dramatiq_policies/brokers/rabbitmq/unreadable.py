@@ -1,7 +1,7 @@
-"""Bodies on RabbitMQ that cannot be read: to the dead letters, raw; and a worker that can read none takes no more.
+"""Unreadable bodies on RabbitMQ become dead letters as received; a worker that can read none stops taking messages.
 
-A body that the dead-letter queue refuses is enqueued again inside of a message, which waits on the delay queue: so it takes
-no slot, and holds up nobody.
+A body that the dead-letter queue refuses is enqueued again inside a message, which waits on the delay queue and takes no
+slot.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
 LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
-#: The message option of a body that can't be read and waits until the dead-letter queue takes it, in base64.
+#: The message option with an unreadable body, in base64, that waits for the dead-letter queue.
 UNREADABLE = "unreadable_body"
-#: For how many seconds the connection is served at a time while nothing is taken.
+#: How many seconds to serve the connection at a time during a pause.
 _SERVE = 1.0
 
 
 class UnreadableBodies(Transport):
-    """The part of a RabbitMQ consumer that deals with bodies that it cannot read."""
+    """The transport's part for unreadable bodies."""
 
     deliveries: Any
     closed: bool
 
     def unreadable(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
-        """Deal with a body that cannot be read."""
+        """Dead-letter an unreadable body, or leave the body on its queue during a pause."""
         was_pausing = self.distrust.is_pausing
         if self.distrust.unreadable(error):
             if not was_pausing:
@@ -55,11 +55,11 @@ class UnreadableBodies(Transport):
                 self._stop_taking()
 
     def _stop_taking(self) -> None:
-        """Have the server give to other workers what it has delivered and no thread has begun."""
+        """Cancel the consumer: the server delivers prefetched messages to other workers."""
         self.on_connection(self.inner.channel.cancel)
 
     def _leave(self, tag: int, properties: Any, body: bytes) -> None:
-        """Put a body behind the others on its queue."""
+        """Put a body at the end of its queue."""
         try:
             self.publish(self.source, body, properties.priority)
         except Exception as error:
@@ -70,7 +70,7 @@ class UnreadableBodies(Transport):
             self.ack_here(tag)
 
     def look_again(self) -> MessageProxy | None:
-        """Serve the connection during a pause, and look at some messages after it; go on if one can be read."""
+        """Serve the connection during a pause; after the pause try some messages, and go on after a readable one."""
         left = self.distrust.seconds_left()
         if left or self.is_quiet:
             self.on_connection(self.inner.connection.process_data_events, min(left or _SERVE, _SERVE))
@@ -99,11 +99,11 @@ class UnreadableBodies(Transport):
         raise NotImplementedError
 
     def ack_here(self, tag: int) -> None:
-        """Ack on the thread of this consumer's connection."""
+        """Acknowledge, on the thread of this consumer's connection."""
         self.on_connection(self.inner.channel.basic_ack, tag)
 
     def nack_here(self, tag: int) -> None:
-        """Give a message back to its queue, on the thread of this consumer's connection."""
+        """Return a message to its queue, on the thread of this consumer's connection."""
         if not self.is_revoked():
             self.on_connection(partial(self.inner.channel.basic_nack, requeue=True), tag)
 
@@ -116,7 +116,7 @@ class UnreadableBodies(Transport):
             raise ConnectionClosed(error) from None
 
     def _dead_letter_raw(self, tag: int, body: bytes, reason: str, times: int = 0) -> None:
-        """Move a body that can't be read to the dead letters; where these refuse it, enqueue it again in a message."""
+        """Move a body to the dead-letter queue, or enqueue the body again in a message if that queue refuses."""
         try:
             self.publish(xq_name(self.source), body, None)
         except Exception as error:
@@ -150,7 +150,7 @@ class UnreadableBodies(Transport):
             self.ack_here(tag)
 
     def dead_letter_again(self, tag: int, message: Message[Any]) -> None:
-        """Try once more to move a body to the dead letters that refused it."""
+        """Try again to move a refused body to the dead-letter queue."""
         try:
             body = b64decode(message.options[UNREADABLE], validate=True)
             times = int(message.options[RETURNED])

@@ -1,4 +1,4 @@
-"""The consumer of a delay queue on Redis: it holds the nearest messages, and leaves the others to an index on the server."""
+"""The transport of a delay queue on Redis: the nearest messages in hand, the rest in an index on the server."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 class RedisDelayTransport(RedisTransport):
-    """Consumes a delay queue, and moves its messages when they are due."""
+    """Consumes a delay queue, and moves messages when due."""
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
 
     def room(self) -> int:
-        """How many messages may be fetched, once the farthest are left to the index and what is due there is taken."""
+        """Move far messages to the index and take due ones from the index. Returns how many messages may be fetched."""
         places, delayed = self.places, self.delayed
         if places.taken >= places.prefetch:
             self._keep(delayed.cut(places.prefetch * 3 // 4))
@@ -43,13 +43,13 @@ class RedisDelayTransport(RedisTransport):
         return min(super().room(), BATCH)
 
     def _keep(self, far: list[Any]) -> None:
-        """Leave messages to the index."""
+        """Move messages to the index."""
         places, delayed = self.places, self.delayed
         kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
         try:
             self.call(self.index.keep, kept.items())
         except BrokerConnectionError:
-            # What Redis may have kept all the same is not in this worker's unacked set: moving it here does nothing.
+            # If Redis has executed the command, these are no longer in our unacked set, and a move does nothing.
             for item in far:
                 delayed.put(item)
             raise
@@ -60,7 +60,7 @@ class RedisDelayTransport(RedisTransport):
             places.release(redis_id)
 
     def idle(self, seconds: float) -> None:
-        """Wait, but not beyond the time when a message of this worker's, or of the index, may be due."""
+        """Wait, but not beyond the next due time in hand or in the index."""
         etas = (self.index.next_look, self.delayed.next_eta())
         nearest = min(eta for eta in etas if eta is not None)
         super().idle(max(0.0, min(seconds, (nearest - now_ms()) / 1_000)))

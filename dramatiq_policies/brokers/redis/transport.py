@@ -1,9 +1,9 @@
-"""The consumer on Redis.
+"""The transport on Redis.
 
-Hand-off and ack are one script, so no crash or lost reply falls between them. A message's id is the one under which it
-lies, whatever its body says. The consumer knows every redis id that this process holds; what the server says this process
-holds beyond that was lost with a reply, and is put back when the connection comes back. Any error of Redis is a lost
-connection, but for those that no waiting cures.
+One script publishes the outbox and acknowledges, so no crash or lost reply falls between the two. A message's id is the id
+under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. Ids that Redis
+counts as ours beyond those were lost with a reply, and are requeued after the next connect. Any error of Redis counts as a
+lost connection, except permanent ones (see `calls`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LOOK_EVERY = 5.0
 
 
 class RedisTransport(Transport):
-    """Fetches, acks and dead-letters on Redis."""
+    """Fetches, acknowledges and dead-letters on Redis."""
 
     acks_with_outbox = True
 
@@ -80,7 +80,7 @@ class RedisTransport(Transport):
                 return None
             name, data, recovered = self.cache.popleft()
             message = self._read(name, data, recovered)
-            # The same id once more while it is in hand: enqueued twice, or given back and taken again. One runs.
+            # An id that is in hand already was enqueued twice, or requeued and fetched again: run it once.
             if message is not None and self.places.take(message.options["redis_message_id"]):
                 proxy = MessageProxy(message)
                 if not self.is_delay_queue:
@@ -95,7 +95,7 @@ class RedisTransport(Transport):
             proxy.carried, proxy.redelivered = carried, True  # type: ignore[attr-defined]
 
     def _read(self, name: bytes, data: bytes, recovered: bytes = b"") -> Message[Any] | None:
-        """The message that lies under an id; None if it is on the dead-letter queue."""
+        """Decode the message stored under an id. Returns None if the body went to the dead-letter queue."""
         try:
             redis_id = name.decode()
             message = self.decode(data)
@@ -104,7 +104,7 @@ class RedisTransport(Transport):
         except Exception as error:
             unreadable = MalformedMessage(f"the body can't be read: {error}")
             if self.distrust.unreadable(error):
-                # It stays on the queue, behind the others.
+                # The body stays on the queue, behind the rest.
                 self.call(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
                 return None
             self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
@@ -112,11 +112,11 @@ class RedisTransport(Transport):
             return None
         if self.distrust.count:
             self.distrust.readable()
-        # The body may say anything: another message's id, or one that can't be sent.
+        # The body may contain another message's id, or one that can't be encoded.
         message.options["redis_message_id"] = redis_id
         if recovered:
             if FAILURE in message.options:
-                # The dead letter of a worker of 0.1.0 that died before it could move it.
+                # A dead letter that a worker of 0.1.0 had no time to move.
                 self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
                 return None
             message.options[REDELIVERED] = True
@@ -124,11 +124,11 @@ class RedisTransport(Transport):
 
     @property
     def outstanding_message_count(self) -> int:
-        """As the stock consumer has it: how many messages take one of the places that may be prefetched."""
+        """How many messages take a prefetch slot, as in Dramatiq's consumer."""
         return self.places.taken + len(self.cache)
 
     def _fetch(self) -> bool:
-        """Fill the cache; False if there was nothing to be had for a while."""
+        """Fill the cache. Returns False if no message arrived for a while."""
         if monotonic() - self.looked > _LOOK_EVERY:
             self.call(self._requeue_orphans)
             self.looked = monotonic()
@@ -138,7 +138,7 @@ class RedisTransport(Transport):
             return False
         room = min(self.room(), IN_A_ROW) if self.distrust.is_pausing else self.room()
         if self.is_quiet and not self.is_delay_queue:
-            # Left to other workers. The delay queue's consumer goes on fetching, and so saying that this process lives.
+            # Other workers take the rest. The delay queue's consumer goes on fetching, which is this process's heartbeat.
             self.idle(self.timeout_ms / 1_000)
             return False
         if room > 0:
@@ -152,7 +152,7 @@ class RedisTransport(Transport):
             self.misses, pause = compute_backoff(self.misses, max_backoff=self.timeout_ms)
             self.idle(pause / 1_000)
             return False
-        # All that may be prefetched is in hand, and the cache is empty.
+        # Every slot is taken, and the cache is empty.
         self.places.wait(self.timeout_ms / 1_000)
         return False
 
@@ -169,7 +169,7 @@ class RedisTransport(Transport):
         redis_id = message.options["redis_message_id"]
         try:
             if "do_ack" in vars(self.broker):
-                # Somebody's own, in the place of Dramatiq's: an instrumentation's, or a test's.
+                # An instrumentation or a test has replaced Dramatiq's method.
                 self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
             elif not self._settle(self._over(message), b"", []):
                 self._not_acked(message)
@@ -192,13 +192,13 @@ class RedisTransport(Transport):
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
         settled = self._complete(redis_id, body, sends, claim) if at_once else None
         if settled is None:
-            # A completion is remembered between hand-off and ack.
+            # Two steps: the key is completed between publish and acknowledgement.
             at_once, keep = False, delivery.completes_key()
             settled = self._settle(redis_id, body, sends, keep)
         if not settled:
             self._given_away(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
-            # Somebody's own, as in `ack`. It hears of a dead letter that lies in its place already.
+            # Replaced, as in `ack`. The dead letter is in its place already.
             self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
             delivery.claim = claim.completed()
@@ -211,9 +211,10 @@ class RedisTransport(Transport):
             self._release(message)
 
     def _given_away(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
-        """Nothing was handed on, since another worker has the message; or all was, by a call whose answer was lost.
+        """Handle a message that this process no longer holds.
 
-        Should it come back here, all that this run has left to do is done then, and it does not run.
+        Another worker has the message and nothing was published, or an earlier call did everything and its reply was lost. If the
+        message comes back here, the rest of this run is done then, and the job does not run.
         """
         decision = delivery.decision
         if decision is not None and not is_keyed(delivery):
@@ -228,7 +229,7 @@ class RedisTransport(Transport):
             self.ended.remember(message.options["redis_message_id"], left_of(delivery))
 
     def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
-        """What ``RedisBroker.enqueue`` would send, its hooks run."""
+        """Return the queue, id and body that ``RedisBroker.enqueue`` would send; run its before-hooks."""
         message, delay = step.message, step.delay
         redis_id = str(uuid4())
         queue = message.queue_name
@@ -261,10 +262,10 @@ class RedisTransport(Transport):
         self._release(delivery.message)
 
     def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
-        """Settle a message and complete its key in one step; None if it takes two.
+        """Settle a message and complete its key in one step. Returns None if that takes two steps.
 
-        Goes over the line of the claims, to share round trips. Where the client of the store can't reach the server, the
-        broker's own may, and the call may be repeated.
+        The command goes over the store's connection, to share round trips, and over the broker's if the store's fails. The script
+        may be repeated.
         """
         command = self._settling(redis_id, dead, sends, completes=claim)
         try:
@@ -275,7 +276,7 @@ class RedisTransport(Transport):
             try:
                 return bool(self.trips.call(*command))
             except (redis.RedisError, OSError):
-                # Also where it may not touch the store's keys. Is the whole server away, the next step says so.
+                # Perhaps this user may not touch the store's keys. If the server is down, the next step raises.
                 return None
 
     def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> bool:
@@ -306,7 +307,7 @@ class RedisTransport(Transport):
                 self.places.release(redis_id)
 
     def abandon(self, message: MessageProxy) -> None:
-        # In the unacked set of this process still: found there when it next connects, or when it is gone.
+        # The id stays in this process's unacked set: `_requeue_orphans` or another worker finds the id there.
         self._release(message)
 
     def give_back(self, message: MessageProxy) -> None:
@@ -328,10 +329,10 @@ class RedisTransport(Transport):
         self.places.release(message.options["redis_message_id"])
 
     def _requeue_orphans(self) -> None:
-        """Requeue what the server gave this process and this process never got."""
+        """Requeue messages whose delivery to this process was lost with a reply."""
         broker: Any = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
-        # One that is acked and released in between is not lost.
+        # Read before and after: a message acknowledged in between is not lost.
         held = frozenset(self.places.held)
         names = self.client.execute_command("SMEMBERS", unacked, **RAW)
         held |= self.places.held
@@ -346,7 +347,7 @@ class RedisTransport(Transport):
         if self.state.stopping.is_set():
             self.cache.clear()
             try:
-                # What was prefetched and never handed out, and what was given up.
+                # Prefetched messages that no thread has begun, and abandoned ones.
                 self._requeue_orphans()
             except (redis.RedisError, OSError) as error:
                 logger.warning("Messages of queue %r come back later than now: %s", self.source, error)

@@ -1,4 +1,4 @@
-"""The consumer on a StubBroker, and what the broker says of arguments that can't be sent."""
+"""The transport on a StubBroker, and the broker's error about arguments that can't be encoded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["StubTransport", "explain_unserialisable"]
 
 
 class StubTransport(Transport):
-    """Adds to the stock one that what a worker did not get to run is put back, and stays for the next worker."""
+    """Requeues messages that a worker did not run, for the next worker."""
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         if self.is_delay_queue:
-            # All delayed messages are in memory anyhow: far ones must not keep nearer ones out.
+            # All delayed messages are in memory: later ones must not take the slots of nearer ones.
             _dramatiq.lift_stub_limit(inner)
 
     def take(self) -> MessageProxy | None:
@@ -44,7 +44,7 @@ class StubTransport(Transport):
             _dramatiq.release_stub_slot(self.inner)
             return None
         proxy = _dramatiq.StubMessage(message)
-        # As received: it is put back so, and the test kit delivers it again when the worker has died in its job.
+        # As received, for a requeue, and for the redelivery when the test kit kills the worker.
         proxy.body = data  # type: ignore[attr-defined]
         return proxy
 
@@ -52,7 +52,7 @@ class StubTransport(Transport):
         if isinstance(dead, bytes):
             dead = self._raw(dead)
         else:
-            self.encoded(dead)  # As on a server, a dead letter can be encoded.
+            self.encoded(dead)  # Fails as on a server if the dead letter can't be encoded.
         letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
         letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
@@ -61,12 +61,12 @@ class StubTransport(Transport):
 
     def publish_outbox(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
         if self.state.stopping.is_set() and delivery.outbox:
-            # A thread of the worker that stops would take it, and nobody put it back.
+            # A thread of the stopping worker would take the message.
             steps, delivery.outbox = delivery.outbox, None
             for step in steps:
                 self.state.requeue_after_shutdown.append(partial(self.broker.enqueue, step.message, delay=step.delay))
         super().publish_outbox(message, delivery, dead)
-        # Not before the outcome is published: whoever joins the queue expects to see it.
+        # A test that joins the queue expects the outcome to be published: acknowledge after that.
         delivery.acked = False
 
     def ack(self, message: MessageProxy) -> None:
@@ -86,7 +86,7 @@ class StubTransport(Transport):
 
 
 def explain_unserialisable(broker: Broker) -> None:
-    """Have a StubBroker name the argument to blame where a message can't be encoded."""
+    """Make a StubBroker name the argument that can't be encoded."""
     stock = broker.enqueue
 
     @wraps(stock)
@@ -94,7 +94,7 @@ def explain_unserialisable(broker: Broker) -> None:
         try:
             return stock(message, delay=delay)
         except DramatiqError:
-            raise  # The broker would not have it, whatever is in it.
+            raise  # Not about the message's values.
         except Exception as error:
             _explain(broker, message, error)
             raise
@@ -103,10 +103,10 @@ def explain_unserialisable(broker: Broker) -> None:
 
 
 def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
-    """If a message can't be encoded, say which of its arguments is to blame.
+    """Raise an error that names the argument that can't be encoded.
 
     Raises:
-      TypeError: It can't be encoded.
+      TypeError: An argument can't be encoded.
     """
     for name, value in _named(broker, message):
         try:
@@ -119,7 +119,7 @@ def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
 
 
 def _named(broker: Broker, message: Message[Any]) -> list[tuple[str, Any]]:
-    """A message's arguments with the names that its actor has for them, and its options."""
+    """Return a message's options, and its arguments under the names of the actor's parameters."""
     options = [(f"{name} (an option)", value) for name, value in message.options.items()]
     numbered = [(str(number), value) for number, value in enumerate(message.args)]
     named = [*message.kwargs.items()]
