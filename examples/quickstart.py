@@ -8,6 +8,7 @@ import queue
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 
 import dramatiq
 from dramatiq import Message, Worker
@@ -39,6 +40,10 @@ COLOUR_OF = {
     Outcome.ALERTED: "red",
     Outcome.DEAD: "red",
 }
+
+
+def ms(number: int) -> timedelta:
+    return timedelta(milliseconds=number)
 
 
 def paint(text: str, colour: str) -> str:
@@ -75,7 +80,7 @@ class MissingCredentials(Exception):
 # The broker. `unclassified` is the rule for errors without a rule. Each outcome goes to a queue, for the transcript below.
 
 events: queue.Queue[OutcomeEvent] = queue.Queue()
-unclassified = RetryPolicy(attempts=3, wait=constant(50))
+unclassified = RetryPolicy(attempts=3, wait=constant(ms(50)))
 broker = install(StubBroker(), error_classifier=ErrorClassifier(unclassified=unclassified, on_outcome=events.put))
 dramatiq.set_broker(broker)
 
@@ -85,9 +90,9 @@ dramatiq.set_broker(broker)
 
 @dramatiq.actor(
     retry_on={
-        MailTimeout: RetryPolicy(attempts=3, wait=exponential(initial=100, maximum=1_000)),
+        MailTimeout: RetryPolicy(attempts=3, wait=exponential(initial=ms(100), maximum=ms(1_000))),
         RateLimited: RetryPolicy(attempts=3, wait=retry_after(fallback=exponential())),
-        OrderNotFound: RetryPolicy(attempts=3, wait=constant(80), then="discard"),
+        OrderNotFound: RetryPolicy(attempts=3, wait=constant(ms(80)), then="discard"),
     },
     discard_on=InvalidEmail,
     alert_on=MissingCredentials,
@@ -108,7 +113,7 @@ def pick_order(order_id: int) -> None:
         raise Snooze(150, "the warehouse is closed")
 
 
-@dramatiq.actor(timeout=200, retry_on={TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(100))})
+@dramatiq.actor(timeout=ms(200), retry_on={TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(ms(100)))})
 def render_invoice(order_id: int) -> None:
     while current_job().attempt == 1:  # the first attempt never ends
         time.sleep(0.01)

@@ -142,7 +142,7 @@ def test_what_can_t_be_read_is_not_moved_and_that_is_said(command, app):
 
 def test_the_help_of_a_move_says_what_moves_what_stays_and_that_nothing_is_lost(command):
     text = " ".join(command("queues", "move", "--help").stdout.split())
-    for said in ("messages that are ready", "What stays in QUEUE: delayed", "Nothing is lost", "--limit COUNT"):
+    for said in ("Move ready messages", "Delayed messages, dead letters", "loses no message", "--limit COUNT"):
         assert said in text
 
 
