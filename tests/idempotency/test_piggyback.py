@@ -44,18 +44,21 @@ class Stopping:
         self.waits.append(seconds)
 
 
-class Consumer:
-    """Acks after as many errors as it is given."""
+class Transport:
+    """Acknowledges after as many errors as it is given."""
 
     def __init__(self, *errors):
         self.errors = list(errors)
-        self.concluded = 0
+        self.settled = 0
 
     def completion(self, delivery):
         return ("SET", "key", "done"), True
 
-    def conclude(self, message, delivery):
-        self.concluded += 1
+    def acked_by_completion(self, delivery):
+        delivery.acked = True
+
+    def settle_and_ack(self):
+        self.settled += 1
         if self.errors:
             raise self.errors.pop(0)
 
@@ -75,6 +78,9 @@ def ended(*, remembered=True, plain=True):
 
 @pytest.fixture
 def carrier(monkeypatch):
+    monkeypatch.setattr(
+        batched_completions, "settle_and_ack", lambda state, transport, message, delivery: transport.settle_and_ack()
+    )
     """A Piggyback of threads that have more to do."""
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: True)
     state = SimpleNamespace(successes_observed=False, stopping=Stopping())
@@ -82,24 +88,24 @@ def carrier(monkeypatch):
 
 
 def test_the_completion_of_a_plain_success_is_posted(carrier):
-    assert carrier.post(Consumer(), MESSAGE, ended())
+    assert carrier.post(Transport(), MESSAGE, ended())
     assert [post.command for post in carrier.trips.posted] == [("SET", "key", "done")]
 
 
 @pytest.mark.parametrize("way", [{"remembered": False}, {"plain": False}])
 def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_way(carrier, way):
-    assert not carrier.post(Consumer(), MESSAGE, ended(**way))
+    assert not carrier.post(Transport(), MESSAGE, ended(**way))
     assert carrier.trips.posted == []
 
 
 def test_so_is_a_success_that_somebody_is_told_of(carrier):
     carrier.state.successes_observed = True
-    assert not carrier.post(Consumer(), MESSAGE, ended())
+    assert not carrier.post(Transport(), MESSAGE, ended())
 
 
 def test_so_is_the_last_one_for_now(carrier, monkeypatch):
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
-    assert not carrier.post(Consumer(), MESSAGE, ended())
+    assert not carrier.post(Transport(), MESSAGE, ended())
     assert carrier.trips.posted == []
 
 
@@ -110,7 +116,7 @@ def test_nothing_is_sent_where_nothing_was_posted(carrier):
 
 
 def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
-    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.post(Transport(), MESSAGE, ended())
     carrier.look()
     assert carrier.trips.calls == 0
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
@@ -119,7 +125,7 @@ def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatc
 
 
 def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
-    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.post(Transport(), MESSAGE, ended())
     carrier.trips.posted.clear()  # under way, and not answered
     other = threading.Thread(target=carrier.flush)
     other.start()
@@ -130,7 +136,7 @@ def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_
 
 
 def test_what_was_answered_is_not_waited_for(carrier):
-    carrier.post(Consumer(), MESSAGE, ended())
+    carrier.post(Transport(), MESSAGE, ended())
     [post] = carrier.trips.posted
     carrier.trips.posted.clear()
     post.answer = 1
@@ -139,7 +145,7 @@ def test_what_was_answered_is_not_waited_for(carrier):
 
 
 def test_what_others_have_posted_is_sent_along(carrier):
-    other = threading.Thread(target=carrier.post, args=(Consumer(), MESSAGE, ended()))
+    other = threading.Thread(target=carrier.post, args=(Transport(), MESSAGE, ended()))
     other.start()
     other.join()
     carrier.flush()
@@ -147,25 +153,25 @@ def test_what_others_have_posted_is_sent_along(carrier):
 
 
 def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
-    consumer = Consumer(ConnectionClosed("gone"), ConnectionClosed("still gone"))
-    carrier._settle(consumer, MESSAGE, ended())
-    assert consumer.concluded == 3
+    transport = Transport(ConnectionClosed("gone"), ConnectionClosed("still gone"))
+    carrier._settle(transport, MESSAGE, ended())
+    assert transport.settled == 3
     assert carrier.state.stopping.waits == [5.0, 5.0]
 
 
 def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier, caplog):
-    consumer = Consumer(ValueError("a bug"))
-    carrier._settle(consumer, MESSAGE, ended())
-    assert consumer.concluded == 1
+    transport = Transport(ValueError("a bug"))
+    carrier._settle(transport, MESSAGE, ended())
+    assert transport.settled == 1
     assert [record.getMessage() for record in caplog.records] == ["Message m could not be acked; it comes back."]
 
 
 @pytest.mark.parametrize(("answer", "acked"), [(1, True), (0, False), (OSError("lost"), False)])
 def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_way(carrier, answer, acked):
-    consumer, delivery = Consumer(), ended()
-    carrier.post(consumer, MESSAGE, delivery)
+    transport, delivery = Transport(), ended()
+    carrier.post(transport, MESSAGE, delivery)
     carrier.trips.posted[0].callback(answer)
-    assert consumer.concluded == 1
+    assert transport.settled == 1
     assert delivery.acked is acked
     assert (delivery.claim is None) is acked
     assert delivery.said == (["completed"] if acked else [])
