@@ -1,4 +1,4 @@
-"""What the parts of the bundle on one broker share."""
+"""The state that the middleware and transports of one broker share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["BrokerState", "Observer", "state_of"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: An observer of ours gets the message too (None if it could not be read).
+#: A callable of ours, called with an outcome and its message (None if the message could not be read).
 Observer = Callable[[OutcomeEvent, "MessageProxy | None"], object]
 
 
@@ -39,29 +39,30 @@ class CompletionBatcher(Protocol):
     """Sends the completion of a job's key together with the claim of the next job."""
 
     def post(self, transport: Any, message: MessageProxy, delivery: Delivery) -> bool:
-        """Take over the settlement of a plain success; False if the caller must settle it."""
+        """Take over the settlement of a plain success. Returns False if the caller must settle the message."""
 
     def look(self) -> None:
-        """Send what was posted, unless another message is about to carry it."""
+        """Send the posted completions, unless another message is about to send them."""
 
     def flush(self) -> None:
-        """Send what was posted, and wait for the answers."""
+        """Send the posted completions, and wait for the replies."""
 
 
 class BrokerState:
-    """The state of the bundle on one broker, in one process.
+    """The state of dramatiq_policies on one broker, in one process.
 
     Attributes:
       policies: The resolved options of each actor, by name.
-      stopping: Set from the moment that the worker begins to shut down.
-      delayed: The delayed messages in hand, by queue.
-      in_flight: Redis: the ids taken and not yet acked, by queue.
+      stopping: Set as soon as the worker begins to shut down.
+      delayed: The delayed messages in this process, by queue.
+      in_flight: On Redis, the ids of received messages not yet acknowledged, by queue.
       moving_delayed: Per thread, whether a due message is being moved out of the delay queue.
-      refused: The queues whose dead letters the broker refuses now.
-      distrusted: What a worker makes of bodies in a row that it cannot read, by queue.
-      max_body_bytes: The largest body that is decoded, None for any.
-      parked: Redis: the messages that keep their slots, since the broker takes them in no form, by queue.
-      fatal: Why this process must not go on, None while it may.
+      refused: The queues for which the broker currently refuses dead letters.
+      distrusted: Counts unreadable bodies in a row and pauses after too many, by queue.
+      max_body_bytes: The size of the largest body to decode; None for no limit.
+      parked: The messages that keep their slots because the broker accepts them in no form, by queue.
+      fatal: The error because of which this process must end; None if all is well.
+      in_command: Whether this process belongs to Dramatiq's command.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -69,36 +70,36 @@ class BrokerState:
         self.policies: dict[str, ActorPolicy] = {}
         self.max_body_bytes: int | None = MAX_BODY_BYTES
         self._shared: dict[object, object] = {}
-        #: RabbitMQ: the message taken last from each queue. Kept only where a monitor reads it: None without one.
+        #: On RabbitMQ, the last message received from each queue. None unless a monitor reads them.
         self.last_received: dict[str, Message[Any]] | None = None
-        #: When each consumer last asked its broker, in monotonic seconds. Kept only for a heartbeat: None without one.
+        #: When each consumer last asked the broker, in monotonic seconds. None unless a heartbeat reads the times.
         self.last_polled_at: dict[str, float] | None = None
-        #: The middleware that says how long jobs may run, None without one.
+        #: The Timeout middleware; None without one.
         self.timeout: Timeout | None = None
-        #: Learns of each job that goes on after its interrupt, None without Timeout.
+        #: Receives each job still running after an interrupt; None without Timeout.
         self.stuck_listener: StuckListener | None = None
         self._around_jobs: list[tuple[int, AroundJob]] = []
-        #: Runs all that is around a job, and the job.
+        #: Runs a job, with all callables around the job.
         self.run_around_job: Proceed = run_job
-        #: Where numbers go, None without it.
+        #: The Metrics middleware; None without one.
         self.metrics: Metrics | None = None
-        #: Called with each stuck job, on a thread of its own, before ``on_stuck``.
+        #: Called with each stuck job before ``on_stuck``, on a separate thread.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
-        #: For how many milliseconds a due message stays in the delay queue; None moves it. None without Idempotency.
+        #: Returns how many milliseconds a due message must stay in the delay queue; None: move the message now. Set by Idempotency.
         self.postpone: Callable[[MessageProxy], int | None] | None = None
-        #: What posts completions, None where that could be seen from outside.
+        #: Batches completions; None if batching would be visible from outside.
         self.batched_completions: CompletionBatcher | None = None
-        #: The ttl and max_crashes of the Idempotency, None without one that has a store.
+        #: The ttl and max_crashes of the Idempotency middleware; None without the middleware, or without a store.
         self.guard_defaults: tuple[int, int | None] | None = None
-        #: Dramatiq's ShutdownNotifications, in our version.
+        #: Our subclass of Dramatiq's ShutdownNotifications.
         self.shutdown_notifications: ShutdownNotifications | None = None
-        # What `ordering.order_middleware` has seen.
+        # The middleware and the actors at the last call of `ordering.order_middleware`.
         self.arranged: list[Middleware] | None = None
         self.arranged_length = 0
         self.arranged_actors = 0
         self.attached: list[Middleware] = []
         self.attached_to_consume = False
-        #: Alerts and stacks of one actor and error class are logged once in this time, in milliseconds.
+        #: In milliseconds: alerts and stacks of one actor and error class are logged at most once per interval.
         self.alert_interval = 0
         self.after_discard: tuple[Callable[[Any, BaseException], object], ...] = ()
         self._entries: list[tuple[object, Observer, bool]] = []
@@ -106,15 +107,15 @@ class BrokerState:
         self._bad_observers: tuple[Observer, ...] = ()
         #: Whether a success needs a record at all.
         self.successes_observed = False
-        #: Told of each success without a record: one costs as much as all that is done with it here.
+        #: Called on success with the Delivery; skips building an OutcomeEvent.
         self.success_listeners: tuple[Callable[[Delivery], object], ...] = ()
-        #: At which level the bundle logs a dead message, in place of the worker's line; None where it does not.
+        #: The level at which dramatiq_policies logs a dead message, in place of the worker's line; None for no log.
         self.failure_level: int | None = None
         self.reset_after_fork()
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process no worker runs and nothing is held."""
+        """Start empty: in a new process no worker runs, and no message was received."""
         self.stopping = threading.Event()
         self.delayed: dict[str, DelayQueue] = {}
         self.in_flight: dict[str, set[str]] = {}
@@ -122,16 +123,16 @@ class BrokerState:
         self.refused: dict[str, object] = {}
         self.parked: dict[str, Parking] = {}
         self.distrusted: dict[str, Distrust] = {}
-        #: StubBroker: what is put back on its queue when the worker has shut down, and not before.
+        #: On StubBroker, the calls that requeue messages after the worker has shut down, and not before.
         self.requeue_after_shutdown: list[Callable[[], object]] = []
-        #: RabbitMQ: how many messages the consumer of each queue holds.
+        #: On RabbitMQ, returns how many messages the consumer of each queue holds.
         self.unacked_counts: dict[str, Callable[[], int]] = {}
         self.fatal: str | None = None
         self.in_command = False
-        #: Until when, in monotonic seconds, no job begins that may be what kills its worker: Dramatiq's command waits for ever
-        #: for a worker process that dies while it says that it has booted.
+        #: Until then, in monotonic seconds, no job begins that may have killed its worker before. If a worker process dies
+        #: while the process reports its boot, Dramatiq's command waits forever.
         self.booting_until = 0.0
-        #: Taken by the consumer that says that this broker's storage is not known, and never given back.
+        #: Acquired and never released by the first consumer that logs an unknown broker, so that a process logs once.
         self.warned_of_unknown_broker = threading.Lock()
         for seen in (self.last_received, self.last_polled_at):
             if seen is not None:
@@ -140,10 +141,10 @@ class BrokerState:
     def add_around_job(self, around: AroundJob, *, order: int) -> None:
         """Run a callable around every job of this broker.
 
-        Composed here, once, so that a message creates no closures.
+        The chain is built here, once: per message, no closure is created.
 
         Parameters:
-          order: A lower number runs outside of a higher one.
+          order: Lower numbers run outside of higher numbers.
         """
         self._around_jobs = sorted([*self._around_jobs, (order, around)], key=lambda entry: entry[0])
         chain: Proceed = run_job
@@ -152,13 +153,13 @@ class BrokerState:
         self.run_around_job = chain
 
     def shared(self, kind: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the one object of a class that the transports of this broker share, made at the first call."""
+        """Return the object of a class that all transports of this broker share. The first call makes the object."""
         if kind not in self._shared:
             self._shared.setdefault(kind, kind(*args, **kwargs))
         return cast("T", self._shared[kind])
 
     def interrupted_by_shutdown(self, delivery: Delivery) -> bool:
-        """Whether a worker's shutdown interrupts this delivery's job."""
+        """Whether the shutdown of the worker interrupts the job of this delivery."""
         notifications = self.shutdown_notifications
         if notifications is None or delivery.policy is None:
             return False
@@ -168,15 +169,19 @@ class BrokerState:
         return bool(notifications.notify_shutdown if notify is None else notify)
 
     def subscribe(self, owner: object, subscriber: Subscriber) -> None:
-        """Hand every record to a callable of the user's."""
+        """Call a user's callable with every outcome."""
         self.observe(owner, lambda event, message: subscriber(event), subscriber)
 
     def observe(
         self, owner: object, observer: Observer, name: object = None, *, successes: bool = True, first: bool = False
     ) -> None:
-        """Hand every record, or all but the successes, to an observer; what it raises is logged and changes nothing.
+        """Call an observer with every outcome. An error of the observer is logged and changes nothing.
 
-        ``owner`` is the middleware on whose behalf it observes. See `forget`. With ``first`` it comes before the others.
+        Parameters:
+          owner: The middleware that observes; see `forget`.
+          name: The observer's name in the log; the observer itself if None.
+          successes: False leaves out successes.
+          first: Call this observer before the others.
         """
 
         def guarded(event: OutcomeEvent, message: MessageProxy | None) -> None:
@@ -189,7 +194,7 @@ class BrokerState:
         self._order_observers()
 
     def forget(self, owner: object) -> None:
-        """Undo what was done on behalf of a middleware that another has replaced."""
+        """Remove the observers of a middleware that another middleware has replaced."""
         self._entries = [entry for entry in self._entries if entry[0] is not owner]
         self._order_observers()
 
@@ -199,7 +204,7 @@ class BrokerState:
         self.successes_observed = bool(self._observers)
 
     def notify_success(self, delivery: Delivery) -> None:
-        """Tell of a success before its ack; what is raised is logged and changes nothing."""
+        """Call the success listeners before the acknowledgement. An error of a listener is logged and changes nothing."""
         for told in self.success_listeners:
             try:
                 told(delivery)
@@ -207,7 +212,7 @@ class BrokerState:
                 logger.exception("%r failed; the message is not affected.", told)
 
     def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        """Hand the record to those who asked for its kind."""
+        """Call the observers of this kind of outcome."""
         for observer in self._observers if event.outcome is Outcome.SUCCEEDED else self._bad_observers:
             observer(event, message)
 
@@ -217,7 +222,7 @@ _lock = threading.Lock()
 
 
 def state_of(broker: Broker) -> BrokerState:
-    """The bundle's state on this broker, made at the first call."""
+    """Return the state on this broker. The first call makes the state."""
     state: BrokerState | None = vars(broker).get(_ATTRIBUTE)
     if state is None:
         with _lock:

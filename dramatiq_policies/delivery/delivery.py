@@ -1,8 +1,8 @@
-"""One message on its way from the consumer to its ack, and the job that sees it.
+"""The state of one message, from the consumer to the acknowledgement.
 
-A `Delivery` is made by the wrapping consumer for each message that it takes from a work queue. Hooks and the wrapper of
-``actor.fn`` only fill it in; `settlement` acts on it. It belongs to one thread at a time (consumer, then worker), so
-nothing in it is locked.
+The consumer makes a `Delivery` for each message from a work queue. The hooks and the wrapper of ``actor.fn`` only fill in
+the attributes; `settlement` acts on them. Only one thread at a time uses a delivery (first the consumer's, then a
+worker's), so a delivery needs no lock.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ __all__ = [
     "running_delivery",
 ]
 
-#: The delivery that this thread (greenlet, task) works on.
+#: The delivery in work on this thread, greenlet or task.
 current = cast("ContextVar[Delivery | None]", _current)
 
 
 class OutgoingMessage:
-    """A message that must be accepted by the broker before its cause is acked."""
+    """A message that the broker must accept before the delivery is acknowledged."""
 
     __slots__ = ("delay", "encoded", "message")
 
     def __init__(self, message: Message[Any], delay: int | None = None) -> None:
         self.message = message
         self.delay = delay
-        #: What the broker is sent, made once: a repeated hand-off sends the very same.
+        #: The encoded form for the broker. Encoded once, so that a repeated publish sends the same bytes.
         self.encoded: Any = None
 
 
 class DeliveryReassigned(Exception):
-    """The broker has given the message to another worker meanwhile, who is to settle it."""
+    """The broker has delivered the message to another worker meanwhile; that worker settles the message."""
 
 
 class Recorder:
-    """Stands in for the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
+    """Replaces the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -71,17 +71,22 @@ class Recorder:
 
 
 class Carried(NamedTuple):
-    """What an earlier delivery of the same message has left to do: the decision, and what was not handed on yet."""
+    """The rest of an earlier delivery of the same message.
+
+    Attributes:
+      decision: The decision of that delivery.
+      steps: The outbox of that delivery, without the messages already published.
+    """
 
     decision: Decision
     steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
 
 
 class Job(NamedTuple):
-    """The function that a delivery runs, with its arguments.
+    """The function to run for a delivery, with the arguments.
 
     Attributes:
-      call: Calls the function and interrupts it at its deadline.
+      call: Calls the function, and interrupts the call at the deadline.
     """
 
     call: Runner
@@ -90,7 +95,7 @@ class Job(NamedTuple):
     kwargs: dict[str, Any]
 
 
-#: Where a delivery is on its way: taken from the queue, before-hooks done, in the job, the job is over.
+#: The stages of a delivery: taken from the queue; before-hooks done; job running; job finished.
 RECEIVED, PREPARED, RUNNING, FINISHED = range(4)
 
 
@@ -98,27 +103,28 @@ class Delivery:
     """One message taken from a work queue.
 
     Attributes:
-      transport: The transport that delivered it; no other may acknowledge it.
-      message: The message; not Dramatiq's proxy of it, which refers to the delivery: a cycle for each message would keep
-        the garbage collector busy.
-      body: The message as received, encoded. Retries and dead letters take their arguments from here, since the job
-        may change its own in place. None where the broker does not show it.
+      transport: The transport that delivered the message; no other may acknowledge the message.
+      message: The message itself. Not Dramatiq's proxy, which refers to the delivery: a reference cycle for each message
+        would keep the garbage collector busy.
+      body: The encoded message as received; None if the broker does not show the body. Retries and dead letters take
+        their arguments from here, since the job may change its arguments in place.
       proxy: Dramatiq's proxy of the message, from the before-hooks to the after-hooks; None otherwise.
       policy: The actor's resolved options; None until the before-hooks ran.
-      stage: TAKEN, READY, RUNNING or RAN.
-      started, ended: Monotonic seconds at which the actor was called and was over; None before.
-      timeout_ms: The execution timeout in force, None for none.
-      settlement: What was decided, None until then.
-      steps: What must be handed on before the ack, in order: messages, and calls that yield some. Emptied as the
-        broker accepts.
-      settled: Everything but the ack is done and must not be done again.
-      acked: The hand-off took the message off its queue in the same step.
-      redelivered: It may have been begun before, by a worker that did not end it.
-      carried: What is left of an earlier run that has ended in this process: it is settled so, and does not run.
-      claim: The claim on its idempotency key, None without one.
-      job: The function to run, with its arguments. Set by the wrapper of the actor's function.
-      key: The key, as the user knows it; None without one.
-      abandoned: The message is neither acked nor nacked: it comes back.
+      stage: RECEIVED, PREPARED, RUNNING or FINISHED.
+      started, ended: When the call of the actor began and ended, in monotonic seconds; None before.
+      timeout_ms: The timeout of this run in milliseconds; None without a timeout.
+      decision: How the delivery ends; None until the decision is made.
+      outbox: The messages to publish before the acknowledgement, in order; also callables that return such messages.
+        Each message accepted by the broker is removed. None if there is nothing to publish.
+      settled: Everything but the acknowledgement is done and must not be done again.
+      acked: The publish of the outbox has also acknowledged the message.
+      redelivered: Another worker may have begun the message before, and not finished.
+      carried: The rest of an earlier run that has ended in this process. If set, the delivery is settled by that and the
+        job does not run.
+      claim: The claim on the idempotency key; None without a key.
+      job: The function to run, with the arguments. Set by the wrapper of the actor's function.
+      key: The idempotency key, as the user knows the key; None without a key.
+      abandoned: The message is neither acknowledged nor rejected: the broker redelivers the message.
     """
 
     __slots__ = (
@@ -165,15 +171,16 @@ class Delivery:
         self.abandoned = False
 
     def add_to_outbox(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
-        """Have a message, or those that a call yields, accepted by the broker before this delivery is acked."""
+        """Publish a message, or the messages returned by a callable, before this delivery is acknowledged."""
         if self.outbox is None:
             self.outbox = []
         self.outbox.append(step)
 
     def skip(self, decision: Decision, why: str = "") -> NoReturn:
-        """Decide that the job is not run now, from inside the wrapper of its function.
+        """Decide not to run the job now. Called inside the wrapper of the actor's function.
 
-        Dramatiq's ``Results`` stores None for what is skipped and not failed: whoever waits would see that first.
+        Dramatiq's ``Results`` would store None for a skipped message that has not failed, and a waiting caller would get
+        that None. So this turns off ``store_results``, or fails the message.
 
         Raises:
           SkipMessage: Always.
@@ -186,21 +193,21 @@ class Delivery:
         raise SkipMessage(why or f"{decision.outcome.value} ({decision.reason})")
 
     def received(self) -> Message[Any] | None:
-        """Decode the message as received; None if there is no body, or this thread cannot decode it."""
+        """Decode the message as received; None without a body, or if decoding fails on this thread."""
         if self.body is None:
             return None
         try:
             return Message.decode(self.body)
-        except Exception:  # A RecursionError: the stack is deeper here than in the consumer.
+        except Exception:  # Such as RecursionError: the stack is deeper here than in the consumer.
             return None
 
     def again(self, **options: Any) -> Message[Any]:
-        """Copy the message for its next run: arguments as received, options as they are now and with these."""
+        """Copy the message for the next run: the arguments as received, the current options, and the given options."""
         sent = self.received() or self.message
         return self.message.copy(args=sent.args, kwargs=sent.kwargs, options=options)
 
     def restore(self, proxy: MessageProxy) -> None:
-        """Give the message, and the worker's proxy of it, the arguments as received."""
+        """Reset the arguments of the message and of the worker's proxy to the arguments as received."""
         sent = self.received()
         if sent is not None:
             for name in ("args", "kwargs"):
@@ -209,11 +216,11 @@ class Delivery:
                 vars(proxy)[name] = value
 
     def is_plain_success(self) -> bool:
-        """Whether nothing follows from it but its ack."""
+        """Whether only the acknowledgement is left to do."""
         return self.decision is SUCCEEDED and self.outbox is None
 
     def completes_key(self) -> bool:
-        """Whether its completion is remembered: then a redelivery hands nothing on, so all that follows must be, here."""
+        """Whether the key will be completed: a redelivery is skipped, so this delivery must publish its outbox."""
         claim, decision = self.claim, self.decision
         return claim is not None and claim.keyed and decision is not None and decision.outcome in COMPLETING
 
@@ -229,18 +236,18 @@ class Delivery:
         return ((monotonic() if self.ended is None else self.ended) - self.started) * 1_000
 
     def waited_ms(self) -> float | None:
-        """From ready to started, in milliseconds; None where no clock says when it became ready."""
+        """From ready to started, in milliseconds; None if the message has no ``ready_at``, or no run has started."""
         ready: float | None = self.message.options.get(READY_AT)
         if ready is None or self.started is None:
             return None
         return max(0.0, (clock.time() - (monotonic() - self.started)) * 1_000 - ready)
 
 
-#: The message option that says when it became, or becomes, ready: ms since the epoch.
+#: The message option with the time at which the message became, or becomes, ready: milliseconds since the epoch.
 READY_AT = "ready_at"
 
 
 def running_delivery() -> Delivery | None:
-    """The delivery whose job is running in this thread, greenlet or task; None outside a job."""
+    """Return the delivery of the job running in this thread, greenlet or task; None outside a job."""
     delivery = current.get()
     return delivery if delivery is not None and delivery.stage == RUNNING else None

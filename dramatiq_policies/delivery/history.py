@@ -1,7 +1,8 @@
-"""What a message carries about its own past: counters for the rules, the last failures, and why it is dead.
+"""The history that a message carries: counters for the rules, the last failures, and the failure of a dead letter.
 
-In transit it is the message option ``policies``; a dead letter says why in the option ``failure``. Both may come from
-another version of this library, or from anybody: reading never raises, and takes what it can't read as absent.
+The message option ``policies`` holds the counters and failures; the option ``failure`` of a dead letter holds the reason.
+Both may come from another version of this library or from any other sender: reading never raises, and ignores unreadable
+values.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ __all__ = [
     "traceback_of",
 ]
 
-#: The message option that carries our counters.
+#: The message option with our counters.
 POLICIES = "policies"
-#: The message option of a dead letter that says why it is one.
+#: The option of a dead letter with the reason.
 FAILURE = "failure"
 
 _KEPT = 10
@@ -43,7 +44,7 @@ _FRAMES = 30
 
 
 def now_ms() -> int:
-    """The time in milliseconds since the epoch."""
+    """Return the time in milliseconds since the epoch."""
     return int(clock.time() * 1_000)
 
 
@@ -52,14 +53,14 @@ def _count(value: Any) -> int:
 
 
 def retries_of(options: dict[str, Any]) -> int:
-    """Dramatiq's count of a message's retries, which those of our rules are part of."""
+    """Return Dramatiq's count of retries, which includes the retries by our rules."""
     return _count(options.get("retries"))
 
 
 def attempt_of(options: dict[str, Any]) -> int:
-    """Which run of its message comes next, 1 for the first: stock's retries and those of our rules together.
+    """Return the number of the next run of the message, 1 for the first. Dramatiq's retries and retries by our rules count.
 
-    The retries of rules are part of the option ``retries``; those that 0.1.0 made are counted in ``total`` instead.
+    The option ``retries`` includes the retries by our rules. Version 0.1.0 counted its retries in ``total`` instead.
     """
     carried = options.get(POLICIES)
     ours = _count(carried.get("total")) if isinstance(carried, dict) else 0
@@ -67,9 +68,10 @@ def attempt_of(options: dict[str, Any]) -> int:
 
 
 def replays_of(options: dict[str, Any]) -> int:
-    """How often its message was replayed from the dead letters.
+    """Return how often the message was replayed from the dead letters.
 
-    A replay by our command counts itself and takes the ``failure`` away; by any other means the ``failure`` is still there.
+    A replay by our command increments the count and removes the option ``failure``. After a replay by any other means, the
+    ``failure`` is still present.
     """
     carried = options.get(POLICIES)
     counted = _count(carried.get("replays")) if isinstance(carried, dict) else 0
@@ -77,9 +79,9 @@ def replays_of(options: dict[str, Any]) -> int:
 
 
 def run_of(options: dict[str, Any]) -> int:
-    """A number that names this run of its message, and is higher in each later one.
+    """Return a number for this run of the message, higher for each later run.
 
-    A redelivery and a copy have the same. Not only failures count: a job that snoozed has run.
+    A redelivery or a copy has the same number. A snoozed run counts as a run, like a failed run.
     """
     carried = options.get(POLICIES)
     snoozes = _count(carried.get("snoozes")) if isinstance(carried, dict) else 0
@@ -90,14 +92,15 @@ class History:
     """The counters and failures that one message carries.
 
     Attributes:
-      attempt: Which run this was, 1 for the first.
-      runs: For each rule's stable id how many runs it ended, and when the first one did (ms since the epoch).
-      total: How many runs our rules ended that the option ``retries`` does not count: 0.1.0 counted them here.
+      attempt: The number of this run, 1 for the first.
+      runs: By the rule's stable id: how many runs the rule ended, and when the first of these runs ended (ms since the
+        epoch).
+      total: How many runs our rules ended that the option ``retries`` does not count: 0.1.0 counted such runs here.
       failures: The last ten failed runs.
-      snoozed_since: When the job snoozed for the first time, ms since the epoch.
-      snoozes: How often it has.
-      deferrals: How often in a row the message was put back unrun.
-      replays: How often it was replayed by our command.
+      snoozed_since: When the job snoozed for the first time, in ms since the epoch.
+      snoozes: How often the job snoozed.
+      deferrals: How often in a row the message was put back without a run.
+      replays: How often our command replayed the message.
     """
 
     __slots__ = ("attempt", "deferrals", "failures", "replays", "runs", "snoozed_since", "snoozes", "total")
@@ -122,14 +125,14 @@ class History:
         self.replays = _count(carried.get("replays"))
 
     def count(self, rule: str, now: int) -> tuple[int, int]:
-        """Count one more run that ``rule`` ended; its number, and when the first one was."""
+        """Count another run that ``rule`` ended. Returns the new count, and when the first of these runs ended."""
         number, first = self.runs.get(rule, (0, now))
         self.runs[rule] = (number + 1, first)
         self.total += 1
         return number + 1, first
 
     def retry_by_rule(self, options: dict[str, Any]) -> None:
-        """Count the retry of a run that a rule ended where Dramatiq counts retries, and others read them."""
+        """Count a retry by a rule in ``retries``, where Dramatiq and other readers expect the count."""
         self.total -= 1
         options["retries"] = retries_of(options) + 1
 
@@ -140,7 +143,7 @@ class History:
 
     @property
     def retried(self) -> int:
-        """How many of the retries that the option ``retries`` counts were made by our rules."""
+        """How many retries in the option ``retries`` are by our rules."""
         return max(0, self.ended - self.total)
 
     def failed(self, error: BaseException, now: int, delay_ms: int | None) -> None:
@@ -157,7 +160,7 @@ class History:
         ]
 
     def option(self) -> dict[str, Any]:
-        """The value of the message option."""
+        """Return the value of the message option."""
         carried: dict[str, Any] = {"runs": {rule: list(entry) for rule, entry in self.runs.items()}}
         carried["total"] = self.total
         carried["history"] = self.failures
@@ -170,7 +173,7 @@ class History:
 
 
 def failure_of(decision: Decision, options: dict[str, Any], tags: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The option ``failure`` of a dead letter; ``tags`` in it only if its actor has some."""
+    """Return the option ``failure`` of a dead letter. The key ``tags`` is present only if the actor has tags."""
     history = History(options)
     error = decision.exception
     return {

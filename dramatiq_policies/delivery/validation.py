@@ -1,4 +1,4 @@
-"""Messages come from anywhere: what can't be read is said to be so, and what can't be used is left out."""
+"""Check received messages, which any sender may have written: reject unreadable ones, drop unusable options."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _ALLOWED: dict[str, Any] = {**_REQUIRED, "message_id": str, "message_timestamp":
 
 
 def decode(body: bytes, most: int | None = MAX_BODY_BYTES) -> Message[Any]:
-    """Decode a body, unless it is longer than ``most`` bytes: decoded it may be larger than the machine.
+    """Decode a body of at most ``most`` bytes. The decoded form of a larger body might not fit into memory.
 
     Raises:
-      MalformedMessage: It is too long.
-      dramatiq.DecodeError: The encoder cannot read it.
+      MalformedMessage: The body is too long.
+      dramatiq.DecodeError: The encoder cannot read the body.
     """
     if most is not None and len(body) > most:
         raise MalformedMessage(f"the body has {len(body)} bytes, and max_body_bytes is {most}")
@@ -45,10 +45,10 @@ def decode(body: bytes, most: int | None = MAX_BODY_BYTES) -> Message[Any]:
 
 
 def check_shape(message: Message[Any]) -> None:
-    """See that every field has its type.
+    """Check that every field has the expected type.
 
     Raises:
-      MalformedMessage: If one has not.
+      MalformedMessage: A field has another type.
     """
     if not (
         type(message.options) is dict
@@ -62,10 +62,10 @@ def check_shape(message: Message[Any]) -> None:
 
 
 def check_composition(options: dict[str, Any]) -> None:
-    """See that what must be handed on after the job can be.
+    """Check the messages that must be published after the job.
 
     Raises:
-      MalformedMessage: If ``pipe_target`` or a group's callbacks are no messages.
+      MalformedMessage: ``pipe_target`` or a callback of the group is no message.
     """
     target = options.get("pipe_target")
     if target is not None:
@@ -79,7 +79,7 @@ def check_composition(options: dict[str, Any]) -> None:
 
 
 def _check_nested(data: Any, option: str) -> None:
-    # Pipelines nest one stage in another: a loop, since a hostile one may be deeper than the stack.
+    # Each step of a pipeline contains the next. A loop, because a hostile pipeline may be deeper than the stack.
     while data is not None:
         if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
             raise MalformedMessage(f"{option}: expected a message, got {redacted_repr(data)}")
@@ -90,12 +90,12 @@ def _check_nested(data: Any, option: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is a finite number, and no bool."""
+    """Whether the value is a finite number and not a bool."""
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def redacted_repr(value: Any) -> str:
-    """A value out of a message as it may stand in a log: a number as it is, of all else the type, for it may be a secret."""
+    """Format a value of a message for a log: a number in full, otherwise only the type, as the value may be a secret."""
     return f"{value!r:.100}" if value is None or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
 
 
@@ -111,7 +111,7 @@ def _is_name(value: Any) -> bool:
     return value is None or type(value) is str
 
 
-#: The options of Dramatiq's own middleware that a message may carry, and what each accepts.
+#: By name, the options of Dramatiq's own middleware that a message may carry: whether a value is valid.
 _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "throws": lambda value: False,
     "retries": _is_count,
@@ -125,7 +125,7 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     "on_success": _is_name,
     "on_retry_exhausted": _is_name,
     "ready_at": _is_wait,
-    # Dramatiq runs a message with any other rubbish here at once, and says so itself; one that is due at infinity, never.
+    # Dramatiq runs a message with another invalid value at once, and logs that; a message due at infinity would never run.
     "eta": lambda value: type(value) is not float or math.isfinite(value),
 }
 _CHECKED = frozenset(_ACCEPTS)
@@ -134,7 +134,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def clean_options(message: Message[Any]) -> None:
-    """Leave out each option whose value can't be used, with one warning for each actor and option."""
+    """Remove options with unusable values. Logs a warning once per actor and option."""
     options = message.options
     for name in _CHECKED.intersection(options):
         if not _ACCEPTS[name](options[name]):
@@ -160,6 +160,6 @@ def timedeltas_to_ms(options: dict[str, Any]) -> None:
 
 
 def without_stack(error: MalformedMessage) -> MalformedMessage:
-    """Make the error anew, without its stack, whose frames are ours and hold the message."""
-    # Before Python 3.11 `sys.exc_info()`, which Sentry reads, keeps the stack of an error that is being handled.
+    """Return a copy of the error without the stack. The frames of the stack are ours and hold the message."""
+    # Sentry reads `sys.exc_info()`. Before Python 3.11 that keeps the stack of an error in an except block.
     return MalformedMessage(*error.args)
