@@ -129,8 +129,8 @@ class BrokerState:
         self.unacked_counts: dict[str, Callable[[], int]] = {}
         self.fatal: str | None = None
         self.in_command = False
-        #: Until then, in monotonic seconds, no job begins that may have killed its worker before. If a worker process dies
-        #: while the process reports its boot, Dramatiq's command waits forever.
+        #: Before this time (monotonic seconds) no redelivered job begins, since the job may have killed its worker. Dramatiq's
+        #: command waits forever if a worker process dies during the report of its boot.
         self.booting_until = 0.0
         #: Acquired and never released by the first consumer that logs an unknown broker, so that a process logs once.
         self.warned_of_unknown_broker = threading.Lock()

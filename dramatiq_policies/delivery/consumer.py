@@ -1,8 +1,7 @@
 """The consumer that a worker calls in the place of Dramatiq's own.
 
-Each message of a work queue gets a `Delivery`. A message is settled (see `settlement`) before its acknowledgement, and
-acknowledged by the transport that delivered the message. Delayed messages are published to the work queue first and
-acknowledged then.
+Each message of a work queue gets a `Delivery`. `settlement` settles a message; then the transport that delivered the
+message acknowledges. A delayed message is first published to the work queue and then acknowledged.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyConsumer", "quiet"]
 
-#: The option of a message taken back from a dead worker. The copy that runs has no such option.
+#: The option of a message recovered from a dead worker. The copy for the job has no such option.
 REDELIVERED = "redelivered"
-#: The types of arguments that a job can't change in place.
+#: Types of arguments that a job can't change in place.
 _FIXED = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -74,13 +73,13 @@ class PolicyConsumer(Consumer):
         return self._deliver(message)
 
     def _deliver(self, message: MessageProxy) -> MessageProxy | None:
-        """Give a message its delivery. Returns None if the message is settled at once and does not run."""
+        """Make the delivery of a message. Returns None if the message is settled at once, without a run."""
         plain = _dramatiq.message_of(message)
         message.delivery = delivery = Delivery(self.transport, plain)  # type: ignore[attr-defined]
         options = plain.options
         clean_options(plain)
         _dramatiq.keep_fields(message, plain)
-        # Not by getattr(): a proxy forwards unknown names to its message.
+        # Not by getattr(), since a proxy forwards unknown names to its message.
         own = vars(message)
         delivery.body = own.get("body") or _body_of(plain)
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
@@ -134,7 +133,7 @@ class PolicyConsumer(Consumer):
 
     @property
     def outstanding_message_count(self) -> int:
-        """How many messages are in hand, by the name that Dramatiq's consumer on Redis has for the number."""
+        """How many messages are in hand. Dramatiq's consumer on Redis has an attribute of this name."""
         return self.transport.outstanding_message_count
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
@@ -153,7 +152,7 @@ class PolicyConsumer(Consumer):
 
 
 def _failed_elsewhere(message: MessageProxy) -> Decision:
-    """Decide on a message that Dramatiq has failed (an unknown actor), or a middleware of the user's."""
+    """Decide on a message failed by Dramatiq (an unknown actor) or by a middleware of the user."""
     error = _dramatiq.exception_of(message)
     if isinstance(error, ActorNotFound):
         return Decision(Outcome.DEAD, "unknown_actor", exception=error, dead_letter=True)
@@ -161,7 +160,7 @@ def _failed_elsewhere(message: MessageProxy) -> Decision:
 
 
 def _body_of(message: Message[Any]) -> bytes | None:
-    """Encode a message whose broker does not show its body, if a job could change its arguments in place."""
+    """Encode a message if the broker hides the body and a job could change the arguments in place."""
     if all(type(value) in _FIXED for value in (*message.args, *message.kwargs.values())):
         return None
     try:
@@ -171,10 +170,10 @@ def _body_of(message: Message[Any]) -> bytes | None:
 
 
 def quiet(worker: Any) -> None:
-    """Begin no further job on a worker that shuts down. Its consumers set messages aside and requeue them at the end.
+    """Begin no further job on a worker in shutdown. The consumers set messages aside and requeue them at the end.
 
-    Consumers run on while jobs end. An idle thread could otherwise take a message that the shutdown has just interrupted
-    and requeued, and nothing would interrupt that second run.
+    Consumers run on while jobs end. Otherwise an idle thread could take a message just interrupted by the shutdown and
+    requeued, and nothing would interrupt the second run.
     """
     for thread in worker.consumers.values():
         if isinstance(thread.consumer, PolicyConsumer):

@@ -1,4 +1,4 @@
-"""``current_job()``: what a job may know of itself."""
+"""``current_job()`` gives a job its message id, attempt, idempotency key and remaining time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class CurrentJob:
-    """What a job may know of itself. See :func:`current_job`."""
+    """The running job: message, attempt, idempotency key and remaining time. See :func:`current_job`."""
 
     __slots__ = ("_delivery",)
 
@@ -38,21 +38,21 @@ class CurrentJob:
 
     @property
     def attempt(self) -> int:
-        """Which run of the message this is, 1 for the first."""
+        """The number of this run of the message, 1 for the first."""
         return attempt_of(self._delivery.message.options)
 
     @property
     def idempotency_key(self) -> str:
-        """A key that is the same in every attempt of this job: hand it to the payment service.
+        """The idempotency key, the same in every attempt. Pass the key on, for example to a payment service.
 
-        Without a key of the actor's or the message's own it is the message id.
+        If neither the actor nor the message declares a key, the message id is the key.
         """
         delivery = self._delivery
-        # A `TypedKey` becomes plain text: drivers of databases look at the very type.
+        # A `TypedKey` becomes a plain str, because database drivers check the exact type.
         return delivery.message.message_id if delivery.key is None else str(delivery.key)
 
     def remaining_ms(self) -> float | None:
-        """How many milliseconds are left until the timeout (0 once it is over); None if there is none."""
+        """Milliseconds left until the timeout, 0 after the timeout; None without a timeout."""
         delivery = self._delivery
         if delivery.timeout_ms is None:
             return None
@@ -77,13 +77,13 @@ def current_job(*default: Any) -> Any:
 
     Python copies a context into a task, but not into a thread or greenlet. In a thread that a job starts, run the
     function in the job's context: ``executor.submit(contextvars.copy_context().run, function)``. Or call
-    ``current_job()`` first, and pass the result: it stays valid.
+    ``current_job()`` in the job and pass the result, which stays valid.
 
     Parameters:
-      default: The value to return outside of a job. Without it, that is an error.
+      default: The value to return outside of a job. Without a default, the call raises outside of a job.
 
     Raises:
-      NoCurrentJob: No job runs here, and there is no default. It is a ``LookupError``.
+      NoCurrentJob: No job runs here, and no default was given. A ``LookupError``.
     """
     if len(default) > 1:
         raise TypeError(f"current_job() takes at most 1 argument, a default; got {len(default)}")

@@ -1,7 +1,7 @@
 """The broker's side of one consumer: how messages are taken, published, acknowledged and dead-lettered.
 
-`Transport` serves any broker through Dramatiq's own consumer. The packages in `brokers` hold one for each broker whose
-storage is known. The worker's side is `PolicyConsumer`, which has a transport.
+`Transport` serves any broker through Dramatiq's own consumer. The packages in `brokers` hold a subclass for each broker
+with a known storage. `PolicyConsumer` is the worker's side, and has a transport.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Transport:
     """Speaks to the broker for one consumer.
 
     Parameters:
-      state: What is shared on the broker.
+      state: The shared state of the broker.
       inner: Dramatiq's own consumer.
       queue_name: The queue to read, which may be a delay queue.
       prefetch: How many messages the consumer may have in hand.
     """
 
-    #: Whether `publish_outbox` also acknowledges, in one step of the broker.
+    #: Whether `publish_outbox` also acknowledges, in the same step of the broker.
     acks_with_outbox = False
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
@@ -108,7 +108,7 @@ class Transport:
             object.__setattr__(message, "queue_name", self.source)
 
     def report_malformed(self, error: MalformedMessage) -> None:
-        """Publish the outcome of a body that could not be read and lies, raw, on the dead-letter queue."""
+        """Publish the outcome of an unreadable body, now raw on the dead-letter queue."""
         event = OutcomeEvent(
             outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=without_stack(error)
         )
@@ -135,11 +135,11 @@ class Transport:
             delivery.acked = True
 
     def completes(self, delivery: Delivery) -> bool:
-        """Whether `publish_outbox` also completes the idempotency key and acknowledges, in one step."""
+        """Whether `publish_outbox` also completes the idempotency key and acknowledges, in a single step."""
         return False
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
-        """Return the command that completes the key of a plain success, and whether it also acknowledges."""
+        """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
         return delivery.claim.completion(), False
 
     def acked_by_completion(self, delivery: Delivery) -> None:
@@ -167,7 +167,7 @@ class Transport:
             raise ConnectionClosed(error) from None
 
     def send_ack(self, message: MessageProxy) -> None:
-        """Have the broker take a message off its queue."""
+        """Tell the broker to remove a message from the queue."""
         self.inner.ack(message)
 
     def nack(self, message: MessageProxy) -> None:
@@ -191,10 +191,10 @@ class Transport:
         self.try_requeue([message])
 
     def abandon(self, message: MessageProxy) -> None:
-        """Leave a message unacknowledged: the broker redelivers the message."""
+        """Leave a message unacknowledged, so that the broker redelivers the message."""
 
     def park(self, message: MessageProxy, wait_ms: float) -> None:
-        """Keep a message that the broker takes in no form in its slot, and give it back after the wait."""
+        """Keep a message in its slot because the broker accepts the message in no form; give the message back after the wait."""
         self.parked.park(wait_ms, partial(self.give_back, message))
 
     def after_interrupt(self) -> None:
@@ -212,11 +212,11 @@ class Transport:
     # Errors and refusals.
 
     def lost_connection(self, error: Exception) -> bool:
-        """Whether the error says that the broker can't be reached for now."""
+        """Whether the error means that the broker is unreachable for now."""
         return isinstance(error, (BrokerConnectionError, OSError))
 
     def fault_of(self, error: Exception) -> Fault:
-        """Why the broker did not accept a message."""
+        """Return why the broker did not accept a message."""
         if isinstance(error, Unsendable):
             return Fault.HOPELESS
         return Fault.LOST if self.lost_connection(error) else Fault.REFUSED
@@ -225,7 +225,7 @@ class Transport:
         """Encode a message.
 
         Raises:
-          Unsendable: It can't be encoded, or is too large for any worker to decode.
+          Unsendable: The message can't be encoded, or is too large for any worker to decode.
         """
         try:
             body = message.encode()
@@ -242,12 +242,12 @@ class Transport:
         return self.queue_name in self.state.refused
 
     def dead_letters_refused(self) -> bool:
-        """Remember that the broker refuses this queue's dead letters. Returns whether it took them before."""
+        """Remember that the broker refuses this queue's dead letters. Returns whether this is a change."""
         news = object()
         return self.state.refused.setdefault(self.queue_name, news) is news
 
     def dead_letters_accepted(self) -> None:
-        """Remember that the broker takes this queue's dead letters."""
+        """Remember that the broker accepts this queue's dead letters. Logs a change."""
         if self.state.refused and self.state.refused.pop(self.queue_name, None) is not None:
             logger.warning("The dead-letter queue of %r takes messages again.", self.queue_name)
 
@@ -256,17 +256,17 @@ class Transport:
         return False
 
     def will_redeliver(self) -> bool:
-        """Whether the broker delivers those messages again; False after the queue was deleted."""
+        """Whether the broker redelivers the messages of this consumer; False after the queue was deleted."""
         return self.is_revoked()
 
     def stands_still(self) -> bool:
-        """Whether no message is taken: parked messages fill every slot, or no body can be read."""
+        """Whether the consumer takes no messages: parked messages fill every slot, or no body is readable."""
         return len(self.parked) >= self.prefetch or self.distrust.is_pausing
 
     # Delayed messages.
 
     def move(self, moves: list[Move]) -> None:
-        """Publish due messages to the work queue, take them off the delay queue, and mark them as done."""
+        """Publish due messages to the work queue, remove them from the delay queue, and mark them as done."""
         for move in moves:
             self.try_move(move, self.move_one)
 
@@ -289,9 +289,9 @@ class Transport:
         self.inner.nack(message)
 
     def delay_queue(self) -> DelayQueue:
-        """Return the delayed messages in hand: kept per queue, not per connection, since the broker counts them as ours."""
+        """Return the delayed messages in hand. Kept per queue, not per connection: after a reconnect the broker counts them as ours."""
         return self.state.delayed.setdefault(self.source, DelayQueue())
 
     def parking(self) -> Parking:
-        """Return the messages that keep their slots: kept per queue, as the delayed ones are."""
+        """Return the messages that keep their slots. Kept per queue, like the delayed messages."""
         return self.state.parked.setdefault(self.source, Parking())

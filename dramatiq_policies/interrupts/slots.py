@@ -52,11 +52,11 @@ class StuckListener(Protocol):
     grace: float
 
     def stuck(self, job: Any, stack: str) -> object:
-        """Called at most once per run, on a separate thread, with the ``job`` of that run and its stack."""
+        """Called at most once per run, on a separate thread, with the ``job`` and stack of the run."""
 
 
 class Target(Protocol):
-    """A job with its own way to be interrupted, other than an exception in its worker thread."""
+    """A job interrupted in another way than by an exception in the worker thread."""
 
     def interrupt(self, exception: type[BaseException]) -> None:
         """End the job by ``exception``. Must not block."""
@@ -65,7 +65,7 @@ class Target(Protocol):
         """Format the job's current stack."""
 
 
-#: The unused interrupts of one run, by their classes. Taken by ``pop(…, None)``.
+#: The unused interrupts of a run, by class. Taken by ``pop(…, None)``.
 Tokens = dict[type[BaseException], bool]
 
 
@@ -76,7 +76,7 @@ class Slot:
     the job ends, the worker thread unsets only ``tokens`` and ``job``, without the lock.
 
     Attributes:
-      tokens: The unused interrupts of the current run, and its identity; None between jobs.
+      tokens: The unused interrupts of the current run; the dict also identifies the run. None between jobs.
       due: When the timer must look at the slot again, by the monotonic clock.
       timed_out: Whether the timer has handled the deadline.
     """
@@ -94,7 +94,7 @@ class Slot:
         self.target: Target | None = None
 
     def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
-        """Interrupt the job of ``tokens``, at most once and never after its end. The caller holds the lock."""
+        """Interrupt the job of ``tokens``, at most once and never after the end. The caller holds the lock."""
         if tokens.pop(exception, None) is None:
             return
         if self.target is not None:
@@ -103,7 +103,7 @@ class Slot:
             _set_exception(self.thread_id, exception)
 
     def fire_due(self) -> float:
-        """Interrupt or report the job if that is due; return when to look again. Only the timer calls it."""
+        """Interrupt or report the job if due; return when to look again. Only the timer calls this."""
         with self.lock:
             if self.due > monotonic():
                 # Also for a job that has ended: otherwise the next job would have to wake the timer.
@@ -124,7 +124,7 @@ class Slot:
         return inf
 
     def report(self, tokens: Tokens, watch: StuckListener, job: Any) -> None:
-        """Report the job as stuck, unless it has ended."""
+        """Report the job as stuck, unless the job has ended."""
         target = self.target
         stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()
         if self.tokens is tokens:
@@ -133,7 +133,7 @@ class Slot:
     def disarm(self, tokens: Tokens) -> None:
         """End all interrupts of the job, and leave none pending.
 
-        An interrupt may cut this short; calling it again is safe.
+        An interrupt may cut this short; a second call is safe.
         """
         self.tokens = self.job = None
         tokens.clear()

@@ -3,49 +3,49 @@
 Why no interrupt leaves `run`
 -----------------------------
 
-**Who may interrupt.** Each run makes a dict of tokens: one for its deadline, and one for a shutdown if the job asked for
-notifications. To interrupt, the timer (or `shutdown`) holds the slot's lock, takes the token out of the dict, and calls
-``PyThreadState_SetAsyncExc``. When the job has ended, the worker thread takes out the remaining tokens. ``dict.pop`` is
-atomic: under the GIL because it is C code and classes hash and compare by identity, on a free-threaded build because it
-holds the dict's lock. So each token has exactly one taker, and nobody can use a token that the worker holds. Each run has
-a dict of its own: the interrupting thread keeps the slot's lock from its first look until the exception is set, and the
-next run on that thread needs the same lock to begin.
+**The right to interrupt.** Each run makes a dict of tokens: a token for the deadline, and a token for a shutdown if the job
+asked for notifications. To interrupt, the timer (or `shutdown`) holds the slot's lock, takes the token out of the dict, and
+calls ``PyThreadState_SetAsyncExc``. When the job has ended, the worker thread takes out the remaining tokens. ``dict.pop``
+is atomic: under the GIL because ``pop`` is C code and classes hash and compare by identity, on a free-threaded build
+because ``pop`` holds the dict's lock. So each token has exactly one taker, and nobody can use a token taken by the worker.
+Each run has a separate dict: the interrupting thread keeps the slot's lock from its first look until the exception is set,
+and the next run on that thread needs the same lock to begin.
 
 **Pending exceptions.** If the worker got all tokens back, no exception was set and none can be set later. This is the usual
 case, and costs nothing more. Otherwise another thread took a token. The worker then waits until the slot's lock is free:
-the taker of a token got the lock before the dict was empty, so every exception is set by then. The worker then sets an
-exception of its own, `_Drained`, and loops until `_Drained` is raised. A thread state has room for one exception, so
-`_Drained` replaces an exception that is set and not yet raised. The replacement is atomic against delivery: under the GIL
-because the thread itself does both, on a free-threaded build because both exchange the field atomically. (Setting NULL
-would empty the field, too. But CPython before 3.13 then leaves the eval-breaker flag set: all threads run slower until the
-next such exception, and on 3.11 a traced thread never goes on.)
+the taker of a token got the lock before the dict was empty, so every exception is set by then. The worker then sets another
+exception, `_Drained`, and loops until `_Drained` is raised. A thread state has room for only one exception, so `_Drained`
+replaces an exception set and not yet raised. The replacement is atomic against delivery: under the GIL because the thread
+itself does both, on a free-threaded build because both exchange the field atomically. (Setting NULL would empty the field,
+too. But CPython before 3.13 then leaves the eval-breaker flag set: all threads run slower until the next such exception,
+and on 3.11 a traced thread never goes on.)
 
 **Exceptions raised meanwhile.** Until then an interrupt can be raised between any two instructions of `run` itself. Each
-has used up a token, and there are at most two. So the way out is written three times, each in a handler of the one before:
-two interrupts can cut short two of them, and the third leaves nothing behind. Repeating the way out is harmless. The worker
-thread takes no lock on its way out, so an interrupt can't leave a lock held. On its way in, it holds the slot's lock only
-until the run is visible, and interrupting needs that lock.
+interrupt has used up a token, and a run has at most two. So the way out is written three times, each in a handler of the
+one before: two interrupts can cut short two of them, and the third leaves nothing behind. Repeating the way out is
+harmless. The worker thread takes no lock on its way out, so an interrupt can't leave a lock held. On its way in, the worker
+holds the slot's lock only until the run is visible, and interrupting needs the same lock.
 
-**The outcome.** A result or an error from before the interrupt stands: the job has ended, and the interrupt is dropped. A job
-is timed out only if the exception was raised in the job. So each job has exactly one outcome.
+**The outcome.** A result or an error from before the interrupt stands: the job has ended, and the interrupt is dropped. A
+job has timed out only if the exception was raised in the job. So each job has exactly one outcome.
 
 **The right thread.** The system may give the identifier of a thread that has ended to a new thread. The taker of a token
-holds the slot's lock until the exception is set, and the worker does not leave `run` before that lock is free. So the
-interrupted thread is alive and in that same run.
+holds the slot's lock until the exception is set, and the worker does not leave `run` before the lock is free. So the
+interrupted thread is alive and in the same run.
 
 The timer
 ---------
 
-A daemon thread of the process looks at the slots of all worker threads. There is no queue of deadlines: early ends of jobs would
-leave stale entries. The timer sleeps until the earliest deadline. A worker writes its deadline into its slot, and the
-timer reads it there, under the slot's lock; `timer` explains why the timer misses none. A deadline no earlier than the
-timer's next wake-up costs no wake-up. The timer keeps a deadline of a job that has ended, so that the next job's deadline is
-no earlier; after that, an idle process sleeps without end.
+A daemon thread of the process looks at the slots of all worker threads. The timer has no queue of deadlines: early ends of
+jobs would leave stale entries. The timer sleeps until the earliest deadline. A worker writes the deadline into its slot,
+and the timer reads the deadline, both under the slot's lock; `timer` explains why the timer misses no deadline. A deadline
+no earlier than the timer's next wake-up costs no wake-up. The timer keeps the deadline of an ended job, so that the next
+job's deadline is no earlier; after that, an idle process sleeps without end.
 
 The timer starts at the first deadline, hence after the fork. A forked child starts with no slots: in the child, nobody
 interrupts a job that was running in the parent at the fork.
 
-A run inside a run on one thread (a job that calls another actor) belongs to the outer run and its deadline.
+A run inside a run on the same thread (a job calls another actor) belongs to the outer run and has the outer deadline.
 `shutdown` does not interrupt jobs that begin later, as with Dramatiq's own ``ShutdownNotifications``.
 """
 
@@ -95,18 +95,18 @@ def run(
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
-    """Run ``fn(*args, **kwargs)`` on this thread, and interrupt it at its deadline or at shutdown.
+    """Run ``fn(*args, **kwargs)`` on this thread, and interrupt the call at the deadline or at shutdown.
 
     Parameters:
       deadline: When to raise `TimeoutExceeded` in ``fn``, by ``time.monotonic()``; None for never.
       on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in ``fn``.
-      watch: Called if ``fn`` still runs its grace after the deadline; None for no report.
+      watch: Called if ``fn`` still runs when ``watch.grace`` seconds have passed since the deadline; None for no report.
       job: Passed to ``watch``.
       after_interrupt: Called on this thread after an interrupt, once no other can come: drop connections that the interrupt
         may have broken. Must not raise. Also called if ``fn`` ended by an interrupt of other code (dramatiq-abort).
 
     Returns the result of ``fn`` and raises its error, an interrupt included. No interrupt is raised after that. An interrupt
-    that comes after the end of ``fn`` is dropped.
+    after the end of ``fn`` is dropped.
     """
     if deadline is None and not on_shutdown:
         return fn(*args, **kwargs)
@@ -137,12 +137,12 @@ def run(
             if tokens.pop(TimeoutExceeded, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
                 struck = True
                 slot.disarm(tokens)
-        except BaseException as late:  # The first interrupt, one line late: see the module's docstring.
+        except BaseException as late:  # The first interrupt, a line too late: see the module's docstring.
             struck = True
             if not returned and error is None:
                 error = late
             slot.disarm(tokens)
-    except BaseException as later:  # The second one.
+    except BaseException as later:  # The second interrupt.
         struck = True
         if not returned and error is None:
             error = later
@@ -214,7 +214,7 @@ def arm(
     watch: StuckListener | None,
     job: Any,
 ) -> None:
-    """Write a job into the slot whose interrupts go to ``target``. `run` does the same inline for jobs on this thread."""
+    """Write a job into the slot, with interrupts going to ``target``. `run` does the same inline for jobs on this thread."""
     with slot.lock:
         slot.tokens = tokens
         slot.due = due
@@ -227,8 +227,8 @@ def arm(
 
 
 def unwrap_interrupt(error: BaseException) -> BaseException:
-    """Return the interrupt that Dramatiq replaced by another error; else the error itself."""
-    # Dramatiq raises this where a sync job waits for a coroutine that takes over a second to end after an interrupt.
+    """Return the interrupt if Dramatiq replaced an interrupt by this error; else the error itself."""
+    # Dramatiq raises this if a sync job waits for a coroutine, and the coroutine ends over a second after an interrupt.
     if type(error) is RuntimeError and isinstance(error.__cause__, Interrupt):
         return error.__cause__
     return error
