@@ -1,16 +1,17 @@
-"""Claims on keys: taken before a job begins, renewed while it runs, concluded when its message is settled.
+"""Claims on keys: made before a job begins, renewed while the job runs, concluded when the message is settled.
 
-What may happen between any two lines:
+Failures that may happen between any two lines, and how the claim survives them:
 
-- The process dies after the claim: the record names it, so the redelivered message takes over at once where that death is
-  certain, and when the lease ends where it is not.
-- It dies after the retry was handed on and before the record says so: a later run of the same message proves that the
-  earlier one has ended. Where hand-off and ack are two steps (RabbitMQ) the record says ``ending`` first, with what is being
-  handed on: a redelivery hands it on once more, and does not run.
-- It dies after the completion and before the ack: the redelivery finds its key completed, and was handed on in full.
-- A reply of the store is lost: each claim's bytes are its own, so a claim that finds itself has been made.
-- The store is down: nothing that asked for a claim runs without one (unless told so), and what must be written at the end
-  is written when the store is back.
+- The process dies after the claim. The record names the process. The redelivered message takes over at once if the death
+  is certain, otherwise when the lease ends.
+- The process dies after the retry was published and before the record changes. A later run of the same message proves
+  that the earlier run has ended. Where publish and ack are two steps (RabbitMQ), the record first changes to ``ending``
+  and holds the retry: a redelivery publishes the retry again and does not run the job.
+- The process dies after the completion and before the ack. The redelivery finds the key completed; all follow-up messages
+  were published before the completion.
+- A reply of the store is lost. Each claim has bytes of its own, so a claim that finds its own bytes has been made.
+- The store is down. A message that needs a claim waits (unless ``on_store_error="run"``), and the thread of the leases
+  writes the ends of jobs when the store is back.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ __all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: The tokens of this process' claims, in all its brokers: a record of this process without one is of a run that is over.
+#: The tokens of this process' claims, of all brokers. A record of this process with another token belongs to an ended run.
 _live: set[str] = set()
-#: Those of claims of which it is not known whether the store took them: their runs never began.
+#: The tokens of claims without a reply: the store may hold them, but their runs never began.
 _unconfirmed_tokens: set[str] = set()
 _numbers = itertools.count(1)
-#: Seconds between the tries to write a completion. Then it is written by the renewing thread.
+#: Seconds between the tries to write a completion. After the last try the thread of the leases writes the completion.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 _TRIES = 20
-#: For how long, in milliseconds, it is remembered that a start without a key does not count: until its message comes back,
-#: which may be long after the end of its worker.
+#: For how long, in milliseconds, the store remembers that a start without a key does not count. The message may come back
+#: long after the end of its worker.
 _EXCUSED_FOR = 86_400_000
 
 
@@ -61,11 +62,12 @@ class Claim:
     """A key held by a run of this process.
 
     Attributes:
-      name: The register.
-      record, value: What it holds, decoded and as bytes.
-      keyed: Whether its completion is remembered; otherwise it only counts starts.
-      over: Its ending is being written.
-      excused: Its start does not count.
+      name: The register of the key.
+      record, value: The content of the register, decoded and as bytes.
+      keyed: Whether the store remembers the completion; otherwise the claim only counts starts.
+      keep: For how long the store remembers the completion, in milliseconds.
+      over: The end of the run is being written.
+      excused: The start does not count as a crash.
     """
 
     __slots__ = ("claims", "excused", "keep", "keyed", "name", "over", "record", "value")
@@ -81,19 +83,19 @@ class Claim:
         self.excused = False
 
     def ending(self, send: OutgoingMessage) -> None:
-        """The run has ended, and its retry is about to be handed on."""
+        """Record, before the retry is published, that the run has ended."""
         if run_of(send.message.options) <= self.record.run:
-            return  # Put back unrun. Handed on again, it would find the same, without end.
+            return  # The message was requeued without a run. Published again, the message would loop without end.
         options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
         due = None if send.delay is None else now_ms() + send.delay
-        # Where that fails a crash before the ack runs it once more.
+        # If the store fails here, a crash before the ack runs the job again.
         self.rewrite(state=records.ENDING, follow={"options": options, "due": due})
 
     def rewrite(self, **changes: Any) -> bool:
-        """Change what the register says of this run, if it is still this run's.
+        """Change the record of this run, if the register still belongs to this run.
 
         Returns:
-          False if the store can't be asked.
+          False if the store is down.
         """
         claims = self.claims
         with claims.rewriting:
@@ -110,26 +112,26 @@ class Claim:
             return True
 
     def completion(self) -> tuple[Any, ...]:
-        """The command that remembers the completion, of a store that has round trips to share."""
+        """Return the command that writes the completion, for a store with a `CommandBatcher`."""
         store: Any = self.claims.store
         command: tuple[Any, ...] = store.putting(self.name, records.completed_by(self.record.message_id), self.keep)
         return command
 
     def completed(self) -> None:
-        """The completion has been remembered."""
+        """Drop the claim, after the store has taken the completion."""
         self.claims.drop(self)
 
     def conclude(self, decision: Decision) -> None:
-        """The delivery was handed on: say so before it is acked."""
+        """Record the end of the run: after the follow-up messages are published, before the message is acked."""
         self.claims.conclude(self, decision)
 
 
-#: Options that may be large: the same in every run of a message, or not worth their place.
+#: Large options that the record leaves out: the same in every run of a message, or not worth their space.
 _UNCHANGED = frozenset({"pipe_target", "group_completion_callbacks", "traceback"})
 
 
 class Quarantined(NamedTuple):
-    """A run that began too often and never ended: what is left of its claim, to be concluded, and the number of starts."""
+    """The claim of a run that began too often and never ended, still to be concluded, and the number of starts."""
 
     claim: Claim
     starts: int
@@ -139,42 +141,44 @@ class Claims:
     """The claims of one broker in this process.
 
     Parameters:
-      store: Where they are kept.
-      lease: For how many milliseconds a claim holds without being renewed.
+      store: The store of the claims.
+      lease: For how many milliseconds a claim holds without a renewal.
     """
 
     def __init__(self, store: IdempotencyStore, lease: int) -> None:
         self.store = store
         self.lease = lease
-        #: Calls the store; a `StoreDown` where it can't.
+        #: Calls the store; raises `StoreDown` if the call fails.
         self.ask = StoreClient().ask
         self.leases = Leases(store, self.ask, lease)
-        #: What 0.1.0 knew of keys that have another register now.
+        #: Records that 0.1.0 wrote under another register name.
         self.earlier = EarlierRecords(store, self.ask)
         self.reset_after_fork()
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process nothing runs."""
-        #: Held while a claim's record is changed, by whatever thread, or its ending decided.
+        """Start without claims: no job runs in a new process."""
+        #: Held while a thread changes a claim's record or decides its end.
         self.rewriting = threading.Lock()
         self.exclusive = ExclusiveRuns(self._expose)
-        #: Whether the worker shuts down: whoever started it may kill it soon.
+        #: Whether the worker shuts down: its supervisor may kill the process soon.
         self.stopping = False
 
     def claim(
         self, name: str, request: Request, *, keyed: bool, keep: int, earlier: str | None = None
     ) -> Claim | Quarantined | records.Action:
-        """Claim a register for a run; or what becomes of the message instead.
+        """Claim a register for a run, or return the action to take instead.
 
         Parameters:
-          keyed: Whether its completion is remembered.
+          name: The register.
+          request: The message and its run.
+          keyed: Whether the store remembers the completion.
           keep: For how long, in milliseconds.
-          earlier: The register that 0.1.0 would have claimed, None if that is the same.
+          earlier: The register that 0.1.0 would have claimed; None if the name is the same.
 
         Raises:
-          StoreDown: The store could not be asked.
-          UnknownRecord: It holds something that this version can't read.
+          StoreDown: The store is down.
+          UnknownRecord: This version can't read the record in the register.
         """
         owner = owners.this_process()
         token = str(next(_numbers))
@@ -195,7 +199,7 @@ class Claims:
                 asked = clock.monotonic()
                 found = self.ask(partial(self.store.swap, name, expected, value, self.lease + keep))
                 if (found is None or found.value == value) and clock.monotonic() - asked > self.lease / 2_000:
-                    # The answer came so late (a slow store, a process that was stopped) that the lease may be over.
+                    # After a late reply (slow store, stopped process) the lease may be over: claim again.
                     expected = value
                     continue
                 if found is None or found.value == value:
@@ -227,7 +231,7 @@ class Claims:
         keyed: bool,
         keep: int,
     ) -> Quarantined:
-        # Another process' token may also be that of a run here.
+        # A run of this process may have the same token as the other process.
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
         return Quarantined(Claim(self, name, record, value, keyed, keep), found.starts)
 
@@ -240,16 +244,16 @@ class Claims:
         return record
 
     def _expose(self, delivery: Delivery) -> bool:
-        """Record that the start of a run is no longer one made alone: a crash from now on is no proof against it."""
+        """Record that a job no longer runs alone: from now on a crash is no proof against the job."""
         claim: Claim | None = delivery.claim
-        # Without a claim it is about to make one; whoever asks asks again.
+        # Without a claim the job is about to make one: return False, and the caller tries again.
         return claim is not None and claim.rewrite(beside=True)
 
     def uncount_start(self, delivery: Delivery) -> bool:
-        """Don't count the start of a run that may be ended from outside.
+        """Don't count the start of a run whose process may be ended from outside.
 
         Returns:
-          False if the store can't be asked.
+          False if the store is down.
         """
         claim: Claim | None = delivery.claim
         if claim is not None:
@@ -257,7 +261,7 @@ class Claims:
                 return True
             claim.excused = claim.rewrite(starts=claim.record.starts - 1, beside=True)
             return claim.excused
-        # Without a key nothing is held: its lease is over as soon as it is written.
+        # Without a key the job holds nothing: the record's lease is over as soon as the store has the record.
         message = delivery.message
         request = Request(message.message_id, run_of(message.options), is_dead)
         record = records.taken(
@@ -271,18 +275,18 @@ class Claims:
         return True
 
     def excuse_all(self) -> None:
-        """The worker shuts down: from now on the end of this process is no crash of the jobs that run in it."""
+        """Uncount the starts of all running jobs: the worker shuts down, so the end of the process is no crash."""
         self.stopping = True
         for delivery in list(self.exclusive.running):
             is_to_claim = delivery.claim is None and delivery.key is not None
             if not is_to_claim and not self.uncount_start(delivery):
-                return  # Each call may wait for a second, and the starts count.
+                return  # The store is down, and each call may wait for a second. The other starts count.
 
     def conclude(self, claim: Claim, decision: Decision) -> None:
-        """Remember how a claim's run has ended."""
+        """Record how the run of a claim has ended."""
         store, outcome = self.store, decision.outcome
         if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
-            # Given up half-way: the redelivery hands the retry on.
+            # Interrupted during the publish: the redelivery publishes the retry.
             self.drop(claim)
             return
         with self.rewriting:
@@ -312,7 +316,7 @@ class Claims:
         self.drop(claim)
 
     def drop(self, claim: Claim) -> None:
-        """Hold it no more, and write nothing: its run is over, or its worker has died."""
+        """Stop holding a claim and write nothing: the run is over, or the worker has died."""
         self.leases.drop(claim)
         _live.discard(claim.record.token)
 
@@ -328,17 +332,17 @@ class Claims:
         return False
 
     def close(self) -> None:
-        """End the thread of the leases; the next claim starts another."""
+        """End the thread of the leases; the next claim starts a new thread."""
         self.leases.close()
 
 
 def crash_counter_name(message_id: str) -> str:
-    """The register that counts the starts of a message without a key."""
+    """Name the register that counts the starts of a message without a key."""
     return encodable(f"\0{message_id}")
 
 
 def is_dead(record: Record) -> bool:
-    """Whether the run that a record speaks of is certainly over without having said so."""
+    """Tell whether the run of a record has certainly died without recording its end."""
     if record.owner == owners.this_process():
         return record.token not in _live
     return owners.is_dead(record.owner)

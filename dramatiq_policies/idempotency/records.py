@@ -1,10 +1,10 @@
-"""What a store remembers of a key, and what follows from it for a message that asks: pure, no clock, no I/O.
+"""The record of a key in the store, and the next action for a message with this key. Pure: no clock, no I/O.
 
-A record is bytes that begin with their version. A completed key is the version, a letter and the 16 bytes of the id of
-the message that completed it: it is kept for a day, times a million. All other states are short-lived JSON.
+A record is bytes that begin with a version. The record of a completed key is short, because a store keeps millions of
+them for a day: the version, a letter and the 16 bytes of the first message's id. All other states are short-lived JSON.
 
-A record lives ``keep`` milliseconds longer than its lease, so that what is known of earlier runs outlasts the run: how
-much of a lease is left is what is left of the record, less ``keep``. Only the store's clock is asked.
+A record lives ``keep`` milliseconds longer than its lease, so that the history of earlier runs outlasts the run. The time
+left of a lease is the time left of the record less ``keep``. Only the store's clock counts.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ __all__ = [
 
 _VERSION = b"\x01"
 _KEPT = 8
-# json.dumps() makes an encoder for each call.
+# json.dumps() would create an encoder in each call.
 _json = json.JSONEncoder(separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring_ascii
-#: A uuid as Dramatiq writes it, which can be written anew from its bytes.
+#: A uuid in Dramatiq's notation: the 16 bytes give back the same text.
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
-#: States of a key: being run; its run has ended and a retry is being handed on; waiting for that retry; not held.
+#: States of a key: a job runs; the run has ended and its retry is being published; the retry is due; nobody holds the key.
 RUNNING, ENDING, WAITING, FREE = "running", "ending", "waiting", "free"
 COMPLETED = "completed"
 
 
 class Record(NamedTuple):
-    """What is known of one key.
+    """The state of one key.
 
     Attributes:
       state: ``completed``, ``running``, ``ending``, ``waiting`` or ``free``.
-      message_id: Whose it is, or who completed it.
-      run: Which logical run of that message (see `history.run_of`).
-      owner: The process that runs it.
-      token: Makes every claim's bytes different from those of any other.
-      since: When the run began, ms since the epoch, by the owner's clock; to be looked at only.
-      starts: How many starts of this run are known, this one included.
+      message_id: The message that holds or has completed the key.
+      run: The logical run of the message (see `history.run_of`).
+      owner: The process that runs the job.
+      token: Makes the bytes of each claim unique.
+      since: The begin of the run, ms since the epoch, by the owner's clock. Only for display.
+      starts: How many starts of this run are known, this start included.
       keep: How much longer than its lease the record lives, in milliseconds.
-      ended: Runs that have ended, the last of each message.
-      follow: ``ending``: the message options and the time of the retry that is being handed on.
-      beside: Whether other jobs ran in the process at that start, so that its crash proves nothing. None in a record
+      ended: Runs that have ended, the last run of each message.
+      follow: In state ``ending``, the message options and the due time of the retry that is being published.
+      beside: Whether other jobs ran in the process at the start, so that a crash proves nothing. None in a record
         of 0.1.0.
     """
 
@@ -77,7 +77,7 @@ class Record(NamedTuple):
     def encode(self) -> bytes:
         if self.state == COMPLETED:
             return completed_by(self.message_id)
-        # One is written for each job: by hand it takes a quarter of the time.
+        # Each job writes a record. Built by hand, a record takes a quarter of the time.
         ended = _json(self.ended) if self.ended else "[]"
         follow = "" if self.follow is None else f',"f":{_json(self.follow)}'
         beside = "" if self.beside is None else f',"x":{self.beside:d}'
@@ -94,7 +94,7 @@ class Record(NamedTuple):
         """Read a record.
 
         Raises:
-          UnknownRecord: It was written by another version of this library, or by somebody else.
+          UnknownRecord: Another version of this library, or another program, has written the bytes.
         """
         try:
             if data[:1] != _VERSION:
@@ -131,28 +131,28 @@ class Record(NamedTuple):
             ) from None
 
     def having_ended(self) -> tuple[tuple[str, int], ...]:
-        """The runs that have ended once this one has."""
+        """Return the ended runs, this run included."""
         others = [(message, run) for message, run in self.ended if message != self.message_id]
         return (*others, (self.message_id, self.run))[-_KEPT:]
 
 
 def completed_by(message_id: str) -> bytes:
-    """The record of a completed key."""
+    """Encode the record of a completed key."""
     if _UUID.fullmatch(message_id):
         return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", ""))
     return _VERSION + b"c" + message_id.encode(errors="surrogatepass")
 
 
 class Request(NamedTuple):
-    """A message that asks for its key.
+    """A message that claims its key.
 
     Attributes:
-      message_id, run: Which logical run.
-      is_dead: Whether an owner, given the record, is certainly dead.
-      max_crashes: After how many starts that never ended it is quarantined; None for never.
-      starts: How many starts are known from elsewhere, this one included.
-      alone: Whether nothing else runs in this process.
-      beside: Whether it may start although others run in this process: they would not end in time.
+      message_id, run: The logical run.
+      is_dead: Tells from a record whether the owner is certainly dead.
+      max_crashes: After how many starts without an end the message is quarantined; None for never.
+      starts: How many starts are known from elsewhere, this start included.
+      alone: Whether no other job runs in this process.
+      beside: Whether the job may start beside other jobs of this process, because they did not end in time.
     """
 
     message_id: str
@@ -165,7 +165,7 @@ class Request(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Run it. ``alone``: only if nothing else runs in this process, for it may be what kills it."""
+    """Run the job. With ``alone``, only while no other job runs in this process: the job may kill the process."""
 
     starts: int
     ended: tuple[tuple[str, int], ...] = ()
@@ -173,7 +173,7 @@ class Start(NamedTuple):
 
 
 class SkipDuplicate(NamedTuple):
-    """It has been done (``completed``; by which message) or this run of it has ended (``stale``)."""
+    """Skip the message: the first message (``twin``) has ``completed`` the key, or this run has ended (``stale``)."""
 
     reason: str
     twin: str | None = None
@@ -181,12 +181,12 @@ class SkipDuplicate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WaitForOwner:
-    """Somebody else runs it, or will.
+    """Wait: another run holds the key, or a retry is due.
 
     Attributes:
-      left: What is left of that lease in milliseconds.
-      since: When that run began, ms since the epoch; 0 where that is not known.
-      message_id: Whose run it is.
+      left: The time left of the lease, in milliseconds.
+      since: The begin of the other run, ms since the epoch; 0 if unknown.
+      message_id: The message of the other run.
     """
 
     left: int
@@ -195,13 +195,13 @@ class WaitForOwner:
 
 
 class RepublishRetry(NamedTuple):
-    """This run has ended; whether its retry was accepted is not known, so it is handed on once more."""
+    """Publish the retry of this ended run again: nobody knows whether the broker has accepted the retry."""
 
     follow: dict[str, Any]
 
 
 class Quarantine(NamedTuple):
-    """It began this many times and never ended."""
+    """Quarantine the message: the job began ``starts`` times and never ended."""
 
     starts: int
 
@@ -210,7 +210,12 @@ Action = Start | SkipDuplicate | WaitForOwner | RepublishRetry | Quarantine
 
 
 def next_action(record: Record | None, left: int, request: Request) -> Action:
-    """What becomes of a message whose key holds ``record``, which is kept for ``left`` more milliseconds."""
+    """Decide the next action for a message.
+
+    Parameters:
+      record: The record of the message's key; None if the store has none.
+      left: How much longer the store keeps the record, in milliseconds.
+    """
     if record is None:
         return _take(request.starts, (), request)
     mine = record.message_id == request.message_id
@@ -222,7 +227,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
     if record.state == FREE:
         return _take(request.starts, record.ended, request)
     if mine and request.run > record.run:
-        # A later run of the same message exists, so that one has ended.
+        # A later run of the same message exists, so the recorded run has ended.
         return _take(request.starts, record.having_ended(), request)
     if mine and request.run < record.run:
         return SkipDuplicate("stale")
@@ -231,9 +236,9 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
             return WaitForOwner(left, record.since, record.message_id)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
-        # The same job in another message, which may kill its worker, too; but it is granted one start of its own.
+        # Another message with the same job may kill its worker too, but gets one start of its own.
         return _after_a_crash(record, request, 1)
-    # The very same run once more: redelivered, or a copy of it.
+    # The same run again: the message was redelivered, or copied.
     if left > 0 and not request.is_dead(record):
         return WaitForOwner(left, record.since, record.message_id)
     if record.state == ENDING:
@@ -243,7 +248,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
 
 def _after_a_crash(record: Record, request: Request, more: int) -> Action:
     limit = request.max_crashes
-    # A limit of one leaves no start to be made alone.
+    # A limit of one start leaves no start to make alone.
     is_proof = not record.beside or limit == 1
     if limit is not None and record.starts >= limit + more and is_proof:
         return Quarantine(record.starts)
@@ -251,13 +256,13 @@ def _after_a_crash(record: Record, request: Request, more: int) -> Action:
 
 
 def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Start:
-    # The last start that it is granted. Those that only ran beside a killer do not die of this one.
+    # The last allowed start is made alone. A job that only ran beside a killer survives its own last start.
     last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
     return Start(starts, ended, alone=last and not (request.alone or request.beside))
 
 
 def taken(action: Start, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
-    """The record of a claim."""
+    """Build the record of a claim."""
     return Record(
         RUNNING,
         request.message_id,
@@ -273,7 +278,7 @@ def taken(action: Start, request: Request, *, owner: str, token: str, since: int
 
 
 def released(record: Record, state: str, *, ended: bool, keep: int) -> Record | None:
-    """The record of a claim that is given up; None if there is nothing to remember."""
+    """Build the record of a released claim; None if there is nothing to remember."""
     runs = record.having_ended() if ended else record.ended
     if state == FREE and not runs:
         return None
