@@ -1,15 +1,17 @@
-"""Completions that go out with the claim of the next job, ahead of it: one wait for each job instead of two.
+"""Send the completion of a job together with the claim of the next job: one round trip per job instead of two.
 
-TCP calls it piggybacking (RFC 1122, 4.2.3.2: an acknowledgement waits a little for data to go along with). A worker thread
-that has ended a job posts what completes its key (and, where the broker's Redis is also the store, acks it) and takes its
-next message. That this changes no guarantee rests on four rules:
+TCP calls this piggybacking (RFC 1122, 4.2.3.2: an acknowledgement waits briefly for outgoing data). After a job, the worker
+thread defers the command that completes the key (and also acks the message, if the broker's Redis is the store), and takes
+the next message. Four rules keep every guarantee:
 
-- A thread begins no job before its last one is remembered: whatever it calls to begin carries what was posted, and waits.
-- Nothing stays posted while threads are idle. After posting, and after every ack, a thread looks whether a message waits
-  for a worker thread. If none does it sends; if one does, who takes it begins it, or acks it and looks again.
-- No code of the user's runs in between, nor on another thread than that of its job. So only plain successes are posted,
-  nobody of the user's is told of them, and no middleware of another's has a hook before a job or after an ack.
-- Any answer but the expected one, and any error, has the message settled in the ordinary way, by who got that answer.
+- A thread begins no job before the completion of its last job is stored. Each call that begins a job sends the deferred
+  commands first and waits for their replies.
+- No command stays deferred while threads are idle. After deferring a command, and after every ack, a thread checks the work
+  queue. If the queue is empty, the thread flushes. Otherwise the thread that takes the next message begins the job, which
+  flushes, or acks the message and checks again.
+- No user code runs between the job and its completion, and none runs on another job's thread. So only plain successes are
+  deferred, only while no user code listens to successes and no foreign middleware has a hook before a job or after an ack.
+- On an error or an unexpected reply, the thread that got the reply settles the message in the ordinary way.
 """
 
 from __future__ import annotations
@@ -37,20 +39,21 @@ __all__ = ["BatchedCompletions"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: Hooks that may hold up a thread between two jobs, or count on an ack that has been answered.
+#: Hooks that may delay a thread between two jobs, or rely on a confirmed ack.
 _HOOKS = ("before_process_message", "after_ack")
-#: Whose hooks are known to do neither.
+#: Packages with hooks that do neither.
 _KNOWN = ("dramatiq", "dramatiq_policies", "sentry_sdk")
-#: How long a thread waits, in seconds, before it tries once more to ack for another. As Dramatiq's own.
+#: Seconds before a thread tries again to ack another thread's message. As in Dramatiq.
 _AGAIN = 5.0
 
 
 class BatchedCompletions:
-    """What the worker threads of one broker have posted.
+    """The deferred completions of one broker's worker threads.
 
     Parameters:
-      claims: Whose store it is.
-      trips: What the store shares its round trips by.
+      state: The state of the broker.
+      claims: The claims to complete.
+      trips: The command batcher of the store.
     """
 
     def __init__(self, state: BrokerState, claims: Claims, trips: CommandBatcher) -> None:
@@ -61,12 +64,12 @@ class BatchedCompletions:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process nothing is posted."""
+        """Start without deferred completions."""
         self._last = threading.local()
 
     @staticmethod
     def is_safe(state: BrokerState) -> bool:
-        """Whether no hook of another's runs between the end of a job and the beginning of the next."""
+        """Tell whether no foreign hook runs between the end of a job and the begin of the next job."""
         return not any(
             getattr(type(middleware), hook) is not getattr(Middleware, hook)
             and type(middleware).__module__.partition(".")[0] not in _KNOWN
@@ -75,10 +78,10 @@ class BatchedCompletions:
         )
 
     def post(self, transport: Transport, message: MessageProxy, delivery: Delivery) -> bool:
-        """Post the completion of a plain success, if somebody is to carry it soon.
+        """Defer the completion of a plain success, if another message waits for a worker thread.
 
         Returns:
-          False if the message is to be settled in the ordinary way.
+          False if the caller must settle the message in the ordinary way.
         """
         if not delivery.completes_key() or not delivery.is_plain_success() or self.state.successes_observed:
             return False
@@ -111,18 +114,18 @@ class BatchedCompletions:
                 return
 
     def look(self) -> None:
-        """After an ack: if no message waits for a thread, nobody else will carry what was posted."""
+        """After an ack, flush if the work queue is empty: no other thread would send the deferred commands."""
         if self.trips.posted and not _has_more(threading.current_thread()):
             self.flush()
 
     def flush(self) -> None:
-        """Send what was posted, and wait until all that this thread has posted is answered."""
+        """Send the deferred commands, and wait for the replies to this thread's own."""
         last: DeferredCommand | None = getattr(self._last, "post", None)
         if self.trips.posted or not (last is None or last.is_answered):
             self.trips.execute((), carries=True)
 
 
 def _has_more(thread: Any) -> bool:
-    """Whether a message waits for the worker threads, of which this is one that goes on."""
-    # Not by empty(), which takes the lock that all of them wait for.
+    """Tell whether a message waits in the work queue, and this worker thread keeps running."""
+    # Not by empty(): all worker threads wait for the queue's lock.
     return getattr(thread, "running", False) and not thread.paused and bool(thread.work_queue.queue)

@@ -1,10 +1,10 @@
-"""Idempotency keys: from a template or a callable over what the actor was called with.
+"""Idempotency keys: made from an actor's arguments by a template or a callable.
 
-A key is text, which users see and hand on. Text alone is ambiguous: 1 and "1", or ("a", "b:c") and ("a:b", "c") between
-colons, give the same. So of all values that give one text, only those that a reader of the text would guess have the name
-that 0.1.0 gave all of them: an int, or a str that does not look like an int and contains no separator. A key of other values
-is a `TypedKey`, whose name is made of typed, length-prefixed values. Workers of 0.1.0 and newer ones so agree on nearly all
-names, and no two keys share one.
+A key is text: users see keys and pass them to other services. Text alone is ambiguous: 1 and "1" give the same text, and so
+do ("a", "b:c") and ("a:b", "c") with a colon between. Version 0.1.0 named the register by the text alone. Today only the
+obvious values of a text keep this name: an int, or a str that does not look like an int and contains no separator. A key of
+other values is a `TypedKey`, with a name built from typed, length-prefixed values. So workers of 0.1.0 and newer workers
+agree on nearly all names, and no two keys share a name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 #: The text of an int.
 _INT = re.compile("0|-?[1-9][0-9]*")
-#: The tags of values in a name. A value of another type has its type's name.
+#: The tags of values in a name. Values of other types have the name of the type as tag.
 _TAGS = {str: "s", int: "i", bool: "b", float: "f", type(None): "n"}
 
 
 class TypedKey(str):
-    """A key whose text other values give, too.
+    """A key with an ambiguous text: other values give the same text.
 
     Attributes:
-      parts: The values with their tags, and a template's text between them.
+      parts: The tagged values, and the template's text between the values.
     """
 
     __slots__ = ("parts",)
@@ -46,12 +46,12 @@ class TypedKey(str):
 
 
 def typed_name(*parts: tuple[str, str]) -> str:
-    """Tagged texts as one text from which they can be read again: no other parts have the same."""
+    """Join tagged texts into one text. No other parts give the same text."""
     return "\2" + "".join(f"{tag}{len(text)}:{text}" for tag, text in map(_encodable, parts))
 
 
 def _encodable(part: tuple[str, str]) -> tuple[str, str]:
-    """The same part; with half a character, which no store can encode, spelt out under a tag of its own."""
+    """Return a part that every store can encode: lone surrogates are escaped, and the tag is marked."""
     tag, text = part
     if _can_be_encoded(text):
         return part
@@ -68,10 +68,10 @@ def _can_be_encoded(text: str) -> bool:
 
 
 def signature_of(fn: Any) -> inspect.Signature:
-    """What an actor takes: for a class-based one, what its ``perform`` takes.
+    """Return the signature of an actor's function; for a class-based actor, of ``perform``.
 
     Raises:
-      TypeError, ValueError: Its function does not say: some that are written in C.
+      TypeError, ValueError: The function has no signature, like some functions written in C.
     """
     inner = inspect.unwrap(fn)
     return inspect.signature(getattr(inner, "perform", fn))
@@ -80,10 +80,15 @@ def signature_of(fn: Any) -> inspect.Signature:
 def template_key(
     where: str, template: str, signature: inspect.Signature
 ) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:
-    """The key that a template makes of what an actor with this signature is called with.
+    """Compile a template into a function from an actor's arguments to the key.
+
+    Parameters:
+      where: Names the actor in the error.
+      template: Such as ``"charge:{order_id}"``.
+      signature: The actor's signature.
 
     Raises:
-      ConfigurationError: It is no template, or names what the actor does not take.
+      ConfigurationError: The template is invalid, or names an argument that the actor does not take.
     """
     option = "idempotency_key"
     try:
@@ -111,7 +116,7 @@ def template_key(
             values = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
             if roots <= values.keys():
                 return format_it(values)
-        # Slower, and raises what a wrong call raises.
+        # Slower, and raises the TypeError of a wrong call.
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return format_it(bound.arguments)
@@ -120,7 +125,7 @@ def template_key(
 
 
 def roots_of(template: str) -> Iterator[str]:
-    """The arguments that a template names, also in a field's format."""
+    """Yield the arguments in a template, including arguments in a field's format."""
     for _, field, form, _ in string.Formatter().parse(template):
         if field is not None:
             yield field.partition(".")[0].partition("[")[0]
@@ -128,11 +133,12 @@ def roots_of(template: str) -> Iterator[str]:
 
 
 class _Template:
-    """Makes keys of a template's values."""
+    """Make keys from the values of a template."""
 
     def __init__(self, template: str) -> None:
         self.format_map = template.format_map
-        #: The text before each field; the field; whether its value is taken as text: it has a format or a conversion.
+        #: Per field: the text before; the field; whether the value counts as text (a field with format or conversion); the
+        #: field as written.
         self.fields: list[tuple[str, str, bool, str]] = []
         between: set[str] = set()
         splits = True
@@ -149,14 +155,14 @@ class _Template:
             before = ""
         self.after = before
         self.between = frozenset(between)
-        #: Whether the text can be split into its values.
+        #: Whether text lies between all fields, so that a key can be split into its values.
         self.splits = splits
         self.name = self.fields[0][1] if len(self.fields) == 1 and not self.fields[0][2] else None
 
     def key(self, values: Mapping[str, Any]) -> str:
         text = self.format_map(values)
         if self.name is not None and self.name in values:
-            # The usual template has one field, and that is an argument.
+            # Fast path: the usual template has one field, an argument.
             value = values[self.name]
             if type(value) is int or (type(value) is str and _looks_like_text(value) and _can_be_encoded(text)):
                 return text
@@ -183,25 +189,25 @@ class _Template:
 
 
 def _looks_like_text(text: str) -> bool:
-    """Whether no int has this text."""
+    """Tell whether no int has this text."""
     return not (text[-1:].isdigit() and _INT.fullmatch(text))
 
 
 def text_key(text: str) -> str:
-    """A key that is text as a whole, as against an int."""
+    """Return the key of a text; a `TypedKey` if the text looks like an int or can't be encoded."""
     return text if _looks_like_text(text) and _can_be_encoded(text) else TypedKey.of(text, [("s", text)])
 
 
 def checked_key(key: Any) -> str:
-    """What a callable or a message gave as a key.
+    """Check a key from a callable or a message.
 
     Raises:
-      TypeError: It is none.
+      TypeError: The key is neither a non-empty str nor an int.
     """
     if isinstance(key, str) and key:
         return text_key(str(key))
     if type(key) is int:
         return str(key)
-    # Made of the arguments: what it is does not belong into a log.
+    # The key is made of arguments, so the value must not reach a log.
     got = "an empty one" if key == "" else f"a {type(key).__name__}"
     raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {got}")

@@ -1,4 +1,4 @@
-"""Running a job once, also when its message arrives twice and its worker dies."""
+"""Middleware: run each job once, even if a message arrives twice or a worker dies."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ __all__ = ["Idempotency", "KeyState"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: How long, in seconds, a worker process is left to say that it has booted, before it begins what may kill it.
+#: How long, in seconds, a booting worker process holds redelivered messages back. The process must report its boot before
+#: a redelivered job may kill the process.
 _BOOTING = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyState:
-    """What idempotency remembers of a job.
+    """The state of a job's key, from `Idempotency.state`.
 
     Attributes:
-      state: ``completed``, ``running``, ``waiting`` (it failed, and its retry is due), or ``none``.
-      key: The key, as the actor makes it.
-      message_id: Of the message that completed it, runs, or waits.
-      owner: The process that runs it, as ``host:pid:…``.
-      since: Since when it runs, ms since the epoch.
-      starts: How many starts of this run are known.
-      left_ms: For how much longer this holds if nothing happens: the key is remembered, or the lease lasts.
+      state: ``completed``, ``running``, ``waiting`` (the job failed and a retry is due), or ``none``.
+      key: The key of the job.
+      message_id: The message that completed the key, runs, or waits. None with ``none``.
+      owner: The process that runs the job, as ``host:pid:…``. None unless the job runs.
+      since: The begin of the run, ms since the epoch. None unless the job runs.
+      starts: How many starts of this run are known. None unless the job runs.
+      left_ms: How much longer the store remembers the completion or the lease lasts, in milliseconds, if nothing happens.
+        None with ``none``.
     """
 
     state: str
@@ -65,31 +67,42 @@ class KeyState:
 
 
 class Idempotency(PolicyMiddleware):
-    """Skips duplicates of completed jobs, defers those of running ones, and takes over what a dead worker left.
+    """Run each job once, even if a message arrives twice or a worker dies::
 
-    Actors ask for it by ``idempotent=True`` (the key is the message id), ``idempotency_key`` (a template over the actor's
-    arguments, or a callable that takes them), or a message by ``send_with_options(idempotency_key=…)``. ``done_when`` (a
-    callable that takes the actor's arguments) says from outside that there is nothing left to do.
+        install(broker, idempotency=Idempotency(RedisStore.from_url("redis://localhost:6379/1", namespace="shop")))
 
-    What it cannot do: a worker killed between an effect and its record leaves an effect that is made again. Hand
-    ``current_job().idempotency_key`` to the service that makes the effect, or commit the key with it.
+        @actor(idempotency_key="charge:{order_id}")
+        def charge(order_id, amount):
+            payments.charge(amount, idempotency_key=current_job().idempotency_key)
+
+    The worker skips a message whose key is completed, defers a message while another worker runs the key, and takes over the
+    job of a dead worker. Limit: if a worker dies between the job's effect and the record of its completion, the job runs
+    again. So pass ``current_job().idempotency_key`` to the service that makes the effect, or commit the key with the effect.
 
     Parameters:
-      store: An `IdempotencyStore`. None, the default: on a RedisBroker its own Redis over connections of its own, in a
-        namespace made of the broker's; on a StubBroker memory; elsewhere there is none, and an actor that asks for
-        idempotency is refused. Services that share a store need a namespace each: see `RedisStore`.
-      lease: For how long a claim holds if its process falls silent, in milliseconds or as a ``timedelta``. It is renewed
-        while the job runs, and must be longer than a renewal may take. Default 60,000.
-      ttl: How long a completed key is remembered; the actor option ``idempotency_ttl`` overrides it. Default 24 h.
-      on_store_error: ``"retry"``: while the store is down a message that needs it waits. ``"run"``: it runs, and that is
-        said. Default ``"retry"``.
-      max_crashes: After how many starts that never ended (SIGKILL, out of memory, segfault) a message goes to the dead
-        letters, reason ``crashed``. The last start is made while no other job runs in its process, and only such a start
-        is proof, so that jobs beside a killer are not blamed. A process that is killed after its shutdown has begun
-        counts for none. None switches it off. The actor option of that name overrides it. Default 3.
+      store: An `IdempotencyStore`. Default None: on a RedisBroker the broker's Redis, over separate connections and in a
+        namespace derived from the broker's; on a StubBroker memory; on other brokers no store, and declaring an actor with
+        a key raises. Services that share a store need a namespace each: see `RedisStore`.
+      lease: How long a claim holds after its process has fallen silent, in milliseconds or as a ``timedelta``. The worker
+        renews the lease while the job runs. Must be longer than a renewal may take. Default 60,000 (one minute).
+      ttl: How long the store remembers a completed key, in milliseconds or as a ``timedelta``. Default 24 hours.
+      on_store_error: While the store is down, a message with a key waits (``"retry"``, the default), or runs unguarded with
+        a warning in the log (``"run"``).
+      max_crashes: After how many starts that never ended (SIGKILL, out of memory, segfault) a message becomes a dead letter
+        with reason ``crashed``. None for no limit. Default 3. The worker makes the last start while no other job runs in
+        the process. Only a crash of this start is proof, so jobs beside a killer are not blamed. A kill after the shutdown
+        has begun counts for no job.
+
+    Actor options:
+      idempotent: True for the message id as key.
+      idempotency_key: A template over the actor's arguments, or a callable that takes the arguments. You can also give one
+        message a key: ``send_with_options(idempotency_key=…)``.
+      done_when: A callable that takes the actor's arguments. If the result is true, the worker skips the job.
+      idempotency_ttl: As ``ttl``, for one actor.
+      max_crashes: As above, for one actor.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -127,7 +140,7 @@ class Idempotency(PolicyMiddleware):
 
     @staticmethod
     def has_default_store(broker: Broker) -> bool:
-        """Whether it needs no store there."""
+        """Tell whether Idempotency has a default store on this broker."""
         return kind_of(broker) in ("stub", "redis")
 
     def attach(self, state: BrokerState) -> None:
@@ -174,7 +187,7 @@ class Idempotency(PolicyMiddleware):
                 self.claims.earlier.mark()
                 self._look_for_neighbours(state)
         except StoreDown:
-            pass  # Said already.
+            pass  # The store client has logged the outage.
 
     def _look_for_neighbours(self, state: BrokerState) -> None:
         assert self.guard is not None
@@ -198,7 +211,7 @@ class Idempotency(PolicyMiddleware):
             self.claims.close()
 
     def _excuse_neighbours(self, stuck: StuckJob) -> None:
-        """The process may be about to end itself: only the stuck job is to be blamed for that."""
+        """With ``on_stuck="exit"``, count a crash only for the stuck job and not for the other jobs of the process."""
         if self.attached_to is None or self.attached_to.timeout is None or self.claims is None:
             return
         if self.attached_to.timeout.on_stuck == "exit":
@@ -208,15 +221,17 @@ class Idempotency(PolicyMiddleware):
 
     @staticmethod
     def state(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> KeyState:
-        """What is remembered of a job: ``Idempotency.state(send_confirmation, 42)``.
+        """Read the state of a job's key: ``Idempotency.state(charge, 42, 100)``.
 
         Parameters:
-          actor: The actor, and then what it is called with; or a `Message`. For an actor with ``idempotent=True`` the
-            argument is a message id. Arguments are taken as a worker receives them: through Dramatiq's encoder.
+          actor: The actor, or a `Message`.
+          args, kwargs: The actor's arguments. For an actor with ``idempotent=True``, the message id. Arguments pass through
+            Dramatiq's encoder, as on their way to a worker.
 
         Raises:
-          ConfigurationError: The actor has no idempotency key, or its arguments can't be sent.
-          Exception: The store can't be asked, or holds what this version can't read (`UnknownRecord`).
+          ConfigurationError: The actor has no idempotency key, or Dramatiq can't encode the arguments.
+          UnknownRecord: This version can't read the record in the store.
+          Exception: The store's own error, if the store is down.
         """
         job = _lookup(actor, args, kwargs)
         key = str(job.key)
@@ -246,9 +261,13 @@ class Idempotency(PolicyMiddleware):
 
     @staticmethod
     def forget(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> bool:
-        """Forget a job's key, so that its next message runs; whether anything was remembered. As `state`.
+        """Forget a job's key and let the next message run: ``Idempotency.forget(charge, 42, 100)``.
 
-        Of a job that runs now only the record is lost: it goes on, and a second one may begin beside it.
+        A running job goes on without a record, and a second run may begin at the same time. Parameters and errors as for
+        `state`.
+
+        Returns:
+          Whether the store had a record of the key.
         """
         job = _lookup(actor, args, kwargs)
         forgotten = job.claims.store.delete(job.register.name)
@@ -258,7 +277,7 @@ class Idempotency(PolicyMiddleware):
 
 
 class _Job(NamedTuple):
-    """What `Idempotency.state` is asked about."""
+    """A job whose key `Idempotency.state` or `Idempotency.forget` looks up."""
 
     claims: Claims
     key: str
@@ -266,7 +285,7 @@ class _Job(NamedTuple):
     ttl: int
 
     def known_earlier(self) -> tuple[records.Record, int] | None:
-        """What 0.1.0 left of it, where that had another register."""
+        """Find the record of 0.1.0, if 0.1.0 used another register for the key."""
         earlier = self.register.earlier
         try:
             return None if earlier is None else self.claims.earlier.find(earlier, self.ttl)
@@ -303,7 +322,7 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
 
 
 def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A message's arguments as its job receives them."""
+    """Return a message's arguments as the job receives them."""
     bare: Message[Any] = Message(message.queue_name, message.actor_name, message.args, message.kwargs, {})
     try:
         received = Message.decode(bare.encode())
@@ -316,7 +335,7 @@ def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], di
 
 
 def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call what makes the key; a coroutine function on a loop of its own, for outside a worker there is none."""
+    """Call the function that makes the key. A coroutine function gets a new event loop: outside a worker none runs."""
     asked: Any = getattr(make, "__wrapped__", None)
     if not is_coroutine_callable(asked):
         return make(*args, **kwargs)
@@ -325,12 +344,12 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def guard_on(state: BrokerState) -> IdempotencyGuard | None:
-    """The guard of a broker's Idempotency; None without one that has a store."""
+    """Return the guard of a broker's Idempotency; None if the broker has no Idempotency with a store."""
     return next((one.guard for one in state.attached if isinstance(one, Idempotency)), None)
 
 
 def keyed_queues(state: BrokerState) -> list[tuple[str, str]]:
-    """The actors of a broker that have keys, each with its queue."""
+    """Return the broker's actors with keys, each with its queue."""
     actors = state.broker.actors
     return [
         (name, actors[name].queue_name)

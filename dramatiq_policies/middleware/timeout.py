@@ -1,4 +1,4 @@
-"""The middleware that ends jobs at their limits: its settings, and what it does with a job that goes on all the same."""
+"""Middleware: interrupt jobs at their timeout, and report stuck jobs."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ __all__ = ["StuckJob", "Timeout"]
 alerts = SafeLogger("dramatiq_policies.alerts")
 
 DEFAULT_MS: Final = 600_000
-#: What a worker process exits with when ``on_stuck="exit"`` ends it; ``EX_SOFTWARE`` of sysexits.
+#: The exit code of a worker process that ``on_stuck="exit"`` ends: ``EX_SOFTWARE`` of sysexits.
 STUCK_EXIT_CODE: Final = 70
-#: How long, in seconds, everybody has to be told of a stuck job before ``on_stuck="exit"`` ends the process anyway.
+#: How long, in seconds, the reports of a stuck job may take before ``on_stuck="exit"`` ends the process anyway.
 _TOLD_WITHIN: Final = 5.0
-#: How long, in seconds, the master then has to read the record from its pipe: once the last of its processes has ended,
-#: it reads no more.
+#: How long, in seconds, the master process then has to read the log record from its pipe. After the end of its last worker
+#: process, the master reads no more.
 _READ_WITHIN: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StuckJob:
-    """A job that still runs when its timeout and the grace after it are over.
+    """A job beyond timeout and grace, still running.
 
     Attributes:
       actor: The actor's name.
       queue: The name of the queue.
       message_id: The message's id.
-      elapsed_ms: How long it has run, in milliseconds.
-      stack: The Python stack of its thread (of its coroutine, its greenlet), as in a traceback.
+      elapsed_ms: How long the job has run, in milliseconds.
+      stack: The Python stack of the job's thread (coroutine, greenlet), as in a traceback.
     """
 
     actor: str
@@ -78,32 +78,39 @@ OnStuck = Literal["log", "exit"] | Callable[[StuckJob], object]
 
 
 class Timeout(PolicyMiddleware, TimeLimit):
-    """Interrupts jobs that run for too long, and expires messages that have waited for too long.
+    """Interrupt jobs at their timeout, and expire messages that have waited for too long::
 
-    Takes the place of Dramatiq's ``TimeLimit``. A job is interrupted by `TimeoutExceeded`, within milliseconds of its
-    limit and never after its end; what can't be interrupted (a blocking C call) is reported.
+        install(broker, timeout=Timeout(default=timedelta(minutes=2), on_stuck="exit"))
+
+        @actor(timeout=timedelta(seconds=30), queue_timeout=timedelta(minutes=10))
+        def send_invoice(order_id): ...
+
+    Timeout replaces Dramatiq's ``TimeLimit``. The worker raises `TimeoutExceeded` in the job, within milliseconds of the
+    timeout and never after the job's end. A blocking C call can't be interrupted: the worker reports the job as stuck.
 
     Parameters:
-      default: How long a job may run, in milliseconds or as a ``timedelta``. ``float("inf")`` for no limit. Ten minutes
-        by default.
-      queue_default: How long a message may wait for its first run, from the moment it is ready. None for no limit.
-      grace: How long after its timeout a job is reported as stuck, in milliseconds or as a ``timedelta``.
-      on_stuck: What to do with a stuck job beside the CRITICAL record, which is always written, once. ``"log"``: nothing.
-        ``"exit"``: end the worker process at once with code 70, without ending its other jobs; the broker redelivers
-        the messages of all of them, and the ``dramatiq`` command then stops and exits with that code, for its
-        supervisor to start it again. A callable: call it with a `StuckJob`.
-      time_limit: Dramatiq's name for ``default``; counts where ``default`` is not given.
-      interval: Accepted for Dramatiq's sake, and ignored: nothing is polled.
+      default: How long a job may run, in milliseconds or as a ``timedelta``. At most seven days; ``float("inf")`` for no
+        limit. Default 600,000 (ten minutes).
+      queue_default: How long a message may wait for its first run, from the moment it is ready, in milliseconds or as a
+        ``timedelta``. Default None: no limit.
+      grace: How long after its timeout the worker reports a job as stuck, in milliseconds or as a ``timedelta``. Default
+        5,000 (five seconds).
+      on_stuck: The reaction to a stuck job, after one CRITICAL log record. ``"log"``, the default: no more. ``"exit"``: end
+        the worker process at once with code 70, without ending the other jobs of the process. The broker redelivers all
+        their messages. The ``dramatiq`` command stops with the same code, and a supervisor must restart the command. A
+        callable: called with a `StuckJob`.
+      time_limit: Dramatiq's name for ``default``, without the bound of seven days. Used if ``default`` is not given.
+      interval: Accepted for compatibility with Dramatiq and ignored: Timeout does not poll.
 
     Actor options:
       timeout: As ``default``, for one actor; None for the default. At most seven days.
-      time_limit: Dramatiq's name for it, without the bound. Not beside ``timeout``.
+      time_limit: Dramatiq's name for ``timeout``, without the bound. An actor can't have both.
       queue_timeout: As ``queue_default``, for one actor; None for the default, ``float("inf")`` for no limit.
 
-    A message's own ``timeout`` or ``time_limit`` overrides either option of its actor.
+    A ``timeout`` or ``time_limit`` on a message overrides both options of the actor.
 
     Raises:
-      ConfigurationError: An argument makes no sense.
+      ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         time_limit: float | timedelta | None = None,
         interval: int | None = None,
     ) -> None:
-        # TimeLimit's own constructor would make a thread that looks at the clock once a second.
+        # No super().__init__(): TimeLimit's constructor would start a thread that polls once a second.
         self._given = default is not None or time_limit is not None
         if default is None:
             self.default = _argument("time_limit", time_limit, None, DEFAULT_MS)
@@ -135,18 +142,18 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.time_limit = self.default
         self.interval = interval
         self.on_stuck = on_stuck
-        #: Called with each `StuckJob` before ``on_stuck``; they must not take long.
+        #: Called with each `StuckJob` before ``on_stuck``. A subscriber must not take long.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
-        #: The jobs that were reported and, as far as anybody has looked since, go on.
+        #: The reported jobs that still ran when `still_stuck` last looked.
         self.stuck_jobs: list[Delivery] = []
-        #: How long after the deadline a job is stuck, in seconds: with `stuck`, what `interrupts.threads.run` wants to know.
+        #: Time between deadline and report, in seconds. `interrupts.threads.run` reads ``grace`` and calls `stuck`.
         self.grace = grace_ms / 1_000
 
     replaces = (TimeLimit, "interrupt each job")
 
     @property
     def is_explicit(self) -> bool:
-        """Whether somebody chose the default limit."""
+        """Whether the user chose the default limit."""
         return self._given or self.default != DEFAULT_MS
 
     @property
@@ -156,7 +163,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
     def attach(self, state: BrokerState) -> None:
         state.stuck_listener = self
         state.add_around_job(around_job, order=0)
-        # One list, whoever came first.
+        # Both share one list, in whichever order subscribers were added.
         state.stuck_subscribers += self.stuck_subscribers
         self.stuck_subscribers = state.stuck_subscribers
 
@@ -165,7 +172,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         twin.stuck_subscribers, twin.stuck_jobs = [], []
         return twin
 
-    # The clock runs while the actor's function does, and not from hook to hook.
+    # No hooks of TimeLimit: the clock runs only while the actor's function runs, not from hook to hook.
     before_process_message = Middleware.before_process_message
     after_process_message = Middleware.after_process_message
     after_skip_message = Middleware.after_skip_message  # type: ignore[assignment]
@@ -175,12 +182,12 @@ class Timeout(PolicyMiddleware, TimeLimit):
         supported()
 
     def inherit_settings(self, stock: TimeLimit) -> None:
-        """Keep the limit of the TimeLimit that was on the broker, where none was given."""
+        """Keep the limit of the broker's TimeLimit, if the user gave no limit to this Timeout."""
         if not self._given:
             self.default = self.time_limit = float(stock.time_limit)
 
     def resolve(self, options: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        """The timeout and the queue timeout of an actor in milliseconds, None for none, from its valid options."""
+        """Return an actor's timeout and queue timeout in milliseconds, from its valid options; None for no limit."""
         timeout = options.get("timeout")
         if timeout is None:
             timeout = options.get("time_limit")
@@ -189,7 +196,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         return finite(limit), self.queue_default if waiting is None else finite(milliseconds(waiting))
 
     def stuck(self, job: Delivery, stack: str) -> None:
-        """Report a job that goes on after its timeout and the grace. Called on a thread of its own."""
+        """Report a job that still runs after timeout and grace. Called on a separate thread."""
         self.stuck_jobs = [*self.still_stuck(), job]
         message = job.message
         record = StuckJob(
@@ -211,11 +218,11 @@ class Timeout(PolicyMiddleware, TimeLimit):
             os._exit(STUCK_EXIT_CODE)
 
     def still_stuck(self) -> list[Delivery]:
-        """The jobs that were reported and still go on."""
+        """Return the reported jobs that still run."""
         return [job for job in self.stuck_jobs if job.stage == RUNNING]
 
     def _tell(self, record: StuckJob, timeout_ms: float | None) -> None:
-        # Who was stuck is written down first: its message is about to come back beside those of its neighbours.
+        # Subscribers come first: Idempotency uncounts the starts of the other jobs before the process may exit.
         for subscriber in list(self.stuck_subscribers):
             self._call(subscriber, record)
         alerts.critical(
@@ -242,7 +249,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
     def _call(self, subscriber: Callable[[StuckJob], object], record: StuckJob) -> None:
         try:
             subscriber(record)
-        except BaseException:  # Not even an exit: the others, and the record, come after it.
+        except BaseException:  # SystemExit too: the other subscribers and the log record must still follow.
             alerts.exception("%r failed when it was told of a stuck job.", subscriber)
 
 
