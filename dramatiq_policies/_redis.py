@@ -104,7 +104,7 @@ _ITS_OWN = (redis.ResponseError, redis.DataError, UnicodeError, TypeError)
 
 
 def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[bytes]]:
-    """Return the calls that can be encoded, and their bytes. Each other call gets its error as its reply."""
+    """Return the encodable calls, and their bytes. Each other call gets the encoding error as its reply."""
     pack = _pack or (lambda command: b"".join(connection.pack_command(*command)))
     try:
         return calls, [b"".join([pack(tuple(call.command)) for call in calls])]
@@ -122,23 +122,23 @@ def _packed(connection: Any, calls: list[_Call]) -> tuple[list[_Call], list[byte
 
 
 class _Batch:
-    """The calls of one thread. The thread sleeps until another thread has sent the calls, or until its own turn to send."""
+    """The calls of a thread. The thread sleeps until another thread has sent the calls, or until its turn to send."""
 
     __slots__ = ("calls", "posts", "sends", "woken")
 
     def __init__(self, commands: Sequence[Sequence[Any]]) -> None:
         self.posts: list[DeferredCommand] = []
         self.calls = [_Call(command) for command in commands]
-        #: The batches that this thread sends, its own included.
+        #: The batches to send by this thread, this batch included.
         self.sends: list[_Batch] = []
         self.woken = Lock()
         self.woken.acquire()
 
 
 class CommandBatcher:
-    """Sends commands of many threads to Redis over one connection. With a cluster client, over the connections of the client.
+    """Sends commands of many threads to Redis over a shared connection. A cluster client uses its own connections.
 
-    The connection is made like those of the client's pool but does not come from the pool, which may be exhausted. Replies are
+    The connection has the settings of the client's pool but does not come from the pool: the pool may be exhausted. Replies are
     bytes, numbers, lists and None, even if the client decodes replies.
     """
 
@@ -155,18 +155,18 @@ class CommandBatcher:
 
     def reset_after_fork(self) -> None:
         """Forget the waiting threads and the connection, which belong to the parent."""
-        # Kept alive: closing takes a lock that may be held.
+        # Kept alive: closing takes a lock, possibly held at the fork.
         _of_parents.append(self._connection)
         self._connection = None
         self._lock, self._waiting, self._sender, self.posted = Lock(), [], None, []
 
     def post(self, post: DeferredCommand) -> None:
-        """Queue a command for the next `execute` with ``carries``. The caller must ensure that one follows."""
+        """Queue a command for the next `execute` with ``carries``. The caller must make such a call."""
         with self._lock:
             self.posted.append(post)
 
     def call(self, *command: Any, carries: bool = False) -> Any:
-        """Send one command and return the reply.
+        """Send a command and return the reply.
 
         Raises:
           redis.RedisError, OSError: As the client.
@@ -215,7 +215,7 @@ class CommandBatcher:
         return [call.answer for call in found]
 
     def alone(self, *command: Any) -> Any:
-        """Send one command on a connection of the pool. Use this in code that may be interrupted.
+        """Send a command on a connection of the pool. Use this in interruptible code.
 
         An interrupt during a shared round trip would fail the commands of all other threads too.
         """
@@ -225,7 +225,7 @@ class CommandBatcher:
             return self.client.execute_command(*Script.in_full(command), **RAW)
 
     def _leave(self, turn: _Batch) -> None:
-        """Wake the threads that have replies, and one waiting thread to send the next batch."""
+        """Wake the threads with replies, and a waiting thread, to send the next batch."""
         with self._lock:
             if self._sender is turn:
                 self._sender = following = self._waiting.pop(0) if self._waiting else None
@@ -260,7 +260,7 @@ class CommandBatcher:
                 # An idle connection is often closed by the server.
                 self._converse(calls)
             return
-        for call in calls:  # A cluster client: each key has its own server.
+        for call in calls:  # A cluster client: keys are on several servers.
             try:
                 call.answer = self.client.execute_command(*call.command, **RAW)
             except _ITS_OWN as error:

@@ -20,8 +20,8 @@
     └── dramatiq's TimeLimitExceeded
         └── TimeoutExceeded             the job ran longer than its timeout
 
-``after_discard`` receives, and a dead letter names, ``QueueTimeoutExceeded``, ``HandoffFailed`` or ``Crashed`` if the message ended
-without an error of the job.
+If a message ends without an error of the job, ``after_discard`` receives, and the dead letter names, ``QueueTimeoutExceeded``,
+``HandoffFailed`` or ``Crashed``.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
 
 
 def checked_wait(where: str, option: str, value: Any) -> int:
-    """Return a declared wait in milliseconds; log a warning if it exceeds seven days, to which it will be cut.
+    """Return a declared wait in milliseconds. Logs a warning if the wait exceeds seven days: in use, seven days is the limit.
 
     Raises:
       ConfigurationError: The value is no duration.
@@ -153,22 +153,22 @@ class UnknownRecord(PolicyError):
 
 
 class UnreadableError(PolicyError):
-    """Replaces a job's error that Dramatiq and ``traceback`` can't read, because its ``__class__`` or its chain of causes raises.
+    """Replaces an error of a job if ``__class__`` or the chain of causes raises, so that Dramatiq and ``traceback`` fail.
 
     Rules for the original class do not apply; the text names that class.
     """
 
 
 class Verdict(Exception):
-    """Base class of `Discard` and `Snooze`, by which a job decides about its own message."""
+    """Base class of `Discard` and `Snooze`. A job raises a verdict to decide about the message."""
 
 
 class Discard(Verdict):
-    """Raise it in a job to drop the message permanently: ``raise Discard("already refunded")``."""
+    """Raise this in a job to drop the message permanently: ``raise Discard("already refunded")``."""
 
 
 class Snooze(Verdict):
-    """Raise it in a job to run the message again later, without using up an attempt::
+    """Raise this in a job to run the message again later, without using up an attempt::
 
         if not bank.is_open():
             raise Snooze(timedelta(minutes=10), reason="the bank is closed")
@@ -193,9 +193,9 @@ class Snooze(Verdict):
 
 
 class TimeoutExceeded(TimeLimitExceeded):
-    """Raised in a job that ran longer than its ``timeout``.
+    """Raised in a job at its ``timeout``.
 
-    As Dramatiq's interrupts it derives from ``BaseException``, so that ``except Exception`` in a job does not swallow it.
+    Like Dramatiq's interrupts, the class derives from ``BaseException``: ``except Exception`` in a job does not catch it.
 
     Attributes:
       limit_ms: The exceeded timeout, in milliseconds.

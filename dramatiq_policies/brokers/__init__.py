@@ -1,4 +1,4 @@
-"""One folder for each broker: its transport, its queue reader, its browser. Other brokers get the plain `Transport`."""
+"""A package for each broker, with transport, queue reader and browser. Other brokers get the plain `Transport`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 def wrap_consumer(state: BrokerState, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
-    """Wrap what ``broker.consume`` returned."""
+    """Wrap a consumer that ``broker.consume`` returned."""
     return PolicyConsumer(_transport_of(state, inner, queue_name)(state, inner, queue_name, prefetch))
 
 
 def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Transport]:
-    # The kind of the consumer counts, too: a broker of the user's may have another broker inside, and return its consumers.
+    # Check the kind of the consumer, too: a user's broker may wrap another broker and return the other broker's consumers.
     kind, is_delay_queue = kind_of(state.broker), queue_name != q_name(queue_name)
     if kind == "stub" and _dramatiq.is_stub_consumer(inner):
         from .stub.transport import StubTransport
@@ -58,11 +58,11 @@ def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Trans
 def prepare(state: BrokerState) -> None:
     """Set up a broker once.
 
-    A broker on Redis gets the id of this process, and one on RabbitMQ connections of its own in a forked child. A broker for
-    tests names an argument that can't be sent.
+    On Redis, the broker gets the id of this process. On RabbitMQ, the broker opens new connections in a forked child. On
+    StubBroker, an error for an argument that can't be encoded names the argument.
 
     Raises:
-      ConfigurationError: Its workers could read nothing.
+      ConfigurationError: The client decodes replies, so workers could read no message.
     """
     kind = kind_of(state.broker)
     if kind == "stub":
@@ -74,18 +74,18 @@ def prepare(state: BrokerState) -> None:
 
         _refuse_decoding(state.broker)
         state.shared(WorkerId, state.broker)
-        # What sends must not use a connection that was struck, or that leads to a demoted server.
+        # A send must use neither a connection broken by an interrupt nor a connection to a demoted server.
         close_when_interrupted(getattr(vars(state.broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
         state.shared(_Connections, state.broker)
 
 
 class _Connections:
-    """Has a forked child leave the connections of its parent alone: what either writes would be in the middle of the other's."""
+    """Makes a forked child forget the connections of the parent: writes of both processes would be interleaved."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        #: Kept, since a connection that is freed is closed.
+        #: Kept alive, since freeing a connection closes the connection.
         self.of_parents: list[object] = []
         after_fork(self)
 
@@ -94,7 +94,7 @@ class _Connections:
 
 
 def _refuse_decoding(broker: Any) -> None:
-    """Refuse a client of Redis that decodes answers: its workers would move each message to the dead letters."""
+    """Refuse a Redis client that decodes replies: the workers would move every message to the dead letters."""
     pool = getattr(vars(broker).get("client"), "connection_pool", None)
     settings = getattr(pool, "connection_kwargs", None) or {}
     if settings.get("decode_responses"):

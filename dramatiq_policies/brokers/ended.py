@@ -1,8 +1,8 @@
 """Runs of this process that ended without an acknowledgement, because their connection was lost.
 
 A connection is lost when a job holds the interpreter for longer than two heartbeats, when the network is partitioned, or
-when the process was stopped. The broker then redelivers every unacknowledged message, often to the same process, which
-would run each again. (A run of the message on another worker is a matter for Idempotency: this module knows one process.)
+when the process was stopped. The broker then redelivers every unacknowledged message, often to the same process, and the
+process would run each message again. (This module knows only this process. Idempotency covers runs on other workers.)
 
 - The run has ended and its follow-up messages are published: the redelivery is acknowledged unrun, as a duplicate.
 - The run has ended and its follow-up messages are not published: the redelivery publishes them and does not run.
@@ -29,15 +29,15 @@ __all__ = ["Ended", "Runs", "is_keyed", "left_of"]
 
 #: How many runs to remember; the oldest are forgotten first.
 _CAPACITY = 10_000
-#: How many of the last acknowledgements may be lost with their connection: RabbitMQ delivers at most the prefetch count beyond
-#: those that the server has received.
+#: How many of the last acknowledgements may be lost with their connection. The server delivers at most the prefetch count
+#: beyond the acknowledgements received.
 _UNSEEN = 1_000
 _COMPLETED = Carried(Decision(Outcome.DUPLICATE, "completed"), None)
 _STALE = Carried(Decision(Outcome.DUPLICATE, "stale"), None)
 
 
 def left_of(delivery: Delivery) -> Carried:
-    """Return what a run that has ended has left to do."""
+    """Return the rest of an ended run: the decision, and the outbox if not yet published."""
     decision = delivery.decision
     if delivery.abandoned and decision is not None:
         return Carried(decision, delivery.outbox)
@@ -45,12 +45,12 @@ def left_of(delivery: Delivery) -> Carried:
 
 
 def is_keyed(delivery: Delivery) -> bool:
-    """Whether the store records the end of the run, for all processes."""
+    """Whether the store records the end of the run for all processes."""
     return delivery.claim is not None and delivery.claim.keyed
 
 
 class Ended:
-    """The ended runs of one broker, by a key that the redelivery shares."""
+    """The ended runs on a broker. The key of a run is also the key of the redelivery."""
 
     def __init__(self) -> None:
         self.reset_after_fork()
@@ -59,15 +59,15 @@ class Ended:
     def reset_after_fork(self) -> None:
         """Forget everything: nothing has run in a new process."""
         self._lock = threading.Lock()
-        #: What redeliveries have left to do. Read without the lock: empty unless a connection was lost.
+        #: The rest of each ended run, for the redelivery. Read without the lock: empty unless a connection was lost.
         self.known: OrderedDict[Hashable, Carried] = OrderedDict()
         #: The transport that delivered each message in hand.
         self.in_hand: dict[Hashable, Any] = {}
-        #: For each redelivery that waits for a run: its transport, and the callback for the end of the run.
+        #: For each redelivery waiting for a run: the transport, and the callback for the end of the run.
         self._heirs: dict[Hashable, tuple[Any, Callable[[Carried | None], object]]] = {}
 
     def remember(self, key: Hashable, carried: Carried | None) -> None:
-        """Remember a run that ended without an acknowledgement. With None the redelivery asks the store."""
+        """Remember a run that ended without an acknowledgement. If ``carried`` is None, the redelivery asks the store."""
         with self._lock:
             self.in_hand.pop(key, None)
             heir = self._heirs.pop(key, None)
@@ -79,12 +79,12 @@ class Ended:
             heir[1](carried)
 
     def recall(self, key: Hashable) -> Carried | None:
-        """Take what a redelivery has left to do; None if the message must run."""
+        """Return, and forget, the rest of the ended run for a redelivery; None if the message must run."""
         with self._lock:
             return self.known.pop(key, None)
 
     def waits(self, key: Hashable, transport: Any, inherit: Callable[[Carried | None], object]) -> bool:
-        """Whether a redelivery must wait, since this process holds the message over a lost connection.
+        """Whether a redelivery must wait because this process holds the message over a lost connection.
 
         ``inherit`` is then called at the end of the run, on the thread of the run.
         """
@@ -97,7 +97,7 @@ class Ended:
             return True
 
     def given_up(self, holder: Any) -> None:
-        """Forget the messages of a transport whose worker has stopped: none of them begins any more."""
+        """Forget the messages of a transport after the worker has stopped: none of them begins any more."""
         with self._lock:
             for key in [key for key, one in self.in_hand.items() if one is holder]:
                 del self.in_hand[key]
@@ -105,18 +105,18 @@ class Ended:
 
 
 class Runs:
-    """The runs of the messages of one transport on RabbitMQ. A redelivery has the same body, byte for byte."""
+    """The runs of messages from one RabbitMQ transport. A redelivery has the same body, byte for byte."""
 
     def __init__(self, ended: Ended, transport: Any) -> None:
         self._ended = ended
         self._transport = transport
-        #: The runs acknowledged last, whose acknowledgements may be lost.
+        #: The last acknowledged runs; the acknowledgements may be lost.
         self._acked: deque[tuple[int, Carried]] = deque(maxlen=_UNSEEN)
         #: Redeliveries whose runs have ended.
         self.inherited: deque[MessageProxy] = deque()
 
     def take(self, message: MessageProxy, body: bytes, redelivered: bool) -> bool:
-        """Note a message that was received. Returns False if the message waits for a run that goes on."""
+        """Note a received message. Returns False if the message waits for an unfinished run."""
         key, ended = hash(body), self._ended
         if redelivered:
             carried = ended.recall(key)
@@ -135,27 +135,27 @@ class Runs:
         self.inherited.append(message)
 
     def acked(self, delivery: Delivery) -> None:
-        """Note that an acknowledgement is about to be sent."""
+        """Note the run before its acknowledgement is sent."""
         key = hash(delivery.body)
         self._ended.in_hand.pop(key, None)
         if not is_keyed(delivery):
             self._acked.append((key, left_of(delivery)))
 
     def not_acked(self, delivery: Delivery) -> None:
-        """Note a run that ended after the connection was lost."""
+        """Note an ended run that can't be acknowledged, because the connection was lost before."""
         self._ended.remember(hash(delivery.body), None if is_keyed(delivery) else left_of(delivery))
 
     def put_back(self, delivery: Delivery) -> None:
-        """Note a message that goes back to the server unrun."""
+        """Note a message returned to the server without a run."""
         self._ended.in_hand.pop(hash(delivery.body), None)
 
     def lost(self) -> None:
-        """Note that the connection is lost, and perhaps the last acknowledgements with it."""
+        """Note the loss of the connection, perhaps with the last acknowledgements."""
         while self._acked:
             self._ended.remember(*self._acked.popleft())
 
     def closed(self, stopping: bool) -> None:
-        """Note that the connection was closed in order, after all acknowledgements. With ``stopping`` no run begins any more."""
+        """Note an orderly close, after all acknowledgements. With ``stopping``, no run begins any more."""
         self._acked.clear()
         if stopping:
             self._ended.given_up(self._transport)

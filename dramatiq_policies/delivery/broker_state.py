@@ -1,4 +1,4 @@
-"""The state that the middleware and transports of one broker share."""
+"""The shared state of a broker's middleware and transports."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CompletionBatcher(Protocol):
 
 
 class BrokerState:
-    """The state of dramatiq_policies on one broker, in one process.
+    """The state of dramatiq_policies on a broker, in this process.
 
     Attributes:
       policies: The resolved options of each actor, by name.
@@ -85,7 +85,8 @@ class BrokerState:
         self.metrics: Metrics | None = None
         #: Called with each stuck job before ``on_stuck``, on a separate thread.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
-        #: Returns how many milliseconds a due message must stay in the delay queue; None: move the message now. Set by Idempotency.
+        #: Returns how many milliseconds a due message must stay in the delay queue, or None to move the message now. Set by
+        #: Idempotency; None without Idempotency.
         self.postpone: Callable[[MessageProxy], int | None] | None = None
         #: Batches completions; None if batching would be visible from outside.
         self.batched_completions: CompletionBatcher | None = None

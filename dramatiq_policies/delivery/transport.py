@@ -175,7 +175,7 @@ class Transport:
         self.inner.nack(message)
 
     def requeue(self, messages: list[MessageProxy]) -> None:
-        """Put messages back on the queue that no thread has begun."""
+        """Put messages not yet begun by a thread back on the queue."""
         self.inner.requeue(messages)
 
     def try_requeue(self, messages: list[MessageProxy]) -> None:
@@ -194,7 +194,7 @@ class Transport:
         """Leave a message unacknowledged, so that the broker redelivers the message."""
 
     def park(self, message: MessageProxy, wait_ms: float) -> None:
-        """Keep a message in its slot because the broker accepts the message in no form; give the message back after the wait."""
+        """Keep a message in its slot, because the broker accepts the message in no form. Give it back after the wait."""
         self.parked.park(wait_ms, partial(self.give_back, message))
 
     def after_interrupt(self) -> None:
@@ -289,7 +289,10 @@ class Transport:
         self.inner.nack(message)
 
     def delay_queue(self) -> DelayQueue:
-        """Return the delayed messages in hand. Kept per queue, not per connection: after a reconnect the broker counts them as ours."""
+        """Return the delayed messages in hand.
+
+        Kept per queue, not per connection: after a reconnect the broker still counts them as ours.
+        """
         return self.state.delayed.setdefault(self.source, DelayQueue())
 
     def parking(self) -> Parking:

@@ -1,7 +1,7 @@
-"""A clock that goes forward when somebody says so: what the bundle and Dramatiq's StubBroker see while a broker is drained.
+"""A virtual clock for dramatiq_policies and Dramatiq's StubBroker during a drain.
 
-It is seen from the thread (and the event loop's tasks) that drains, and by nobody else: other threads, and whoever calls
-the `time` module, see the real one.
+Only the draining thread, and tasks of its event loop, see the virtual clock. Other threads, and code that calls the `time`
+module directly, see the real time.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ..common import clock
 
 __all__ = ["VirtualClock", "VirtualStop", "clock_in_force"]
 
-#: The virtual time, in ms, after which a drain stops to retry an unreachable broker.
+#: The virtual time in milliseconds after which a drain no longer retries an unreachable broker.
 _PATIENCE = 600_000
 
 _in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtual_clock", default=None)
 
 
 class VirtualClock:
-    """The time on one broker.
+    """The virtual time of one broker.
 
     Parameters:
-      passed: Called whenever time has gone by.
+      passed: Called after each advance of the clock.
 
     Attributes:
-      now: Milliseconds since the epoch. It begins at the real time, and stands still but for `advance`, so that what is
-        computed from it is exact.
-      skipped: How many milliseconds it was advanced in all. Its monotonic clock is the real one plus these, so that
-        what really takes time is seen to.
+      now: Milliseconds since the epoch. Starts at the real time and changes only by `advance`, so that tests can compute
+        exact times.
+      skipped: Sum of all advances, in milliseconds. `monotonic` returns the real monotonic clock plus this sum, so that real
+        delays still count.
     """
 
     def __init__(self, passed: Callable[[], object]) -> None:

@@ -1,7 +1,7 @@
 """Browse and move messages on RabbitMQ over AMQP.
 
-The browser gets messages one by one and holds them unacknowledged. When the channel closes, RabbitMQ requeues unacknowledged
-messages at their place. A move publishes the message (mandatory, confirmed) before the ack.
+The browser gets messages one by one and holds the messages unacknowledged. When the channel closes, RabbitMQ requeues
+unacknowledged messages at their place. A move publishes the message (mandatory, confirmed) before the ack.
 """
 
 from __future__ import annotations

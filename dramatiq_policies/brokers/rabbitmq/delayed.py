@@ -35,13 +35,13 @@ __all__ = ["RabbitmqDelayTransport"]
 
 #: Milliseconds before the due time at which a message is returned for another delivery.
 _AHEAD = 5_000
-#: Messages per batch of messages that are published anew.
+#: Batch size for messages published anew.
 _ANEW = 100
 #: The prefetch count of the delay queue: the maximum of AMQP. 0, "no limit", means 2,000 to a quorum queue.
 _WINDOW = 65_535
 #: The least number of messages to keep in full.
 _FEWEST = 100
-#: Seconds between two heartbeats on the connection on which this thread publishes.
+#: Seconds between two heartbeats on this thread's connection for publishing.
 _SERVE_EVERY = 5.0
 #: Seconds that a stopping worker waits for confirms.
 _PATIENCE = 5.0
@@ -66,7 +66,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         #: Messages to publish anew, with their tags: see `is_published_anew`.
         self.anew: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
-        # Dramatiq's consumer begins to consume at the first look at a message, so this limit is the one that counts.
+        # Dramatiq's consumer begins to consume at the first look at a message, so this limit is in force by then.
         self.on_connection(inner.channel.basic_qos, 0, _WINDOW)
 
     def held(self) -> int:
@@ -126,7 +126,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self.delayed.task_done()
 
     def _return_near(self) -> None:
-        """Return far messages that are due soon, as many as there is room for."""
+        """Return far messages that are due soon, as far as room is left."""
         room, until = self._room(), now_ms() + _AHEAD
         while room > 0 and self.far and self.far[0][0] <= until:
             self.on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
@@ -147,7 +147,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         return None if wait is None or wait > 1 else max(0.0, wait)
 
     def _serve_publishing(self) -> None:
-        """Serve the connection on which this thread publishes, or drop a lost one."""
+        """Serve this thread's connection for publishing. Drop a lost connection."""
         now = monotonic()
         if now - self.served < _SERVE_EVERY:
             return
@@ -187,7 +187,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             raise ConnectionClosed("RabbitMQ did not confirm before the worker stopped")
         for number, (move, step) in enumerate(steps):
             if number not in accepted:
-                # One by one, with a new declare and a new connection; an error delays its own message only.
+                # Singly, with a new declare and a new connection: an error delays only this message.
                 self.try_move(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
@@ -248,7 +248,7 @@ class _Batches:
         last = method.delivery_tag
         for tag in [tag for tag in self.waiting if tag <= last] if method.multiple else [last]:
             number = self.waiting.pop(tag, None)
-            # The server also confirms a message that it has returned as unroutable.
+            # The server also confirms unroutable messages, after returning them.
             if number is not None and isinstance(method, pika.spec.Basic.Ack) and self._bodies[number] is not None:
                 self.accepted.add(number)
         if not self.waiting:

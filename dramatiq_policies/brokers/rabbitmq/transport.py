@@ -35,9 +35,9 @@ __all__ = ["RabbitmqTransport"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 _REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
-#: Why the server closes a channel: what was published, or declared, is refused for good.
+#: Reply codes of a closed channel by which the server refuses a publish or a declaration permanently.
 _FOR_GOOD = frozenset({311, 403, 406})
-#: From which number of returns on a message is published anew, so that limits of two and more do not strike.
+#: Publish a message anew after this many returns, so that no delivery limit of two or more is exceeded.
 _RETURNS = 2
 
 
@@ -48,7 +48,7 @@ class RabbitmqTransport(UnreadableBodies):
         super().__init__(state, inner, queue_name, prefetch)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
         self.closed = False
-        #: Whether the queue was deleted, with every message that the server would have redelivered.
+        #: Whether the queue was deleted, with every message due for redelivery.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         state.unacked_counts[queue_name] = self.held
@@ -66,7 +66,8 @@ class RabbitmqTransport(UnreadableBodies):
         try:
             method, properties, body = next(self.deliveries)
         except StopIteration:
-            # The server cancelled this consumer. A job that ends before the reason is known publishes: twice beats never.
+            # The server cancelled this consumer. A job that ends before the reason is known publishes its outbox: a duplicate
+            # is better than a loss.
             self.deleted = True
             self.closed = True
             self.deleted = self._is_queue_deleted()
@@ -111,7 +112,7 @@ class RabbitmqTransport(UnreadableBodies):
 
     @staticmethod
     def _returns_of(properties: Any) -> int:
-        """How often the message was returned to its quorum queue; 0 on a classic queue, which does not count."""
+        """How often the message was returned to a quorum queue; 0 on a classic queue, where the server does not count."""
         count: Any = (properties.headers or {}).get("x-delivery-count")
         return int(count) if isinstance(count, int) else 0  # pika returns a subclass of int.
 
@@ -132,7 +133,7 @@ class RabbitmqTransport(UnreadableBodies):
         return True
 
     def _is_queue_deleted(self) -> bool:
-        """Whether the queue was deleted. A queue on a node that is down keeps its messages."""
+        """Whether the queue was deleted. If only the queue's node is down, the queue keeps its messages."""
         try:
             self.inner.channel.queue_declare(self.source, passive=True)
         except pika.exceptions.ChannelClosedByBroker as error:
@@ -201,7 +202,7 @@ class RabbitmqTransport(UnreadableBodies):
             raise
 
     def _channel(self) -> Any:
-        """This thread's confirmed channel, on the connection that the broker keeps for this thread."""
+        """Return this thread's confirmed channel, on the broker's connection for this thread."""
         broker: Any = self.broker
         connection = broker.connection
         channel = getattr(broker.state, "dramatiq_policies_channel", None)

@@ -1,7 +1,7 @@
 """Unreadable bodies on RabbitMQ become dead letters as received; a worker that can read none stops taking messages.
 
-A body that the dead-letter queue refuses is enqueued again inside a message, which waits on the delay queue and takes no
-slot.
+If the dead-letter queue refuses the body, the body is enqueued again inside a message. The message waits on the delay queue
+and takes no slot.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class UnreadableBodies(Transport):
         self.on_connection(self.inner.channel.cancel)
 
     def _leave(self, tag: int, properties: Any, body: bytes) -> None:
-        """Put a body at the end of its queue."""
+        """Move a body to the end of the queue."""
         try:
             self.publish(self.source, body, properties.priority)
         except Exception as error:

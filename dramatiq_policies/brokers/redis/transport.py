@@ -1,9 +1,9 @@
 """The transport on Redis.
 
-One script publishes the outbox and acknowledges, so no crash or lost reply falls between the two. A message's id is the id
-under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. Ids that Redis
-counts as ours beyond those were lost with a reply, and are requeued after the next connect. Any error of Redis counts as a
-lost connection, except permanent ones (see `calls`).
+A single script publishes the outbox and acknowledges, so no crash or lost reply falls between the two. A message's id is the
+id under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. If Redis
+assigns further ids to this process, a reply was lost, and the transport requeues those messages. Any error of Redis counts
+as a lost connection, except permanent errors (see `calls`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 _FETCH, _SETTLE = (
     Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
 )
-#: Every how many seconds to look for what was lost with a reply unnoticed: a client that repeats a fetch of its own
-#: accord gets other messages, and raises nothing.
+#: Seconds between two looks for messages lost with a reply. A loss may raise no error: if the client repeats the fetch by
+#: itself, the second reply holds other messages.
 _LOOK_EVERY = 5.0
 
 
@@ -63,15 +63,15 @@ class RedisTransport(Transport):
         self.call = state.shared(RedisCalls, state)
         self.timeout_ms = inner.timeout
         self.ended = state.shared(Ended)
-        #: What was fetched and not yet handed out: id, body, b"1" if it comes back from a worker that died.
+        #: Fetched messages, not yet taken: id, body, and b"1" if recovered from a dead worker.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = PrefetchWindow(state.in_flight.setdefault(queue_name, set()), inner.prefetch)
-        #: The store of the claims that were seen last, and whether it is on this server.
+        #: The store of the last claim, and whether the store is on this server.
         self.store: Any = None
         self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
-        #: When it was last looked for messages that nobody holds; not yet, so that the first fetch does.
+        #: Time of the last look for lost messages. The start value makes the first fetch look.
         self.looked = -_LOOK_EVERY
 
     def take(self) -> MessageProxy | None:
@@ -80,7 +80,7 @@ class RedisTransport(Transport):
                 return None
             name, data, recovered = self.cache.popleft()
             message = self._read(name, data, recovered)
-            # An id that is in hand already was enqueued twice, or requeued and fetched again: run it once.
+            # If the id is in hand already, the message was enqueued twice, or requeued and fetched again. Run it once.
             if message is not None and self.places.take(message.options["redis_message_id"]):
                 proxy = MessageProxy(message)
                 if not self.is_delay_queue:
@@ -112,7 +112,7 @@ class RedisTransport(Transport):
             return None
         if self.distrust.count:
             self.distrust.readable()
-        # The body may contain another message's id, or one that can't be encoded.
+        # The body may contain another message's id, or an id that can't be encoded.
         message.options["redis_message_id"] = redis_id
         if recovered:
             if FAILURE in message.options:
@@ -211,10 +211,10 @@ class RedisTransport(Transport):
             self._release(message)
 
     def _given_away(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
-        """Handle a message that this process no longer holds.
+        """Handle a message no longer held by this process.
 
-        Another worker has the message and nothing was published, or an earlier call did everything and its reply was lost. If the
-        message comes back here, the rest of this run is done then, and the job does not run.
+        Either another worker has the message and nothing was published, or an earlier call did everything and the reply was
+        lost. If the message comes back here, the rest of this run is done then, and the job does not run.
         """
         decision = delivery.decision
         if decision is not None and not is_keyed(delivery):
@@ -229,7 +229,7 @@ class RedisTransport(Transport):
             self.ended.remember(message.options["redis_message_id"], left_of(delivery))
 
     def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
-        """Return the queue, id and body that ``RedisBroker.enqueue`` would send; run its before-hooks."""
+        """Return queue, id and body as ``RedisBroker.enqueue`` would send them. Runs the before-hooks of enqueue."""
         message, delay = step.message, step.delay
         redis_id = str(uuid4())
         queue = message.queue_name
@@ -262,10 +262,10 @@ class RedisTransport(Transport):
         self._release(delivery.message)
 
     def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
-        """Settle a message and complete its key in one step. Returns None if that takes two steps.
+        """Settle a message and complete the key in a single step. Returns None if two steps are needed.
 
-        The command goes over the store's connection, to share round trips, and over the broker's if the store's fails. The script
-        may be repeated.
+        The command goes over the store's connection, to share round trips, and over the broker's connection if the store's
+        connection fails. The script may be repeated.
         """
         command = self._settling(redis_id, dead, sends, completes=claim)
         try:
@@ -329,7 +329,7 @@ class RedisTransport(Transport):
         self.places.release(message.options["redis_message_id"])
 
     def _requeue_orphans(self) -> None:
-        """Requeue messages whose delivery to this process was lost with a reply."""
+        """Requeue messages delivered to this process in a lost reply."""
         broker: Any = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
         # Read before and after: a message acknowledged in between is not lost.
@@ -347,7 +347,7 @@ class RedisTransport(Transport):
         if self.state.stopping.is_set():
             self.cache.clear()
             try:
-                # Prefetched messages that no thread has begun, and abandoned ones.
+                # Prefetched messages not yet begun by a thread, and abandoned messages.
                 self._requeue_orphans()
             except (redis.RedisError, OSError) as error:
                 logger.warning("Messages of queue %r come back later than now: %s", self.source, error)
