@@ -9,7 +9,7 @@ Failures that may happen between any two lines, and how the claim survives them:
   and holds the retry: a redelivery publishes the retry again and does not run the job.
 - The process dies after the completion and before the ack. The redelivery finds the key completed; all follow-up messages
   were published before the completion.
-- A reply of the store is lost. Each claim has bytes of its own, so a claim that finds its own bytes has been made.
+- A reply of the store is lost. The bytes of each claim are unique: if a claim finds its own bytes, the claim was made.
 - The store is down. A message that needs a claim waits (unless ``on_store_error="run"``), and the thread of the leases
   writes the ends of jobs when the store is back.
 """

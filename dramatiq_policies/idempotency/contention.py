@@ -4,8 +4,8 @@ A single duplicate asks the store soon, then at growing intervals. Asking is as 
 duplicates of one key would crowd out other jobs. From 16 duplicates on, a key is contended:
 
 - One duplicate a second asks the store. The others trust its answer.
-- A duplicate that is due in the delay queue stays there while the key is known to be held. It does not pass through the
-  work queue, so no other job waits behind it.
+- A due duplicate stays in the delay queue while another message is known to hold the key. Such a duplicate does not pass
+  through the work queue, so no other job waits behind the duplicate.
 - Once the key is free, duplicates move to the work queue at a limited rate, ahead of no more than a few other jobs.
 """
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 __all__ = ["WAITS_FOR", "Contention"]
 
-#: The message option of a deferral that holds the register of its key.
+#: The option of a deferred message: the register of the key.
 WAITS_FOR = "waits_for"
-#: The shortest wait, in milliseconds; it doubles with each deferral.
+#: The first wait, in milliseconds. The wait doubles with each deferral.
 _FIRST_WAIT = 1_000
 _LEAST_WAIT = 20
 #: From how many waiting messages on, in one process, a key is contended.
 _MANY = 16
 #: For how long, in seconds, the other messages trust the store's last answer.
 _FRESH = 1.0
-#: The share of the longest wait that is random, so that waits do not end at the same time.
+#: The random share of the longest wait, so that waits do not all end at the same time.
 _JITTER = 0.2
 #: Random waits end at multiples of this, in milliseconds: a delay queue wakes up ten times a second, not for each message.
 _GRID = 100
-#: Seconds between two messages of a free key that move to the work queue, and for how many seconds moves may be made up.
+#: Seconds between two moves to the work queue for a free key, and for how many seconds missed moves may be caught up.
 _PACE = 0.002
 _BURST = 0.1
 #: How many keys are remembered.
@@ -46,14 +46,14 @@ _KEYS = 1_000
 
 
 class ContendedKey:
-    """What this process knows of one key.
+    """This process' knowledge of one key.
 
     Attributes:
       began: When the current count began, in monotonic seconds.
       number: How many messages were counted since then.
-      before: How many were counted in the window before that.
+      before: How many messages were counted in the previous window.
       asked: When the store was last asked, in monotonic seconds.
-      owner: Its answer; None if the key was free.
+      owner: The store's answer; None if the key was free.
       next_move: When the next message may move from the delay queue to the work queue.
     """
 
@@ -73,18 +73,18 @@ class ContendedKey:
 
 
 class Contention:
-    """The keys for which messages wait in this process.
+    """The keys with waiting messages in this process.
 
     Parameters:
-      lease: In milliseconds. A message waits for at most a quarter of it before the next look at its key.
+      lease: In milliseconds. A message waits for at most a quarter of the lease before the next look at the key.
     """
 
     def __init__(self, lease: int) -> None:
         self.at_most = lease // 4
         self.fresh = min(_FRESH, self.at_most / 1_000)
-        #: Changed without a lock: an update that is lost costs one question more.
+        #: Changed without a lock: a lost update only costs one more call of the store.
         self.keys: dict[str, ContendedKey] = {}
-        self._random = random.Random()  # noqa: S311 - it spreads waits
+        self._random = random.Random()  # noqa: S311 - only spreads waits
 
     def known(self, name: str, message_id: str) -> WaitForOwner | None:
         """The store's answer to one more message of a contended key; None if the store must be asked."""
@@ -95,7 +95,7 @@ class Contention:
         return None if owner is None or owner.message_id == message_id else owner
 
     def observe(self, name: str, answer: object, *, counted: bool = False) -> None:
-        """Remember what the store has answered.
+        """Remember an answer of the store.
 
         Parameters:
           counted: Whether the message has been counted in the delay queue.
@@ -103,7 +103,7 @@ class Contention:
         if not isinstance(answer, WaitForOwner):
             key = self.keys.get(name)
             if key is not None:
-                # A message that starts now owns the key: the next one asks.
+                # A message that starts now owns the key: the next message asks the store.
                 is_free = isinstance(answer, SkipDuplicate)
                 key.asked, key.owner = clock.monotonic() if is_free else -inf, None
                 key.next_move = min(key.next_move, key.asked) if is_free else key.next_move
@@ -112,7 +112,7 @@ class Contention:
         key.asked, key.owner = clock.monotonic(), answer
 
     def count(self, name: str) -> ContendedKey:
-        """Count one more message that waits for a key."""
+        """Count one more waiting message of a key."""
         key, now, window = self._key(name), clock.monotonic(), self.at_most / 1_000
         elapsed = now - key.began
         if elapsed > window:
@@ -121,9 +121,10 @@ class Contention:
         return key
 
     def wait(self, name: str, deferrals: int, owner: WaitForOwner | None) -> int:
-        """For how many milliseconds a message is deferred.
+        """Return for how many milliseconds to defer a message.
 
-        A run that has lasted for long is likely to last for as long again, so no wait is shorter than that.
+        A job that has run for long is likely to run for as long again. So the wait is at least the elapsed run time, up to
+        the longest wait and the rest of the lease.
 
         Parameters:
           deferrals: How often the message was deferred before.
@@ -140,7 +141,7 @@ class Contention:
         return max(_LEAST_WAIT, min(wait, owner.left))
 
     def postpone(self, message: MessageProxy) -> int | None:
-        """For how many milliseconds a due message stays in the delay queue; None if it moves to the work queue."""
+        """Return for how many milliseconds a due message stays in the delay queue; None to move the message."""
         options = message.options
         name = options.get(WAITS_FOR)
         if type(name) is not str or REDELIVERED in options:
@@ -168,7 +169,7 @@ class Contention:
         return key
 
     def _owner(self, key: ContendedKey, now: float) -> WaitForOwner | None:
-        """Who holds the key, if that is known well enough."""
+        """Return the holder of the key, if the store's answer is fresh enough."""
         owner, elapsed = key.owner, now - key.asked
         if owner is None or elapsed > self.fresh:
             return None

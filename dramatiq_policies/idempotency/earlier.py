@@ -1,8 +1,9 @@
-"""Records that 0.1.0 wrote under another name: honoured for as long as they last.
+"""Records that 0.1.0 wrote under another register name. They count until they expire.
 
-0.1.0 named a register by the text of its key. Where the name is another one now (see `keys`), two jobs may have had that
-one register, and one of the two still has it. So a record found there counts only if it is 0.1.0's: a claim says so itself,
-a completion does not, and counts if it is older than the mark that the first worker of a newer version leaves in the store.
+0.1.0 named a register by the text of the key. If the name has changed since (see `keys`), two jobs may have shared the old
+register, and one of the two still uses the old name. So a record in the old register counts only if 0.1.0 wrote the record.
+A claim of 0.1.0 has no ``beside``. A completion has no such sign, and counts if older than the mark that the first worker of
+a newer version leaves in the store.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from .records import Record
 
 __all__ = ["EarlierRecords"]
 
-#: The register of the mark. It holds nothing of interest; its age is what is gone of its ttl.
+#: The register of the mark. The content is meaningless; the elapsed part of the ttl gives the age.
 _MARK = typed_name(("#", "version 2"))
-#: For how long, in milliseconds, records of 0.1.0 may outlast their ttl: they wait for a retry, and are written while old
-#: workers are still deployed.
+#: For how long, in milliseconds, records of 0.1.0 may outlast their ttl: a record may wait for a retry, and old workers
+#: write records as long as they are deployed.
 _LATER = 2 * WEEK_MS
 
 
 class EarlierRecords:
-    """What 0.1.0 left in one store.
+    """The records of 0.1.0 in one store.
 
     Parameters:
-      store, ask: Where, and what calls it.
+      store: The store.
+      ask: Calls the store; raises `StoreDown` if the call fails.
     """
 
     def __init__(self, store: IdempotencyStore, ask: Callable[[Callable[[], Any]], Any]) -> None:
         self.store = store
         self.ask = ask
-        #: When the mark was left, in monotonic milliseconds; None where that is not known.
+        #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
 
     def mark(self) -> None:
@@ -46,15 +48,15 @@ class EarlierRecords:
         self._saw(CENTURY_MS if found is None else found.left)
 
     def find(self, name: str, keep: int) -> tuple[Record, int] | None:
-        """What 0.1.0 knew of a key, and for how many more milliseconds that is kept.
+        """Find the record that 0.1.0 wrote for a key, and for how many more milliseconds the store keeps the record.
 
         Parameters:
           name: The register of 0.1.0.
-          keep: How long a completed key is remembered, in milliseconds.
+          keep: How long the store remembers a completed key, in milliseconds.
 
         Raises:
-          StoreDown: The store could not be asked.
-          UnknownRecord: The register holds something that this version can't read.
+          StoreDown: The store is down.
+          UnknownRecord: This version can't read the record in the register.
         """
         if self.marked is None:
             self._saw(self.ask(partial(self.store.get, _MARK)).left)

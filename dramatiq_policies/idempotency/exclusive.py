@@ -1,9 +1,9 @@
-"""Letting one job run while nothing else runs in this process.
+"""Let one job run alone in this process.
 
-A process that is killed takes every job in it along, and the store only knows that all of them began and never ended. So
-the last start that a job is granted is made alone: if the process dies of that one, the job is the killer, and those
-that merely ran beside it get through theirs. A start beside others proves nothing, so it is recorded as such: before the
-other job begins, not after.
+When a process is killed, all jobs in the process die, and the store only knows: all of them began and never ended. So the
+last allowed start of a job is made alone. If the process dies again, the job is the killer. Jobs that only ran beside the
+killer survive their own last start. A crash of a start beside other jobs proves nothing. So before another job joins a job
+running alone, the store must record the end of running alone.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 __all__ = ["ExclusiveRuns"]
 
-#: How long, in seconds, the job waits for others to end.
+#: How long, in seconds, the job waits for the end of other jobs.
 _OTHERS_MAY_TAKE = 10.0
-#: How long, in seconds, others wait while it runs alone. It doubles with each start that proved nothing.
+#: How long, in seconds, other jobs wait while a job runs alone. The time doubles with each start that proved nothing.
 _ALONE_AT_MOST = 30.0
-#: The most that this may become.
+#: The upper bound of the doubled time, in seconds.
 _ALONE_AT_THE_VERY_MOST = 600.0
-#: Pause, in seconds, before the store is asked once more to record that a job is no longer alone.
+#: Seconds before the next try to record in the store that a job no longer runs alone.
 _EXPOSE_AGAIN = 1.0
 
 
 class ExclusiveRuns:
-    """Who runs in this process, and who wants to do so alone.
+    """The running jobs of this process, and the job that must run alone.
 
     Parameters:
-      expose: Records that the start of a delivery's job is no longer one made alone; False if that can't be recorded now.
+      expose: Records in the store that a delivery's job no longer runs alone; returns False if the store is down.
 
     Attributes:
       running: The deliveries whose jobs run.
@@ -39,26 +39,26 @@ class ExclusiveRuns:
         self.running: set[Any] = set()
         self._expose = expose
         self._alone: Any = None
-        #: Until when, in monotonic seconds, others wait for the one that runs alone. None: it waits for others itself.
+        #: Until when, in monotonic seconds, other jobs wait for the job that runs alone. None while the job itself waits for
+        #: the others to end.
         self._until: float | None = None
         self._changed = Condition()
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody is to be left alone now."""
+        """Whether no job runs alone or waits to run alone."""
         return self._alone is None
 
-    # On every job's way, so without the lock: who enters is seen first and looks then, who wants to be alone says so first
-    # and looks then. So one of the two sees the other.
+    # Lock-free, because every job passes here. Both sides publish, then check: at least one sees the other (Dekker).
 
     def enter(self, delivery: Any) -> None:
-        """Begin, once nobody is to be left alone."""
+        """Begin a job, after waiting for a job running alone."""
         self.running.add(delivery)
         while self._alone is not None:
             self._wait_outside(delivery)
 
     def _wait_outside(self, delivery: Any) -> None:
-        """Wait while a job is to be left alone; after its time expose it."""
+        """Wait while a job runs alone. After the job's time alone is over, record this in the store, and begin."""
         with self._changed:
             self.running.discard(delivery)
             self._changed.notify_all()
@@ -92,13 +92,13 @@ class ExclusiveRuns:
                 self._changed.notify_all()
 
     def make_alone(self, delivery: Any, unproven: int = 0) -> bool:
-        """Wait until this delivery, which has entered, runs alone, and keep others out until it leaves.
+        """Wait until the job of a delivery, already entered, runs alone, and keep other jobs out until the job leaves.
 
-        Others are kept out for 30 s, twice as long for each of its last starts that were not alone (``unproven``). If
-        somebody waits for longer, the start is exposed, and all begin.
+        Other jobs stay out for 30 s, at most ten minutes: the time doubles with each start that proved nothing
+        (``unproven``). If a job waits for longer, the store records the end of running alone, and all jobs begin.
 
         Returns:
-          Whether it is alone. It is not if others did not end within ten seconds; then nobody is kept out.
+          Whether the job runs alone. False if other jobs did not end within ten seconds; no job stays out then.
         """
         with self._changed:
             self.running.discard(delivery)

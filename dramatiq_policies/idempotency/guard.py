@@ -1,7 +1,7 @@
-"""Whether a job may begin: its key, its claim, and what becomes of the message if not.
+"""Decide whether a job may begin: make the key, claim the key, and otherwise skip, defer or quarantine the message.
 
-Called by the wrapper of ``actor.fn``, after every other middleware's before-hook. It either returns, with the claim on the
-delivery, or raises SkipMessage with the decision on it.
+The wrapper of ``actor.fn`` calls the guard, after the before-hooks of all middleware. The guard either puts the claim on the
+delivery, or puts the decision on the delivery and raises SkipMessage.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
 
 __all__ = ["IdempotencyGuard"]
 
-#: How often a job that must start alone is put back, where others run, before it starts beside them.
+#: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
 _RETURNS = 10
 
 
 class IdempotencyGuard:
-    """Lets the jobs of one broker begin.
+    """Guard the jobs of one broker by their keys.
 
     Parameters:
-      claims: Where keys are claimed.
-      place: Tells this broker's messages from those of other services in the store; None where the namespace does.
-      run_without_store: Whether a job runs unguarded while the store is down; otherwise its message waits.
+      state: The state of the broker.
+      claims: The claims on keys.
+      run_without_store: Whether a job runs unguarded while the store is down; otherwise the message waits.
+      place: Separates this service's keys from other services in the store; None if the store's namespace does.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class IdempotencyGuard:
         self.run_without_store = run_without_store
 
     def register_of(self, actor_name: str, key: str) -> Register:
-        """Where a key of an actor is remembered."""
+        """Return the register of an actor's key."""
         if self.place is None:
             return register_of(actor_name, key)
         return register_of(actor_name, key, (self.place, self.state.broker.get_actor(actor_name).queue_name))
 
     def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
-        """Run a job once: claim its key, run it if nobody else does, and keep it from jobs that must run alone."""
+        """Run a job once: wait for a job that runs alone, claim the key, and run the job if no other worker does."""
         policy = delivery.policy
         options = None if policy is None else policy.guard
         exclusive, batched = self.claims.exclusive, self.state.batched_completions
@@ -87,13 +88,13 @@ class IdempotencyGuard:
         if options.call_key is None:
             delivery.key = key_of(delivery.message, options)
         else:
-            # The user's code, so inside of the timeout.
+            # User code, so within the timeout.
             make = partial(run_interruptibly, delivery, options.call_key, args=job.args, kwargs=job.kwargs)
             delivery.key = key_of(delivery.message, options, make)
-        # The key's function was not the job.
+        # Reset: only the key's callable has run, not the job.
         delivery.started = delivery.ended = None
         if delivery.key is not None or delivery.redelivered:
-            # Outside of any interrupt, which would strike in the store's client.
+            # Outside the timeout: an interrupt would break the store's client.
             self.admit(delivery, options, delivery.key)
         if options.job is None or options.call is None:
             return proceed(delivery)
@@ -106,10 +107,10 @@ class IdempotencyGuard:
             raise
 
     def admit(self, delivery: Delivery, guard: IdempotencyOptions, key: str | None) -> None:
-        """Claim the key, or count a start.
+        """Claim the key. For a redelivered message without a key, count the start.
 
         Raises:
-          SkipMessage: The job is not to run now; the decision is on the delivery.
+          SkipMessage: The job must not run now; the decision is on the delivery.
         """
         message = delivery.message
         if delivery.redelivered and (left := self.state.booting_until - time.monotonic()) > 0:
@@ -118,7 +119,7 @@ class IdempotencyGuard:
         if key is None:
             if not delivery.redelivered or guard.max_crashes is None:
                 return
-            # The start that was not counted is the first, if there was one: a single start is never refused for it.
+            # A redelivery implies an uncounted start: begin at 2. The cap always allows at least one more start.
             name, starts = crash_counter_name(message.message_id), min(2, guard.max_crashes)
         else:
             name, earlier = self.register_of(message.actor_name, key)
@@ -142,7 +143,7 @@ class IdempotencyGuard:
         if isinstance(answer, Claim):
             delivery.claim = answer
             if self.claims.stopping:
-                # The shutdown looked for the jobs that run before this one could be seen.
+                # The shutdown uncounted the running jobs before this job was among them.
                 self.claims.uncount_start(delivery)
         elif isinstance(answer, records.WaitForOwner):
             self._defer(delivery, "running", name, answer)
@@ -152,7 +153,7 @@ class IdempotencyGuard:
     def _ask(
         self, delivery: Delivery, guard: IdempotencyOptions, name: str, starts: int, *, keyed: bool, earlier: str | None
     ) -> Claim | Quarantined | records.Action:
-        """Claim a register, or what becomes of the message instead."""
+        """Claim a register, or return the action to take instead."""
         message = delivery.message
         counted = message.options.pop(WAITS_FOR, None) == name
         if name in self.contention.keys and not delivery.redelivered:
@@ -171,9 +172,13 @@ class IdempotencyGuard:
         return answer
 
     def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
-        """The request of a job that is to start while nothing else runs in this process; it is put back if others do.
+        """Return the request of a job that must start alone. While other jobs run in this process, defer the message.
 
-        After ten returns it starts beside others: they may never end. Such a start proves nothing.
+        After ten deferrals (ten more for each start that proved nothing) the job starts beside the others, because they may
+        never end. A crash of such a start proves nothing.
+
+        Raises:
+          SkipMessage: The message is deferred.
         """
         unproven = max(0, starts - (request.max_crashes or starts))
         if self.claims.exclusive.make_alone(delivery, unproven):
@@ -201,16 +206,19 @@ class IdempotencyGuard:
         delivery.skip(Decision(Outcome.DUPLICATE, answer.reason))
 
     def done(self, delivery: Delivery) -> None:
-        """``done_when`` said so: settle this message's place, as if its job had just succeeded."""
+        """After ``done_when`` returned True, move on pipeline and group as if the job had just succeeded."""
         self.forward_first_result(delivery, delivery.message.message_id)
         delivery.decision = Decision(Outcome.DUPLICATE, "done")
         delivery.message.options["store_results"] = False
 
     def forward_first_result(self, delivery: Delivery, twin: str) -> None:
-        """Move on this message's pipeline and its group, with the result of the one that did its work.
+        """Move on the pipeline and the group of a duplicate, with the result of the first message.
+
+        Parameters:
+          twin: The id of the first message.
 
         Raises:
-          SkipMessage: That can't be done now, or never.
+          SkipMessage: The result backend is down (the message is deferred), or the next step needs a missing result (dead).
         """
         message, broker = delivery.message, self.state.broker
         options = message.options
@@ -258,7 +266,7 @@ class IdempotencyGuard:
         history.deferrals += 1
         again = delivery.again(**{POLICIES: history.option()})
         if delivery.redelivered:
-            # Still what counts a start of a message without a key.
+            # Keep the mark: without a key, only redelivered messages count their starts.
             again.options[REDELIVERED] = True
         if name:
             again.options[WAITS_FOR] = name
@@ -267,10 +275,10 @@ class IdempotencyGuard:
 
 
 def _settle_result(results: Any, message: Message[Any], twin: str, ttl: int) -> None:
-    """Tell whoever waits for a skipped message's result that there is none, for none will come."""
+    """Store an outcome for a skipped message without a result, so that nobody waits for the result forever."""
     try:
         if twin == message.message_id:
-            # Nobody ran it: as stock stores for what is skipped.
+            # No job ran. Plain Dramatiq stores None for a skipped message too.
             results.backend.store_result(message, None, ttl)
         else:
             error = NoResult(f"duplicate: the result of message {twin} is not stored")

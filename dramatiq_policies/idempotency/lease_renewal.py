@@ -1,4 +1,4 @@
-"""The claims that this process holds: renewed together by one thread, and concluded late where the store was down."""
+"""One thread renews all leases of this process, and writes the ends of jobs that the store could not take before."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ __all__ = ["Leases"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: After so many failures in a row, and nothing else, the store is down.
+#: After this many failures in a row and no success, the store counts as down.
 _IN_A_ROW = 3
-#: After so many refusals what is owed is given up.
+#: After this many refusals a pending write is given up.
 _REFUSALS = 20
 
 
 class Leases:
-    """The claims of one broker that are held.
+    """The held claims of one broker.
 
     Parameters:
-      store, ask: Where they are kept, and what calls it.
-      lease: For how many milliseconds a claim holds without being renewed.
+      store: The store of the claims.
+      ask: Calls the store; raises `StoreDown` if the call fails.
+      lease: For how many milliseconds a claim holds without a renewal.
     """
 
     def __init__(self, store: IdempotencyStore, ask: Callable[[Callable[[], Any]], Any], lease: int) -> None:
@@ -44,19 +45,19 @@ class Leases:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process nothing is held and no thread runs."""
+        """Start without claims and without a thread."""
         self._lock = threading.Lock()
         self._held: dict[str, Claim] = {}
         self._owed: list[tuple[Claim, Callable[[], object]]] = []
-        #: How often the store has refused what is owed for a claim, and taken something else in the same turn.
+        #: How often the store has refused the pending write of a claim and taken another write in the same turn.
         self._refusals: dict[Claim, int] = {}
-        #: Whether the store took anything in the last turn.
+        #: Whether the store took any write in the last turn.
         self._answers = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     def hold(self, claim: Claim) -> None:
-        """Renew a claim from now on, until it is let go."""
+        """Renew a claim from now on, until `drop`."""
         self._held[claim.name] = claim
         self._ensure_thread()
 
@@ -65,7 +66,7 @@ class Leases:
             del self._held[claim.name]
 
     def owe(self, claim: Claim, write: Callable[[], object]) -> None:
-        """Keep what concludes a claim for when the store is back; until then it is held."""
+        """Queue the write that concludes a claim until the store is back. The claim stays held."""
         with self._lock:
             self._owed.append((claim, write))
 
@@ -94,12 +95,12 @@ class Leases:
                 logger.exception("Leases could not be renewed; it is tried again.")
 
     def renew(self) -> None:
-        """Write what is owed, and renew all leases in one round trip; where that fails, each alone.
+        """Flush the pending writes, then renew all leases in one round trip; if the round trip fails, one by one.
 
-        A debt, or a claim, at which the store fails again and again keeps no other from its turn.
+        A write or a claim on which the store always fails does not block the others.
 
         Raises:
-          StoreDown: The store fails at all of them.
+          StoreDown: The store fails on all leases.
         """
         self._answers = answers = self.flush_pending_writes()
         held = list(self._held.values())
@@ -127,7 +128,7 @@ class Leases:
                 )
 
     def _each_alone(self, renewals: list[Renewal]) -> list[bool | None]:
-        """Renew one after the other, and no more once the store has failed at some in a row: then it is down."""
+        """Renew one lease after the other. Stop after three failures in a row: the store is down."""
         kept: list[bool | None] = []
         for renewal in renewals:
             if kept[-_IN_A_ROW:] == [None] * _IN_A_ROW:
@@ -140,13 +141,13 @@ class Leases:
         return kept
 
     def _take_back(self, claim: Claim) -> None:
-        """Hold a claim that was not found where it was, if nobody else holds it."""
+        """Write a lost claim again, if no other worker holds the key."""
         found = self.store.swap(claim.name, None, claim.value, self.lease + claim.keep)
         if found is None and claim.over:
-            # Its ending was written in between, and took the register away.
+            # Meanwhile another thread has written the end of the job, which cleared the register: clear the register again.
             self.store.swap(claim.name, claim.value, None, 1)
         elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
-            return  # Had lapsed, and is held again; or its completion was written in between.
+            return  # The lease had lapsed and now holds again, or the completion was written meanwhile.
         elif self._held.get(claim.name) is claim:
             logger.warning(
                 "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
@@ -155,10 +156,13 @@ class Leases:
             )
 
     def flush_pending_writes(self) -> bool:
-        """Write what could not be written when its job was over; whether the store took any of it.
+        """Write the ends of jobs that the store could not take before.
 
-        What it does not take goes behind the others. It is given up where the store has refused it often and taken
-        others meanwhile.
+        A refused write moves to the end of the queue. After 20 refusals, in turns in which the store took other writes, the
+        write is given up.
+
+        Returns:
+          Whether the store took any write.
         """
         with self._lock:
             debts = list(self._owed)
@@ -167,7 +171,7 @@ class Leases:
         for debt in debts:
             claim, write = debt
             try:
-                # What was refused before is no news, nor a sign that the store is down.
+                # Not by ask() after a refusal: a repeated refusal is neither news nor a sign of an outage.
                 write() if claim in self._refusals else self.ask(write)
             except Exception as error:
                 with self._lock:
@@ -199,11 +203,11 @@ class Leases:
         claim.claims.drop(claim)
 
     def close(self) -> None:
-        """End the thread; the next claim starts another."""
+        """End the thread; the next claim starts a new thread."""
         self._stop.set()
         self.flush_pending_writes()
         if self._owed:
             logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
         if self._thread is not None:
-            # It may wait for a store that does not answer; it ends by itself then.
+            # If the thread waits for a silent store, the thread ends later by itself.
             self._thread.join(1)

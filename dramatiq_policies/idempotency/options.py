@@ -1,4 +1,4 @@
-"""What an actor declares about running once: checked at its declaration, with the key of each of its messages."""
+"""The idempotency options of an actor, checked at the declaration, and the key of a message."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max
 
 
 class AlreadyDone(SkipMessage):
-    """``done_when`` said that there is nothing left to do."""
+    """``done_when`` returned True: the work is already done."""
 
 
 def register_name(actor_name: str, key: str) -> str:
-    """The register of an actor's key."""
+    """Name the register of an actor's key."""
     if type(key) is TypedKey:
         return typed_name(("a", actor_name), *key.parts)
     return encodable(f"{actor_name}\0{key}")
 
 
 class Register(NamedTuple):
-    """Where a key is remembered.
+    """The register of a key in the store.
 
     Attributes:
-      name: The register.
-      earlier: The register of the same key in version 0.1.0, where that was another one; None where it is the same.
+      name: The name of the register.
+      earlier: The name in version 0.1.0; None if the names are the same.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Register(NamedTuple):
 
 
 def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Register:
-    """The register of an actor's key, and the one that 0.1.0 used.
+    """Return the register of an actor's key, with its name in 0.1.0.
 
     Parameters:
-      scope: Tells the services apart that share the store; empty where the store's namespace does.
+      scope: Separates the services that share the store; empty if the store's namespace does.
     """
     if type(key) is not TypedKey and not scope:
         return Register(register_name(actor_name, key))
@@ -81,9 +81,10 @@ def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Registe
 
 
 def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any], Any] | None = None) -> str | None:
-    """The key of a message: its own, or what the actor's makes of its arguments; None if it has none.
+    """Return the key of a message: the message's own key, or the actor's key for the arguments; None without a key.
 
-    ``call`` calls code of the user's with what the actor was called with.
+    Parameters:
+      call: Calls the user's key callable with the actor's arguments.
     """
     own = message.options.get("idempotency_key")
     if own is not None:
@@ -101,13 +102,13 @@ def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any
 def resolve_guard(
     where: str, actor: Actor[..., Any], rules: RuleSet, defaults: tuple[int, int | None] | None
 ) -> IdempotencyOptions | None:
-    """Check an actor's options of idempotency.
+    """Check an actor's idempotency options.
 
     Parameters:
-      defaults: The broker's ttl and max_crashes; None if it has no Idempotency.
+      defaults: The broker's ttl and max_crashes; None if the broker has no Idempotency with a store.
 
     Raises:
-      ConfigurationError: An option makes no sense, or there is no Idempotency to serve it.
+      ConfigurationError: An option is invalid, or the broker has no Idempotency with a store.
     """
     options = actor.options
     if defaults is None:
@@ -152,7 +153,7 @@ def resolve_guard(
 def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
     for name in OPTIONS:
         value = options.get(name)
-        # Not by equality: 0 asks for something too.
+        # Not by equality: 0 equals False but is a value.
         if not (value is None or value is False):
             raise ConfigurationError(
                 f"{where}: {name}: the broker has no Idempotency with a store. "
@@ -171,7 +172,7 @@ def checked_crashes(where: str, value: Any) -> int | None:
 
 
 def _longest_wait(rules: RuleSet) -> int:
-    """The longest wait between two runs that rules which retry allow, in milliseconds."""
+    """Return the longest wait between two runs under the retry rules, in milliseconds."""
     longest = 0
     for policy in rules.retry_policies():
         bounds = [bounds_of(policy.wait, attempt)[1] for attempt in range(1, min(policy.attempts, 100))]
@@ -180,7 +181,7 @@ def _longest_wait(rules: RuleSet) -> int:
 
 
 def _signature_of(fn: Any) -> inspect.Signature | None:
-    """What the actor takes, None if it does not say."""
+    """Return the actor's signature; None if the function has none."""
     try:
         return signature_of(fn)
     except (TypeError, ValueError):
@@ -194,7 +195,7 @@ def _is_decorated(fn: Any) -> bool:
 def _check_callable(
     where: str, option: str, expected: str, given: Any, fn: Any, takes: inspect.Signature | None
 ) -> None:
-    """Refuse what can't be called as the actor is; ``takes`` is what that takes, None if it does not say."""
+    """Check that a callable takes the actor's arguments. ``takes`` is the actor's signature; None if unknown."""
     if not callable(given):
         raise ConfigurationError.of_option(where, option, expected, given)
     if returns_coroutine_or_generator(given) and not (is_coroutine_callable(given) and coroutines.is_async(fn)):
@@ -205,7 +206,7 @@ def _check_callable(
             given,
             "A coroutine function works on an async actor only, a generator nowhere",
         )
-    # A decorator may take other arguments than what it wraps.
+    # A decorator may take other arguments than the wrapped function.
     if takes is not None and not _is_decorated(fn) and not accepts_call_of(given, takes):
         raise ConfigurationError.of_option(
             where,
@@ -217,7 +218,7 @@ def _check_callable(
 
 
 def _with_done_when(fn: Any, done_when: Callable[..., Any]) -> Callable[..., Any]:
-    """The job, which asks first whether it has been done: inside its timeout, and on the loop of an async actor."""
+    """Wrap a job so that ``done_when`` runs first: within the timeout, and on the event loop of an async actor."""
     if coroutines.is_async(fn):
         coroutine = fn.__wrapped__
 

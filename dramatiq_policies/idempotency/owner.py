@@ -1,11 +1,11 @@
-"""Who holds a claim, and whether it has certainly died.
+"""The owner of a claim, and whether the owner has certainly died.
 
-An owner names its host, its process and when that started, as ``host:pid:place:start``. The place is a digest of the boot
-and of the namespace in which the pid means something, so that another container, or the same host before a reboot, is
-another place; the start tells a process from an earlier one with its pid. Of a process in another place nothing is
-certain: its claims last until their lease ends. Where the place can't be read (no ``/proc``, or systemd's
-``ProcSubset=pid``, which hides ``/proc/sys``), each process draws a place of its own at random, so that it equals no other
-process' place. A constant in its stead would make processes of two hosts look like neighbours.
+An owner is ``host:pid:place:start``. The place is a digest of the boot and the pid namespace, so another container, or the
+same host before a reboot, is another place. The start time tells a process from an earlier process with the same pid. About
+a process in another place nothing is certain: its claims last until the lease ends.
+
+If the place can't be read (no ``/proc``, or systemd's ``ProcSubset=pid``, which hides ``/proc/sys``), each process draws a
+random place, equal to no other. A constant place would make processes of two hosts look like neighbours.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _known: tuple[int, str] | None = None
 
 
 def this_process() -> str:
-    """This process, as an owner; made anew after a fork."""
-    global _known  # noqa: PLW0603 - it belongs to the process
+    """Return this process as an owner. A forked process is a new owner."""
+    global _known  # noqa: PLW0603 - belongs to the process
     pid = os.getpid()
     known = _known
     if known is None or known[0] != pid:
@@ -32,7 +32,7 @@ def this_process() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Whether that process is certainly gone. False where it can't be known."""
+    """Tell whether an owner's process has certainly died. False if unknown."""
     parts = owner.rsplit(":", 3)
     if len(parts) != 4 or not parts[3] or not parts[1].isdecimal() or parts[2] != this_process().rsplit(":", 3)[2]:
         return False
@@ -42,21 +42,21 @@ def is_dead(owner: str) -> bool:
     except ProcessLookupError:
         return True
     except (OverflowError, ValueError):
-        return False  # No process has such a number: nobody of ours has written that.
+        return False  # No process has such a number, so dramatiq_policies did not write this owner.
     except OSError:
-        pass  # Somebody else's, but there.
+        pass  # The process belongs to another user, but exists.
     state, started = _stat(int(pid))
     return state in ("Z", "X") or started not in ("", start)
 
 
 def _read(path: str) -> str:
-    # Not by pathlib: to import it costs more than a tenth of what importing this library does.
+    # Not by pathlib: importing pathlib would add a tenth to the import time of dramatiq_policies.
     with open(path, errors="replace") as file:  # noqa: PTH123
         return file.read()
 
 
 def _place() -> str:
-    """The digest of this place, empty where the place can't be read."""
+    """Return the digest of this place; empty if the place can't be read."""
     try:
         boot = _read("/proc/sys/kernel/random/boot_id").strip()
         namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
@@ -68,7 +68,7 @@ def _place() -> str:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """A process' state and start (in ticks since the boot), empty where they can't be read."""
+    """Return a process' state and start (in ticks since the boot); empty if ``/proc`` can't be read."""
     try:
         # The name of the program, in parentheses, may contain anything.
         fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()

@@ -1,9 +1,10 @@
-"""Which services share an idempotency store, and whether two of them share their keys.
+"""Find services that share an idempotency store and use the same keys.
 
-A key belongs to its actor, and an actor to its service. Two services with an actor of one name must not share a namespace of
-the store: the second one's jobs would be duplicates of the first one's. Where no namespace is given, a register's name
-contains what tells services apart: the broker's virtual host or namespace, and the actor's queue. For all else each worker
-records at its start which actors it runs from which queue, and logs what another service has recorded.
+A key belongs to an actor, and an actor to a service. Two services with an actor of the same name must not share a namespace
+of the store: jobs of the second service would be duplicates of the first. Without a namespace, the name of a register
+contains the broker's virtual host or namespace and the actor's queue, to separate services. To detect all other collisions,
+each worker records its actors and their queues at the start, and logs a warning if another service has recorded the same
+keys.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: The register in which workers record their service.
 _SERVICES = typed_name(("#", "services"))
-#: For how long, in milliseconds, a service is one that still runs.
+#: For how long after the last start of a worker, in milliseconds, a service counts as running.
 _LATELY = WEEK_MS
 _TRIES = 20
 #: Seconds to wait for RabbitMQ's name.
@@ -38,12 +39,12 @@ _PATIENCE = 2.0
 
 
 class Neighbour(NamedTuple):
-    """An actor whose keys another service uses, too.
+    """An actor with keys that another service uses too.
 
     Attributes:
       actor: The actor's name.
       other: The queue and the broker of the other service.
-      seen: When a worker of that service started last, ms since the epoch.
+      seen: When a worker of the other service last started, ms since the epoch.
     """
 
     actor: str
@@ -59,7 +60,7 @@ class Neighbour(NamedTuple):
 
 
 def place_of(broker: Broker, store: IdempotencyStore) -> str | None:
-    """The part of a register's name that tells services apart; None where the store's own namespace does."""
+    """Return the part of a register's name that separates services; None if the store's namespace does."""
     kind = kind_of(broker)
     if kind == "stub" or getattr(store, "is_namespaced", True):
         return None
@@ -67,7 +68,7 @@ def place_of(broker: Broker, store: IdempotencyStore) -> str | None:
 
 
 def _within(broker: Any) -> str:
-    """The part of its server that a broker uses."""
+    """Name the part of the server that a broker uses."""
     kind = kind_of(broker)
     if kind == "redis":
         return f"redis {broker.namespace}"
@@ -79,7 +80,7 @@ def _within(broker: Any) -> str:
 
 
 def server_of(broker: Any, store: Any) -> str | None:
-    """A name for the part of its server that a broker uses, the same for each client; None if it can't be told now."""
+    """Name the server of a broker and the used part, the same for each client; None if the server does not answer."""
     try:
         kind = kind_of(broker)
         if kind == "rabbitmq":
@@ -104,7 +105,7 @@ def _cluster_of(broker: Any) -> str:
         one.connection_attempts = 1
     connection = pika.BlockingConnection(copies)
     try:
-        # Pika keeps to itself what the server said when it opened the connection.
+        # Pika has no public access to the server's properties.
         name = connection._impl.server_properties.get("cluster_name", "")  # noqa: SLF001
     finally:
         connection.close()
@@ -112,7 +113,7 @@ def _cluster_of(broker: Any) -> str:
 
 
 def _id_of(broker: Any) -> str:
-    # A Redis server's own id is another one after each start.
+    # A Redis server's own id changes with each start.
     name = f"{broker.namespace}:dramatiq_policies:id"
     broker.client.set(name, uuid4().hex, nx=True)
     found = broker.client.get(name)
@@ -122,12 +123,13 @@ def _id_of(broker: Any) -> str:
 def record_service(
     store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
 ) -> list[Neighbour]:
-    """Record which actors a service runs; what other services have recorded of the same keys.
+    """Record the actors of a service, and return the services that have recorded the same keys.
 
     Parameters:
+      store: The store of the keys.
       server: See `server_of`.
       place: See `place_of`.
-      queues: The actors that have keys, each with its queue.
+      queues: The actors with keys, each with the name of the queue.
     """
     queues = list(queues)
     held: bytes | None = None
@@ -149,7 +151,7 @@ def record_service(
 def neighbours(
     store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
 ) -> list[Neighbour]:
-    """What other services have recorded of the same keys. Nothing is changed; parameters as for `record_service`."""
+    """Return the services that have recorded the same keys, and write nothing. Parameters as for `record_service`."""
     return list(_others(_read(store.get(_SERVICES).value), server, place, queues, now_ms()))
 
 
@@ -176,7 +178,7 @@ def _lately(seen: dict[str, int], now: int) -> dict[str, int]:
 
 
 def _read(value: bytes | None) -> dict[str, dict[str, int]]:
-    """What the register holds; what is not as ours is left out."""
+    """Decode the register. Unexpected content is left out."""
     try:
         found = json.loads(value or b"{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Calls of an idempotency store: whatever goes wrong in one, the store is down, which is said once for each outage."""
+"""Call an idempotency store. Any error counts as an outage, and each outage is logged once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class StoreDown(Exception):
-    """The store could not be asked."""
+    """The call of the store failed."""
 
 
 class StoreClient:
-    """The calls of one store in this process."""
+    """Calls one store, and logs when an outage begins and ends."""
 
     def __init__(self) -> None:
         self._down = False
@@ -30,11 +30,15 @@ class StoreClient:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """In a new process no other thread holds the lock, whatever it says."""
+        """Replace the lock: a thread of the parent process may have held the lock during the fork."""
         self._lock = threading.Lock()
 
     def ask(self, call: Callable[[], T]) -> T:
-        """Call the store; say once when it goes down, and once when it is back."""
+        """Call the store. Log once when the store goes down, and once when the store is back.
+
+        Raises:
+          StoreDown: The call raised; the cause is its error.
+        """
         try:
             answer = call()
         except Exception as error:
