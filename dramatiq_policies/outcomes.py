@@ -11,7 +11,7 @@ from ._job_errors import quietly
 from .common.safe_logger import SafeLogger
 from .common.texts import encodable
 
-__all__ = ["Outcome", "OutcomeEvent", "Subscriber"]
+__all__ = ["Outcome", "OutcomeEvent", "StuckJob", "Subscriber"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -36,6 +36,25 @@ class Outcome(str, Enum):
 
 #: The outcomes of messages that have failed permanently.
 BAD_ENDINGS = frozenset({Outcome.DISCARDED, Outcome.ALERTED, Outcome.DEAD, Outcome.EXPIRED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StuckJob:
+    """A job beyond timeout and grace, still running.
+
+    Attributes:
+      actor: The actor's name.
+      queue: The name of the queue.
+      message_id: The message's id.
+      elapsed_ms: How long the job has run, in milliseconds.
+      stack: The Python stack of the job's thread (coroutine, greenlet), as in a traceback.
+    """
+
+    actor: str
+    queue: str
+    message_id: str
+    elapsed_ms: float
+    stack: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from ..common.forks import after_fork
-from ..outcomes import Outcome, OutcomeEvent, Subscriber, logger
+from ..outcomes import Outcome, OutcomeEvent, StuckJob, Subscriber, logger
 from .executor import AroundJob, Proceed, run_job
 from .refusals import Distrust, Parking
 from .validation import MAX_BODY_BYTES
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from dramatiq.middleware import Middleware
 
     from ..interrupts.slots import StuckListener
-    from ..middleware.metrics import Metrics
-    from ..middleware.shutdown import ShutdownNotifications
-    from ..middleware.timeout import StuckJob, Timeout
     from .actor_policy import ActorPolicy
     from .delay_queue import DelayQueue
     from .delivery import Delivery
@@ -46,6 +43,25 @@ class CompletionBatcher(Protocol):
 
     def flush(self) -> None:
         """Send the posted completions, and wait for the replies."""
+
+
+class TimeLimits(Protocol):
+    """The part of Timeout that other packages read."""
+
+    @property
+    def on_stuck(self) -> object: ...
+
+    def resolve(self, options: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """Return an actor's timeout and queue timeout in milliseconds, None for none."""
+
+    def still_stuck(self) -> list[Delivery]:
+        """Return the reported jobs that still run."""
+
+
+class ShutdownDefault(Protocol):
+    """The part of ShutdownNotifications that other packages read."""
+
+    notify_shutdown: bool
 
 
 class BrokerState:
@@ -75,14 +91,12 @@ class BrokerState:
         #: When each consumer last asked the broker, in monotonic seconds. None unless a heartbeat reads the times.
         self.last_polled_at: dict[str, float] | None = None
         #: The Timeout middleware; None without one.
-        self.timeout: Timeout | None = None
+        self.timeout: TimeLimits | None = None
         #: Receives each job still running after an interrupt; None without Timeout.
         self.stuck_listener: StuckListener | None = None
         self._around_jobs: list[tuple[int, AroundJob]] = []
         #: Runs a job, with all callables around the job.
         self.run_around_job: Proceed = run_job
-        #: The Metrics middleware; None without one.
-        self.metrics: Metrics | None = None
         #: Called with each stuck job before ``on_stuck``, on a separate thread.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: Returns how many milliseconds a due message must stay in the delay queue, or None to move the message now. Set by
@@ -93,7 +107,7 @@ class BrokerState:
         #: The ttl and max_crashes of the Idempotency middleware; None without the middleware, or without a store.
         self.guard_defaults: tuple[int, int | None] | None = None
         #: Our subclass of Dramatiq's ShutdownNotifications.
-        self.shutdown_notifications: ShutdownNotifications | None = None
+        self.shutdown_notifications: ShutdownDefault | None = None
         # The middleware and the actors at the last call of `ordering.order_middleware`.
         self.arranged: list[Middleware] | None = None
         self.arranged_length = 0

@@ -82,6 +82,10 @@ class Claim:
         self.over = False
         self.excused = False
 
+    def drop(self) -> None:
+        """Hold the claim no longer."""
+        self.claims.drop(self)
+
     def ending(self, send: OutgoingMessage) -> None:
         """Record, before the retry is published, that the run has ended."""
         if run_of(send.message.options) <= self.record.run:

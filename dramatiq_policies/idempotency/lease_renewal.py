@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
@@ -13,9 +13,6 @@ from ..outcomes import text_of
 from ..stores import IdempotencyStore, Renewal
 from . import records
 from .store_client import StoreDown
-
-if TYPE_CHECKING:
-    from .claims import Claim
 
 __all__ = ["Leases"]
 
@@ -26,6 +23,28 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 _IN_A_ROW = 3
 #: After this many refusals a pending write is given up.
 _REFUSALS = 20
+
+
+class HeldClaim(Protocol):
+    """The part of a `Claim` that is renewed here."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def record(self) -> records.Record: ...
+
+    @property
+    def value(self) -> bytes: ...
+
+    @property
+    def keep(self) -> int: ...
+
+    @property
+    def over(self) -> bool: ...
+
+    def drop(self) -> None:
+        """Hold the claim no longer."""
 
 
 class Leases:
@@ -47,25 +66,25 @@ class Leases:
     def reset_after_fork(self) -> None:
         """Start without claims and without a thread."""
         self._lock = threading.Lock()
-        self._held: dict[str, Claim] = {}
-        self._owed: list[tuple[Claim, Callable[[], object]]] = []
+        self._held: dict[str, HeldClaim] = {}
+        self._owed: list[tuple[HeldClaim, Callable[[], object]]] = []
         #: How often the store has refused the pending write of a claim and taken another write in the same turn.
-        self._refusals: dict[Claim, int] = {}
+        self._refusals: dict[HeldClaim, int] = {}
         #: Whether the store took any write in the last turn.
         self._answers = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def hold(self, claim: Claim) -> None:
+    def hold(self, claim: HeldClaim) -> None:
         """Renew a claim from now on, until `drop`."""
         self._held[claim.name] = claim
         self._ensure_thread()
 
-    def drop(self, claim: Claim) -> None:
+    def drop(self, claim: HeldClaim) -> None:
         if self._held.get(claim.name) is claim:
             del self._held[claim.name]
 
-    def owe(self, claim: Claim, write: Callable[[], object]) -> None:
+    def owe(self, claim: HeldClaim, write: Callable[[], object]) -> None:
         """Queue the write that concludes a claim until the store is back. The claim stays held."""
         with self._lock:
             self._owed.append((claim, write))
@@ -140,7 +159,7 @@ class Leases:
                 kept.append(None)
         return kept
 
-    def _take_back(self, claim: Claim) -> None:
+    def _take_back(self, claim: HeldClaim) -> None:
         """Write a lost claim again, if no other worker holds the key."""
         found = self.store.swap(claim.name, None, claim.value, self.lease + claim.keep)
         if found is None and claim.over:
@@ -166,7 +185,7 @@ class Leases:
         """
         with self._lock:
             debts = list(self._owed)
-        refused: list[tuple[Claim, Exception]] = []
+        refused: list[tuple[HeldClaim, Exception]] = []
         taken, answers = False, self._answers
         for debt in debts:
             claim, write = debt
@@ -196,11 +215,11 @@ class Leases:
                 )
         return taken
 
-    def _forgive(self, claim: Claim) -> None:
+    def _forgive(self, claim: HeldClaim) -> None:
         with self._lock:
             self._owed = [debt for debt in self._owed if debt[0] is not claim]
         self._refusals.pop(claim, None)
-        claim.claims.drop(claim)
+        claim.drop()
 
     def close(self) -> None:
         """End the thread; the next claim starts a new thread."""

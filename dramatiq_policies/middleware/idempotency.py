@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..delivery.broker_state import BrokerState
-    from .timeout import StuckJob
+    from ..outcomes import StuckJob
 
 __all__ = ["Idempotency", "KeyState"]
 

@@ -11,7 +11,7 @@ from .._job_errors import is_a
 from ..delivery.delivery import READY_AT
 from ..errors import ConfigurationError, Snooze
 from ..observability.statsd import Statsd, Value, metric_name, tag_list
-from ..outcomes import Outcome, OutcomeEvent
+from ..outcomes import Outcome, OutcomeEvent, StuckJob
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
-    from .timeout import StuckJob
 
 __all__ = ["Metrics"]
 
@@ -102,7 +101,6 @@ class Metrics(PolicyMiddleware):
 
     def attach(self, state: BrokerState) -> None:
         self._state = state
-        state.metrics = self
         state.observe(self, self._record, self, successes=False)
         state.success_listeners = (*state.success_listeners, self._succeeded)
         state.stuck_subscribers.append(self._stuck)

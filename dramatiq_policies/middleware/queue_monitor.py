@@ -258,8 +258,9 @@ class QueueMonitor(PolicyMiddleware):
 
     def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
         from ..observability.statsd import metric_name, tag_list
+        from .metrics import Metrics
 
-        metrics = self._state().metrics
+        metrics = next((found for found in self._state().broker.middleware if isinstance(found, Metrics)), None)
         statsd, queues = self._statsd, self.queue_prefix
         if metrics is not None:
             statsd = metrics.statsd if statsd is None else statsd

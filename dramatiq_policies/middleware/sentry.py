@@ -9,7 +9,7 @@ from .. import _dramatiq
 from ..common.texts import encodable_all
 from ..errors import ConfigurationError
 from ..observability._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
-from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, class_path, traceparent_of
+from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, StuckJob, class_path, traceparent_of
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
     from ..delivery.broker_state import BrokerState
-    from .timeout import StuckJob
 
 __all__ = ["SentryReporter"]
 

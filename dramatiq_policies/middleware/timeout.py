@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -30,7 +29,7 @@ from ..delivery.limits import (
 )
 from ..errors import ConfigurationError, QueueTimeoutExceeded
 from ..interrupts import supported
-from ..outcomes import Outcome
+from ..outcomes import Outcome, StuckJob
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -53,25 +52,6 @@ _TOLD_WITHIN: Final = 5.0
 #: How long, in seconds, the master process then has to read the log record from its pipe. After the end of its last worker
 #: process, the master reads no more.
 _READ_WITHIN: Final = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StuckJob:
-    """A job beyond timeout and grace, still running.
-
-    Attributes:
-      actor: The actor's name.
-      queue: The name of the queue.
-      message_id: The message's id.
-      elapsed_ms: How long the job has run, in milliseconds.
-      stack: The Python stack of the job's thread (coroutine, greenlet), as in a traceback.
-    """
-
-    actor: str
-    queue: str
-    message_id: str
-    elapsed_ms: float
-    stack: str
 
 
 OnStuck = Literal["log", "exit"] | Callable[[StuckJob], object]

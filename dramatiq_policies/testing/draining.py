@@ -27,6 +27,7 @@ from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current
 from ..errors import checked_duration
 from ..interrupts import threads as interrupts
+from ..middleware.metrics import Metrics
 from .recorder import recording
 from .run import Entry, Run
 from .stub_environment import StubEnvironment, environment_of
@@ -114,7 +115,8 @@ class Drain:
         self.environment = environment
         self.broker = environment.broker
         self.clock = environment.clock
-        self.run = Run(environment.broker.actors, environment.state.metrics)
+        metrics = next((found for found in environment.broker.middleware if isinstance(found, Metrics)), None)
+        self.run = Run(environment.broker.actors, metrics)
         self.died = False
         #: The ids of messages that wait for the idempotency store.
         self._stalled: set[str] = set()
