@@ -17,7 +17,7 @@ from .models import Order
     queue_name="mail",
     retry_on={
         # Perhaps the order is not committed yet: try again, then give up.
-        Order.DoesNotExist: RetryPolicy(attempts=3, wait=constant(timedelta(milliseconds=50)), then="discard"),
+        Order.DoesNotExist: RetryPolicy(attempts=3, wait=constant(timedelta(seconds=1)), then="discard"),
         mail.MailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=timedelta(seconds=2))),
     },
     discard_on=mail.AddressRefused,

@@ -20,9 +20,11 @@ from dramatiq_policies.brokers.stub.queue_reader import Reader
 
 ROOT = Path(__file__).parents[2]
 BROKER = """
+from datetime import timedelta
+
 from dramatiq_policies import QueueMonitor, Threshold
 broker = StubBroker()
-install(broker, queue_monitor=QueueMonitor(thresholds={"mail": Threshold(ready=2, dead=5)}, interval=50))
+install(broker, queue_monitor=QueueMonitor(thresholds={"mail": Threshold(ready=2, dead=5)}, interval=timedelta(milliseconds=50)))
 dramatiq.set_broker(broker)
 """
 APP = """

@@ -78,10 +78,10 @@ def ended(*, remembered=True, plain=True):
 
 @pytest.fixture
 def carrier(monkeypatch):
+    """Batches the completions of threads that have more to do."""
     monkeypatch.setattr(
         batched_completions, "settle_and_ack", lambda state, transport, message, delivery: transport.settle_and_ack()
     )
-    """A Piggyback of threads that have more to do."""
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: True)
     state = SimpleNamespace(successes_observed=False, stopping=Stopping())
     return BatchedCompletions(state, None, Trips())

@@ -238,8 +238,8 @@ def fates(before_run=lambda: None):
     before_run()
     with pytest.MonkeyPatch.context() as patch:
         # However short a job was, it is said to be close to its timeout.
-        for module in ("limits", "executor"):
-            patch.setattr(f"dramatiq_policies.delivery.{module}.WARN_RATIO", 0)
+        for module in ("delivery.limits", "middleware.timeout"):
+            patch.setattr(f"dramatiq_policies.{module}.WARN_RATIO", 0)
         patch.setattr("dramatiq_policies.delivery.limits._warned", set())
         send_all_and_run(stage, close_to_its_timeout, well, fails, retried, discarded, alerts, skipped)
     return ran, Counter((event.actor, event.outcome, event.reason) for event in stage.events)
