@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
 # Most tests wait for something: four processes suit two cores. WORKERS=0 is one process, for a debugger.
 WORKERS ?= 4
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite docs release-check clean
 
