@@ -66,7 +66,7 @@ def bury(place, app, count, **failure):
             "message": f"no {number}",
             "attempts": 3,
         }
-        why.update(failure, failed_at=int(time.time() * 1_000))
+        why.update(failure, failed_at=int(time.time() * 1_000) + number)
         options = {"failure": why, "retries": 2, "policies": {"total": 3}, "redis_message_id": f"r{number}"}
         letters.append(Message(place.queue, "job", (number,), {}, options))
     bury_bodies(place, app, [letter.encode() for letter in letters])
@@ -342,8 +342,7 @@ def test_the_commands_work_as_processes(place, app, run):
     assert err == ""
     assert [(group["count"], group["actor"]) for group in json.loads(out)] == [(3, "job")]
     out, _ = run("dead", "list", "killed_app").communicate(timeout=20)
-    # Buried in the same millisecond, they have no order.
-    assert sorted(line.split()[2] for line in out.splitlines()) == sorted(ids)
+    assert [line.split()[2] for line in out.splitlines()] == ids[::-1]  # The newest first.
     out, _ = run("dead", "purge", "killed_app", "--yes").communicate(timeout=20)
     assert out == "3 dead letters deleted.\n"
     assert count_dead(place) == 0
