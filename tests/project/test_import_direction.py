@@ -25,7 +25,8 @@ LAYERS = [
     {"brokers"},
     {"observability"},
     {"middleware"},
-    {"bundle", "_typed_actor"},
+    {"transactions"},
+    {"bundle", "_typed_actor", "sql"},
     {"ops"},
     {"contrib", "testing"},
     {"cli"},
@@ -127,7 +128,7 @@ def test_rules_and_backoff_know_nothing_of_dramatiq():
 def test_importing_the_package_needs_nothing_but_dramatiq():
     code = (
         "import sys\n"
-        "for name in ('redis', 'pika', 'statsd', 'sentry_sdk', 'gevent', 'click', 'rich'): sys.modules[name] = None\n"
+        "for name in ('redis', 'pika', 'statsd', 'sentry_sdk', 'gevent', 'click', 'rich', 'sqlalchemy'): sys.modules[name] = None\n"
         "import dramatiq_policies, dramatiq_policies.ops\n"
         "from dramatiq.brokers.stub import StubBroker\n"
         "dramatiq_policies.install(StubBroker())\n"

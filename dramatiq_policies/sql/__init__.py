@@ -1,0 +1,25 @@
+"""The outbox, keys and transactional jobs with SQLAlchemy 2: PostgreSQL, MariaDB, MySQL and SQLite.
+
+Install the extra ``sql`` and a driver of your database, and create the tables::
+
+    pip install "dramatiq-policies[sql]"
+
+    create_tables(engine)                           # or let Alembic do it, from `metadata`
+"""
+
+from __future__ import annotations
+
+try:
+    import sqlalchemy
+except ImportError as error:
+    raise ImportError('dramatiq_policies.sql needs SQLAlchemy 2: pip install "dramatiq-policies[sql]"') from error
+if int(sqlalchemy.__version__.partition(".")[0]) < 2:
+    raise ImportError(
+        f"dramatiq_policies.sql needs SQLAlchemy 2, and {sqlalchemy.__version__} is installed: "
+        'pip install "dramatiq-policies[sql]"'
+    )
+
+from .database import create_tables
+from .tables import metadata
+
+__all__ = ["create_tables", "metadata"]
