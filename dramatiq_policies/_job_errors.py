@@ -52,7 +52,7 @@ def stand_in_for(error: BaseException) -> UnreadableError | None:
                 getattr(one, "__notes__", None)
     except BaseException as broken:  # As in `quietly`.
         name, raised = type(error).__qualname__, type(broken).__qualname__
-        return UnreadableError(f"{name}: reading this error, or one of its causes, raised {raised}")
+        return UnreadableError(f"{name}: reading this error or one of its causes raised {raised}")
     return None
 
 

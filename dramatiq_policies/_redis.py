@@ -31,7 +31,7 @@ with suppress(ImportError, AttributeError):
 
 #: For `execute_command`: return bytes, even from a client with ``decode_responses``.
 RAW: dict[str, Any] = {NEVER_DECODE: []}
-_UNANSWERED = redis.ConnectionError("the call was interrupted before it was answered")
+_UNANSWERED = redis.ConnectionError("the call was interrupted before Redis replied")
 
 
 #: Connections of the parent processes.

@@ -81,8 +81,8 @@ def install(
     for middleware in broker.middleware:
         if isinstance(middleware, PolicyMiddleware):
             raise ConfigurationError(
-                f"install(): the broker has a {type(middleware).__name__} already. "
-                "Call install() once, or add each middleware yourself."
+                f"install(): the broker already has {type(middleware).__name__}. Call install() once, or "
+                "add each middleware yourself."
             )
     broker.middleware = [*broker.middleware, *(middleware for middleware in given if middleware is not None)]
     order_middleware(broker)

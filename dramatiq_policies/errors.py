@@ -108,7 +108,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
         duration = -1
     if not least <= duration <= most:
         bound = f"at least {least}" if duration < least else f"at most {most}"
-        raise ConfigurationError.of_option(where, option, f"milliseconds of {bound}, or a timedelta", value)
+        raise ConfigurationError.of_option(where, option, f"a timedelta or milliseconds, {bound}", value)
     warn_of_seconds(where, option, value)
     return duration
 

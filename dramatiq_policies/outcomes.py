@@ -139,6 +139,6 @@ def text_of(error: BaseException, limit: int = 1_000) -> str:
         # An exact str: a user's subclass may override methods.
         text = str.__str__(str(error))
     except BaseException as broken:  # User code may raise SystemExit; see `_job_errors`.
-        text = f"<{type(error).__name__}: its text raised {type(broken).__name__}>"
+        text = f"<{type(error).__name__}: str() raised {type(broken).__name__}>"
     text = encodable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -49,7 +49,7 @@ def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Trans
         return RabbitmqDelayTransport if is_delay_queue else RabbitmqTransport
     if state.warned_of_unknown_broker.acquire(blocking=False):
         logger.info(
-            "How %s stores messages is not known: its dead letters carry no reason; all rules work.",
+            "%s is an unknown broker type: all rules work, but its dead letters carry no reason.",
             type(state.broker).__name__,
         )
     return Transport
@@ -101,7 +101,8 @@ def _refuse_decoding(broker: Any) -> None:
         raise ConfigurationError.of_option(
             type(broker).__name__,
             "client",
-            "a client that answers with bytes",
-            "one with decode_responses=True",
-            "Messages are bytes: workers could read none. Leave decode_responses out, or give the broker a client of its own.",
+            "a client that returns bytes",
+            "a client with decode_responses=True",
+            "Messages are bytes; with decode_responses workers can read no message. Leave "
+            "decode_responses out, or use a separate client for the broker.",
         )

@@ -88,7 +88,7 @@ class QueueReader:
         if not self._said:
             self._said = True
             logger.warning(
-                "How %s stores messages is not known: how long its queues are can't be read. All else works.",
+                "%s is an unknown broker type: the lengths of its queues can't be read. Everything else works.",
                 type(self.broker).__name__,
             )
         return QueueReading(queue=queue)

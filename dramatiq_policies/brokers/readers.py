@@ -32,7 +32,7 @@ def browse(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[
     """
     kind = kind_of(broker)
     if kind is None:
-        raise OperationError(f"How a {type(broker).__name__} stores messages is not known.")
+        raise OperationError(f"{type(broker).__name__} is an unknown broker type: its queues can't be read.")
     opened: AbstractContextManager[QueueBrowser] = import_module(f"{__package__}.{kind}.browser").browse(
         broker, queue, dead=dead
     )

@@ -85,10 +85,10 @@ def clamped_wait(value: Any, whose: str) -> int:
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if (is_number and value < 0) or (isinstance(value, timedelta) and value < timedelta(0)):
-        logger.warning("%s is a negative wait: the wait is 0 ms.", whose)
+        logger.warning("%s is negative: the wait is 0 ms.", whose)
         return 0
     milliseconds = WEEK_MS + 1 if is_number and value == math.inf else to_ms(value)
     if milliseconds > WEEK_MS:
-        logger.warning("%s is a wait of more than 7 days, the longest that Dramatiq delays for: it is 7 days.", whose)
+        logger.warning("%s exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", whose)
         return WEEK_MS
     return milliseconds

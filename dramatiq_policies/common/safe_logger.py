@@ -186,7 +186,9 @@ def clean_stack(record: logging.LogRecord) -> None:
             if _stops_the_thread(error):
                 raise
             # The formatter of a handler would fail too.
-            record.exc_text = f"{record.exc_info[0].__qualname__}: its traceback raised {type(error).__name__}"
+            record.exc_text = (
+                f"{record.exc_info[0].__qualname__}: formatting the traceback raised {type(error).__name__}"
+            )
 
 
 def _clean_value(value: Any, depth: int = 10) -> Any:
@@ -210,7 +212,7 @@ def _printable(value: Any) -> Any:
     except BaseException as error:
         if _stops_the_thread(error):
             raise
-        return f"<{type(value).__name__}: its text raised {type(error).__name__}>"
+        return f"<{type(value).__name__}: str() raised {type(error).__name__}>"
 
 
 def write_to_stderr(name: str, level: int, text: str, args: Any, error: BaseException | None = None) -> None:

@@ -196,7 +196,7 @@ def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
     """Raise unless ``value`` is a plain function of the arguments named in ``takes``; coroutine and generator functions are not."""
     if not is_sync_callable(value, len(takes.split(", "))):
         asynchronous = callable(value) and is_coroutine_callable(value)
-        do = "A coroutine function would never be awaited here" if asynchronous else ""
+        do = "A coroutine function is never awaited here" if asynchronous else ""
         raise ConfigurationError.of_option(where, option, f"a plain callable({takes})", value, do)
 
 

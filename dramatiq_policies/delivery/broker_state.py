@@ -203,7 +203,9 @@ class BrokerState:
             try:
                 observer(event, message)
             except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
-                logger.exception("The outcome subscriber %r failed; the message is not affected.", name or observer)
+                logger.exception(
+                    "The outcome subscriber %r raised an error; the message is not affected.", name or observer
+                )
 
         self._entries.insert(0 if first else len(self._entries), (owner, guarded, successes))
         self._order_observers()
@@ -224,7 +226,7 @@ class BrokerState:
             try:
                 told(delivery)
             except BaseException:  # As above.
-                logger.exception("%r failed; the message is not affected.", told)
+                logger.exception("%r raised an error; the message is not affected.", told)
 
     def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         """Call the observers of this kind of outcome."""

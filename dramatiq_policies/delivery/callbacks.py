@@ -46,9 +46,9 @@ def send_to(
         actor = broker.get_actor(target)
     except ActorNotFound:
         if option == "on_success":
-            raise Unsendable(f"on_success names {target!r}, and this worker knows no actor of that name") from None
+            raise Unsendable(f"on_success: this worker has no actor {target!r}") from None
         alerts.critical(
-            "%s %r could not be told of message %s of actor %s: this worker knows no actor of that name.",
+            "%s: this worker has no actor %r; the callback for message %s of actor %s is not sent.",
             option,
             target,
             message.message_id,

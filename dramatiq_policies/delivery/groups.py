@@ -49,12 +49,12 @@ def warn_of_incomplete_group(message: MessageProxy, decision: Decision) -> None:
     if len(_logged) > _REMEMBERED:
         _logged.popitem(last=False)
     logger.warning(
-        "Group %s won't call back: its member %s of actor %s ended as %s. %s",
+        "Group %s can't complete, and its callbacks don't run: member %s of actor %s ended as %s. %s",
         group,
         message.message_id,
         message.actor_name,
         decision.outcome.value,
-        "Replay the member's dead letter to complete the group."
+        "Replay the dead letter of the member to complete the group."
         if decision.dead_letter
         else "The member left no dead letter; send the group again.",
         extra={"group": group, "actor": message.actor_name, "message_id": message.message_id},

@@ -63,7 +63,7 @@ def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor:
         if (actor, option) not in _warned:
             _warned.add((actor, option))
             logger.warning(
-                "A message of actor %s has %s=%s, which is not %s; it is ignored, here and from now on.",
+                "A message of actor %s has %s=%s; expected %s. The option is ignored; this warning is logged once.",
                 actor,
                 option,
                 redacted_repr(value),
@@ -112,7 +112,7 @@ def warn_if_close(delivery: Delivery) -> None:
         return
     message = delivery.message
     logger.warning(
-        "The job %s (message %s) ran for %.0f ms, %.0f %% of its timeout of %.0f ms.",
+        "Job %s (message %s) ran for %.0f ms: %.0f %% of its timeout of %.0f ms.",
         message.actor_name,
         message.message_id,
         elapsed,

@@ -76,7 +76,9 @@ def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
         try:
             transport.dead_letter_unmoved(move.message)
         except Exception:
-            logger.exception("A message of %r that cannot be moved is not a dead letter yet.", transport.source)
+            logger.exception(
+                "A message of %r can be neither moved nor dead-lettered; the worker tries again.", transport.source
+            )
             return False
         message = move.message
         transport.state.publish(
@@ -91,5 +93,7 @@ def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
             message,
         )
         return True
-    logger.error("A due message could not be moved out of %r; it is tried again.", transport.source, exc_info=error)
+    logger.error(
+        "A due message could not be moved out of %r; the worker tries again.", transport.source, exc_info=error
+    )
     return False

@@ -87,13 +87,14 @@ class Publication:
                     try:
                         self._escalate(error)
                     except Exception as another:
-                        logger.exception("Message %s can't be given up.", self.message.message_id)
+                        logger.exception("Message %s could not be dead-lettered.", self.message.message_id)
                         return self._give_up(another)
                     self.first_refusal, self.tries = None, 0
                     continue
                 if self.tries == 0:
                     logger.warning(
-                        "The broker did not take what follows message %s of actor %r (%s: %s); trying again.",
+                        "The follow-up messages of message %s of actor %r could not be published (%s: "
+                        "%s); the worker tries again.",
                         self.message.message_id,
                         self.message.actor_name,
                         type(error).__name__,
@@ -137,8 +138,8 @@ class Publication:
         hopeless = self.transport.fault_of(error) is Fault.HOPELESS
         if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(hopeless)):
             self._alert(
-                "The broker would not take what follows message %s of actor %r (%s: %s); "
-                "it goes to the dead-letter queue.",
+                "The broker refused the follow-up messages of message %s of actor %r (%s: %s); the "
+                "message goes to the dead-letter queue.",
                 error,
             )
             delivery.outbox = None
@@ -205,8 +206,9 @@ class Publication:
         wait = wait_before_return(times)
         if self.transport.dead_letters_refused():
             self._alert(
-                "The dead-letter queue would not take message %s of actor %r (%s: %s). The message, and others like it, "
-                "are enqueued again and not run: make room in the dead-letter queue.",
+                "The dead-letter queue refused message %s of actor %r (%s: %s). The worker enqueues this "
+                "message and further refused messages again, without a run: make room in the dead-letter "
+                "queue.",
                 error,
             )
         failure = options[FAILURE] if times else self._failure()
@@ -229,7 +231,8 @@ class Publication:
         self.delivery.outbox = None
         self.transport.park(self.message, self.decision.delay_ms or wait_before_return(0))
         logger.error(
-            "Message %s of actor %r can't be enqueued again either (%s: %s): its slot is taken until it is given back.",
+            "Message %s of actor %r can't be enqueued again either (%s: %s): it blocks a prefetch slot "
+            "until the worker requeues it.",
             self.message.message_id,
             self.message.actor_name,
             type(error).__name__,

@@ -90,8 +90,9 @@ class Distrust:
             self.pauses += 1
         if self.count == IN_A_ROW:
             alerts.critical(
-                "This worker cannot read %d messages of queue %r in a row (the last: %s). It takes no more of them, and looks "
-                "at a few from time to time. Does it use the producers' encoder? Is max_body_bytes large enough?",
+                "This worker could not read %d messages in a row of queue %r (the last: %s). The worker "
+                "pauses the queue and tries a few messages from time to time. Does the worker use the "
+                "encoder of the producers? Is max_body_bytes large enough?",
                 IN_A_ROW,
                 self.queue,
                 error,

@@ -76,7 +76,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
 
 def undecided() -> Decision:
     """For a message on which no hook of ours came to a decision: never a success."""
-    error = HandoffFailed("the message was processed, but the bundle came to no decision on it")
+    error = HandoffFailed("the message was processed, but dramatiq_policies made no decision")
     return Decision(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
 
 
@@ -121,4 +121,4 @@ def _after_discard(state: BrokerState, message: MessageProxy, delivery: Delivery
         try:
             hook(message, error)
         except BaseException:  # Not even an exit: it would end the worker's thread before the ack.
-            logger.exception("after_discard %r failed for message %s.", hook, message.message_id)
+            logger.exception("after_discard %r raised an error for message %s.", hook, message.message_id)

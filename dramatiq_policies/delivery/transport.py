@@ -162,7 +162,9 @@ class Transport:
             if not self.lost_connection(error):
                 raise
             if self.state.stopping.is_set():
-                logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
+                logger.warning(
+                    "Message %s could not be acknowledged and will be redelivered: %s", message.message_id, error
+                )
                 return
             raise ConnectionClosed(error) from None
 
@@ -184,7 +186,7 @@ class Transport:
             self.requeue(messages)
         except Exception as error:
             # Dramatiq calls this while it closes a consumer: an error would end the thread.
-            logger.warning("%d messages could not be put back on queue %r: %s", len(messages), self.source, error)
+            logger.warning("%d messages could not be requeued on queue %r: %s", len(messages), self.source, error)
 
     def give_back(self, message: MessageProxy) -> None:
         """Have the broker deliver a message again."""
@@ -207,7 +209,7 @@ class Transport:
         except BrokerConnectionError:
             pass
         except Exception as error:
-            logger.warning("The consumer of queue %r did not close cleanly: %s", self.source, error)
+            logger.warning("The consumer of queue %r could not close cleanly: %s", self.source, error)
 
     # Errors and refusals.
 
@@ -249,7 +251,7 @@ class Transport:
     def dead_letters_accepted(self) -> None:
         """Remember that the broker accepts this queue's dead letters. Logs a change."""
         if self.state.refused and self.state.refused.pop(self.queue_name, None) is not None:
-            logger.warning("The dead-letter queue of %r takes messages again.", self.queue_name)
+            logger.warning("The dead-letter queue of %r accepts messages again.", self.queue_name)
 
     def is_revoked(self) -> bool:
         """Whether the broker has taken back every message that this consumer delivered."""

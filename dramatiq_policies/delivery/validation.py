@@ -138,18 +138,16 @@ def clean_options(message: Message[Any]) -> None:
     options = message.options
     for name in _CHECKED.intersection(options):
         if not _ACCEPTS[name](options[name]):
-            _warn_once(message.actor_name, name, options.pop(name), "can't be used and is ignored")
+            _warn_once(message.actor_name, name, options.pop(name), "is invalid and ignored")
         elif name in _BACKOFFS and options[name] > WEEK_MS:
             # Dramatiq shortens the wait in silence.
-            _warn_once(message.actor_name, name, options[name], "is more than 7 days: the longest wait is 7 days")
+            _warn_once(message.actor_name, name, options[name], "exceeds 7 days: the wait is 7 days")
 
 
 def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
     if (actor_name, option) not in _warned and len(_warned) < 1_000:
         _warned.add((actor_name, option))
-        logger.warning(
-            "A message for actor %r carries the option %s=%s, which %s.", actor_name, option, redacted_repr(value), what
-        )
+        logger.warning("A message for actor %r: the option %s=%s %s.", actor_name, option, redacted_repr(value), what)
 
 
 def timedeltas_to_ms(options: dict[str, Any]) -> None:

@@ -203,8 +203,8 @@ def test_a_consumer_that_can_not_put_back_or_close_is_said_and_the_worker_stops(
     monkeypatch.setattr(ListConsumer, "close", fails)
     job.send()
     assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
-    assert "could not be put back on queue 'default': gone" in caplog.text
-    assert "The consumer of queue 'default' did not close cleanly: gone" in caplog.text
+    assert "could not be requeued on queue 'default': gone" in caplog.text
+    assert "The consumer of queue 'default' could not close cleanly: gone" in caplog.text
 
 
 def test_a_proxy_keeps_its_message_s_fields_and_what_it_says_itself(monkeypatch):
@@ -285,7 +285,7 @@ def test_a_broker_that_has_one_of_the_three_inside_is_none_of_them(caplog):
     events = working(broker, done, 3)
     assert sorted(event.outcome.value for event in events) == ["dead", "retried", "succeeded"]
     assert [letter.actor_name for letter in broker.inner.dead_letters] == ["job"]
-    assert "How Wrapping stores messages is not known" in caplog.text
+    assert "Wrapping is an unknown broker type" in caplog.text
 
 
 def test_a_subclass_of_one_of_the_three_is_that_one(caplog):
@@ -326,7 +326,7 @@ def test_while_the_worker_stops_an_ack_that_is_lost_is_said_and_the_message_left
     consumer = lose_acks(ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.ack(MessageProxy(Message("default", "job", (), {}, {}, message_id="m1")))
-    assert "Message m1 was not acked and comes back: gone" in caplog.text
+    assert "Message m1 could not be acknowledged and will be redelivered: gone" in caplog.text
 
 
 def test_an_ack_that_fails_for_another_reason_than_the_connection_raises_it():

@@ -387,7 +387,7 @@ broker = install(Other())
 dramatiq.set_broker(broker)
 """
     app = command.app('@dramatiq.actor(queue_name="mail")\ndef send_mail(): pass\n', broker=broker)
-    assert "How a Other stores messages is not known" in command.refuses("dead", "list", app)
+    assert "Other is an unknown broker type" in command.refuses("dead", "list", app)
 
 
 def test_a_moved_message_is_the_same_in_another_queue(command, app, broker):

@@ -177,7 +177,7 @@ def test_a_job_whose_on_success_is_unknown_is_kept_as_a_dead_letter():
     stage.run()
     assert stage.reasons() == ["handoff_failed"]
     (letter,) = stage.dead
-    assert "on_success names 'nobody'" in letter.options["failure"]["message"]
+    assert "on_success: this worker has no actor 'nobody'" in letter.options["failure"]["message"]
 
 
 @pytest.mark.parametrize("option", ["on_failure", "on_retry_exhausted"])
@@ -185,7 +185,7 @@ def test_a_failed_job_whose_callback_is_unknown_ends_as_it_would_without_and_tha
     stage = Told()
     stage.job(OSError(), OSError(), retry_on={OSError: TWICE}, **{option: "nobody"}).send()
     assert stage.run().outcomes() == ["retried", "dead"]
-    assert f"{option} 'nobody' could not be told" in caplog.text
+    assert f"{option}: this worker has no actor 'nobody'" in caplog.text
 
 
 def test_a_result_that_can_not_be_sent_to_on_success_leaves_a_dead_letter():

@@ -39,7 +39,7 @@ def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_t
     dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
     work_off(broker)
     assert len(told) == 1
-    assert "failed; the message is not affected" in caplog.text
+    assert "raised an error; the message is not affected" in caplog.text
 
 
 def test_a_broker_without_notifications_of_a_shutdown_has_none():
@@ -109,7 +109,7 @@ def test_a_job_that_has_not_begun_has_run_for_no_time():
 
 def test_of_a_call_that_does_not_fit_the_actor_the_argument_that_can_not_be_sent_goes_by_its_number():
     job = Stage().actor(lambda order_id: None, actor_name="job")
-    with pytest.raises(TypeError, match="The argument 'order_id' of a message to 'job' can't be sent"):
+    with pytest.raises(TypeError, match="The argument 'order_id' of a message for actor 'job' can't be encoded"):
         job.send(object())
-    with pytest.raises(TypeError, match="The argument '1' of a message to 'job' can't be sent"):
+    with pytest.raises(TypeError, match="The argument '1' of a message for actor 'job' can't be encoded"):
         job.send(7, object())

@@ -37,7 +37,7 @@ def shop():
 
 
 def warnings_in(caplog):
-    return [record for record in caplog.records if "won't call back" in record.getMessage()]
+    return [record for record in caplog.records if "can't complete" in record.getMessage()]
 
 
 def test_a_group_with_dead_members_is_logged_once_with_its_id(shop, caplog):

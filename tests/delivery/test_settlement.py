@@ -35,7 +35,7 @@ def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_suc
     consumer.ack(next(consumer))
     assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
     assert [letter.message_id for letter in stage.dead] == [sent.message_id]
-    assert "came to no decision" in stage.failures()[0]["message"]
+    assert "made no decision" in stage.failures()[0]["message"]
 
 
 def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkeypatch, caplog):

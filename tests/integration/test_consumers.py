@@ -67,11 +67,11 @@ def test_a_worker_that_redis_refuses_for_good_outside_the_command_is_told_to_be_
     app.actor(lambda: None, actor_name="job")
     monkeypatch.setattr(RedisTransport, "_take_off", lambda *args: refuse())
     with app.working():
-        until(lambda: "Redis refuses this worker for good" in caplog.text)
+        until(lambda: "Redis permanently refuses this worker" in caplog.text)
         time.sleep(0.3)
-    said = [record for record in caplog.records if "for good" in record.getMessage()]
+    said = [record for record in caplog.records if "permanently" in record.getMessage()]
     assert [record.levelname for record in said] == ["CRITICAL"]
-    assert said[0].getMessage().endswith("Stop the worker and mend what it says.")
+    assert said[0].getMessage().endswith("Stop the worker and correct the cause.")
 
 
 def refuse() -> None:
@@ -85,7 +85,7 @@ def test_an_ack_that_is_lost_while_the_worker_stops_is_said_and_the_message_come
     fail_once(monkeypatch, consumer.transport, "_settle", ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.transport.ack(message)
-    assert f"Message {message.message_id} was not acked and comes back: gone" in caplog.text
+    assert f"Message {message.message_id} could not be acknowledged and will be redelivered: gone" in caplog.text
     assert [left.message_id for left in redis_place.left()] == [message.message_id]
 
 
@@ -229,7 +229,7 @@ def test_a_tag_is_used_once(rabbitmq_place: RabbitmqPlace, caplog: pytest.LogCap
     consumer, message = taken(rabbitmq_place.app())
     consumer.transport.ack(message)
     consumer.transport.ack(message)
-    assert caplog.text.count(f"Message {message.message_id} was acked already.") == 1
+    assert caplog.text.count(f"Message {message.message_id} is already acknowledged.") == 1
     consumer.close()
     assert rabbitmq_place.left() == []
 

@@ -94,7 +94,7 @@ def test_forked_workers_run_each_job_once(place: Place, tmp_path: Path, how: str
     runs = [line.split() for line in journal.read_text().splitlines()]
     assert Counter(number for number, _ in runs) == {str(number): 1 for number in range(8)}
     assert len({process for _, process in runs}) == 2
-    assert "nobody here holds" not in done.stderr
+    assert "no thread holds" not in done.stderr
     assert place.left() == place.dead() == []
 
 

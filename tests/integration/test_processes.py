@@ -237,7 +237,7 @@ def ends_for_good(application: Application) -> None:
         assert process.wait(60) == 3, application.log.read_text()
     finally:
         application.close()
-    refused = [line for line in application.log.read_text().splitlines() if "refuses this worker" in line]
+    refused = [line for line in application.log.read_text().splitlines() if "permanently refuses this worker" in line]
     assert len(refused) == 1, application.log.read_text()
 
 

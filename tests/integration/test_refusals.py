@@ -220,7 +220,7 @@ def test_a_redis_that_is_full_is_waited_for_and_said_once(
         full.clear()
         app.wait_for("retried", "dead")
     assert app.outcomes == ["retried", "dead"]
-    assert caplog.text.count("Redis takes nothing") == 1
+    assert caplog.text.count("Redis accepts no writes") == 1
     assert redis_place.left() == []
 
 

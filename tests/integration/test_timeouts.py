@@ -120,7 +120,7 @@ def test_a_job_whose_channel_the_server_closes_runs_once_and_its_redelivery_is_a
         ("succeeded", message.message_id),
         ("duplicate", message.message_id),
     ]
-    assert any("lost its connection before its ack" in record.getMessage() for record in caplog.records)
+    assert any("was lost before the acknowledgement" in record.getMessage() for record in caplog.records)
     assert rabbitmq_place.left() == []
     assert rabbitmq_place.dead() == []
 

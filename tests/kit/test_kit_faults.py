@@ -493,7 +493,7 @@ class TestPerform:
         assert broker.dead_letters == []
 
     def test_names_the_argument_that_can_not_be_sent(self, job):
-        with pytest.raises(TypeError, match=r"'number' of a message to 'job'.*is not JSON"):
+        with pytest.raises(TypeError, match=r"'number' of a message for actor 'job'.*is not JSON"):
             perform(job, {1, 2})
 
     def test_has_no_outcome_when_the_worker_dies(self, job):
@@ -502,7 +502,7 @@ class TestPerform:
 
 
 def test_a_stub_broker_names_the_argument_that_can_not_be_sent_also_before_it_is_drained(job):
-    with pytest.raises(TypeError, match=r"'number' of a message to 'job'.*is not JSON"):
+    with pytest.raises(TypeError, match=r"'number' of a message for actor 'job'.*is not JSON"):
         job.send(dt.date(2024, 5, 1))
 
 

@@ -410,5 +410,5 @@ def test_a_broker_without_the_bundle_is_lent_as_it_is():
 def test_an_actor_that_nobody_declared_does_not_hide_what_can_not_be_sent():
     broker = install(StubBroker())
     broker.declare_queue("default")
-    with pytest.raises(TypeError, match=r"'0' of a message to 'nobody'.*is not JSON"):
+    with pytest.raises(TypeError, match=r"'0' of a message for actor 'nobody'.*is not JSON"):
         broker.enqueue(dramatiq.Message("default", "nobody", ({1, 2},), {}, {}))

@@ -52,7 +52,7 @@ def test_a_retry_that_meets_a_lost_connection_is_handed_off_once_it_is_back(impa
     assert stage.run().outcomes() == ["retried", "succeeded"]
     assert len(failed) == 20
     # Which is said at the first try, and not at each.
-    assert caplog.text.count("The broker did not take what follows message") == 1
+    assert caplog.text.count("The follow-up messages of message") == 1
 
 
 def test_an_error_that_is_over_before_the_patience_is_changes_nothing():
@@ -98,7 +98,7 @@ def test_on_retry_exhausted_that_can_not_be_told_is_said_and_changes_nothing(cap
     always(stage, PaymentError(), retry_on={PaymentError: RetryPolicy(attempts=1)})
     raw(stage, options={"on_retry_exhausted": "nobody"})
     assert stage.run().reasons() == ["exhausted"]
-    assert "on_retry_exhausted 'nobody' could not be told" in caplog.text
+    assert "on_retry_exhausted: this worker has no actor 'nobody'" in caplog.text
 
 
 def test_nor_does_it_where_the_stock_options_decide(caplog):
@@ -106,7 +106,7 @@ def test_nor_does_it_where_the_stock_options_decide(caplog):
     always(stage, PaymentError(), max_retries=0)
     raw(stage, options={"on_retry_exhausted": "nobody"})
     assert stage.run().reasons() == ["unclassified"]
-    assert "on_retry_exhausted 'nobody' could not be told" in caplog.text
+    assert "on_retry_exhausted: this worker has no actor 'nobody'" in caplog.text
 
 
 def test_a_failure_that_the_result_backend_will_not_store_is_said_and_changes_nothing(caplog, monkeypatch):

@@ -71,13 +71,13 @@ def test_a_delay_of_retry_that_is_no_duration_is_said_and_the_wait_without_it_ta
 def test_a_longer_snooze_than_dramatiq_can_wait_is_shortened_and_said(delay, caplog):
     event = first_event(Snooze(delay))
     assert (event.outcome, event.delay_ms) == ("deferred", WEEK_MS)
-    assert "more than 7 days" in caplog.text
+    assert "exceeds 7 days" in caplog.text
 
 
 def test_a_longer_wait_of_a_callable_than_dramatiq_can_wait_is_shortened_and_said(caplog):
     event = first_event(OSError(), retry_on={OSError: RetryPolicy(wait=lambda attempt, error: timedelta(days=9))})
     assert event.delay_ms == WEEK_MS
-    assert "more than 7 days" in caplog.text
+    assert "exceeds 7 days" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_longer_wait_of_a_callable_than_dramatiq_can_wait_is_shortened_and_sai
 def test_a_declared_wait_that_is_longer_than_dramatiq_can_wait_is_said_when_it_is_declared(declare, caplog):
     caplog.set_level(logging.WARNING)
     declare()
-    assert "more than 7 days" in caplog.text
+    assert "exceeds 7 days" in caplog.text
 
 
 def test_a_wait_of_up_to_seven_days_is_not_said(caplog):
@@ -162,4 +162,4 @@ def test_a_backoff_of_a_message_that_is_longer_than_dramatiq_can_wait_is_said(ca
     with stage.working():
         stage.collected.wait_for(lambda events: events)
     assert stage.events[0].delay_ms <= WEEK_MS
-    assert caplog.text.count("is more than 7 days: the longest wait is 7 days") == 2
+    assert caplog.text.count("exceeds 7 days: the wait is 7 days") == 2

@@ -41,7 +41,9 @@ def connect(broker: Any) -> Iterator[Any]:
     try:
         yield connection
     except (pika.exceptions.AMQPError, OSError) as error:
-        raise OperationError(f"RabbitMQ ended it ({_reason(error)}); nothing is lost, run it again.") from None
+        raise OperationError(
+            f"RabbitMQ closed the connection ({_reason(error)}). No message is lost; run the command again."
+        ) from None
     except BaseException as error:
         if is_async_exception(error):
             end = discard
@@ -119,7 +121,9 @@ class RabbitmqBrowser:
         try:
             self._confirmed().basic_publish("", message.queue_name, message.encode(), properties, mandatory=True)
         except pika.exceptions.UnroutableError:
-            raise OperationError(f"RabbitMQ has no queue {message.queue_name!r}; start a worker once.") from None
+            raise OperationError(
+                f"RabbitMQ has no queue {message.queue_name!r}. Start a worker once: it declares the queue."
+            ) from None
         self.broker.emit_after("enqueue", message, None)
         return self.drop(item)
 

@@ -127,7 +127,7 @@ class RabbitmqTransport(UnreadableBodies):
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.warning("Message %s can't be published anew: %s", message.message_id, text_of(error))
+            logger.warning("Message %s can't be published again: %s", message.message_id, text_of(error))
             return False
         self.ack_here(tag)
         return True
@@ -144,7 +144,9 @@ class RabbitmqTransport(UnreadableBodies):
             deleted = True  # Another client has declared the queue again, empty.
         if deleted:
             self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
-            logger.warning("Queue %r was deleted. Jobs that run go on, and their retries are published.", self.source)
+            logger.warning(
+                "Queue %r was deleted. Running jobs continue, and the worker publishes their retries.", self.source
+            )
         return deleted
 
     def give_back(self, message: MessageProxy) -> None:
@@ -226,14 +228,17 @@ class RabbitmqTransport(UnreadableBodies):
             return
         if self.is_revoked():
             self._not_acked(message)
-            logger.warning("Message %s lost its connection before its ack and is delivered again.", message.message_id)
+            logger.warning(
+                "The connection of message %s was lost before the acknowledgement: RabbitMQ redelivers the message.",
+                message.message_id,
+            )
             return
         super().ack(message)
 
     def send_ack(self, message: MessageProxy) -> None:
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
         if tag is None:
-            logger.warning("Message %s was acked already.", message.message_id)
+            logger.warning("Message %s is already acknowledged.", message.message_id)
             return
         delivery: Delivery | None = vars(message).get("delivery")
         if delivery is not None:

@@ -50,7 +50,7 @@ class UnreadableBodies(Transport):
                 self._stop_taking()
             self._leave(tag, properties, body)
         else:
-            self._dead_letter_raw(tag, body, f"the body can't be read: {text_of(error)}")
+            self._dead_letter_raw(tag, body, f"the body is unreadable: {text_of(error)}")
             if self.distrust.is_pausing:
                 self._stop_taking()
 
@@ -81,7 +81,7 @@ class UnreadableBodies(Transport):
                 break
             message = self.received(method, properties, body)
             if not self.distrust.is_pausing:
-                logger.warning("Messages of queue %r can be read again.", self.source)
+                logger.warning("The worker can read the messages of queue %r again.", self.source)
                 self.deliveries = self.inner.iterator = self.inner.channel.consume(
                     self.source, inactivity_timeout=_SERVE
                 )
@@ -131,8 +131,8 @@ class UnreadableBodies(Transport):
     def _return_raw(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
         if self.dead_letters_refused():
             alerts.critical(
-                "The dead-letter queue of %r would not take a body that can't be read (%s: %s). The body is enqueued again: "
-                "make room in the dead-letter queue.",
+                "The dead-letter queue of %r refused an unreadable body (%s: %s). The worker enqueues the "
+                "body again: make room in the dead-letter queue.",
                 self.queue_name,
                 type(refused).__name__,
                 text_of(refused),
@@ -144,7 +144,7 @@ class UnreadableBodies(Transport):
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.error("A body that can't be read keeps its slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
+            logger.error("An unreadable body blocks a prefetch slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
             self.parked.park(wait, partial(self.nack_here, tag))
         else:
             self.ack_here(tag)
@@ -156,4 +156,4 @@ class UnreadableBodies(Transport):
             times = int(message.options[RETURNED])
         except Exception:
             body, times = message.encode(), 0
-        self._dead_letter_raw(tag, body, "the body can't be read", times)
+        self._dead_letter_raw(tag, body, "the body is unreadable", times)

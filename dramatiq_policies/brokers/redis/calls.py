@@ -62,7 +62,11 @@ class RedisCalls:
             is_full = any(part in text for part in _FULL)
             if is_full and monotonic() - self._alerted_full_at >= _ALERT_EVERY:
                 self._alerted_full_at = monotonic()
-                alerts.critical("Redis takes nothing (%s). Jobs that end wait until it does; no message is lost.", text)
+                alerts.critical(
+                    "Redis accepts no writes (%s). Finished jobs wait until Redis accepts "
+                    "writes again; no message is lost.",
+                    text,
+                )
             raise ConnectionClosed(error) from None
         except OSError as error:
             raise ConnectionClosed(error) from None
@@ -72,9 +76,9 @@ class RedisCalls:
         if state.fatal is None:
             state.fatal = f"{type(error).__name__}: {error}"
             alerts.critical(
-                "Redis refuses this worker for good (%s). %s",
+                "Redis permanently refuses this worker (%s). %s",
                 state.fatal,
-                "The process ends." if state.in_command else "Stop the worker and mend what it says.",
+                "The worker process exits." if state.in_command else "Stop the worker and correct the cause.",
             )
             if state.in_command:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -99,4 +99,8 @@ class RedisDelayTransport(RedisTransport):
             try:
                 self.index.release()
             except (redis.RedisError, OSError) as error:
-                logger.warning("Far messages of queue %r come back later than now: %s", self.source, error)
+                logger.warning(
+                    "The worker could not release the later messages of queue %r; another worker recovers them: %s",
+                    self.source,
+                    error,
+                )

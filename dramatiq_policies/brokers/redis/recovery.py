@@ -109,9 +109,9 @@ class Recovery:
                 for redis_id, body in zip(unread[::2], unread[1::2], strict=True):
                     triples += [redis_id, body, b"dead" if self._marked(body) else b""]
         if moved:
-            logger.warning("%d messages of queue %r come back from a worker that died.", moved, self.queue)
+            logger.warning("Requeued %d messages of queue %r from a dead worker.", moved, self.queue)
         if dead:
-            logger.warning("%d dead letters of queue %r are moved for a worker that died.", dead, self.queue)
+            logger.warning("Moved %d dead letters of queue %r for a dead worker.", dead, self.queue)
 
     def _marked(self, body: bytes) -> bool:
         """Return whether the body is a dead letter that a worker of 0.1.0 did not move before its death."""
@@ -137,7 +137,7 @@ class Recovery:
         except redis.exceptions.NoPermissionError as error:
             # Only the maintenance of plain Dramatiq workers gets slower.
             self.may_search = False
-            logger.info("Workers that have died and hold nothing stay in %r: %s", "__heartbeats__", error)
+            logger.info("Dead workers without messages could not be removed from %r: %s", "__heartbeats__", error)
 
     def _search(self, prefix: bytes) -> None:
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b"*"

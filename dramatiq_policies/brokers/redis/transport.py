@@ -100,9 +100,9 @@ class RedisTransport(Transport):
             redis_id = name.decode()
             message = self.decode(data)
             if type(message.options.get("redis_message_id", "")) is not str:
-                raise MalformedMessage("redis_message_id is no string")
+                raise MalformedMessage("redis_message_id is not a string")
         except Exception as error:
-            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            unreadable = MalformedMessage(f"the body is unreadable: {error}")
             if self.distrust.unreadable(error):
                 # The body stays on the queue, behind the rest.
                 self.call(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
@@ -177,7 +177,9 @@ class RedisTransport(Transport):
             self.places.job_finished(redis_id)
             if not self.state.stopping.is_set():
                 raise
-            logger.warning("Message %s was not acked and comes back: %s", message.message_id, error)
+            logger.warning(
+                "Message %s could not be acknowledged and will be redelivered: %s", message.message_id, error
+            )
         self._release(message)
 
     def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
@@ -339,7 +341,11 @@ class RedisTransport(Transport):
         lost = [name for name in names if name.decode(errors="replace") not in held]
         if lost:
             log = logger.info if self.state.stopping.is_set() else logger.warning
-            log("%d messages of queue %r that nobody here holds are put back.", len(lost), self.source)
+            log(
+                "Requeued %d messages of queue %r that Redis lists for this worker and no thread holds.",
+                len(lost),
+                self.source,
+            )
             broker.do_requeue(self.source, *lost)
 
     def close(self) -> None:
@@ -350,4 +356,8 @@ class RedisTransport(Transport):
                 # Prefetched messages not yet begun by a thread, and abandoned messages.
                 self._requeue_orphans()
             except (redis.RedisError, OSError) as error:
-                logger.warning("Messages of queue %r come back later than now: %s", self.source, error)
+                logger.warning(
+                    "The worker could not requeue its messages of queue %r; another worker recovers them later: %s",
+                    self.source,
+                    error,
+                )

@@ -37,7 +37,7 @@ class StubTransport(Transport):
             message = self.decode(data)
         except Exception as error:
             letter = _dramatiq.StubMessage(self._raw(data))
-            unreadable = MalformedMessage(f"the body can't be read: {error}")
+            unreadable = MalformedMessage(f"the body is unreadable: {error}")
             letter.stuff_exception(unreadable)
             self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
             self.report_malformed(unreadable)
@@ -113,8 +113,9 @@ def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
             get_encoder().encode({"value": value})
         except Exception as reason:
             raise TypeError(
-                f"The argument {name!r} of a message to {message.actor_name!r} can't be sent: {reason}. "
-                f"It is a {type(value).__name__}: {value!r:.200}. Send ids and plain values."
+                f"The argument {name!r} of a message for actor {message.actor_name!r} can't be encoded: "
+                f"{reason}. The argument is a {type(value).__name__}: {value!r:.200}. Send ids and plain "
+                "values."
             ) from error
 
 

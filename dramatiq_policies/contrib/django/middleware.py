@@ -55,9 +55,9 @@ class WarnInsideAtomic(Middleware):
     def _tell(self, actor: str, database: str) -> None:
         call_site = _call_site()
         text = (
-            f"A message of actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run it before "
-            f"the transaction on database {database!r} has committed, or although it is rolled back. "
-            f"Write transaction.on_commit(partial({actor}.send, ...))."
+            f"Actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run the "
+            f"message before the transaction on database {database!r} commits, or after a rollback. Write "
+            f"transaction.on_commit(partial({actor}.send, ...))."
         )
         if self.strict:
             raise SentInsideAtomic(text)
