@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
 
-test: $(VENV)/installed  ## everything, with real Redis and RabbitMQ; ARGS="-k name" narrows it down
+test: $(VENV)/installed  ## everything, with real servers; ARGS="-k name" narrows it down
 	$(WITH_SERVICES) $(PYTEST) $(ARGS)
 
 unit: $(VENV)/installed  ## what needs no server

@@ -1,14 +1,14 @@
-"""Run a command with a real Redis and a real RabbitMQ, wherever they come from.
+"""Run a command with a real Redis, RabbitMQ, PostgreSQL and MariaDB, wherever they come from.
 
 python3 scripts/with_services.py [--private] COMMAND...
 
-Each of the two is, in this order:
-1. the one that REDIS_URL or RABBITMQ_URL names;
-2. the one that answers on the standard local port (RabbitMQ: to guest);
+Each of the four is, in this order:
+1. the one that REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL or MARIADB_URL names;
+2. the one that answers on the standard local port (RabbitMQ: to guest; the databases: to postgres and root, without a password);
 3. a private one on a free port, from an installed binary;
 4. the same, after installing it with apt, when run as root;
 5. one that `docker compose` starts on a free port.
-The command gets REDIS_URL and RABBITMQ_URL, and its exit code is the script's. What was started is stopped again,
+The command gets these four URLs, and its exit code is the script's. What was started is stopped again,
 whatever happens but SIGKILL. Any number of these may run at the same time. `--private` skips 1 and 2, for commands
 that empty their servers, and tells them so by DP_PRIVATE_SERVICES=1.
 """
@@ -19,6 +19,8 @@ import argparse
 import contextlib
 import fcntl
 import os
+import pwd
+import re
 import shutil
 import signal
 import socket
@@ -88,6 +90,36 @@ def _amqp_method(connection: socket.socket) -> tuple[int, int] | None:
         return None
     payload = _read(connection, struct.unpack(">I", header[3:])[0] + 1)
     return struct.unpack_from(">HH", payload)
+
+
+def postgresql_answers(port: int) -> bool:
+    """Whether postgres may log in without a password."""
+    with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=5) as connection:
+        login = struct.pack(">I", 3 << 16) + b"user\x00postgres\x00database\x00postgres\x00\x00"
+        connection.sendall(struct.pack(">I", len(login) + 4) + login)
+        return _read(connection, 9) == b"R" + struct.pack(">II", 8, 0)  # AuthenticationOk
+    return False
+
+
+def mariadb_answers(port: int) -> bool:
+    """Whether root may log in without a password."""
+    with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=5) as connection:
+        if _mysql_packet(connection)[1][:1] != b"\x0a":  # the server's handshake, version 10
+            return False
+        # The protocol of 4.1, with the authentication of today.
+        login = struct.pack("<IIB23x", 0x8200, 1 << 24, 45) + b"root\x00\x00"
+        connection.sendall(struct.pack("<I", len(login) | 1 << 24) + login)
+        number, answer = _mysql_packet(connection)
+        if answer[:1] == b"\xfe":  # It asks for another authentication: there is no password in that either.
+            connection.sendall(struct.pack("<I", (number + 1) << 24))
+            answer = _mysql_packet(connection)[1]
+        return answer[:1] == b"\x00"
+    return False
+
+
+def _mysql_packet(connection: socket.socket) -> tuple[int, bytes]:
+    (header,) = struct.unpack("<I", _read(connection, 4))
+    return header >> 24, _read(connection, header & 0xFFFFFF)
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
@@ -165,8 +197,87 @@ def stop_epmd(port: int) -> None:
 
 
 @contextlib.contextmanager
+def private_postgresql(binary: str) -> Iterator[int]:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dp-postgresql-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        user = user_of_databases("postgres", folder)
+        prepare([str(Path(os.path.realpath(binary)).with_name("initdb")), *INITDB, str(folder / "data")], folder, user)
+        command = [binary, *postgresql_options(folder / "data", port)]
+        with _server(command, os.environ, folder, lambda: postgresql_answers(port), user):
+            yield port
+
+
+INITDB = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--pgdata"]
+
+
+def postgresql_options(data: Path, port: int) -> list[str]:
+    # A server that is killed loses nothing without fsync; only a machine does.
+    settings = {"listen_addresses": LOCALHOST, "port": port, "unix_socket_directories": "", "fsync": "off"}
+    return ["-D", str(data), *(part for name, value in settings.items() for part in ("-c", f"{name}={value}"))]
+
+
+@contextlib.contextmanager
+def private_mariadb(binary: str) -> Iterator[int]:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dp-mariadb-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        user = user_of_databases("mysql", folder)
+        initialise = shutil.which("mariadb-install-db") or shutil.which("mysql_install_db")
+        if initialise is None:
+            raise Unavailable("mariadb-install-db is not installed.")
+        prepare([initialise, *MARIADB_INSTALL, f"--datadir={folder / 'data'}"], folder, user)
+        command = [binary, *mariadb_options(folder / "data", port)]
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        with _server(command, environment, folder, lambda: mariadb_answers(port), user):
+            yield port
+
+
+MARIADB_INSTALL = ["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"]
+
+
+def mariadb_options(data: Path, port: int) -> list[str]:
+    options = {"datadir": data, "port": port, "bind-address": LOCALHOST, "socket": "socket", "pid-file": "pid"}
+    small = ["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2", "--skip-name-resolve"]
+    return ["--no-defaults", *(f"--{name}={value}" for name, value in options.items()), *small]
+
+
+def user_of_databases(name: str, folder: Path) -> str | None:
+    """Whom to run a database as, for it refuses root: the user of its Debian package or nobody. The folder becomes theirs."""
+    if os.geteuid() != 0:
+        return None
+    user = name
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        user = "nobody"
+    shutil.chown(folder, user)
+    return user
+
+
+def prepare(command: list[str], folder: Path, user: str | None) -> None:
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TMPDIR": str(folder)},  # a folder where this user may write
+        user=user,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise Unavailable(f"{command[0]} failed: {' '.join(done.stdout.split())[-500:]}")
+
+
+@contextlib.contextmanager
 def _server(
-    command: list[str], environment: Mapping[str, str], folder: Path, answers: Callable[[], bool]
+    command: list[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    answers: Callable[[], bool],
+    user: str | None = None,
 ) -> Iterator[None]:
     output = folder / "output"
     with output.open("wb") as log:
@@ -179,6 +290,7 @@ def _server(
             stdout=log,
             stderr=log,
             start_new_session=True,
+            user=user,
         )
     try:
         give_up = time.monotonic() + STARTUP
@@ -196,7 +308,7 @@ def _server(
         server.wait()
 
 
-# ---------------------------------------------------------------------- the two services
+# ---------------------------------------------------------------------- the services
 
 
 class Service(NamedTuple):
@@ -205,16 +317,23 @@ class Service(NamedTuple):
     url: str  # {port} stands for its port
     port: int  # the standard one
     answers: Callable[[int], bool]
-    binaries: tuple[str, ...]
+    binaries: tuple[str, ...]  # the first one there is; of several versions the newest
     package: str  # in Debian
     private: Callable[[str], contextlib.AbstractContextManager[int]]
     container_port: str  # the variable that docker-compose.yml takes its port from
 
     def binary(self) -> str | None:
-        return next(filter(None, map(shutil.which, self.binaries)), None)
+        candidates = (found for name in self.binaries for found in (_versions(name) if "*" in name else [name]))
+        return next(filter(None, map(shutil.which, candidates)), None)
 
     def at(self, port: int) -> str:
         return self.url.format(port=port)
+
+
+def _versions(pattern: str) -> list[str]:
+    """The files of a pattern, by the numbers in their paths, the largest first."""
+    found = Path("/").glob(pattern.removeprefix("/"))
+    return sorted(map(str, found), key=lambda path: [int(number) for number in re.findall(r"\d+", path)], reverse=True)
 
 
 REDIS = Service(
@@ -240,6 +359,30 @@ RABBITMQ = Service(
     private=private_rabbitmq,
     container_port="RABBITMQ_PORT",
 )
+POSTGRESQL = Service(
+    name="postgresql",
+    variable="POSTGRESQL_URL",
+    url="postgresql://postgres@127.0.0.1:{port}/postgres",
+    port=5432,
+    answers=postgresql_answers,
+    # Debian and Red Hat keep it off the PATH.
+    binaries=("postgres", "/usr/lib/postgresql/*/bin/postgres", "/usr/pgsql-*/bin/postgres"),
+    package="postgresql",
+    private=private_postgresql,
+    container_port="POSTGRESQL_PORT",
+)
+MARIADB = Service(
+    name="mariadb",
+    variable="MARIADB_URL",
+    url="mariadb://root@127.0.0.1:{port}/mysql",
+    port=3306,
+    answers=mariadb_answers,
+    binaries=("mariadbd", "/usr/sbin/mariadbd"),
+    package="mariadb-server",
+    private=private_mariadb,
+    container_port="MARIADB_PORT",
+)
+SERVICES = (REDIS, RABBITMQ, POSTGRESQL, MARIADB)
 
 
 @contextlib.contextmanager
@@ -396,8 +539,10 @@ def main(arguments: list[str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, _frame: signals.append(signum))
     try:
-        with service(REDIS, private=options.private) as redis, service(RABBITMQ, private=options.private) as rabbitmq:
-            environment = {**os.environ, "REDIS_URL": redis, "RABBITMQ_URL": rabbitmq}
+        with contextlib.ExitStack() as stack:
+            environment = {**os.environ}
+            for wanted in SERVICES:
+                environment[wanted.variable] = stack.enter_context(service(wanted, private=options.private))
             if options.private:
                 environment["DP_PRIVATE_SERVICES"] = "1"
             return run(options.command, environment)

@@ -1,4 +1,5 @@
-"""Real servers for the tests in this folder, at REDIS_URL and RABBITMQ_URL, shared with whoever else uses them.
+"""Real servers for the tests in this folder, at REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL and MARIADB_URL, shared with whoever else
+uses them.
 
 Every test works under names of its own and deletes those, and nothing else. Without a server a test fails.
 """
@@ -14,9 +15,11 @@ from pathlib import Path
 import pika
 import pytest
 import redis
+import sqlalchemy as sa
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 
+from .databases import make_empty_tables, own_database, with_driver
 from .places import Place, RabbitmqPlace, RedisPlace
 
 HERE = Path(__file__).parent
@@ -29,8 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # Clients leave sockets of connections that were cut under them to the garbage collector.
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
             callspec = getattr(item, "callspec", None)
-            for server in ("redis", "rabbitmq"):
-                on_it = callspec is not None and callspec.params.get("place") == server
+            for server in ("redis", "rabbitmq", "postgresql", "mariadb"):
+                on_it = callspec is not None and server in (
+                    callspec.params.get("place"),
+                    callspec.params.get("database_url"),
+                )
                 if on_it or f"{server}_url" in getattr(item, "fixturenames", ()):
                     item.add_marker(server)
 
@@ -57,6 +63,41 @@ def redis_url() -> str:
 @pytest.fixture(scope="session")
 def rabbitmq_url() -> str:
     return url_from_environment("RABBITMQ_URL")
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A database that this process alone uses, dropped at its end; without a driver: see `with_driver` in `databases.py`."""
+    with own_database(url_from_environment("POSTGRESQL_URL")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    """As `postgresql_url`."""
+    with own_database(url_from_environment("MARIADB_URL")) as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/database.sqlite3"
+
+
+@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """One database of each kind in turn, with the tables of dramatiq_policies, which are empty."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    make_empty_tables(url)
+    return url
+
+
+@pytest.fixture
+def database_engine(database_url: str) -> Iterator[sa.Engine]:
+    """A sync engine of `database_url`."""
+    engine = sa.create_engine(with_driver(database_url))
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture

@@ -27,10 +27,17 @@ def test_both_brokers_say_when_they_are_healthy_and_the_worker_waits_for_it(comp
         assert services["worker"]["depends_on"][broker] == {"condition": "service_healthy"}
 
 
-def test_what_the_brokers_keep_is_in_named_volumes(compose: dict[str, Any]) -> None:
+def test_what_the_servers_keep_is_in_named_volumes(compose: dict[str, Any]) -> None:
     named = set(compose["volumes"])
-    for broker in ("redis", "rabbitmq"):
-        assert {volume.partition(":")[0] for volume in compose["services"][broker]["volumes"]} <= named
+    for server in ("redis", "rabbitmq", "postgresql", "mariadb"):
+        assert {volume.partition(":")[0] for volume in compose["services"][server]["volumes"]} <= named
+
+
+def test_the_databases_of_the_tests_are_a_profile_and_say_when_they_are_healthy(compose: dict[str, Any]) -> None:
+    databases = {name for name, service in compose["services"].items() if service.get("profiles") == ["databases"]}
+    assert databases == {"postgresql", "mariadb"}
+    for database in databases:
+        assert compose["services"][database]["healthcheck"]["test"][0] == "CMD"
 
 
 def test_no_port_is_open_to_other_machines(compose: dict[str, Any]) -> None:

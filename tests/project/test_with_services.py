@@ -20,6 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "with_services.py"
 
 START = bytes.fromhex("01 0000 00000004 000a000a ce")
 TUNE = bytes.fromhex("01 0000 00000004 000a001e ce")
+HANDSHAKE = bytes.fromhex("05 00 00 00 0a 31 31 2e 34")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,25 @@ def server_that_answers(*replies: bytes) -> Iterator[int]:
     def serve() -> None:
         connection, _ = listener.accept()
         with connection:
+            for reply in replies:
+                connection.recv(1_024)
+                connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join()
+
+
+@contextmanager
+def server_that_greets(greeting: bytes, *replies: bytes) -> Iterator[int]:
+    """As `server_that_answers`, but it speaks first."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(greeting)
             for reply in replies:
                 connection.recv(1_024)
                 connection.sendall(reply)
@@ -120,15 +140,41 @@ def test_a_rabbitmq_that_refuses_guest_does_not_count(script: ModuleType) -> Non
         assert not script.rabbitmq_answers(port)
 
 
+def test_postgresql_answers_when_postgres_may_log_in(script: ModuleType) -> None:
+    with server_that_answers(bytes.fromhex("52 00000008 00000000")) as port:
+        assert script.postgresql_answers(port)
+
+
+def test_a_postgresql_that_wants_a_password_does_not_count(script: ModuleType) -> None:
+    with server_that_answers(bytes.fromhex("52 0000000c 00000005 01020304")) as port:
+        assert not script.postgresql_answers(port)
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_mariadb_answers_when_root_may_log_in(script: ModuleType, asks_again: bool) -> None:
+    ok = bytes.fromhex("07 00 00 02 00 00 00 02 00 00 00")
+    other = bytes.fromhex("03 00 00 02 fe 61 00")
+    with server_that_greets(HANDSHAKE, *([other] if asks_again else []), ok) as port:
+        assert script.mariadb_answers(port)
+
+
+def test_a_mariadb_that_refuses_root_does_not_count(script: ModuleType) -> None:
+    with server_that_greets(HANDSHAKE, bytes.fromhex("03 00 00 02 ff 15 04")) as port:
+        assert not script.mariadb_answers(port)
+
+
 def test_something_else_on_the_port_does_not_count(script: ModuleType) -> None:
-    with server_that_answers(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
-        assert not script.rabbitmq_answers(port)
+    for answers in (script.rabbitmq_answers, script.postgresql_answers):
+        with server_that_answers(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
+            assert not answers(port)
+    with server_that_greets(b"SSH-2.0-OpenSSH_9.2\r\n") as port:
+        assert not script.mariadb_answers(port)
 
 
 def test_nothing_on_the_port_does_not_count(script: ModuleType) -> None:
     port = script.free_port()
-    assert not script.redis_answers(port)
-    assert not script.rabbitmq_answers(port)
+    for service in script.SERVICES:
+        assert not service.answers(port)
 
 
 def test_a_url_from_the_environment_comes_first(
@@ -152,6 +198,15 @@ def test_then_a_private_one_which_is_stopped_at_the_end(script: ModuleType, fake
         assert url == "fake://127.0.0.1:2"
         assert fake.events == ["started"]
     assert fake.events == ["started", "stopped"]
+
+
+def test_of_several_versions_the_newest_is_taken(script: ModuleType, fake: Fake, tmp_path: Path) -> None:
+    for version in ("9", "10", "8.4"):
+        binary = tmp_path / version / "fake-server"
+        binary.parent.mkdir()
+        binary.touch(0o755)
+    wanted = fake.service._replace(binaries=("no-such-server", f"{tmp_path}/*/fake-server"))
+    assert wanted.binary() == f"{tmp_path}/10/fake-server"
 
 
 def test_private_takes_nobody_elses_server(
@@ -210,7 +265,12 @@ def test_a_server_that_does_not_start_is_tried_again_and_then_quoted(script: Mod
     assert len(calls.read_text().splitlines()) == 3
 
 
-SOMEWHERE = {"REDIS_URL": "redis://somewhere/3", "RABBITMQ_URL": "amqp://user:secret@somewhere"}
+SOMEWHERE = {
+    "REDIS_URL": "redis://somewhere/3",
+    "RABBITMQ_URL": "amqp://user:secret@somewhere",
+    "POSTGRESQL_URL": "postgresql://user:secret@somewhere/test",
+    "MARIADB_URL": "mariadb://user:secret@somewhere/test",
+}
 
 
 def with_services(*command: str) -> subprocess.CompletedProcess[str]:
@@ -224,9 +284,9 @@ def with_services(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_gets_the_urls_and_its_exit_code_is_handed_on() -> None:
-    done = with_services("sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL"; exit 7')
+    done = with_services("sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL $POSTGRESQL_URL $MARIADB_URL"; exit 7')
     assert done.returncode == 7
-    assert done.stdout.strip() == "redis://somewhere/3 amqp://user:secret@somewhere"
+    assert done.stdout.split() == list(SOMEWHERE.values())
     assert "secret" not in done.stderr
 
 

@@ -1,0 +1,51 @@
+"""Databases of a test's own on the servers of POSTGRESQL_URL and MARIADB_URL."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from dramatiq_policies.sql import metadata
+
+SYNC = {"postgresql": "psycopg", "mariadb": "pymysql", "mysql": "pymysql", "sqlite": "pysqlite"}
+ASYNC = {"postgresql": "asyncpg", "mariadb": "asyncmy", "mysql": "asyncmy", "sqlite": "aiosqlite"}
+
+
+def with_driver(url: str, drivers: dict[str, str] = SYNC) -> str:
+    """SQLAlchemy's URL: ``postgresql://…`` becomes ``postgresql+psycopg://…``."""
+    kind, rest = url.split("://", 1)
+    return f"{kind}+{drivers[kind]}://{rest}"
+
+
+def async_engine(url: str, **options: Any) -> AsyncEngine:
+    return create_async_engine(with_driver(url, ASYNC), **options)
+
+
+@contextmanager
+def own_database(server_url: str) -> Iterator[str]:
+    """Make a database on a server, and drop it at the end. The URL has no driver."""
+    name = f"dp_test_{uuid.uuid4().hex[:16]}"
+    server = sa.create_engine(with_driver(server_url), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    try:
+        yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    finally:
+        # Workers that were killed have left connections.
+        force = " WITH (FORCE)" if server.dialect.name == "postgresql" else ""
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name}{force}")
+
+
+def make_empty_tables(url: str) -> None:
+    """Make the tables of dramatiq_policies, or empty them."""
+    engine = sa.create_engine(with_driver(url), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        for table in metadata.sorted_tables:
+            connection.execute(table.delete())
