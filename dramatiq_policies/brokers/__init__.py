@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.common import q_name
@@ -47,11 +48,7 @@ def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Trans
         from .rabbitmq.transport import RabbitmqTransport
 
         return RabbitmqDelayTransport if is_delay_queue else RabbitmqTransport
-    if state.warned_of_unknown_broker.acquire(blocking=False):
-        logger.info(
-            "%s is an unknown broker type: all rules work, but its dead letters carry no reason.",
-            type(state.broker).__name__,
-        )
+    state.shared(_UnknownBroker, state.broker).log_once()
     return Transport
 
 
@@ -78,6 +75,26 @@ def prepare(state: BrokerState) -> None:
         close_when_interrupted(getattr(vars(state.broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
         state.shared(_Connections, state.broker)
+
+
+class _UnknownBroker:
+    """Logs once per process that the storage of a broker is unknown."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.reset_after_fork()
+        after_fork(self)
+
+    def reset_after_fork(self) -> None:
+        #: Acquired by the first consumer, and never released.
+        self._logged = threading.Lock()
+
+    def log_once(self) -> None:
+        if self._logged.acquire(blocking=False):
+            logger.info(
+                "%s is an unknown broker type: all rules work, but its dead letters carry no reason.",
+                type(self.broker).__name__,
+            )
 
 
 class _Connections:

@@ -118,7 +118,7 @@ class PolicyConsumer(Consumer):
 
     def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
         state, transport = self.state, delivery.transport
-        batched_completions = state.batched_completions
+        batched_completions = state.idempotency.batched_completions
         if batched_completions is None:
             settle_and_ack(state, transport, message, delivery)
             return

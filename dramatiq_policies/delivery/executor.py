@@ -95,7 +95,7 @@ def run_interruptibly(
             kwargs,
             deadline=None if limit is None else started + limit / 1_000,
             on_shutdown=state.interrupted_by_shutdown(delivery),
-            watch=state.stuck_listener,
+            watch=state.timeout,
             job=delivery,
             after_interrupt=delivery.transport.after_interrupt,
         )

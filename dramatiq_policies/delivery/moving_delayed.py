@@ -34,7 +34,7 @@ BATCH = 100
 def move_due(transport: Transport) -> bool:
     """Move one batch. Returns whether more messages are due."""
     now, delayed, moving = now_ms(), transport.delayed, transport.state.moving_delayed
-    due, postpone = delayed.due(now, BATCH), transport.state.postpone
+    due, postpone = delayed.due(now, BATCH), transport.state.idempotency.postpone
     if postpone is not None:
         due = [item for item in due if not _postponed(delayed, item, now, postpone)]
     moves = [Move.of(item, transport.queue_name) for item in due]
@@ -81,7 +81,7 @@ def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
             )
             return False
         message = move.message
-        transport.state.publish(
+        transport.state.outcomes.publish(
             OutcomeEvent(
                 outcome=Outcome.DEAD,
                 reason="handoff_failed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -9,7 +10,7 @@ from enum import Enum, auto
 from ..common import clock
 from ..common.safe_logger import SafeLogger
 
-__all__ = ["IN_A_ROW", "Distrust", "Fault", "Parking", "Unsendable"]
+__all__ = ["IN_A_ROW", "DeadLetterRefusal", "Distrust", "Fault", "Parking", "Unsendable"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
@@ -57,6 +58,28 @@ class Parking:
                 give_back()
             else:
                 self._waiting.append((due, give_back))
+
+
+class DeadLetterRefusal:
+    """Whether the broker currently refuses the dead letters of a queue. Any thread may call."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> bool:
+        """Note a refusal. Returns whether this is the first since the last `end`."""
+        with self._lock:
+            is_first, self.active = not self.active, True
+        return is_first
+
+    def end(self) -> bool:
+        """Note an accepted dead letter. Returns whether earlier dead letters were refused."""
+        if not self.active:
+            return False
+        with self._lock:
+            was_active, self.active = self.active, False
+        return was_active
 
 
 class Distrust:

@@ -40,8 +40,8 @@ def settle_and_ack(state: BrokerState, transport: Transport, message: MessagePro
         if delivery.is_plain_success() and delivery.claim is None:
             # Nothing to publish, and no key to complete.
             delivery.settled = True
-            state.notify_success(delivery)
-            if state.successes_observed:
+            state.outcomes.notify_success(delivery)
+            if state.outcomes.successes_observed:
                 _publish_outcome(state, message, delivery, SUCCEEDED)
         else:
             _settle(state, transport, message, delivery)
@@ -62,13 +62,13 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
         delivery.claim.conclude(decision)
     delivery.settled = True
     if decision.outcome is Outcome.SUCCEEDED:
-        state.notify_success(delivery)
+        state.outcomes.notify_success(delivery)
     elif decision.outcome is Outcome.INTERRUPTED:
         # The message comes back: no hook (of Dramatiq's Results, say) is to take this failure for its end.
         message.failed = False
     elif decision.outcome in BAD_ENDINGS:
         _report_failure(state, message, delivery, decision, succeeded)
-    if decision.outcome is not Outcome.SUCCEEDED or state.successes_observed:
+    if decision.outcome is not Outcome.SUCCEEDED or state.outcomes.successes_observed:
         _publish_outcome(state, message, delivery, decision)
     # The error's traceback leads to the message: no cycle is left behind.
     delivery.decision = SUCCEEDED if decision is SUCCEEDED else None
@@ -111,13 +111,14 @@ def _publish_outcome(state: BrokerState, message: MessageProxy, delivery: Delive
         rule=decision.rule,
         tags=None if policy is None else policy.tags,
     )
-    state.publish(event, message)
+    state.outcomes.publish(event, message)
 
 
 def _after_discard(state: BrokerState, message: MessageProxy, delivery: Delivery, error: BaseException) -> None:
     policy = delivery.policy or state.policies.get(message.actor_name)
-    own = () if policy is None or policy.after_discard is None else (policy.after_discard,)
-    for hook in (*own, *state.after_discard):
+    for hook in (None if policy is None else policy.after_discard, state.settings.after_discard):
+        if hook is None:
+            continue
         try:
             hook(message, error)
         except BaseException:  # Not even an exit: it would end the worker's thread before the ack.

@@ -22,7 +22,7 @@ from ..errors import MalformedMessage
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue, Move
 from .delivery import Delivery, OutgoingMessage
-from .refusals import Distrust, Fault, Parking, Unsendable
+from .refusals import Fault, Parking, Unsendable
 from .validation import check_shape, decode, without_stack
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Transport:
 
     #: Whether `publish_outbox` also acknowledges, in the same step of the broker.
     acks_with_outbox = False
+    #: Whether the broker redelivers the messages of a lost connection. If not, it still counts them as ours after a reconnect.
+    redelivers_on_reconnect = False
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         self.state = state
@@ -54,10 +56,13 @@ class Transport:
         self.queue_name = q_name(queue_name)
         self.is_delay_queue = self.source != self.queue_name
         self.prefetch = prefetch
-        self.delayed = self.delay_queue()
-        self.parked = self.parking()
-        self.distrust = state.distrusted.setdefault(queue_name, Distrust(queue_name))
-        self.max_body_bytes = state.max_body_bytes
+        queue = state.queue(queue_name)
+        self.delayed = DelayQueue() if self.redelivers_on_reconnect else queue.delayed
+        self.parked = Parking() if self.redelivers_on_reconnect else queue.parked
+        self.distrust = queue.distrust
+        #: Of the work queue: a delay queue has no dead-letter queue of its own.
+        self.dead_letters = state.queue(self.queue_name).dead_letters
+        self.max_body_bytes = state.settings.max_body_bytes
         #: Set while the worker shuts down: messages that still arrive are left to other workers.
         self.is_quiet = False
 
@@ -112,7 +117,7 @@ class Transport:
         event = OutcomeEvent(
             outcome=Outcome.DEAD, reason="malformed", queue=self.queue_name, exception=without_stack(error)
         )
-        self.state.publish(event, None)
+        self.state.outcomes.publish(event, None)
 
     def idle(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -241,16 +246,15 @@ class Transport:
     @property
     def refuses_dead_letters(self) -> bool:
         """Whether the broker refused the last dead letter of this queue."""
-        return self.queue_name in self.state.refused
+        return self.dead_letters.active
 
     def dead_letters_refused(self) -> bool:
         """Remember that the broker refuses this queue's dead letters. Returns whether this is a change."""
-        news = object()
-        return self.state.refused.setdefault(self.queue_name, news) is news
+        return self.dead_letters.begin()
 
     def dead_letters_accepted(self) -> None:
         """Remember that the broker accepts this queue's dead letters. Logs a change."""
-        if self.state.refused and self.state.refused.pop(self.queue_name, None) is not None:
+        if self.dead_letters.end():
             logger.warning("The dead-letter queue of %r accepts messages again.", self.queue_name)
 
     def is_revoked(self) -> bool:
@@ -289,14 +293,3 @@ class Transport:
     def dead_letter_unmoved(self, message: MessageProxy) -> None:
         """Move a delayed message, as it was delivered, to the dead-letter queue."""
         self.inner.nack(message)
-
-    def delay_queue(self) -> DelayQueue:
-        """Return the delayed messages in hand.
-
-        Kept per queue, not per connection: after a reconnect the broker still counts them as ours.
-        """
-        return self.state.delayed.setdefault(self.source, DelayQueue())
-
-    def parking(self) -> Parking:
-        """Return the messages that keep their slots. Kept per queue, like the delayed messages."""
-        return self.state.parked.setdefault(self.source, Parking())

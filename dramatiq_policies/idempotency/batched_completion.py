@@ -83,7 +83,7 @@ class BatchedCompletions:
         Returns:
           False if the caller must settle the message in the ordinary way.
         """
-        if not delivery.completes_key() or not delivery.is_plain_success() or self.state.successes_observed:
+        if not delivery.completes_key() or not delivery.is_plain_success() or self.state.outcomes.successes_observed:
             return False
         if not _has_more(threading.current_thread()):
             return False

@@ -68,7 +68,7 @@ class IdempotencyGuard:
         """Run a job once: wait for a job that runs alone, claim the key, and run the job if no other worker does."""
         policy = delivery.policy
         options = None if policy is None else policy.guard
-        exclusive, batched = self.claims.exclusive, self.state.batched_completions
+        exclusive, batched = self.claims.exclusive, self.state.idempotency.batched_completions
         if batched is not None and not (
             options is not None and options.key_runs_no_user_code and not delivery.redelivered and exclusive.is_open
         ):
@@ -113,7 +113,7 @@ class IdempotencyGuard:
           SkipMessage: The job must not run now; the decision is on the delivery.
         """
         message = delivery.message
-        if delivery.redelivered and (left := self.state.booting_until - time.monotonic()) > 0:
+        if delivery.redelivered and (left := self.state.idempotency.booting_until - time.monotonic()) > 0:
             time.sleep(left)
         earlier = None
         if key is None:

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["Installer", "PolicyMiddleware", "conflicting_stock", "order_middleware", "register_installer"]
+__all__ = [
+    "Arrangement",
+    "Installer",
+    "PolicyMiddleware",
+    "arrangement_of",
+    "conflicting_stock",
+    "order_middleware",
+    "register_installer",
+]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
@@ -27,6 +35,29 @@ def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middle
     """Return the names of middleware on the broker derived from ``stock``, which ``ours`` should replace."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
+
+
+class Arrangement:
+    """The middleware and the actors of a broker at the last call of `order_middleware`.
+
+    Attributes:
+      middleware, length: The broker's list of middleware, and its length.
+      actors: The number of actors.
+      attached: The middleware of dramatiq_policies that have their places.
+      wraps_consume: Whether the consumers of the broker are ours.
+    """
+
+    def __init__(self) -> None:
+        self.middleware: list[Middleware] | None = None
+        self.length = 0
+        self.actors = 0
+        self.attached: list[PolicyMiddleware] = []
+        self.wraps_consume = False
+
+
+def arrangement_of(state: BrokerState) -> Arrangement:
+    """Return the arrangement of a broker. Only `ordering` changes it."""
+    return state.shared(Arrangement)
 
 
 class Installer(NamedTuple):

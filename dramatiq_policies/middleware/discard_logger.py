@@ -79,7 +79,7 @@ class DiscardLogger(PolicyMiddleware):
     def attach(self, state: BrokerState) -> None:
         self._state = state
         state.failure_level = self.levels["dead"]
-        state.observe(self, self._record, self, successes=False)
+        state.outcomes.observe(self, self._record, self, successes=False)
 
     def _record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         outcome = event.outcome
@@ -109,7 +109,7 @@ class DiscardLogger(PolicyMiddleware):
     def _stack_of(self, event: OutcomeEvent, error: BaseException) -> Any:
         if logger.isEnabledFor(logging.DEBUG):
             return exc_info_of(error, whole=True)
-        interval = 0 if self._state is None else self._state.alert_interval
+        interval = 0 if self._state is None else self._state.settings.alert_interval
         if self._stacks.admits((event.actor, event.outcome, type(error)), interval):
             return exc_info_of(error, whole=False)
         return None

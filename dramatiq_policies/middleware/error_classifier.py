@@ -14,7 +14,7 @@ from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..common.throttle import Throttle
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
-from ..delivery.broker_state import state_of
+from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
 from ..delivery.decisions import BrokerDefaults, FailedRun, decide
@@ -165,13 +165,10 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             max_snooze=self.max_snooze,
             dead_letter_discards=self.dead_letter_discards,
         )
-        state.max_body_bytes = self.max_body_bytes
-        state.alert_interval = self.alert_interval
-        state.observe(self, self._report, self, successes=False)
+        state.settings = DeliverySettings(self.max_body_bytes, self.alert_interval, self.after_discard)
+        state.outcomes.observe(self, self._report, self, successes=False)
         for subscriber in self.subscribers:
-            state.subscribe(self, subscriber)
-        if self.after_discard is not None:
-            state.after_discard = (self.after_discard,)
+            state.outcomes.subscribe(self, subscriber)
 
     def for_stub(self) -> Self:
         stub = super().for_stub()

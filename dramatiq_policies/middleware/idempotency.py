@@ -23,7 +23,7 @@ from ..idempotency.guard import IdempotencyGuard
 from ..idempotency.options import OPTIONS, Register, checked_crashes, key_of
 from ..idempotency.services import place_of, record_service, server_of
 from ..stores import IdempotencyStore
-from .base import PolicyMiddleware, order_middleware
+from .base import PolicyMiddleware, arrangement_of, order_middleware
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -154,16 +154,16 @@ class Idempotency(PolicyMiddleware):
             run_without_store=self.on_store_error == "run",
             place=place_of(state.broker, store),
         )
-        state.postpone = guard.contention.postpone
+        state.idempotency.postpone = guard.contention.postpone
         state.add_around_job(guard.around_job, order=1)
-        state.guard_defaults = (self.ttl, self.max_crashes)
+        state.idempotency.defaults = (self.ttl, self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         state = order_middleware(broker)
         if self.claims is not None:
             self.claims.stopping = False
         if state.in_command:
-            state.booting_until = time.monotonic() + _BOOTING
+            state.idempotency.booting_until = time.monotonic() + _BOOTING
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         state = order_middleware(broker)
@@ -173,11 +173,11 @@ class Idempotency(PolicyMiddleware):
         if trips is not None:
             from ..idempotency.batched_completion import BatchedCompletions  # It needs redis.
 
-            state.batched_completions = (
+            state.idempotency.batched_completions = (
                 BatchedCompletions(state, self.claims, trips) if BatchedCompletions.is_safe(state) else None
             )
-        if self._excuse_neighbours not in state.stuck_subscribers:
-            state.stuck_subscribers.append(self._excuse_neighbours)
+        if self._excuse_neighbours not in state.outcomes.stuck_subscribers:
+            state.outcomes.stuck_subscribers.append(self._excuse_neighbours)
         try:
             warnings = getattr(self.store, "warnings", None)
             if callable(warnings):
@@ -203,8 +203,9 @@ class Idempotency(PolicyMiddleware):
             self.claims.excuse_all()
 
     def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
-        if self.attached_to is not None and self.attached_to.batched_completions is not None:
-            self.attached_to.batched_completions.flush()
+        batched = None if self.attached_to is None else self.attached_to.idempotency.batched_completions
+        if batched is not None:
+            batched.flush()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         if self.claims is not None:
@@ -345,7 +346,7 @@ def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def guard_on(state: BrokerState) -> IdempotencyGuard | None:
     """Return the guard of a broker's Idempotency; None if the broker has no Idempotency with a store."""
-    return next((one.guard for one in state.attached if isinstance(one, Idempotency)), None)
+    return next((one.guard for one in arrangement_of(state).attached if isinstance(one, Idempotency)), None)
 
 
 def keyed_queues(state: BrokerState) -> list[tuple[str, str]]:

@@ -101,9 +101,9 @@ class Metrics(PolicyMiddleware):
 
     def attach(self, state: BrokerState) -> None:
         self._state = state
-        state.observe(self, self._record, self, successes=False)
-        state.success_listeners = (*state.success_listeners, self._succeeded)
-        state.stuck_subscribers.append(self._stuck)
+        state.outcomes.observe(self, self._record, self, successes=False)
+        state.outcomes.success_listeners = (*state.outcomes.success_listeners, self._succeeded)
+        state.outcomes.stuck_subscribers.append(self._stuck)
 
     def for_stub(self) -> Self:
         stub = super().for_stub()

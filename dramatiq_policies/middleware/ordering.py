@@ -26,7 +26,7 @@ from ..delivery.executor import wrap_actor
 from ..delivery.limits import validate
 from ..errors import ConfigurationError
 from ..idempotency.options import resolve_guard
-from .base import Installer, PolicyMiddleware, register_installer
+from .base import Installer, PolicyMiddleware, arrangement_of, register_installer
 from .composition import Callbacks, GroupCallbacks, Pipelines, storing
 from .error_classifier import ErrorClassifier
 from .prometheus import count_retries_of
@@ -49,8 +49,9 @@ def order_middleware(broker: Broker) -> BrokerState:
     Hooks iterate over the list during this call: this function replaces the list and never changes it.
     """
     state = state_of(broker)
-    if state.arranged is broker.middleware and state.arranged_length == len(broker.middleware):
-        if state.arranged_actors != len(broker.actors):
+    arrangement = arrangement_of(state)
+    if arrangement.middleware is broker.middleware and arrangement.length == len(broker.middleware):
+        if arrangement.actors != len(broker.actors):
             _resolve_actors(state)
         return state
     with _lock:
@@ -73,17 +74,17 @@ def order_middleware(broker: Broker) -> BrokerState:
         for middleware in broker.middleware:
             count_retries_of(middleware, state)
             _dramatiq.add_options(broker, middleware)
-            if isinstance(middleware, PolicyMiddleware) and middleware not in state.attached:
+            if isinstance(middleware, PolicyMiddleware) and middleware not in arrangement.attached:
                 _attach(state, middleware)
             elif isinstance(middleware, ShutdownNotifications):
                 state.shutdown_notifications = middleware
-        if not state.attached_to_consume:
+        if not arrangement.wraps_consume:
             prepare(state)
-            state.attached_to_consume = True
+            arrangement.wraps_consume = True
             _wrap_consume(state)
         learn_passwords(broker, *broker.middleware)
-        state.arranged = broker.middleware
-        state.arranged_length = len(broker.middleware)
+        arrangement.middleware = broker.middleware
+        arrangement.length = len(broker.middleware)
         _resolve_actors(state)
     return state
 
@@ -93,8 +94,8 @@ def _replace_auto_added(state: BrokerState, added: Middleware, explicit: Middlew
     assert isinstance(added, ErrorClassifier)
     assert isinstance(explicit, ErrorClassifier)
     explicit.inherit_settings(added)
-    state.forget(added)
-    state.attached.remove(added)
+    state.outcomes.forget(added)
+    arrangement_of(state).attached.remove(added)
     state.policies.clear()
 
 
@@ -109,9 +110,7 @@ def _attach(state: BrokerState, middleware: PolicyMiddleware) -> None:
             f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
         )
     middleware.attached_to = state
-    state.attached.append(middleware)
-    if isinstance(middleware, Timeout):
-        state.timeout = middleware
+    arrangement_of(state).attached.append(middleware)
     middleware.attach(state)
 
 
@@ -163,7 +162,7 @@ def _resolve_actors(state: BrokerState) -> None:
     broker = state.broker
     for actor in list(broker.actors.values()):
         resolve_actor(state, actor)
-    state.arranged_actors = len(broker.actors)
+    arrangement_of(state).actors = len(broker.actors)
 
 
 def resolve_actor(state: BrokerState, actor: Any) -> None:
@@ -177,13 +176,13 @@ def resolve_actor(state: BrokerState, actor: Any) -> None:
         known is not None
         and known.options is actor.options
         and known.timeout is state.timeout
-        and known.guarded_by is state.guard_defaults
+        and known.guarded_by is state.idempotency.defaults
     ):
         return
-    classifier = next(m for m in state.attached if isinstance(m, ErrorClassifier))
+    classifier = next(m for m in arrangement_of(state).attached if isinstance(m, ErrorClassifier))
     policy = ActorPolicy(actor, classifier.rules)
-    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.guard_defaults)
-    policy.guarded_by = state.guard_defaults
+    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.idempotency.defaults)
+    policy.guarded_by = state.idempotency.defaults
     if state.timeout is not None:
         validate(f"actor {actor.actor_name!r}", actor.options)
         policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)

@@ -32,4 +32,4 @@ def count_retries_of(middleware: Middleware, state: BrokerState) -> None:
             counter.labels(event.queue, event.actor).inc()
 
     middleware.after_enqueue = lambda broker, message, delay: None  # type: ignore[method-assign]
-    state.observe(middleware, record, middleware, successes=False)
+    state.outcomes.observe(middleware, record, middleware, successes=False)

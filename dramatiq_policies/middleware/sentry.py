@@ -81,8 +81,8 @@ class SentryReporter(PolicyMiddleware):
 
         self._state = state
         # Before the log lines: Sentry drops a second event with the same exception.
-        state.observe(self, self._record, self, successes=False, first=True)
-        state.stuck_subscribers.append(self._stuck)
+        state.outcomes.observe(self, self._record, self, successes=False, first=True)
+        state.outcomes.stuck_subscribers.append(self._stuck)
         ignore_logger(_dramatiq.WORKER_LOGGER)
         drop_our_lines()
         for middleware in state.broker.middleware:

@@ -141,11 +141,11 @@ class Timeout(PolicyMiddleware, TimeLimit):
         return {"time_limit", "timeout", "queue_timeout"}
 
     def attach(self, state: BrokerState) -> None:
-        state.stuck_listener = self
+        state.timeout = self
         state.add_around_job(around_job, order=0)
         # Both share one list, in whichever order subscribers were added.
-        state.stuck_subscribers += self.stuck_subscribers
-        self.stuck_subscribers = state.stuck_subscribers
+        state.outcomes.stuck_subscribers += self.stuck_subscribers
+        self.stuck_subscribers = state.outcomes.stuck_subscribers
 
     def for_stub(self) -> Self:
         twin = super().for_stub()

@@ -41,7 +41,7 @@ def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[
             stalled.discard(str(event.message_id))
 
     handler = _BadEndings(run.logs, is_of_the_drain)
-    state.observe(run, observe)
+    state.outcomes.observe(run, observe)
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(handler)
     try:
@@ -50,7 +50,7 @@ def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
         run.dead += [letter for name, queue in dead_letters.items() for letter in queue[before.get(name, 0) :]]
-        state.forget(run)
+        state.outcomes.forget(run)
 
 
 class _BadEndings(logging.Handler):

@@ -35,7 +35,7 @@ def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
 def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_the_same(caplog):
     broker = install(StubBroker())
     told = []
-    state_of(broker).success_listeners = (lambda delivery: 1 / 0, told.append)
+    state_of(broker).outcomes.success_listeners = (lambda delivery: 1 / 0, told.append)
     dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
     work_off(broker)
     assert len(told) == 1

@@ -161,7 +161,7 @@ def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
 def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
     stage = Stage()
     told = []
-    state_of(stage.broker).success_listeners = (told.append,)
+    state_of(stage.broker).outcomes.success_listeners = (told.append,)
     stage.actor(lambda: None, actor_name="good").send()
     stage.actor(lambda: 1 / 0, actor_name="bad", max_retries=0).send()
     assert sorted(stage.run().outcomes()) == ["dead", "succeeded"]

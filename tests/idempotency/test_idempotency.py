@@ -954,7 +954,7 @@ def test_a_second_worker_subscribes_to_stuck_jobs_no_second_time():
         with stage.working():
             pass
     idempotency = next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
-    subscribers = state_of(stage.broker).stuck_subscribers
+    subscribers = state_of(stage.broker).outcomes.stuck_subscribers
     assert subscribers.count(idempotency._excuse_neighbours) == 1
 
 

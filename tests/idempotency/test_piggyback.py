@@ -83,7 +83,7 @@ def carrier(monkeypatch):
         batched_completions, "settle_and_ack", lambda state, transport, message, delivery: transport.settle_and_ack()
     )
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: True)
-    state = SimpleNamespace(successes_observed=False, stopping=Stopping())
+    state = SimpleNamespace(outcomes=SimpleNamespace(successes_observed=False), stopping=Stopping())
     return BatchedCompletions(state, None, Trips())
 
 
@@ -99,7 +99,7 @@ def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_
 
 
 def test_so_is_a_success_that_somebody_is_told_of(carrier):
-    carrier.state.successes_observed = True
+    carrier.state.outcomes.successes_observed = True
     assert not carrier.post(Transport(), MESSAGE, ended())
 
 

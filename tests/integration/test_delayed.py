@@ -18,7 +18,7 @@ from dramatiq.middleware import Middleware, MiddlewareError
 
 from dramatiq_policies import RetryPolicy
 from dramatiq_policies.brokers.rabbitmq import delayed as rabbitmq_delayed
-from dramatiq_policies.brokers.rabbitmq.acks import SharedAcks
+from dramatiq_policies.brokers.rabbitmq.acks import SharedAcks, UnackedCounts
 from dramatiq_policies.brokers.redis.delay_index import DelayIndex
 from dramatiq_policies.delivery import moving_delayed
 from dramatiq_policies.delivery.broker_state import state_of
@@ -214,7 +214,7 @@ def test_a_nearer_message_runs_on_time_behind_far_ones_in_a_quorum_queue(rabbitm
     near = app.actor(ran.append, actor_name="near")
     send_far(app, 2_100)
     with app.working(1):
-        held = state_of(app.broker).unacked_counts
+        held = state_of(app.broker).shared(UnackedCounts).by_queue
         until(lambda: held.get(f"{rabbitmq_place.queue}.DQ", int)() == 2_100)
         near.send_with_options(args=(1,), delay=200)
         app.wait_for("succeeded")
@@ -238,7 +238,7 @@ def test_what_a_worker_holds_without_its_body_counts_as_delayed(rabbitmq_place: 
     app = rabbitmq_place.app()
     send_far(app, 4 * IN_HAND)
     with app.working(1):
-        held = state_of(app.broker).unacked_counts
+        held = state_of(app.broker).shared(UnackedCounts).by_queue
         until(lambda: held.get(f"{rabbitmq_place.queue}.DQ", int)() == 4 * IN_HAND)
     assert len(rabbitmq_place.left()) == 4 * IN_HAND
 

@@ -14,6 +14,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
 from dramatiq_policies.brokers.ended import Ended
+from dramatiq_policies.brokers.rabbitmq.acks import UnackedCounts
 from dramatiq_policies.delivery.broker_state import state_of
 from tests.proxy import Proxy, amqp_method
 
@@ -33,7 +34,8 @@ def ended_of(app: App) -> Any:
 
 def all_acked(app: App) -> bool:
     """Whether the server waits for no ack of this worker's."""
-    return not app.in_hand() and not any(held() for held in state_of(app.broker).unacked_counts.values())
+    unacked_counts = state_of(app.broker).shared(UnackedCounts).by_queue
+    return not app.in_hand() and not any(count() for count in unacked_counts.values())
 
 
 def test_neither_a_job_that_holds_the_interpreter_past_two_heartbeats_nor_its_neighbours_run_again(

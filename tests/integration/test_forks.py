@@ -140,16 +140,18 @@ def in_a_child(look: Any) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork beside threads, which is the subject
 def test_in_a_child_no_worker_runs_and_nothing_is_held(redis_place: RedisPlace) -> None:
+    from dramatiq_policies.brokers.redis.prefetch import InFlight
     from dramatiq_policies.delivery.broker_state import state_of
 
     app = redis_place.app()
     state = state_of(app.broker)
+    in_flight = state.shared(InFlight)
     state.stopping.set()
-    state.in_flight["q"] = {"an-id"}
+    in_flight.ids_of("q").add("an-id")
     state.fatal, state.in_command, state.last_polled_at = "NOAUTH", True, {"q": 1.0}
 
     def look() -> Any:
-        return state.stopping.is_set(), state.in_flight, state.fatal, state.in_command, state.last_polled_at
+        return state.stopping.is_set(), in_flight.by_queue, state.fatal, state.in_command, state.last_polled_at
 
     assert in_a_child(look) == "(False, {}, None, False, {})"
     assert str(look()) == "(True, {'q': {'an-id'}}, 'NOAUTH', True, {'q': 1.0})"

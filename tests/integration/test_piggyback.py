@@ -38,8 +38,8 @@ class Shop:
         )
         self.told: list[str] = []
         state = state_of(self.broker)
-        state.success_listeners = (
-            *state.success_listeners,
+        state.outcomes.success_listeners = (
+            *state.outcomes.success_listeners,
             lambda delivery: self.told.append(delivery.message.message_id),
         )
         self.ran: list[int] = []

@@ -97,5 +97,5 @@ def test_a_subscriber_that_raises_keeps_nobody_else_from_the_record(caplog):
 
 def test_a_success_needs_no_record_where_nobody_asked_for_it():
     silent, told = (install(StubBroker(), error_classifier=ErrorClassifier(on_outcome=o)) for o in (None, print))
-    assert not state_of(silent).successes_observed
-    assert state_of(told).successes_observed
+    assert not state_of(silent).outcomes.successes_observed
+    assert state_of(told).outcomes.successes_observed

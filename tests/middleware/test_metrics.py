@@ -299,7 +299,7 @@ def test_a_stuck_job_has_its_actor_s_tags():
     stage = stage_with(client)
     stage.actor(lambda: None, actor_name="report", tags={"team": "finance"})
     record = StuckJob(actor="report", queue="default", message_id="1", elapsed_ms=1.0, stack="")
-    for tell in state_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).outcomes.stuck_subscribers:
         tell(record)
     assert client.calls == [("c", "jobs.stuck", 1, ["team:finance", "actor:report", "queue:default"])]
 

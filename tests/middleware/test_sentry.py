@@ -805,10 +805,10 @@ def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
 def test_a_stuck_job_is_told_only_to_a_client(sentry):
     stage = stage_with()
     job = StuckJob(actor="pay", queue="default", message_id="m1", elapsed_ms=70.0, stack=STACK)
-    for tell in state_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).outcomes.stuck_subscribers:
         tell(job)
     sentry()
-    for tell in state_of(stage.broker).stuck_subscribers:
+    for tell in state_of(stage.broker).outcomes.stuck_subscribers:
         tell(job)
     (event,) = sentry.events
     assert event["exception"]["values"][0]["value"] == "stuck for 70 ms, and can't be interrupted"

@@ -6,7 +6,22 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["SharedAcks"]
+from ...common.forks import after_fork
+
+__all__ = ["SharedAcks", "UnackedCounts"]
+
+
+class UnackedCounts:
+    """How many messages the consumer of each queue has received and not yet acknowledged."""
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        after_fork(self)
+
+    def reset_after_fork(self) -> None:
+        """Start empty: a new process has no consumer."""
+        #: Returns the count, by queue. The transport of the queue registers itself, until it closes.
+        self.by_queue: dict[str, Callable[[], int]] = {}
 
 
 class SharedAcks:

@@ -17,6 +17,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 from ...common.connections import discard, is_async_exception
 from ...delivery.broker_state import state_of
 from ..queue_reader import QueueReader, QueueReading, ready_at
+from .acks import UnackedCounts
 
 __all__ = ["AgeEstimate", "Reader"]
 
@@ -99,7 +100,7 @@ class Reader(QueueReader):
         taken = list((state.last_received or {}).items())
         return {
             "taken": {queue: [message.message_id, ready_at(message)] for queue, message in taken},
-            "held": {queue: held() for queue, held in list(state.unacked_counts.items())},
+            "held": {queue: held() for queue, held in list(state.shared(UnackedCounts).by_queue.items())},
         }
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:

@@ -21,13 +21,12 @@ from ...common.connections import discard
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
-from ...delivery.delay_queue import DelayQueue
 from ...delivery.delivery import Delivery, OutgoingMessage
 from ...delivery.history import now_ms
-from ...delivery.refusals import Fault, Parking
+from ...delivery.refusals import Fault
 from ...outcomes import text_of
 from ..ended import Ended, Runs
-from .acks import SharedAcks
+from .acks import SharedAcks, UnackedCounts
 from .unreadable import LOST, UNREADABLE, UnreadableBodies
 
 __all__ = ["RabbitmqTransport"]
@@ -44,6 +43,8 @@ _RETURNS = 2
 class RabbitmqTransport(UnreadableBodies):
     """Consumes, acknowledges and dead-letters on RabbitMQ."""
 
+    redelivers_on_reconnect = True
+
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
@@ -51,7 +52,8 @@ class RabbitmqTransport(UnreadableBodies):
         #: Whether the queue was deleted, with every message due for redelivery.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
-        state.unacked_counts[queue_name] = self.held
+        self.unacked_counts = state.shared(UnackedCounts).by_queue
+        self.unacked_counts[queue_name] = self.held
         self.runs = Runs(state.shared(Ended), self)
 
     def held(self) -> int:
@@ -254,14 +256,6 @@ class RabbitmqTransport(UnreadableBodies):
         if delivery is not None:
             self.runs.not_acked(delivery)
 
-    def parking(self) -> Parking:
-        # Per connection: the server redelivers the messages of a closed consumer.
-        return Parking()
-
-    def delay_queue(self) -> DelayQueue:
-        # Per connection: the server redelivers the messages of a closed consumer.
-        return DelayQueue()
-
     def requeue(self, messages: list[MessageProxy]) -> None:
         """Note the messages. The server requeues them when the consumer closes."""
         for message in messages:
@@ -291,8 +285,8 @@ class RabbitmqTransport(UnreadableBodies):
         super().close()
         self.closed = True
         self.runs.closed(self.state.stopping.is_set())
-        if self.state.unacked_counts.get(self.source) == self.held:
-            del self.state.unacked_counts[self.source]
+        if self.unacked_counts.get(self.source) == self.held:
+            del self.unacked_counts[self.source]
         # Dramatiq's consumer leaves its connection open if the channel was closed already.
         if self.inner.connection.is_open:
             try:

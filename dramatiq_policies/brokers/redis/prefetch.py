@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from threading import Event
 
-__all__ = ["PrefetchWindow"]
+from ...common.forks import after_fork
+
+__all__ = ["InFlight", "PrefetchWindow"]
+
+
+class InFlight:
+    """The ids of the messages in this process, received and not yet acknowledged.
+
+    Kept per queue, not per connection: Redis counts the messages as ours after a reconnect.
+    """
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        after_fork(self)
+
+    def reset_after_fork(self) -> None:
+        """Start empty: a new process has received no message."""
+        self.by_queue: dict[str, set[str]] = {}
+
+    def ids_of(self, queue: str) -> set[str]:
+        return self.by_queue.setdefault(queue, set())
 
 
 class PrefetchWindow:
@@ -13,8 +33,7 @@ class PrefetchWindow:
     A finished job frees its place before the ack arrives, so the consumer fetches the next messages meanwhile.
 
     Parameters:
-      held: The ids of the messages in this process. Kept per queue, not per connection: Redis counts the messages as ours after a
-        reconnect.
+      held: The ids of the messages in this process; see `InFlight`.
       prefetch: The number of places.
     """
 

@@ -33,7 +33,7 @@ from ...errors import MalformedMessage
 from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
 from .calls import RedisCalls
-from .prefetch import PrefetchWindow
+from .prefetch import InFlight, PrefetchWindow
 from .recovery import Recovery
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class RedisTransport(Transport):
         self.ended = state.shared(Ended)
         #: Fetched messages, not yet taken: id, body, and b"1" if recovered from a dead worker.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
-        self.places = PrefetchWindow(state.in_flight.setdefault(queue_name, set()), inner.prefetch)
+        self.places = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
         #: The store of the last claim, and whether the store is on this server.
         self.store: Any = None
         self.beside_store = False

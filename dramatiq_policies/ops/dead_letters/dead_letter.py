@@ -98,7 +98,7 @@ def _type_of(value: Any) -> str:
 def read_dead_letter(broker: Broker, queue: str, item: Item) -> DeadLetter:
     """Read a dead letter. Unreadable parts are None: any program may have written it."""
     try:
-        message = decode(item.body, state_of(broker).max_body_bytes)
+        message = decode(item.body, state_of(broker).settings.max_body_bytes)
         check_shape(message)
     except Exception:
         return DeadLetter(
