@@ -12,7 +12,7 @@ WITH_SERVICES := $(BIN)/python scripts/with_services.py
 WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite docs release-check clean
+.PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite django-suite docs release-check clean
 
 demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
@@ -57,6 +57,9 @@ chaos: $(VENV)/installed  ## workers and servers killed at random: CHAOS_JOBS=20
 dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check prometheus-client
 	$(WITH_SERVICES) --private $(BIN)/python scripts/dramatiq_suite.py "$(CHECKOUT)" $(ARGS)
+
+django-suite: $(VENV)/installed  ## Django's own tests of task backends with ours, on Python 3.12: make django-suite SOURCE=../django
+	$(BIN)/python scripts/django_suite.py "$(SOURCE)" $(ARGS)
 
 release-check:  ## what is built, each extra alone, import time, vulnerabilities
 	$(PYTHON) scripts/release_check.py

@@ -12,6 +12,8 @@ from hypothesis import settings
 from dramatiq_policies.common import credentials
 from dramatiq_policies.testing import pytest_plugin
 
+from .support import HAS_DJANGO_TASKS
+
 # No example fails for its time: on a busy machine any of them may take long.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -33,6 +35,13 @@ if not hasattr(dramatiq.worker, "_WorkQueueItem"):
 def pytest_configure(config):
     if not config.pluginmanager.is_registered(pytest_plugin):
         config.pluginmanager.register(pytest_plugin, "dramatiq_policies")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not HAS_DJANGO_TASKS:
+        terminalreporter.write_line(
+            "Not applicable here, and not run: tests/contrib/django/test_tasks*.py, which need Django 6 (Python 3.12)."
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib.util
 import json
 import socket
 import threading
@@ -23,6 +24,8 @@ except ImportError:  # scripts/release_check.py runs tests with one extra alone
     Transport = object
 
 PATIENCE = 20.0
+#: Whether Django has tasks: Django 6, which needs Python 3.12.
+HAS_DJANGO_TASKS = importlib.util.find_spec("django") is not None and bool(importlib.util.find_spec("django.tasks"))
 
 
 class Collector:
