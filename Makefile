@@ -2,6 +2,8 @@
 
 PATH ?= /usr/local/bin:/usr/bin:/bin
 export PATH
+# The processes of a test run share compiled code, also where the environment says that none is written.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
