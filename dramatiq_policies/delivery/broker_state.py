@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from ..outcomes import OutcomeEvent
     from .actor_policy import ActorPolicy
-    from .delivery import Delivery
+    from .decision import Decision
+    from .delivery import Delivery, OutgoingMessage
     from .outcome_publisher import Observer
 
 __all__ = ["BrokerState", "DeliverySettings", "IdempotencyState", "state_of"]
@@ -36,11 +37,30 @@ class CompletionBatcher(Protocol):
     def post(self, transport: Any, message: MessageProxy, delivery: Delivery) -> bool:
         """Take over the settlement of a plain success. Returns False if the caller must settle the message."""
 
-    def look(self) -> None:
+    def flush_if_idle(self) -> None:
         """Send the posted completions, unless another message is about to send them."""
 
     def flush(self) -> None:
         """Send the posted completions, and wait for the replies."""
+
+
+class ClaimKeeper(Protocol):
+    """Writes the claims of deliveries to a store. The argument ``claim`` is a delivery's claim."""
+
+    @property
+    def store(self) -> object: ...
+
+    def record_ending(self, claim: Any, send: OutgoingMessage) -> None:
+        """Record, before the retry is published, that the run has ended."""
+
+    def completion(self, claim: Any) -> tuple[Any, ...]:
+        """Return the command that completes the key, for a store with a `CommandBatcher`."""
+
+    def conclude(self, claim: Any, decision: Decision) -> None:
+        """Record the end of the run: after the follow-up messages are published, before the message is acked."""
+
+    def drop(self, claim: Any) -> None:
+        """Stop holding a claim and write nothing."""
 
 
 class TimeLimits(StuckListener, Protocol):
@@ -86,12 +106,20 @@ class IdempotencyState:
       batched_completions: Batches completions; None if batching would be visible from outside.
       booting_until: Before this time (monotonic seconds) no redelivered job begins, since the job may have killed its worker.
         Dramatiq's command waits forever if a worker process dies during the report of its boot.
+      keeper: Writes the claims of deliveries; None without Idempotency, or without a store.
     """
 
     defaults: tuple[int, int | None] | None = None
     postpone: Callable[[MessageProxy], int | None] | None = None
     batched_completions: CompletionBatcher | None = None
     booting_until: float = 0.0
+    keeper: ClaimKeeper | None = None
+
+    @property
+    def claims(self) -> ClaimKeeper:
+        """Writes the claims of deliveries. There if a delivery has a claim."""
+        assert self.keeper is not None
+        return self.keeper
 
 
 class BrokerState:

@@ -124,7 +124,7 @@ class PolicyConsumer(Consumer):
             return
         if not batched_completions.post(transport, message, delivery):
             settle_and_ack(state, transport, message, delivery)
-        batched_completions.look()
+        batched_completions.flush_if_idle()
 
     def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
         delivery.decision = decision

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
 
 from dramatiq import Message
 from dramatiq.middleware import SkipMessage
@@ -30,6 +30,7 @@ __all__ = [
     "Delivery",
     "DeliveryReassigned",
     "Job",
+    "KeyClaim",
     "OutgoingMessage",
     "Recorder",
     "running_delivery",
@@ -80,6 +81,14 @@ class Carried(NamedTuple):
 
     decision: Decision
     steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
+
+
+class KeyClaim(Protocol):
+    """The part of a claim on an idempotency key that this package reads."""
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the store remembers the completion; otherwise the claim only counts starts."""
 
 
 class Job(NamedTuple):
@@ -165,7 +174,7 @@ class Delivery:
         self.acked = False
         self.redelivered = False
         self.carried: Carried | None = None
-        self.claim: Any = None
+        self.claim: KeyClaim | None = None
         self.job: Job
         self.key: str | None = None
         self.abandoned = False

@@ -273,7 +273,7 @@ class Publication:
                 transport.publish_outbox(self.message, delivery, None)
             finally:
                 outbox.append(again)
-        delivery.claim.ending(again)
+        self.state.idempotency.claims.record_ending(delivery.claim, again)
 
     def _alert(self, text: str, error: Exception) -> None:
         message = self.message

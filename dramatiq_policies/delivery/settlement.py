@@ -59,7 +59,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
         delivery.restore(message)
     delivery.decision = decision = Publication(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:
-        delivery.claim.conclude(decision)
+        state.idempotency.claims.conclude(delivery.claim, decision)
     delivery.settled = True
     if decision.outcome is Outcome.SUCCEEDED:
         state.outcomes.notify_success(delivery)

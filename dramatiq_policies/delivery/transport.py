@@ -145,7 +145,7 @@ class Transport:
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
-        return delivery.claim.completion(), False
+        return self.state.idempotency.claims.completion(delivery.claim), False
 
     def acked_by_completion(self, delivery: Delivery) -> None:
         """The command of `completion` has acknowledged the message."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
     from ..delivery.transport import Transport
-    from .claims import Claims
 
 __all__ = ["BatchedCompletions"]
 
@@ -52,13 +51,11 @@ class BatchedCompletions:
 
     Parameters:
       state: The state of the broker.
-      claims: The claims to complete.
       trips: The command batcher of the store.
     """
 
-    def __init__(self, state: BrokerState, claims: Claims, trips: CommandBatcher) -> None:
+    def __init__(self, state: BrokerState, trips: CommandBatcher) -> None:
         self.state = state
-        self.claims = claims
         self.trips = trips
         self.reset_after_fork()
         after_fork(self)
@@ -89,15 +86,15 @@ class BatchedCompletions:
             return False
         command, acks = transport.completion(delivery)
 
-        def told(answer: Any) -> None:
+        def on_reply(answer: Any) -> None:
             if not isinstance(answer, Exception) and answer:
-                delivery.claim.completed()
+                self.state.idempotency.claims.drop(delivery.claim)
                 delivery.claim = None
                 if acks:
                     transport.acked_by_completion(delivery)
             self._settle(transport, message, delivery)
 
-        self._last.post = post = DeferredCommand(command, told)
+        self._last.post = post = DeferredCommand(command, on_reply)
         self.trips.post(post)
         return True
 
@@ -113,7 +110,7 @@ class BatchedCompletions:
                 logger.exception("Message %s could not be acked; it comes back.", message.message_id)
                 return
 
-    def look(self) -> None:
+    def flush_if_idle(self) -> None:
         """After an ack, flush if the work queue is empty: no other thread would send the deferred commands."""
         if self.trips.posted and not _has_more(threading.current_thread()):
             self.flush()

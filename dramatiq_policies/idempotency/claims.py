@@ -16,11 +16,10 @@ Failures that may happen between any two lines, and how the claim survives them:
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..common import clock
 from ..common.forks import after_fork
@@ -31,25 +30,22 @@ from ..outcomes import BAD_ENDINGS, Outcome
 from ..stores import IdempotencyStore
 from . import owner as owners
 from . import records
+from .claim import Claim, Quarantined, claim_of
 from .earlier import EarlierRecords
 from .exclusive import ExclusiveRuns
-from .keys import encodable
 from .lease_renewal import Leases
+from .options import crash_counter_name
 from .records import Record, Request, Start
 from .store_client import StoreClient, StoreDown
+from .tokens import add_unconfirmed, discard_token, is_dead, is_unconfirmed, new_token
 
 if TYPE_CHECKING:
     from ..delivery.delivery import Delivery, OutgoingMessage
 
-__all__ = ["Claim", "Claims", "Quarantined", "StoreDown", "is_dead"]
+__all__ = ["Claims"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: The tokens of this process' claims, of all brokers. A record of this process with another token belongs to an ended run.
-_live: set[str] = set()
-#: The tokens of claims without a reply: the store may hold them, but their runs never began.
-_unconfirmed_tokens: set[str] = set()
-_numbers = itertools.count(1)
 #: Seconds between the tries to write a completion. After the last try the thread of the leases writes the completion.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 _TRIES = 20
@@ -58,87 +54,8 @@ _TRIES = 20
 _EXCUSED_FOR = 86_400_000
 
 
-class Claim:
-    """A key held by a run of this process.
-
-    Attributes:
-      name: The register of the key.
-      record, value: The content of the register, decoded and as bytes.
-      keyed: Whether the store remembers the completion; otherwise the claim only counts starts.
-      keep: For how long the store remembers the completion, in milliseconds.
-      over: The end of the run is being written.
-      excused: The start does not count as a crash.
-    """
-
-    __slots__ = ("claims", "excused", "keep", "keyed", "name", "over", "record", "value")
-
-    def __init__(self, claims: Claims, name: str, record: Record, value: bytes, keyed: bool, keep: int) -> None:
-        self.claims = claims
-        self.name = name
-        self.record = record
-        self.value = value
-        self.keyed = keyed
-        self.keep = keep
-        self.over = False
-        self.excused = False
-
-    def drop(self) -> None:
-        """Hold the claim no longer."""
-        self.claims.drop(self)
-
-    def ending(self, send: OutgoingMessage) -> None:
-        """Record, before the retry is published, that the run has ended."""
-        if run_of(send.message.options) <= self.record.run:
-            return  # The message was requeued without a run. Published again, the message would loop without end.
-        options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
-        due = None if send.delay is None else now_ms() + send.delay
-        # If the store fails here, a crash before the ack runs the job again.
-        self.rewrite(state=records.ENDING, follow={"options": options, "due": due})
-
-    def rewrite(self, **changes: Any) -> bool:
-        """Change the record of this run, if the register still belongs to this run.
-
-        Returns:
-          False if the store is down.
-        """
-        claims = self.claims
-        with claims.rewriting:
-            if self.over:
-                return True
-            record = self.record._replace(**changes)
-            value = record.encode()
-            try:
-                found = claims.ask(partial(claims.store.swap, self.name, self.value, value, claims.lease + self.keep))
-            except StoreDown:
-                return False
-            if found is None or found.value == value:
-                self.record, self.value = record, value
-            return True
-
-    def completion(self) -> tuple[Any, ...]:
-        """Return the command that writes the completion, for a store with a `CommandBatcher`."""
-        store: Any = self.claims.store
-        command: tuple[Any, ...] = store.putting(self.name, records.completed_by(self.record.message_id), self.keep)
-        return command
-
-    def completed(self) -> None:
-        """Drop the claim, after the store has taken the completion."""
-        self.claims.drop(self)
-
-    def conclude(self, decision: Decision) -> None:
-        """Record the end of the run: after the follow-up messages are published, before the message is acked."""
-        self.claims.conclude(self, decision)
-
-
 #: Large options that the record leaves out: the same in every run of a message, or not worth their space.
 _UNCHANGED = frozenset({"pipe_target", "group_completion_callbacks", "traceback"})
-
-
-class Quarantined(NamedTuple):
-    """The claim of a run that began too often and never ended, still to be concluded, and the number of starts."""
-
-    claim: Claim
-    starts: int
 
 
 class Claims:
@@ -153,10 +70,10 @@ class Claims:
         self.store = store
         self.lease = lease
         #: Calls the store; raises `StoreDown` if the call fails.
-        self.ask = StoreClient().ask
-        self.leases = Leases(store, self.ask, lease)
+        self.call_store = StoreClient().call
+        self.leases = Leases(store, self.call_store, lease)
         #: Records that 0.1.0 wrote under another register name.
-        self.earlier = EarlierRecords(store, self.ask)
+        self.earlier = EarlierRecords(store, self.call_store)
         self.reset_after_fork()
         after_fork(self)
 
@@ -169,7 +86,7 @@ class Claims:
         self.stopping = False
 
     def claim(
-        self, name: str, request: Request, *, keyed: bool, keep: int, earlier: str | None = None
+        self, name: str, request: Request, *, keyed: bool, retention: int, earlier: str | None = None
     ) -> Claim | Quarantined | records.Action:
         """Claim a register for a run, or return the action to take instead.
 
@@ -177,7 +94,7 @@ class Claims:
           name: The register.
           request: The message and its run.
           keyed: Whether the store remembers the completion.
-          keep: For how long, in milliseconds.
+          retention: For how long, in milliseconds.
           earlier: The register that 0.1.0 would have claimed; None if the name is the same.
 
         Raises:
@@ -185,45 +102,45 @@ class Claims:
           UnknownRecord: This version can't read the record in the register.
         """
         owner = owners.this_process()
-        token = str(next(_numbers))
-        _live.add(token)
+        token = new_token()
         claimed = False
         try:
             action = records.next_action(None, 0, request)
-            if earlier is not None and (known := self.earlier.find(earlier, keep)) is not None:
+            if earlier is not None and (known := self.earlier.find(earlier, retention)) is not None:
                 action = records.next_action(*known, request)
                 if isinstance(action, records.Quarantine):
-                    return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, keep)
+                    return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, retention)
             expected: bytes | None = None
             for _ in range(_TRIES):
                 if not isinstance(action, Start) or action.alone:
                     return action
-                record = records.taken(action, request, owner=owner, token=token, since=now_ms(), keep=keep)
+                record = records.taken(
+                    action, request, owner=owner, token=token, started_at=now_ms(), retention=retention
+                )
                 value = record.encode()
                 asked = clock.monotonic()
-                found = self.ask(partial(self.store.swap, name, expected, value, self.lease + keep))
+                found = self.call_store(partial(self.store.swap, name, expected, value, self.lease + retention))
                 if (found is None or found.value == value) and clock.monotonic() - asked > self.lease / 2_000:
                     # After a late reply (slow store, stopped process) the lease may be over: claim again.
                     expected = value
                     continue
                 if found is None or found.value == value:
                     claimed = True
-                    held = Claim(self, name, record, value, keyed, keep)
+                    held = Claim(name, record, value, keyed, retention)
                     self.leases.hold(held)
                     return held
                 stored = self._read(found.value)
                 action = records.next_action(stored, found.left, request)
                 if isinstance(action, records.Quarantine) and stored is not None and found.value is not None:
-                    return self._quarantined(action, name, stored, found.value, request, keyed, keep)
+                    return self._quarantined(action, name, stored, found.value, request, keyed, retention)
                 expected = found.value
             return records.WaitForOwner(self.lease)
         except StoreDown:
-            if len(_unconfirmed_tokens) < 10_000:
-                _unconfirmed_tokens.add(token)
+            add_unconfirmed(token)
             raise
         finally:
             if not claimed:
-                _live.discard(token)
+                discard_token(token)
 
     def _quarantined(
         self,
@@ -233,25 +150,25 @@ class Claims:
         value: bytes,
         request: Request,
         keyed: bool,
-        keep: int,
+        retention: int,
     ) -> Quarantined:
         # A run of this process may have the same token as the other process.
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
-        return Quarantined(Claim(self, name, record, value, keyed, keep), found.starts)
+        return Quarantined(Claim(name, record, value, keyed, retention), found.starts)
 
     def _read(self, value: bytes | None) -> Record | None:
         if value is None:
             return None
         record = Record.decode(value)
-        if record.token in _unconfirmed_tokens and record.owner == owners.this_process():
+        if is_unconfirmed(record):
             return record._replace(starts=record.starts - 1)
         return record
 
     def _expose(self, delivery: Delivery) -> bool:
         """Record that a job no longer runs alone: from now on a crash is no proof against the job."""
-        claim: Claim | None = delivery.claim
+        claim = claim_of(delivery)
         # Without a claim the job is about to make one: return False, and the caller tries again.
-        return claim is not None and claim.rewrite(beside=True)
+        return claim is not None and self.rewrite(claim, beside=True)
 
     def uncount_start(self, delivery: Delivery) -> bool:
         """Don't count the start of a run whose process may be ended from outside.
@@ -259,21 +176,21 @@ class Claims:
         Returns:
           False if the store is down.
         """
-        claim: Claim | None = delivery.claim
+        claim = claim_of(delivery)
         if claim is not None:
             if claim.excused:
                 return True
-            claim.excused = claim.rewrite(starts=claim.record.starts - 1, beside=True)
+            claim.excused = self.rewrite(claim, starts=claim.record.starts - 1, beside=True)
             return claim.excused
         # Without a key the job holds nothing: the record's lease is over as soon as the store has the record.
         message = delivery.message
         request = Request(message.message_id, run_of(message.options), is_dead)
         record = records.taken(
-            Start(0), request, owner=owners.this_process(), token="", since=now_ms(), keep=_EXCUSED_FOR
+            Start(0), request, owner=owners.this_process(), token="", started_at=now_ms(), retention=_EXCUSED_FOR
         )
         name = crash_counter_name(message.message_id)
         try:
-            self.ask(partial(self.store.swap, name, None, record.encode(), _EXCUSED_FOR))
+            self.call_store(partial(self.store.swap, name, None, record.encode(), _EXCUSED_FOR))
         except StoreDown:
             return False
         return True
@@ -286,8 +203,46 @@ class Claims:
             if not is_to_claim and not self.uncount_start(delivery):
                 return  # The store is down, and each call may wait for a second. The other starts count.
 
+    def rewrite(self, claim: Claim, **changes: Any) -> bool:
+        """Change the record of a run, if the register still belongs to the run.
+
+        Returns:
+          False if the store is down.
+        """
+        with self.rewriting:
+            if claim.over:
+                return True
+            record = claim.record._replace(**changes)
+            value = record.encode()
+            try:
+                found = self.call_store(
+                    partial(self.store.swap, claim.name, claim.value, value, self.lease + claim.retention)
+                )
+            except StoreDown:
+                return False
+            if found is None or found.value == value:
+                claim.record, claim.value = record, value
+            return True
+
+    def record_ending(self, claim: Claim, send: OutgoingMessage) -> None:
+        """Record, before the retry is published, that the run has ended."""
+        if run_of(send.message.options) <= claim.record.run:
+            return  # The message was requeued without a run. Published again, the message would loop without end.
+        options = {k: v for k, v in send.message.options.items() if k not in _UNCHANGED}
+        due = None if send.delay is None else now_ms() + send.delay
+        # If the store fails here, a crash before the ack runs the job again.
+        self.rewrite(claim, state=records.ENDING, retry={"options": options, "due": due})
+
+    def completion(self, claim: Claim) -> tuple[Any, ...]:
+        """Return the command that writes the completion, for a store with a `CommandBatcher`."""
+        store: Any = self.store
+        command: tuple[Any, ...] = store.putting(
+            claim.name, records.completed_by(claim.record.message_id), claim.retention
+        )
+        return command
+
     def conclude(self, claim: Claim, decision: Decision) -> None:
-        """Record how the run of a claim has ended."""
+        """Record how the run of a claim has ended: after the follow-up messages are published, before the message is acked."""
         store, outcome = self.store, decision.outcome
         if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
             # Interrupted during the publish: the redelivery publishes the retry.
@@ -298,15 +253,15 @@ class Claims:
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:
-            write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.keep)
+            write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.retention)
         else:
             waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decision.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED
             lease = (decision.delay_ms or 0) + self.lease if waits else 1
             state = records.WAITING if waits else records.FREE
-            record = records.released(claim.record, state, ended=ended, keep=claim.keep)
+            record = records.released(claim.record, state, ended=ended, retention=claim.retention)
             value = None if record is None else record.encode()
-            write = partial(store.swap, claim.name, claim.value, value, lease + claim.keep)
+            write = partial(store.swap, claim.name, claim.value, value, lease + claim.retention)
         pauses = _PAUSES if claim.keyed and outcome in COMPLETING else ()
         if not self._written(write, pauses):
             if pauses:
@@ -315,19 +270,18 @@ class Claims:
                     "the store is back; should this process end before, a duplicate will run again.",
                     claim.record.message_id,
                 )
-            self.leases.owe(claim, write)
+            self.leases.write_later(claim, write)
             return
         self.drop(claim)
 
     def drop(self, claim: Claim) -> None:
         """Stop holding a claim and write nothing: the run is over, or the worker has died."""
         self.leases.drop(claim)
-        _live.discard(claim.record.token)
 
     def _written(self, write: Callable[[], object], pauses: tuple[float, ...]) -> bool:
         for pause in (*pauses, None):
             try:
-                self.ask(write)
+                self.call_store(write)
             except StoreDown:
                 if pause is not None:
                     clock.sleep(pause)
@@ -338,15 +292,3 @@ class Claims:
     def close(self) -> None:
         """End the thread of the leases; the next claim starts a new thread."""
         self.leases.close()
-
-
-def crash_counter_name(message_id: str) -> str:
-    """Name the register that counts the starts of a message without a key."""
-    return encodable(f"\0{message_id}")
-
-
-def is_dead(record: Record) -> bool:
-    """Tell whether the run of a record has certainly died without recording its end."""
-    if record.owner == owners.this_process():
-        return record.token not in _live
-    return owners.is_dead(record.owner)

@@ -133,8 +133,8 @@ class Contention:
         wait = min(_FIRST_WAIT << min(deferrals, 20), self.at_most)
         if owner is None:
             return max(_LEAST_WAIT, wait)
-        if owner.since:
-            wait = max(wait, min(now_ms() - owner.since, self.at_most))
+        if owner.started_at:
+            wait = max(wait, min(now_ms() - owner.started_at, self.at_most))
         key = self.keys.get(name)
         if key is not None and key.is_contended:
             return self._spread(owner.left)
@@ -174,7 +174,7 @@ class Contention:
         if owner is None or elapsed > self.fresh:
             return None
         left = owner.left - round(elapsed * 1_000)
-        return WaitForOwner(left, owner.since, owner.message_id) if left > 0 else None
+        return WaitForOwner(left, owner.started_at, owner.message_id) if left > 0 else None
 
     def _spread(self, left: int) -> int:
         drawn = self._random.uniform(0, self.at_most * _JITTER)

@@ -33,42 +33,42 @@ class EarlierRecords:
 
     Parameters:
       store: The store.
-      ask: Calls the store; raises `StoreDown` if the call fails.
+      call_store: Calls the store; raises `StoreDown` if the call fails.
     """
 
-    def __init__(self, store: IdempotencyStore, ask: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, store: IdempotencyStore, call_store: Callable[[Callable[[], Any]], Any]) -> None:
         self.store = store
-        self.ask = ask
+        self.call_store = call_store
         #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
 
     def mark(self) -> None:
         """Leave the mark, unless another worker has."""
-        found: Entry | None = self.ask(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
+        found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
         self._saw(CENTURY_MS if found is None else found.left)
 
-    def find(self, name: str, keep: int) -> tuple[Record, int] | None:
+    def find(self, name: str, retention: int) -> tuple[Record, int] | None:
         """Find the record that 0.1.0 wrote for a key, and for how many more milliseconds the store keeps the record.
 
         Parameters:
           name: The register of 0.1.0.
-          keep: How long the store remembers a completed key, in milliseconds.
+          retention: How long the store remembers a completed key, in milliseconds.
 
         Raises:
           StoreDown: The store is down.
           UnknownRecord: This version can't read the record in the register.
         """
         if self.marked is None:
-            self._saw(self.ask(partial(self.store.get, _MARK)).left)
+            self._saw(self.call_store(partial(self.store.get, _MARK)).left)
         age = None if self.marked is None else clock.monotonic() * 1_000 - self.marked
-        if age is not None and age > keep + _LATER:
+        if age is not None and age > retention + _LATER:
             return None
-        found: Entry = self.ask(partial(self.store.get, name))
+        found: Entry = self.call_store(partial(self.store.get, name))
         if found.value is None:
             return None
         record = Record.decode(found.value)
         if record.state == records.COMPLETED:
-            is_theirs = age is not None and keep - found.left > age
+            is_theirs = age is not None and retention - found.left > age
         else:
             is_theirs = record.beside is None
         return (record, found.left) if is_theirs else None

@@ -7,34 +7,35 @@ delivery, or puts the decision on the delivery and raises SkipMessage.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-from dramatiq.broker import MessageProxy
-from dramatiq.middleware import GroupCallbacks, Pipelines
-from dramatiq.results import ResultFailure, ResultMissing, Results
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery, OutgoingMessage
 from ..delivery.executor import run_interruptibly
 from ..delivery.history import POLICIES, History, now_ms, run_of
-from ..errors import Crashed, NoResult, UnknownRecord
+from ..errors import Crashed, UnknownRecord
 from ..outcomes import Outcome, logger
 from . import records
-from .claims import Claim, Claims, Quarantined, StoreDown, crash_counter_name, is_dead
+from .claim import Claim, Quarantined
+from .claims import Claims
 from .contention import WAITS_FOR, Contention
-from .options import AlreadyDone, Register, key_of, register_of
+from .duplicate_results import ResultsDown, forward_first_result
+from .options import AlreadyDone, Register, crash_counter_name, key_of, register_of
+from .store_client import StoreDown
+from .tokens import is_dead
 
 if TYPE_CHECKING:
-    from dramatiq import Message
-
     from ..delivery.actor_policy import IdempotencyOptions
     from ..delivery.broker_state import BrokerState
     from ..delivery.executor import Proceed
 
 __all__ = ["IdempotencyGuard"]
 
+#: The answer to a message that claims its key.
+Answer = Claim | Quarantined | records.Action
 #: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
 _RETURNS = 10
 
@@ -124,8 +125,10 @@ class IdempotencyGuard:
         else:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
+        request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
+        claim = partial(self.claims.claim, name, keyed=key is not None, retention=guard.ttl, earlier=earlier)
         try:
-            answer = self._ask(delivery, guard, name, starts, keyed=key is not None, earlier=earlier)
+            self._claim(delivery, name, request, claim)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s waits: %s", message.message_id, message.actor_name, error)
             self._defer(delivery, "store_down")
@@ -139,37 +142,42 @@ class IdempotencyGuard:
                 message.message_id,
                 message.actor_name,
             )
-            return
-        if isinstance(answer, Claim):
-            delivery.claim = answer
-            if self.claims.stopping:
-                # The shutdown uncounted the running jobs before this job was among them.
-                self.claims.uncount_start(delivery)
-        elif isinstance(answer, records.WaitForOwner):
-            self._defer(delivery, "running", name, answer)
-        else:
-            self._refuse(delivery, answer)
 
-    def _ask(
-        self, delivery: Delivery, guard: IdempotencyOptions, name: str, starts: int, *, keyed: bool, earlier: str | None
-    ) -> Claim | Quarantined | records.Action:
-        """Claim a register, or return the action to take instead."""
-        message = delivery.message
-        counted = message.options.pop(WAITS_FOR, None) == name
-        if name in self.contention.keys and not delivery.redelivered:
-            known = self.contention.known(name, message.message_id)
-            if known is not None:
-                if not counted:
-                    self.contention.count(name)
-                return known
-        request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
-        answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
+    def _claim(
+        self, delivery: Delivery, name: str, request: records.Request, claim: Callable[[records.Request], Answer]
+    ) -> None:
+        """Claim a register, and act on the answer.
+
+        Raises:
+          SkipMessage: The job must not run now; the decision is on the delivery.
+        """
+        counted = delivery.message.options.pop(WAITS_FOR, None) == name
+        known = self._known(delivery, name, counted=counted)
+        answer = claim(request) if known is None else known
         if isinstance(answer, records.Start):
-            request = self._alone(delivery, request, answer.starts)
-            answer = self.claims.claim(name, request, keyed=keyed, keep=guard.ttl, earlier=earlier)
-        if isinstance(answer, records.WaitForOwner) or name in self.contention.keys:
+            answer = claim(self._alone(delivery, request, answer.starts))
+        if known is None and (isinstance(answer, records.WaitForOwner) or name in self.contention.keys):
             self.contention.observe(name, answer, counted=counted)
-        return answer
+        match answer:
+            case Claim():
+                self._hold(delivery, answer)
+            case Quarantined():
+                self._quarantine(delivery, answer)
+            case records.WaitForOwner():
+                self._defer(delivery, "running", name, answer)
+            case records.RepublishRetry():
+                self._republish(delivery, answer.retry)
+            case records.SkipDuplicate():
+                self._skip(delivery, answer)
+
+    def _known(self, delivery: Delivery, name: str, *, counted: bool) -> records.WaitForOwner | None:
+        """Return the fresh answer of the store to another message of a contended key; None to ask the store."""
+        if name not in self.contention.keys or delivery.redelivered:
+            return None
+        known = self.contention.known(name, delivery.message.message_id)
+        if known is not None and not counted:
+            self.contention.count(name)
+        return known
 
     def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
         """Return the request of a job that must start alone. While other jobs run in this process, defer the message.
@@ -187,79 +195,43 @@ class IdempotencyGuard:
             self._defer(delivery, "running")
         return request._replace(beside=True)
 
-    def _refuse(self, delivery: Delivery, answer: records.Action | Quarantined) -> None:
-        if isinstance(answer, Quarantined):
-            delivery.claim = answer.claim
-            error = Crashed(
-                f"began {answer.starts} times and never ended: its worker was killed, or crashed, each time"
-            )
-            delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
-        if isinstance(answer, records.RepublishRetry):
-            follow = answer.follow
-            again = delivery.again(**follow.get("options", {}))
-            due = follow.get("due")
-            delivery.add_to_outbox(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
-            delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
-        assert isinstance(answer, records.SkipDuplicate)
-        if answer.twin is not None:
-            self.forward_first_result(delivery, answer.twin)
-        delivery.skip(Decision(Outcome.DUPLICATE, answer.reason))
+    def _hold(self, delivery: Delivery, claim: Claim) -> None:
+        delivery.claim = claim
+        if self.claims.stopping:
+            # The shutdown uncounted the running jobs before this job was among them.
+            self.claims.uncount_start(delivery)
+
+    def _quarantine(self, delivery: Delivery, found: Quarantined) -> NoReturn:
+        delivery.claim = found.claim
+        error = Crashed(f"began {found.starts} times and never ended: its worker was killed, or crashed, each time")
+        delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
+
+    def _republish(self, delivery: Delivery, retry: dict[str, Any]) -> NoReturn:
+        again = delivery.again(**retry.get("options", {}))
+        due = retry.get("due")
+        delivery.add_to_outbox(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
+        delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
+
+    def _skip(self, delivery: Delivery, duplicate: records.SkipDuplicate) -> NoReturn:
+        if duplicate.first_message_id is not None:
+            self._forward_first_result(delivery, duplicate.first_message_id)
+        delivery.skip(Decision(Outcome.DUPLICATE, duplicate.reason))
 
     def done(self, delivery: Delivery) -> None:
         """After ``done_when`` returned True, move on pipeline and group as if the job had just succeeded."""
-        self.forward_first_result(delivery, delivery.message.message_id)
+        self._forward_first_result(delivery, delivery.message.message_id)
         delivery.decision = Decision(Outcome.DUPLICATE, "done")
         delivery.message.options["store_results"] = False
 
-    def forward_first_result(self, delivery: Delivery, twin: str) -> None:
-        """Move on the pipeline and the group of a duplicate, with the result of the first message.
-
-        Parameters:
-          twin: The id of the first message.
-
-        Raises:
-          SkipMessage: The result backend is down (the message is deferred), or the next step needs a missing result (dead).
-        """
-        message, broker = delivery.message, self.state.broker
-        options = message.options
-        target = options.get("pipe_target")
-        results = next((m for m in broker.middleware if isinstance(m, Results)), None)
-        result, found, missed = None, False, False
-        if results is not None:
-            stored, ttl = results._lookup_options(broker, message)  # noqa: SLF001
-            if stored:
-                origin = message.copy(message_id=twin)
-                try:
-                    result, found = results.backend.get_result(origin), True
-                    if twin != message.message_id:
-                        results.backend.store_result(message, result, ttl)
-                except ResultMissing:
-                    missed = True
-                except ResultFailure:
-                    pass
-                except Exception as error:
-                    logger.warning("The result of message %s can't be read now: %s", twin, error)
-                    self._defer(delivery, "store_down")
-        if target is not None and not found and not self._ignores_result(target, message.actor_name):
-            missing = NoResult(f"the next stage needs the result of message {twin}, which is not stored")
-            delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
-        if missed:
-            _settle_result(results, message, twin, ttl)
-        proxy: Any = MessageProxy(message)
-        proxy.delivery = delivery
-        movers: list[Any] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
-        for middleware in movers:
-            middleware.after_process_message(broker, proxy, result=result)
-
-    def _ignores_result(self, target: Any, actor_name: str) -> bool:
-        actor = self.state.broker.actors.get(actor_name)
-        return bool(
-            target.get("options", {}).get("pipe_ignore") or (actor is not None and actor.options.get("pipe_ignore"))
-        )
+    def _forward_first_result(self, delivery: Delivery, first_message_id: str) -> None:
+        try:
+            forward_first_result(self.state.broker, delivery, first_message_id)
+        except ResultsDown:
+            self._defer(delivery, "store_down")
 
     def _defer(
         self, delivery: Delivery, reason: str, name: str = "", answer: records.WaitForOwner | None = None
-    ) -> None:
+    ) -> NoReturn:
         message = delivery.message
         history = History(message.options)
         wait = self.contention.wait(name, history.deferrals, answer)
@@ -272,16 +244,3 @@ class IdempotencyGuard:
             again.options[WAITS_FOR] = name
         delivery.add_to_outbox(OutgoingMessage(again, wait))
         delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
-
-
-def _settle_result(results: Any, message: Message[Any], twin: str, ttl: int) -> None:
-    """Store an outcome for a skipped message without a result, so that nobody waits for the result forever."""
-    try:
-        if twin == message.message_id:
-            # No job ran. Plain Dramatiq stores None for a skipped message too.
-            results.backend.store_result(message, None, ttl)
-        else:
-            error = NoResult(f"duplicate: the result of message {twin} is not stored")
-            results.backend.store_exception(message, error, ttl)
-    except Exception:
-        logger.warning("The result of message %s can't be settled.", message.message_id, exc_info=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..outcomes import text_of
 from ..stores import IdempotencyStore, Renewal
 from . import records
+from .claim import Claim
 from .store_client import StoreDown
+from .tokens import discard_token
 
 __all__ = ["Leases"]
 
@@ -25,40 +27,18 @@ _IN_A_ROW = 3
 _REFUSALS = 20
 
 
-class HeldClaim(Protocol):
-    """The part of a `Claim` that is renewed here."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def record(self) -> records.Record: ...
-
-    @property
-    def value(self) -> bytes: ...
-
-    @property
-    def keep(self) -> int: ...
-
-    @property
-    def over(self) -> bool: ...
-
-    def drop(self) -> None:
-        """Hold the claim no longer."""
-
-
 class Leases:
     """The held claims of one broker.
 
     Parameters:
       store: The store of the claims.
-      ask: Calls the store; raises `StoreDown` if the call fails.
+      call_store: Calls the store; raises `StoreDown` if the call fails.
       lease: For how many milliseconds a claim holds without a renewal.
     """
 
-    def __init__(self, store: IdempotencyStore, ask: Callable[[Callable[[], Any]], Any], lease: int) -> None:
+    def __init__(self, store: IdempotencyStore, call_store: Callable[[Callable[[], Any]], Any], lease: int) -> None:
         self.store = store
-        self.ask = ask
+        self.call_store = call_store
         self.lease = lease
         self.reset_after_fork()
         after_fork(self)
@@ -66,28 +46,30 @@ class Leases:
     def reset_after_fork(self) -> None:
         """Start without claims and without a thread."""
         self._lock = threading.Lock()
-        self._held: dict[str, HeldClaim] = {}
-        self._owed: list[tuple[HeldClaim, Callable[[], object]]] = []
+        self._held: dict[str, Claim] = {}
+        self._pending_writes: list[tuple[Claim, Callable[[], object]]] = []
         #: How often the store has refused the pending write of a claim and taken another write in the same turn.
-        self._refusals: dict[HeldClaim, int] = {}
+        self._refusals: dict[Claim, int] = {}
         #: Whether the store took any write in the last turn.
         self._answers = False
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def hold(self, claim: HeldClaim) -> None:
+    def hold(self, claim: Claim) -> None:
         """Renew a claim from now on, until `drop`."""
         self._held[claim.name] = claim
         self._ensure_thread()
 
-    def drop(self, claim: HeldClaim) -> None:
+    def drop(self, claim: Claim) -> None:
+        """Renew a claim no longer: the run is over, or the worker has died."""
         if self._held.get(claim.name) is claim:
             del self._held[claim.name]
+        discard_token(claim.record.token)
 
-    def owe(self, claim: HeldClaim, write: Callable[[], object]) -> None:
+    def write_later(self, claim: Claim, write: Callable[[], object]) -> None:
         """Queue the write that concludes a claim until the store is back. The claim stays held."""
         with self._lock:
-            self._owed.append((claim, write))
+            self._pending_writes.append((claim, write))
 
     def _ensure_thread(self) -> None:
         if self._is_renewing():
@@ -125,9 +107,9 @@ class Leases:
         held = list(self._held.values())
         if not held:
             return
-        renewals = [Renewal(claim.name, claim.value, self.lease + claim.keep) for claim in held]
+        renewals = [Renewal(claim.name, claim.value, self.lease + claim.retention) for claim in held]
         try:
-            kept: list[bool | None] = list(self.ask(partial(self.store.renew, renewals)))
+            kept: list[bool | None] = list(self.call_store(partial(self.store.renew, renewals)))
         except StoreDown:
             kept = self._each_alone(renewals)
             if not any(answer is not None for answer in kept):
@@ -159,9 +141,9 @@ class Leases:
                 kept.append(None)
         return kept
 
-    def _take_back(self, claim: HeldClaim) -> None:
+    def _take_back(self, claim: Claim) -> None:
         """Write a lost claim again, if no other worker holds the key."""
-        found = self.store.swap(claim.name, None, claim.value, self.lease + claim.keep)
+        found = self.store.swap(claim.name, None, claim.value, self.lease + claim.retention)
         if found is None and claim.over:
             # Meanwhile another thread has written the end of the job, which cleared the register: clear the register again.
             self.store.swap(claim.name, claim.value, None, 1)
@@ -184,28 +166,28 @@ class Leases:
           Whether the store took any write.
         """
         with self._lock:
-            debts = list(self._owed)
-        refused: list[tuple[HeldClaim, Exception]] = []
+            pending = list(self._pending_writes)
+        refused: list[tuple[Claim, Exception]] = []
         taken, answers = False, self._answers
-        for debt in debts:
-            claim, write = debt
+        for entry in pending:
+            claim, write = entry
             try:
-                # Not by ask() after a refusal: a repeated refusal is neither news nor a sign of an outage.
-                write() if claim in self._refusals else self.ask(write)
+                # Not by call_store() after a refusal: a repeated refusal is neither news nor a sign of an outage.
+                write() if claim in self._refusals else self.call_store(write)
             except Exception as error:
                 with self._lock:
-                    self._owed = [*(one for one in self._owed if one is not debt), debt]
+                    self._pending_writes = [*(one for one in self._pending_writes if one is not entry), entry]
                 refused.append((claim, error))
                 if len(refused) == _IN_A_ROW and not taken:
                     break
             else:
                 taken = True
-                self._forgive(claim)
+                self._forget_write(claim)
         for claim, refusal in refused:
             tries = self._refusals.get(claim, 0) + (taken or answers)
             self._refusals[claim] = tries
             if tries >= _REFUSALS:
-                self._forgive(claim)
+                self._forget_write(claim)
                 alerts.critical(
                     "The ending of message %s can't be written to the idempotency store, which takes others "
                     "(%s: %s). It is given up: once its lease has ended a duplicate may run again.",
@@ -215,18 +197,18 @@ class Leases:
                 )
         return taken
 
-    def _forgive(self, claim: HeldClaim) -> None:
+    def _forget_write(self, claim: Claim) -> None:
         with self._lock:
-            self._owed = [debt for debt in self._owed if debt[0] is not claim]
+            self._pending_writes = [entry for entry in self._pending_writes if entry[0] is not claim]
         self._refusals.pop(claim, None)
-        claim.drop()
+        self.drop(claim)
 
     def close(self) -> None:
         """End the thread; the next claim starts a new thread."""
         self._stop.set()
         self.flush_pending_writes()
-        if self._owed:
-            logger.warning("%d endings could not be written to the idempotency store.", len(self._owed))
+        if self._pending_writes:
+            logger.warning("%d endings could not be written to the idempotency store.", len(self._pending_writes))
         if self._thread is not None:
             # If the thread waits for a silent store, the thread ends later by itself.
             self._thread.join(1)

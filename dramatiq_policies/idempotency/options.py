@@ -34,6 +34,7 @@ __all__ = [
     "IdempotencyOptions",
     "Register",
     "checked_crashes",
+    "crash_counter_name",
     "key_of",
     "register_name",
     "register_of",
@@ -53,6 +54,11 @@ def register_name(actor_name: str, key: str) -> str:
     if type(key) is TypedKey:
         return typed_name(("a", actor_name), *key.parts)
     return encodable(f"{actor_name}\0{key}")
+
+
+def crash_counter_name(message_id: str) -> str:
+    """Name the register that counts the starts of a message without a key."""
+    return encodable(f"\0{message_id}")
 
 
 class Register(NamedTuple):

@@ -3,8 +3,8 @@
 A record is bytes that begin with a version. The record of a completed key is short, because a store keeps millions of
 them for a day: the version, a letter and the 16 bytes of the first message's id. All other states are short-lived JSON.
 
-A record lives ``keep`` milliseconds longer than its lease, so that the history of earlier runs outlasts the run. The time
-left of a lease is the time left of the record less ``keep``. Only the store's clock counts.
+A record lives ``retention`` milliseconds longer than its lease, so that the history of earlier runs outlasts the run. The time
+left of a lease is the time left of the record less ``retention``. Only the store's clock counts.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Record(NamedTuple):
       run: The logical run of the message (see `history.run_of`).
       owner: The process that runs the job.
       token: Makes the bytes of each claim unique.
-      since: The begin of the run, ms since the epoch, by the owner's clock. Only for display.
+      started_at: The begin of the run, ms since the epoch, by the owner's clock. Only for display.
       starts: How many starts of this run are known, this start included.
-      keep: How much longer than its lease the record lives, in milliseconds.
+      retention: How much longer than its lease the record lives, in milliseconds.
       ended: Runs that have ended, the last run of each message.
-      follow: In state ``ending``, the message options and the due time of the retry that is being published.
+      retry: In state ``ending``, the message options and the due time of the retry that is being published.
       beside: Whether other jobs ran in the process at the start, so that a crash proves nothing. None in a record
         of 0.1.0.
     """
@@ -67,11 +67,11 @@ class Record(NamedTuple):
     run: int = 0
     owner: str = ""
     token: str = ""
-    since: int = 0
+    started_at: int = 0
     starts: int = 1
-    keep: int = 0
+    retention: int = 0
     ended: tuple[tuple[str, int], ...] = ()
-    follow: dict[str, Any] | None = None
+    retry: dict[str, Any] | None = None
     beside: bool | None = None
 
     def encode(self) -> bytes:
@@ -79,13 +79,13 @@ class Record(NamedTuple):
             return completed_by(self.message_id)
         # Each job writes a record. Built by hand, a record takes a quarter of the time.
         ended = _json(self.ended) if self.ended else "[]"
-        follow = "" if self.follow is None else f',"f":{_json(self.follow)}'
+        retry = "" if self.retry is None else f',"f":{_json(self.retry)}'
         beside = "" if self.beside is None else f',"x":{self.beside:d}'
         return (
             _VERSION
             + (
                 f'{{"s":{_quoted(self.state)},"m":{_quoted(self.message_id)},"n":{self.run},"o":{_quoted(self.owner)},'
-                f'"t":{_quoted(self.token)},"b":{self.since},"c":{self.starts},"k":{self.keep},"e":{ended}{beside}{follow}}}'
+                f'"t":{_quoted(self.token)},"b":{self.started_at},"c":{self.starts},"k":{self.retention},"e":{ended}{beside}{retry}}}'
             ).encode()
         )
 
@@ -108,7 +108,7 @@ class Record(NamedTuple):
                 raise ValueError("unknown state")
             numbers = [operator.index(f[name]) for name in "nbck"]
             ended = tuple((str(message), operator.index(run)) for message, run in f["e"])
-            run, since, starts, keep = numbers
+            run, started_at, starts, retention = numbers
             beside = None if f.get("x") is None else bool(f["x"])
             return cls(
                 f["s"],
@@ -116,9 +116,9 @@ class Record(NamedTuple):
                 run,
                 str(f["o"]),
                 str(f["t"]),
-                since,
+                started_at,
                 starts,
-                keep,
+                retention,
                 ended,
                 f.get("f"),
                 beside,
@@ -173,10 +173,10 @@ class Start(NamedTuple):
 
 
 class SkipDuplicate(NamedTuple):
-    """Skip the message: the first message (``twin``) has ``completed`` the key, or this run has ended (``stale``)."""
+    """Skip the message: the first message (``first_message_id``) has ``completed`` the key, or this run has ended (``stale``)."""
 
     reason: str
-    twin: str | None = None
+    first_message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,19 +185,19 @@ class WaitForOwner:
 
     Attributes:
       left: The time left of the lease, in milliseconds.
-      since: The begin of the other run, ms since the epoch; 0 if unknown.
+      started_at: The begin of the other run, ms since the epoch; 0 if unknown.
       message_id: The message of the other run.
     """
 
     left: int
-    since: int = field(default=0, compare=False)
+    started_at: int = field(default=0, compare=False)
     message_id: str = field(default="", compare=False)
 
 
 class RepublishRetry(NamedTuple):
     """Publish the retry of this ended run again: nobody knows whether the broker has accepted the retry."""
 
-    follow: dict[str, Any]
+    retry: dict[str, Any]
 
 
 class Quarantine(NamedTuple):
@@ -223,7 +223,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
         return SkipDuplicate("completed", None if mine else record.message_id)
     if any(message == request.message_id and request.run <= run for message, run in record.ended):
         return SkipDuplicate("stale")
-    left = left - record.keep
+    left = left - record.retention
     if record.state == FREE:
         return _take(request.starts, record.ended, request)
     if mine and request.run > record.run:
@@ -233,16 +233,16 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
         return SkipDuplicate("stale")
     if not mine or record.state == WAITING:
         if left > 0:
-            return WaitForOwner(left, record.since, record.message_id)
+            return WaitForOwner(left, record.started_at, record.message_id)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
         # Another message with the same job may kill its worker too, but gets one start of its own.
         return _after_a_crash(record, request, 1)
     # The same run again: the message was redelivered, or copied.
     if left > 0 and not request.is_dead(record):
-        return WaitForOwner(left, record.since, record.message_id)
+        return WaitForOwner(left, record.started_at, record.message_id)
     if record.state == ENDING:
-        return RepublishRetry(record.follow or {})
+        return RepublishRetry(record.retry or {})
     return _after_a_crash(record, request, 0)
 
 
@@ -261,7 +261,7 @@ def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> 
     return Start(starts, ended, alone=last and not (request.alone or request.beside))
 
 
-def taken(action: Start, request: Request, *, owner: str, token: str, since: int, keep: int) -> Record:
+def taken(action: Start, request: Request, *, owner: str, token: str, started_at: int, retention: int) -> Record:
     """Build the record of a claim."""
     return Record(
         RUNNING,
@@ -269,17 +269,17 @@ def taken(action: Start, request: Request, *, owner: str, token: str, since: int
         request.run,
         owner,
         token,
-        since,
+        started_at,
         action.starts,
-        keep,
+        retention,
         action.ended,
         beside=not request.alone,
     )
 
 
-def released(record: Record, state: str, *, ended: bool, keep: int) -> Record | None:
+def released(record: Record, state: str, *, ended: bool, retention: int) -> Record | None:
     """Build the record of a released claim; None if there is nothing to remember."""
     runs = record.having_ended() if ended else record.ended
     if state == FREE and not runs:
         return None
-    return record._replace(state=state, owner="", token="", ended=runs, keep=keep, follow=None)
+    return record._replace(state=state, owner="", token="", ended=runs, retention=retention, retry=None)

@@ -33,14 +33,14 @@ class StoreClient:
         """Replace the lock: a thread of the parent process may have held the lock during the fork."""
         self._lock = threading.Lock()
 
-    def ask(self, call: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T]) -> T:
         """Call the store. Log once when the store goes down, and once when the store is back.
 
         Raises:
           StoreDown: The call raised; the cause is its error.
         """
         try:
-            answer = call()
+            answer = function()
         except Exception as error:
             with self._lock:
                 first, self._down = not self._down, True

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from dramatiq import Actor, Message
 
 from .._dramatiq import kind_of
-from ..common.callables import is_coroutine_callable
 from ..common.durations import CENTURY_MS
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
-from ..idempotency import records
-from ..idempotency.claims import Claims, StoreDown
+from ..idempotency.claims import Claims
 from ..idempotency.guard import IdempotencyGuard
-from ..idempotency.options import OPTIONS, Register, checked_crashes, key_of
+from ..idempotency.key_state import KeyedJob, KeyState, job_of_arguments, job_of_message
+from ..idempotency.options import OPTIONS, checked_crashes
 from ..idempotency.services import place_of, record_service, server_of
+from ..idempotency.store_client import StoreDown
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware, arrangement_of, order_middleware
 
@@ -40,30 +37,6 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 #: How long, in seconds, a booting worker process holds redelivered messages back. The process must report its boot before
 #: a redelivered job may kill the process.
 _BOOTING = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyState:
-    """The state of a job's key, from `Idempotency.state`.
-
-    Attributes:
-      state: ``completed``, ``running``, ``waiting`` (the job failed and a retry is due), or ``none``.
-      key: The key of the job.
-      message_id: The message that completed the key, runs, or waits. None with ``none``.
-      owner: The process that runs the job, as ``host:pid:…``. None unless the job runs.
-      since: The begin of the run, ms since the epoch. None unless the job runs.
-      starts: How many starts of this run are known. None unless the job runs.
-      left_ms: How much longer the store remembers the completion or the lease lasts, in milliseconds, if nothing happens.
-        None with ``none``.
-    """
-
-    state: str
-    key: str
-    message_id: str | None = None
-    owner: str | None = None
-    since: int | None = None
-    starts: int | None = None
-    left_ms: int | None = None
 
 
 class Idempotency(PolicyMiddleware):
@@ -147,7 +120,7 @@ class Idempotency(PolicyMiddleware):
         store = self.store = _default_store(state.broker) if self.store is None else self.store
         if store is None:
             return
-        self.claims = Claims(store, self.lease)
+        self.claims = state.idempotency.keeper = Claims(store, self.lease)
         self.guard = guard = IdempotencyGuard(
             state,
             self.claims,
@@ -174,14 +147,14 @@ class Idempotency(PolicyMiddleware):
             from ..idempotency.batched_completion import BatchedCompletions  # It needs redis.
 
             state.idempotency.batched_completions = (
-                BatchedCompletions(state, self.claims, trips) if BatchedCompletions.is_safe(state) else None
+                BatchedCompletions(state, trips) if BatchedCompletions.is_safe(state) else None
             )
         if self._excuse_neighbours not in state.outcomes.stuck_subscribers:
             state.outcomes.stuck_subscribers.append(self._excuse_neighbours)
         try:
             warnings = getattr(self.store, "warnings", None)
             if callable(warnings):
-                for warning in self.claims.ask(warnings):
+                for warning in self.claims.call_store(warnings):
                     alerts.warning(warning)
             if kind_of(broker) != "stub":
                 self.claims.earlier.mark()
@@ -195,7 +168,7 @@ class Idempotency(PolicyMiddleware):
         queues, server = keyed_queues(state), server_of(broker, claims.store)
         if server is None or not queues:
             return
-        for found in claims.ask(partial(record_service, claims.store, server, self.guard.place, queues)):
+        for found in claims.call_store(partial(record_service, claims.store, server, self.guard.place, queues)):
             alerts.warning("%s.", found)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
@@ -234,31 +207,7 @@ class Idempotency(PolicyMiddleware):
           UnknownRecord: This version can't read the record in the store.
           Exception: The store's own error, if the store is down.
         """
-        job = _lookup(actor, args, kwargs)
-        key = str(job.key)
-        found = job.claims.store.get(job.register.name)
-        known = None if found.value is None else (records.Record.decode(found.value), found.left)
-        if known is None:
-            known = job.known_earlier()
-        if known is None:
-            return KeyState(state="none", key=key)
-        record, left = known
-        left = max(0, left - record.keep)
-        if record.state == records.COMPLETED:
-            return KeyState(state="completed", key=key, message_id=record.message_id, left_ms=left)
-        if record.state == records.WAITING and left:
-            return KeyState(state="waiting", key=key, message_id=record.message_id, left_ms=left)
-        if record.state in (records.RUNNING, records.ENDING):
-            return KeyState(
-                state="running",
-                key=key,
-                message_id=record.message_id,
-                owner=record.owner,
-                since=record.since,
-                starts=record.starts,
-                left_ms=left,
-            )
-        return KeyState(state="none", key=key)
+        return _lookup(actor, args, kwargs).state()
 
     @staticmethod
     def forget(actor: Actor[..., Any] | Message[Any], *args: Any, **kwargs: Any) -> bool:
@@ -270,78 +219,23 @@ class Idempotency(PolicyMiddleware):
         Returns:
           Whether the store had a record of the key.
         """
-        job = _lookup(actor, args, kwargs)
-        forgotten = job.claims.store.delete(job.register.name)
-        if job.register.earlier is not None and job.known_earlier() is not None:
-            return job.claims.store.delete(job.register.earlier) or forgotten
-        return forgotten
+        return _lookup(actor, args, kwargs).forget()
 
 
-class _Job(NamedTuple):
-    """A job whose key `Idempotency.state` or `Idempotency.forget` looks up."""
-
-    claims: Claims
-    key: str
-    register: Register
-    ttl: int
-
-    def known_earlier(self) -> tuple[records.Record, int] | None:
-        """Find the record of 0.1.0, if 0.1.0 used another register for the key."""
-        earlier = self.register.earlier
-        try:
-            return None if earlier is None else self.claims.earlier.find(earlier, self.ttl)
-        except StoreDown as error:
-            raise error.__cause__ or error from None
-
-
-def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
+def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJob:
     message = actor if isinstance(actor, Message) else None
     if message is not None:
         from dramatiq import get_broker
 
         actor = get_broker().get_actor(message.actor_name)
-        args, kwargs = message.args, message.kwargs
-    where = f"actor {actor.actor_name!r}"
     state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
     options, guard = None if policy is None else policy.guard, guard_on(state)
     if options is None or guard is None:
-        raise ConfigurationError(f"{where}: the broker has no Idempotency with a store.")
-    if message is None:
-        by_id = options.keyed and options.key_of is None
-        if by_id and (len(args) != 1 or not isinstance(args[0], str)):
-            raise ConfigurationError(f"{where} is idempotent by message id: pass the id, or the message.")
-        message = Message(actor.queue_name, actor.actor_name, args, kwargs, {})
-        if by_id:
-            message = message.copy(message_id=args[0])
-    args, kwargs = _as_received(where, message)
-    message = message.copy(args=args, kwargs=kwargs)
-    key = key_of(message, options, lambda make: _ask(make, args, kwargs))
-    if key is None:
-        raise ConfigurationError(f"{where} has no idempotency key.")
-    return _Job(guard.claims, key, guard.register_of(actor.actor_name, key), options.ttl)
-
-
-def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a message's arguments as the job receives them."""
-    bare: Message[Any] = Message(message.queue_name, message.actor_name, message.args, message.kwargs, {})
-    try:
-        received = Message.decode(bare.encode())
-    except Exception as error:
-        raise ConfigurationError(
-            f"{where}: its arguments can't be sent, so no message has them ({type(error).__name__}: {error}). "
-            "Pass what you pass to send()."
-        ) from error
-    return tuple(received.args), dict(received.kwargs)
-
-
-def _ask(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the function that makes the key. A coroutine function gets a new event loop: outside a worker none runs."""
-    asked: Any = getattr(make, "__wrapped__", None)
-    if not is_coroutine_callable(asked):
-        return make(*args, **kwargs)
-    with ThreadPoolExecutor(1) as thread:  # The caller's own thread may have a loop running.
-        return thread.submit(asyncio.run, asked(*args, **kwargs)).result()
+        raise ConfigurationError(f"actor {actor.actor_name!r}: the broker has no Idempotency with a store.")
+    if message is not None:
+        return job_of_message(guard, options, message)
+    return job_of_arguments(guard, options, actor, args, kwargs)
 
 
 def guard_on(state: BrokerState) -> IdempotencyGuard | None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..delivery.decision import Decision
-from ..idempotency.claims import Claim, Claims
+from ..idempotency.claim import Claim
+from ..idempotency.claims import Claims
 from ..idempotency.records import Record, Request, SkipDuplicate, WaitForOwner
 from ..outcomes import Outcome
 from ..stores import IdempotencyStore
@@ -37,7 +38,7 @@ class ClaimsContract:
             assert len(winners) == 1
             assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, WaitForOwner))
             assert sum(isinstance(answer, WaitForOwner) for answer in answers) == THREADS - 1
-            winners[0].conclude(_SUCCEEDED)
+            claim.conclude(winners[0], _SUCCEEDED)
             winner = winners[0].record.message_id
             assert set(run_concurrently(lambda number: claim(f"m{number}"))) == {
                 SkipDuplicate("completed", winner),
@@ -56,19 +57,19 @@ class ClaimsContract:
             (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
             assert taken.record.starts == 2
             # The first claim's conclusion comes too late.
-            first.conclude(_DEAD)
+            claim.conclude(first, _DEAD)
             assert store.get("key").value == taken.value
 
     def test_a_claim_is_another_messages_once_its_lease_has_ended(self, store: IdempotencyStore) -> None:
         with _claims(store, self.short) as claim:
             first = claim("m")
             assert isinstance(first, Claim)
-            first.claims.close()  # The lease is not renewed.
+            claim.claims.close()  # The lease is not renewed.
             assert isinstance(claim.unrenewed("other"), WaitForOwner)
             self.pass_time(store, self.short + 50)
             second = claim.unrenewed("other")
             assert isinstance(second, Claim)
-            first.conclude(_DEAD)
+            claim.conclude(first, _DEAD)
             assert store.get("key").value == second.value
 
     def test_a_claim_lasts_as_long_as_it_is_renewed(self, store: IdempotencyStore) -> None:
@@ -77,10 +78,10 @@ class ClaimsContract:
             assert isinstance(first, Claim)
             for _ in range(6):
                 self.pass_time(store, self.short // 3)
-                first.claims.leases.renew()
+                claim.claims.leases.renew()
                 assert isinstance(claim("other"), WaitForOwner)
             store.delete("key")
-            first.claims.leases.renew()
+            claim.claims.leases.renew()
             assert store.get("key").value == first.value
 
     def test_a_copy_of_a_run_that_has_ended_is_stale_before_during_and_after_the_retry(
@@ -89,13 +90,13 @@ class ClaimsContract:
         with _claims(store, _LONG) as claim:
             first = claim("m")
             assert isinstance(first, Claim)
-            first.conclude(Decision(Outcome.RETRIED, delay_ms=1_000))
+            claim.conclude(first, Decision(Outcome.RETRIED, delay_ms=1_000))
             assert claim("m") == SkipDuplicate("stale")
             assert isinstance(claim("other"), WaitForOwner)
             retry = claim("m", run=1)
             assert isinstance(retry, Claim)
             assert claim("m") == SkipDuplicate("stale")
-            retry.conclude(_DEAD)
+            claim.conclude(retry, _DEAD)
             assert [claim("m"), claim("m", run=1)] == [SkipDuplicate("stale")] * 2
             assert isinstance(claim("other"), Claim)
 
@@ -105,7 +106,10 @@ class _Claiming:
         self.claims = claims
 
     def __call__(self, message_id: str, run: int = 0, is_dead: Callable[[Record], bool] = lambda record: False) -> Any:
-        return self.claims.claim("key", Request(message_id, run, is_dead), keyed=True, keep=10 * _LONG)
+        return self.claims.claim("key", Request(message_id, run, is_dead), keyed=True, retention=10 * _LONG)
+
+    def conclude(self, claim: Claim, decision: Decision) -> None:
+        self.claims.conclude(claim, decision)
 
     def unrenewed(self, message_id: str) -> Any:
         answer = self(message_id)

@@ -230,7 +230,7 @@ class Drain:
         delivery = message.delivery
         if delivery.claim is not None:
             # The record still names this process, which has lost the run.
-            delivery.claim.claims.drop(delivery.claim)
+            delivery.transport.state.idempotency.claims.drop(delivery.claim)
         again: Message[Any] = Message.decode(message.body)
         again.options[REDELIVERED] = True
         self.broker.queues[delivery.transport.source].put(again.encode())

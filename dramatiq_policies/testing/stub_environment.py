@@ -10,7 +10,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from ..delivery.broker_state import BrokerState
 from ..errors import ConfigurationError
-from ..idempotency.claims import StoreDown
+from ..idempotency.store_client import StoreDown
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import guard_on
 from ..middleware.ordering import order_middleware

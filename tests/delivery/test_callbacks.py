@@ -12,7 +12,7 @@ from dramatiq.middleware import Middleware, Shutdown
 
 from dramatiq_policies import Discard, RetryPolicy, Snooze
 from dramatiq_policies.delivery.history import attempt_of, run_of
-from dramatiq_policies.idempotency.claims import Claim
+from dramatiq_policies.idempotency.claims import Claims
 
 from ..support import Stage
 
@@ -279,7 +279,7 @@ def test_what_a_redelivery_does_not_hand_on_again_is_handed_on_before_the_key_sa
 ):
     order, stage = [], Told()
     stage.job(OSError(), **ALL, idempotency_key=lambda *args: "k", retry_on={OSError: TWICE}).send()
-    enqueue, ending, left = stage.broker.enqueue, Claim.ending, [1] if refused else []
+    enqueue, ending, left = stage.broker.enqueue, Claims.record_ending, [1] if refused else []
 
     def noting(message, *, delay=None):
         if message.actor_name == "failed" and left:
@@ -288,12 +288,12 @@ def test_what_a_redelivery_does_not_hand_on_again_is_handed_on_before_the_key_sa
         order.append(message.actor_name)
         return enqueue(message, delay=delay)
 
-    def noting_the_end(claim, send):
+    def noting_the_end(claims, claim, send):
         order.append("ended")
-        ending(claim, send)
+        ending(claims, claim, send)
 
     stage.broker.enqueue = noting
-    monkeypatch.setattr(Claim, "ending", noting_the_end)
+    monkeypatch.setattr(Claims, "record_ending", noting_the_end)
     stage.run()
     assert order[:3] == ["failed", "ended", "job"]
     assert sorted(stage.names()) == ["done", "failed"]

@@ -15,10 +15,13 @@ from dramatiq_policies.delivery.decision import Decision
 from dramatiq_policies.delivery.delivery import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
-from dramatiq_policies.idempotency import records
-from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, crash_counter_name, is_dead
-from dramatiq_policies.idempotency.options import register_name
+from dramatiq_policies.idempotency import records, tokens
+from dramatiq_policies.idempotency.claim import Claim, Quarantined
+from dramatiq_policies.idempotency.claims import Claims
+from dramatiq_policies.idempotency.options import crash_counter_name, register_name
 from dramatiq_policies.idempotency.records import Record, Request, SkipDuplicate, Start, WaitForOwner
+from dramatiq_policies.idempotency.store_client import StoreDown
+from dramatiq_policies.idempotency.tokens import is_dead
 from dramatiq_policies.stores import Entry
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -78,7 +81,7 @@ def slept(monkeypatch):
 
 def ask(claims, message_id="m", run=0, *, name="k", dead=is_dead, keyed=True, max_crashes=3, starts=1, alone=False):
     request = Request(message_id, run, dead, max_crashes, starts, alone)
-    return claims.claim(name, request, keyed=keyed, keep=KEEP)
+    return claims.claim(name, request, keyed=keyed, retention=KEEP)
 
 
 def died(record):
@@ -213,10 +216,10 @@ class Again:
 
 def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(claims, store):
     claim = ask(claims)
-    claim.ending(OutgoingMessage(Again(retries=1, pipe_target={"large": 1}), 2_000))
+    claims.record_ending(claim, OutgoingMessage(Again(retries=1, pipe_target={"large": 1}), 2_000))
     answer = ask(claims, dead=died)
     assert isinstance(answer, records.RepublishRetry)
-    assert answer.follow["options"] == {"retries": 1}
+    assert answer.retry["options"] == {"retries": 1}
     assert isinstance(ask(claims, run=1), Claim)
 
 
@@ -225,10 +228,10 @@ def test_what_is_to_be_handed_on_again_is_known_but_for_what_every_run_has(claim
     claim = ask(claims)
     before = time.time() * 1_000
     message = dramatiq.Message("q", "job", (), {}, {"retries": 1, "tag": "x", **same})
-    claim.ending(OutgoingMessage(message, 5_000))
-    follow = store.record("k").follow
-    assert follow["options"] == {"retries": 1, "tag": "x"}
-    assert before + 5_000 <= follow["due"] + 1 <= before + 15_000
+    claims.record_ending(claim, OutgoingMessage(message, 5_000))
+    retry = store.record("k").retry
+    assert retry["options"] == {"retries": 1, "tag": "x"}
+    assert before + 5_000 <= retry["due"] + 1 <= before + 15_000
 
 
 def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
@@ -239,7 +242,7 @@ def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
 def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
     """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
     claim = ask(claims)
-    claim.ending(OutgoingMessage(Again(retries=1), 2_000))
+    claims.record_ending(claim, OutgoingMessage(Again(retries=1), 2_000))
     claims.conclude(claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
     assert isinstance(ask(claims), records.RepublishRetry)
 
@@ -247,7 +250,7 @@ def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims,
 def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, store):
     """Else a redelivery would hand it on, and the copy find the same, without end."""
     claim = ask(claims, run=1)
-    claim.ending(OutgoingMessage(Again(retries=1), 2_000))
+    claims.record_ending(claim, OutgoingMessage(Again(retries=1), 2_000))
     assert store.record("k").state == "running"
 
 
@@ -305,7 +308,7 @@ def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store
 
     for _ in range(5):
         store.swap = swap_and_fail
-        with pytest.raises(claims_module.StoreDown):
+        with pytest.raises(StoreDown):
             ask(claims)
     store.swap = swap
     assert ask(claims).record.starts == 1
@@ -322,20 +325,20 @@ def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_en
         return swap(*args)
 
     store.swap = swap_and_fail
-    with pytest.raises(claims_module.StoreDown):
+    with pytest.raises(StoreDown):
         ask(claims, "second")
     store.swap = swap
     assert ask(claims, "first", dead=died) == SkipDuplicate("stale")
 
 
 def test_a_start_in_another_process_counts_whatever_its_token(claims, store):
-    before = set(claims_module._unconfirmed_tokens)
+    before = set(tokens._unconfirmed_tokens)
     store.down = True
-    with pytest.raises(claims_module.StoreDown):
+    with pytest.raises(StoreDown):
         ask(claims)
     store.down = False
-    [token] = claims_module._unconfirmed_tokens - before
-    record = Record(records.RUNNING, "m", owner="elsewhere:1:x:1", token=token, starts=1, since=0, keep=KEEP)
+    [token] = tokens._unconfirmed_tokens - before
+    record = Record(records.RUNNING, "m", owner="elsewhere:1:x:1", token=token, starts=1, started_at=0, retention=KEEP)
     store.put("k", record.encode(), LEASE + KEEP)
     assert ask(claims, dead=died).record.starts == 2
 
@@ -377,9 +380,9 @@ def test_the_end_of_a_claim_without_a_key_is_tried_once(claims, store, slept):
 def test_a_completion_that_was_carried_ends_the_claim(claims, store):
     store.putting = lambda *arguments: arguments
     claim = ask(claims)
-    assert claim.completion() == ("k", records.completed_by("m"), KEEP)
-    store.put(*claim.completion())
-    claim.completed()
+    assert claims.completion(claim) == ("k", records.completed_by("m"), KEEP)
+    store.put(*claims.completion(claim))
+    claims.drop(claim)
     claims.leases.renew()
     assert store.renewals == []
     assert is_dead(claim.record)
@@ -445,7 +448,7 @@ def test_an_ending_that_can_be_written_again_later_is_written_and_not_given_up(f
     store.fails = True
     claims.conclude(odd, DEAD)
     for _ in range(5):
-        with pytest.raises(claims_module.StoreDown):
+        with pytest.raises(StoreDown):
             claims.leases.renew()
     store.fails = False
     claims.leases.renew()
@@ -463,7 +466,7 @@ def test_while_the_store_is_down_no_ending_is_given_up_and_few_are_tried(claims,
     store._find = lambda key: asked.append(key) or find(key)
     for _ in range(50):
         asked.clear()
-        with pytest.raises(claims_module.StoreDown):
+        with pytest.raises(StoreDown):
             claims.leases.renew()
         assert len(asked) < 10
     store.down = False
@@ -539,7 +542,7 @@ def test_a_renewal_does_not_undo_an_ending_that_is_being_written(claims, store):
 
 def test_a_lost_claim_is_said_and_never_won_back(claims, store, caplog):
     ask(claims)
-    theirs = Record(records.RUNNING, "m", 0, "elsewhere:1:place:1", "1", keep=KEEP).encode()
+    theirs = Record(records.RUNNING, "m", 0, "elsewhere:1:place:1", "1", retention=KEEP).encode()
     store.put("k", theirs, LEASE)
     claims.leases.renew()
     assert store.get("k").value == theirs

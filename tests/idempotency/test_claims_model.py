@@ -22,9 +22,12 @@ from dramatiq_policies.delivery.delivery import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import lease_renewal as leases
 from dramatiq_policies.idempotency import owner as owners
-from dramatiq_policies.idempotency import records
-from dramatiq_policies.idempotency.claims import Claim, Claims, Quarantined, StoreDown, is_dead
+from dramatiq_policies.idempotency import records, tokens
+from dramatiq_policies.idempotency.claim import Claim, Quarantined
+from dramatiq_policies.idempotency.claims import Claims
 from dramatiq_policies.idempotency.records import Request
+from dramatiq_policies.idempotency.store_client import StoreDown
+from dramatiq_policies.idempotency.tokens import is_dead
 from dramatiq_policies.stores.memory import MemoryStore
 
 LEASE, KEEP, DELAY = 60_000, 10**9, 5_000
@@ -118,7 +121,7 @@ class Worker:
         self.name, self.host = name, host
         self.alive = True
         self.held = []
-        self.globals = {"_live": set(), "_unconfirmed_tokens": set(), "_numbers": itertools.count(1)}
+        self.globals = {"_active_tokens": set(), "_unconfirmed_tokens": set(), "_numbers": itertools.count(1)}
         self.claims = Claims(store, LEASE)
         self.claims.leases._ensure_thread = lambda: None
 
@@ -140,7 +143,7 @@ class Simulation:
         self.messages, self.key = {}, "k"
         self.patches = [
             mock.patch.object(owners, "this_process", lambda: self.current.name),  # noqa: PT008
-            *(mock.patch.object(claims_module, name) for name in ("_live", "_unconfirmed_tokens", "_numbers")),
+            *(mock.patch.object(tokens, name) for name in ("_active_tokens", "_unconfirmed_tokens", "_numbers")),
             mock.patch.object(owners, "is_dead", self._is_certainly_dead),
             mock.patch.object(claims_module, "_PAUSES", ()),
             mock.patch.object(claims_module.alerts.logger, "disabled", new=True),
@@ -163,7 +166,7 @@ class Simulation:
         """Let what follows happen in that process."""
         self.current = worker
         for name, value in worker.globals.items():
-            setattr(claims_module, name, value)
+            setattr(tokens, name, value)
 
     def _boot(self, host):
         name = f"worker{next(self.numbers)}"
@@ -218,7 +221,7 @@ class Simulation:
             self._give_back(held)
             if held.effect and held.stage == DECIDED:
                 self._excuse(held.message.key)
-        for claim, _ in worker.claims.leases._owed:
+        for claim, _ in worker.claims.leases._pending_writes:
             if claim in self.succeeded:
                 # The store was never told.
                 self._excuse(claim.name)
@@ -241,12 +244,12 @@ class Simulation:
 
     def _renew(self, worker):
         self._as(worker)
-        owed = [claim for claim, _ in worker.claims.leases._owed]
+        owed = [claim for claim, _ in worker.claims.leases._pending_writes]
         try:
             worker.claims.leases.renew()
         except StoreDown:
             pass
-        left = [claim for claim, _ in worker.claims.leases._owed]
+        left = [claim for claim, _ in worker.claims.leases._pending_writes]
         for claim in owed:
             if claim not in left and claim in self.succeeded:
                 self.completed.add(claim.name)
@@ -306,13 +309,13 @@ class Simulation:
         elif isinstance(answer, records.WaitForOwner):
             self.queue.append(Message(message.id, message.run, message.key, self.now + 1))
         elif isinstance(answer, records.RepublishRetry):
-            self.queue.append(Message(message.id, answer.follow["options"]["retries"], message.key, self.now))
+            self.queue.append(Message(message.id, answer.retry["options"]["retries"], message.key, self.now))
         elif answer.reason == "completed":
             assert message.key in self.completed or self.effects.get(message.key), "completed by nobody"
             self.final[message.id].add("completed")
 
     def _ask(self, worker, message, request):
-        return worker.claims.claim(message.key, request, keyed=True, keep=KEEP)
+        return worker.claims.claim(message.key, request, keyed=True, retention=KEEP)
 
     def _check_claim(self, held):
         message = held.message
@@ -339,7 +342,9 @@ class Simulation:
             self._give_up(worker, held)
             return
         if held.outcome == "retried" and not self.one_step:
-            held.claim.ending(OutgoingMessage(Message(held.message.id, held.message.run + 1, held.message.key), DELAY))
+            worker.claims.record_ending(
+                held.claim, OutgoingMessage(Message(held.message.id, held.message.run + 1, held.message.key), DELAY)
+            )
         held.stage = ANNOUNCED
 
     def _give_up(self, worker, held):
@@ -369,7 +374,7 @@ class Simulation:
         before = self.store.get(message.key).value
         claim_owned = before == claim.value
         worker.claims.conclude(claim, decision)
-        written = claim not in [one for one, _ in worker.claims.leases._owed]
+        written = claim not in [one for one, _ in worker.claims.leases._pending_writes]
         if held.outcome == "succeeded":
             self.succeeded.add(claim)
             if written:

@@ -74,7 +74,7 @@ def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_alway
     many(waiting, WaitForOwner(LEASE, 5, "owner"), 1)
     clock.now += 0.5
     found = waiting.known("k", "other")
-    assert (found.left, found.since, found.message_id) == (LEASE - 500, 5, "owner")
+    assert (found.left, found.started_at, found.message_id) == (LEASE - 500, 5, "owner")
     assert waiting.known("k", "owner") is None
     assert waiting.known("another", "other") is None
     clock.now += _FRESH

@@ -51,14 +51,14 @@ def app(monkeypatch):
 
 
 def running(message_id="theirs", **more):
-    return Record(records.RUNNING, message_id, owner="elsewhere:1:place:1", token="1", keep=1_000, **more)
+    return Record(records.RUNNING, message_id, owner="elsewhere:1:place:1", token="1", retention=1_000, **more)
 
 
 def test_a_running_claim_of_0_1_0_is_honoured(app):
     app.old(running(), 1_000 + 30_000)
     message = app.job.message(TEXT)
     claims = app.claims
-    answer = claims.claim("new", request(message), keyed=True, keep=DAY, earlier="job\x007")
+    answer = claims.claim("new", request(message), keyed=True, retention=DAY, earlier="job\x007")
     assert answer == records.WaitForOwner(30_000)
     assert Idempotency.state(app.job, TEXT).state == "running"
     assert Idempotency.state(app.job, TEXT).message_id == "theirs"
@@ -73,10 +73,10 @@ def test_what_0_1_0_counted_goes_on(app):
     app.old(running(message.message_id, starts=2))
     claims = app.claims
     dead = request(message)._replace(is_dead=lambda record: True)
-    answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
+    answer = claims.claim("new", dead, keyed=True, retention=DAY, earlier="job\x007")
     assert answer == records.Start(3, alone=True)
     app.old(running(message.message_id, starts=3))
-    answer = claims.claim("new", dead, keyed=True, keep=DAY, earlier="job\x007")
+    answer = claims.claim("new", dead, keyed=True, retention=DAY, earlier="job\x007")
     assert answer.starts == 3
     assert answer.claim.name == "job\x007"
     claims.close()
@@ -84,7 +84,7 @@ def test_what_0_1_0_counted_goes_on(app):
 
 def test_a_run_that_has_ended_under_0_1_0_is_stale(app):
     message = app.job.message(TEXT)
-    app.old(Record(records.FREE, "theirs", keep=1_000, ended=((message.message_id, 0),)))
+    app.old(Record(records.FREE, "theirs", retention=1_000, ended=((message.message_id, 0),)))
     app.stage.broker.enqueue(message)
     app.stage.run()
     assert app.stage.reasons() == ["stale"]

@@ -145,7 +145,7 @@ def test_each_deferral_waits_twice_as_long_and_the_last_for_what_is_left_of_the_
     store = MemoryStore()
     stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
     ship = keep(stage)
-    theirs = Record(RUNNING, "another", owner="elsewhere:1:place:1", keep=1_000).encode()
+    theirs = Record(RUNNING, "another", owner="elsewhere:1:place:1", retention=1_000).encode()
     store.put(register_name("ship", "order:7"), theirs, 40_000 + 1_000)  # Nobody renews it.
     ship.send(7)
     drain(stage.broker)

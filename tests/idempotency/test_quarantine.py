@@ -17,7 +17,7 @@ from dramatiq_policies import Idempotency, Timeout
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records
-from dramatiq_policies.idempotency.claims import crash_counter_name
+from dramatiq_policies.idempotency.options import crash_counter_name
 from dramatiq_policies.stores.memory import MemoryStore
 
 from ..support import Stage
@@ -205,7 +205,7 @@ def test_only_the_stuck_job_is_blamed_for_the_end_of_its_process():
     assert neighbour.message_id != stuck.message_id
     # It may begin at once elsewhere: this process is as good as gone.
     found = store.get(crash_counter_name(other.message_id))
-    assert found.left <= records.Record.decode(found.value).keep
+    assert found.left <= records.Record.decode(found.value).retention
 
 
 class Stuck:
@@ -307,8 +307,8 @@ def test_a_retry_that_was_being_handed_on_is_handed_on_again_for_when_it_was_due
     app = Crashing(**GUARDED)
     message = app.job.message(7)
     due = None if due is None else int(time.time() * 1_000) + due
-    follow = {"options": {"retries": 1, "mark": "theirs"}, "due": due}
-    record = records.Record(records.ENDING, message.message_id, 0, app.owner, "1", 0, 1, 1_000_000, follow=follow)
+    retry = {"options": {"retries": 1, "mark": "theirs"}, "due": due}
+    record = records.Record(records.ENDING, message.message_id, 0, app.owner, "1", 0, 1, 1_000_000, retry=retry)
     app.store.put("job\x007", record.encode(), 1_000_000 + app.lease)
     sent, enqueue = [], app.stage.broker.enqueue
 

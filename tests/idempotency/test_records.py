@@ -39,11 +39,11 @@ RECORDS = st.builds(
     run=counts,
     owner=st.text(),
     token=st.text(),
-    since=counts,
+    started_at=counts,
     starts=counts,
-    keep=counts,
+    retention=counts,
     ended=st.lists(st.tuples(st.text(), counts)).map(tuple),
-    follow=st.none() | st.dictionaries(st.text(), st.text() | st.integers()),
+    retry=st.none() | st.dictionaries(st.text(), st.text() | st.integers()),
 )
 
 
@@ -93,11 +93,11 @@ def test_what_this_version_can_not_read_is_never_guessed(data):
 
 
 def mine(state=RUNNING, run=1, **fields):
-    return Record(state, "m", run, "owner", "t", keep=1_000, **fields)
+    return Record(state, "m", run, "owner", "t", retention=1_000, **fields)
 
 
 def theirs(state=RUNNING, **fields):
-    return Record(state, "other", 0, "owner", "t", keep=1_000, **fields)
+    return Record(state, "other", 0, "owner", "t", retention=1_000, **fields)
 
 
 LEFT, OVER = 1_500, 900  # a lease of which 500 ms are left, and one that ended 100 ms ago
@@ -134,9 +134,9 @@ TABLE = {
         LIVE,
         Start(1, (("other", 0),)),
     ),
-    "another hands its retry on: it waits": (theirs(ENDING, follow=RETRY), LEFT, GONE, WaitForOwner(500)),
+    "another hands its retry on: it waits": (theirs(ENDING, retry=RETRY), LEFT, GONE, WaitForOwner(500)),
     "another's retry may never have been handed on: it runs, and that run has not ended": (
-        theirs(ENDING, follow=RETRY),
+        theirs(ENDING, retry=RETRY),
         OVER,
         LIVE,
         Start(1),
@@ -174,13 +174,13 @@ TABLE = {
     "it began twice and died: its last start is made alone": (mine(starts=2), LEFT, GONE, Start(3, alone=True)),
     "it began three times and died: it is a killer": (mine(starts=3), LEFT, GONE, Quarantine(3)),
     "this very run is being ended by a live process: it waits": (
-        mine(ENDING, follow=RETRY),
+        mine(ENDING, retry=RETRY),
         LEFT,
         LIVE,
         WaitForOwner(500),
     ),
     "this very run was being ended by a dead one: its retry is handed on again": (
-        mine(ENDING, follow=RETRY),
+        mine(ENDING, retry=RETRY),
         LEFT,
         GONE,
         RepublishRetry(RETRY),
@@ -219,16 +219,23 @@ def test_there_is_an_answer_for_every_record(record, left, request):
 
 
 @given(RECORDS, counts)
-def test_a_run_that_ended_is_stale_from_then_on(record, keep):
-    after = released(record, FREE, ended=True, keep=keep)
+def test_a_run_that_ended_is_stale_from_then_on(record, retention):
+    after = released(record, FREE, ended=True, retention=retention)
     request = Request(record.message_id, record.run, GONE)
     assert next_action(after, 0, request) == SkipDuplicate("stale")
-    claim = taken(Start(1, after.ended), request._replace(message_id="next"), owner="o", token="t", since=0, keep=keep)
+    claim = taken(
+        Start(1, after.ended),
+        request._replace(message_id="next"),
+        owner="o",
+        token="t",
+        started_at=0,
+        retention=retention,
+    )
     assert next_action(claim, 0, request) == SkipDuplicate("stale") or record.message_id == "next"
 
 
 def test_a_key_of_which_nothing_is_to_be_remembered_is_removed():
-    assert released(mine(), FREE, ended=False, keep=1) is None
+    assert released(mine(), FREE, ended=False, retention=1) is None
 
 
 def test_only_the_last_eight_messages_that_ended_are_remembered():
@@ -252,8 +259,8 @@ def test_what_a_store_holds_is_read_by_workers_of_a_later_version(state):
 
 def test_a_lease_holds_to_its_last_millisecond():
     for record in (mine(), theirs(), theirs(WAITING)):
-        assert next_action(record, record.keep + 1, Request("m", 1, LIVE, 3)) == WaitForOwner(1)
-        assert next_action(record, record.keep, Request("m", 1, LIVE, 3)) != WaitForOwner(0)
+        assert next_action(record, record.retention + 1, Request("m", 1, LIVE, 3)) == WaitForOwner(1)
+        assert next_action(record, record.retention, Request("m", 1, LIVE, 3)) != WaitForOwner(0)
 
 
 @pytest.mark.parametrize("others", [0, 1], ids=["the same message", "another message"])
@@ -275,6 +282,6 @@ def test_a_limit_of_one_counts_every_start_for_none_is_made_alone():
 def test_a_claim_says_whether_it_was_made_beside_others():
     request = Request("m", 1, GONE, max_crashes=3)
     for asked, beside in [({}, True), ({"alone": True}, False), ({"beside": True}, True)]:
-        claim = taken(Start(3), request._replace(**asked), owner="o", token="t", since=0, keep=1)
+        claim = taken(Start(3), request._replace(**asked), owner="o", token="t", started_at=0, retention=1)
         assert claim.beside is beside
         assert Record.decode(claim.encode()) == claim

@@ -203,7 +203,7 @@ def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
 ) -> None:
     shop = make_shop()
     job = shop.send_jobs(4)
-    look = BatchedCompletions.look
+    look = BatchedCompletions.flush_if_idle
 
     def look_and_be_stopped(batched_completions: BatchedCompletions) -> None:
         look(batched_completions)
@@ -211,7 +211,7 @@ def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
             for thread in worker.workers:
                 thread.stop()
 
-    monkeypatch.setattr(BatchedCompletions, "look", look_and_be_stopped)
+    monkeypatch.setattr(BatchedCompletions, "flush_if_idle", look_and_be_stopped)
     with shop.working() as worker:
         until(lambda: shop.ran and not any(thread.is_alive() for thread in worker.workers))
         assert shop.ran == [0]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from importlib import resources
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import redis
@@ -30,14 +30,12 @@ from ...delivery.history import FAILURE, now_ms
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
+from ...idempotency.claim import Claim, claim_of
 from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
 from .calls import RedisCalls
 from .prefetch import InFlight, PrefetchWindow
 from .recovery import Recovery
-
-if TYPE_CHECKING:
-    from ...idempotency.claims import Claim
 
 __all__ = ["RedisTransport"]
 
@@ -190,9 +188,10 @@ class RedisTransport(Transport):
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
         redis_id = self._over(message)
-        claim, at_once, keep = delivery.claim, self.completes(delivery), False
+        claim, keep = claim_of(delivery), False
+        at_once = self.completes(delivery)
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
-        settled = self._complete(redis_id, body, sends, claim) if at_once else None
+        settled = None if claim is None or not at_once else self._complete(redis_id, body, sends, claim)
         if settled is None:
             # Two steps: the key is completed between publish and acknowledgement.
             at_once, keep = False, delivery.completes_key()
@@ -203,7 +202,8 @@ class RedisTransport(Transport):
             # Replaced, as in `ack`. The dead letter is in its place already.
             self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
         if at_once:
-            delivery.claim = claim.completed()
+            self.state.idempotency.claims.drop(claim)
+            delivery.claim = None
         steps, delivery.outbox = delivery.outbox, None
         delivery.acked = not keep
         for step in (steps or ()) if settled else ():
@@ -247,7 +247,7 @@ class RedisTransport(Transport):
     def completes(self, delivery: Delivery) -> bool:
         if not delivery.completes_key():
             return False
-        store = delivery.claim.claims.store
+        store = self.state.idempotency.claims.store
         if store is not self.store:
             self.store = store
             shares = getattr(store, "is_beside", None)
@@ -257,7 +257,7 @@ class RedisTransport(Transport):
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         if not self.completes(delivery):
             return super().completion(delivery)
-        return self._settling(self._over(delivery.message), completes=delivery.claim), True
+        return self._settling(self._over(delivery.message), completes=claim_of(delivery)), True
 
     def acked_by_completion(self, delivery: Delivery) -> None:
         super().acked_by_completion(delivery)
@@ -296,7 +296,7 @@ class RedisTransport(Transport):
         keys, completed, ttl, held = [broker.namespace], b"", 0, b""
         if completes is not None:
             keys.append(self.store.name_of(completes.name))
-            completed, ttl = completed_by(completes.record.message_id), completes.keep
+            completed, ttl = completed_by(completes.record.message_id), completes.retention
             held = completes.value
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
         return _SETTLE.command(keys, args)

@@ -1,0 +1,46 @@
+"""A claim on a key, as plain data. `Claims` makes and writes claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from ..delivery.delivery import Delivery
+    from .records import Record
+
+__all__ = ["Claim", "Quarantined", "claim_of"]
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """A key held by a run of this process. The fields change only under ``Claims.rewriting``.
+
+    Attributes:
+      name: The register of the key.
+      record, value: The content of the register, decoded and as bytes.
+      keyed: Whether the store remembers the completion; otherwise the claim only counts starts.
+      retention: For how long the store remembers the completion, in milliseconds.
+      over: The end of the run is being written.
+      excused: The start does not count as a crash.
+    """
+
+    name: str
+    record: Record
+    value: bytes
+    keyed: bool
+    retention: int
+    over: bool = False
+    excused: bool = False
+
+
+class Quarantined(NamedTuple):
+    """The claim of a run that began too often and never ended, still to be concluded, and the number of starts."""
+
+    claim: Claim
+    starts: int
+
+
+def claim_of(delivery: Delivery) -> Claim | None:
+    """Return the claim of a delivery; None without a claim."""
+    return cast("Claim | None", delivery.claim)
