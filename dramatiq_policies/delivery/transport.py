@@ -19,6 +19,7 @@ from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 from .. import _dramatiq
 from ..common.safe_logger import SafeLogger
 from ..errors import MalformedMessage
+from ..interrupts.listeners import notify_interrupt
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue, Move
 from .delivery import Delivery, OutgoingMessage
@@ -206,6 +207,7 @@ class Transport:
 
     def after_interrupt(self) -> None:
         """Drop connections of this thread that an interrupt of a job may have left in an unknown state."""
+        notify_interrupt()
 
     def close(self) -> None:
         """Close Dramatiq's consumer. Never raises."""

@@ -109,7 +109,7 @@ def run(
     after the end of ``fn`` is dropped.
     """
     if deadline is None and not on_shutdown:
-        return fn(*args, **kwargs)
+        return _run_without_limits(fn, args, kwargs, after_interrupt)
     due = inf if deadline is None else deadline
     slot = _mine.slot or slot_of_this_thread()
     if slot.tokens is not None:
@@ -160,6 +160,18 @@ def run(
     finally:
         # Break the cycle: both refer to this frame.
         del error, traceback
+
+
+def _run_without_limits(
+    fn: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any], after_interrupt: Callable[[], object]
+) -> R:
+    """Run a job that only other code may interrupt."""
+    try:
+        return fn(*args, **kwargs)
+    except BaseException as error:
+        if is_async_exception(error):
+            after_interrupt()
+        raise
 
 
 _TRACEBACK: Any = BaseException.__dict__["__traceback__"]

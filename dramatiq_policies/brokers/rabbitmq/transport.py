@@ -221,6 +221,7 @@ class RabbitmqTransport(UnreadableBodies):
 
         The next publish opens another connection.
         """
+        super().after_interrupt()
         broker: Any = self.broker
         broker.state.dramatiq_policies_channel = None
         discard(_dramatiq.take_rabbitmq_connection(broker))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from django.apps import AppConfig
 
+from ...interrupts.listeners import after_each_interrupt
+
 __all__ = ["PoliciesConfig"]
 
 
@@ -13,3 +15,8 @@ class PoliciesConfig(AppConfig):  # type: ignore[misc]
     name = "dramatiq_policies.contrib.django"
     label = "dramatiq_policies"
     verbose_name = "Dramatiq policies"
+
+    def ready(self) -> None:
+        from .connections import close_struck_connections
+
+        after_each_interrupt(close_struck_connections)

@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     raise ImportError('dramatiq_policies.contrib.django needs Django: pip install "Django>=4.2"') from error
 
+from .connections import in_atomic_of_the_app
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -48,7 +50,7 @@ class WarnInsideAtomic(Middleware):
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         for connection in connections.all(initialized_only=True):
-            if any(not block._from_testcase for block in connection.atomic_blocks):  # noqa: SLF001
+            if in_atomic_of_the_app(connection):
                 self._tell(message.actor_name, connection.alias)
                 return
 

@@ -1,14 +1,12 @@
-"""A Django project, set up in the process that runs these tests."""
+"""A broker for the tasks and actors of the project."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 
-import django
 import dramatiq.broker
 import pytest
-from django.conf import settings
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from dramatiq.results import Results
@@ -17,23 +15,9 @@ from dramatiq.results.backends import StubBackend
 from dramatiq_policies import ErrorClassifier, RetryPolicy, install
 
 from ...support import HAS_DJANGO_TASKS
+from . import project
 
-OURS = "dramatiq_policies.contrib.django.tasks.DramatiqBackend"
-
-if not settings.configured:
-    settings.configure(
-        SECRET_KEY="of a test",
-        USE_TZ=True,
-        DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
-        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
-        INSTALLED_APPS=["dramatiq_policies.contrib.django", "tests.contrib.django.shop"],
-        TASKS={
-            "default": {"BACKEND": OURS, "QUEUES": ["default", "mail", "slow"]},
-            "any": {"BACKEND": OURS, "QUEUES": []},
-            "immediate": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
-        },
-    )
-    django.setup()
+project.set_up()
 
 if not HAS_DJANGO_TASKS:
     # Not skipped: they don't apply. tests/conftest.py says so at the end of each run.

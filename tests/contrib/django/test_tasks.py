@@ -20,7 +20,8 @@ from dramatiq_policies import ConfigurationError, install
 from dramatiq_policies.contrib.django.tasks import DramatiqBackend
 from dramatiq_policies.testing import drain, stub
 
-from .conftest import OURS, stub_broker
+from .conftest import stub_broker
+from .project import OURS
 
 READY, FAILED, SUCCESSFUL = TaskResultStatus.READY, TaskResultStatus.FAILED, TaskResultStatus.SUCCESSFUL
 

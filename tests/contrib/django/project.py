@@ -1,0 +1,71 @@
+"""The Django project of these tests, set up in the process that runs them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import django
+from django.conf import settings
+from django.db import connections
+
+OURS = "dramatiq_policies.contrib.django.tasks.DramatiqBackend"
+ENGINES = {"postgresql": "postgresql", "mariadb": "mysql"}
+
+
+def set_up():
+    """Set Django up, once in a process. The database is a file, which every thread sees."""
+    if settings.configured:
+        return
+    folder, owner = tempfile.mkdtemp(prefix="dp-django-"), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder) if os.getpid() == owner else None)
+    settings.configure(
+        SECRET_KEY="of a test",
+        USE_TZ=True,
+        DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{folder}/default.sqlite3"}},
+        INSTALLED_APPS=["dramatiq_policies.contrib.django", "tests.contrib.django.shop"],
+        TASKS={
+            "default": {"BACKEND": OURS, "QUEUES": ["default", "mail", "slow"]},
+            "any": {"BACKEND": OURS, "QUEUES": []},
+            "immediate": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+        },
+    )
+    django.setup()
+
+
+@contextmanager
+def database(alias, **changes):
+    """Let Django know another database, by an alias of its own."""
+    known = {name: dict(values) for name, values in connections.settings.items()}
+    connections.settings[alias] = connections.configure_settings({**known, alias: changes})[alias]
+    try:
+        yield alias
+    finally:
+        for connection in connections.all(initialized_only=True):
+            if connection.alias == alias:
+                connection.close()
+                del connections[alias]
+        del connections.settings[alias]
+
+
+def options_of(url):
+    """Return the settings for the URL of a database."""
+    parts = urlsplit(url)
+    if parts.scheme == "mariadb":
+        import pymysql
+
+        pymysql.version_info = (2, 2, 7, "final", 0)  # Django asks for a version of mysqlclient.
+        pymysql.install_as_MySQLdb()
+    return {
+        "ENGINE": f"django.db.backends.{ENGINES[parts.scheme]}",
+        "NAME": parts.path[1:],
+        "USER": parts.username or "",
+        "PASSWORD": parts.password or "",
+        "HOST": parts.hostname,
+        "PORT": parts.port,
+    }
