@@ -14,7 +14,7 @@ from django.conf import settings
 from django.db import connections
 
 OURS = "dramatiq_policies.contrib.django.tasks.DramatiqBackend"
-ENGINES = {"postgresql": "postgresql", "mariadb": "mysql"}
+ENGINES = {"postgresql": "postgresql", "mariadb": "mysql", "sqlite": "sqlite3"}
 
 
 def set_up():
@@ -56,13 +56,16 @@ def database(alias, **changes):
 def options_of(url):
     """Return the settings for the URL of a database."""
     parts = urlsplit(url)
+    engine = f"django.db.backends.{ENGINES[parts.scheme]}"
+    if parts.scheme == "sqlite":
+        return {"ENGINE": engine, "NAME": url.removeprefix("sqlite:///")}
     if parts.scheme == "mariadb":
         import pymysql
 
         pymysql.version_info = (2, 2, 7, "final", 0)  # Django asks for a version of mysqlclient.
         pymysql.install_as_MySQLdb()
     return {
-        "ENGINE": f"django.db.backends.{ENGINES[parts.scheme]}",
+        "ENGINE": engine,
         "NAME": parts.path[1:],
         "USER": parts.username or "",
         "PASSWORD": parts.password or "",

@@ -1,0 +1,3 @@
+"""Django's migrations of the tables of dramatiq_policies."""
+
+from __future__ import annotations
