@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .middleware.metrics import Metrics
     from .middleware.queue_monitor import QueueMonitor
     from .middleware.sentry import SentryReporter
+    from .transactions.outbox import Outbox
 
 __all__ = ["install"]
 
@@ -36,6 +37,7 @@ def install(
     sentry: SentryReporter | None = None,
     queue_monitor: QueueMonitor | None = None,
     heartbeat: Heartbeat | None = None,
+    outbox: Outbox | None = None,
 ) -> B:
     """Add the middleware of dramatiq_policies to a broker, and return the broker.
 
@@ -64,6 +66,7 @@ def install(
       sentry: A `SentryReporter`. Default: none.
       queue_monitor: A `QueueMonitor`. Default: none.
       heartbeat: A `Heartbeat`. Default: none.
+      outbox: A `SqlOutbox` or `DjangoOutbox`. Default: none.
 
     Raises:
       ConfigurationError: The broker has middleware of dramatiq_policies already, or an argument has the wrong type.
@@ -77,6 +80,7 @@ def install(
         None if sentry is None else _expected("sentry", sentry, "SentryReporter"),
         None if queue_monitor is None else _expected("queue_monitor", queue_monitor, "QueueMonitor"),
         None if heartbeat is None else _expected("heartbeat", heartbeat, "Heartbeat"),
+        None if outbox is None else _expected("outbox", outbox, "Outbox", "a SqlOutbox, a DjangoOutbox"),
     ]
     for middleware in broker.middleware:
         if isinstance(middleware, PolicyMiddleware):
@@ -99,7 +103,7 @@ def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddl
     return kind() if value is None else _expected(name, value, kind.__name__)
 
 
-def _expected(name: str, value: Any, kind: str) -> PolicyMiddleware:
+def _expected(name: str, value: Any, kind: str, expected: str = "") -> PolicyMiddleware:
     if not isinstance(value, PolicyMiddleware) or kind_of_ours(value) != kind:
-        raise ConfigurationError.of_option("install()", name, f"a {kind} or None", value, secret=True)
+        raise ConfigurationError.of_option("install()", name, f"{expected or f'a {kind}'} or None", value, secret=True)
     return value

@@ -1,4 +1,4 @@
-"""A package for each broker, with transport, queue reader and browser. Other brokers get the plain `Transport`."""
+"""A package for each broker, with transport, batch, queue reader and browser. Other brokers get the plain `Transport`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ..common.safe_logger import SafeLogger
 from ..delivery.consumer import PolicyConsumer
 from ..delivery.transport import Transport
 from ..errors import ConfigurationError
+from .batch import Batch
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["prepare", "wrap_consumer"]
+__all__ = ["batch_of", "prepare", "wrap_consumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -50,6 +51,24 @@ def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Trans
         return RabbitmqDelayTransport if is_delay_queue else RabbitmqTransport
     state.shared(_UnknownBroker, state.broker).log_once()
     return Transport
+
+
+def batch_of(state: BrokerState) -> Batch:
+    """Return what publishes on this broker."""
+    kind = kind_of(state.broker)
+    if kind == "stub":
+        from .stub.batch import StubBatch
+
+        return StubBatch(state)
+    if kind == "redis":
+        from .redis.batch import RedisBatch
+
+        return RedisBatch(state)
+    if kind == "rabbitmq":
+        from .rabbitmq.batch import RabbitmqBatch
+
+        return RabbitmqBatch(state)
+    return Batch(state)
 
 
 def prepare(state: BrokerState) -> None:

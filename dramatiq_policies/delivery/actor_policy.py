@@ -35,6 +35,7 @@ ACTOR_OPTIONS = frozenset(
         "idempotency_ttl",
         "idempotent",
         "max_crashes",
+        "outbox",
         "retry_on",
         "tags",
     }
@@ -91,6 +92,7 @@ class ActorOptions(TypedDict, total=False):
     idempotency_ttl: int | timedelta
     done_when: Callable[..., object]
     max_crashes: int | None
+    outbox: bool
 
 
 class IdempotencyOptions:
@@ -182,6 +184,7 @@ class ActorPolicy:
         self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
         if self.dead_letter_discards is not None:
             _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)
+        _expect_bool(where, "outbox", options.get("outbox", True))
         throws = options.get("throws")
         if throws is not None:
             options["throws"] = exception_classes(where, "throws", throws)

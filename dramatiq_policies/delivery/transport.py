@@ -23,6 +23,7 @@ from ..interrupts.listeners import notify_interrupt
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue, Move
 from .delivery import Delivery, OutgoingMessage
+from .direct import enqueue_directly
 from .refusals import Fault, Parking, Unsendable
 from .validation import check_shape, decode, without_stack
 
@@ -134,7 +135,7 @@ class Transport:
         while outbox:
             sent = outbox[0]
             assert isinstance(sent, OutgoingMessage)
-            self.broker.enqueue(sent.message, delay=sent.delay)
+            enqueue_directly(self.broker, sent.message, sent.delay)
             outbox.pop(0)
         if dead is not None:
             self.dead_letter(message, dead)
@@ -289,7 +290,7 @@ class Transport:
             move.error = error
 
     def move_one(self, move: Move) -> None:
-        self.broker.enqueue(move.moved)
+        enqueue_directly(self.broker, move.moved)
         self.inner.ack(move.message)
 
     def dead_letter_unmoved(self, message: MessageProxy) -> None:

@@ -114,7 +114,7 @@ class GroupCallbacks(StockGroupCallbacks):
         if exception is not None or message.failed or not options.get("group_completion_callbacks"):
             return
         delivery: Delivery | None = getattr(message, "delivery", None)
-        count = self._counter()
+        count = self.counter()
         if delivery is None or count is None:
             _publish_by_stock(StockGroupCallbacks, self, broker, message, result)
             return
@@ -126,14 +126,24 @@ class GroupCallbacks(StockGroupCallbacks):
 
         delivery.add_to_outbox(step)
 
-    def _counter(self) -> Callable[[str, str], bool] | None:
-        """Return a function that counts a member and returns whether the group is complete; None if the backend can't count once."""
+    def counter(self) -> Callable[[str, str], bool] | None:
+        """Return a function that counts a member, and returns whether this member completes the group.
+
+        The function may be called again for the same member: the answer is the same. None if the backend can't count once.
+        """
         backend: Any = self.rate_limiter_backend
         if isinstance(backend, StubBackend):
-            return lambda uuid, member: (
-                backend.add(f"{uuid}@{member}", 1, self.barrier_ttl)
-                and Barrier(backend, uuid, ttl=self.barrier_ttl).wait(block=False)
-            )
+
+            def count_in_memory(uuid: str, member: str) -> bool:
+                completing = f"{uuid}@>{member}"
+                if not backend.add(f"{uuid}@{member}", 1, self.barrier_ttl):
+                    # An amount of 0 only reads: it is refused below the minimum.
+                    return bool(backend.decr(completing, 0, 1, self.barrier_ttl))
+                if not Barrier(backend, uuid, ttl=self.barrier_ttl).wait(block=False):
+                    return False
+                return bool(backend.add(completing, 1, self.barrier_ttl))
+
+            return count_in_memory
         client = getattr(backend, "client", None)
         if type(backend).__name__ != "RedisBackend" or client is None:
             return None

@@ -37,7 +37,7 @@ __all__ = ["kind_of_ours", "order_middleware", "resolve_actor"]
 
 #: The middleware after the ErrorClassifier, in this order; they have no hooks on messages. By name, because unused
 #: ones are not imported.
-_LISTENERS = ("Idempotency", "DiscardLogger", "Metrics", "SentryReporter", "QueueMonitor", "Heartbeat")
+_LISTENERS = ("Idempotency", "DiscardLogger", "Metrics", "SentryReporter", "QueueMonitor", "Heartbeat", "Outbox")
 
 _lock = threading.RLock()
 

@@ -20,6 +20,7 @@ if int(sqlalchemy.__version__.partition(".")[0]) < 2:
     )
 
 from .database import create_tables
+from .outbox import SqlOutbox
 from .tables import metadata
 
-__all__ = ["create_tables", "metadata"]
+__all__ = ["SqlOutbox", "create_tables", "metadata"]

@@ -15,8 +15,6 @@ from heapq import heappop, heappush
 from time import monotonic
 from typing import Any
 
-import pika
-import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
@@ -28,6 +26,7 @@ from ...delivery.delay_queue import Move
 from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
 from ...delivery.refusals import Unsendable
+from .confirms import PipelinedConfirms
 from .transport import RabbitmqTransport
 from .unreadable import LOST
 
@@ -62,7 +61,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         self.far: list[tuple[float, int]] = []
         #: How many returned messages have not been delivered again.
         self.returned = 0
-        self.batches: _Batches | None = None
+        self.batches: PipelinedConfirms | None = None
         #: Messages to publish anew, with their tags: see `is_published_anew`.
         self.anew: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
@@ -201,8 +200,8 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             broker.declare_queue(self.queue_name, ensure=True)
             batches = self.batches
             if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
-                batches = self.batches = _Batches(broker.connection)
-            batches.write(queue, steps)
+                batches = self.batches = PipelinedConfirms(broker.connection)
+            batches.write((queue, step.encoded, step.message.options.get("broker_priority")) for step in steps)
         except (*LOST, OSError, ConnectionClosed):
             self._stop_publishing()
             return set()
@@ -219,41 +218,3 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 if self.state.stopping.is_set() and monotonic() - began > _PATIENCE:
                     break
         return batches.accepted
-
-
-class _Batches:
-    """A channel with pipelined confirms; every publish is mandatory."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-        self.channel = connection.channel()
-        self._inner = _dramatiq.rabbitmq_confirmed(self.channel, self._confirmed, self._unroutable)
-        self._published = 0
-        #: Unconfirmed messages: the index in the batch by the channel's delivery tag.
-        self.waiting: dict[int, int] = {}
-        self.accepted: set[int] = set()
-        self._bodies: list[Any] = []
-
-    def write(self, queue: str, steps: list[OutgoingMessage]) -> None:
-        self.waiting, self.accepted = {}, set()
-        self._bodies = [step.encoded for step in steps]
-        for number, step in enumerate(steps):
-            self._published += 1
-            self.waiting[self._published] = number
-            properties = pika.BasicProperties(delivery_mode=2, priority=step.message.options.get("broker_priority"))
-            self._inner.basic_publish("", queue, step.encoded, properties, mandatory=True)
-
-    def _confirmed(self, frame: Any) -> None:
-        method = frame.method
-        last = method.delivery_tag
-        for tag in [tag for tag in self.waiting if tag <= last] if method.multiple else [last]:
-            number = self.waiting.pop(tag, None)
-            # The server also confirms unroutable messages, after returning them.
-            if number is not None and isinstance(method, pika.spec.Basic.Ack) and self._bodies[number] is not None:
-                self.accepted.add(number)
-        if not self.waiting:
-            # A confirm alone does not end `process_data_events`.
-            self.connection.add_callback_threadsafe(lambda: None)
-
-    def _unroutable(self, _channel: Any, _method: Any, _properties: Any, body: bytes) -> None:
-        self._bodies = [None if one == body else one for one in self._bodies]

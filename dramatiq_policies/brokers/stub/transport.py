@@ -14,6 +14,7 @@ from dramatiq.message import get_encoder
 from ... import _dramatiq
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
+from ...delivery.direct import enqueue_directly
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 
@@ -64,7 +65,9 @@ class StubTransport(Transport):
             # A thread of the stopping worker would take the message.
             steps, delivery.outbox = delivery.outbox, None
             for step in steps:
-                self.state.requeue_after_shutdown.append(partial(self.broker.enqueue, step.message, delay=step.delay))
+                self.state.requeue_after_shutdown.append(
+                    partial(enqueue_directly, self.broker, step.message, step.delay)
+                )
         super().publish_outbox(message, delivery, dead)
         # A test that joins the queue expects the outcome to be published: acknowledge after that.
         delivery.acked = False
@@ -81,7 +84,7 @@ class StubTransport(Transport):
         self.state.requeue_after_shutdown.append(partial(self.requeue, [message]))
 
     def move_one(self, move: Move) -> None:
-        self.broker.enqueue(move.moved)
+        enqueue_directly(self.broker, move.moved)
         self.ack(move.message)
 
 

@@ -1,0 +1,88 @@
+"""Publish many messages at once: `Batch` for any broker. The packages beside hold a subclass for each known broker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dramatiq import Message
+from dramatiq.common import dq_name
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+
+from ..delivery.direct import enqueue_directly
+from ..delivery.history import now_ms
+
+if TYPE_CHECKING:
+    from ..delivery.broker_state import BrokerState
+
+__all__ = ["Batch", "Encoded", "KnownBatch"]
+
+
+class Encoded(NamedTuple):
+    """A prepared message, and its encoded form for the broker."""
+
+    message: Message[Any]
+    body: bytes
+
+
+class Batch:
+    """Prepares messages as the broker's ``enqueue`` does, and publishes them later, many at once.
+
+    A broker of an unknown kind prepares the message only when it publishes it: then its ``before_enqueue`` hooks run.
+    """
+
+    def __init__(self, state: BrokerState) -> None:
+        self.state = state
+        self.broker: Any = state.broker
+
+    def prepare(self, message: Message[Any], delay: int | None) -> Message[Any]:
+        """Return the final message: with its queue, its due time and the options of the broker. Runs ``before_enqueue``."""
+        return message if delay is None else message.copy(options={"eta": now_ms() + delay})
+
+    def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
+        """Publish messages in order. Returns for each None, or why the broker did not accept it.
+
+        ``ConnectionClosed`` stands for a broker that is unreachable, or that takes nothing for now.
+        """
+        results: list[Exception | None] = []
+        for message, _ in messages:
+            eta = message.options.get("eta")
+            try:
+                enqueue_directly(self.broker, message, None if eta is None else max(0, eta - now_ms()))
+                results.append(None)
+            except (BrokerConnectionError, OSError) as error:
+                lost: Exception = ConnectionClosed(error)
+                return [*results, *[lost] * (len(messages) - len(results))]
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def published(self, message: Message[Any], delay: int | None) -> None:
+        """Run the ``after_enqueue`` hooks of a message that the broker has accepted."""
+
+    def close(self) -> None:
+        """Close the connections of this thread."""
+
+
+class KnownBatch(Batch):
+    """A batch of a broker whose ``enqueue`` is known."""
+
+    def prepare(self, message: Message[Any], delay: int | None) -> Message[Any]:
+        options, queue = self.options_of(message), message.queue_name
+        if delay is not None:
+            queue = dq_name(queue)
+            options["eta"] = now_ms() + delay
+        message = message.copy(queue_name=queue, options=options)
+        self.broker.emit_before("enqueue", message, delay)
+        return message
+
+    def options_of(self, message: Message[Any]) -> dict[str, Any]:
+        """Return the options that the broker adds to a message.
+
+        Raises:
+          QueueNotFound: The broker knows no such queue.
+        """
+        return {}
+
+    def published(self, message: Message[Any], delay: int | None) -> None:
+        self.broker.emit_after("enqueue", message, delay)

@@ -1,0 +1,226 @@
+"""The transaction of a Session, an AsyncSession or a Connection as a scope of the outbox.
+
+Rows are inserted at once, over the same connection, so the database itself forgets them at a rollback, also of a savepoint. In a
+coroutine no statement can run inside of a plain function such as ``send``: there the rows wait in the session until the commit,
+and this module forgets those of a savepoint that is rolled back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Engine, Transaction
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util.concurrency import await_only, in_greenlet
+
+from ..errors import ConfigurationError
+from ..transactions.outbox import Outbox, Scope
+from ..transactions.outbox_table import NewRow
+from ..transactions.publisher import Ticket
+from ..transactions.scope import Written
+from .database import SqlConnection
+from .tables import outbox as table
+
+__all__ = ["ConnectionScope", "SessionScope", "is_autocommit"]
+
+_KEY = "dramatiq_policies_outbox"
+
+
+class SessionScope(Scope):
+    """The transaction of a Session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+        watches: dict[Outbox, _SessionWatch] = self.session.info.setdefault(_KEY, {})
+        watch = watches.get(outbox)
+        if watch is None:
+            watch = watches[outbox] = _SessionWatch(outbox, self.session)
+        watch.add(self.session, rows)
+
+
+class ConnectionScope(Scope):
+    """The transaction of a Connection."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+
+    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+        written = _written_on(self.connection, outbox) or Written()
+        for row in rows:
+            outbox.insert(SqlConnection(self.connection), row, written)
+        # After the first statement, which may have begun the transaction.
+        _watch(self.connection, outbox, written)
+
+
+class _SessionWatch:
+    """What one session has written into one outbox, and the session's events."""
+
+    def __init__(self, outbox: Outbox, session: Session) -> None:
+        self.outbox = outbox
+        self.written = Written()
+        self.connection: sa.Connection | None = None
+        self.ticket: Ticket | None = None
+        #: Rows that wait for the commit, each with the innermost savepoint at the send.
+        self.waiting: list[tuple[SessionTransaction | None, NewRow]] = []
+        #: The innermost savepoint, if it is committed and about to end.
+        self.released: SessionTransaction | None = None
+        #: How many transactions of the session are about to be committed.
+        self.committing = 0
+        for name in ("before_commit", "after_commit", "after_transaction_end"):
+            event.listen(session, name, getattr(self, name))
+
+    def add(self, session: Session, rows: Sequence[NewRow]) -> None:
+        bind = session.get_bind(clause=table.insert())
+        if bind.dialect.is_async and not in_greenlet():
+            # Without this the session may have no transaction, and its commit would do nothing.
+            if not session.in_transaction():
+                session.begin()
+            savepoint = session.get_nested_transaction()
+            self.waiting += [(savepoint, row) for row in rows]
+        else:
+            self._insert(session, rows)
+
+    def _insert(self, session: Session, rows: Sequence[NewRow]) -> None:
+        self.connection = connection = session.connection(bind_arguments={"clause": table.insert()})
+        if is_autocommit(connection):
+            raise ConfigurationError(
+                "The session's connection has the isolation level AUTOCOMMIT, and so no transaction for the outbox."
+            )
+        for row in rows:
+            self.outbox.insert(SqlConnection(connection), row, self.written)
+
+    def _insert_waiting(self, session: Session) -> None:
+        rows, self.waiting = [row for _, row in self.waiting], []
+        if rows:
+            self._insert(session, rows)
+
+    # The session's events.
+
+    def before_commit(self, session: Session) -> None:
+        self.committing += 1
+        # The release of a savepoint comes here too: its rows wait on, since an outer savepoint may still be rolled back.
+        if not session.in_nested_transaction():
+            self._insert_waiting(session)
+
+    def after_commit(self, session: Session) -> None:
+        self.committing -= 1
+        if session.in_nested_transaction():
+            self.released = session.get_nested_transaction()
+            return
+        connection = self.connection
+        if connection is None:
+            return
+        if not connection.in_transaction():
+            self.ticket = self.outbox.after_commit(self.written)
+        elif self.outbox.is_inline:
+            # A test has begun the transaction outside of the session, and nobody will ever commit it.
+            self.outbox.after_commit(self.written, SqlConnection(connection))
+        else:
+            _watch(connection, self.outbox, self.written.taken())
+
+    def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.nested:
+            self._end_savepoint(session, transaction)
+        elif transaction.parent is None:
+            ticket = self.ticket
+            self.written, self.connection, self.ticket, self.waiting = Written(), None, None, []
+            self.released, self.committing = None, 0
+            _wait(self.outbox, ticket)
+
+    def _end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
+        outer = session.get_nested_transaction()
+        if self.released is savepoint:
+            self.waiting = [(outer if at is savepoint else at, row) for at, row in self.waiting]
+            if outer is None and self.committing:
+                # The commit of the session releases its open savepoints, and announces nothing after them.
+                self._insert_waiting(session)
+        else:
+            self.waiting = [(at, row) for at, row in self.waiting if at is not savepoint]
+        self.released = None
+
+
+#: What was written in the transactions of connections.
+_transactions: WeakKeyDictionary[Transaction, list[tuple[Outbox, Written]]] = WeakKeyDictionary()
+
+
+def _written_on(connection: sa.Connection, outbox: Outbox) -> Written | None:
+    transaction = connection.get_transaction()
+    entries = [] if transaction is None else _transactions.get(transaction, [])
+    return next((written for other, written in entries if other is outbox), None)
+
+
+def _watch(connection: sa.Connection, outbox: Outbox, written: Written) -> None:
+    """Publish rows after the commit of the connection's transaction."""
+    transaction = connection.get_transaction()
+    assert transaction is not None
+    entries = _transactions.setdefault(transaction, [])
+    if not any(other is written for _, other in entries):
+        entries.append((outbox, written))
+    if _KEY not in vars(connection):
+        _intercept_commit(connection)
+
+
+def _intercept_commit(connection: Any) -> None:
+    """Call `_committed` after each COMMIT of a connection.
+
+    SQLAlchemy has an event before the COMMIT, and none after it: a commit that fails must publish nothing.
+    """
+    commit = type(connection)._commit_impl  # noqa: SLF001 - see above
+
+    def commit_impl() -> None:
+        transaction = connection.get_transaction()
+        commit(connection)
+        if transaction is not None:
+            _committed(transaction)
+
+    vars(connection).update({_KEY: True, "_commit_impl": commit_impl})
+
+
+def _committed(transaction: Transaction) -> None:
+    tickets = [(outbox, outbox.after_commit(written)) for outbox, written in _transactions.pop(transaction, [])]
+    for outbox, ticket in tickets:
+        _wait(outbox, ticket)
+
+
+def _wait(outbox: Outbox, ticket: Ticket | None) -> None:
+    """Wait until rows are published, at most for the outbox's ``wait``. Other tasks of an event loop run meanwhile."""
+    if ticket is None:
+        return
+    if not in_greenlet():
+        outbox.wait_for(ticket)
+    elif not outbox.publisher.is_stuck():
+        await_only(_wait_in_loop(ticket, outbox.wait / 1_000))
+
+
+async def _wait_in_loop(ticket: Ticket, seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def set_result() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    def done() -> None:
+        # The loop may have ended.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(set_result)
+
+    ticket.call_when_done(done)
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(future, seconds)
+
+
+def is_autocommit(bind: Engine | sa.Connection) -> bool:
+    """Return whether each statement of an engine or connection commits by itself."""
+    level = bind.get_execution_options().get("isolation_level")
+    if level is None:
+        level = getattr(bind.dialect, "_on_connect_isolation_level", None)
+    return level == "AUTOCOMMIT"

@@ -1,0 +1,54 @@
+"""The messages that a row stands for: itself, or what follows once a member of a group is counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import NAMESPACE_OID, uuid5
+
+from dramatiq import Message
+from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
+from dramatiq.rate_limits import Barrier
+
+from ..brokers.batch import Batch, Encoded
+from ..middleware.composition import GroupCallbacks
+from .outbox_table import MEMBER, Row
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+__all__ = ["messages_of"]
+
+
+def messages_of(row: Row, batch: Batch) -> list[Encoded]:
+    """Return the messages to publish for a row; none for a member whose group is not complete.
+
+    Raises:
+      Exception: The body can't be decoded, or the member can't be counted now.
+    """
+    message = Message.decode(row.body)
+    if row.kind != MEMBER:
+        return [Encoded(message, row.body)]
+    if not _completes_group(batch.broker, message):
+        return []
+    callbacks: list[Message[Any]] = [Message(**callback) for callback in message.options["group_completion_callbacks"]]
+    return [_prepared(batch, row, number, callback) for number, callback in enumerate(callbacks)]
+
+
+def _completes_group(broker: Broker, message: Message[Any]) -> bool:
+    for middleware in broker.middleware:
+        if isinstance(middleware, StockGroupCallbacks):
+            uuid = message.options["group_completion_uuid"]
+            count = middleware.counter() if isinstance(middleware, GroupCallbacks) else None
+            if count is not None:
+                return count(uuid, message.message_id)
+            return bool(Barrier(middleware.rate_limiter_backend, uuid, ttl=middleware.barrier_ttl).wait(block=False))
+    raise RuntimeError("The broker has no GroupCallbacks middleware: the group can't be counted.")
+
+
+def _prepared(batch: Batch, row: Row, number: int, callback: Message[Any]) -> Encoded:
+    prepared = batch.prepare(callback, None)
+    if "redis_message_id" in prepared.options:
+        # The same at each try, so that a repeated publication leaves one body.
+        again = str(uuid5(NAMESPACE_OID, f"{row.message_id} {number} {callback.message_id}"))
+        prepared = prepared.copy(options={"redis_message_id": again})
+    return Encoded(prepared, prepared.encode())

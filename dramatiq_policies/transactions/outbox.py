@@ -1,0 +1,271 @@
+"""`Outbox`: the middleware that writes what is sent inside a transaction into that transaction."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from dramatiq import Message
+from dramatiq.common import q_name
+
+from .._dramatiq import kind_of
+from ..brokers import batch_of
+from ..brokers.batch import Batch
+from ..common.durations import CENTURY_MS
+from ..common.forks import after_fork
+from ..common.safe_logger import SafeLogger
+from ..delivery.direct import is_direct
+from ..errors import ConfigurationError, checked_duration
+from ..middleware.base import PolicyMiddleware, arrangement_of
+from .database import Connection, Database, is_missing_table
+from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxTable
+from .publication import Publication
+from .publisher import Publisher, Ticket
+from .relay import Relay
+from .scope import Written, entered_scope
+
+if TYPE_CHECKING:
+    from dramatiq import Worker
+    from dramatiq.broker import Broker
+    from typing_extensions import Self
+
+    from ..delivery.broker_state import BrokerState
+
+__all__ = ["Outbox", "Scope", "outbox_on"]
+
+logger = SafeLogger("dramatiq_policies.outbox")
+
+#: How long a worker waits for its relay at the shutdown, in seconds.
+_SHUTDOWN = 5.0
+
+
+class Outbox(PolicyMiddleware):
+    """Base class of `SqlOutbox` and `DjangoOutbox`.
+
+    Parameters:
+      where: The name of the class, for errors.
+      wait, lease, relay, namespace: See `SqlOutbox`.
+    """
+
+    #: What to do if the table is missing.
+    missing_table = ""
+
+    def __init__(
+        self, where: str, *, wait: int | timedelta, lease: int | timedelta, relay: bool, namespace: str
+    ) -> None:
+        self.wait = checked_duration(where, "wait", wait, most=CENTURY_MS)
+        self.lease = checked_duration(where, "lease", lease, least=1_000, most=CENTURY_MS)
+        if relay not in (True, False):
+            raise ConfigurationError.of_option(where, "relay", "True or False", relay)
+        checked: Any = namespace
+        if not isinstance(checked, str) or len(checked) > 64:
+            raise ConfigurationError.of_option(where, "namespace", "a str of at most 64 characters", namespace)
+        self.relay = relay
+        self.namespace = namespace
+        #: The same object in copies of this outbox for tests.
+        self.group = object()
+        self._reset()
+        after_fork(self)
+
+    def _reset(self) -> None:
+        for name in ("database", "table", "batch", "publication", "publisher"):
+            vars(self).pop(name, None)
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Start without a relay: the thread is the parent's."""
+        self._workers: list[Worker] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # For subclasses.
+
+    def make_database(self) -> Database:
+        """Return the library's own connections to the database."""
+        raise NotImplementedError
+
+    def find_scope(self) -> Scope | None:
+        """Return the transaction to which a send of this thread or task belongs; None outside of a transaction."""
+        scope: Scope | None = entered_scope(self.group)
+        return scope
+
+    # Its parts, made at the first use.
+
+    @cached_property
+    def database(self) -> Database:
+        """The library's own connections to the database."""
+        return self.make_database()
+
+    @cached_property
+    def table(self) -> OutboxTable:
+        """The rows."""
+        return OutboxTable(self.namespace, self.lease, self.database.dialect)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Publishes on the broker."""
+        assert self.attached_to is not None
+        return batch_of(self.attached_to)
+
+    @cached_property
+    def publication(self) -> Publication:
+        """Publishes rows."""
+        return Publication(self.table, self.batch)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        """The thread that publishes what this process commits."""
+        return Publisher(self.database, self.publication, self.wait / 1_000)
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether committed messages are published by the committing thread: on a StubBroker, in tests."""
+        return self.attached_to is not None and kind_of(self.attached_to.broker) == "stub"
+
+    # On the broker.
+
+    def attach(self, state: BrokerState) -> None:
+        broker = state.broker
+        enqueue_now = broker.enqueue
+
+        @functools.wraps(enqueue_now)
+        def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+            scope = self.find_scope()
+            if scope is None or is_direct() or self._is_exempt(message):
+                return enqueue_now(message, delay=delay)
+            return self.add(scope, message, delay)
+
+        broker.enqueue = enqueue  # type: ignore[method-assign]
+
+    def for_stub(self) -> Self:
+        stub = super().for_stub()
+        stub.namespace = uuid4().hex
+        stub._reset()  # noqa: SLF001 - of our own class
+        after_fork(stub)
+        return stub
+
+    def _is_exempt(self, message: Message[Any]) -> bool:
+        assert self.attached_to is not None
+        actor = self.attached_to.broker.actors.get(message.actor_name)
+        return actor is not None and actor.options.get("outbox") is False
+
+    # Writing.
+
+    def add(self, scope: Scope, message: Message[Any], delay: int | None = None) -> Message[Any]:
+        """Write a message in a transaction, whatever its actor's options. Returns the final message.
+
+        ``before_enqueue`` hooks run now, ``after_enqueue`` hooks when the message is published.
+        """
+        message = self.batch.prepare(message, delay)
+        scope.add(self, [_row(MESSAGE, message, delay)])
+        return message
+
+    def add_member(self, scope: Scope, message: Message[Any]) -> None:
+        """Write in a transaction that a member of a group is done: its message, with the options of the group."""
+        scope.add(self, [_row(MEMBER, message, None)])
+
+    def insert(self, connection: Connection, row: NewRow, written: Written) -> None:
+        """Insert a row over a connection of the caller's.
+
+        Raises:
+          ConfigurationError: The table is missing.
+        """
+        try:
+            written.add(self.table.insert(connection, row, written.owner, due=self.wait == 0 and not self.is_inline))
+        except Exception as error:
+            if is_missing_table(error):
+                raise ConfigurationError(f"The outbox has no table: {self.missing_table}.") from error
+            raise
+
+    def after_commit(self, written: Written, connection: Connection | None = None) -> Ticket | None:
+        """Begin to publish rows that are committed. Never raises.
+
+        On a StubBroker the rows are published before the return, over ``connection`` if given.
+
+        Returns:
+          What the caller may wait for (`wait_for`); None if there is nothing to wait for.
+        """
+        if not written.ids or (self.wait == 0 and not self.is_inline):
+            return None
+        try:
+            written = written.taken()
+            if self.is_inline:
+                run: Any = self.database.run if connection is None else partial(_call, connection)
+                self.publisher.publish_part(run, written.ids, [written.owner], written.since or 0.0)
+                return None
+            return self.publisher.submit(written)
+        except Exception:
+            logger.exception("Committed messages could not be published at once, and are left to the relay.")
+            return None
+
+    def wait_for(self, ticket: Ticket | None) -> None:
+        """Wait until rows are published, at most ``wait`` milliseconds. Never raises an error."""
+        if ticket is not None and not self.publisher.is_stuck():
+            ticket.wait(self.wait / 1_000)
+
+    # The relay.
+
+    def run_relay(self, stop: threading.Event) -> None:
+        """Publish rows that are due until ``stop`` is set: the relay as a process of its own."""
+        self._make_relay().run(stop)
+
+    def relay_once(self) -> int:
+        """Publish one batch of rows that are due. Returns how many rows were taken.
+
+        Raises:
+          Exception: The database's own error.
+        """
+        return self._make_relay().relay()[0]
+
+    def _make_relay(self) -> Relay:
+        return Relay(self.database, self.publication, self.missing_table)
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        if not self.relay or self.is_inline:
+            return
+        self._workers.append(worker)
+        if self._thread is None:
+            self._stop = stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self.run_relay, args=(stop,), name="dramatiq-policies-outbox", daemon=True
+            )
+            self._thread.start()
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        if worker in self._workers:
+            self._workers.remove(worker)
+        if not self._workers and self._thread is not None:
+            self._stop.set()
+            self._thread.join(_SHUTDOWN)
+            self._thread = None
+
+
+class Scope:
+    """One open transaction of the caller's, on whatever connection."""
+
+    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+        """Write rows in the transaction, and have `Outbox.after_commit` called after its commit.
+
+        Raises:
+          ConfigurationError: The table is missing.
+          Exception: The database's own error.
+        """
+        raise NotImplementedError
+
+
+def outbox_on(state: BrokerState) -> Outbox | None:
+    """Return the outbox of a broker; None without one."""
+    return next((one for one in arrangement_of(state).attached if isinstance(one, Outbox)), None)
+
+
+def _row(kind: str, message: Message[Any], delay: int | None) -> NewRow:
+    return NewRow(kind, message.message_id, message.actor_name, q_name(message.queue_name), message.encode(), delay)
+
+
+def _call(connection: Connection, work: Callable[[Connection], Any]) -> Any:
+    return work(connection)

@@ -1,0 +1,282 @@
+"""The rows of the outbox: messages that are committed, and not yet published.
+
+A row may be taken if its ``due_at`` has passed: the end of a lease and the time of the next try are one column. Each method
+takes the connection of its caller. Each write names the owner of the lease, because a row that stood still for longer than its
+lease belongs to another process, and because SQLite may give the id of a deleted row to a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .database import NOW, OUTBOX, Connection, for_update_skip_locked
+
+__all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxRow", "OutboxStats", "OutboxTable", "Row", "Selection"]
+
+#: The kinds of rows: publish this message; count this member of a group, and publish what follows.
+MESSAGE, MEMBER = "message", "member"
+
+_TEXT = 255
+_ERROR = 1_000
+
+
+class NewRow(NamedTuple):
+    """A row to insert. ``body`` is the encoded final message, ``delay`` the delay asked for in milliseconds."""
+
+    kind: str
+    message_id: str
+    actor: str
+    queue: str
+    body: bytes
+    delay: int | None = None
+
+
+class Row(NamedTuple):
+    """A row that this process has leased, to publish it."""
+
+    id: int
+    kind: str
+    message_id: str
+    actor: str
+    queue: str
+    body: bytes
+    delay: int | None
+    failures: int
+
+
+class OutboxRow(NamedTuple):
+    """A row to show. ``due_in_ms`` is negative if the row is overdue; ``is_leased`` tells whether a process is publishing it."""
+
+    id: int
+    kind: str
+    message_id: str
+    actor: str
+    queue: str
+    age_ms: int
+    failures: int
+    error: str
+    due_in_ms: int
+    is_leased: bool
+
+
+class OutboxStats(NamedTuple):
+    """How many rows wait, the age of the oldest one in milliseconds (0 without rows), and how many have failed."""
+
+    pending: int
+    oldest_ms: int
+    failing: int
+
+
+class Selection(NamedTuple):
+    """Some rows of a namespace: those that fit every given part; all rows without a part."""
+
+    message_ids: Sequence[str] = ()
+    actor: str | None = None
+    queue: str | None = None
+
+
+_COLUMNS = "id, kind, message_id, actor, queue, body, delay, failures"
+
+
+class OutboxTable:
+    """The rows of one namespace.
+
+    Parameters:
+      namespace: The namespace, at most 64 characters.
+      lease: How long a taken row belongs to its owner, in milliseconds.
+      dialect: The database's dialect.
+    """
+
+    def __init__(self, namespace: str, lease: int, dialect: str) -> None:
+        self.namespace = namespace
+        self.lease = lease
+        self._dialect = dialect
+        self._now = NOW[dialect]
+        # PostgreSQL uses no index for a comparison with a function that changes; with a subquery it does.
+        self._due = f"(SELECT {self._now})" if dialect == "postgresql" else self._now
+        #: The end of a SELECT that takes rows; None until the server is known.
+        self._locking: str | None = None
+
+    # The sender's side.
+
+    def insert(self, connection: Connection, row: NewRow, owner: str, *, due: bool = False) -> int:
+        """Insert a row, leased to ``owner``; with ``due`` it belongs to nobody. Returns its id."""
+        returning = " RETURNING id" if self._dialect == "postgresql" else ""
+        found = connection.execute(
+            f"INSERT INTO {OUTBOX} (namespace, kind, message_id, actor, queue, body, delay, created_at, due_at, owner,"  # noqa: S608
+            f" failures, error) VALUES (:namespace, :kind, :message_id, :actor, :queue, :body, :delay, {self._now},"
+            f" {self._now} + :lease, :owner, 0, ''){returning}",
+            namespace=self.namespace,
+            kind=row.kind,
+            message_id=row.message_id[:_TEXT],
+            actor=row.actor[:_TEXT],
+            queue=row.queue[:_TEXT],
+            body=row.body,
+            delay=row.delay,
+            lease=0 if due else self.lease,
+            owner="" if due else owner,
+        )
+        if not returning:
+            function = "last_insert_rowid()" if self._dialect == "sqlite" else "LAST_INSERT_ID()"
+            found = connection.execute(f"SELECT {function}")
+        return int(found.rows[0][0])
+
+    # The publisher's side.
+
+    def take(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> list[Row]:
+        """Return the rows with these ids that are committed, and still belong to one of these owners."""
+        where, params = _owned(ids, owners)
+        found = connection.execute(f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE {where} ORDER BY id", **params)  # noqa: S608
+        return [_row(one) for one in found.rows]
+
+    def renew(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> None:
+        """Begin the lease anew of the rows that still belong to one of these owners."""
+        where, params = _owned(ids, owners)
+        due = f"{self._now} + :lease"
+        connection.execute(f"UPDATE {OUTBOX} SET due_at = {due} WHERE {where}", lease=self.lease, **params)  # noqa: S608
+
+    def take_due(self, connection: Connection, owner: str, limit: int) -> list[Row]:
+        """Lease the rows that are due, at most ``limit``, the longest due first. Call it in a transaction of its own.
+
+        On PostgreSQL this is one statement, which may commit by itself.
+        """
+        due = f"namespace = :namespace AND due_at <= {self._due} ORDER BY due_at, id LIMIT :limit"
+        if self._dialect == "postgresql":
+            found = connection.execute(
+                f"WITH due AS (SELECT id FROM {OUTBOX} WHERE {due} FOR UPDATE SKIP LOCKED) "  # noqa: S608
+                f"UPDATE {OUTBOX} AS taken SET owner = :owner, due_at = {self._now} + :lease FROM due WHERE taken.id = due.id "
+                f"RETURNING {', '.join(f'taken.{name}' for name in _COLUMNS.split(', '))}",
+                namespace=self.namespace,
+                limit=limit,
+                owner=owner,
+                lease=self.lease,
+            )
+            return sorted(_row(one) for one in found.rows)
+        if self._locking is None:
+            locking = for_update_skip_locked(connection)
+            # Without SKIP LOCKED no lock at all: it would wait for transactions of the application.
+            self._locking = locking if "SKIP LOCKED" in locking else ""
+        found = connection.execute(
+            f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE {due}{self._locking}",  # noqa: S608
+            namespace=self.namespace,
+            limit=limit,
+        )
+        rows = sorted(_row(one) for one in found.rows)
+        if not rows:
+            return []
+        named, params = _names("id", [row.id for row in rows])
+        taken = connection.execute(
+            f"UPDATE {OUTBOX} SET owner = :owner, due_at = {self._now} + :lease"  # noqa: S608
+            f" WHERE id IN ({named}) AND due_at <= {self._now}",
+            owner=owner,
+            lease=self.lease,
+            **params,
+        )
+        if taken.rowcount == len(rows):
+            return rows
+        # Another process was faster with some of them.
+        return self.take(connection, [row.id for row in rows], [owner])
+
+    def has_due(self, connection: Connection) -> bool:
+        """Return whether any row is due; no lock is taken."""
+        found = connection.execute(
+            f"SELECT 1 FROM {OUTBOX} WHERE namespace = :namespace AND due_at <= {self._due} LIMIT 1",  # noqa: S608
+            namespace=self.namespace,
+        )
+        return bool(found.rows)
+
+    def delete(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> None:
+        """Delete rows that were published."""
+        where, params = _owned(ids, owners)
+        connection.execute(f"DELETE FROM {OUTBOX} WHERE {where}", **params)  # noqa: S608
+
+    def fail(self, connection: Connection, ids: Sequence[int], owners: Sequence[str], wait: int, error: str) -> None:
+        """Give rows back, to be tried again after ``wait`` milliseconds."""
+        where, params = _owned(ids, owners)
+        connection.execute(
+            f"UPDATE {OUTBOX} SET failures = failures + 1, error = :error, owner = '', due_at = {self._now} + :wait"  # noqa: S608
+            f" WHERE {where}",
+            error=error.replace("\0", "")[:_ERROR],
+            wait=wait,
+            **params,
+        )
+
+    # The operator's side.
+
+    def list(self, connection: Connection, selection: Selection | None = None, limit: int = 100) -> list[OutboxRow]:
+        """Return rows, the oldest first."""
+        where, params = self._selected(selection)
+        found = connection.execute(
+            f"SELECT id, kind, message_id, actor, queue, {self._now} - created_at, failures, error, due_at - {self._now}, owner"  # noqa: S608
+            f" FROM {OUTBOX} WHERE {where} ORDER BY id LIMIT :limit",
+            limit=limit,
+            **params,
+        )
+        return [
+            OutboxRow(
+                int(id_),
+                kind,
+                message_id,
+                actor,
+                queue,
+                max(0, int(age)),
+                failures,
+                error,
+                int(due),
+                bool(owner) and due > 0,
+            )
+            for id_, kind, message_id, actor, queue, age, failures, error, due, owner in found.rows
+        ]
+
+    def retry(self, connection: Connection, selection: Selection | None = None) -> int:
+        """Make rows due. Rows that a process is publishing are left to it. Returns how many rows were changed."""
+        where, params = self._selected(selection)
+        return connection.execute(
+            f"UPDATE {OUTBOX} SET due_at = {self._now} WHERE {where} AND owner = ''",  # noqa: S608
+            **params,
+        ).rowcount
+
+    def purge(self, connection: Connection, selection: Selection | None = None) -> int:
+        """Delete rows: their messages are never published. Returns how many."""
+        where, params = self._selected(selection)
+        return connection.execute(f"DELETE FROM {OUTBOX} WHERE {where}", **params).rowcount  # noqa: S608
+
+    def stats(self, connection: Connection) -> OutboxStats:
+        """Count the rows."""
+        found = connection.execute(
+            f"SELECT COUNT(*), COALESCE({self._now} - MIN(created_at), 0),"  # noqa: S608
+            f" COALESCE(SUM(CASE WHEN failures > 0 THEN 1 ELSE 0 END), 0) FROM {OUTBOX} WHERE namespace = :namespace",
+            namespace=self.namespace,
+        )
+        ((pending, oldest, failing),) = found.rows
+        return OutboxStats(int(pending), max(0, int(oldest)), int(failing))
+
+    def _selected(self, selection: Selection | None) -> tuple[str, dict[str, Any]]:
+        message_ids, actor, queue = selection or Selection()
+        parts, params = ["namespace = :namespace"], {"namespace": self.namespace}
+        if message_ids:
+            named, ids = _names("message_id", message_ids)
+            parts.append(f"message_id IN ({named})")
+            params.update(ids)
+        for name, value in (("actor", actor), ("queue", queue)):
+            if value is not None:
+                parts.append(f"{name} = :{name}")
+                params[name] = value
+        return " AND ".join(parts), params
+
+
+def _names(prefix: str, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    params = {f"{prefix}{number}": value for number, value in enumerate(values)}
+    return ", ".join(f":{name}" for name in params), params
+
+
+def _owned(ids: Sequence[int], owners: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    named_ids, params = _names("id", ids)
+    named_owners, more = _names("owner", owners)
+    return f"id IN ({named_ids}) AND owner IN ({named_owners})", {**params, **more}
+
+
+def _row(values: Sequence[Any]) -> Row:
+    id_, kind, message_id, actor, queue, body, delay, failures = values
+    return Row(int(id_), kind, message_id, actor, queue, bytes(body), delay, int(failures))

@@ -1,0 +1,195 @@
+"""Publish leased rows, and delete them: the part that the committing process and the relay share.
+
+Nothing holds a transaction while messages are published. The steps are: renew the lease if much of it has passed, publish,
+delete. A process that dies or stands still before the delete leaves rows that another process publishes once more, with the same
+message id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dramatiq.errors import ConnectionClosed
+
+from ..brokers.batch import Batch, Encoded
+from ..common import clock
+from ..common.safe_logger import SafeLogger
+from ..common.throttle import Throttle
+from ..outcomes import text_of
+from .members import messages_of
+
+if TYPE_CHECKING:
+    from .database import Connection
+    from .outbox_table import OutboxTable, Row
+
+__all__ = ["Lease", "Publication", "Run", "is_half_over"]
+
+logger = SafeLogger("dramatiq_policies.outbox")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+#: The longest wait of a row that failed, in milliseconds, and the longest one while the broker is unreachable.
+_LONGEST_WAIT, _LONGEST_OUTAGE_WAIT = 60_000, 5_000
+#: A row that has failed this often is an alert.
+_ALERT_AT = 10
+#: At most one alert of an unreachable broker in this time, in milliseconds.
+_ALERT_EVERY = 300_000
+
+
+#: Calls work with a connection: `Database.run`, or a connection of the caller's.
+Run = Callable[[Callable[["Connection"], Any]], Any]
+
+
+class Lease(NamedTuple):
+    """Rows that belong to this process: their owners, and the begin of the lease in monotonic seconds."""
+
+    rows: Sequence[Row]
+    owners: Sequence[str]
+    since: float
+
+
+class _Result(NamedTuple):
+    published: list[Row]
+    refused: list[tuple[Row, Exception]]
+    #: Not tried, or not confirmed: the broker is unreachable.
+    lost: list[Row]
+    error: Exception | None
+
+
+class Publication:
+    """Publishes rows of one outbox."""
+
+    def __init__(self, table: OutboxTable, batch: Batch) -> None:
+        self.table = table
+        self.batch = batch
+        self._outage_alerts = Throttle()
+
+    def publish(self, run: Run, lease: Lease) -> Exception | None:
+        """Publish rows and delete them. Returns the error of a broker that is unreachable, or None.
+
+        Raises:
+          Exception: The database's own error. The rows are tried again after their lease.
+        """
+        table = self.table
+        if is_half_over(table, lease.since):
+            ids = [row.id for row in lease.rows]
+            began = monotonic()
+            run(lambda connection: table.renew(connection, ids, lease.owners))
+            lease = Lease(run(lambda connection: table.take(connection, ids, lease.owners)), lease.owners, began)
+        result = _publish(self.batch, lease.rows)
+        if result.published:
+            self._delete(run, lease, [row.id for row in result.published])
+        for row, error in result.refused:
+            text = self._fail(run, lease, [row], error, _LONGEST_WAIT)
+            self._report(row, text)
+        # The least failures first, so that equal ones are together.
+        by_failures = sorted(result.lost, key=_failures_of)
+        for failures, rows in groupby(by_failures, key=_failures_of):
+            assert result.error is not None
+            text = self._fail(run, lease, list(rows), result.error, _LONGEST_OUTAGE_WAIT)
+            if failures + 1 >= _ALERT_AT and self._outage_alerts.admits("broker", _ALERT_EVERY):
+                alerts.critical(
+                    "The outbox can't publish, because the broker is unreachable (%s). Nothing is lost.", text
+                )
+        return result.error
+
+    def _delete(self, run: Run, lease: Lease, ids: list[int]) -> None:
+        """Delete published rows. Tries for as long as the lease holds: a row that stays is published again."""
+        pause = 0.05
+        while True:
+            try:
+                run(lambda connection: self.table.delete(connection, ids, lease.owners))
+            except Exception as error:
+                if (monotonic() - lease.since + pause) * 1_000 > self.table.lease:
+                    logger.error(  # noqa: TRY400 - the stack of a driver helps nobody
+                        "%d published messages could not be taken out of the outbox, and are published again: %s",
+                        len(ids),
+                        error,
+                    )
+                    raise
+            else:
+                return
+            clock.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def _fail(self, run: Run, lease: Lease, rows: Sequence[Row], error: Exception, longest: int) -> str:
+        text = f"{type(error).__name__}: {text_of(error)}"
+        wait = min(longest, 1_000 * 2 ** min(rows[0].failures, 6))
+        ids = [row.id for row in rows]
+        run(lambda connection: self.table.fail(connection, ids, lease.owners, wait, text))
+        return text
+
+    @staticmethod
+    def _report(row: Row, text: str) -> None:
+        fields = {"actor": row.actor, "queue": row.queue, "message_id": row.message_id}
+        told = (row.message_id, row.actor, row.queue, row.failures + 1, text)
+        line = "The outbox could not publish message %s of actor %r to queue %r, try %d (%s)."
+        if row.failures + 1 == _ALERT_AT:
+            alerts.critical(
+                f"{line} It tries again every minute; see `dramatiq-policies outbox list`.", *told, extra=fields
+            )
+        else:
+            logger.warning(line, *told, extra=fields)
+
+
+def _failures_of(row: Row) -> int:
+    return row.failures
+
+
+def is_half_over(table: OutboxTable, since: float) -> bool:
+    """Return whether half of a lease has passed."""
+    return (monotonic() - since) * 1_000 > table.lease / 2
+
+
+def _publish(batch: Batch, rows: Sequence[Row]) -> _Result:
+    result = _Result([], [], [], None)
+    # A row that failed goes alone: on RabbitMQ a refused message closes the channel of its neighbours.
+    groups = [[row for row in rows if not row.failures], *([row] for row in rows if row.failures)]
+    for group in filter(None, groups):
+        if result.error is not None:
+            result.lost.extend(group)
+            continue
+        outcome = _publish_group(batch, group)
+        result.published.extend(outcome.published)
+        result.refused.extend(outcome.refused)
+        result.lost.extend(outcome.lost)
+        result = result._replace(error=outcome.error)
+    return result
+
+
+def _publish_group(batch: Batch, rows: Sequence[Row]) -> _Result:
+    result = _Result([], [], [], None)
+    messages: list[Encoded] = []
+    #: For each row the number of its messages, or the error.
+    sizes: list[int | Exception] = []
+    for row in rows:
+        try:
+            found = messages_of(row, batch)
+        except Exception as error:
+            sizes.append(error)
+        else:
+            messages += found
+            sizes.append(len(found))
+    answers = iter(batch.publish(messages) if messages else [])
+    sent = iter(messages)
+    lost: Exception | None = None
+    for row, size in zip(rows, sizes, strict=True):
+        if isinstance(size, Exception):
+            result.refused.append((row, size))
+            continue
+        refusal: Exception | None = None
+        for _ in range(size):
+            message, answer = next(sent), next(answers)
+            if answer is None:
+                batch.published(message.message, row.delay)
+            refusal = refusal or answer
+        if refusal is None:
+            result.published.append(row)
+        elif isinstance(refusal, ConnectionClosed):
+            lost = refusal
+            result.lost.append(row)
+        else:
+            result.refused.append((row, refusal))
+    return result._replace(error=lost)

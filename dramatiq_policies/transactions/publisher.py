@@ -1,0 +1,177 @@
+"""The thread that publishes what this process has committed.
+
+A thread of its own, so that a frozen broker delays the caller of a commit for a bounded time. What several transactions commit
+at the same time is published together. Interrupts of jobs may strike in `Publisher.submit` and `Ticket.wait`: both use only
+calls that are safe to abandon.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from ..common.forks import after_fork
+from ..common.safe_logger import SafeLogger
+from .publication import Lease, Publication, is_half_over
+from .scope import Written
+
+if TYPE_CHECKING:
+    from .database import Database
+
+__all__ = ["Publisher", "Ticket"]
+
+logger = SafeLogger("dramatiq_policies.outbox")
+
+#: How many rows to publish together.
+BATCH = 100
+#: A thread without work ends after this many seconds.
+_IDLE = 10.0
+#: Rows beyond this number are left to the relay, after their lease: the broker is frozen, or slow.
+_MOST_WAITING = 10_000
+
+
+class Ticket:
+    """Rows on their way to the broker."""
+
+    __slots__ = ("_callbacks", "_latch", "is_done", "written")
+
+    def __init__(self, written: Written) -> None:
+        self.written = written
+        self.is_done = False
+        self._callbacks: list[Callable[[], object]] = []
+        # A lock, not an Event: an interrupt in `Event.wait` may leave the Event locked.
+        self._latch = threading.Lock()
+        self._latch.acquire()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the rows are published, or have failed."""
+        if self._latch.acquire(timeout=seconds):
+            self._latch.release()
+
+    def call_when_done(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` once, on another thread, or at once if the rows are published. Perhaps twice."""
+        self._callbacks.append(callback)
+        if self.is_done:
+            callback()
+
+    def done(self) -> None:
+        self.is_done = True
+        self._latch.release()
+        for callback in list(self._callbacks):
+            try:
+                callback()
+            except Exception:
+                logger.exception("A commit could not be told that its messages are published.")
+
+
+class Publisher:
+    """Publishes committed rows of this process on a thread, which the first commit starts.
+
+    Parameters:
+      database: The library's own connections.
+      publication: Publishes rows.
+      patience: How long a caller waits at most, in seconds.
+    """
+
+    def __init__(self, database: Database, publication: Publication, patience: float) -> None:
+        self._database = database
+        self._publication = publication
+        self._patience = patience
+        self.reset_after_fork()
+        after_fork(self)
+
+    def reset_after_fork(self) -> None:
+        self._queue: SimpleQueue[Ticket] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        #: When the thread began with what it publishes now; None while it has nothing to do.
+        self._busy_since: float | None = None
+        self._failing = False
+
+    def submit(self, written: Written) -> Ticket:
+        """Hand over rows that are committed."""
+        ticket = Ticket(written)
+        if self._queue.qsize() > _MOST_WAITING:
+            ticket.done()
+            return ticket
+        self._queue.put(ticket)
+        # After the put: the thread looks once more after it has said that it ends. Two threads do no harm.
+        if self._thread is None:
+            self._thread = thread = threading.Thread(
+                target=self._serve, name="dramatiq-policies-outbox-publisher", daemon=True
+            )
+            thread.start()
+        return ticket
+
+    def is_stuck(self) -> bool:
+        """Return whether a caller would wait in vain: the broker or the database has not answered for long."""
+        since = self._busy_since
+        return since is not None and monotonic() - since > self._patience
+
+    def _serve(self) -> None:
+        me = threading.current_thread()
+        try:
+            while True:
+                try:
+                    first = self._queue.get(timeout=_IDLE)
+                except Empty:
+                    self._thread = None
+                    if self._queue.empty():
+                        return
+                    self._thread = me
+                    continue
+                self._publish([first, *self._more(len(first.written.ids))])
+        finally:
+            self._publication.batch.close()
+
+    def _more(self, count: int) -> list[Ticket]:
+        """Take what else waits, up to a batch."""
+        more: list[Ticket] = []
+        while count < BATCH:
+            try:
+                ticket = self._queue.get_nowait()
+            except Empty:
+                break
+            more.append(ticket)
+            count += len(ticket.written.ids)
+        return more
+
+    def _publish(self, tickets: list[Ticket]) -> None:
+        self._busy_since = monotonic()
+        try:
+            self._publish_rows([ticket.written for ticket in tickets])
+        except Exception as error:
+            # The rows are in the database, and the relay publishes them.
+            if not self._failing:
+                self._failing = True
+                logger.warning(
+                    "Committed messages could not be published at once, and are left to the relay: %s", error
+                )
+        else:
+            self._failing = False
+        finally:
+            self._busy_since = None
+            for ticket in tickets:
+                ticket.done()
+
+    def _publish_rows(self, written: list[Written]) -> None:
+        ids = [row_id for one in written for row_id in one.ids]
+        owners = [one.owner for one in written]
+        since = min(one.since for one in written if one.since is not None)
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            lost = self.publish_part(self._database.run, part, owners, since)
+            if lost is not None:
+                logger.info("The broker is unreachable; committed messages wait in the outbox: %s", lost)
+                return
+
+    def publish_part(self, run: Any, ids: list[int], owners: list[str], since: float) -> Exception | None:
+        """Publish the rows that are committed and still ours. Returns the error of an unreachable broker, or None."""
+        table = self._publication.table
+        if is_half_over(table, since):
+            since = monotonic()
+            run(lambda connection: table.renew(connection, ids, owners))
+        rows = run(lambda connection: table.take(connection, ids, owners))
+        return self._publication.publish(run, Lease(rows, owners, since)) if rows else None

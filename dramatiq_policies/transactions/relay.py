@@ -1,0 +1,96 @@
+"""Publish the rows that nobody has published: their process died, or the broker was unreachable when they were committed."""
+
+from __future__ import annotations
+
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from ..common.safe_logger import SafeLogger
+from .database import is_missing_table
+from .publication import Lease, Publication
+from .publisher import BATCH
+from .scope import Written
+
+if TYPE_CHECKING:
+    from .database import Database
+
+__all__ = ["Relay"]
+
+logger = SafeLogger("dramatiq_policies.outbox")
+alerts = SafeLogger("dramatiq_policies.alerts")
+
+#: Seconds between two looks, and the longest pause while the database or the broker is unreachable.
+POLL = 1.0
+_LONGEST_PAUSE = 5.0
+
+
+class Relay:
+    """Takes rows that are due, a batch at a time, and publishes them. Any number of relays share the rows.
+
+    Parameters:
+      database: The library's own connections.
+      publication: Publishes rows.
+      missing_table: What to do if the table is missing, for the log.
+    """
+
+    def __init__(self, database: Database, publication: Publication, missing_table: str) -> None:
+        self._database = database
+        self._publication = publication
+        self._missing_table = missing_table
+        self._said_missing = False
+        self._failures = 0
+
+    def run(self, stop: threading.Event) -> None:
+        """Publish until ``stop`` is set. The batch in work is finished."""
+        try:
+            while not stop.is_set():
+                stop.wait(self._step())
+        finally:
+            self._publication.batch.close()
+
+    def _step(self) -> float:
+        """Publish one batch. Returns how many seconds to pause."""
+        try:
+            taken, lost = self.relay()
+        except Exception as error:
+            return self._failed(error)
+        if lost is not None:
+            return self._failed(lost)
+        if self._failures:
+            self._failures = 0
+            logger.info("The relay of the outbox works again.")
+        return 0 if taken == BATCH else POLL
+
+    def relay(self) -> tuple[int, Exception | None]:
+        """Publish one batch. Returns how many rows were taken, and the error of a broker that is unreachable.
+
+        Raises:
+          Exception: The database's own error.
+        """
+        database, table = self._database, self._publication.table
+        since, owner = monotonic(), Written().owner
+        rows: list[Any]
+        if database.dialect == "postgresql":
+            rows = database.run(lambda connection: table.take_due(connection, owner, BATCH))
+        elif database.run(table.has_due):
+            rows = database.transaction(lambda connection: table.take_due(connection, owner, BATCH))
+        else:
+            rows = []
+        if not rows:
+            return 0, None
+        return len(rows), self._publication.publish(database.run, Lease(rows, [owner], since))
+
+    def _failed(self, error: Exception) -> float:
+        self._failures += 1
+        if is_missing_table(error):
+            if not self._said_missing:
+                self._said_missing = True
+                alerts.error(
+                    "The outbox has no table: %s. The relay publishes nothing until then.", self._missing_table
+                )
+        elif self._failures == 1:
+            logger.warning(
+                "The relay of the outbox can't publish (%s: %s). It tries again.", type(error).__name__, error
+            )
+        return min(_LONGEST_PAUSE, POLL * 2.0 ** min(self._failures - 1, 3))

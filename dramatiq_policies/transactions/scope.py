@@ -1,0 +1,128 @@
+"""Which transaction a send belongs to, and the rows written in it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from contextvars import ContextVar
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+from ..common.forks import after_fork
+
+__all__ = ["Entered", "Written", "entered_scope"]
+
+S = TypeVar("S")
+
+
+class Written:
+    """The rows that one transaction has written, as far as this process knows.
+
+    Some of them may have been rolled back with a savepoint: the publisher reads in the database which ones are there.
+
+    Attributes:
+      owner: The owner of their leases, unique to the transaction.
+      ids: Their ids.
+      since: When the first of them was written, in monotonic seconds; None before.
+    """
+
+    __slots__ = ("ids", "owner", "since")
+
+    def __init__(self) -> None:
+        self.owner = _process.new_owner()
+        self.ids: list[int] = []
+        self.since: float | None = None
+
+    def add(self, row_id: int) -> None:
+        if self.since is None:
+            self.since = monotonic()
+        self.ids.append(row_id)
+
+    def taken(self) -> Written:
+        """Move the rows to a new object, so that only one caller publishes them."""
+        moved = Written.__new__(Written)
+        moved.owner, moved.since = self.owner, self.since
+        moved.ids, self.ids = self.ids, []
+        return moved
+
+
+class _Process:
+    """Makes owners of leases that no other process has."""
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        after_fork(self)
+
+    def reset_after_fork(self) -> None:
+        self._name = uuid4().hex
+        self._numbers = itertools.count(1)
+
+    def new_owner(self) -> str:
+        return f"{self._name}-{next(self._numbers)}"
+
+
+_process = _Process()
+_entered: ContextVar[Entered[Any] | None] = ContextVar("dramatiq_policies_outbox_scope", default=None)
+
+
+class Entered(Generic[S]):
+    """A scope that a thread or a task has entered, as a context manager, sync and async.
+
+    Threads and tasks that the block starts inherit the context variable. They are not part of the transaction, so a scope counts
+    only where it was entered.
+
+    Parameters:
+      group: Identifies the outbox: an outbox, and its copy in a test, are the same.
+    """
+
+    def __init__(self, group: object, scope: S) -> None:
+        self.group = group
+        self.scope = scope
+        self.place: tuple[int, object] | None = None
+        self.outer: Entered[Any] | None = None
+
+    def __enter__(self) -> S:
+        self.place, self.outer = _place(), _entered.get()
+        _entered.set(self)
+        return self.scope
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Copies of the context may live on.
+        self.place = None
+        if _entered.get() is self:
+            _entered.set(self.outer)
+
+    async def __aenter__(self) -> S:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+
+def entered_scope(group: object) -> Any:
+    """Return the scope that this thread or task has entered last for an outbox; None outside of a scope."""
+    entered = _entered.get()
+    if entered is None:
+        return None
+    here = _place()
+    while entered is not None:
+        if entered.group is group and entered.place == here:
+            return entered.scope
+        entered = entered.outer
+    return None
+
+
+def _place() -> tuple[int, object]:
+    """Return the thread and the task that run now."""
+    try:
+        task: object = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident(), task
