@@ -21,6 +21,7 @@ from rich.text import Text
 
 from .. import ops
 from ..common.credentials import is_secret_name
+from ..common.plurals import counted
 from ..common.texts import UNPRINTABLE, printable
 from ..ops import MoveResult, OperationError, durations
 
@@ -28,7 +29,6 @@ __all__ = [
     "as_json",
     "confirm",
     "console",
-    "counted",
     "escape_unencodable",
     "finite",
     "format_option",
@@ -264,11 +264,6 @@ def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
     except OperationError as error:
         before = f" {counted(moved.count, what)} {done} before." if moved.count else ""
         raise OperationError(f"{error}{before}") from None
-
-
-def counted(number: int, what: str) -> str:
-    """``1 actor``, ``2 actors``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def report_unreadable(moved: MoveResult) -> None:

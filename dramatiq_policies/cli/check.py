@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..common.plurals import counted
 from ..ops import (
     OperationError,
     Report,
@@ -25,7 +26,6 @@ from ..ops.checks.gate import BASELINE, checked_reason, missing_extra
 from .app_command import AppCommand
 from .base import (
     console,
-    counted,
     format_option,
     ignore_broken_pipe,
     parse_duration,
@@ -106,7 +106,9 @@ def check(
     report = gate(broker, settings, exemptions=exemptions, baseline=known, live=findings)
     if writing:
         count = write_baseline(baseline, report)
-        click.echo(f"{count} findings are in {baseline} and no longer fail.")
+        click.echo(
+            f"{counted(count, 'finding is', 'findings are')} in {baseline} and no longer {'fails' if count == 1 else 'fail'}."
+        )
         return 0
     failed = report.failed(strict=strict)
     _show(form, report, len(broker.actors), failed, facts)
@@ -194,7 +196,10 @@ def _print(report: Report, actors: int, failed: bool) -> None:
             why = "" if finding.exempt is None else f": {finding.exempt}"
             out.print(printable_text(f"  {finding.code} {finding.actor or 'the broker'}{why}"), style="dim")
     if report.fixed:
-        out.print(f"{len(report.fixed)} entries of the baseline are mended; write it again to keep them so.")
+        out.print(
+            f"{counted(len(report.fixed), 'entry of the baseline is', 'entries of the baseline are')} mended; write it again to keep "
+            "this."
+        )
     errors = sum(finding.severity == "error" for finding in report.findings)
     warnings = len(report.findings) - errors
     verdict = "Not ready" if failed else "Ready"

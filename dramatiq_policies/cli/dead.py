@@ -13,13 +13,13 @@ from dramatiq.broker import Broker
 from rich.cells import cell_len
 
 from .. import ops
+from ..common.plurals import counted
 from ..delivery.validation import is_number
 from ..ops.durations import format_duration
 from .app_command import AppCommand, load_app
 from .base import (
     confirm,
     console,
-    counted,
     finite,
     format_option,
     interruptible,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .. import ops
 from ..brokers.readers import reader_of
+from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import how_to_add
 from ..ops.durations import format_duration
@@ -24,7 +25,6 @@ from .base import (
     as_json,
     confirm,
     console,
-    counted,
     format_option,
     ignore_broken_pipe,
     interruptible,

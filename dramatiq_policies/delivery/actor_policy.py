@@ -105,11 +105,23 @@ class IdempotencyOptions:
       key_runs_no_user_code: Whether the key is known without a call of the user's code.
       call_key: Calls a ``key_of`` of the user's; None for a template.
       job, call: The actor's function with ``done_when`` before it, and what calls it; None without ``done_when``.
+      fingerprint: Makes the fingerprint of the arguments that the key leaves out; None if the key contains all of them.
       ttl: How long a completed key is remembered, in milliseconds.
       max_crashes: See `Idempotency`.
     """
 
-    __slots__ = ("call", "call_key", "enabled", "job", "key_of", "key_runs_no_user_code", "keyed", "max_crashes", "ttl")
+    __slots__ = (
+        "call",
+        "call_key",
+        "enabled",
+        "fingerprint",
+        "job",
+        "key_of",
+        "key_runs_no_user_code",
+        "keyed",
+        "max_crashes",
+        "ttl",
+    )
 
     enabled: bool
     keyed: bool
@@ -120,6 +132,7 @@ class IdempotencyOptions:
     def __init__(self) -> None:
         self.key_of: Callable[..., Any] | None = None
         self.call_key: Runner | None = None
+        self.fingerprint: Callable[[Sequence[Any], Mapping[str, Any]], str] | None = None
         self.job: Callable[..., Any] | None = None
         self.call: Runner | None = None
 

@@ -56,6 +56,9 @@ class ClaimKeeper(Protocol):
     def completion(self, claim: Any) -> tuple[Any, ...]:
         """Return the command that completes the key, for a store with a `CommandBatcher`."""
 
+    def completed_record(self, claim: Any) -> bytes:
+        """Return the bytes that the store holds for the completed key."""
+
     def conclude(self, claim: Any, decision: Decision) -> None:
         """Record the end of the run: after the follow-up messages are published, before the message is acked."""
 

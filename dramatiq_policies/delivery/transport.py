@@ -17,6 +17,7 @@ from dramatiq.common import q_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from .. import _dramatiq
+from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import MalformedMessage
 from ..interrupts.listeners import notify_interrupt
@@ -149,8 +150,8 @@ class Transport:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
         return self.state.idempotency.claims.completion(delivery.claim), False
 
-    def acked_by_completion(self, delivery: Delivery) -> None:
-        """The command of `completion` has acknowledged the message."""
+    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+        """The command of `completion` has acknowledged the message, with this reply."""
         delivery.acked = True
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
@@ -193,7 +194,9 @@ class Transport:
             self.requeue(messages)
         except Exception as error:
             # Dramatiq calls this while it closes a consumer: an error would end the thread.
-            logger.warning("%d messages could not be requeued on queue %r: %s", len(messages), self.source, error)
+            logger.warning(
+                "%s could not be requeued on queue %r: %s", counted(len(messages), "message"), self.source, error
+            )
 
     def give_back(self, message: MessageProxy) -> None:
         """Have the broker deliver a message again."""

@@ -91,7 +91,7 @@ class BatchedCompletions:
                 self.state.idempotency.claims.drop(delivery.claim)
                 delivery.claim = None
                 if acks:
-                    transport.acked_by_completion(delivery)
+                    transport.acked_by_completion(delivery, answer)
             self._settle(transport, message, delivery)
 
         self._last.post = post = DeferredCommand(command, on_reply)

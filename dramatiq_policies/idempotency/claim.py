@@ -23,6 +23,7 @@ class Claim:
       retention: For how long the store remembers the completion, in milliseconds.
       over: The end of the run is being written.
       excused: The start does not count as a crash.
+      has_earlier_name: Whether 0.1.0 names the register alike, and may read the record.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Claim:
     retention: int
     over: bool = False
     excused: bool = False
+    has_earlier_name: bool = True
 
 
 class Quarantined(NamedTuple):

@@ -126,10 +126,10 @@ class Claims:
                     continue
                 if found is None or found.value == value:
                     claimed = True
-                    held = Claim(name, record, value, keyed, retention)
+                    held = Claim(name, record, value, keyed, retention, has_earlier_name=earlier is None)
                     self.leases.hold(held)
                     return held
-                stored = self._read(found.value)
+                stored = self._read(name, found.value)
                 action = records.next_action(stored, found.left, request)
                 if isinstance(action, records.Quarantine) and stored is not None and found.value is not None:
                     return self._quarantined(action, name, stored, found.value, request, keyed, retention)
@@ -156,10 +156,12 @@ class Claims:
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
         return Quarantined(Claim(name, record, value, keyed, retention), found.starts)
 
-    def _read(self, value: bytes | None) -> Record | None:
+    def _read(self, name: str, value: bytes | None) -> Record | None:
         if value is None:
             return None
         record = Record.decode(value)
+        if record.state == records.COMPLETED:
+            return self.earlier.with_arguments(name, record)
         if is_unconfirmed(record):
             return record._replace(starts=record.starts - 1)
         return record
@@ -236,10 +238,14 @@ class Claims:
     def completion(self, claim: Claim) -> tuple[Any, ...]:
         """Return the command that writes the completion, for a store with a `CommandBatcher`."""
         store: Any = self.store
-        command: tuple[Any, ...] = store.putting(
-            claim.name, records.completed_by(claim.record.message_id), claim.retention
-        )
+        command: tuple[Any, ...] = store.putting(claim.name, self.completed_record(claim), claim.retention)
         return command
+
+    def completed_record(self, claim: Claim) -> bytes:
+        """Return the record of the claim's key, completed."""
+        if claim.has_earlier_name and claim.record.args:
+            return self.earlier.completed_record(claim.name, claim.record, claim.retention)
+        return records.completed_by(claim.record.message_id, claim.record.args)
 
     def conclude(self, claim: Claim, decision: Decision) -> None:
         """Record how the run of a claim has ended: after the follow-up messages are published, before the message is acked."""
@@ -253,7 +259,7 @@ class Claims:
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:
-            write = partial(store.put, claim.name, records.completed_by(claim.record.message_id), claim.retention)
+            write = partial(store.put, claim.name, self.completed_record(claim), claim.retention)
         else:
             waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decision.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED

@@ -26,6 +26,8 @@ _MARK = typed_name(("#", "version 2"))
 #: For how long, in milliseconds, records of 0.1.0 may outlast their ttl: a record may wait for a retry, and old workers
 #: write records as long as they are deployed.
 _LATER = 2 * WEEK_MS
+#: How many fingerprints this process remembers.
+_REMEMBERED = 10_000
 
 
 class EarlierRecords:
@@ -41,11 +43,38 @@ class EarlierRecords:
         self.call_store = call_store
         #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
+        #: The first message and its fingerprint, by register.
+        self._arguments: dict[str, tuple[str, str]] = {}
 
     def mark(self) -> None:
         """Leave the mark, unless another worker has."""
         found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
         self._saw(CENTURY_MS if found is None else found.left)
+
+    def completed_record(self, name: str, record: Record, retention: int) -> bytes:
+        """Return the record of a completed key, in a register that 0.1.0 names alike.
+
+        0.1.0 refuses a record with a fingerprint of the arguments. As long as workers of 0.1.0 may run, until two weeks after the
+        mark, only this process remembers the fingerprint.
+
+        Parameters:
+          name: The register.
+          record: The record of the run.
+          retention: How long the store remembers a completed key, in milliseconds.
+        """
+        if not getattr(self.store, "may_hold_earlier_records", True) or (
+            self.marked is not None and clock.monotonic() * 1_000 - self.marked > retention + _LATER
+        ):
+            return records.completed_by(record.message_id, record.args)
+        if len(self._arguments) >= _REMEMBERED:
+            self._arguments.clear()
+        self._arguments[name] = record.message_id, record.args
+        return records.completed_by(record.message_id)
+
+    def with_arguments(self, name: str, record: Record) -> Record:
+        """Return a completed record, with the fingerprint if only this process remembers it."""
+        message_id, args = self._arguments.get(name, ("", ""))
+        return record._replace(args=args) if message_id == record.message_id else record
 
     def find(self, name: str, retention: int) -> tuple[Record, int] | None:
         """Find the record that 0.1.0 wrote for a key, and for how many more milliseconds the store keeps the record.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery, OutgoingMessage
@@ -28,6 +29,8 @@ from .store_client import StoreDown
 from .tokens import is_dead
 
 if TYPE_CHECKING:
+    from dramatiq import Message
+
     from ..delivery.actor_policy import IdempotencyOptions
     from ..delivery.broker_state import BrokerState
     from ..delivery.executor import Proceed
@@ -126,6 +129,8 @@ class IdempotencyGuard:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
         request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
+        if key is not None and guard.fingerprint is not None:
+            request = request._replace(args=guard.fingerprint(message.args, message.kwargs))
         claim = partial(self.claims.claim, name, keyed=key is not None, retention=guard.ttl, earlier=earlier)
         try:
             self._claim(delivery, name, request, claim)
@@ -151,19 +156,21 @@ class IdempotencyGuard:
         Raises:
           SkipMessage: The job must not run now; the decision is on the delivery.
         """
-        counted = delivery.message.options.pop(WAITS_FOR, None) == name
-        known = self._known(delivery, name, counted=counted)
+        is_counted = delivery.message.options.pop(WAITS_FOR, None) == name
+        known = self._known(delivery, name, counted=is_counted)
         answer = claim(request) if known is None else known
         if isinstance(answer, records.Start):
             answer = claim(self._alone(delivery, request, answer.starts))
         if known is None and (isinstance(answer, records.WaitForOwner) or name in self.contention.keys):
-            self.contention.observe(name, answer, counted=counted)
+            self.contention.observe(name, answer, counted=is_counted)
         match answer:
             case Claim():
                 self._hold(delivery, answer)
             case Quarantined():
                 self._quarantine(delivery, answer)
             case records.WaitForOwner():
+                if answer.differs and not History(delivery.message.options).deferrals:
+                    _warn_of_other_arguments(delivery.message, answer.message_id)
                 self._defer(delivery, "running", name, answer)
             case records.RepublishRetry():
                 self._republish(delivery, answer.retry)
@@ -203,7 +210,9 @@ class IdempotencyGuard:
 
     def _quarantine(self, delivery: Delivery, found: Quarantined) -> NoReturn:
         delivery.claim = found.claim
-        error = Crashed(f"began {found.starts} times and never ended: its worker was killed, or crashed, each time")
+        error = Crashed(
+            f"began {counted(found.starts, 'time')} and never ended: its worker was killed, or crashed, each time"
+        )
         delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
 
     def _republish(self, delivery: Delivery, retry: dict[str, Any]) -> NoReturn:
@@ -214,6 +223,8 @@ class IdempotencyGuard:
 
     def _skip(self, delivery: Delivery, duplicate: records.SkipDuplicate) -> NoReturn:
         if duplicate.first_message_id is not None:
+            if duplicate.differs:
+                _warn_of_other_arguments(delivery.message, duplicate.first_message_id)
             self._forward_first_result(delivery, duplicate.first_message_id)
         delivery.skip(Decision(Outcome.DUPLICATE, duplicate.reason))
 
@@ -244,3 +255,13 @@ class IdempotencyGuard:
             again.options[WAITS_FOR] = name
         delivery.add_to_outbox(OutgoingMessage(again, wait))
         delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
+
+
+def _warn_of_other_arguments(message: Message[Any], first_message_id: str) -> None:
+    logger.warning(
+        "Message %s of actor %s has the idempotency key of message %s, but other arguments. It counts as a duplicate. If both "
+        "jobs must run, add the arguments that tell them apart to idempotency_key.",
+        message.message_id,
+        message.actor_name,
+        first_message_id,
+    )

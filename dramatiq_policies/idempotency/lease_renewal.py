@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..common.forks import after_fork
+from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..outcomes import text_of
 from ..stores import IdempotencyStore, Renewal
@@ -147,7 +148,7 @@ class Leases:
         if found is None and claim.over:
             # Meanwhile another thread has written the end of the job, which cleared the register: clear the register again.
             self.store.swap(claim.name, claim.value, None, 1)
-        elif found is None or found.value in (claim.value, records.completed_by(claim.record.message_id)):
+        elif found is None or found.value == claim.value or _is_completed_by(found.value, claim.record.message_id):
             return  # The lease had lapsed and now holds again, or the completion was written meanwhile.
         elif self._held.get(claim.name) is claim:
             logger.warning(
@@ -208,7 +209,15 @@ class Leases:
         self._stop.set()
         self.flush_pending_writes()
         if self._pending_writes:
-            logger.warning("%d endings could not be written to the idempotency store.", len(self._pending_writes))
+            logger.warning(
+                "%s could not be written to the idempotency store.", counted(len(self._pending_writes), "ending")
+            )
         if self._thread is not None:
             # If the thread waits for a silent store, the thread ends later by itself.
             self._thread.join(1)
+
+
+def _is_completed_by(value: bytes | None, message_id: str) -> bool:
+    """Tell whether a record says that the message has completed the key. The fingerprint may be missing."""
+    completed = records.completed_by(message_id)
+    return value is not None and value[: len(completed)] == completed

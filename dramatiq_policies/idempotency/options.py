@@ -23,6 +23,7 @@ from ..errors import ConfigurationError, checked_duration, how_to_add
 from ..interrupts import coroutines, runner_for
 from ..rules.backoff import bounds_of
 from ..rules.matching import RuleSet
+from .fingerprint import covers_all, fingerprint_of
 from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
 
 if TYPE_CHECKING:
@@ -134,10 +135,13 @@ def resolve_guard(
                     where, "idempotency_key", "a callable, for the actor does not say what it takes", given
                 )
             guard.key_of = template_key(where, given, takes)
+            if not covers_all(given, takes):
+                guard.fingerprint = fingerprint_of(takes)
         else:
             _check_callable(where, "idempotency_key", "a template or a callable", given, fn, takes)
             guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
             guard.call_key = runner_for(guard.key_of)
+            guard.fingerprint = fingerprint_of(takes)
     guard.keyed = bool(idempotent) or given is not None
     guard.key_runs_no_user_code = guard.keyed and guard.call_key is None
     guard.enabled = guard.keyed or done_when is not None

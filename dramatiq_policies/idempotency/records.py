@@ -1,7 +1,8 @@
 """The record of a key in the store, and the next action for a message with this key. Pure: no clock, no I/O.
 
 A record is bytes that begin with a version. The record of a completed key is short, because a store keeps millions of
-them for a day: the version, a letter and the 16 bytes of the first message's id. All other states are short-lived JSON.
+them for a day: the version, a letter, the 16 bytes of the first message's id, and the 4 bytes of its arguments' fingerprint if the
+key leaves arguments out. All other states are short-lived JSON.
 
 A record lives ``retention`` milliseconds longer than its lease, so that the history of earlier runs outlasts the run. The time
 left of a lease is the time left of the record less ``retention``. Only the store's clock counts.
@@ -60,6 +61,7 @@ class Record(NamedTuple):
       retry: In state ``ending``, the message options and the due time of the retry that is being published.
       beside: Whether other jobs ran in the process at the start, so that a crash proves nothing. None in a record
         of 0.1.0.
+      args: The fingerprint of the message's arguments; "" if unknown.
     """
 
     state: str
@@ -73,19 +75,21 @@ class Record(NamedTuple):
     ended: tuple[tuple[str, int], ...] = ()
     retry: dict[str, Any] | None = None
     beside: bool | None = None
+    args: str = ""
 
     def encode(self) -> bytes:
         if self.state == COMPLETED:
-            return completed_by(self.message_id)
+            return completed_by(self.message_id, self.args)
         # Each job writes a record. Built by hand, a record takes a quarter of the time.
         ended = _json(self.ended) if self.ended else "[]"
         retry = "" if self.retry is None else f',"f":{_json(self.retry)}'
         beside = "" if self.beside is None else f',"x":{self.beside:d}'
+        args = f',"a":{_quoted(self.args)}' if self.args else ""
         return (
             _VERSION
             + (
                 f'{{"s":{_quoted(self.state)},"m":{_quoted(self.message_id)},"n":{self.run},"o":{_quoted(self.owner)},'
-                f'"t":{_quoted(self.token)},"b":{self.started_at},"c":{self.starts},"k":{self.retention},"e":{ended}{beside}{retry}}}'
+                f'"t":{_quoted(self.token)},"b":{self.started_at},"c":{self.starts},"k":{self.retention},"e":{ended}{beside}{args}{retry}}}'
             ).encode()
         )
 
@@ -100,7 +104,7 @@ class Record(NamedTuple):
             if data[:1] != _VERSION:
                 raise ValueError("unknown version")
             if data[1:2] == b"C":
-                return cls(COMPLETED, str(UUID(bytes=data[2:])))
+                return cls(COMPLETED, str(UUID(bytes=data[2:18])), args=_args_of(data[18:]))
             if data[1:2] == b"c":
                 return cls(COMPLETED, data[2:].decode(errors="surrogatepass"))
             f = json.loads(data[1:])
@@ -122,6 +126,7 @@ class Record(NamedTuple):
                 ended,
                 f.get("f"),
                 beside,
+                str(f.get("a", "")),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnknownRecord(
@@ -136,10 +141,20 @@ class Record(NamedTuple):
         return (*others, (self.message_id, self.run))[-_KEPT:]
 
 
-def completed_by(message_id: str) -> bytes:
-    """Encode the record of a completed key."""
+def _args_of(data: bytes) -> str:
+    if len(data) not in (0, 4):
+        raise ValueError("unknown length")
+    return data.hex()
+
+
+def completed_by(message_id: str, args: str = "") -> bytes:
+    """Encode the record of a completed key.
+
+    Parameters:
+      args: The fingerprint of the first message's arguments. 0.1.0 does not read records with a fingerprint.
+    """
     if _UUID.fullmatch(message_id):
-        return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", ""))
+        return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", "") + args)
     return _VERSION + b"c" + message_id.encode(errors="surrogatepass")
 
 
@@ -153,6 +168,7 @@ class Request(NamedTuple):
       starts: How many starts are known from elsewhere, this start included.
       alone: Whether no other job runs in this process.
       beside: Whether the job may start beside other jobs of this process, because they did not end in time.
+      args: The fingerprint of the arguments; "" if unknown.
     """
 
     message_id: str
@@ -162,6 +178,7 @@ class Request(NamedTuple):
     starts: int = 1
     alone: bool = False
     beside: bool = False
+    args: str = ""
 
 
 class Start(NamedTuple):
@@ -173,10 +190,14 @@ class Start(NamedTuple):
 
 
 class SkipDuplicate(NamedTuple):
-    """Skip the message: the first message (``first_message_id``) has ``completed`` the key, or this run has ended (``stale``)."""
+    """Skip the message: the first message (``first_message_id``) has ``completed`` the key, or this run has ended (``stale``).
+
+    With ``differs``, the first message has other arguments.
+    """
 
     reason: str
     first_message_id: str | None = None
+    differs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +208,13 @@ class WaitForOwner:
       left: The time left of the lease, in milliseconds.
       started_at: The begin of the other run, ms since the epoch; 0 if unknown.
       message_id: The message of the other run.
+      differs: Whether the other message has other arguments.
     """
 
     left: int
     started_at: int = field(default=0, compare=False)
     message_id: str = field(default="", compare=False)
+    differs: bool = field(default=False, compare=False)
 
 
 class RepublishRetry(NamedTuple):
@@ -219,8 +242,9 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
     if record is None:
         return _take(request.starts, (), request)
     mine = record.message_id == request.message_id
+    differs = not mine and "" not in (record.args, request.args) and record.args != request.args
     if record.state == COMPLETED:
-        return SkipDuplicate("completed", None if mine else record.message_id)
+        return SkipDuplicate("completed", None if mine else record.message_id, differs)
     if any(message == request.message_id and request.run <= run for message, run in record.ended):
         return SkipDuplicate("stale")
     left = left - record.retention
@@ -233,7 +257,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
         return SkipDuplicate("stale")
     if not mine or record.state == WAITING:
         if left > 0:
-            return WaitForOwner(left, record.started_at, record.message_id)
+            return WaitForOwner(left, record.started_at, record.message_id, differs)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
         # Another message with the same job may kill its worker too, but gets one start of its own.
@@ -274,6 +298,7 @@ def taken(action: Start, request: Request, *, owner: str, token: str, started_at
         retention,
         action.ended,
         beside=not request.alone,
+        args=request.args,
     )
 
 

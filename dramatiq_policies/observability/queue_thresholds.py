@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..brokers.readers import QueueReading
 from ..common.callables import is_sync_callable
+from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 
@@ -99,10 +100,10 @@ class QueueAlert:
             else (str(self.value), str(self.threshold))
         )
         what = {
-            "ready": f"{value} messages wait",
+            "ready": counted(self.value, "message waits", "messages wait"),
             "oldest": f"the oldest message has waited for {value}",
             "stalled": f"messages wait and none was taken for {value}",
-            "dead": f"{value} dead letters",
+            "dead": counted(self.value, "dead letter"),
         }[self.measure]
         return f"Queue {self.queue}: {what} (threshold {limit}){'; it is over' if self.cleared else ''}"
 

@@ -24,6 +24,9 @@ class MemoryStore:
       clock: A callable that returns the time in seconds. Default (None): the monotonic clock.
     """
 
+    #: No worker of another version reads this memory.
+    may_hold_earlier_records = False
+
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.clock: Callable[[], float] = _now if clock is None else clock
         self._entries: dict[str, tuple[bytes, float]] = {}

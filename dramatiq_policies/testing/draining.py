@@ -23,6 +23,7 @@ from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
 from .. import _dramatiq
+from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current
 from ..errors import checked_duration
@@ -92,7 +93,7 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
             if runs > allowed:
                 last = "".join(f"\n  {entry}" for entry in work.run.entries[-10:])
                 raise TooManyRuns(
-                    f"{runs} runs, and still not at an end: does a job send itself? The last ones:{last}\n"
+                    f"{counted(runs, 'run')}, and still not at an end: does a job send itself? The last ones:{last}\n"
                     "If all of them are meant, give drain() a higher max_runs."
                 )
     return work.run

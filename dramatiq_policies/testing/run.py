@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..common.plurals import counted
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .metrics import values_of
 
@@ -177,7 +178,7 @@ class Run:
 
     def __repr__(self) -> str:
         lines = "".join(f"\n  {entry}" for entry in self.entries) or "\n  nothing was queued"
-        count = "1 delivery" if len(self.entries) == 1 else f"{len(self.entries)} deliveries"
+        count = counted(len(self.entries), "delivery", "deliveries")
         return f"<Run: {count} in {self.elapsed} ms>{lines}"
 
 

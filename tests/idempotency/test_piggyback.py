@@ -54,7 +54,7 @@ class Transport:
     def completion(self, delivery):
         return ("SET", "key", "done"), True
 
-    def acked_by_completion(self, delivery):
+    def acked_by_completion(self, delivery, reply):
         delivery.acked = True
 
     def settle_and_ack(self):

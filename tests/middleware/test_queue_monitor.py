@@ -221,7 +221,7 @@ def test_several_are_told_and_one_that_fails_keeps_nobody_from_it(error, caplog)
     queue.check(1)
     assert len(first) == len(second) == 1
     assert "no pager" in caplog.text
-    assert "1 messages wait" in caplog.text
+    assert "1 message waits" in caplog.text
 
 
 def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):

@@ -21,6 +21,7 @@ import redis
 from dramatiq.common import q_name
 
 from ..._redis import RAW, Script
+from ...common.plurals import counted
 from ...common.safe_logger import SafeLogger
 from ...delivery.history import FAILURE
 from ...delivery.validation import decode
@@ -109,9 +110,9 @@ class Recovery:
                 for redis_id, body in zip(unread[::2], unread[1::2], strict=True):
                     triples += [redis_id, body, b"dead" if self._marked(body) else b""]
         if moved:
-            logger.warning("Requeued %d messages of queue %r from a dead worker.", moved, self.queue)
+            logger.warning("Requeued %s of queue %r from a dead worker.", counted(moved, "message"), self.queue)
         if dead:
-            logger.warning("Moved %d dead letters of queue %r for a dead worker.", dead, self.queue)
+            logger.warning("Moved %s of queue %r for a dead worker.", counted(dead, "dead letter"), self.queue)
 
     def _marked(self, body: bytes) -> bool:
         """Return whether the body is a dead letter that a worker of 0.1.0 did not move before its death."""

@@ -12,7 +12,8 @@
 -- Key names are Dramatiq's.
 --
 -- The dead letter gets the id of the message and the time of the server, as after Dramatiq's nack.
--- Returns 0 if the other worker must settle the message, else 1.
+-- Returns 0 if the other worker must settle the message, 2 if the message is settled and Redis did not have the message any more,
+-- else 1.
 local namespace = KEYS[1]
 local broker_id, queue, id, dead, keep, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
@@ -20,6 +21,7 @@ local bodies = namespace .. ':' .. queue .. '.msgs'
 local letters = namespace .. ':' .. string.gsub(queue, '%.DQ$', '') .. '.XQ'
 local register = KEYS[2]
 local first = 9
+local had = true
 
 local ours = redis.call('sismember', unacked, id) == 1
 if not ours and keep == '' then
@@ -38,6 +40,7 @@ if not ours and keep == '' then
     end
     return 0
   end
+  had = false
 end
 if register then
   redis.call('set', register, completed, 'px', ARGV[7])
@@ -58,6 +61,6 @@ if ours and (keep == '' or dead ~= '') then
     redis.call('hset', letters .. '.msgs', id, dead)
   end
   redis.call('srem', unacked, id)
-  redis.call('hdel', bodies, id)
+  had = redis.call('hdel', bodies, id) == 1
 end
-return 1
+return had and 1 or 2

@@ -22,6 +22,7 @@ from dramatiq.common import compute_backoff, dq_name
 from dramatiq.errors import BrokerConnectionError
 
 from ..._redis import RAW, CommandBatcher, Script
+from ...common.plurals import counted
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
@@ -31,9 +32,9 @@ from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...idempotency.claim import Claim, claim_of
-from ...idempotency.records import completed_by
 from ..ended import Ended, is_keyed, left_of
 from .calls import RedisCalls
+from .data_loss import DataLoss
 from .prefetch import InFlight, PrefetchWindow
 from .recovery import Recovery
 
@@ -44,6 +45,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 _FETCH, _SETTLE = (
     Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
 )
+#: The reply of the script for a settled message that Redis no longer had.
+_MISSING = 2
 #: Seconds between two looks for messages lost with a reply. A loss may raise no error: if the client repeats the fetch by
 #: itself, the second reply holds other messages.
 _LOOK_EVERY = 5.0
@@ -61,6 +64,7 @@ class RedisTransport(Transport):
         self.call = state.shared(RedisCalls, state)
         self.timeout_ms = inner.timeout
         self.ended = state.shared(Ended)
+        self.losses = state.shared(DataLoss, state, self.trips)
         #: Fetched messages, not yet taken: id, body, and b"1" if recovered from a dead worker.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
@@ -128,6 +132,7 @@ class RedisTransport(Transport):
     def _fetch(self) -> bool:
         """Fill the cache. Returns False if no message arrived for a while."""
         if monotonic() - self.looked > _LOOK_EVERY:
+            self.call(self.losses.remember)
             self.call(self._requeue_orphans)
             self.looked = monotonic()
         self.call(self.recovery.recover_if_due)
@@ -169,8 +174,10 @@ class RedisTransport(Transport):
             if "do_ack" in vars(self.broker):
                 # An instrumentation or a test has replaced Dramatiq's method.
                 self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
-            elif not self._settle(self._over(message), b"", []):
-                self._not_acked(message)
+            elif (settled := self._settle(self._over(message), b"", [])) != 1:
+                self.losses.missing(self.source, redis_id)
+                if not settled:
+                    self._not_acked(message)
         except BrokerConnectionError as error:
             self.places.job_finished(redis_id)
             if not self.state.stopping.is_set():
@@ -196,6 +203,8 @@ class RedisTransport(Transport):
             # Two steps: the key is completed between publish and acknowledgement.
             at_once, keep = False, delivery.completes_key()
             settled = self._settle(redis_id, body, sends, keep)
+        if settled != 1 and not keep:
+            self.losses.missing(self.source, redis_id)
         if not settled:
             self._given_away(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
@@ -259,11 +268,13 @@ class RedisTransport(Transport):
             return super().completion(delivery)
         return self._settling(self._over(delivery.message), completes=claim_of(delivery)), True
 
-    def acked_by_completion(self, delivery: Delivery) -> None:
-        super().acked_by_completion(delivery)
+    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+        super().acked_by_completion(delivery, reply)
+        if reply == _MISSING:
+            self.losses.missing(self.source, delivery.message.options["redis_message_id"])
         self._release(delivery.message)
 
-    def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> bool | None:
+    def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> int | None:
         """Settle a message and complete the key in a single step. Returns None if two steps are needed.
 
         The command goes over the store's connection, to share round trips, and over the broker's connection if the store's
@@ -271,18 +282,18 @@ class RedisTransport(Transport):
         """
         command = self._settling(redis_id, dead, sends, completes=claim)
         try:
-            return bool(self.store.trips.call(*command))
+            return int(self.store.trips.call(*command))
         except redis.DataError:
             raise
         except (redis.RedisError, OSError):
             try:
-                return bool(self.trips.call(*command))
+                return int(self.trips.call(*command))
             except (redis.RedisError, OSError):
                 # Perhaps this user may not touch the store's keys. If the server is down, the next step raises.
                 return None
 
-    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> bool:
-        return bool(self.call(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
+    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> int:
+        return int(self.call(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
 
     def _settling(
         self,
@@ -296,7 +307,7 @@ class RedisTransport(Transport):
         keys, completed, ttl, held = [broker.namespace], b"", 0, b""
         if completes is not None:
             keys.append(self.store.name_of(completes.name))
-            completed, ttl = completed_by(completes.record.message_id), completes.retention
+            completed, ttl = self.state.idempotency.claims.completed_record(completes), completes.retention
             held = completes.value
         args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
         return _SETTLE.command(keys, args)
@@ -342,8 +353,8 @@ class RedisTransport(Transport):
         if lost:
             log = logger.info if self.state.stopping.is_set() else logger.warning
             log(
-                "Requeued %d messages of queue %r that Redis lists for this worker and no thread holds.",
-                len(lost),
+                "Requeued %s of queue %r that Redis lists for this worker and no thread holds.",
+                counted(len(lost), "message"),
                 self.source,
             )
             broker.do_requeue(self.source, *lost)

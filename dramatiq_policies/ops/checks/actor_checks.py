@@ -13,6 +13,7 @@ from dramatiq.middleware import AsyncIO
 
 from ..._dramatiq import kind_of
 from ...common.durations import to_ms
+from ...common.plurals import counted
 from ...common.safe_logger import ALERTS, is_heard
 from ...delivery.broker_state import BrokerState, state_of
 from ...errors import ConfigurationError
@@ -150,7 +151,7 @@ def _horizon(job: _Job) -> Found:
     other = unnamed(job.actor)
     if other.outcome == "retried" and other.complete and other.attempts[-1].latest_ms > _DAY:
         runs, latest = len(other.attempts), format_duration(other.attempts[-1].latest_ms)
-        yield "DP026", f"An error that no rule names is tried {runs} times, over up to {latest}"
+        yield "DP026", f"An error that no rule names is tried {counted(runs, 'time')}, over up to {latest}"
 
 
 def _seconds(job: _Job) -> Found:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ...common.plurals import counted
 from ..app import OperationError, did_you_mean
 from .commands import dead_letters
 from .dead_letter import DeadLetter, Filter
@@ -93,7 +94,7 @@ class Tally:
         misspelt = where.actor is not None and where.actor not in [*self._values["actor"], *actors]
         if not given or not (self.seen or misspelt):
             return None
-        return f"Nothing matches {' '.join(given)}: 0 of {self.seen} dead letter{'' if self.seen == 1 else 's'}{hint or '.'}"
+        return f"Nothing matches {' '.join(given)}: 0 of {counted(self.seen, 'dead letter')}{hint or '.'}"
 
 
 def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]:

@@ -1,0 +1,55 @@
+"""Fingerprints of arguments: tell a duplicate with other arguments than those of the first message.
+
+A key made from all arguments needs no fingerprint. Every other key has one of four bytes, in the record of the key: the arguments
+themselves never reach the store or a log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
+from inspect import Parameter, Signature
+from string import Formatter
+from typing import Any
+
+__all__ = ["Fingerprint", "covers_all", "fingerprint_of"]
+
+#: Makes the fingerprint of a call, 8 hexadecimal digits; "" if the arguments have none.
+Fingerprint = Callable[[Sequence[Any], Mapping[str, Any]], str]
+
+# json.dumps() would create an encoder in each call.
+_encode = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+_NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def covers_all(template: str, signature: Signature) -> bool:
+    """Tell whether a key template contains every argument of the actor as a whole."""
+    whole = {field for _, field, form, conversion in Formatter().parse(template) if field and not (form or conversion)}
+    parameters = signature.parameters.values()
+    return whole >= {p.name for p in parameters} and not any(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    )
+
+
+def fingerprint_of(signature: Signature | None) -> Fingerprint:
+    """Return the fingerprint function of an actor.
+
+    The same call has one fingerprint, whether its arguments are named, positional or left to their defaults.
+    """
+    parameters = () if signature is None else signature.parameters.values()
+    names = tuple(p.name for p in parameters if p.kind in _NAMED)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return partial(_fingerprint, names, defaults)
+
+
+def _fingerprint(
+    names: tuple[str, ...], defaults: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str:
+    named = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    try:
+        text = _encode([named, args[len(names) :]])
+    except Exception:  # Values of an encoder of the user's, or a sequence without end.
+        return ""
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
