@@ -34,7 +34,7 @@ class AppCommand(click.Command):
             click.Option(
                 ["--django"],
                 is_flag=True,
-                help="Set Django up first; APP may be left out. Also by DJANGO_SETTINGS_MODULE.",
+                help="Set Django up first; you may leave APP out. The variable DJANGO_SETTINGS_MODULE does the same.",
             ),
             click.Option(["--settings"], metavar="MODULE", help="Django's settings module; implies --django."),
         ]

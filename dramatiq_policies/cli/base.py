@@ -58,14 +58,14 @@ def path_option(command: F) -> F:
         multiple=True,
         default=(".",),
         show_default="the current folder",
-        help="Look for modules here first; may be repeated.",
+        help="Import modules from this folder first; repeatable.",
     )(command)
 
 
 def format_option(*more: str) -> Callable[[F], F]:
     """Add ``--format human|json``, and further formats of a command."""
     return click.option(
-        "--format", "form", type=click.Choice(["human", "json", *more]), default="human", help="What to print."
+        "--format", "form", type=click.Choice(["human", "json", *more]), default="human", help="Output format."
     )
 
 
@@ -228,13 +228,13 @@ def parse_duration(ctx: click.Context, param: click.Parameter, value: str | None
     try:
         return durations.parse_duration(value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no length of time; write 90s, 30m, 2h or 7d.", ctx, param) from None
+        raise click.BadParameter(f"{value!r} is not a duration; write 90s, 30m, 2h or 7d.", ctx, param) from None
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Refuse infinity and NaN as an option's value."""
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number to go by.", ctx, param)
+        raise click.BadParameter(f"{value} is not a finite number.", ctx, param)
     return value
 
 
@@ -248,7 +248,7 @@ def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
     for tag in tags:
         name, found, value = tag.partition("=")
         if not found:
-            raise OperationError(f"{tag!r} is not {what}; write name=value.")
+            raise OperationError(f"{tag!r} is not {what}; write NAME=VALUE.")
         parsed[name] = value
     return parsed
 
@@ -259,7 +259,7 @@ def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"Interrupted: {counted(moved.count, what)} {done}; the rest is where it was.", err=True)
+        click.echo(f"Interrupted: {counted(moved.count, what)} {done}; the rest is unchanged.", err=True)
         raise click.exceptions.Exit(130) from None
     except OperationError as error:
         before = f" {counted(moved.count, what)} {done} before." if moved.count else ""
@@ -269,7 +269,7 @@ def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
 def report_unreadable(moved: MoveResult) -> None:
     """Report the number of matching messages with unreadable bodies, if any."""
     if moved.unreadable:
-        stay = "stays where it is" if moved.unreadable == 1 else "stay where they are"
+        stay = "remains in the queue" if moved.unreadable == 1 else "remain in the queue"
         click.echo(f"{counted(moved.unreadable, 'message')} can't be read and {stay}.", err=True)
 
 
@@ -292,7 +292,7 @@ def confirm(question: str) -> None:
         agreed = click.confirm(printable_text(question), err=True)
     except click.Abort:
         click.echo(err=True)
-        raise OperationError("Nothing was done: nobody said yes, and there is no --yes.") from None
+        raise OperationError("Nothing was done: no confirmation. Answer yes, or pass --yes.") from None
     if not agreed:
         click.echo("Nothing was done.", err=True)
         raise click.exceptions.Exit(1)

@@ -83,8 +83,8 @@ def _outcome(outcome: str, reason: str | None) -> str:
 
 @dead.command("list", cls=AppCommand)
 @filters
-@click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
-@click.option("--oldest", is_flag=True, help="The oldest of each queue first, each as it is read.")
+@click.option("-n", "--limit", type=click.IntRange(1), help="At most this many.")
+@click.option("--oldest", is_flag=True, help="The oldest of each queue first, printed while reading.")
 @format_option()
 def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
     """List dead letters, the newest first.
@@ -183,14 +183,16 @@ def _wait(delay: Any) -> str | None:
 
 @dead.command(cls=AppCommand)
 @filters
-@click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
-@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), callback=finite, help="So many a second at most.")
+@click.option("-n", "--limit", type=click.IntRange(1), help="At most this many.")
+@click.option("--dry-run", is_flag=True, help="Only print the number; change nothing.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), callback=finite, help="At most this many per second.")
 @click.option(
-    "--to-queue", metavar="QUEUE", shell_complete=queue_names, help="Send them to this queue instead of their own."
+    "--to-queue", metavar="QUEUE", shell_complete=queue_names, help="Send to this queue instead of the original queues."
 )
 @click.option(
-    "--new-id", is_flag=True, help="Give each a message id of its own; it runs anyway, see docs/operating.md."
+    "--new-id",
+    is_flag=True,
+    help="Give each a new message id, so that it runs even if its old id completed; see docs/operating.md.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
@@ -215,15 +217,15 @@ def replay(
 
 @dead.command(cls=AppCommand)
 @filters
-@click.option("-n", "--limit", type=click.IntRange(1), help="So many at most.")
-@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@click.option("-n", "--limit", type=click.IntRange(1), help="At most this many.")
+@click.option("--dry-run", is_flag=True, help="Only print the number; change nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
 def purge(limit: int | None, dry_run: bool, yes: bool, form: str, **given: Any) -> None:
     """Delete dead letters permanently."""
     broker, queues, where = parse_filters(**given)
     act = functools.partial(ops.purge, broker, queues, limit=limit)
-    words = _Words("Delete {} for good?", "Deleting", "deleted")
+    words = _Words("Permanently delete {}?", "Deleting", "deleted")
     _carry_out(act, words, broker, where, dry_run=dry_run, yes=yes, form=form)
 
 

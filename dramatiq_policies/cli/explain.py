@@ -69,8 +69,8 @@ _SAYS = {
     "discarded": "discarded",
     "alerted": "alerted",
     "dead": "dead",
-    "deferred": "put back for later",
-    "interrupted": "put back at once",
+    "deferred": "deferred (runs later)",
+    "interrupted": "requeued at once",
 }
 
 
@@ -84,15 +84,15 @@ def _print_answer(answer: ops.Explanation) -> None:
     if len(answer.attempts) > 1:
         print_table(["  attempt", "starts after", "at the latest after"], [_row(one) for one in answer.attempts])
     if not answer.complete:
-        out.print("  how often and when can't be told beforehand")
+        out.print("  number and times of the attempts: not known in advance")
     if answer.outcome == "retried":
         out.print(f"  then {answer.ending} ({answer.reason}): ", end="")
     else:
-        out.print("  it is then ", end="")
+        out.print("  the message is then ", end="")
     out.print(printable_text(f"in {answer.where_it_ends}") if answer.where_it_ends != "gone" else "gone")
     if answer.longest_ms is not None:
         out.print(
-            f"  at most {format_duration(answer.longest_ms)} from its first start, if each run takes its whole timeout"
+            f"  at most {format_duration(answer.longest_ms)} after the first start, if each run takes the whole timeout"
         )
 
 

@@ -31,33 +31,33 @@ def filters(command: F) -> F:
                 "queues",
                 multiple=True,
                 shell_complete=queue_names,
-                help="Only of this queue; may be repeated.",
+                help="Only this queue; repeatable.",
             ),
-            click.option("--actor", shell_complete=actor_names, help="Only of this actor."),
-            click.option("--error", help="Only with this exception: its path, its bare name, or a part of its text."),
+            click.option("--actor", shell_complete=actor_names, help="Only this actor."),
+            click.option("--error", help="Only this exception: dotted path, class name, or part of the text."),
             click.option("--outcome", type=click.Choice(["dead", "alerted", "expired", "discarded"])),
-            click.option("--reason", help="Only with this reason: exhausted, unclassified, crashed, …"),
-            click.option(
-                "--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated."
-            ),
+            click.option("--reason", help="Only this reason: exhausted, unclassified, crashed, …"),
+            click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only this tag; repeatable."),
             click.option(
                 "--id",
                 "message_ids",
                 multiple=True,
                 metavar="ID",
-                help="Only this message: its id or the beginning of it; may be repeated.",
+                help="Only this message id, or ids with this beginning; repeatable.",
             ),
             click.option(
                 "--where",
                 "arguments",
                 multiple=True,
                 metavar="ARG=VALUE",
-                help="Only with this argument; VALUE is text or JSON, ARG a name, a place (0), or order.id; may be repeated.",
+                help="Only this argument; VALUE is text or JSON, ARG a name, a position (0), or order.id; repeatable.",
             ),
             click.option(
-                "--older-than", callback=parse_duration, metavar="TIME", help="Only if it failed longer ago: 2h, 7d."
+                "--older-than", callback=parse_duration, metavar="TIME", help="Only failures older than: 2h, 7d."
             ),
-            click.option("--newer-than", callback=parse_duration, metavar="TIME", help="Only if it failed later: 30m."),
+            click.option(
+                "--newer-than", callback=parse_duration, metavar="TIME", help="Only failures newer than: 30m."
+            ),
         ]
     ):
         command = option(command)

@@ -51,7 +51,7 @@ def show(actor: str, args: tuple[str, ...], path: tuple[str, ...], form: str) ->
 @keys.command(cls=AppCommand)
 @click.argument("actor")
 @click.argument("args", nargs=-1)
-@click.option("-y", "--yes", is_flag=True, help="Don't ask whether to forget a job that is running.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask before you forget a running job.")
 @path_option
 def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) -> None:
     """Delete the record of the job of ACTOR with ARGS, so that the next message runs."""
@@ -59,9 +59,9 @@ def forget(actor: str, args: tuple[str, ...], yes: bool, path: tuple[str, ...]) 
     given, named = ops.read_arguments(found, args)
     state = ops.key_state(found, *given, **named)
     if state.state == "none":
-        click.echo(printable_text(f"Nothing is remembered of {state.key}."))
+        click.echo(printable_text(f"There is no record of {state.key}."))
         return
     if state.state == "running" and not yes:
-        confirm(f"Forget {state.key}? It runs now; a second run may begin beside it.")
+        confirm(f"Forget {state.key}? The job is running; a second run may start beside it.")
     ops.forget_key(found, *given, **named)
-    click.echo(printable_text(f"Forgot {state.key}, which was {state.state}."))
+    click.echo(printable_text(f"Forgot {state.key} (it was {state.state})."))

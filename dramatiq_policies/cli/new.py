@@ -20,7 +20,9 @@ __all__ = ["new"]
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--design", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Read the answers from here."
+    "--design",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Read the answers from this TOML file.",
 )
 @click.option("--tests", type=click.Path(path_type=Path, file_okay=False), default="tests", show_default=True)
 @path_option
@@ -34,7 +36,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     module_name(file)
     for one in (file, tests / f"test_{file.stem}.py"):
         if one.exists():
-            raise OperationError(f"{one} is there already, and is not overwritten.")
+            raise OperationError(f"{one} exists and is not overwritten.")
     extend_path(path)
     try:
         parsed = parse_design(_ask() if design is None else read_toml(design))
@@ -49,7 +51,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
 
 def _ask() -> dict[str, Any]:
     """Ask the questions, each with an example; at the end of the input, return the answers so far."""
-    click.echo("Eight questions before the job. Lists are separated by commas; empty means none.\n")
+    click.echo("Eight questions before you write the job. Separate the items of a list by commas; empty means none.\n")
     job: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     try:
@@ -62,16 +64,18 @@ def _ask() -> dict[str, Any]:
 
 
 def _ask_for(job: dict[str, Any], errors: dict[str, Any]) -> None:
-    job["purpose"] = _text("What is it for, in one sentence?", "the customer learns that the order was taken")
-    job["trigger"] = _text("What sends it, and is that committed by then?", "the checkout, after its transaction")
-    job["input"] = _items("Which arguments? Ids and values, never objects", "order_id: int, email: str")
-    job["effect"] = _text("What is different in the world afterwards?", "one e-mail")
-    job["criticality"] = _text("How bad is it if it does not run?", "high", default="normal")
-    job["queue"] = _text("Which queue? What must it not wait behind?", "mail")
-    job["timeout"] = click.prompt("After how many ms is it not merely slow?", type=int, default=30_000, err=True)
+    job["purpose"] = _text("What is the job for, in one sentence?", "the customer learns that the order was taken")
+    job["trigger"] = _text("What sends the message, and after which commit?", "the checkout, after its transaction")
+    job["input"] = _items("Which arguments? Ids and plain values, never objects", "order_id: int, email: str")
+    job["effect"] = _text("What has changed in the world afterwards?", "one e-mail")
+    job["criticality"] = _text("How bad is it if the job does not run?", "high", default="normal")
+    job["queue"] = _text("Which queue? Which jobs must it not wait behind?", "mail")
+    job["timeout"] = click.prompt(
+        "After how many ms is the job stuck, and not only slow?", type=int, default=30_000, err=True
+    )
     key = click.prompt(
         _example(
-            "What makes a second run harmless? A key over the arguments, or empty for the message's id",
+            "What makes a second run harmless? A key made of arguments, or empty for the message id",
             "order:{order_id}",
         ),
         default="",
@@ -79,9 +83,9 @@ def _ask_for(job: dict[str, Any], errors: dict[str, Any]) -> None:
         err=True,
     )
     job.update({"idempotency_key": key} if key else {"idempotent": True})
-    errors["transient"] = _items("Which errors will pass (retried)?", "shop.mail:Timeout, ConnectionError")
-    errors["permanent"] = _items("Which will be the same the next time (discarded)?", "shop.mail:InvalidEmail")
-    errors["configuration"] = _items("Which must somebody act on (alert)?", "shop.mail:MissingCredentials")
+    errors["transient"] = _items("Which errors are transient (retried)?", "shop.mail:Timeout, ConnectionError")
+    errors["permanent"] = _items("Which errors are permanent (discarded)?", "shop.mail:InvalidEmail")
+    errors["configuration"] = _items("Which errors need a person (alert)?", "shop.mail:MissingCredentials")
 
 
 def _example(question: str, example: str) -> str:

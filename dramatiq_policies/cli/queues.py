@@ -65,16 +65,14 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
 @queues.command(cls=AppCommand)
 @click.argument("app")
 @path_option
+@click.option("-q", "--queue", "names", multiple=True, shell_complete=queue_names, help="Only this queue; repeatable.")
 @click.option(
-    "-q", "--queue", "names", multiple=True, shell_complete=queue_names, help="Only this queue; may be repeated."
-)
-@click.option(
-    "-w", "--watch", is_flag=True, help="Again and again, until interrupted; adds the change of ready a second."
+    "-w", "--watch", is_flag=True, help="Repeat until interrupted; adds the change of ready messages per second."
 )
 @click.option(
     "--interval", callback=parse_duration, default="2s", show_default=True, metavar="TIME", help="With --watch."
 )
-@click.option("--fail-on-breach", is_flag=True, help="Exit with 1 if a threshold of the QueueMonitor is reached.")
+@click.option("--fail-on-breach", is_flag=True, help="Exit with 1 if a queue breaches a threshold of the QueueMonitor.")
 @format_option()
 def show(
     app: str, path: tuple[str, ...], names: tuple[str, ...], watch: bool, interval: int, fail_on_breach: bool, form: str
@@ -85,7 +83,7 @@ def show(
     """
     broker = load_app(app, path)
     if fail_on_breach and ops.monitor_of(broker) is None:
-        raise ops.OperationError("There is no QueueMonitor on the broker, and so no threshold that could be reached.")
+        raise ops.OperationError("The broker has no QueueMonitor, so there are no thresholds.")
     if watch:
         _watch(broker, names, interval, form)
         return 0
@@ -167,11 +165,11 @@ def _signed(change: float | None) -> str | None:
     required=True,
     metavar="QUEUE",
     shell_complete=queue_names,
-    help="The queue that they are moved to: one that the application declares.",
+    help="The target queue, declared by the application.",
 )
-@click.option("--actor", metavar="NAME", shell_complete=actor_names, help="Move only this actor's messages.")
-@click.option("-n", "--limit", metavar="COUNT", type=click.IntRange(1), help="Move at most so many, the oldest first.")
-@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@click.option("--actor", metavar="NAME", shell_complete=actor_names, help="Only messages of this actor.")
+@click.option("-n", "--limit", metavar="COUNT", type=click.IntRange(1), help="At most this many, the oldest first.")
+@click.option("--dry-run", is_flag=True, help="Only print the number; change nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @path_option
 @format_option()
@@ -225,7 +223,7 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
     found = ops.monitor_of(broker)
     if found is None:
         raise ops.OperationError(
-            "There is no QueueMonitor on the broker. "
+            "The broker has no QueueMonitor. "
             + how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
             + "."
         )

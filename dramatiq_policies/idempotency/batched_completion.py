@@ -104,10 +104,10 @@ class BatchedCompletions:
                 settle_and_ack(self.state, transport, message, delivery)
                 return
             except BrokerConnectionError as error:
-                logger.warning("Message %s can't be acked yet: %s", message.message_id, error)
+                logger.warning("Message %s can't be acknowledged yet: %s", message.message_id, error)
                 self.state.stopping.wait(_AGAIN)
             except Exception:
-                logger.exception("Message %s could not be acked; it comes back.", message.message_id)
+                logger.exception("Message %s could not be acknowledged and will be redelivered.", message.message_id)
                 return
 
     def flush_if_idle(self) -> None:

@@ -272,8 +272,9 @@ class Claims:
         if not self._written(write, pauses):
             if pauses:
                 alerts.critical(
-                    "The completion of message %s is not remembered yet: the idempotency store is down. It is written when "
-                    "the store is back; should this process end before, a duplicate will run again.",
+                    "The completion of message %s is not recorded yet: the idempotency store is down. "
+                    "This process writes the completion when the store is back; if the process ends "
+                    "earlier, a duplicate runs again.",
                     claim.record.message_id,
                 )
             self.leases.write_later(claim, write)

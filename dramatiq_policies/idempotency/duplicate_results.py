@@ -53,10 +53,12 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
             except ResultFailure:
                 pass
             except Exception as error:
-                logger.warning("The result of message %s can't be read now: %s", first_message_id, error)
+                logger.warning("The result of message %s can't be read at present: %s", first_message_id, error)
                 raise ResultsDown from error
     if target is not None and not found and not _ignores_result(broker, target, message.actor_name):
-        missing = NoResult(f"the next stage needs the result of message {first_message_id}, which is not stored")
+        missing = NoResult(
+            f"the next step of the pipeline needs the result of message {first_message_id}, which is not stored"
+        )
         delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
     if missed:
         _settle_result(results, message, first_message_id, ttl)
@@ -84,4 +86,4 @@ def _settle_result(results: Any, message: Message[Any], first_message_id: str, t
             error = NoResult(f"duplicate: the result of message {first_message_id} is not stored")
             results.backend.store_exception(message, error, ttl)
     except Exception:
-        logger.warning("The result of message %s can't be settled.", message.message_id, exc_info=True)
+        logger.warning("No result could be stored for the duplicate %s.", message.message_id, exc_info=True)

@@ -135,7 +135,7 @@ class IdempotencyGuard:
         try:
             self._claim(delivery, name, request, claim)
         except UnknownRecord as error:
-            logger.error("Message %s of actor %s waits: %s", message.message_id, message.actor_name, error)
+            logger.error("Message %s of actor %s is deferred: %s", message.message_id, message.actor_name, error)
             self._defer(delivery, "store_down")
         except StoreDown:
             if key is None:

@@ -144,8 +144,8 @@ def _as_received(where: str, message: Message[Any]) -> tuple[tuple[Any, ...], di
         received = Message.decode(bare.encode())
     except Exception as error:
         raise ConfigurationError(
-            f"{where}: its arguments can't be sent, so no message has them ({type(error).__name__}: {error}). "
-            "Pass what you pass to send()."
+            f"{where}: the arguments can't be encoded, so no message has them ({type(error).__name__}: "
+            f"{error}). Pass the arguments that you pass to send()."
         ) from error
     return tuple(received.args), dict(received.kwargs)
 

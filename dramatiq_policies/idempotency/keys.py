@@ -98,14 +98,14 @@ def template_key(
     parameters = signature.parameters.values()
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     if not roots <= known:
-        expected = f"a template over the actor's arguments {sorted(known)}"
-        raise ConfigurationError.of_option(where, option, expected, template, "Mend the field's name")
+        expected = f"a template with fields from the actor's parameters {sorted(known)}"
+        raise ConfigurationError.of_option(where, option, expected, template, "Correct the name of the field")
     if not roots and signature.parameters:
         raise ConfigurationError.of_option(
-            where, option, "a template with at least one field", template, "Every call would have the same key"
+            where, option, "a template with at least one field", template, "Without a field every call has the same key"
         )
     if not template:
-        raise ConfigurationError.of_option(where, option, "a key that is not empty", template)
+        raise ConfigurationError.of_option(where, option, "a non-empty key", template)
     names = tuple(p.name for p in parameters if p.kind in _NAMED)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     plain = len(names) == len(signature.parameters)
@@ -209,5 +209,5 @@ def checked_key(key: Any) -> str:
     if type(key) is int:
         return str(key)
     # The key is made of arguments, so the value must not reach a log.
-    got = "an empty one" if key == "" else f"a {type(key).__name__}"
+    got = "an empty key" if key == "" else f"a {type(key).__name__}"
     raise TypeError(f"idempotency_key: expected a non-empty str or an int, got {got}")

@@ -94,7 +94,7 @@ class Leases:
             except StoreDown:
                 pass
             except Exception:
-                logger.exception("Leases could not be renewed; it is tried again.")
+                logger.exception("Leases could not be renewed; the worker tries again.")
 
     def renew(self) -> None:
         """Flush the pending writes, then renew all leases in one round trip; if the round trip fails, one by one.
@@ -124,7 +124,7 @@ class Leases:
                 self._take_back(claim)
             except Exception as error:
                 logger.warning(
-                    "The claim of message %s can't be renewed (%s): its lease may end while it runs.",
+                    "The claim of message %s can't be renewed (%s): the lease may expire while the job runs.",
                     claim.record.message_id,
                     type(error).__name__,
                 )
@@ -152,8 +152,8 @@ class Leases:
             return  # The lease had lapsed and now holds again, or the completion was written meanwhile.
         elif self._held.get(claim.name) is claim:
             logger.warning(
-                "The claim of message %s is lost while it runs: its lease had ended and another took over, or it was "
-                "forgotten.",
+                "The claim of message %s was lost during the run: the lease expired and another worker "
+                "took the key, or somebody deleted the record.",
                 claim.record.message_id,
             )
 
@@ -190,8 +190,8 @@ class Leases:
             if tries >= _REFUSALS:
                 self._forget_write(claim)
                 alerts.critical(
-                    "The ending of message %s can't be written to the idempotency store, which takes others "
-                    "(%s: %s). It is given up: once its lease has ended a duplicate may run again.",
+                    "The idempotency store refuses the record for message %s and accepts others (%s: %s). "
+                    "The worker drops the record: when the lease has expired, a duplicate may run again.",
                     claim.record.message_id,
                     type(refusal).__name__,
                     text_of(refusal),

@@ -132,7 +132,7 @@ def resolve_guard(
         if isinstance(given, str):
             if takes is None:
                 raise ConfigurationError.of_option(
-                    where, "idempotency_key", "a callable, for the actor does not say what it takes", given
+                    where, "idempotency_key", "a callable: the actor has no readable signature", given
                 )
             guard.key_of = template_key(where, given, takes)
             if not covers_all(given, takes):
@@ -221,9 +221,9 @@ def _check_callable(
         raise ConfigurationError.of_option(
             where,
             option,
-            f"a callable that takes what the actor takes, {takes}",
+            f"a callable with the parameters of the actor, {takes}",
             given,
-            f"It takes {stated_signature(given)}; give it the actor's parameters",
+            f"The callable takes {stated_signature(given)}; give it the actor's parameters",
         )
 
 

@@ -130,9 +130,10 @@ class Record(NamedTuple):
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnknownRecord(
-                f"The store holds {data[:40]!r} where a record of this version of dramatiq_policies should be ({error}). "
-                "Nothing runs under this key until it has expired or was forgotten; if workers of a newer version "
-                "share the store, update this one."
+                f"The store holds {data[:40]!r} where a record of this version of dramatiq_policies should "
+                f"be ({error}). Jobs with this key wait until the record has expired or you delete it "
+                "(dramatiq-policies keys forget). If workers of a newer version share the store, update "
+                "this worker."
             ) from None
 
     def having_ended(self) -> tuple[tuple[str, int], ...]:

@@ -53,9 +53,10 @@ class Neighbour(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"Two services use the idempotency keys of actor {self.actor!r}: another one runs it from {self.other}. A job of "
-            "the one is skipped as a duplicate of the other's. Give each service a namespace of its own: "
-            "RedisStore(namespace=…). If you have moved the actor to another queue, ignore this for a week"
+            f"Two services use the idempotency keys of actor {self.actor!r}: another service runs the "
+            f"actor from {self.other}. Each service skips jobs as duplicates of the other service. Give "
+            "each service a namespace of its own: RedisStore(namespace=…). If you have moved the actor to "
+            "another queue, ignore this warning for a week"
         )
 
 
@@ -91,7 +92,7 @@ def server_of(broker: Any, store: Any) -> str | None:
                 return _within(broker)
             return f"{_within(broker)} of {_id_of(broker)}"
     except Exception as error:
-        logger.debug("The broker's server can't be asked for its name: %s", error)
+        logger.debug("The name of the broker's server can't be read: %s", error)
     return None
 
 

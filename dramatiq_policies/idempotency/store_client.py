@@ -46,8 +46,9 @@ class StoreClient:
                 first, self._down = not self._down, True
             if first and type(error).__name__ == "NoPermissionError":
                 alerts.critical(
-                    "The idempotency store refuses this user for good: %s. Jobs with a key wait until the user may use the "
-                    "store's keys and commands: docs/brokers.md has an ACL line.",
+                    "The idempotency store permanently refuses this user: %s. Jobs with a key wait until "
+                    "the user may access the keys and commands of the store: docs/brokers.md has an ACL "
+                    "line.",
                     text_of(error),
                 )
             elif first:

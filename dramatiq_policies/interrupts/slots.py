@@ -159,8 +159,8 @@ def supported() -> bool:
 @cache
 def _say_unsupported() -> None:
     logger.warning(
-        "Timeouts and shutdowns can't interrupt jobs on this platform (%s): only async actors are cancelled, other jobs "
-        "that run past their timeout are reported.",
+        "Timeouts and shutdowns can't interrupt jobs on this platform (%s): they cancel async actors "
+        "only. Other jobs past their timeout are reported as stuck.",
         sys.implementation.name,
     )
 

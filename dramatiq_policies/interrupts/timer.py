@@ -46,7 +46,7 @@ class Timer:
                 try:
                     thread.start()
                 except RuntimeError:  # No more threads, or the process is ending.
-                    logger.exception("No timeout is in force: the timer could not be started.")
+                    logger.exception("The timer of the timeouts could not start: no timeout is enforced.")
                 else:
                     self.thread = thread
             return self.thread is not None
@@ -67,7 +67,7 @@ class Timer:
             try:
                 earliest = self.fire_due()
             except Exception:
-                logger.exception("The timer of the timeouts failed; it goes on in a second.")
+                logger.exception("The timer of the timeouts raised an error; it continues in a second.")
                 earliest = monotonic() + 1
             self.wakes_at = earliest
             if earliest == inf:

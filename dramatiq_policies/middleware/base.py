@@ -130,7 +130,7 @@ class PolicyMiddleware(Middleware):
             stock, what = self.replaces
             for name in conflicting_stock(broker, stock, type(self)):
                 logger.warning(
-                    "%s is a %s, and %s too: both %s. Take it off the broker.",
+                    "%s (a %s) conflicts with %s: both %s. Remove it from the broker.",
                     name,
                     stock.__name__,
                     type(self).__name__,

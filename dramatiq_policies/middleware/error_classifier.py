@@ -216,8 +216,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 run = FailedRun(broker, delivery, policy, message, unwrap_interrupt(exception))
                 delivery.decision = decide(self._defaults, run)
             except BaseException as error:  # SystemExit would end the worker's thread.
-                logger.critical("No decision could be made on message %s.", message.message_id, exc_info=True)
-                stand_in = HandoffFailed(f"no decision could be made: {type(error).__name__}: {text_of(error)}")
+                logger.critical("Deciding on message %s raised an error.", message.message_id, exc_info=True)
+                stand_in = HandoffFailed(f"the decision raised an error: {type(error).__name__}: {text_of(error)}")
                 delivery.decision = Decision(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
             if delivery.decision.dead_letter:
                 message.fail()

@@ -160,7 +160,7 @@ class Heartbeat(PolicyMiddleware):
                 except Exception as error:
                     if not self._failing:
                         self._failing = True
-                        logger.error("The heartbeat's file %s can't be touched: %s", self.path, error)  # noqa: TRY400
+                        logger.error("The heartbeat file %s can't be touched: %s", self.path, error)  # noqa: TRY400
                 if stop.wait(self.interval / 1_000):
                     return
         finally:

@@ -245,7 +245,7 @@ class QueueMonitor(PolicyMiddleware):
         else:
             if self._failed:
                 self._failed = 0
-                logger.info("The queues are read again.")
+                logger.info("The queues can be read again.")
 
     def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
         readings = self._get_reader().read_all()
@@ -295,7 +295,7 @@ class QueueMonitor(PolicyMiddleware):
 
     def _state(self) -> BrokerState:
         if self.attached_to is None:
-            raise ConfigurationError("This QueueMonitor is on no broker yet. Did you forget to install the bundle?")
+            raise ConfigurationError("This QueueMonitor is on no broker. Did you forget to call install(broker, …)?")
         return self.attached_to
 
 

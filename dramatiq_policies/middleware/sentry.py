@@ -189,7 +189,7 @@ class SentryReporter(PolicyMiddleware):
             {"filename": file, "abs_path": file, "lineno": int(line), "function": function, "in_app": True}
             for file, line, function in _FRAME.findall(job.stack)
         ]
-        text = f"stuck for {job.elapsed_ms:.0f} ms, and can't be interrupted"
+        text = f"stuck for {job.elapsed_ms:.0f} ms; can't be interrupted"
         self._sdk.capture_event(
             {
                 "level": "fatal",

@@ -206,8 +206,8 @@ class Timeout(PolicyMiddleware, TimeLimit):
         for subscriber in list(self.stuck_subscribers):
             self._call(subscriber, record)
         alerts.critical(
-            "The job %s (message %s) is stuck: it has run for %.0f ms, its timeout is %s ms, and it can't be interrupted "
-            "where it is.%s\n%s",
+            "Job %s (message %s) is stuck: it has run for %.0f ms, the timeout is %s ms, and the "
+            "interrupt has no effect.%s\n%s",
             record.actor,
             record.message_id,
             record.elapsed_ms,
@@ -230,7 +230,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         try:
             subscriber(record)
         except BaseException:  # SystemExit too: the other subscribers and the log record must still follow.
-            alerts.exception("%r failed when it was told of a stuck job.", subscriber)
+            alerts.exception("%r raised an error when called with a stuck job.", subscriber)
 
 
 def _argument(option: str, value: Any, most: int | None, default: float) -> float:
@@ -262,5 +262,5 @@ def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
     waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
     if waited is None:
         return
-    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in its queue; its queue_timeout is {queue_timeout_ms:.0f} ms")
+    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in the queue; the queue_timeout is {queue_timeout_ms:.0f} ms")
     delivery.skip(Decision(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

@@ -124,5 +124,6 @@ class _Udp:
     def _lost(self, error: Exception) -> None:
         self.say(
             "unreachable",
-            f"No StatsD server can be reached at {self.host}:{self.port} ({error}); metrics are left out until there is.",
+            f"No StatsD server is reachable at {self.host}:{self.port} ({error}). Metrics are dropped "
+            "until a server is reachable.",
         )

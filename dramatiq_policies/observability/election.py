@@ -121,7 +121,7 @@ class CommandElection(Election):
     def _say(self, error: OSError) -> None:
         if not self._said:
             self._said = True
-            logger.warning("No process can be elected (%s): each of this command's watches the queues.", error)
+            logger.warning("No process can be elected (%s): each process of this command monitors the queues.", error)
 
     def _sweep(self) -> None:
         """Remove the files of killed commands."""
@@ -273,7 +273,8 @@ def elect(state: BrokerState, interval: int) -> Election:
         return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", fallback, fresh_ms=fresh)
     except Exception:
         logger.exception(
-            "A %s can't be used for a lease: one process of each command watches the queues.", type(client).__name__
+            "A %s can't hold a lease: one process per command monitors the queues, not one per fleet.",
+            type(client).__name__,
         )
         return fallback
 

@@ -29,8 +29,8 @@ def require_file_locks(where: str) -> None:
     """
     if fcntl is None:
         raise ConfigurationError(
-            f"{where} needs locks on files (Python's fcntl module), and this platform has none. Run your workers on Linux, "
-            f"macOS or in WSL, or leave {where} out."
+            f"{where} needs locks on files (Python's fcntl module), which this platform lacks. Run your "
+            f"workers on Linux, macOS or in WSL, or leave {where} out."
         )
 
 
@@ -53,7 +53,7 @@ def make_private(path: Path) -> None:
         pass
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise OSError(f"{path} is a link, no folder, or belongs to another user (its owner: {found.st_uid})")
+        raise OSError(f"{path} is a link, not a folder, or owned by another user (uid {found.st_uid})")
     if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
 
@@ -68,7 +68,7 @@ def open_own(path: Path, flags: int, mode: int = 0o600) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
         os.close(descriptor)
-        kind = f"a file of user {found.st_uid}" if stat.S_ISREG(found.st_mode) else "no regular file"
+        kind = f"a file of user {found.st_uid}" if stat.S_ISREG(found.st_mode) else "not a regular file"
         raise OSError(f"{path} is {kind}")
     return descriptor
 

@@ -102,10 +102,10 @@ class QueueAlert:
         what = {
             "ready": counted(self.value, "message waits", "messages wait"),
             "oldest": f"the oldest message has waited for {value}",
-            "stalled": f"messages wait and none was taken for {value}",
+            "stalled": f"messages wait, and workers have received none for {value}",
             "dead": counted(self.value, "dead letter"),
         }[self.measure]
-        return f"Queue {self.queue}: {what} (threshold {limit}){'; it is over' if self.cleared else ''}"
+        return f"Queue {self.queue}: {what} (threshold {limit}){('; the breach has ended' if self.cleared else '')}"
 
 
 class ThresholdTracker:
@@ -199,7 +199,7 @@ def _notifier(one: Any) -> Notifier:
         try:
             one(alert)
         except BaseException:  # Even SystemExit must not end the monitor.
-            logger.exception("%r failed when it was told: %s", one, alert)
+            logger.exception("%r raised an error when called with the alert: %s", one, alert)
 
     return guarded
 

@@ -100,7 +100,7 @@ class Statsd:
                 self._client.deliver(values)
                 if monotonic() - started > _SLOW:
                     self._apart = True
-                    self._say("slow", "The metrics client is slow; from now on it is called on a thread of its own.")
+                    self._say("slow", "The metrics client is slow; from now on a separate thread calls it.")
         except Exception as error:
             self._failed(error)
 
@@ -133,7 +133,7 @@ class Statsd:
         if self._waiting.qsize() < _WAITING:
             self._waiting.put(item)
         else:
-            self._say("full", "Metrics come faster than they can be sent; what is too much is left out.")
+            self._say("full", "Metrics arrive faster than they can be sent; the excess is dropped.")
 
     def _work(self, waiting: queue.SimpleQueue[Any], hurry: threading.Event) -> None:
         while True:
@@ -153,12 +153,12 @@ class Statsd:
                 event.set()
 
     def _failed(self, error: Exception) -> None:
-        self._say("failed", f"Metrics can't be sent ({type(error).__name__}: {error}); they are left out.")
+        self._say("failed", f"Metrics can't be sent ({type(error).__name__}: {error}) and are dropped.")
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:
             self._said.add(what)
-            logger.warning("%s This is said once.", text)
+            logger.warning("%s This warning is logged once.", text)
 
 
 def _may_block(client: Any) -> bool:

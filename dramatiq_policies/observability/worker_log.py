@@ -83,7 +83,10 @@ def report_unheard(state: BrokerState) -> None:
     unheard = [_why_unheard(name) for name, level in sorted(needed.items()) if not is_heard(name, level)]
     if not unheard:
         return
-    text = "Nobody hears of dead messages, alerts, stuck jobs or queues as they should: %s. Dramatiq's own lines on failed jobs stay."
+    text = (
+        "Records on dead messages, alerts, stuck jobs or queues reach no handler: %s. Dramatiq's own "
+        "log lines on failed jobs are kept."
+    )
     for name in (ALERTS, _dramatiq.WORKER_LOGGER, ""):
         if is_heard(name, logging.WARNING):
             SafeLogger(name).warning(text, "; ".join(unheard))
@@ -95,9 +98,10 @@ def _why_unheard(name: str) -> str:
     logger = logging.getLogger(name)
     if logger.disabled:
         return (
-            f"the logger {name} is disabled, as logging.config does with each logger that exists already: "
-            'set "disable_existing_loggers" to False, or name the logger in the configuration'
+            f"the logger {name} is disabled: logging.config disables each existing logger. Set "
+            '"disable_existing_loggers" to False, or name the logger in the configuration'
         )
     return (
-        f"no handler writes what the logger {name} is given: lower its level, or give it or the root logger a handler"
+        f"no handler writes the records of the logger {name}: lower its level, or add a handler to it or "
+        "to the root logger"
     )

@@ -111,11 +111,11 @@ def require_actors(app: str, broker: Broker) -> None:
     """
     if not broker.actors:
         raise OperationError(
-            f"{app} declares no actors. Name the module that imports your actors, as you name it for the dramatiq command; "
-            "for a Django project pass --django."
+            f"{app} declares no actors. Name the module that imports your actors, as for the dramatiq "
+            "command. For a Django project pass --django."
             if app != "django"
-            else "Django's installed apps declare no actors. Put them into tasks.py of an app in INSTALLED_APPS, or name the "
-            "module that imports them."
+            else "Django's installed apps declare no actors. Declare them in tasks.py of an app in "
+            "INSTALLED_APPS, or name the module that imports them."
         )
 
 

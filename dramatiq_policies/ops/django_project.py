@@ -52,7 +52,7 @@ def _from_manage_py(path: Iterable[str]) -> str:
         file = Path(folder, "manage.py")
         if file.is_file() and (found := _IN_MANAGE_PY.search(file.read_text(errors="replace"))):
             return found[1]
-    raise OperationError(f"No Django settings are named: set {_SETTINGS}, or pass --settings package.settings.")
+    raise OperationError(f"No Django settings: set {_SETTINGS}, or pass --settings package.settings.")
 
 
 def _modules_of_actors() -> list[str]:

@@ -315,7 +315,7 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
     try:
         return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
     except BaseException:  # User code may raise SystemExit; see `_job_errors`.
-        logger.exception("The wait %r failed at attempt %d; exponential() is taken instead.", wait, attempt)
+        logger.exception("The wait %r raised an error at attempt %d; exponential() replaces it.", wait, attempt)
         return _FALLBACK(attempt, exception)
 
 

@@ -110,7 +110,7 @@ class RuleSet:
             try:
                 distance = place.get(rule.resolve())
             except ConfigurationError as error:
-                logger.critical("A rule is left out: %s", error)
+                logger.critical("A rule is ignored: %s", error)
                 continue
             if distance is not None:
                 ranked.append((distance, rule.owner == "broker", rule.predicate is None, rule))

@@ -99,10 +99,10 @@ def _advice(got: Any) -> str:
     if isinstance(got, str):
         return "Import the class; only a broker's rules may be dotted paths"
     if isinstance(got, Mapping):
-        return "A mapping stands alone: retry_on={SomeError: RetryPolicy()}"
+        return "A mapping can't be combined with others: retry_on={SomeError: RetryPolicy()}"
     if callable(got) and not isinstance(got, type):
         return "To narrow a class by a function write when(SomeError, function)"
-    return "Did you mean a class that derives from Exception?"
+    return "Did you mean a subclass of Exception?"
 
 
 def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | None, owner: Owner) -> str:

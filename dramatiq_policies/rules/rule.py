@@ -162,7 +162,7 @@ class Rule:
                 raise TypeError("the predicate returned a coroutine, which is always truthy")
             return bool(held)
         except BaseException:  # User code may raise SystemExit; see `_job_errors`.
-            logger.exception("The predicate of %s (%s) failed and does not match.", self.id, self.where)
+            logger.exception("The predicate of %s (%s) raised an error; the rule does not match.", self.id, self.where)
             return False
 
 
@@ -180,7 +180,7 @@ def reject_duplicates(rules: Iterable[Rule]) -> None:
                     f"{rule.verb.value}_on",
                     "each class once",
                     rule.target,
-                    f"It stands under {other.verb.value}_on already; keep one, or narrow one by when()",
+                    f"{other.verb.value}_on names it already; keep one, or narrow one by when()",
                 )
 
 

@@ -160,8 +160,9 @@ class RedisStore:
         if not memory.get("maxmemory") or policy == "noeviction":
             return []
         text = (
-            f"The Redis server of the idempotency store may evict keys (maxmemory-policy {policy}): "
-            "an evicted key is a second run. Set maxmemory-policy noeviction, or use another server."
+            f"The Redis server of the idempotency store may evict keys (maxmemory-policy {policy}): after "
+            "an eviction a job runs a second time. Set maxmemory-policy noeviction, or use another "
+            "server."
         )
         return [text]
 

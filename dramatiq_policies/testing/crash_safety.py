@@ -84,7 +84,7 @@ def assert_crash_safe(
     if unsafe:
         found = "\n".join(unsafe)
         raise AssertionError(
-            f"{actor.actor_name} is not crash-safe. Undisturbed, effects() is {expected!r}. But\n{found}"
+            f"{actor.actor_name} is not crash-safe. Without a crash, effects() is {expected!r}. But\n{found}"
         )
 
 
@@ -114,18 +114,19 @@ class _Scene:
         # Once without tracing, for a coverage tool.
         expected, run = self.play(traced=False)
         if run.outcomes(self.actor)[-1:] != ["succeeded"]:
-            raise AssertionError(f"{name} does not succeed even undisturbed.\n{run!r}")
+            raise AssertionError(f"{name} does not succeed even without a crash.\n{run!r}")
         if expected == before:
             warnings.warn(
-                f"{name}: effects() is {before!r} before the job and after it: it sees nothing of it, so no crash will "
-                "change it.",
+                f"{name}: effects() is {before!r} both before and after the job: effects() does not see "
+                "the job, so no crash can change it.",
                 stacklevel=3,
             )
         again, _ = self.play()
         if again != expected:
             raise AssertionError(
-                f"{name}: effects() is {expected!r} after one undisturbed run and {again!r} after another. Let reset() "
-                "undo all of it, and leave out of effects() what depends on the time or on message ids."
+                f"{name}: effects() is {expected!r} after one run without a crash and {again!r} after "
+                "another. Let reset() undo every effect, and leave times and message ids out of "
+                "effects()."
             )
         return expected
 

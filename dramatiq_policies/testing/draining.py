@@ -93,8 +93,8 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
             if runs > allowed:
                 last = "".join(f"\n  {entry}" for entry in work.run.entries[-10:])
                 raise TooManyRuns(
-                    f"{counted(runs, 'run')}, and still not at an end: does a job send itself? The last ones:{last}\n"
-                    "If all of them are meant, give drain() a higher max_runs."
+                    f"{counted(runs, 'run')}, and still not at an end: does a job send itself? The last "
+                    f"ones:{last}\nIf you expect this many runs, give drain() a higher max_runs."
                 )
     return work.run
 
@@ -129,7 +129,7 @@ class Drain:
     def __enter__(self) -> Self:
         environment, state = self.environment, self.environment.state
         if environment.draining:
-            raise RuntimeError("This broker is being drained already: drain() can't be called from one of its jobs.")
+            raise RuntimeError("A drain() of this broker is running: a job can't call drain().")
         with ExitStack() as stack:
             environment.draining = True
             stack.callback(setattr, environment, "draining", False)

@@ -75,7 +75,7 @@ def fail(
             raise ConfigurationError.of_option(
                 where,
                 "exception",
-                "a class that can be made without arguments",
+                "a class that takes no arguments",
                 exception,
                 f"Pass an instance ({error})",
             ) from None
@@ -110,14 +110,14 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
         raise ConfigurationError(f"{where}: the actor's broker has no Timeout. Call install(broker) first.")
     policy = order_middleware(actor.broker).policies.get(actor.actor_name)
     if policy is None or policy.timeout_ms is None:
-        raise ConfigurationError(f"{where}: the actor has no timeout, so it would hang for ever. Give it one.")
+        raise ConfigurationError(f"{where}: the actor has no timeout and would hang forever. Declare a timeout.")
 
     def before(in_loop: bool) -> Any:
         if not counted.take():
             return None
         delivery = running_delivery()
         if delivery is None:
-            raise RuntimeError(f"{where}: it was called directly, and nothing would ever end it.")
+            raise RuntimeError(f"{where}: the actor was called directly, and would hang forever.")
         if clock_in_force() is not None:
             _let_time_out(delivery)
         if in_loop:
@@ -132,7 +132,7 @@ def _let_time_out(delivery: Delivery) -> None:
     clock, limit = clock_in_force(), delivery.timeout_ms
     assert clock is not None
     if limit is None or delivery.started is None:
-        raise RuntimeError("hang(): this message has no timeout, and would hang for ever.")
+        raise RuntimeError("hang(): this message has no timeout and would hang forever.")
     clock.advance(ceil(limit))
     # The job measures real time: move its start back.
     delivery.started -= ceil(limit) / 1_000
@@ -174,7 +174,7 @@ def die_in_job(where: str) -> None:
     """
     work = drain_in_progress()
     if work is None:
-        raise RuntimeError(f"{where}: only drain() and perform() have a worker that can die and be replaced.")
+        raise RuntimeError(f"{where}: only drain() and perform() have a worker that can die.")
     work.died = True
     raise WorkerDied
 

@@ -127,7 +127,7 @@ class Run:
         if len(got) != len(expected) or not all(
             wanted <= ms <= wanted * (1 + jitter) for ms, wanted in zip(got, expected, strict=True)
         ):
-            more = f", each longer by at most {jitter:.0%}" if jitter else ""
+            more = f" (each may be longer by {jitter:.0%})" if jitter else ""
             self._fail(f"{_name(actor)}: expected the waits {list(expected)} ms{more}, got {got} ms.")
 
     def assert_dead(self, actor: Actor[..., Any] | str | None, *reasons: str | None) -> None:
@@ -144,7 +144,7 @@ class Run:
             if name is None or letter.actor_name == name
         ]
         if got != list(reasons):
-            self._fail(f"{_name(actor)}: expected dead letters for the reasons {list(reasons)}, got {got}.")
+            self._fail(f"{_name(actor)}: expected dead letters with the reasons {list(reasons)}, got {got}.")
 
     def assert_nothing_dead(self) -> None:
         """Fail if a message went to the dead letters.

@@ -71,13 +71,13 @@ def environment_of(broker: Broker) -> StubEnvironment:
     if environment is None:
         if not isinstance(broker, StubBroker):
             raise ConfigurationError(
-                f"The test kit runs what is queued on a StubBroker, and got a {type(broker).__name__}. "
-                "Use `with stub() as broker:`, which lends its actors to a StubBroker."
+                f"The test kit runs the messages of a StubBroker, got a {type(broker).__name__}. Use `with "
+                "stub() as broker:`: it lends the actors to a StubBroker."
             )
         if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
             raise ConfigurationError(
-                "The broker has none of the bundle's middleware, so that nothing says what became of a message. "
-                "Call install(broker) before its actors are declared."
+                "The broker has no middleware of dramatiq_policies, so its messages have no outcomes. "
+                "Call install(broker) before you declare actors."
             )
         environment = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, order_middleware(broker))
     return environment

@@ -156,12 +156,12 @@ def settling(monkeypatch):
 
 def test_a_completion_whose_ack_meets_a_lost_connection_is_acked_again_until_it_is_through(settling, caplog):
     assert settling(ConnectionClosed("gone"), ConnectionClosed("gone")) == 3
-    assert caplog.text.count("Message m1 can't be acked yet: gone") == 2
+    assert caplog.text.count("Message m1 can't be acknowledged yet: gone") == 2
 
 
 def test_a_completion_whose_ack_fails_otherwise_is_said_and_left_to_come_back(settling, caplog):
     assert settling(ValueError("a fault")) == 1
-    assert "Message m1 could not be acked; it comes back." in caplog.text
+    assert "Message m1 could not be acknowledged and will be redelivered." in caplog.text
 
 
 # Clients of a Sentinel, which know a name in place of a server.

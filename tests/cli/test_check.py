@@ -271,7 +271,7 @@ def test_a_meta_that_has_lost_its_base_s_options_is_found(command):
     report = command.json("check", command.app(source), code=1)
     assert {finding["actor"] for finding in report["findings"] if finding["severity"] == "error"} == {"Lost"}
     (lost,) = [finding for finding in report["findings"] if finding["code"] == "DP016"]
-    assert lost["message"] == "Its Meta has lost discard_on, policy_exempt, queue_name, retry_on, timeout"
+    assert lost["message"] == "Meta lacks the inherited discard_on, policy_exempt, queue_name, retry_on, timeout"
 
 
 def test_a_class_s_purpose_is_its_own_docstring_or_perform_s(command):
@@ -292,7 +292,7 @@ def test_required_tags_are_asked_for(command):
     assert command("check", app, "--require-tag", "team").exit_code == 0
     report = command.json("check", app, "--require-tag", "team", "--require-tag", "criticality", code=1)
     assert [finding["message"] for finding in report["findings"] if finding["code"] == "DP008"] == [
-        "It has no tag 'criticality'"
+        "The actor has no tag 'criticality'"
     ]
 
 
@@ -323,7 +323,7 @@ def test_an_exemption_without_a_reason_is_no_exemption(command):
     app = command.app(PREPARED, broker=BOUNDED)
     assert command.refuses("check", app, "--ignore", "DP019") == "Error: --ignore needs a --reason."
     two = ("--ignore", "DP019", "--ignore", "DP006", "--ignore", "DP005", "--reason", "x", "--reason", "y")
-    assert "give each its own, or one for all" in command.refuses("check", app, *two)
+    assert "pass one reason for each, or one for all" in command.refuses("check", app, *two)
     assert "no finding 'DP999'" in command.refuses("check", app, "--ignore", "DP999", "--reason", "x")
     result = command("check", app, "--strict", "--ignore", "DP019", "--reason", "watched elsewhere")
     assert result.exit_code == 0
@@ -360,7 +360,7 @@ def test_what_is_mended_is_said_to_stand_in_the_baseline_still(command):
     command("check", command.app("@dramatiq.actor\ndef send_mail(): pass\n"), "--write-baseline")
     result = command("check", command.app(PREPARED))
     assert result.exit_code == 0
-    assert re.search(r"\d entries of the baseline are mended", result.stdout)
+    assert re.search(r"\d entries of the baseline are fixed", result.stdout)
 
 
 def test_github_shows_findings_at_their_lines(command):
@@ -401,9 +401,9 @@ dramatiq.set_broker(broker)
 
 def test_live_says_what_can_t_be_asked(command):
     report = command.json("check", command.app(PREPARED), "--live")
-    assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server that could be asked"]}
+    assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server to check"]}
     shown = command("check", command.app(PREPARED), "--live").stdout
-    assert "Seen: no server.\nNot known: a StubBroker has no server that could be asked.\n" in shown
+    assert "Read: no server.\nUnknown: a StubBroker has no server to check.\n" in shown
 
 
 def test_live_needs_the_server(command):
@@ -455,7 +455,9 @@ def test_an_application_without_actors_is_never_ready_and_is_told_what_to_name(c
 def test_a_module_of_jobs_alone_is_checked_with_a_broker_that_stands_in(command):
     app = command.app(PREPARED, broker="")
     assert codes(command.json("check", app)) == []
-    assert command("check", app).stderr == "No broker is set: the actors were declared on one that stands in.\n"
+    assert (
+        command("check", app).stderr == "The application sets no broker: the actors were declared on a placeholder.\n"
+    )
 
 
 def test_modules_are_looked_for_in_the_path(command):
@@ -544,7 +546,7 @@ def found(report, code):
 
 def test_retries_that_go_on_for_more_than_a_day_are_reported(command):
     (finding,) = found(command.json("check", command.app(job())), "DP026")
-    assert finding["message"].startswith("An error that no rule names is tried 21 times, over up to 46 d")
+    assert finding["message"].startswith("After an error without a rule the job runs up to 21 times, over up to 46 d")
     assert found(command.json("check", command.app(job(), broker=BOUNDED)), "DP026") == []
     slow = job(retry_on="{OSError: RetryPolicy(attempts=9, wait=constant(12_000_000))}")
     (finding,) = found(command.json("check", command.app(slow, broker=BOUNDED)), "DP026")

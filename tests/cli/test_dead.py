@@ -172,7 +172,7 @@ def test_the_beginning_of_an_id_is_enough_where_no_other_has_it(command):
     assert ids(command, app, "--id", "abd") == ["abd"]
     assert command.json("dead", "replay", app, "--id", "abc-1", "--dry-run")["count"] == 1
     for given in (("show", app, "ab"), ("purge", app, "--id", "ab", "--yes"), ("list", app, "--id", "ab")):
-        assert "3 dead letters begin with 'ab' (abc-1, abc-2, abd); write more of it." in command.refuses(
+        assert "3 dead letters begin with 'ab' (abc-1, abc-2, abd); write more characters." in command.refuses(
             "dead", *given
         )
     assert len(ids(command, app)) == 7
@@ -185,7 +185,7 @@ def test_letters_of_a_queue_that_no_actor_declares_any_more_are_found(command):
     )
     assert [group["actor"] for group in command.json("dead", "summary", app) if group["actor"] == "gone"] == ["gone"]
     assert ids(command, app, "-q", "old") == ["g1"]
-    assert "say with --to-queue where its letters go" in command.refuses("dead", "replay", app, "-q", "old", "--yes")
+    assert "name a target queue with --to-queue" in command.refuses("dead", "replay", app, "-q", "old", "--yes")
     assert command.json("dead", "replay", app, "--yes")["count"] == 4
     assert command.json("dead", "replay", app, "-q", "old", "--to-queue", "mail", "--dry-run")["count"] == 1
     assert command.json("dead", "purge", app, "-q", "old", "--yes")["count"] == 1
@@ -277,7 +277,7 @@ def test_it_asks_first(command, app, broker):
     assert "Replay 4 dead letters (3 of send_mail in mail, 1 of import_batch in import)?" in no.stderr
     silent = command("dead", "purge", app)
     assert silent.exit_code == 2
-    assert silent.stderr.endswith("Error: Nothing was done: nobody said yes, and there is no --yes.\n")
+    assert silent.stderr.endswith("Error: Nothing was done: no confirmation. Answer yes, or pass --yes.\n")
     assert len(dead(broker)) == 4
     assert command("dead", "replay", app, answers="y\n").stdout == "4 dead letters replayed.\n"
     assert dead(broker) == []
@@ -316,7 +316,7 @@ def test_an_interrupted_replay_says_how_far_it_came(command, app, broker, monkey
     monkeypatch.setattr(broker, "enqueue", enqueue)
     result = command("dead", "replay", app, "--yes")
     assert result.exit_code == 130
-    assert result.stderr == "Interrupted: 2 dead letters replayed; the rest is where it was.\n"
+    assert result.stderr == "Interrupted: 2 dead letters replayed; the rest is unchanged.\n"
     assert len(dead(broker)) == 2
 
 
@@ -325,7 +325,7 @@ def test_what_can_t_be_read_is_shown_as_such_and_stays(command, app, broker):
     raw.encode = lambda: b"{no json"
     assert command.json("dead", "list", app, "--reason", "malformed")[0]["text"] == "{no json"
     result = command("dead", "replay", app, "--reason", "malformed", "--yes")
-    assert result.stderr == "1 message can't be read and stays where it is.\n"
+    assert result.stderr == "1 message can't be read and remains in the queue.\n"
     assert len(dead(broker)) == 4
 
 
@@ -348,7 +348,7 @@ def test_a_dry_run_says_how_many_can_t_be_read(command, app, broker):
     garble(broker, 0, 1)
     told = command("dead", "replay", app, "--dry-run")
     assert told.stdout == "2 dead letters would be replayed.\n"
-    assert told.stderr == "2 messages can't be read and stay where they are.\n"
+    assert told.stderr == "2 messages can't be read and remain in the queue.\n"
     assert len(dead(broker)) == 4
 
 
@@ -356,7 +356,7 @@ def test_what_can_t_be_read_is_not_asked_about_but_can_be_purged(command, app, b
     garble(broker, 0, 1, 2)
     result = command("dead", "replay", app, "--queue", "mail")
     assert (result.exit_code, result.stdout) == (0, "0 dead letters replayed.\n")
-    assert result.stderr == "3 messages can't be read and stay where they are.\n"
+    assert result.stderr == "3 messages can't be read and remain in the queue.\n"
     assert "Replay 1 dead letter (1 of import_batch in import)?" in command("dead", "replay", app, answers="n\n").stderr
     assert command.json("dead", "purge", app, "--queue", "mail", "--dry-run")["count"] == 3
     assert command("dead", "purge", app, "--queue", "mail", "--yes").stdout == "3 dead letters deleted.\n"
@@ -373,8 +373,8 @@ def test_a_stock_dead_letter_says_what_its_traceback_says(command, app, broker):
 
 def test_a_wrong_name_is_one_sentence_that_helps(command, app):
     assert "did you mean 'mail'" in command.refuses("dead", "list", app, "--queue", "mial")
-    assert "write name=value" in command.refuses("dead", "list", app, "--tag", "team")
-    assert "no length of time" in command.refuses("dead", "list", app, "--older-than", "soon")
+    assert "write NAME=VALUE" in command.refuses("dead", "list", app, "--tag", "team")
+    assert "is not a duration" in command.refuses("dead", "list", app, "--older-than", "soon")
     assert "did you mean 'mail'" in command.refuses("dead", "replay", app, "--yes", "--to-queue", "mails")
 
 

@@ -63,7 +63,7 @@ def test_without_settings_it_says_how_to_name_them_and_finds_those_of_manage_py(
     done = run(COMMAND, "check", "--django", settings=None, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        "Error: No Django settings are named: set DJANGO_SETTINGS_MODULE, or pass --settings package.settings.\n"
+        "Error: No Django settings: set DJANGO_SETTINGS_MODULE, or pass --settings package.settings.\n"
     )
     (tmp_path / "manage.py").write_text(f"os.environ.setdefault('DJANGO_SETTINGS_MODULE', '{SETTINGS}')\n")
     done = run(COMMAND, "check", "--django", settings=None, cwd=tmp_path)

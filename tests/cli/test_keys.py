@@ -63,8 +63,8 @@ def test_an_actor_without_a_key_of_its_own_goes_by_the_message_s_id(command, app
 def test_a_key_that_is_forgotten_lets_the_next_message_run(command, app):
     send(app, "send_mail", 7)
     assert send(app, "send_mail", 7)[1].outcomes("send_mail") == ["duplicate"]
-    assert command("keys", "forget", f"{app}:send_mail", 7).stdout == "Forgot order:7, which was completed.\n"
-    assert command("keys", "forget", f"{app}:send_mail", 7, "--yes").stdout == "Nothing is remembered of order:7.\n"
+    assert command("keys", "forget", f"{app}:send_mail", 7).stdout == "Forgot order:7 (it was completed).\n"
+    assert command("keys", "forget", f"{app}:send_mail", 7, "--yes").stdout == "There is no record of order:7.\n"
     assert send(app, "send_mail", 7)[1].outcomes("send_mail") == ["succeeded"]
 
 
@@ -110,6 +110,6 @@ def test_the_key_of_a_job_that_runs_is_forgotten_only_after_a_warning(command, a
     with in_place_of(actor, lambda fn: job):
         send(app, "send_mail", 7)
     asked, state, forced = seen
-    assert "It runs now; a second run may begin beside it." in asked.output
+    assert "The job is running; a second run may start beside it." in asked.output
     assert state == "running"
-    assert "which was running" in forced.stdout
+    assert "(it was running)" in forced.stdout

@@ -206,7 +206,7 @@ def test_its_tests_fail_until_the_job_and_its_effects_are_written_and_pass_then(
     if "key" in once:
         half = pytest_in(shop)
         assert "9 passed, 1 warning" in half.stdout, half.stdout
-        assert "it sees nothing of it" in half.stdout
+        assert "does not see the job" in half.stdout
     write_its_effects(shop)
     after = pytest_in(shop)
     assert "9 passed in" in after.stdout, after.stdout + after.stderr
@@ -239,19 +239,19 @@ def test_all_that_is_missing_is_named_at_once(command, shop):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"mail"', '"default"', "job.queue: a queue of its own"),
+        ('"mail"', '"default"', "job.queue: a queue other than"),
         ("30_000", "0", "job.timeout: "),
-        ("{order_id}", "{order}", "'order' is none of the arguments"),
-        ("{order_id}", "", "without one all messages are one job"),
+        ("{order_id}", "{order}", "'order' is not an argument"),
+        ("{order_id}", "", "without a field all messages share one key"),
         ('"order_id: int"', '"order id"', "job.input: "),
         (
             "shop.mail:InvalidEmail",
             "shop.mail:NoSuchError",
             "errors.permanent: 'shop.mail:NoSuchError' can't be imported",
         ),
-        ("shop.mail:InvalidEmail", "shop.mail:outbox", "is no exception class"),
-        ("shop.mail:InvalidEmail", "shop.mail:MailTimeout", "stands under errors.transient too"),
-        ("{order_id}", "{order_id", "job.idempotency_key: a template over the arguments, got"),
+        ("shop.mail:InvalidEmail", "shop.mail:outbox", "is not an exception class"),
+        ("shop.mail:InvalidEmail", "shop.mail:MailTimeout", "is also in errors.transient"),
+        ("{order_id}", "{order_id", "job.idempotency_key: a template with fields from the arguments, got"),
         ('"order_id: int"', '"*order_id"', "job.input: "),
         (
             'idempotency_key = "order-confirmation:{order_id}"',
@@ -261,7 +261,7 @@ def test_all_that_is_missing_is_named_at_once(command, shop):
         (
             'idempotency_key = "order-confirmation:{order_id}"',
             'done_when = "shop.mail:outbox"',
-            "job.done_when: 'shop.mail:outbox' can't be called",
+            "job.done_when: 'shop.mail:outbox' is not callable",
         ),
         (
             'idempotency_key = "order-confirmation:{order_id}"',
@@ -271,7 +271,7 @@ def test_all_that_is_missing_is_named_at_once(command, shop):
         (
             'idempotency_key = "order-confirmation:{order_id}"',
             'done_when = "shop.mail:is_open"',
-            "job.done_when: 'shop.mail:is_open' does not take what the job takes, (order_id, email)",
+            "job.done_when: 'shop.mail:is_open' does not take the parameters of the job, (order_id, email)",
         ),
         ("[job]", "job = 5", "expected the tables [job] and [errors]"),
     ],
@@ -287,9 +287,9 @@ def test_an_answer_that_makes_no_sense_is_refused(command, shop, old, new, said)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("purpose =", "prupose =", "job.prupose answers no question; did you mean 'purpose'? There are job.purpose, "),
-        ("[errors]", "[errors]\nzzz = 1", "errors.zzz answers no question. There are errors.transient, "),
-        ("[errors]", "[error]", "error answers no question; did you mean 'errors'? There are job, errors."),
+        ("purpose =", "prupose =", "job.prupose is unknown; did you mean 'purpose'? Known names: job.purpose, "),
+        ("[errors]", "[errors]\nzzz = 1", "errors.zzz is unknown. Known names: errors.transient, "),
+        ("[errors]", "[error]", "error is unknown; did you mean 'errors'? Known names: job, errors."),
     ],
 )
 def test_an_answer_to_what_nobody_asks_is_refused(command, shop, old, new, said):
@@ -351,8 +351,8 @@ def test_nothing_is_ever_overwritten(command, shop):
     with pytest.raises(ops.OperationError, match="not overwritten"):
         ops.scaffold(ops.parse_design(read_toml(Path("design.toml"))), Path(FILE), Path("tests"))
     assert not (shop / FILE).exists()
-    assert "is no module" in command.refuses("new", "shop/send-mail.py", "--design", "design.toml")
-    assert "is no module" in command.refuses("new", "/tmp/job.py", "--design", "design.toml")
+    assert "is not a module" in command.refuses("new", "shop/send-mail.py", "--design", "design.toml")
+    assert "is not a module" in command.refuses("new", "/tmp/job.py", "--design", "design.toml")
 
 
 def test_the_tests_find_the_broker_that_the_application_sets(command, shop):

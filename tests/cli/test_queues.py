@@ -138,7 +138,7 @@ def test_what_can_t_be_read_is_not_moved_and_that_is_said(command, app):
     broker.queues["mail"].put(b"{no json")
     told = command("queues", "move", app, "mail", "--to", "urgent", "--yes")
     assert told.stdout == "1 message moved to urgent.\n"
-    assert told.stderr == "1 message can't be read and stays where it is.\n"
+    assert told.stderr == "1 message can't be read and remains in the queue.\n"
     assert broker.queues["mail"].qsize() == 1
 
 

@@ -140,7 +140,7 @@ def test_a_gate_whose_output_nobody_reads_stays_shut(command):
 def test_a_length_of_time_is_finite_and_not_negative(command):
     app = command.app(APP)
     for wrong in ("-5m", "1e999", "nan", "inf", "5 parsecs", ""):
-        assert "no length of time" in command.refuses("dead", "list", app, f"--older-than={wrong}")
+        assert "is not a duration" in command.refuses("dead", "list", app, f"--older-than={wrong}")
     for wrong in ("nan", "inf", "0"):
         command.refuses("dead", "replay", app, "--yes", "--rate", wrong)
 
@@ -158,7 +158,7 @@ def test_wrong_names_are_answered_with_those_that_come_near(command):
 
 def test_nobody_there_to_say_yes_is_a_sentence_of_its_own(command):
     asked = command("dead", "purge", command.app(APP), answers="")
-    assert asked.stderr.splitlines()[-1] == "Error: Nothing was done: nobody said yes, and there is no --yes."
+    assert asked.stderr.splitlines()[-1] == "Error: Nothing was done: no confirmation. Answer yes, or pass --yes."
 
 
 def test_numbers_are_whole_however_narrow_the_terminal_is():

@@ -162,7 +162,7 @@ def test_a_quarantined_message_stores_its_failure_and_nothing_before(behind):
     app.began(message, 3)
     assert app.comes_back(message) == ("dead", "crashed")
     assert len(backend.stored) == 1
-    assert "dead: began 3 times" in outcome_of(message, backend)
+    assert "dead: the job started 3 times" in outcome_of(message, backend)
 
 
 def test_a_message_whose_turn_has_not_come_stores_nothing():

@@ -364,7 +364,7 @@ def test_a_completion_is_tried_for_some_seconds(claims, store, slept, caplog):
     store.down = True
     claims.conclude(claim, SUCCEEDED)
     assert sum(slept) == pytest.approx(5)
-    assert "The completion of message m is not remembered yet" in caplog.text
+    assert "The completion of message m is not recorded yet" in caplog.text
 
 
 def test_the_end_of_a_claim_without_a_key_is_tried_once(claims, store, slept):
@@ -438,7 +438,7 @@ def test_one_ending_that_can_never_be_written_keeps_no_other_from_being_written_
         claims.leases.renew()
     assert store.get("k3").value == running.value
     assert [record.levelname for record in caplog.records].count("CRITICAL") == 1
-    assert "The ending of message m1 can't be written" in caplog.text
+    assert "The idempotency store refuses the record for message m1" in caplog.text
     assert is_dead(odd.record)
 
 
@@ -546,7 +546,7 @@ def test_a_lost_claim_is_said_and_never_won_back(claims, store, caplog):
     store.put("k", theirs, LEASE)
     claims.leases.renew()
     assert store.get("k").value == theirs
-    assert "is lost while it runs" in caplog.text
+    assert "was lost during the run" in caplog.text
 
 
 def wait_until(condition):

@@ -92,7 +92,7 @@ def test_where_there_are_no_arguments_a_key_may_be_a_constant():
         with pytest.raises(ConfigurationError, match=r"^actor 'job': idempotency_key: expected "):
             key_of(template, lambda: None)
     for takes_some in (lambda *rest: None, lambda **options: None, lambda a=1: None):
-        with pytest.raises(ConfigurationError, match="Every call would have the same key"):
+        with pytest.raises(ConfigurationError, match="Without a field every call has the same key"):
             key_of("nightly", takes_some)
 
 
@@ -136,7 +136,7 @@ def test_a_class_based_actor_is_called_as_its_perform_is():
 @pytest.mark.parametrize(
     ("key", "got"),
     [
-        ("", "an empty one"),
+        ("", "an empty key"),
         (None, "a NoneType"),
         (1.5, "a float"),
         (True, "a bool"),
@@ -379,5 +379,5 @@ def test_arguments_that_can_not_be_sent_are_refused_when_they_are_looked_up():
     stage = Stage()
     job = stage.actor(lambda value: None, actor_name="job", idempotency_key="{value}")
     for ask in (Idempotency.state, Idempotency.forget):
-        with pytest.raises(ConfigurationError, match=r"^actor 'job': its arguments can't be sent.*send\(\)"):
+        with pytest.raises(ConfigurationError, match=r"^actor 'job': the arguments can't be encoded.*send\(\)"):
             ask(job, object())

@@ -166,7 +166,9 @@ def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier
     transport = Transport(ValueError("a bug"))
     carrier._settle(transport, MESSAGE, ended())
     assert transport.settled == 1
-    assert [record.getMessage() for record in caplog.records] == ["Message m could not be acked; it comes back."]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Message m could not be acknowledged and will be redelivered."
+    ]
 
 
 @pytest.mark.parametrize(("answer", "acked"), [(1, True), (0, False), (OSError("lost"), False)])

@@ -82,7 +82,7 @@ def test_a_user_that_may_not_use_the_store_is_told_once(server: RedisServer, cap
     worker.stop(10_000)
     said = [one for one in caplog.records if one.levelname in ("ERROR", "CRITICAL")]
     assert len(said) == 1
-    assert "refuses this user for good" in said[0].getMessage()
+    assert "permanently refuses this user" in said[0].getMessage()
     broker.close()
 
 

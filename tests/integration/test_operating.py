@@ -507,7 +507,7 @@ def test_keys_are_asked_of_the_store_by_a_process(place, run):
     assert err == ""
     assert {name: json.loads(out)[name] for name in ("state", "key")} == {"state": "completed", "key": "n:7"}
     out, _ = run("keys", "forget", "keyed_app:job", "7", "--yes").communicate(timeout=20)
-    assert out == "Forgot n:7, which was completed.\n"
+    assert out == "Forgot n:7 (it was completed).\n"
     out, _ = run("keys", "show", "keyed_app:job", "number=7", "--format", "json").communicate(timeout=20)
     assert json.loads(out)["state"] == "none"
 
@@ -536,7 +536,9 @@ def test_dead_letters_of_a_queue_that_no_actor_declares_are_found_by_its_name(ra
     rabbitmq_place.channel.queue_declare(f"{retired}.XQ", arguments={"x-message-ttl": 60_000, "x-expires": 60_000})
     rabbitmq_place.channel.basic_publish("", f"{retired}.XQ", dead.encode())
     until(lambda: len(list(ops.dead_letters(app.broker, [retired]))) == 1)
-    with pytest.raises(ops.OperationError, match=r"No actor uses the queue .* any more; say with --to-queue"):
+    with pytest.raises(
+        ops.OperationError, match=r"No actor uses the queue .* any more; name a target queue with --to-queue"
+    ):
         ops.replay(app.broker, [retired])
     assert ops.replay(app.broker, [retired], to_queue=rabbitmq_place.queue).count == 1
     with pytest.raises(ops.OperationError, match="holds no messages"):

@@ -217,7 +217,7 @@ def test_a_drain_within_a_drain_is_refused(broker, actor):
 
     job.send()
     drain(broker)
-    assert "drained already" in errors[0]
+    assert "a job can't call drain()" in errors[0]
 
 
 def test_another_broker_is_refused_with_what_to_do():
@@ -545,7 +545,7 @@ class TestRun:
         assert "no answer" in str(error.value)
         with pytest.raises(AssertionError, match=r"expected the waits \[2000\] ms, got \[1000\] ms"):
             run.assert_waits("job", 2_000)
-        with pytest.raises(AssertionError, match=r"expected dead letters for the reasons \['exhausted'\], got \[\]"):
+        with pytest.raises(AssertionError, match=r"expected dead letters with the reasons \['exhausted'\], got \[\]"):
             run.assert_dead("job", "exhausted")
 
     def test_has_the_log_records_of_bad_endings(self, run):

@@ -150,7 +150,7 @@ def test_an_error_that_no_decision_can_be_made_on_is_a_dead_letter_that_says_so(
     assert (stage.outcomes(), stage.reasons()) == (["dead"], ["handoff_failed"])
     assert "ZeroDivisionError: by nothing" in str(stage.events[0].exception)
     assert len(stage.dead) == 1
-    assert "No decision could be made on message" in caplog.text
+    assert "Deciding on message" in caplog.text
 
 
 def test_a_retry_when_that_raises_leaves_a_dead_letter_that_says_so():

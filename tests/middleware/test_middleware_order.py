@@ -176,8 +176,8 @@ def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_said_wh
     with a_worker_of(broker):
         said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "Again is a Retries, and ErrorClassifier too: both retry each message. Take it off the broker.",
-        "Slow is a TimeLimit, and Timeout too: both interrupt each job. Take it off the broker.",
+        "Again (a Retries) conflicts with ErrorClassifier: both retry each message. Remove it from the broker.",
+        "Slow (a TimeLimit) conflicts with Timeout: both interrupt each job. Remove it from the broker.",
     ]
 
 

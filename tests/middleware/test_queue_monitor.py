@@ -390,7 +390,7 @@ def test_a_broker_that_can_t_be_read_is_said_once_and_read_again_when_it_can(cap
     said = [record.getMessage() for record in caplog.records if "read" in record.getMessage()]
     assert len(said) == 2
     assert "refused" in said[0]
-    assert said[1] == "The queues are read again."
+    assert said[1] == "The queues can be read again."
 
 
 def test_added_by_itself_it_finds_its_place():

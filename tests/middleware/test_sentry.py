@@ -811,5 +811,5 @@ def test_a_stuck_job_is_told_only_to_a_client(sentry):
     for tell in state_of(stage.broker).outcomes.stuck_subscribers:
         tell(job)
     (event,) = sentry.events
-    assert event["exception"]["values"][0]["value"] == "stuck for 70 ms, and can't be interrupted"
+    assert event["exception"]["values"][0]["value"] == "stuck for 70 ms; can't be interrupted"
     assert [frame["function"] for frame in event["exception"]["values"][0]["stacktrace"]["frames"]] == ["pay"]

@@ -268,8 +268,8 @@ def test_a_stuck_job_is_one_critical_record_with_its_stack(caplog):
     Timeout().stuck(stuck_delivery(), 'File "jobs.py", line 1, in mail\n')
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("dramatiq_policies.alerts", "CRITICAL")
-    assert "The job mail" in record.getMessage()
-    assert "its timeout is 500 ms" in record.getMessage()
+    assert "Job mail" in record.getMessage()
+    assert "the timeout is 500 ms" in record.getMessage()
     assert 'File "jobs.py", line 1, in mail' in record.getMessage()
     assert record.stack == 'File "jobs.py", line 1, in mail\n'
     assert (record.actor, record.queue) == ("mail", "default")

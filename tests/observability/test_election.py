@@ -126,7 +126,7 @@ def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_it_is_sa
     monkeypatch.setattr("dramatiq_policies.brokers.redis.queue_reader.own_client", fails)
     election = elect(state_of(RedisBroker(url="redis://127.0.0.1:1/0")), 1_000)
     assert type(election) is Election
-    assert "can't be used for a lease: one process of each command watches the queues." in caplog.text
+    assert "can't hold a lease: one process per command monitors the queues" in caplog.text
 
 
 def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_a_fifo_in_the_place_of_the_lock_elects_everybody(tmp_path, caplog):
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     os.mkfifo(mine.path)
     assert mine.is_leader()
-    assert "no regular file" in caplog.text
+    assert "not a regular file" in caplog.text
 
 
 def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp_path):

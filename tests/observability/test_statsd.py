@@ -85,7 +85,7 @@ class TestOverUdp:
             statsd.send(VALUES)
             statsd.flush(10)
         assert len(caplog.records) == 1
-        assert "metrics are left out" in caplog.text
+        assert "are dropped" in caplog.text
 
     def test_an_address_that_a_socket_may_not_have_is_said_once_and_leaves_no_socket_open(
         self, server, monkeypatch, caplog
@@ -317,7 +317,7 @@ class TestOtherClients:
         statsd.flush(10)
         assert len(client.calls) == 33
         assert [record.getMessage() for record in caplog.records] == [
-            "The metrics client is slow; from now on it is called on a thread of its own. This is said once."
+            "The metrics client is slow; from now on a separate thread calls it. This warning is logged once."
         ]
 
     def test_one_that_can_not_reconnect_is_asked_again_all_the_same(self, caplog):

@@ -78,8 +78,8 @@ def describe(actor: Actor[..., Any]) -> ActorSummary:
 
 def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
     facts = {
-        "timeout": _duration_or(policy.timeout_ms, "none: it may run for ever"),
-        "queue_timeout": _duration_or(policy.queue_timeout_ms, "none: it may wait for ever"),
+        "timeout": _duration_or(policy.timeout_ms, "none: a run may last forever"),
+        "queue_timeout": _duration_or(policy.queue_timeout_ms, "none: a message may wait forever"),
         "other errors": unnamed(actor).why,
     }
     for option in ("max_retries", "idempotency_key", "idempotent", "done_when"):
@@ -97,18 +97,18 @@ def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
 def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
     """Describe a second message of the same job, and a crash of the worker during a job."""
     guard = policy.guard
-    again = "the message is delivered again and the job runs again from its start"
+    again = "the message is redelivered and the job runs again from the start"
     crash = (
         again
         if guard is None or guard.max_crashes is None
         else f"{again}; dead (crashed) after {guard.max_crashes} such runs"
     )
     if guard is not None and guard.keyed:
-        kept = f"skipped for {format_duration(guard.ttl)} after the job is completed, put off while it runs"
-        return (kept if guard.key_of is not None else f"{kept}; only of this very message"), crash
+        kept = f"skipped for {format_duration(guard.ttl)} after the job has completed, deferred while it runs"
+        return (kept if guard.key_of is not None else f"{kept}; a duplicate is only the same message id"), crash
     if "done_when" in actor.options:
-        return "runs, unless done_when says that there is nothing left to do", crash
-    return "runs again: nothing in the actor's options stops it", crash
+        return "runs, unless done_when returns true", crash
+    return "runs again: no option of the actor prevents the second run", crash
 
 
 def _duration_or(ms: float | None, none: str) -> str:

@@ -55,19 +55,19 @@ def _leftovers(broker: Broker) -> Found:
     for stock, ours in _REPLACED:
         if any(isinstance(middleware, ours) for middleware in broker.middleware):
             for name in conflicting_stock(broker, stock, ours):
-                yield "DP013", f"{name} is a {stock.__name__} and works against {ours.__name__}"
+                yield "DP013", f"{name} is a {stock.__name__} and conflicts with {ours.__name__}"
     for stock, ours in _WITH_HOLES:
         for name in conflicting_stock(broker, stock, ours):
-            yield "DP025", f"{name} is a {stock.__name__} of your own, and works as the stock one does"
+            yield "DP025", (f"{name} is a subclass of {stock.__name__}, and keeps the weaknesses of Dramatiq's class")
     for stock in _SENDING:
         if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:
-            yield "DP013", f"The broker has two {stock.__name__}: what they send is sent twice"
+            yield "DP013", f"The broker has two {stock.__name__}: each follow-up message is sent twice"
 
 
 def _thresholds(broker: Broker) -> Found:
     monitor = next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
     if monitor is None:
-        yield "DP019", "No QueueMonitor is on the broker: nobody is told when a queue backs up"
+        yield "DP019", "The broker has no QueueMonitor: a backlog alerts nobody"
         return
     for queue in sorted({actor.queue_name for actor in broker.actors.values()}):
         if monitor.threshold_of(queue) is None:

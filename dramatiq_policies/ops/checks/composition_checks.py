@@ -59,7 +59,7 @@ def check_composition(broker: Broker) -> Found:
                 if node in inner:
                     continue
             for actor in _unkeyed_steps(_steps_of(node, assigned, module, broker)):
-                text = f"{place}: it is a step of a pipeline whose first job has an idempotency_key"
+                text = f"{place}: a step of a pipeline has no idempotency_key, the first step has one"
                 yield actor.actor_name, "DP030", f"{text}; if the pipeline is sent twice, this step runs twice"
 
 

@@ -45,7 +45,7 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
     elif kind == "rabbitmq":
         check = _rabbitmq
     if check is None:
-        facts["unknown"].append(f"a {type(broker).__name__} has no server that could be asked")
+        facts["unknown"].append(f"a {type(broker).__name__} has no server to check")
         return (), facts
     findings = [
         Finding(code=code, severity=CODES[code].severity, actor=None, message=text, fix=CODES[code].fix)
@@ -81,7 +81,7 @@ def _ask_redis(broker: Any, facts: dict[str, Any]) -> Found:
         role=role.get("role"),
     )
     if role.get("role") not in (None, "master"):
-        yield "DP109", f"It is a {role['role']}"
+        yield "DP109", f"The server is a {role['role']}"
     if policy not in (None, "noeviction"):
         yield "DP101", f"maxmemory-policy is {policy}, maxmemory {memory.get('maxmemory')}"
     snapshots = _snapshots(client, facts)
@@ -156,10 +156,10 @@ def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
     properties, tuned = inner.server_properties, inner.params.heartbeat
     facts.update(server="RabbitMQ", version=_text(properties.get("version")), heartbeat_s=tuned)
     if not tuned:
-        yield "DP107", "Neither side wants heartbeats"
+        yield "DP107", "Neither the client nor the server asks for heartbeats"
     facts["confirm_delivery"] = bool(broker.confirm_delivery)
     if not broker.confirm_delivery:
-        yield "DP106", "confirm_delivery is False: what the application sends may be lost on its way, unnoticed"
+        yield "DP106", ("confirm_delivery is False: RabbitMQ may lose a message of the application unnoticed")
     for queue in known_queues(broker):
         for name, arguments in _declared(broker, queue):
             error = _mismatch(connection, name, arguments)
@@ -169,7 +169,7 @@ def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
     facts["dead_message_ttl_ms"] = ttl
     if ttl < _DAY:
         yield "DP108", f"The dead-letter queues' x-message-ttl is {format_duration(ttl)}"
-    facts["unknown"] += ["consumer_timeout (AMQP does not tell; give it by --consumer-timeout)", "the server's clock"]
+    facts["unknown"] += ["consumer_timeout (not readable over AMQP; pass --consumer-timeout)", "the server's clock"]
 
 
 def _declared(broker: Any, queue: str) -> Iterator[tuple[str, dict[str, Any]]]:

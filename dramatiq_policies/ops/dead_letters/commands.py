@@ -146,7 +146,7 @@ def replay(
         for queue in queues:
             if queue not in known_queues(broker) and find_any_queue(broker, queue):
                 raise OperationError(
-                    f"No actor uses the queue {queue!r} any more; say with --to-queue where its letters go."
+                    f"No actor uses the queue {queue!r} any more; name a target queue with --to-queue."
                 )
         queues = [*queues] or known_queues(broker)
 

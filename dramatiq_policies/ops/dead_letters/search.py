@@ -131,5 +131,6 @@ def _only(given: str, ids: set[str]) -> str:
         return given
     several = ", ".join(sorted(ids)[:_SHOWN])
     raise OperationError(
-        f"{len(ids)} dead letters begin with {given!r} ({several}{', …' if len(ids) > _SHOWN else ''}); write more of it."
+        f"{len(ids)} dead letters begin with {given!r} ({several}{(', …' if len(ids) > _SHOWN else '')}); "
+        "write more characters."
     )

@@ -37,10 +37,10 @@ def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
         if found is None:
             near = did_you_mean(attribute, known)
             raise OperationError(
-                f"{name!r} is no exception class{'; write it as module:Class.' if near == '.' else near}"
+                f"{name!r} is not an exception class{('; write it as module:Class.' if near == '.' else near)}"
             )
     if not _is_exception(found):
-        raise OperationError(f"{name!r} is no exception class; write it as module:Class.")
+        raise OperationError(f"{name!r} is not an exception class; write it as module:Class.")
     return found  # type: ignore[no-any-return]
 
 

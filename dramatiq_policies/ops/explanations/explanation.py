@@ -89,11 +89,11 @@ def explain(actor: Actor[..., Any], exception: type[BaseException]) -> tuple[Exp
     if issubclass(exception, Shutdown):
         if case.option("max_retries") == 0:
             return (case.at_once("dead", "a worker's shutdown interrupts it, and max_retries is 0", "unclassified"),)
-        return (case.at_once("interrupted", "a worker's shutdown puts it back at once, and uses up no attempt"),)
+        return (case.at_once("interrupted", "a worker's shutdown requeues the message at once, and counts no attempt"),)
     if issubclass(exception, Snooze):
-        return (case.at_once("deferred", "the job itself asks to be run later; no attempt is used", "snoozed"),)
+        return (case.at_once("deferred", "the job asks for a later run; no attempt is counted", "snoozed"),)
     if issubclass(exception, Verdict):
-        return (case.at_once("discarded", "the job itself says so"),)
+        return (case.at_once("discarded", "the job raises it itself"),)
     found = []
     for rule in case.policy.rules.tried(exception):
         if issubclass(exception, Retry) and rule.verb is not Verb.RETRY:
@@ -158,7 +158,9 @@ class _Case:
         if self.classifier.unclassified is not None and not (
             thrown or issubclass(self.exception, (RateLimitExceeded, Retry))
         ):
-            return self._retried(self.classifier.unclassified, "unclassified", "no rule names it; unclassified= does")
+            return self._retried(
+                self.classifier.unclassified, "unclassified", "no rule names it; unclassified= applies"
+            )
         if thrown:
             return self.at_once("dead", "Dramatiq's throws names it", "thrown")
         if self.option("retry_when") is not None:
@@ -166,7 +168,7 @@ class _Case:
             return self._stock(why, (Attempt(1, 0, 0),), complete=False)
         retries = self.option("max_retries")
         if retries is None:
-            why = "no rule names it, and Dramatiq's max_retries is None: it is retried without end"
+            why = "no rule names it, and Dramatiq's max_retries is None: it is retried forever"
             return self._stock(why, (Attempt(1, 0, 0),), complete=False)
         if retries == 0:
             return self.at_once("dead", "no rule names it, and Dramatiq's max_retries is 0", "unclassified")
@@ -234,8 +236,9 @@ def policy_of(actor: Actor[..., Any]) -> ActorPolicy:
     policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
         raise OperationError(
-            f"The actor {actor.actor_name!r} is on a broker without the bundle. Call install(broker) before you declare "
-            "actors, or, in Django, list dramatiq_policies.ErrorClassifier in MIDDLEWARE of DRAMATIQ_BROKER."
+            f"The actor {actor.actor_name!r} is on a broker without dramatiq_policies. Call "
+            "install(broker) before you declare actors, or, in Django, list "
+            "dramatiq_policies.ErrorClassifier in MIDDLEWARE of DRAMATIQ_BROKER."
         )
     return policy
 

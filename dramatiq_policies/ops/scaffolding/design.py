@@ -74,16 +74,16 @@ class Design:
 
 
 _TEXTS = {
-    "purpose": "what it is for, in one sentence",
-    "trigger": "what sends it, and when",
-    "effect": "what is different in the world afterwards",
-    "criticality": "how bad it is if it does not run: high, low, …",
-    "queue": "the name of its queue: what must it not wait behind?",
+    "purpose": "the purpose, in one sentence",
+    "trigger": "the code that sends the message, and when",
+    "effect": "the change in the world afterwards",
+    "criticality": "the damage if the job does not run: high, low, …",
+    "queue": "the name of the queue: which jobs must it not wait behind?",
 }
 _ERRORS = {
-    "transient": "errors that will pass, which are retried; [] if there are none",
-    "permanent": "errors that will be the same the next time, which are discarded; [] if there are none",
-    "configuration": "errors that somebody must act on, which alert; [] if there are none",
+    "transient": "transient errors, to be retried; [] if there are none",
+    "permanent": "permanent errors, to be discarded; [] if there are none",
+    "configuration": "errors that need a person, to alert on; [] if there are none",
 }
 
 
@@ -112,18 +112,18 @@ def parse_design(data: Mapping[str, Any]) -> Design:
         if not texts[name]:
             problems.append(f"job.{name}: {what}")
     if texts["queue"] == "default":
-        problems.append("job.queue: a queue of its own, not 'default', which all wait behind")
+        problems.append("job.queue: a queue other than 'default', where every job waits")
     arguments = _arguments(job.get("input"), problems)
     timeout = job.get("timeout")
     if type(timeout) is not int or not 0 < timeout <= WEEK_MS:
-        problems.append("job.timeout: after how many milliseconds it is not merely slow")
+        problems.append("job.timeout: the milliseconds after which the job is stuck, and not only slow")
         timeout = 0
     named: dict[str, Any] = {
         name: tuple(_exceptions(name, errors.get(name), what, problems)) for name, what in _ERRORS.items()
     }
     seen: dict[Any, str] = {}
     problems += [
-        f"errors.{name}: {one} stands under errors.{seen[one.value]} too"
+        f"errors.{name}: {one} is also in errors.{seen[one.value]}"
         for name, listed in named.items()
         for one in listed
         if seen.setdefault(one.value, name) != name
@@ -139,11 +139,11 @@ def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) 
     for name in given:
         if name not in known:
             there = ", ".join(f"{table}{one}" for one in known)
-            raise OperationError(f"{table}{name} answers no question{did_you_mean(name, known)} There are {there}.")
+            raise OperationError(f"{table}{name} is unknown{did_you_mean(name, known)} Known names: {there}.")
 
 
 def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:
-    what = 'its arguments, ids and values: ["order_id: int", …]; [] if it takes none'
+    what = 'the arguments, ids and plain values: ["order_id: int", …]; [] for no arguments'
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         problems.append(f"job.input: {what}")
         return ()
@@ -172,26 +172,28 @@ def _exceptions(name: str, given: Any, what: str, problems: list[str]) -> Iterat
         if isinstance(found.value, type) and issubclass(found.value, BaseException):
             yield found
         else:
-            problems.append(f"errors.{name}: {path!r} is no exception class")
+            problems.append(f"errors.{name}: {path!r} is not an exception class")
 
 
 def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], problems: list[str]) -> dict[str, Any]:
     key, idempotent, done_when = (job.get(name) for name in ("idempotency_key", "idempotent", "done_when"))
     if not key and not idempotent and not done_when:
         problems.append(
-            'job.idempotency_key: what makes a second run harmless: "order:{order_id}"; or idempotent = true, or done_when'
+            'job.idempotency_key: a key that makes a second run harmless: "order:{order_id}"; or '
+            "idempotent = true, or done_when"
         )
     if key is not None:
         names = {argument.name for argument in arguments}
         try:
             fields = set(roots_of(key))
         except (TypeError, ValueError):
-            problems.append(f"job.idempotency_key: a template over the arguments, got {key!r}")
+            problems.append(f"job.idempotency_key: a template with fields from the arguments, got {key!r}")
         else:
-            problems += [f"job.idempotency_key: {field!r} is none of the arguments" for field in sorted(fields - names)]
+            problems += [f"job.idempotency_key: {field!r} is not an argument" for field in sorted(fields - names)]
             if not fields and (arguments or not key):
                 problems.append(
-                    "job.idempotency_key: a template over the arguments; without one all messages are one job"
+                    "job.idempotency_key: a template with fields from the arguments; without a field all "
+                    "messages share one key"
                 )
     if idempotent is not None and type(idempotent) is not bool:
         problems.append(f"job.idempotent: true or false, got {idempotent!r}")
@@ -199,10 +201,10 @@ def _idempotency(job: Mapping[str, Any], arguments: tuple[Argument, ...], proble
     if done_when is not None:
         found = _import("job.done_when", done_when, problems)
         if found is not None and not callable(found.value):
-            problems.append(f"job.done_when: {done_when!r} can't be called")
+            problems.append(f"job.done_when: {done_when!r} is not callable")
         elif found is not None and not accepts_call_of(found.value, _signature_of(arguments)):
             takes = ", ".join(argument.name for argument in arguments)
-            problems.append(f"job.done_when: {done_when!r} does not take what the job takes, ({takes})")
+            problems.append(f"job.done_when: {done_when!r} does not take the parameters of the job, ({takes})")
     return {"idempotency_key": key, "idempotent": bool(idempotent), "done_when": found}
 
 

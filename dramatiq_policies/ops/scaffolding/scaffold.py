@@ -29,7 +29,7 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
     test_file, conftest = tests / f"test_{file.stem}.py", tests / "conftest.py"
     for one in (file, test_file):
         if one.exists():
-            raise OperationError(f"{one} is there already, and is not overwritten.")
+            raise OperationError(f"{one} exists and is not overwritten.")
     texts = {file: render_job(design, file.stem), test_file: render_tests(design, module, file.stem)}
     if not conftest.exists() and not _sets_broker(file):
         texts[conftest] = render_conftest(_app_of(file))
@@ -49,7 +49,9 @@ def module_name(file: Path) -> str:
     if parts[:1] == ["src"]:
         parts = parts[1:]
     if file.is_absolute() or file.suffix != ".py" or not parts or not all(part.isidentifier() for part in parts):
-        raise OperationError(f"{file} is no module; name a file below this folder, shop/jobs/send_confirmation.py.")
+        raise OperationError(
+            f"{file} is not a module; name a file below this folder, such as shop/jobs/send_confirmation.py."
+        )
     return ".".join(parts)
 
 
