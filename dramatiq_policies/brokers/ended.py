@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.forks import after_fork
 from ..delivery.decision import SUCCEEDED, Decision
@@ -24,6 +24,8 @@ from ..outcomes import Outcome
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
+
+    from ..delivery.transport import Transport
 
 __all__ = ["Ended", "Runs", "is_keyed", "left_of"]
 
@@ -62,9 +64,9 @@ class Ended:
         #: The rest of each ended run, for the redelivery. Read without the lock: empty unless a connection was lost.
         self.known: OrderedDict[Hashable, Carried] = OrderedDict()
         #: The transport that delivered each message in hand.
-        self.in_hand: dict[Hashable, Any] = {}
+        self.in_hand: dict[Hashable, Transport] = {}
         #: For each redelivery waiting for a run: the transport, and the callback for the end of the run.
-        self._heirs: dict[Hashable, tuple[Any, Callable[[Carried | None], object]]] = {}
+        self._heirs: dict[Hashable, tuple[Transport, Callable[[Carried | None], object]]] = {}
 
     def remember(self, key: Hashable, carried: Carried | None) -> None:
         """Remember a run that ended without an acknowledgement. If ``carried`` is None, the redelivery asks the store."""
@@ -83,7 +85,7 @@ class Ended:
         with self._lock:
             return self.known.pop(key, None)
 
-    def waits(self, key: Hashable, transport: Any, inherit: Callable[[Carried | None], object]) -> bool:
+    def waits(self, key: Hashable, transport: Transport, inherit: Callable[[Carried | None], object]) -> bool:
         """Whether a redelivery must wait because this process holds the message over a lost connection.
 
         ``inherit`` is then called at the end of the run, on the thread of the run.
@@ -96,7 +98,7 @@ class Ended:
             self._heirs[key] = transport, inherit
             return True
 
-    def given_up(self, holder: Any) -> None:
+    def given_up(self, holder: Transport) -> None:
         """Forget the messages of a transport after the worker has stopped: none of them begins any more."""
         with self._lock:
             for key in [key for key, one in self.in_hand.items() if one is holder]:
@@ -107,7 +109,7 @@ class Ended:
 class Runs:
     """The runs of messages from one RabbitMQ transport. A redelivery has the same body, byte for byte."""
 
-    def __init__(self, ended: Ended, transport: Any) -> None:
+    def __init__(self, ended: Ended, transport: Transport) -> None:
         self._ended = ended
         self._transport = transport
         #: The last acknowledged runs; the acknowledgements may be lost.

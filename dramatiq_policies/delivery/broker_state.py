@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..outcomes import OutcomeEvent
     from .actor_policy import ActorPolicy
     from .decision import Decision
-    from .delivery import Delivery, OutgoingMessage
+    from .delivery import Delivery
     from .outcome_publisher import Observer
+    from .outgoing import OutgoingMessage
 
 __all__ = ["BrokerState", "DeliverySettings", "IdempotencyState", "state_of"]
 
@@ -34,7 +35,7 @@ T = TypeVar("T")
 class CompletionBatcher(Protocol):
     """Sends the completion of a job's key together with the claim of the next job."""
 
-    def post(self, transport: Any, message: MessageProxy, delivery: Delivery) -> bool:
+    def post(self, message: MessageProxy, delivery: Delivery) -> bool:
         """Take over the settlement of a plain success. Returns False if the caller must settle the message."""
 
     def flush_if_idle(self) -> None:

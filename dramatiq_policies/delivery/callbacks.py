@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.errors import ActorNotFound
 
 from ..common.safe_logger import SafeLogger
-from .delivery import Delivery, OutgoingMessage
+from .delivery import Delivery
+from .outgoing import OutgoingMessage
 from .refusals import Unsendable
 
 if TYPE_CHECKING:

@@ -117,13 +117,13 @@ class PolicyConsumer(Consumer):
         self._settle(message, delivery)
 
     def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
-        state, transport = self.state, delivery.transport
+        state = self.state
         batched_completions = state.idempotency.batched_completions
         if batched_completions is None:
-            settle_and_ack(state, transport, message, delivery)
+            settle_and_ack(state, message, delivery)
             return
-        if not batched_completions.post(transport, message, delivery):
-            settle_and_ack(state, transport, message, delivery)
+        if not batched_completions.post(message, delivery):
+            settle_and_ack(state, message, delivery)
         batched_completions.flush_if_idle()
 
     def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:

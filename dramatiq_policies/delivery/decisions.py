@@ -21,8 +21,9 @@ from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding
 from .callbacks import tell_exhausted
 from .decision import Decision
-from .delivery import Delivery, OutgoingMessage, Recorder
+from .delivery import Delivery
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
+from .outgoing import OutgoingMessage, Recorder
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy

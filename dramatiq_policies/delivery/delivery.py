@@ -7,7 +7,7 @@ worker's), so a delivery needs no lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
@@ -20,19 +20,21 @@ from ..common.current import current as _current
 from .decision import COMPLETING, SUCCEEDED, Decision
 
 if TYPE_CHECKING:
-    from dramatiq.broker import Broker, MessageProxy
+    from dramatiq.broker import MessageProxy
 
     from ..interrupts import Runner
+    from ..interrupts.slots import StuckListener
     from .actor_policy import ActorPolicy
+    from .outgoing import OutgoingMessage
 
 __all__ = [
     "Carried",
+    "DeliveringTransport",
     "Delivery",
     "DeliveryReassigned",
     "Job",
     "KeyClaim",
-    "OutgoingMessage",
-    "Recorder",
+    "RunContext",
     "running_delivery",
 ]
 
@@ -40,35 +42,48 @@ __all__ = [
 current = cast("ContextVar[Delivery | None]", _current)
 
 
-class OutgoingMessage:
-    """A message that the broker must accept before the delivery is acknowledged."""
+class RunContext(Protocol):
+    """The part of `BrokerState` that a run of a job uses."""
 
-    __slots__ = ("delay", "encoded", "message")
+    @property
+    def policies(self) -> Mapping[str, ActorPolicy]: ...
 
-    def __init__(self, message: Message[Any], delay: int | None = None) -> None:
-        self.message = message
-        self.delay = delay
-        #: The encoded form for the broker. Encoded once, so that a repeated publish sends the same bytes.
-        self.encoded: Any = None
+    @property
+    def run_around_job(self) -> Callable[[Delivery], Any]: ...
+
+    @property
+    def timeout(self) -> StuckListener | None: ...
+
+    @property
+    def failure_level(self) -> int | None: ...
+
+    def interrupted_by_shutdown(self, delivery: Delivery) -> bool: ...
+
+
+class DeliveringTransport(Protocol):
+    """The part of `Transport` that a run of a job, and the reports about it, use."""
+
+    source: str
+    queue_name: str
+
+    @property
+    def state(self) -> RunContext: ...
+
+    def after_interrupt(self) -> None:
+        """Drop connections of this thread that an interrupt of a job may have left in an unknown state."""
+
+    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+        """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
+
+    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+        """The command of `completion` has acknowledged the message."""
+
+    def ack(self, message: MessageProxy) -> None:
+        """Acknowledge a message."""
 
 
 class DeliveryReassigned(Exception):
     """The broker has delivered the message to another worker meanwhile; that worker settles the message."""
-
-
-class Recorder:
-    """Replaces the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self.sends: list[OutgoingMessage] = []
-
-    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        self.sends.append(OutgoingMessage(message, delay))
-        return message
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.broker, name)
 
 
 class Carried(NamedTuple):
@@ -158,7 +173,7 @@ class Delivery:
         "transport",
     )
 
-    def __init__(self, transport: Any, message: Message[Any]) -> None:
+    def __init__(self, transport: DeliveringTransport, message: Message[Any]) -> None:
         self.transport = transport
         self.message = message
         self.body: bytes | None = None

@@ -20,8 +20,9 @@ from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import Outcome, text_of
 from .decision import Decision
-from .delivery import Delivery, DeliveryReassigned, OutgoingMessage
+from .delivery import Delivery, DeliveryReassigned
 from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
+from .outgoing import OutgoingMessage
 from .refusals import Fault
 from .returned import RETURNED, wait_before_return
 

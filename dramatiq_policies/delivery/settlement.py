@@ -30,12 +30,14 @@ __all__ = ["settle_and_ack"]
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def settle_and_ack(state: BrokerState, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
+def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery) -> None:
     """Settle a delivery, once, and acknowledge its message. After an error, call this again to go on.
 
     The message is not acknowledged if `publish_outbox` has done so, or if publishing was given up: then the message comes
     back.
     """
+    # The delivery's own transport: after a reconnect the consumer that acknowledges has another.
+    transport: Transport = delivery.transport  # type: ignore[assignment]  # `DeliveringTransport` is a part of `Transport`.
     if not delivery.settled:
         if delivery.is_plain_success() and delivery.claim is None:
             # Nothing to publish, and no key to complete.

@@ -23,8 +23,9 @@ from ..errors import MalformedMessage
 from ..interrupts.listeners import notify_interrupt
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue, Move
-from .delivery import Delivery, OutgoingMessage
+from .delivery import Delivery
 from .direct import enqueue_directly
+from .outgoing import OutgoingMessage
 from .refusals import Fault, Parking, Unsendable
 from .validation import check_shape, decode, without_stack
 

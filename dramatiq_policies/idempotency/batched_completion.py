@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
-    from ..delivery.transport import Transport
 
 __all__ = ["BatchedCompletions"]
 
@@ -74,7 +73,7 @@ class BatchedCompletions:
             for hook in _HOOKS
         )
 
-    def post(self, transport: Transport, message: MessageProxy, delivery: Delivery) -> bool:
+    def post(self, message: MessageProxy, delivery: Delivery) -> bool:
         """Defer the completion of a plain success, if another message waits for a worker thread.
 
         Returns:
@@ -84,6 +83,7 @@ class BatchedCompletions:
             return False
         if not _has_more(threading.current_thread()):
             return False
+        transport = delivery.transport
         command, acks = transport.completion(delivery)
 
         def on_reply(answer: Any) -> None:
@@ -92,16 +92,16 @@ class BatchedCompletions:
                 delivery.claim = None
                 if acks:
                     transport.acked_by_completion(delivery, answer)
-            self._settle(transport, message, delivery)
+            self._settle(message, delivery)
 
         self._last.post = post = DeferredCommand(command, on_reply)
         self.trips.post(post)
         return True
 
-    def _settle(self, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
+    def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
         while True:
             try:
-                settle_and_ack(self.state, transport, message, delivery)
+                settle_and_ack(self.state, message, delivery)
                 return
             except BrokerConnectionError as error:
                 logger.warning("Message %s can't be acknowledged yet: %s", message.message_id, error)

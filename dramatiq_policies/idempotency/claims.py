@@ -40,7 +40,8 @@ from .store_client import StoreClient, StoreDown
 from .tokens import add_unconfirmed, discard_token, is_dead, is_unconfirmed, new_token
 
 if TYPE_CHECKING:
-    from ..delivery.delivery import Delivery, OutgoingMessage
+    from ..delivery.delivery import Delivery
+    from ..delivery.outgoing import OutgoingMessage
 
 __all__ = ["Claims"]
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
-from ..delivery.delivery import Delivery, OutgoingMessage
+from ..delivery.delivery import Delivery
 from ..delivery.executor import run_interruptibly
 from ..delivery.history import POLICIES, History, now_ms, run_of
+from ..delivery.outgoing import OutgoingMessage
 from ..errors import Crashed, UnknownRecord
 from ..outcomes import Outcome, logger
 from . import records

@@ -24,7 +24,8 @@ from dramatiq.results import Results as StockResults
 
 from ..common import clock
 from ..delivery.callbacks import callback_of, send_to
-from ..delivery.delivery import Delivery, OutgoingMessage, Recorder
+from ..delivery.delivery import Delivery
+from ..delivery.outgoing import OutgoingMessage, Recorder
 from ..interrupts import unwrap_interrupt
 from ..outcomes import Outcome, text_of
 

@@ -136,19 +136,19 @@ def test_where_its_name_still_leads_to_it_the_call_fails_and_the_next_one_connec
 def settling(monkeypatch):
     """A Piggyback, and what it does with a message whose ack fails in these ways one after the other."""
     monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion._AGAIN", 0)
-    batched_completions = BatchedCompletions(SimpleNamespace(stopping=threading.Event()), None, None)
+    batched_completions = BatchedCompletions(SimpleNamespace(stopping=threading.Event()), None)
 
     def settle(*errors):
         left = list(errors)
         tried = []
 
-        def ack(state, transport, message, delivery):
+        def ack(state, message, delivery):
             tried.append(message.message_id)
             if left:
                 raise left.pop(0)
 
         monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion.settle_and_ack", ack)
-        batched_completions._settle(None, SimpleNamespace(message_id="m1"), None)
+        batched_completions._settle(SimpleNamespace(message_id="m1"), None)
         return len(tried)
 
     return settle

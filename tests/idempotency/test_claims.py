@@ -12,7 +12,7 @@ import pytest
 
 from dramatiq_policies import Outcome
 from dramatiq_policies.delivery.decision import Decision
-from dramatiq_policies.delivery.delivery import OutgoingMessage
+from dramatiq_policies.delivery.outgoing import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency import records, tokens

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dramatiq_policies import Outcome
 from dramatiq_policies.delivery.decision import Decision
-from dramatiq_policies.delivery.delivery import OutgoingMessage
+from dramatiq_policies.delivery.outgoing import OutgoingMessage
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import lease_renewal as leases
 from dramatiq_policies.idempotency import owner as owners

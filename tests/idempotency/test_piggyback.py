@@ -63,8 +63,9 @@ class Transport:
             raise self.errors.pop(0)
 
 
-def ended(*, remembered=True, plain=True):
+def ended(transport=None, *, remembered=True, plain=True):
     return SimpleNamespace(
+        transport=transport or Transport(),
         completes_key=lambda: remembered,
         is_plain_success=lambda: plain,
         claim=object(),
@@ -77,7 +78,7 @@ def ended(*, remembered=True, plain=True):
 def carrier(monkeypatch):
     """Batches the completions of threads that have more to do."""
     monkeypatch.setattr(
-        batched_completions, "settle_and_ack", lambda state, transport, message, delivery: transport.settle_and_ack()
+        batched_completions, "settle_and_ack", lambda state, message, delivery: delivery.transport.settle_and_ack()
     )
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: True)
     dropped = []
@@ -91,24 +92,24 @@ def carrier(monkeypatch):
 
 
 def test_the_completion_of_a_plain_success_is_posted(carrier):
-    assert carrier.post(Transport(), MESSAGE, ended())
+    assert carrier.post(MESSAGE, ended())
     assert [post.command for post in carrier.trips.posted] == [("SET", "key", "done")]
 
 
 @pytest.mark.parametrize("way", [{"remembered": False}, {"plain": False}])
 def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_way(carrier, way):
-    assert not carrier.post(Transport(), MESSAGE, ended(**way))
+    assert not carrier.post(MESSAGE, ended(**way))
     assert carrier.trips.posted == []
 
 
 def test_so_is_a_success_that_somebody_is_told_of(carrier):
     carrier.state.outcomes.successes_observed = True
-    assert not carrier.post(Transport(), MESSAGE, ended())
+    assert not carrier.post(MESSAGE, ended())
 
 
 def test_so_is_the_last_one_for_now(carrier, monkeypatch):
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
-    assert not carrier.post(Transport(), MESSAGE, ended())
+    assert not carrier.post(MESSAGE, ended())
     assert carrier.trips.posted == []
 
 
@@ -119,7 +120,7 @@ def test_nothing_is_sent_where_nothing_was_posted(carrier):
 
 
 def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
-    carrier.post(Transport(), MESSAGE, ended())
+    carrier.post(MESSAGE, ended())
     carrier.flush_if_idle()
     assert carrier.trips.calls == 0
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
@@ -128,7 +129,7 @@ def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatc
 
 
 def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
-    carrier.post(Transport(), MESSAGE, ended())
+    carrier.post(MESSAGE, ended())
     carrier.trips.posted.clear()  # under way, and not answered
     other = threading.Thread(target=carrier.flush)
     other.start()
@@ -139,7 +140,7 @@ def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_
 
 
 def test_what_was_answered_is_not_waited_for(carrier):
-    carrier.post(Transport(), MESSAGE, ended())
+    carrier.post(MESSAGE, ended())
     [post] = carrier.trips.posted
     carrier.trips.posted.clear()
     post.answer = 1
@@ -148,7 +149,7 @@ def test_what_was_answered_is_not_waited_for(carrier):
 
 
 def test_what_others_have_posted_is_sent_along(carrier):
-    other = threading.Thread(target=carrier.post, args=(Transport(), MESSAGE, ended()))
+    other = threading.Thread(target=carrier.post, args=(MESSAGE, ended()))
     other.start()
     other.join()
     carrier.flush()
@@ -157,14 +158,14 @@ def test_what_others_have_posted_is_sent_along(carrier):
 
 def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
     transport = Transport(ConnectionClosed("gone"), ConnectionClosed("still gone"))
-    carrier._settle(transport, MESSAGE, ended())
+    carrier._settle(MESSAGE, ended(transport))
     assert transport.settled == 3
     assert carrier.state.stopping.waits == [5.0, 5.0]
 
 
 def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier, caplog):
     transport = Transport(ValueError("a bug"))
-    carrier._settle(transport, MESSAGE, ended())
+    carrier._settle(MESSAGE, ended(transport))
     assert transport.settled == 1
     assert [record.getMessage() for record in caplog.records] == [
         "Message m could not be acknowledged and will be redelivered."
@@ -173,8 +174,9 @@ def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier
 
 @pytest.mark.parametrize(("answer", "acked"), [(1, True), (0, False), (OSError("lost"), False)])
 def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_way(carrier, answer, acked):
-    transport, delivery = Transport(), ended()
-    carrier.post(transport, MESSAGE, delivery)
+    delivery = ended()
+    transport = delivery.transport
+    carrier.post(MESSAGE, delivery)
     carrier.trips.posted[0].callback(answer)
     assert transport.settled == 1
     assert delivery.acked is acked

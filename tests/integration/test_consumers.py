@@ -17,6 +17,7 @@ from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher, DeferredCommand
 from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
 from dramatiq_policies.brokers.redis.transport import RedisTransport
+from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.stores.memory import MemoryStore
 
 from .places import App, RabbitmqPlace, RedisPlace, until
@@ -119,10 +120,9 @@ def test_what_can_t_be_read_comes_back_from_a_dead_worker_as_it_was(redis_place:
 def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(redis_place: RedisPlace) -> None:
     app = redis_place.app(idempotency=Idempotency(MemoryStore()))
     consumer, _ = taken(app)
-    claim = SimpleNamespace(
-        claims=SimpleNamespace(store=MemoryStore()), keyed=True, completion=lambda: ("the", "command")
-    )
-    delivery = SimpleNamespace(completes_key=lambda: True, claim=claim)
+    keeper = SimpleNamespace(store=MemoryStore(), completion=lambda claim: ("the", claim))
+    state_of(app.broker).idempotency.keeper = keeper
+    delivery = SimpleNamespace(completes_key=lambda: True, claim="command")
     assert consumer.transport.completion(delivery) == (("the", "command"), False)
 
 

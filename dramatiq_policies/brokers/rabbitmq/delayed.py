@@ -23,8 +23,8 @@ from ... import _dramatiq
 from ...common.connections import discard
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
-from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Unsendable
 from .confirms import PipelinedConfirms
 from .transport import RabbitmqTransport

@@ -21,8 +21,9 @@ from ...common.connections import discard
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
-from ...delivery.delivery import Delivery, OutgoingMessage
+from ...delivery.delivery import Delivery
 from ...delivery.history import now_ms
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Fault
 from ...outcomes import text_of
 from ..ended import Ended, Runs

@@ -17,7 +17,7 @@ from dramatiq.common import xq_name
 from dramatiq.errors import ConnectionClosed
 
 from ...common.safe_logger import SafeLogger
-from ...delivery.delivery import OutgoingMessage
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.returned import RETURNED, wait_before_return
 from ...delivery.transport import Transport

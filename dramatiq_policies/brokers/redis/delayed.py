@@ -12,8 +12,8 @@ from ... import _dramatiq
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
-from ...delivery.delivery import OutgoingMessage
 from ...delivery.history import now_ms
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.validation import is_number
 from .delay_index import BATCH, DelayIndex
 from .transport import RedisTransport

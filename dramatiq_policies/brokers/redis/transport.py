@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from importlib import resources
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import redis
@@ -26,8 +26,9 @@ from ...common.plurals import counted
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
-from ...delivery.delivery import Carried, Delivery, DeliveryReassigned, OutgoingMessage
+from ...delivery.delivery import Carried, Delivery, DeliveryReassigned
 from ...delivery.history import FAILURE, now_ms
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
@@ -37,6 +38,9 @@ from .calls import RedisCalls
 from .data_loss import DataLoss
 from .prefetch import InFlight, PrefetchWindow
 from .recovery import Recovery
+
+if TYPE_CHECKING:
+    from ...stores.redis import RedisStore
 
 __all__ = ["RedisTransport"]
 
@@ -69,7 +73,7 @@ class RedisTransport(Transport):
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
         #: The store of the last claim, and whether the store is on this server.
-        self.store: Any = None
+        self.store: RedisStore | None = None
         self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
@@ -195,13 +199,12 @@ class RedisTransport(Transport):
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
         redis_id = self._over(message)
-        claim, keep = claim_of(delivery), False
-        at_once = self.completes(delivery)
+        completes, keep = claim_of(delivery) if self.completes(delivery) else None, False
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
-        settled = None if claim is None or not at_once else self._complete(redis_id, body, sends, claim)
+        settled = None if completes is None else self._complete(redis_id, body, sends, completes)
         if settled is None:
             # Two steps: the key is completed between publish and acknowledgement.
-            at_once, keep = False, delivery.completes_key()
+            completes, keep = None, delivery.completes_key()
             settled = self._settle(redis_id, body, sends, keep)
         if settled != 1 and not keep:
             self.losses.missing(self.source, redis_id)
@@ -210,8 +213,8 @@ class RedisTransport(Transport):
         if dead is not None and "do_nack" in vars(self.broker):
             # Replaced, as in `ack`. The dead letter is in its place already.
             self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
-        if at_once:
-            self.state.idempotency.claims.drop(claim)
+        if completes is not None:
+            self.state.idempotency.claims.drop(completes)
             delivery.claim = None
         steps, delivery.outbox = delivery.outbox, None
         delivery.acked = not keep
@@ -258,7 +261,7 @@ class RedisTransport(Transport):
             return False
         store = self.state.idempotency.claims.store
         if store is not self.store:
-            self.store = store
+            self.store = cast("RedisStore", store)
             shares = getattr(store, "is_beside", None)
             self.beside_store = shares is not None and shares(self.client)
         return self.beside_store
@@ -281,6 +284,7 @@ class RedisTransport(Transport):
         connection fails. The script may be repeated.
         """
         command = self._settling(redis_id, dead, sends, completes=claim)
+        assert self.store is not None  # As above.
         try:
             return int(self.store.trips.call(*command))
         except redis.DataError:
@@ -306,6 +310,7 @@ class RedisTransport(Transport):
         broker: Any = self.broker
         keys, completed, ttl, held = [broker.namespace], b"", 0, b""
         if completes is not None:
+            assert self.store is not None  # `completes` has set it.
             keys.append(self.store.name_of(completes.name))
             completed, ttl = self.state.idempotency.claims.completed_record(completes), completes.retention
             held = completes.value

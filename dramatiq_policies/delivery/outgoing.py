@@ -1,0 +1,38 @@
+"""Messages to publish before a delivery is acknowledged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import Broker
+
+__all__ = ["OutgoingMessage", "Recorder"]
+
+
+class OutgoingMessage:
+    """A message that the broker must accept before the delivery is acknowledged."""
+
+    __slots__ = ("delay", "encoded", "message")
+
+    def __init__(self, message: Message[Any], delay: int | None = None) -> None:
+        self.message = message
+        self.delay = delay
+        #: The encoded form, which the broker's transport chooses. Encoded once, so that a repeated publish sends the same bytes.
+        self.encoded: Any = None
+
+
+class Recorder:
+    """Replaces the broker where Dramatiq's own code enqueues in an after-hook, and records the messages."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.sends: list[OutgoingMessage] = []
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        self.sends.append(OutgoingMessage(message, delay))
+        return message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.broker, name)
