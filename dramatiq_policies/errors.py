@@ -12,6 +12,7 @@
     │   ├── NoCurrentJob                (also a LookupError) current_job() was called outside a job
     │   ├── NoResult                    a duplicate's pipeline needs a result that was not stored
     │   ├── UnknownRecord               an idempotency store has a record of another version
+    │   ├── MissingTable                the database lacks a table of dramatiq_policies
     │   └── UnreadableError             replaces a job's error whose attributes raise
     └── Verdict                         raised by a job to decide about its message
         ├── Discard
@@ -43,6 +44,7 @@ __all__ = [
     "Discard",
     "HandoffFailed",
     "MalformedMessage",
+    "MissingTable",
     "NoCurrentJob",
     "NoResult",
     "PolicyError",
@@ -150,6 +152,10 @@ class NoResult(PolicyError):
 
 class UnknownRecord(PolicyError):
     """An idempotency store has a record that this version can't read. The message waits and does not run."""
+
+
+class MissingTable(PolicyError):
+    """The database lacks a table of dramatiq_policies. The text says how to create the table."""
 
 
 class UnreadableError(PolicyError):

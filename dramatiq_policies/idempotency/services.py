@@ -55,8 +55,8 @@ class Neighbour(NamedTuple):
         return (
             f"Two services use the idempotency keys of actor {self.actor!r}: another service runs the "
             f"actor from {self.other}. Each service skips jobs as duplicates of the other service. Give "
-            "each service a namespace of its own: RedisStore(namespace=…). If you have moved the actor to "
-            "another queue, ignore this warning for a week"
+            "each service a namespace of its own: RedisStore(…, namespace=…), SqlStore(…, namespace=…). "
+            "If you have moved the actor to another queue, ignore this warning for a week"
         )
 
 

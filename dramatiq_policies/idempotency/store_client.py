@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
+from ..errors import MissingTable
 from ..outcomes import text_of
 
 __all__ = ["StoreClient", "StoreDown"]
@@ -51,6 +52,8 @@ class StoreClient:
                     "line.",
                     text_of(error),
                 )
+            elif first and isinstance(error, MissingTable):
+                alerts.critical("%s Jobs with a key wait until then.", text_of(error))
             elif first:
                 alerts.error(
                     "The idempotency store can't be reached: %s: %s",

@@ -108,7 +108,10 @@ class Idempotency(PolicyMiddleware):
         from ..stores.memory import MemoryStore
 
         copy = super().for_stub()
-        copy.store, copy.claims, copy.guard = MemoryStore(), None, None
+        # A store in the application's database stays there, since a transaction completes its keys.
+        of_store = getattr(self.store, "for_stub", None)
+        copy.store = MemoryStore() if of_store is None else of_store()
+        copy.claims = copy.guard = None
         return copy
 
     @staticmethod

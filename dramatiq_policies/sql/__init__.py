@@ -19,8 +19,8 @@ if int(sqlalchemy.__version__.partition(".")[0]) < 2:
         'pip install "dramatiq-policies[sql]"'
     )
 
-from .database import create_tables
 from .outbox import SqlOutbox
-from .tables import metadata
+from .store import SqlStore
+from .tables import create_tables, metadata
 
-__all__ = ["SqlOutbox", "create_tables", "metadata"]
+__all__ = ["SqlOutbox", "SqlStore", "create_tables", "metadata"]

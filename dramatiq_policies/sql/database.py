@@ -2,190 +2,160 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
+import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeVar
+from weakref import finalize
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
-from ..common import clock
 from ..common.forks import after_fork
-from ..errors import ConfigurationError
-from ..transactions.database import Connection, Result, is_disconnect, is_transient
-from .tables import metadata
+from ..transactions.database import Connection, is_disconnect, is_transient
+from .calls import AsyncMemoryCalls, LoopCalls, MemoryCalls, ThreadCalls
+from .connection import SqlConnection, checked_engine, dialect_of
 
-__all__ = ["SqlConnection", "SqlDatabase", "checked_engine", "create_tables", "dialect_of"]
+__all__ = ["SqlConnection", "SqlDatabase", "checked_engine", "dialect_of"]
 
 T = TypeVar("T")
 
-_DIALECTS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
-_TYPES: dict[type, Any] = {int: sa.BigInteger(), str: sa.String(), bytes: sa.LargeBinary()}
 _BEGIN = {
     "postgresql": ["BEGIN ISOLATION LEVEL READ COMMITTED"],
-    "mysql": ["SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "START TRANSACTION"],
+    "mysql": ["START TRANSACTION"],
     "sqlite": ["BEGIN IMMEDIATE"],
 }
-#: Tries on a deadlock, a serialization failure or a lock.
-_TRIES = 10
-
-
-def checked_engine(where: str, engine: Any) -> Engine | AsyncEngine:
-    """Return the engine of an argument.
-
-    Raises:
-      ConfigurationError: The value is no engine, or an engine of another kind of database.
-    """
-    if not isinstance(engine, (Engine, AsyncEngine)):
-        do = "Pass create_engine(url)" if isinstance(engine, (str, sa.URL)) else ""
-        raise ConfigurationError.of_option(
-            where, "engine", "an Engine or AsyncEngine of SQLAlchemy", engine, do, secret=True
-        )
-    if engine.dialect.name not in _DIALECTS:
-        raise ConfigurationError.of_option(
-            where, "engine", "an engine of PostgreSQL, MariaDB, MySQL or SQLite", engine.dialect.name
-        )
-    return engine
-
-
-def dialect_of(bind: Engine | AsyncEngine | sa.Connection) -> str:
-    """Return ``"postgresql"``, ``"mysql"`` (MariaDB too) or ``"sqlite"``."""
-    return _DIALECTS[bind.dialect.name]
-
-
-class SqlConnection:
-    """A connection of SQLAlchemy, in whatever transaction it is, as a `Connection` of `dramatiq_policies.transactions`."""
-
-    __slots__ = ("connection", "dialect")
-
-    def __init__(self, connection: sa.Connection) -> None:
-        self.connection = connection
-        self.dialect = dialect_of(connection)
-
-    def execute(self, sql: str, /, **params: Any) -> Result:
-        kinds = tuple((name, type(value)) for name, value in params.items())
-        found = self.connection.execute(_statement(sql, kinds), params)
-        if found.returns_rows:
-            rows = [tuple(row) for row in found]
-            return Result(rows, len(rows))
-        return Result((), found.rowcount)
-
-
-@lru_cache(maxsize=256)
-def _statement(sql: str, kinds: tuple[tuple[str, type], ...]) -> sa.TextClause:
-    # asyncpg takes an int for 32 bits unless the parameter has a type.
-    typed = [sa.bindparam(name, type_=_TYPES[kind]) for name, kind in kinds if kind in _TYPES]
-    return sa.text(sql).bindparams(*typed)
+#: For how long a statement waits for a lock, in milliseconds.
+_LOCK_WAIT = 1_000
+#: For how long a transaction may be idle, in milliseconds: a process that stands still must not hold its locks.
+_IDLE = 5_000
+#: Connections of a parent process: a child neither uses nor closes them.
+_inherited: list[object] = []
 
 
 class SqlDatabase:
     """Connections beside the pool of an engine, made in the same way: a `Database` of `dramatiq_policies.transactions`.
 
-    An engine in memory (SQLite) is used itself, because another connection would see another database.
+    The library's calls never wait for a connection of the application, and never join its transactions. Only an SQLite database in
+    memory is called on the application's connection, because another connection would see another database.
 
     Parameters:
       engine: A sync or async engine.
-      connections: How many connections this process may use at once.
-      patience: For how long a call waits for a free connection, in milliseconds.
+      connections: How many connections this process may use at once; always one on SQLite.
+      patience: After how long a call without an answer raises, in milliseconds.
     """
 
     def __init__(self, engine: Engine | AsyncEngine, *, connections: int = 4, patience: int = 5_000) -> None:
         self.engine = engine
         self.dialect = dialect_of(engine)
-        self._connections = connections
-        self._patience = patience / 1_000
-        self._sync_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        self._shares = isinstance(self._sync_engine.pool, (StaticPool, SingletonThreadPool))
-        self._loop: _Loop | None = None
+        # SQLite has one writer: threads wait in turn for one connection, and not in a race for the file's lock.
+        self._connections = 1 if self.dialect == "sqlite" else connections
+        self._patience = patience
+        self._end: finalize[Any, Any] | None = None
         self._open()
         after_fork(self)
 
     def _open(self) -> None:
-        self._free = threading.BoundedSemaphore(self._connections)
-        self._own = self._sync_engine if self._shares else _beside(self._sync_engine)
-        self._lock = threading.Lock()
-        self._loop = None
+        engine = self.engine
+        is_async = isinstance(engine, AsyncEngine)
+        sync_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._calls: ThreadCalls | LoopCalls | MemoryCalls
+        self._in_memory = isinstance(sync_engine.pool, (StaticPool, SingletonThreadPool))
+        if self._in_memory:
+            self._calls = AsyncMemoryCalls(engine) if isinstance(engine, AsyncEngine) else MemoryCalls(engine)
+        else:
+            own = _beside(sync_engine, self._patience)
+            calls = LoopCalls(AsyncEngine(own), self._connections) if is_async else ThreadCalls(own, self._connections)
+            self._calls = calls
+        self._end = finalize(self, self._calls.close)
 
     def reset_after_fork(self) -> None:
-        self._sync_engine.dispose(close=False)
+        """Start with new connections; the application's engine too."""
+        if self._end is not None:
+            self._end.detach()
+        _inherited.append(self._calls)
+        if not self._in_memory:
+            sync_engine = self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine
+            _inherited.append(sync_engine.pool)
+            sync_engine.dispose(close=False)
         self._open()
-
-    def run(self, work: Callable[[Connection], T]) -> T:
-        return self._repeated(work)
-
-    def transaction(self, work: Callable[[Connection], T]) -> T:
-        return self._repeated(work if self._shares else partial(_in_transaction, work))
-
-    def _repeated(self, work: Callable[[Connection], T]) -> T:
-        reconnected = False
-        for tries in range(_TRIES):
-            try:
-                return self._once(work)
-            except Exception as error:
-                if is_disconnect(error) and not reconnected:
-                    reconnected = True
-                elif not is_transient(error) or tries + 1 == _TRIES:
-                    raise
-            clock.sleep(random.uniform(0, 0.005 * 2 ** min(tries, 5)))  # noqa: S311 - no secret
-        raise AssertionError("unreachable")
-
-    def _once(self, work: Callable[[Connection], T]) -> T:
-        if not self._free.acquire(timeout=self._patience):
-            raise TimeoutError(f"None of {self._connections} connections was free within {self._patience:g} s")
-        try:
-            if isinstance(self.engine, AsyncEngine):
-                return self._own_loop().run(AsyncEngine(self._own), partial(self._call, work))
-            with self._own.connect() as connection:
-                return self._call(work, connection)
-        finally:
-            self._free.release()
-
-    def _call(self, work: Callable[[Connection], T], connection: sa.Connection) -> T:
-        joined = self._shares and _is_in_transaction(connection)
-        answer = work(SqlConnection(connection))
-        if self._shares and not joined:
-            connection.commit()
-        return answer
 
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
-        own, loop = self._own, self._loop
-        if self._shares:
-            return
+        if self._end is not None:
+            self._end()
         self._open()
-        if loop is None:
-            own.dispose()
-        else:
-            loop.close(AsyncEngine(own))
 
-    def _own_loop(self) -> _Loop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = _Loop()
-            return self._loop
+    def run(self, work: Callable[[Connection], T]) -> T:
+        deadline = time.monotonic() + self._patience / 1_000
+        reconnected = False
+        for tries in range(1_000):
+            try:
+                return self._calls.call(work, deadline)
+            except Exception as error:
+                if is_disconnect(error) and not reconnected:
+                    # A connection of the pool was closed by the server. The others in the pool are not used either.
+                    reconnected = True
+                    continue
+                pause = random.uniform(0.001, 0.01 * min(tries + 1, 10))  # noqa: S311 - no secret
+                if not is_transient(error) or time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def transaction(self, work: Callable[[Connection], T]) -> T:
+        return self.run(work if self._in_memory else partial(_in_transaction, work))
 
 
-def _beside(engine: Engine) -> Engine:
-    """Return an engine with connections of its own on which each statement commits by itself."""
+def _beside(engine: Engine, patience: int) -> Engine:
+    """Return an engine with connections of its own, made as those of ``engine``, on which each statement commits by itself."""
     pool = engine.pool.recreate()
     dialect = engine.dialect
+    # Without a pool here there may be one outside (PgBouncer), whose connections serve others after us.
+    settings = [] if isinstance(pool, NullPool) else _settings(dialect_of(engine), patience)
 
-    def autocommit(dbapi_connection: Any, _record: Any) -> None:
+    def prepare(dbapi_connection: Any, _record: Any) -> None:
         dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
+        if dialect.name == "sqlite" and getattr(dbapi_connection, "autocommit", None) is False:
+            # Python 3.12: the isolation level has no effect then.
+            dbapi_connection.autocommit = True
+        cursor = dbapi_connection.cursor()
+        for statement in settings:
+            cursor.execute(statement)
+        cursor.close()
 
-    # The dispatch of a new pool is a copy: the engine's own connections stay as they are.
-    event.listen(pool, "connect", autocommit)
+    # The listeners of a new pool are a copy: the engine's own connections stay as they are.
+    event.listen(pool, "connect", prepare)
     return Engine(pool, dialect, engine.url, hide_parameters=True)
 
 
+def _settings(dialect: str, patience: int) -> list[str]:
+    """Return statements by which the server gives up, too. Else each call given up would leave a connection there."""
+    if dialect == "postgresql":
+        found = {
+            "lock_timeout": _LOCK_WAIT,
+            "statement_timeout": patience,
+            "idle_in_transaction_session_timeout": _IDLE,
+        }
+        return [f"SET {name} = {ms}" for name, ms in found.items()]
+    if dialect == "mysql":
+        mariadb = f", max_statement_time = {patience / 1_000}, idle_transaction_timeout = {_IDLE // 1_000}"
+        return [
+            # The comment is for MariaDB alone.
+            f"SET SESSION innodb_lock_wait_timeout = {_LOCK_WAIT // 1_000} /*M!100300 {mariadb} */",
+            # Without locks on gaps, which claims of other keys would wait for.
+            "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+        ]
+    return [f"PRAGMA busy_timeout = {_LOCK_WAIT}"]
+
+
 def _in_transaction(work: Callable[[Connection], T], connection: Connection) -> T:
+    assert isinstance(connection, SqlConnection)
     try:
         for statement in _BEGIN[connection.dialect]:
             connection.execute(statement)
@@ -194,69 +164,7 @@ def _in_transaction(work: Callable[[Connection], T], connection: Connection) -> 
     except BaseException:
         try:
             connection.execute("ROLLBACK")
-        except DBAPIError:
-            assert isinstance(connection, SqlConnection)
+        except (DBAPIError, sa.exc.InvalidRequestError):
             connection.connection.invalidate()
         raise
     return answer
-
-
-def _is_in_transaction(connection: sa.Connection) -> bool:
-    """Whether the application has begun a transaction on the same connection of SQLite."""
-    driver = connection.connection.driver_connection
-    return bool(getattr(driver, "in_transaction", False))
-
-
-class _Loop:
-    """An event loop in a thread of its own: connections of async drivers belong to a loop."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._serve, name="dramatiq-policies-sql", daemon=True)
-        self.thread.start()
-
-    def _serve(self) -> None:
-        try:
-            self.loop.run_forever()
-        finally:
-            self.loop.close()
-
-    def run(self, engine: AsyncEngine, work: Callable[[sa.Connection], T]) -> T:
-        async def call() -> T:
-            async with engine.connect() as connection:
-                return await connection.run_sync(work)
-
-        return asyncio.run_coroutine_threadsafe(call(), self.loop).result()
-
-    def close(self, engine: AsyncEngine) -> None:
-        asyncio.run_coroutine_threadsafe(engine.dispose(), self.loop).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-
-
-def create_tables(engine: Engine | AsyncEngine) -> None:
-    """Create the tables of dramatiq_policies, unless they exist::
-
-        create_tables(engine)                                     # a sync or an async engine, from sync code
-
-        async with engine.begin() as connection:                  # from async code
-            await connection.run_sync(metadata.create_all)
-
-    Call it when you deploy, not in each worker. Use `metadata` for Alembic instead if you have migrations.
-
-    Raises:
-      ConfigurationError: The argument is no engine.
-    """
-    database = SqlDatabase(checked_engine("create_tables()", engine), connections=1)
-    try:
-        database.run(_create)
-    except DBAPIError:
-        # Another process may have created a table meanwhile. If not, the error comes again.
-        database.run(_create)
-    finally:
-        database.close()
-
-
-def _create(connection: Connection) -> None:
-    assert isinstance(connection, SqlConnection)
-    metadata.create_all(connection.connection)

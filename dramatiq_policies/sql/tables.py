@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.mysql import LONGBLOB, MEDIUMBLOB
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.schema import CreateIndex, CreateTable
 
-from ..transactions.database import KEYS, OUTBOX
+from ..transactions.database import KEYS, OUTBOX, Connection
+from .connection import SqlConnection, checked_engine
+from .database import SqlDatabase
 
-__all__ = ["keys", "metadata", "outbox"]
+__all__ = ["create_tables", "keys", "metadata", "outbox"]
 
 #: Both tables: ``target_metadata = [Base.metadata, metadata]`` in Alembic's ``env.py``.
 metadata = MetaData()
@@ -57,3 +64,37 @@ outbox = Table(
     Index("dramatiq_policies_outbox_due", "namespace", "due_at"),
     **_MARIADB,
 )
+
+
+def create_tables(engine: Engine | AsyncEngine) -> None:
+    """Create the tables of dramatiq_policies, unless they exist::
+
+        create_tables(engine)                                     # a sync or an async engine, from sync code
+
+        async with engine.begin() as connection:                  # from async code
+            await connection.run_sync(metadata.create_all)
+
+    Call it when you deploy, not in each worker. If you have migrations, use `metadata` for Alembic instead.
+
+    Raises:
+      ConfigurationError: The argument is no engine.
+    """
+    database = SqlDatabase(checked_engine("create_tables()", engine), connections=1, patience=60_000)
+    try:
+        database.run(_create)
+    except DBAPIError:
+        # Another process may have created a table meanwhile. If not, the error comes again.
+        database.run(_create)
+    finally:
+        database.close()
+
+
+def _create(connection: Connection) -> None:
+    if isinstance(connection, SqlConnection):
+        metadata.create_all(connection.connection)
+        return
+    # The driver's own connection to an SQLite database in memory.
+    for table in metadata.sorted_tables:
+        connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=sqlite.dialect())))
+        for index in table.indexes:
+            connection.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=sqlite.dialect())))

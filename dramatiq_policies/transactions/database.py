@@ -19,6 +19,7 @@ __all__ = [
     "Result",
     "for_update_skip_locked",
     "is_disconnect",
+    "is_duplicate",
     "is_missing_table",
     "is_transient",
 ]
@@ -31,9 +32,9 @@ OUTBOX = "dramatiq_policies_outbox"
 
 DIALECTS = ("postgresql", "mysql", "sqlite")
 
-#: The database's clock, in milliseconds since the epoch, by dialect.
+#: The database's clock at the start of the statement, in milliseconds since the epoch, by dialect. An index serves a comparison.
 NOW = {
-    "postgresql": "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)",
+    "postgresql": "CAST(EXTRACT(EPOCH FROM statement_timestamp()) * 1000 AS BIGINT)",
     "mysql": "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6)) DIV 1000)",
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
 }
@@ -96,8 +97,8 @@ def for_update_skip_locked(connection: Connection) -> str:
 
 #: SQLSTATEs of PostgreSQL: serialization failure, deadlock.
 _TRANSIENT_STATES = {"40001", "40P01"}
-#: MariaDB and MySQL: record changed since last read, lock wait timeout, deadlock.
-_TRANSIENT_NUMBERS = {1020, 1205, 1213}
+#: MariaDB and MySQL: record changed since last read, deadlock.
+_TRANSIENT_NUMBERS = {1020, 1213}
 #: Too many connections, server shutdown, read error, connection lost or refused. The driver's own numbers begin with 2.
 _DISCONNECT_NUMBERS = {1053, 1077, 1079, 1158, 1159, 1160, 1161, 1927, 2006, 2013, 2014, 2045, 2055, 4031}
 
@@ -122,6 +123,14 @@ def is_disconnect(error: BaseException) -> bool:
         if getattr(one, "connection_invalidated", False) or isinstance(one, ConnectionError):
             return True
     return False
+
+
+def is_duplicate(error: BaseException) -> bool:
+    """Tell whether a row with this primary key exists."""
+    return any(
+        _state(one) == "23505" or _number(one) == 1062 or (_is_sqlite(one) and "UNIQUE constraint" in str(one))
+        for one in _chain(error)
+    )
 
 
 def is_missing_table(error: BaseException) -> bool:

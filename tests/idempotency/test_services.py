@@ -78,7 +78,7 @@ def test_two_services_that_meet_are_found_by_the_second_and_from_then_on_by_both
     assert (back.actor, back.other) == ("charge", "queue 'shop' (rabbitmq / of rabbit@one)")
     assert neighbours(store, *SHOP) == [found._replace(seen=neighbours(store, *SHOP)[0].seen)]
     assert "'charge'" in str(found)
-    assert "RedisStore(namespace=…)" in str(found)
+    assert "RedisStore(…, namespace=…)" in str(found)
 
 
 def test_two_workers_of_one_service_have_not_met_though_they_run_different_queues():

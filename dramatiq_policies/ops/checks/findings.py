@@ -106,8 +106,8 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP108", "warning", "dead letters are kept for less than a day", "Raise dead_message_ttl, or the environment's dramatiq_dead_message_ttl"),
     Code("DP109", "error", "Redis is a replica", "Connect to the primary"),
     Code("DP110", "error", "the idempotency store may forget", "Follow the text of the finding"),
-    Code("DP111", "error", "two services share idempotency keys", "Set RedisStore(namespace=…), a "
-                                                                  "different one for each service"),
+    Code("DP111", "error", "two services share idempotency keys", "Set namespace=… of the store, "
+                                                                  "a different one for each service"),
 )  # fmt: skip
 
 

@@ -1,0 +1,188 @@
+"""How the library calls a database by SQLAlchemy: in threads, on an event loop of its own, or on the application's connection.
+
+``call(work, deadline)`` calls ``work`` with a connection on which each statement commits by itself, and returns or raises by
+``deadline`` of ``time.monotonic()``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import StaticPool
+
+from ..transactions.database import Connection
+from ..transactions.threads import Call, DatabaseThreads, NoAnswer
+from .connection import DriverConnection, SqlConnection
+
+__all__ = ["AsyncMemoryCalls", "LoopCalls", "MemoryCalls", "ThreadCalls"]
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+
+class ThreadCalls:
+    """Calls over a sync engine, in a few threads.
+
+    Parameters:
+      engine: An engine for these calls alone.
+      connections: How many calls run at once, each on a connection.
+    """
+
+    def __init__(self, engine: Engine, connections: int) -> None:
+        self.engine = engine
+        self._threads = DatabaseThreads("dramatiq-policies-sql", connections)
+
+    def call(self, work: Work[T], deadline: float) -> T:
+        return self._threads.call(lambda call: self._run(work, call), deadline)
+
+    def _run(self, work: Work[T], call: Call) -> T:
+        with self.engine.connect() as connection:
+            call.severed_by(partial(_sever, connection.connection.driver_connection))
+            try:
+                return work(SqlConnection(connection))
+            finally:
+                call.severed_by(None)
+
+    def close(self) -> None:
+        self._threads.close()
+        self.engine.dispose()
+
+
+def _sever(driver: Any) -> None:
+    """End a driver's wait for a server that does not answer: shut the socket down. Never raises."""
+    with suppress(Exception):
+        sock = getattr(driver, "_sock", None)  # PyMySQL
+        if sock is not None:
+            sock.shutdown(socket.SHUT_RDWR)
+            return
+        with socket.socket(fileno=os.dup(driver.fileno())) as copy:  # psycopg, psycopg2, mysqlclient
+            copy.shutdown(socket.SHUT_RDWR)
+
+
+class LoopCalls:
+    """Calls over an async engine, on an event loop of its own, because connections of async drivers belong to a loop.
+
+    Parameters:
+      engine: An engine for these calls alone.
+      connections: How many calls run at once, each on a connection.
+    """
+
+    def __init__(self, engine: AsyncEngine, connections: int) -> None:
+        self.engine = engine
+        self._free = asyncio.Semaphore(connections)
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def call(self, work: Work[T], deadline: float) -> T:
+        future = asyncio.run_coroutine_threadsafe(self._run(work, deadline), self._running_loop())
+        try:
+            # The loop gives up first, unless a driver blocks the loop.
+            return future.result(max(0.0, deadline - time.monotonic()) + 1)
+        except (FutureTimeout, asyncio.TimeoutError):
+            future.cancel()
+            raise NoAnswer("the database has not answered in time") from None
+
+    async def _run(self, work: Work[T], deadline: float) -> T:
+        return await asyncio.wait_for(self._on_connection(work), max(0.0, deadline - time.monotonic()))
+
+    async def _on_connection(self, work: Work[T]) -> T:
+        async with self._free, self.engine.connect() as connection:
+            return await connection.run_sync(lambda sync: work(SqlConnection(sync)))
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=_serve, args=(self._loop,), name="dramatiq-policies-sql", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    def close(self) -> None:
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            asyncio.run_coroutine_threadsafe(self._close_connections(), loop).result(5)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    async def _close_connections(self) -> None:
+        await self.engine.dispose()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+class MemoryCalls:
+    """Calls on the application's own connection to an SQLite database in memory: another one would see another database.
+
+    If the application has begun a transaction on the connection, the statements join the transaction.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        # SingletonThreadPool has a connection for each thread.
+        self._held: Any = SimpleNamespace() if isinstance(engine.pool, StaticPool) else threading.local()
+
+    def call(self, work: Work[T], deadline: float) -> T:
+        held: sa.Connection | None = getattr(self._held, "connection", None)
+        if held is None or held.engine.pool is not self._held.pool:
+            # Never returned: the pool would roll the application's transaction back.
+            held = self._held.connection = self.engine.connect()
+            self._held.pool = self.engine.pool
+        return _shared(work, held)
+
+    def close(self) -> None:
+        pass
+
+
+class AsyncMemoryCalls(LoopCalls):
+    """As `MemoryCalls`, for an async engine."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        super().__init__(engine, 1)
+        self._held: AsyncConnection | None = None
+        self._pool = engine.pool
+
+    async def _on_connection(self, work: Work[T]) -> T:
+        async with self._free:
+            if self._held is None or self._pool is not self.engine.pool:
+                self._held, self._pool = await self.engine.connect(), self.engine.pool
+            return await self._held.run_sync(partial(_shared, work))
+
+    async def _close_connections(self) -> None:
+        self._held = None
+
+
+def _shared(work: Work[T], held: sa.Connection) -> T:
+    connection: Any = held.connection.dbapi_connection
+    joins = held.connection.driver_connection.in_transaction  # type: ignore[union-attr]
+    try:
+        answer = work(DriverConnection(connection))
+    except BaseException:
+        if not joins:
+            connection.rollback()
+        raise
+    if not joins:
+        connection.commit()
+    return answer

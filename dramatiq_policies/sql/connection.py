@@ -1,0 +1,86 @@
+"""Connections of SQLAlchemy, and of a driver below, as a `Connection` of `dramatiq_policies.transactions`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ..errors import ConfigurationError
+from ..transactions.database import Result
+
+__all__ = ["DriverConnection", "SqlConnection", "checked_engine", "dialect_of"]
+
+_DIALECTS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
+_TYPES: dict[type, Any] = {int: sa.BigInteger(), str: sa.String(), bytes: sa.LargeBinary()}
+
+
+def checked_engine(where: str, engine: Any) -> Engine | AsyncEngine:
+    """Return the engine of an argument.
+
+    Raises:
+      ConfigurationError: The value is no engine, or an engine of another kind of database.
+    """
+    if not isinstance(engine, (Engine, AsyncEngine)):
+        do = "Pass create_engine(url)" if isinstance(engine, (str, sa.URL)) else ""
+        raise ConfigurationError.of_option(
+            where, "engine", "an Engine or AsyncEngine of SQLAlchemy", engine, do, secret=True
+        )
+    if engine.dialect.name not in _DIALECTS:
+        expected = "an engine of PostgreSQL, MariaDB, MySQL or SQLite"
+        raise ConfigurationError.of_option(where, "engine", expected, engine.dialect.name)
+    return engine
+
+
+def dialect_of(bind: Engine | AsyncEngine | sa.Connection) -> str:
+    """Return ``"postgresql"``, ``"mysql"`` (MariaDB too) or ``"sqlite"``."""
+    return _DIALECTS[bind.dialect.name]
+
+
+class SqlConnection:
+    """A connection of SQLAlchemy, in whatever transaction it is."""
+
+    __slots__ = ("connection", "dialect")
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+        self.dialect = dialect_of(connection)
+
+    def execute(self, sql: str, /, **params: Any) -> Result:
+        kinds = tuple((name, type(value)) for name, value in params.items())
+        found = self.connection.execute(_statement(sql, kinds), params)
+        if found.returns_rows:
+            rows = [tuple(row) for row in found]
+            return Result(rows, len(rows))
+        return Result((), found.rowcount)
+
+
+@lru_cache(maxsize=256)
+def _statement(sql: str, kinds: tuple[tuple[str, type], ...]) -> sa.TextClause:
+    # asyncpg takes an int for 32 bits unless the parameter has a type.
+    typed = [sa.bindparam(name, type_=_TYPES[kind]) for name, kind in kinds if kind in _TYPES]
+    return sa.text(sql).bindparams(*typed)
+
+
+class DriverConnection:
+    """A connection of an SQLite driver, which neither begins nor ends a transaction of SQLAlchemy."""
+
+    __slots__ = ("dbapi_connection", "dialect")
+
+    def __init__(self, dbapi_connection: Any) -> None:
+        self.dbapi_connection = dbapi_connection
+        self.dialect = "sqlite"
+
+    def execute(self, sql: str, /, **params: Any) -> Result:
+        cursor = self.dbapi_connection.cursor()
+        try:
+            cursor.execute(sql, params)
+            if cursor.description is not None:
+                rows = [tuple(row) for row in cursor.fetchall()]
+                return Result(rows, len(rows))
+            return Result((), cursor.rowcount)
+        finally:
+            cursor.close()

@@ -1,0 +1,53 @@
+"""An idempotency store in a database, by SQLAlchemy."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ..transactions.key_table import DEFAULT_NAMESPACE, KeyTable
+from .database import SqlDatabase, checked_engine
+
+__all__ = ["SqlStore"]
+
+
+class SqlStore(KeyTable):
+    """Keeps keys in a table of your database: PostgreSQL, MariaDB, MySQL or SQLite.
+
+    Example::
+
+        engine = create_engine("postgresql+psycopg://shop@db/shop")
+        create_tables(engine)
+        install(broker, idempotency=Idempotency(SqlStore(engine, namespace="billing")))
+
+    With an outbox on the same database, the store also serves actors with ``transactional=True``. Otherwise prefer
+    `RedisStore`: a key on Redis is cheaper.
+
+    Whatever the number of threads, a process uses at most four connections (SQLite: one) beside the engine's pool. A forked process
+    makes new ones, so the engine may be made before the fork.
+
+    A call raises after at most five seconds, whatever the driver does, and waits at most one second for a lock. Then the server
+    ends the statement too, unless the engine has a ``NullPool``. While a host does not answer, a driver may hold a connection of
+    the store for its connect timeout: give the engine a short one, ``connect_args={"connect_timeout": 5}`` for psycopg and
+    PyMySQL, ``{"timeout": 5}`` for asyncpg.
+
+    Each process that writes also deletes expired keys, up to 500 for every 100 writes.
+
+    Parameters:
+      engine: An ``Engine`` or an ``AsyncEngine``.
+      namespace: Separates the keys of services that share the database. Default: ``"idem"``. With the default, the virtual host (or
+        namespace) of the broker and the queue of the actor keep the keys of services apart. Keys are digests, so the database does
+        not see the arguments of your jobs.
+
+    Raises:
+      ConfigurationError: An argument is invalid.
+    """
+
+    how_to_create = (
+        "call dramatiq_policies.sql.create_tables(engine) when you deploy, or let Alembic create the tables of "
+        "dramatiq_policies.sql.metadata"
+    )
+
+    def __init__(self, engine: Engine | AsyncEngine, *, namespace: str = DEFAULT_NAMESPACE) -> None:
+        self.engine = checked_engine("SqlStore", engine)
+        super().__init__(SqlDatabase(self.engine), namespace)

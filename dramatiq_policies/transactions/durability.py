@@ -1,0 +1,35 @@
+"""Warnings about a server that may lose committed rows."""
+
+from __future__ import annotations
+
+from .database import KEYS, Connection
+
+__all__ = ["durability_warnings"]
+
+
+def durability_warnings(connection: Connection) -> list[str]:
+    """Return a warning if a crash of the server may undo commits, so that a job may run twice."""
+    if connection.dialect == "postgresql":
+        found = [name for name in ("fsync", "synchronous_commit") if _setting(connection, f"SHOW {name}") == "off"]
+        return [_warning(f"{' and '.join(found)} off")] if found else []
+    if connection.dialect == "mysql":
+        engine = _setting(
+            connection,
+            "SELECT engine FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = :name",
+            name=KEYS,
+        )
+        warnings = (
+            [] if engine.lower() == "innodb" else [_warning(f"a table {KEYS} of the engine {engine}, not InnoDB")]
+        )
+        flush = _setting(connection, "SELECT @@innodb_flush_log_at_trx_commit")
+        return warnings if flush == "1" else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}")]
+    return []
+
+
+def _setting(connection: Connection, sql: str, **params: str) -> str:
+    (found,) = connection.execute(sql, **params).rows[0]
+    return found.decode() if isinstance(found, bytes) else str(found)
+
+
+def _warning(reason: str) -> str:
+    return f"The idempotency store's database may lose keys in a crash ({reason}): a job may then run twice."
