@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from ..common.durations import seconds_hint
 from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
 from ..ops.app import extend_path
 from ..ops.checks.gate import read_toml
 from ..ops.scaffolding.scaffold import module_name
-from .base import path_option
+from .base import path_option, printable_text
 
 __all__ = ["new"]
 
@@ -41,11 +42,15 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     try:
         parsed = parse_design(_ask() if design is None else read_toml(design))
     except IncompleteDesign as error:
-        click.echo(str(error), err=True)
+        click.echo(printable_text(error, lines=True), err=True)
         return 1
+    if (hint := seconds_hint("job.timeout", parsed.timeout)) is not None:
+        click.echo(hint.partition(" For seconds")[0] + " For seconds write thousands: 30000.", err=True)
     for written in scaffold(parsed, file, tests):
-        click.echo(f"wrote {written}")
-    click.echo(f"Now write the job: python -m pytest {tests / f'test_{file.stem}.py'}")
+        click.echo(printable_text(f"wrote {written}"))
+    click.echo(
+        printable_text(f"Now write the job, until its tests pass: python -m pytest {tests / f'test_{file.stem}.py'}")
+    )
     return 0
 
 

@@ -30,6 +30,9 @@ SECONDS_BELOW_MS = {
     "max_snooze": 5_000,
     "idempotency_ttl": 120_000,
     "ttl": 120_000,
+    "oldest": 5_000,
+    "stalled": 5_000,
+    "alert_interval": 5_000,
 }
 #: The threshold for all other durations.
 SECOND_MS = 1_000

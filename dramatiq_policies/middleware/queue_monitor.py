@@ -180,6 +180,11 @@ class QueueMonitor(PolicyMiddleware):
                 self._elected = False
             election.resign()
 
+    @property
+    def thresholds(self) -> list[Threshold]:
+        """The declared thresholds, in their order."""
+        return self._tracker.thresholds
+
     def threshold_of(self, queue: str) -> Threshold | None:
         """Return the threshold of a queue."""
         return self._tracker.threshold_of(queue)

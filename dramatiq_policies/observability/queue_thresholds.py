@@ -134,6 +134,11 @@ class ThresholdTracker:
         #: Open breaches: (queue, measure).
         self.open: set[tuple[str, str]] = set()
 
+    @property
+    def thresholds(self) -> list[Threshold]:
+        """All thresholds, in their order."""
+        return list(self._thresholds.values())
+
     def reset(self) -> ThresholdTracker:
         """Return a new tracker with the same thresholds and no open breaches."""
         return ThresholdTracker(self._thresholds)

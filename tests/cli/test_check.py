@@ -625,8 +625,17 @@ def test_a_duration_that_looks_like_seconds_is_found(command, changed, option):
     assert (finding["actor"], finding["severity"]) == ("send_mail", "warning")
 
 
-def test_a_broker_s_duration_that_looks_like_seconds_is_found(command):
-    broker = BOUNDED.replace("install(broker,", "install(broker, timeout=Timeout(default=30),")
+@pytest.mark.parametrize(
+    ("argument", "option"),
+    [
+        ("timeout=Timeout(default=30)", "default=30"),
+        ("queue_monitor=QueueMonitor(interval=15)", "interval=15"),
+        ("queue_monitor=QueueMonitor(thresholds={'mail': Threshold(oldest=300)})", "oldest=300"),
+        ("queue_monitor=QueueMonitor(thresholds={'*': Threshold(stalled=3600)})", "stalled=3600"),
+    ],
+)
+def test_a_broker_s_duration_that_looks_like_seconds_is_found(command, argument, option):
+    broker = BOUNDED.replace("install(broker,", f"install(broker, {argument},")
     (finding,) = found(command.json("check", command.app(job(), broker=broker)), "DP027")
-    assert finding["message"].startswith("default=30 is ")
+    assert finding["message"].startswith(f"{option} is ")
     assert finding["actor"] is None

@@ -430,3 +430,10 @@ def test_a_module_of_which_nothing_goes_by_its_own_name_is_imported_alone(comman
 def test_a_folder_src_is_no_part_of_the_module(command, shop):
     command("new", f"src/{FILE}", "--design", "design.toml")
     assert "from shop.jobs.send_confirmation import send_confirmation" in (shop / TESTS).read_text()
+
+
+def test_a_timeout_that_looks_like_seconds_is_said(command, shop):
+    (shop / "design.toml").write_text(DESIGN.replace("30_000", "30"))
+    result = command("new", FILE, "--design", "design.toml")
+    assert result.exit_code == 0
+    assert result.stderr == "job.timeout=30 is 30 milliseconds. For seconds write thousands: 30000.\n"

@@ -87,11 +87,19 @@ def _durations(broker: Broker) -> Found:
             declared += [("default", middleware.default), ("queue_default", middleware.queue_default)]
         elif isinstance(middleware, Idempotency):
             declared += [("lease", middleware.lease), ("ttl", middleware.ttl)]
+        elif isinstance(middleware, QueueMonitor):
+            declared += [("interval", middleware.interval), *monitor_durations(middleware)]
         elif isinstance(middleware, ErrorClassifier):
+            declared.append(("alert_interval", middleware.alert_interval))
             for policy in (middleware.unclassified, *(rule.policy for rule in middleware.rules)):
                 if policy is not None:
                     declared += [("max_elapsed", policy.max_elapsed), *wait_durations(policy.wait)]
     yield from seconds_found(dict.fromkeys(declared))
+
+
+def monitor_durations(monitor: QueueMonitor) -> list[tuple[str, Any]]:
+    """Return the durations of a monitor's thresholds, by name."""
+    return [(name, getattr(one, name)) for one in monitor.thresholds for name in ("oldest", "stalled")]
 
 
 def wait_durations(wait: Any) -> list[tuple[str, Any]]:
