@@ -41,24 +41,27 @@ __all__ = ["check"]
 @click.argument("app")
 @path_option
 @format_option("github")
-@click.option("--live", is_flag=True, help="Connect, and look at the server too.")
+@click.option("--live", is_flag=True, help="Connect to the servers and check their settings too.")
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
-@click.option("--require-tag", multiple=True, metavar="TAG", help="Every actor must have this tag; may be repeated.")
-@click.option("--ignore", multiple=True, metavar="CODE", help="Leave out a finding everywhere; needs a --reason.")
-@click.option("--reason", multiple=True, metavar="TEXT", help="Why: one for each --ignore, or one for all.")
+@click.option("--require-tag", multiple=True, metavar="TAG", help="Every actor must have this tag; repeatable.")
+@click.option("--ignore", multiple=True, metavar="CODE", help="Ignore this finding everywhere; needs a --reason.")
+@click.option("--reason", multiple=True, metavar="TEXT", help="The reason: one for each --ignore, or one for all.")
 @click.option(
-    "--write-baseline", "writing", is_flag=True, help="Keep what is found as known, and fail on what is new only."
+    "--write-baseline",
+    "writing",
+    is_flag=True,
+    help="Accept all present findings; later runs fail only on new findings.",
 )
 @click.option(
-    "--baseline", type=click.Path(path_type=Path), default=BASELINE, show_default=True, help="The file for it."
+    "--baseline", type=click.Path(path_type=Path), default=BASELINE, show_default=True, help="The file of the baseline."
 )
 @click.option(
     "--worker-shutdown-timeout",
     callback=parse_duration,
     metavar="TIME",
     default="600000",
-    show_default="dramatiq's own, 10m",
-    help="What you give dramatiq.",
+    show_default="dramatiq's default, 10m",
+    help="The value that you pass to dramatiq.",
 )
 @click.option(
     "--consumer-timeout",
@@ -113,7 +116,7 @@ def check(
     failed = report.failed(strict=strict)
     _show(form, report, len(broker.actors), failed, facts)
     if form == "human" and isinstance(broker, PlaceholderBroker):
-        click.echo("No broker is set: the actors were declared on one that stands in.", err=True)
+        click.echo("The application sets no broker: the actors were declared on a placeholder.", err=True)
     return 1 if failed else 0
 
 
@@ -133,9 +136,9 @@ def _show(form: str, report: Report, actors: int, failed: bool, facts: dict[str,
 
 def _print_facts(facts: dict[str, Any]) -> None:
     seen = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "unknown" and value is not None)
-    click.echo(printable_text(f"Seen: {seen or 'no server'}."))
+    click.echo(printable_text(f"Read: {seen or 'no server'}."))
     for text in facts["unknown"]:
-        click.echo(printable_text(f"Not known: {text}."))
+        click.echo(printable_text(f"Unknown: {text}."))
 
 
 def _ignored(codes: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:
@@ -143,7 +146,7 @@ def _ignored(codes: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]
         raise OperationError("--ignore needs a --reason.")
     if len(reasons) not in (len(codes), 1 if codes else 0):
         raise OperationError(
-            f"There are {len(codes)} --ignore and {len(reasons)} --reason; give each its own, or one for all."
+            f"Got {len(codes)} --ignore and {len(reasons)} --reason: pass one reason for each, or one for all."
         )
     given = dict(zip(codes, reasons if len(reasons) == len(codes) else reasons * len(codes), strict=True))
     for code, reason in given.items():
@@ -197,8 +200,8 @@ def _print(report: Report, actors: int, failed: bool) -> None:
             out.print(printable_text(f"  {finding.code} {finding.actor or 'the broker'}{why}"), style="dim")
     if report.fixed:
         out.print(
-            f"{counted(len(report.fixed), 'entry of the baseline is', 'entries of the baseline are')} mended; write it again to keep "
-            "this."
+            f"{counted(len(report.fixed), 'entry of the baseline is', 'entries of the baseline are')} "
+            "fixed. Write the baseline again, so that they fail if they return."
         )
     errors = sum(finding.severity == "error" for finding in report.findings)
     warnings = len(report.findings) - errors

@@ -212,7 +212,8 @@ class IdempotencyGuard:
     def _quarantine(self, delivery: Delivery, found: Quarantined) -> NoReturn:
         delivery.claim = found.claim
         error = Crashed(
-            f"began {counted(found.starts, 'time')} and never ended: its worker was killed, or crashed, each time"
+            f"the job started {counted(found.starts, 'time')} and never finished: each time its worker "
+            "crashed or was killed"
         )
         delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
 

@@ -93,7 +93,7 @@ def check_actor(actor: Actor[..., Any], settings: Settings | None = None) -> lis
     settings = Settings() if settings is None else settings
     policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
-        return [_finding("DP022", actor, "It was declared on a broker without the bundle")]
+        return [_finding("DP022", actor, "The actor was declared on a broker without dramatiq_policies")]
     job = _Job(actor, policy, state_of(actor.broker), settings)
     return [_finding(code, actor, text) for check in _OF_ACTORS for code, text in check(job)]
 
@@ -114,24 +114,24 @@ def _finding(code: str, actor: Actor[..., Any] | None, text: str) -> Finding:
 def _design(job: _Job) -> Found:
     declared = {rule.verb for rule in job.policy.rules.rules}
     if Verb.RETRY not in declared and "retry_on" not in job.options:
-        yield "DP001", "No retry_on names its transient errors"
+        yield "DP001", "No retry_on names the transient errors"
     if Verb.DISCARD not in declared and "discard_on" not in job.options:
-        yield "DP002", "No discard_on names its permanent errors"
+        yield "DP002", "No discard_on names the permanent errors"
     yield from _uncapped(job)
     timeout = job.one(Timeout)
     if job.policy.timeout_ms is None:
-        yield "DP004", "It may run forever"
+        yield "DP004", "A run has no time limit"
     elif job.options.get("timeout") is None and job.options.get("time_limit") is None and not timeout.is_explicit:
-        yield "DP004", "It has no timeout but the default of ten minutes, which nobody chose"
+        yield "DP004", "Only the default timeout of ten minutes applies; nobody chose a timeout"
     if job.actor.queue_name == "default":
-        yield "DP005", "It shares the queue 'default' with whatever has none of its own"
+        yield "DP005", "The actor shares the queue 'default' with all actors without a queue"
     if not any(job.options.get(option) for option in ("idempotency_key", "idempotent", "done_when")):
-        yield "DP006", "Its message may be delivered twice, and nothing stops the second run"
+        yield "DP006", "The broker may deliver a message twice, and nothing prevents the second run"
     if not purpose_of(job.actor):
-        yield "DP007", "It has no docstring"
+        yield "DP007", "The actor has no docstring"
     for tag in job.settings.required_tags:
         if tag not in (job.policy.tags or {}):
-            yield "DP008", f"It has no tag {tag!r}"
+            yield "DP008", f"The actor has no tag {tag!r}"
 
 
 def _uncapped(job: _Job) -> Found:
@@ -139,9 +139,9 @@ def _uncapped(job: _Job) -> Found:
     if classifier.unclassified is not None:
         return
     if job.options.get("retry_when", classifier.retry_when) is not None:
-        yield "DP003", "retry_when decides alone on errors that no rule names, and knows no cap"
+        yield "DP003", "retry_when decides on errors without a rule, and has no limit"
     elif job.options.get("max_retries", classifier.max_retries) is None:
-        yield "DP003", "max_retries is None, and errors that no rule names are retried without end"
+        yield "DP003", "max_retries is None: errors without a rule are retried forever"
 
 
 def _horizon(job: _Job) -> Found:
@@ -151,7 +151,7 @@ def _horizon(job: _Job) -> Found:
     other = unnamed(job.actor)
     if other.outcome == "retried" and other.complete and other.attempts[-1].latest_ms > _DAY:
         runs, latest = len(other.attempts), format_duration(other.attempts[-1].latest_ms)
-        yield "DP026", f"An error that no rule names is tried {counted(runs, 'time')}, over up to {latest}"
+        yield "DP026", f"After an error without a rule the job runs up to {counted(runs, 'time')}, over up to {latest}"
 
 
 def _seconds(job: _Job) -> Found:
@@ -173,7 +173,7 @@ def _memory(job: _Job) -> Found:
     horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
     if guard.ttl < horizon:
         lasts, kept = format_duration(horizon), format_duration(guard.ttl)
-        yield "DP010", f"Retries may go on for {lasts}, and a completed key is remembered for {kept}"
+        yield "DP010", f"Retries may go on for {lasts}, and the record of a completed key is kept for {kept}"
 
 
 #: The options of an actor that are durations.
@@ -195,7 +195,7 @@ def _rules(job: _Job) -> Found:
     try:
         for rule in rules.unreachable():
             if rule.owner == "actor" or not _overridden(job, rule):
-                yield "DP011", f"The rule for {_target(rule)} ({rule.verb.value}, {rule.where}) never decides"
+                yield "DP011", f"The rule for {_target(rule)} ({rule.verb.value}, {rule.where}) never matches"
         for wide, near in _beaten(rules.rules):
             text = f"{_target(near)} is a {_target(wide)} ({wide.verb.value}, by the actor)"
             yield "DP012", f"{text}, but the broker's rule is nearer and wins ({near.verb.value})"
@@ -228,7 +228,7 @@ def _references(job: _Job) -> Found:
     for option in ("on_retry_exhausted", "on_failure", "on_success"):
         named = job.options.get(option)
         if isinstance(named, str) and named not in job.state.broker.actors:
-            yield "DP014", f"{option} names {named!r}, which no actor is called"
+            yield "DP014", f"{option}: there is no actor {named!r}"
 
 
 def _clocks(job: _Job) -> Found:
@@ -239,14 +239,17 @@ def _clocks(job: _Job) -> Found:
     if timeout > settings.shutdown_timeout_ms:
         yield (
             "DP015",
-            f"It may run for {lasts}; a worker that shuts down waits {format_duration(settings.shutdown_timeout_ms)}",
+            (
+                f"The job may run for {lasts}; a worker waits for "
+                f"{format_duration(settings.shutdown_timeout_ms)} at its shutdown"
+            ),
         )
     if kind_of(job.state.broker) == "rabbitmq" and timeout > settings.consumer_timeout_ms:
         yield (
             "DP017",
             (
-                f"It may run for {lasts}; after {format_duration(settings.consumer_timeout_ms)} RabbitMQ closes the channel and "
-                "gives its message to another worker"
+                f"The job may run for {lasts}; after {format_duration(settings.consumer_timeout_ms)} "
+                "RabbitMQ closes the channel and redelivers the message to another worker"
             ),
         )
 
@@ -260,7 +263,7 @@ def _class_based(job: _Job) -> Found:
     inherited = {name for base in bases if base is not object for name in vars(base) if not name.startswith("_")}
     lost = sorted(inherited - set(vars(meta)) - {"abstract", "actor"})
     if lost:
-        yield "DP016", f"Its Meta has lost {', '.join(lost)}"
+        yield "DP016", f"Meta lacks the inherited {', '.join(lost)}"
 
 
 def _alerts(job: _Job) -> Found:
@@ -274,14 +277,14 @@ def _alerts(job: _Job) -> Found:
     if not heard and not is_heard(ALERTS, logging.CRITICAL):
         yield (
             "DP018",
-            "It alerts, no SentryReporter, on_outcome or after_discard passes the alert on, and no log handler is configured for it",
+            "A rule alerts, but there is no SentryReporter, on_outcome, after_discard or log handler for the alert",
         )
 
 
 def _asynchronous(job: _Job) -> Found:
     fn: Any = inspect.unwrap(job.actor.fn)
     if inspect.iscoroutinefunction(fn) and job.one(AsyncIO) is None:
-        yield "DP020", "It is a coroutine function, and no event loop would run it"
+        yield "DP020", "The actor is a coroutine function, and the broker has no event loop to run it"
 
 
 _OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
