@@ -72,7 +72,7 @@ class Stage:
 
         With one thread the outcomes come in order: they are published after the hand-off.
         """
-        worker = self.worker = Worker(self.broker, worker_timeout=50, worker_threads=threads)
+        worker = self.worker = Worker(self.broker, worker_timeout=10, worker_threads=threads)
         worker.start()
         # A thread of Dramatiq's that is told to stop before it has begun runs on.
         while not all(thread.running for thread in (*worker.workers, *worker.consumers.values())):

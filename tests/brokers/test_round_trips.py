@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -24,10 +25,6 @@ class Interrupted(BaseException):
     pass
 
 
-def raise_interrupted(*args):
-    raise Interrupted
-
-
 def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monkeypatch):
     """It would otherwise be handed the connection later, and all behind it wait for ever."""
     begun, go_on = threading.Event(), threading.Event()
@@ -45,12 +42,22 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
     first.start()
     assert begun.wait(PATIENCE)
 
+    struck = threading.Event()
+
+    def raise_once(*args):
+        if not struck.is_set():
+            struck.set()
+            raise Interrupted
+
     def interrupt_once_it_waits():
         while not trips._waiting:
-            pass
-        os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.001)
+        # A signal just before the wait is handled after the wait only.
+        while not struck.is_set():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.001)
 
-    before = signal.signal(signal.SIGUSR1, raise_interrupted)
+    before = signal.signal(signal.SIGUSR1, raise_once)
     try:
         interrupter = threading.Thread(target=interrupt_once_it_waits)
         interrupter.start()

@@ -11,6 +11,7 @@ from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import Middleware, Shutdown
 
 from dramatiq_policies import Discard, RetryPolicy, Snooze
+from dramatiq_policies.delivery import publishing
 from dramatiq_policies.delivery.history import attempt_of, run_of
 from dramatiq_policies.idempotency.claims import Claims
 
@@ -188,7 +189,9 @@ def test_a_failed_job_whose_callback_is_unknown_ends_as_it_would_without_and_tha
     assert f"{option}: this worker has no actor 'nobody'" in caplog.text
 
 
-def test_a_result_that_can_not_be_sent_to_on_success_leaves_a_dead_letter():
+def test_a_result_that_can_not_be_sent_to_on_success_leaves_a_dead_letter(monkeypatch):
+    monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.05)
+    monkeypatch.setattr(publishing, "_RETRY_PAUSES", (0.0, 0.01))
     stage = Told()
     stage.job(on_success="done", result=object()).send()
     assert stage.run().reasons() == ["handoff_failed"]

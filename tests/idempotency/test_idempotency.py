@@ -31,6 +31,7 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.common import clock
 from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.idempotency import claims
 from dramatiq_policies.idempotency.options import register_name
 from dramatiq_policies.idempotency.records import RUNNING, Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
@@ -1030,7 +1031,8 @@ def test_an_actor_that_asked_for_nothing_runs_while_the_store_is_down(flaky):
     assert stage.outcomes() == ["succeeded"]
 
 
-def test_a_completion_is_written_when_the_store_is_back(flaky):
+def test_a_completion_is_written_when_the_store_is_back(flaky, monkeypatch):
+    monkeypatch.setattr(claims, "_PAUSES", (0.05, 0.1))
     stage = Stage(bundle={"idempotency": Idempotency(flaky, lease=300)})
 
     @stage.actor(idempotency_key="{order_id}")

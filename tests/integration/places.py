@@ -55,7 +55,7 @@ class App:
 
     @contextlib.contextmanager
     def working(self, threads: int = 4) -> Iterator[Worker]:
-        self.worker = worker = Worker(self.broker, worker_timeout=100, worker_threads=threads)
+        self.worker = worker = Worker(self.broker, worker_timeout=30, worker_threads=threads)
         worker.start()
         try:
             yield worker

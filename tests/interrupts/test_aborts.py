@@ -170,7 +170,8 @@ def test_aborts_at_any_moment_end_each_job_once_and_leave_none_running(event_loo
     aborter.start()
     deadline = monotonic() + 60
     try:
-        while sum(counted.values()) < 300 and monotonic() < deadline:
+        # A busy machine may run the first hundreds before the other thread.
+        while (sum(counted.values()) < 300 or not counted["aborted"]) and monotonic() < deadline:
             try:
                 try:
                     tokens.append("one abort")

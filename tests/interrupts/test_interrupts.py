@@ -569,7 +569,7 @@ def near_the_deadline_at_a_call(until, result, seen):
 @pytest.mark.untraced
 @pytest.mark.parametrize("job", [near_the_deadline, near_the_deadline_at_a_call])
 def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(quick_switches, job):
-    calls = 5_000
+    calls = 2_000
     found = run_on_threads(8, lambda _: hammer(interrupts.run, job, calls))
     ends = sum((ends for ends, _ in found), Counter())
     assert [leak for _, leaks in found for leak in leaks] == []
@@ -579,7 +579,7 @@ def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(qu
 
 @pytest.mark.untraced
 def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
-    calls = 3_000
+    calls = 1_500
     found = run_on_threads(8, lambda _: hammer(interrupts.run, near_the_deadline, calls, on_shutdown=True))
     ends = sum((ends for ends, _ in found), Counter())
     assert [leak for _, leaks in found for leak in leaks] == []

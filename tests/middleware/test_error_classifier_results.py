@@ -14,6 +14,7 @@ from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import (
     RetryPolicy,
+    constant,
 )
 
 from ..support import Stage
@@ -163,7 +164,7 @@ def test_a_retry_when_that_raises_leaves_a_dead_letter_that_says_so():
     ("error", "declared", "outcomes"),
     [
         (Refused(), {"discard_on": Refused}, ["discarded"]),
-        (Refused(), {"retry_on": {Refused: 2}}, ["retried", "dead"]),
+        (Refused(), {"retry_on": {Refused: RetryPolicy(2, wait=constant(1))}}, ["retried", "dead"]),
         (Refused(), {"throws": Refused}, ["dead"]),
         (Refused(), {"max_retries": 1}, ["retried", "dead"]),
         (Shutdown(), {"max_retries": 0}, ["dead"]),

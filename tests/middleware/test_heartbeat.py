@@ -172,7 +172,8 @@ def test_it_stops_when_a_consumer_s_thread_has_died(beating):
         worker.stop()
 
 
-def test_a_paused_worker_is_well(tmp_path):
+def test_a_paused_worker_is_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.01)
     beating = Beating(tmp_path, silence=50)
     beating.stage.broker.declare_queue("mail")
     with beating.stage.working() as worker:

@@ -314,6 +314,7 @@ APP = """
     import dramatiq
     from dramatiq.brokers.stub import StubBroker
     from dramatiq_policies import Timeout, install
+    from dramatiq_policies.middleware import timeout as timeouts
 
     timeout = Timeout(grace=100, on_stuck="exit")
 
@@ -326,6 +327,7 @@ APP = """
 
     timeout.stuck_subscribers.append(note)
     if os.environ.get("HANG"):
+        timeouts._TOLD_WITHIN = 1.0
         timeout.stuck_subscribers.append(hang)
     broker = StubBroker()
     install(broker, timeout=timeout)
