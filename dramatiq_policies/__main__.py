@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command; without its extra, say what to install."""
+    """Run the command; without the extra `cli`, print the pip command."""
     try:
         from .cli import main as command
     except KeyboardInterrupt:

@@ -156,7 +156,7 @@ def take_rabbitmq_tag(consumer: Any, message: Any) -> int | None:
 
 
 def rabbitmq_acks(consumer: Any) -> tuple[Callable[[int], object], Callable[[int], object]]:
-    """Return two functions that ack a delivery tag: a buffered one, and one that also flushes the buffer.
+    """Return two functions to acknowledge a delivery tag: the first buffers, the second also flushes the buffer.
 
     The buffered function is pika's inner one. Without buffering, each message would cost four system calls.
     """

@@ -17,7 +17,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 class Outcome(str, Enum):
-    """The end of one delivery. It derives from ``str``: it compares, formats and serialises as its value."""
+    """The end of one delivery. Derives from ``str``: compares, formats and serialises as its value."""
 
     SUCCEEDED = "succeeded"
     RETRIED = "retried"

@@ -1,4 +1,4 @@
-"""Open a queue of any broker: `reader_of` counts messages, `browse` looks at them one by one."""
+"""Open a queue of any broker: `reader_of` counts messages, `browse` reads messages one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Item", "QueueBrowser", "QueueReader", "QueueReading", "browse", "rea
 
 
 def reader_of(broker: Broker) -> QueueReader:
-    """Return a reader of the broker's queues. Its first reading connects."""
+    """Return a reader of the broker's queues. The first reading connects."""
     kind = kind_of(broker)
     if kind is None:
         return QueueReader(broker)
@@ -28,7 +28,7 @@ def browse(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[
     """Open the dead letters of a queue, or its ready messages.
 
     Raises:
-      OperationError: The broker can't be reached, or its storage is unknown.
+      OperationError: The broker is unreachable or of an unknown type.
     """
     kind = kind_of(broker)
     if kind is None:

@@ -31,10 +31,10 @@ _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _NAMED = re.compile(
     rf"(?P<name>{_NAMES}\b[\"']?\s*(?:=|:(?!//))\s*)(?P<value>b?(?:{_QUOTED})|[^\s,;&)}}\]>\"']+)", re.IGNORECASE
 )
-#: Before a name: an exception's class such as MissingCredentials, whose text is no secret.
+#: Before a name: an exception's class such as MissingCredentials; its text is not secret.
 _MISSING = re.compile(r"\b(?:Missing|No)(?:[A-Z]\w*)?$")
-#: ``user:password@`` of a URL. Nobody has quoted the password, perhaps: it may hold slashes, quotes, blanks and ``@``. What
-#: could be a port is none of it. A password ends at the last ``@`` of its word, or of the first word that has one.
+#: ``user:password@`` of a URL. An unquoted password may contain slashes, quotes, blanks and ``@``. A possible port is not a
+#: password. A password ends at the last ``@`` of its word, or of the first word with an ``@``.
 _IN_URL = re.compile(
     r"(?<=://)(?:"
     r"(?:[^\s/:@]+:(?!\d{1,5}(?:[/?#\s'\"),.;]|$))|:)(?:(?!://)[^@\n])*@(?:(?:(?!://)\S)*@)?"

@@ -1,4 +1,4 @@
-"""The messages of ``on_success``, ``on_failure`` and ``on_retry_exhausted``: each is a step of the hand-off."""
+"""The messages of ``on_success``, ``on_failure`` and ``on_retry_exhausted``: part of the outbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 
 
 def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | None:
-    """The name of the actor that a message, or else the message's own actor, names in an option; None without one."""
+    """Return the callback's actor name from an option of the message, else of the actor; None without the option."""
     name: str | None = message.options.get(option)
     if not name:
         actor = broker.actors.get(message.actor_name)
@@ -31,10 +31,10 @@ def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | Non
 def send_to(
     broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, told: Any
 ) -> list[OutgoingMessage]:
-    """The callback's message, with the job's message as received and what is told of the run.
+    """Return the callback's message. Its arguments are the job's message as received, and ``told``.
 
-    Where this worker does not know the callback's actor, a failed job's own message is kept, as a retry or a dead letter:
-    the callback is logged at CRITICAL and not sent. A job that succeeded would be gone.
+    If this worker does not know the callback's actor after a failure, log a CRITICAL record and send no callback: the job's
+    message stays, as a retry or a dead letter. After a success no message would stay, so raise.
 
     Parameters:
       option: ``on_success``, ``on_failure`` or ``on_retry_exhausted``.
@@ -62,7 +62,7 @@ def send_to(
 
 
 def tell_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
-    """Have ``on_retry_exhausted`` told, if the message or its actor names one."""
+    """Send the callback ``on_retry_exhausted``, if the message or the actor names one."""
     option = "on_retry_exhausted"
     target = callback_of(broker, message, option)
     if target:

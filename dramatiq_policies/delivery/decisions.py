@@ -1,4 +1,4 @@
-"""Decide about a job that failed: retry, discard, alert, or dead-letter its message.
+"""Decide about a failed job: retry, discard, alert, or dead-letter the message.
 
 `ErrorClassifier` calls `decide`; `settlement` carries out the decision.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 __all__ = ["BrokerDefaults", "FailedRun", "decide"]
 
 _UNCLASSIFIED = "unclassified"
-#: The wait, in milliseconds, after a `Snooze` whose delay can't be read.
+#: The wait, in milliseconds, after a `Snooze` with an unreadable delay.
 _UNREADABLE_SNOOZE = 15_000
 
 
 class BrokerDefaults(NamedTuple):
-    """The settings that hold for every actor of a broker; `ErrorClassifier` documents them."""
+    """The settings for all actors of a broker, documented at `ErrorClassifier`."""
 
     stock: Retries
     unclassified: RetryPolicy | None
@@ -48,7 +48,7 @@ class BrokerDefaults(NamedTuple):
 
 
 class FailedRun:
-    """One run of a job that raised ``error``."""
+    """One run of a job, ended by ``error``."""
 
     __slots__ = ("broker", "delivery", "error", "history", "message", "policy")
 
@@ -69,13 +69,13 @@ class FailedRun:
         self.delivery.add_to_outbox(OutgoingMessage(again, delay_ms or None))
 
     def record_last_failure(self) -> None:
-        """Write the failure into the options of a message that is not retried."""
+        """Write the failure into the message's options, if the message is not retried."""
         self.history.failed(self.error, now_ms(), None)
         self.message.options[POLICIES] = self.history.option()
         self.show_traceback()
 
     def show_traceback(self) -> None:
-        """Store the traceback where Dramatiq's Retries stores it, for dashboards and other middleware."""
+        """Store the traceback in the option of Dramatiq's Retries, for dashboards and other middleware."""
         text = traceback_of(self.error)
         if text is not None:
             self.message.options["traceback"] = text
@@ -101,7 +101,7 @@ class FailedRun:
 
 
 def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
-    """Decide about the message of a failed run, and add what must be sent to the delivery's outbox."""
+    """Decide about the message of a failed run, and add the follow-up messages to the delivery's outbox."""
     rule, cause = deciding(run.policy.rules, run.error)
     if is_a(cause, Shutdown):
         return _interrupted(defaults, run)
@@ -128,7 +128,7 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
 
 
 def _asked_delay(message: MessageProxy, asking: Any) -> int | None:
-    """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None if it is no duration."""
+    """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None for other values."""
     what = f"The delay of the {'Snooze' if is_a(asking, Snooze) else 'Retry'} in message {message.message_id}"
     try:
         return clamped_wait(asking.delay, what)
@@ -162,7 +162,7 @@ def _interrupted(defaults: BrokerDefaults, run: FailedRun) -> Decision:
 
 
 def _snoozed(defaults: BrokerDefaults, run: FailedRun, snooze: Snooze) -> Decision:
-    """Put the message back, until `max_snooze` is used up. ``snooze`` is the error or a leaf of the error's group."""
+    """Defer the message, until `max_snooze` is used up. ``snooze`` is the error or a leaf of the error's group."""
     history, now = run.history, now_ms()
     if history.snoozed_since is None:
         history.snoozed_since = now
@@ -211,14 +211,14 @@ def _retry(
 
 
 def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseException) -> Decision:
-    """Let Dramatiq's Retries decide, and add the message that it would enqueue to the outbox."""
+    """Let Dramatiq's Retries decide, and add its message to the outbox."""
     recorder = _StockRetriesRecorder(run.broker)
     history, message = run.history, run.message
     options = message.options
-    # Dramatiq compares max_retries with its own retries only.
+    # Dramatiq compares max_retries only with its own retries.
     by_rules = min(history.retried, retries_of(options))
     retries = options["retries"] = retries_of(options) - by_rules
-    # Dramatiq knows no exception groups: pass the deciding leaf.
+    # Dramatiq ignores exception groups: pass the deciding leaf.
     shown = cause if is_a(cause, (RateLimitExceeded, Retry)) else run.error
     try:
         Retries.after_process_message(defaults.stock, recorder, message, exception=shown)
@@ -242,7 +242,7 @@ def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseExcep
 
 
 class _StockRetriesRecorder(Recorder):
-    """Records the message that Dramatiq's ``Retries`` enqueues, and the arguments for ``on_retry_exhausted``.
+    """Records the message from Dramatiq's ``Retries``, and the arguments for ``on_retry_exhausted``.
 
     ``Retries`` asks for the message's own actor first, and a second time only for the actor of ``on_retry_exhausted``.
     """

@@ -54,7 +54,7 @@ class DelayQueue(PriorityQueue[Any]):
 
 @dataclass(slots=True)
 class Move:
-    """The move of one due message from its delay queue to its work queue.
+    """The move of one due message from the delay queue to the work queue.
 
     Parameters:
       item: The item of the `DelayQueue`.

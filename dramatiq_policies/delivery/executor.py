@@ -1,7 +1,7 @@
-"""The wrapper of ``actor.fn``: everything that happens between Dramatiq's before-hooks and its after-hooks.
+"""The wrapper of ``actor.fn``, between Dramatiq's before-hooks and after-hooks.
 
 The wrapper runs an actor's message through each registered `AroundJob` (`Timeout` and `Idempotency` register one each; see
-`BrokerState.add_around_job`) and then runs the job. A direct call, or one actor that calls another, goes straight to the
+`BrokerState.add_around_job`) and then runs the job. A direct call, or a call from another actor, goes straight to the
 function. Because the wrapper runs after every before-hook and before any after-hook, the order of middleware doesn't matter.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AroundJob", "Proceed", "run_interruptibly", "run_job", "wrap_actor"]
 
-#: Runs the rest of what is around a job, and the job. Returns its result.
+#: Runs the next `AroundJob`, or the job. Returns the job's result.
 Proceed = Callable[[Delivery], Any]
 
 
@@ -37,8 +37,8 @@ class AroundJob(Protocol):
 def wrap_actor(actor: Actor[..., Any]) -> None:
     """Replace ``actor.fn``, once.
 
-    Two actors may share a function, so each gets a wrapper of its own. The wrapper acts for the broker that delivered the
-    message, so one wrapper serves actors of the same name on several brokers.
+    Two actors may share a function: each gets a separate wrapper. The wrapper acts for the delivering broker: one wrapper
+    serves actors of the same name on several brokers.
     """
     name = actor.actor_name
     given: Any = actor.fn
@@ -61,7 +61,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
             stand_in = stand_in_for(error)
             if stand_in is None:
                 raise
-        # Outside of the handler: inside, the error would become the context of its stand-in.
+        # Outside of the handler: otherwise the error would become the context of the stand-in.
         raise stand_in
 
     mark_wrapper(run, fn, name)
@@ -69,7 +69,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 
 
 def _settle_earlier_run(delivery: Delivery) -> None:
-    """Settle what an earlier run in this process has left to do, and do not run."""
+    """Settle the rest of an earlier run in this process, without a run."""
     assert delivery.carried is not None
     decision, delivery.outbox = delivery.carried
     delivery.skip(decision)

@@ -1,4 +1,4 @@
-"""Report groups that can no longer call back, because a member has failed permanently."""
+"""Report groups whose callbacks can't run, because a member has failed permanently."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["group_of", "warn_of_incomplete_group"]
 
 logger = SafeLogger(OUTCOMES)
 
-#: The groups that this process has logged, the oldest first.
+#: The groups logged by this process, the oldest first.
 _logged: OrderedDict[str, None] = OrderedDict()
 _REMEMBERED = 1_000
-#: A pipeline may be a member. Its last step carries the group, nested in the options of the steps before.
+#: A pipeline may be a member. The last step carries the group, nested in the options of the earlier steps.
 _DEEPEST = 100
 
 
 def group_of(options: Mapping[str, Any]) -> str | None:
-    """Return the id of the group whose completion callback waits for a message or for a later step of its pipeline."""
+    """Return the id of the group that a message, or a later step of its pipeline, belongs to."""
     found: Any = options
     for _ in range(_DEEPEST):
         if not isinstance(found, Mapping):
@@ -38,7 +38,7 @@ def group_of(options: Mapping[str, Any]) -> str | None:
 
 
 def warn_of_incomplete_group(message: MessageProxy, decision: Decision) -> None:
-    """Log once for each group and process that a member failed, so that the completion callback is not sent."""
+    """Log once per group and process that a member failed, and the completion callback is not sent."""
     options = message.options
     if "group_completion_callbacks" not in options and "pipe_target" not in options:
         return

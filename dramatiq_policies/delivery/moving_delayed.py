@@ -1,4 +1,4 @@
-"""Move due messages from a delay queue to its work queue.
+"""Move due messages from a delay queue to the work queue.
 
 Each batch is published to the work queue first, and then acknowledged on the delay queue.
 """
@@ -59,7 +59,7 @@ def move_due(transport: Transport) -> bool:
 
 
 def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[MessageProxy], int | None]) -> bool:
-    """Keep a due message in the delay queue, if moving it is known to be in vain."""
+    """Keep a due message in the delay queue, if the move is sure to fail."""
     message = _dramatiq.delayed_message(item)
     wait = postpone(message)
     if wait is None:
@@ -71,7 +71,7 @@ def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[Mes
 
 
 def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
-    """Make a dead letter of a message that the broker will never accept. Returns whether that was done."""
+    """Dead-letter a message that the broker permanently refuses. Returns whether the dead letter was written."""
     if transport.fault_of(error) is Fault.HOPELESS:
         try:
             transport.dead_letter_unmoved(move.message)

@@ -12,14 +12,14 @@ __all__ = ["OutgoingMessage", "Recorder"]
 
 
 class OutgoingMessage:
-    """A message that the broker must accept before the delivery is acknowledged."""
+    """A message to be accepted by the broker before the acknowledgement of the delivery."""
 
     __slots__ = ("delay", "encoded", "message")
 
     def __init__(self, message: Message[Any], delay: int | None = None) -> None:
         self.message = message
         self.delay = delay
-        #: The encoded form, which the broker's transport chooses. Encoded once, so that a repeated publish sends the same bytes.
+        #: The encoded form, chosen by the transport. Encoded once: a repeated publish sends the same bytes.
         self.encoded: Any = None
 
 

@@ -20,7 +20,7 @@ __all__ = ["settle_results"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: Reasons that plain Dramatiq has, too: the result keeps Dramatiq's own text.
+#: Reasons known to plain Dramatiq: the result keeps Dramatiq's text.
 _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
@@ -30,8 +30,8 @@ def settle_results(
     """Store a failure with the outcome's name as the job's result.
 
     Dramatiq stores a failure only for a nacked message, and without the outcome. ``store_results`` is set to False on the local
-    copy of the message, so that Dramatiq does not overwrite the result. A result of a job that succeeded stays: a client may
-    have read that result.
+    copy of the message, so that Dramatiq does not overwrite the result. The result of a successful job stays: a client may
+    have read the result.
     """
     for middleware in state.broker.middleware:
         if not isinstance(middleware, Results):

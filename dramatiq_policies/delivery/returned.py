@@ -1,4 +1,4 @@
-"""Messages that are enqueued again because the dead-letter queue refuses them: each carries its failure and does not run."""
+"""Messages enqueued again after the dead-letter queue refused them. Each carries a failure and does not run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .history import FAILURE
 
 __all__ = ["RETURNED", "decision_of_returned", "wait_before_return"]
 
-#: The message option that counts how often the message was enqueued again.
+#: The message option with the number of returns.
 RETURNED = "returned"
 _FIRST_RETURN = 10_000
 _LAST_RETURN = 300_000
 
 
 def wait_before_return(times: int) -> int:
-    """How many milliseconds a message waits that was enqueued again ``times`` times before."""
+    """Return the milliseconds to wait before the next return, after ``times`` earlier returns."""
     return min(_FIRST_RETURN << min(times, 10), _LAST_RETURN)
 
 
 def decision_of_returned(options: dict[str, Any]) -> Decision | None:
-    """Return the decision that a returned message carries; None for any other message."""
+    """Return the decision in a returned message; None for other messages."""
     failure, times = options.get(FAILURE), options.get(RETURNED)
     if type(times) is not int or not isinstance(failure, dict):
         options.pop(RETURNED, None)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IdempotencyGuard"]
 
-#: The answer to a message that claims its key.
+#: The answer to a claim of a key.
 Answer = Claim | Quarantined | records.Action
 #: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
 _RETURNS = 10

@@ -261,7 +261,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
             return WaitForOwner(left, record.started_at, record.message_id, differs)
         if record.state != RUNNING:
             return _take(request.starts, record.ended, request)
-        # Another message with the same job may kill its worker too, but gets one start of its own.
+        # Another message with the same job may kill the worker too, but gets one start.
         return _after_a_crash(record, request, 1)
     # The same run again: the message was redelivered, or copied.
     if left > 0 and not request.is_dead(record):

@@ -1,4 +1,4 @@
-"""Choose how to run a job so that it can be interrupted: on a thread, on the event loop, or in a greenlet."""
+"""Choose how to run a job interruptibly: on a thread, on the event loop, or in a greenlet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _gevent_is_active: Callable[[], bool] = is_gevent_active
 
 
 class Runner(Protocol):
-    """`threads.run`, or its counterpart for coroutines or greenlets."""
+    """`threads.run`, or the counterpart for coroutines or greenlets."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ def runner_for(fn: Callable[..., Any]) -> Runner:
 
 
 def shutdown() -> None:
-    """Raise Dramatiq's ``Shutdown`` in every running job that asked for notifications."""
+    """Raise Dramatiq's ``Shutdown`` in every running job with ``notify_shutdown``."""
     if _gevent_is_active():
         from . import greenlets
 

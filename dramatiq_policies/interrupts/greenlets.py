@@ -1,8 +1,7 @@
-"""Run a job in a greenlet and interrupt it at its deadline or at shutdown: `run` of `threads`, for gevent.
+"""Run a job in a greenlet, and interrupt the job at the deadline or at shutdown: `threads.run` for gevent.
 
-The hub throws the exception into the greenlet. The hub runs only while the greenlet waits, so no exception is ever pending.
-The hub checks that the job still runs and throws without switching greenlets in between, so no interrupt comes after the
-job's end. (``Greenlet.kill(block=False)``, which Dramatiq uses at shutdown, throws later, whatever the greenlet does by then.)
+The hub throws the exception into the greenlet. The hub runs only while the greenlet waits: no exception is ever pending.
+The hub checks that the job is running, and throws without a switch of greenlets: no interrupt comes after the end of the job. (``Greenlet.kill(block=False)``, which Dramatiq uses at shutdown, throws later, when the job may have ended.)
 
 A job that never waits can't be interrupted and blocks the whole process; no code in the process could report it.
 """
@@ -51,7 +50,7 @@ class _Run:
         self._over = False
         self._greenlet: Any = gevent.getcurrent()
         self._loop: Any = gevent.get_hub().loop
-        # The hub makes the exception in the job's context: TimeoutExceeded reads the job from there.
+        # The hub makes the exception in the job's context: TimeoutExceeded reads the current job.
         self._context = copy_context()
         self._timer: Any = None
         if deadline is not None:
@@ -112,7 +111,7 @@ def run(
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
-    """Do as `threads.run`."""
+    """See `threads.run`."""
     greenlet = gevent.getcurrent()
     if (deadline is None and not on_shutdown) or greenlet in _runs:
         return fn(*args, **kwargs)
@@ -133,7 +132,7 @@ def run(
 
 
 def shutdown() -> None:
-    """Do as `threads.shutdown`."""
+    """See `threads.shutdown`."""
     for run in list(_runs.values()):
         if run.on_shutdown:
             run.on_shutdown = False

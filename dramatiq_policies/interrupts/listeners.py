@@ -1,4 +1,4 @@
-"""Callables that run in every thread after an interrupt of its job, such as one that closes connections."""
+"""Listeners that run on a thread after an interrupt of a job, for example to close connections."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _listeners: list[Callable[[], object]] = []
 def after_each_interrupt(listener: Callable[[], object]) -> None:
     """Call ``listener`` after each interrupt in this process, for jobs of any broker.
 
-    The job's thread (or greenlet) makes the call, once no other interrupt can come, also if the job has handled the interrupt.
-    Async jobs are cancelled where they await: no call is made for them. An error of the listener is logged.
+    The job's thread (or greenlet) calls the listener after the last possible interrupt, also if the job has handled the interrupt.
+    Async jobs are cancelled at an ``await``, without a call. An error of the listener is logged.
     """
     if listener not in _listeners:
         _listeners.append(listener)

@@ -32,7 +32,7 @@ logger = SafeLogger("dramatiq_policies.alerts")
 
 
 def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middleware]) -> list[str]:
-    """Return the names of middleware on the broker derived from ``stock``, which ``ours`` should replace."""
+    """Return the names of the broker's middleware derived from ``stock``, to be replaced by ``ours``."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
 
@@ -43,7 +43,7 @@ class Arrangement:
     Attributes:
       middleware, length: The broker's list of middleware, and its length.
       actors: The number of actors.
-      attached: The middleware of dramatiq_policies that have their places.
+      attached: The attached middleware of dramatiq_policies.
       wraps_consume: Whether the consumers of the broker are ours.
     """
 
@@ -83,19 +83,19 @@ def order_middleware(broker: Broker) -> BrokerState:
 class PolicyMiddleware(Middleware):
     """Base class of the middleware of dramatiq_policies.
 
-    ``add_middleware`` does not tell a middleware about a broker that has no actors yet. So the middleware takes its place at
+    ``add_middleware`` calls no hook while the broker has no actors. So the middleware is attached at
     the first of these events: an actor is declared, a process or worker boots, a message is enqueued.
     """
 
-    #: The state of the broker that has this middleware; None until the middleware has its place.
+    #: The state of the broker; None until the middleware is attached.
     attached_to: BrokerState | None = None
-    #: Whether `ordering` added this middleware for another.
+    #: Whether `ordering` added this middleware automatically.
     auto_added = False
 
     def attach(self, state: BrokerState) -> None:
-        """Connect to the broker's state. Called once, after the middleware has taken its place."""
+        """Connect to the broker's state. Called once, after the middleware is in order."""
 
-    #: The replaced Dramatiq middleware, and its job in words.
+    #: The replaced middleware of Dramatiq, and its task in words.
     replaces: tuple[type[Middleware], str] | None = None
 
     def for_stub(self) -> Self:
@@ -113,7 +113,7 @@ class PolicyMiddleware(Middleware):
         except MiddlewareError:
             raise
         except Exception as error:
-            # Dramatiq logs any other error of a hook, and would go on with an actor without rules.
+            # Dramatiq only logs other errors of a hook, and would continue with an actor without rules.
             raise ConfigurationError(
                 f"actor {actor.actor_name!r}: its options can't be read ({type(error).__name__}: {error})."
             ) from error

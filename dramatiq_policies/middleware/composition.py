@@ -41,7 +41,7 @@ _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 def _publish_by_stock(
     stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
 ) -> None:
-    """Add a step to the outbox that runs Dramatiq's own code and records the messages that it enqueues."""
+    """Add a step to the outbox: run Dramatiq's own code, and record the enqueued messages."""
     delivery: Delivery | None = getattr(message, "delivery", None)
     if delivery is None:
         stock.after_process_message(middleware, broker, message, result=result)

@@ -1,10 +1,10 @@
 -- Count a group's member at its barrier, once.
 --
--- KEYS[1]  the barrier: how many members are missing, as Dramatiq keeps it
--- KEYS[2]  the members that were counted, and '>' with the one that completed the group
+-- KEYS[1]  the barrier: the number of missing members, in Dramatiq's format
+-- KEYS[2]  the counted members, and '>' with the completing member
 -- ARGV     the member's message id, ttl in milliseconds
 --
--- Returns 1 if this member completes the group, also when it is counted again: its callbacks may not have been enqueued.
+-- Returns 1 if this member completes the group. A repeated call returns 1 again: the callbacks may not have been enqueued.
 if redis.call('sadd', KEYS[2], ARGV[1]) == 0 then
   return redis.call('sismember', KEYS[2], '>' .. ARGV[1])
 end

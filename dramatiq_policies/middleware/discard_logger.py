@@ -1,4 +1,4 @@
-"""Log one structured record for each message that failed permanently."""
+"""Log one structured record per permanently failed message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Level = int | str
 
 
 class DiscardLogger(PolicyMiddleware):
-    """Log one record for each message that is dead, expired or discarded, with its fields in ``extra=``.
+    """Log one record per dead, expired or discarded message, with the fields in ``extra=``.
 
     `install` adds one. To log discarded messages at INFO, pass your own::
 

@@ -254,7 +254,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for put_back in later:
             put_back()
         if state.fatal is not None and state.in_command:
-            # Dramatiq's exit code for a broker that it can't reach.
+            # Dramatiq's exit code for an unreachable broker.
             raise SystemExit(3)
 
     def _report(self, event: OutcomeEvent, message: MessageProxy | None) -> None:

@@ -35,15 +35,15 @@ from .timeout import Timeout
 
 __all__ = ["kind_of_ours", "order_middleware", "resolve_actor"]
 
-#: The middleware after the ErrorClassifier, in this order; they have no hooks on messages. By name, because unused
-#: ones are not imported.
+#: The middleware after the ErrorClassifier, in this order; without hooks on messages. By name: unused middleware is not
+#: imported.
 _LISTENERS = ("Idempotency", "DiscardLogger", "Metrics", "SentryReporter", "QueueMonitor", "Heartbeat", "Outbox")
 
 _lock = threading.RLock()
 
 
 def order_middleware(broker: Broker) -> BrokerState:
-    """Order the broker's middleware, and attach the middleware and actors that are new since the last call.
+    """Order the broker's middleware, and attach middleware and actors added since the last call.
 
     ErrorClassifier and Timeout take the places of ``Retries`` and ``TimeLimit``. The listeners follow the ErrorClassifier.
     Hooks iterate over the list during this call: this function replaces the list and never changes it.
@@ -67,7 +67,7 @@ def order_middleware(broker: Broker) -> BrokerState:
                     _replace_auto_added(state, ours[kind], middleware)
                 ours[kind] = middleware
         if "ErrorClassifier" not in ours:
-            # The others need its hooks. Without rules it does as Dramatiq's Retries.
+            # The others need the ErrorClassifier's hooks. Without rules it retries like Dramatiq's Retries.
             ours["ErrorClassifier"] = added = ErrorClassifier()
             added.auto_added = True
         broker.middleware = _ordered(broker.middleware, ours)
@@ -90,7 +90,7 @@ def order_middleware(broker: Broker) -> BrokerState:
 
 
 def _replace_auto_added(state: BrokerState, added: Middleware, explicit: Middleware) -> None:
-    """Replace the ErrorClassifier that `order_middleware` added by the user's own."""
+    """Replace an automatically added ErrorClassifier by the user's own."""
     assert isinstance(added, ErrorClassifier)
     assert isinstance(explicit, ErrorClassifier)
     explicit.inherit_settings(added)
@@ -100,7 +100,7 @@ def _replace_auto_added(state: BrokerState, added: Middleware, explicit: Middlew
 
 
 def kind_of_ours(middleware: PolicyMiddleware) -> str:
-    """Return the name of the dramatiq_policies class behind a middleware that may be of a subclass."""
+    """Return the name of a middleware's class, or of the base class from dramatiq_policies."""
     return next(cls.__name__ for cls in type(middleware).__mro__ if PolicyMiddleware in cls.__bases__)
 
 
@@ -137,7 +137,7 @@ def _ordered(present: list[Middleware], ours: dict[str, PolicyMiddleware]) -> li
 
 
 def _replace_stock(middleware: Middleware) -> Middleware:
-    """Return the safe version of one of Dramatiq's middleware that lose messages, with its settings; any other unchanged."""
+    """Return the safe replacement of a middleware of Dramatiq, with the same settings; other middleware unchanged."""
     if type(middleware) is StockPipelines:
         return Pipelines()
     if type(middleware) is StockCallbacks:

@@ -237,7 +237,7 @@ class QueueMonitor(PolicyMiddleware):
         except Exception as error:
             self._failed += 1
             if self._failed % _PATIENCE == 0 and self._elected:
-                # Another process may reach the server: let it try for one turn.
+                # Another process may reach the server: leave the next turn to the others.
                 self._elected, self._stands_back = False, True
                 election.resign()
             if self._failed == 1:

@@ -258,7 +258,7 @@ def around_job(delivery: Delivery, proceed: Proceed) -> Any:
 
 
 def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
-    """Skip a message that waited too long before its first run."""
+    """Skip a message after too long a wait before the first run."""
     waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
     if waited is None:
         return

@@ -1,4 +1,4 @@
-"""Find an application, its broker and its actors by the names that the ``dramatiq`` command uses."""
+"""Find an application, the broker and the actors by the names of the ``dramatiq`` command."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["deciding"]
 
 
 def deciding(rules: RuleSet, error: BaseException) -> tuple[Rule | None, BaseException]:
-    """Return the rule that decides (None without one), and the error that decides.
+    """Return the deciding rule (None: no rule) and the deciding error.
 
     A shutdown, a `Verdict` and Dramatiq's ``Retry`` need no rule. Of the leaves of a group the first of these decides: an alert;
     a discard, by a rule or by `Discard`; a shutdown; the retry rule with the fewest attempts; ``Retry`` and

@@ -192,7 +192,7 @@ def _code_of(fn: Any) -> CodeType:
 
 
 def _traced(fn: Any, code: CodeType, come_by: Callable[[int], None]) -> Any:
-    """``fn``, which says before each line of ``code`` (and of what is defined in it) that it comes by."""
+    """Return ``fn`` with a call of ``come_by`` before each line of ``code`` and of nested functions."""
     codes = {code, *_within(code)}
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:

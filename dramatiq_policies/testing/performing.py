@@ -22,14 +22,14 @@ __all__ = ["perform"]
 
 
 def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
-    """Run one message of an actor once, through the whole pipeline, and say how that ended.
+    """Run one message of an actor once, with all middleware, and return the outcome.
 
-    What follows from it (a retry, the next stage, a dead letter, messages that the job sends) is accepted and dropped;
-    what was queued before stays, and is not run. An actor of another broker is lent to a StubBroker for it.
+    Follow-up messages (a retry, the next step of a pipeline, a dead letter, messages sent by the job) are accepted and dropped.
+    Earlier messages stay in their queues and don't run. An actor of a real broker is lent to a StubBroker.
 
     Raises:
-      TypeError: An argument can't be sent.
-      AssertionError: The worker died in the job (`crash`), so that there was no outcome.
+      TypeError: An argument can't be encoded.
+      AssertionError: The worker died during the job (`crash`), without an outcome.
     """
     with ExitStack() as stack:
         broker = actor.broker
@@ -47,7 +47,7 @@ def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
 
 @contextmanager
 def _empty(broker: StubBroker) -> Iterator[None]:
-    """Empty queues in the place of the broker's own."""
+    """Replace the broker's queues by empty queues."""
     queues, dead_letters = broker.queues, broker.dead_letters_by_queue
     broker.queues = {name: Queue() for name in queues}
     broker.dead_letters_by_queue = defaultdict(list)

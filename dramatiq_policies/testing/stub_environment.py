@@ -29,7 +29,7 @@ class StubEnvironment:
         self.state = state
         self.clock = VirtualClock(self._renew_leases)
         self.draining = False
-        #: Whether the idempotency store stays down, so that `drain` must not wait for it.
+        #: Whether the idempotency store stays down: `drain` must not wait for the store.
         self.store_is_down = False
         stock, began = broker.enqueue, self.clock.now
         clock = self.clock
@@ -65,7 +65,7 @@ def environment_of(broker: Broker) -> StubEnvironment:
     """Return the environment of the broker, made at the first call.
 
     Raises:
-      ConfigurationError: The broker is no StubBroker, or has no dramatiq_policies middleware.
+      ConfigurationError: The broker is not a StubBroker, or has no dramatiq_policies middleware.
     """
     environment: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
     if environment is None:

@@ -1,8 +1,8 @@
 """Read and move the messages of a queue on Redis, one script a message.
 
-Keys are read without Dramatiq's commands, since those write a heartbeat. A message that leaves the middle of a queue leaves
-`_HOLE` at its position, because removing from the middle of a list costs a scan. The holes are removed at the end of the move.
-Workers skip a hole as they skip every id without a body.
+Dramatiq's commands would write a heartbeat, so this module reads the keys directly. To remove a message from the middle of a
+queue, the script writes `_HOLE` at the position: a removal would scan the list. The end of the move removes the holes.
+Workers skip a hole like every id without a body.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | Rea
 
 
 def unreachable(client: Any, error: BaseException) -> OperationError:
-    """Return the error for a Redis server that can't be reached, or that refuses a command."""
+    """Return the error for an unreachable Redis server, or for a refused command."""
     text = f"({type(error).__name__}: {redact(' '.join(str(error).split())).rstrip('.')})."
     if not isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
         return OperationError(f"Redis refuses a command {text}")
@@ -157,7 +157,7 @@ class ReadyMessages(_RedisBrowser):
     kind = "ready"
 
     def open(self) -> None:
-        self.close()  # A move that was killed has left holes.
+        self.close()  # A killed move has left holes.
         self.size = self.client.llen(self.key)
         #: The position of the current message, unless workers have taken messages from the front since.
         self.position = 0

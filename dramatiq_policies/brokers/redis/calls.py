@@ -1,4 +1,4 @@
-"""Calls of Redis on behalf of a consumer, and the meaning of their errors."""
+"""Call Redis for a consumer, and classify the errors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ R = TypeVar("R")
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: Errors of Redis that no waiting cures.
+#: Permanent errors of Redis.
 _PERMANENT = ("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE")
-#: Errors of Redis that takes no writes for now: it is full, cannot save, or has lost its replicas.
+#: Temporary errors: Redis is full, cannot save, or has lost its replicas.
 _FULL = ("used memory > 'maxmemory'", "MISCONF", "NOREPLICAS")
-#: How many seconds pass between two alerts that Redis takes no writes.
+#: Seconds between two alerts about refused writes.
 _ALERT_EVERY = 300.0
-#: Errors of Redis about a value that is larger than ``proto-max-bulk-len``.
+#: Errors about a value larger than ``proto-max-bulk-len``.
 _TOO_LARGE = ("invalid bulk length", "string exceeds maximum allowed size")
 
 
 class RedisCalls:
-    """Calls Redis for the consumers of one broker, and turns errors into those that a worker understands."""
+    """Calls Redis for the consumers of one broker, and translates errors for Dramatiq's worker."""
 
     def __init__(self, state: BrokerState) -> None:
         self._state = state
@@ -45,8 +45,8 @@ class RedisCalls:
         """Call Redis.
 
         Raises:
-          redis.DataError: The command can't be sent, on any connection.
-          Unsendable: A value is larger than Redis ever takes.
+          redis.DataError: No connection can send the command.
+          Unsendable: A value exceeds the limit of Redis.
           ConnectionClosed: Any other error. A permanent one also ends a process of Dramatiq's command.
         """
         try:

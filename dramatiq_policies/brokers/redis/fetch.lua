@@ -3,7 +3,7 @@
 -- KEYS[1]  the broker's namespace
 -- ARGV     worker id, queue, limit
 --
--- Returns {redis id, body, '1' if recovered from a dead worker or '', …}. Ids without a body were acked before and are skipped.
+-- Returns {redis id, body, '1' if recovered from a dead worker or '', …}. Ids without a body are acknowledged already, and skipped.
 -- Key names are Dramatiq's, except `__redelivered__`.
 local namespace = KEYS[1]
 local worker, queue, most = ARGV[1], ARGV[2], tonumber(ARGV[3])

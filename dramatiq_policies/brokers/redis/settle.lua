@@ -1,4 +1,4 @@
--- Ack one message and enqueue its follow-up messages, in one step.
+-- Acknowledge one message and enqueue its follow-up messages, in one step.
 --
 -- KEYS[1]  the broker's namespace
 -- KEYS[2]  the register of the idempotency key, if this call completes the key

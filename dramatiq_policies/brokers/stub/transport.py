@@ -1,4 +1,4 @@
-"""The transport on a StubBroker, and the broker's error about arguments that can't be encoded."""
+"""The transport on a StubBroker, and the error about unencodable arguments."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["StubTransport", "explain_unserialisable"]
 
 
 class StubTransport(Transport):
-    """Requeues messages that a worker did not run, for the next worker."""
+    """Requeues fetched messages without a run, for the next worker."""
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         if self.is_delay_queue:
-            # All delayed messages are in memory: later ones must not take the slots of nearer ones.
+            # All delayed messages are in memory: later messages must not occupy the slots of nearer messages.
             _dramatiq.lift_stub_limit(inner)
 
     def take(self) -> MessageProxy | None:
@@ -45,7 +45,7 @@ class StubTransport(Transport):
             _dramatiq.release_stub_slot(self.inner)
             return None
         proxy = _dramatiq.StubMessage(message)
-        # As received, for a requeue, and for the redelivery when the test kit kills the worker.
+        # As received: for a requeue, and for the redelivery after a crash in the test kit.
         proxy.body = data  # type: ignore[attr-defined]
         return proxy
 
@@ -53,7 +53,7 @@ class StubTransport(Transport):
         if isinstance(dead, bytes):
             dead = self._raw(dead)
         else:
-            self.encoded(dead)  # Fails as on a server if the dead letter can't be encoded.
+            self.encoded(dead)  # Raises, as on a server, if the dead letter can't be encoded.
         letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
         letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
@@ -69,7 +69,7 @@ class StubTransport(Transport):
                     partial(enqueue_directly, self.broker, step.message, step.delay)
                 )
         super().publish_outbox(message, delivery, dead)
-        # A test that joins the queue expects the outcome to be published: acknowledge after that.
+        # After `join` a test expects the published outcome: acknowledge last.
         delivery.acked = False
 
     def ack(self, message: MessageProxy) -> None:
@@ -89,7 +89,7 @@ class StubTransport(Transport):
 
 
 def explain_unserialisable(broker: Broker) -> None:
-    """Make a StubBroker name the argument that can't be encoded."""
+    """Name the unencodable argument in a StubBroker's errors."""
     stock = broker.enqueue
 
     @wraps(stock)
@@ -106,7 +106,7 @@ def explain_unserialisable(broker: Broker) -> None:
 
 
 def _explain(broker: Broker, message: Message[Any], error: Exception) -> None:
-    """Raise an error that names the argument that can't be encoded.
+    """Raise an error with the name of the unencodable argument.
 
     Raises:
       TypeError: An argument can't be encoded.

@@ -1,4 +1,4 @@
-"""The production gate: is a job ready to go out? Nothing here connects."""
+"""Check whether an actor is ready for production. Never connects."""
 
 from __future__ import annotations
 

@@ -32,16 +32,16 @@ Found = Iterator[tuple[str, str]]
 
 
 def named(broker: Broker, name: str) -> Any:
-    """Find a dramatiq_policies middleware by class name, without importing its module; None if it is absent."""
+    """Find a dramatiq_policies middleware by class name, without importing the module; None if absent."""
     for middleware in broker.middleware:
         if name in {cls.__name__ for cls in type(middleware).__mro__} and isinstance(middleware, PolicyMiddleware):
             return middleware
     return None
 
 
-#: Dramatiq's middleware and ours that replaces it: both at once work against each other.
+#: A middleware of Dramatiq, and the replacement of dramatiq_policies. Both on one broker conflict.
 _REPLACED: tuple[tuple[type[Middleware], type[Middleware]], ...] = ((Retries, ErrorClassifier), (TimeLimit, Timeout))
-#: Dramatiq's middleware and our subclass that replaces it, unless you have a subclass of your own.
+#: A middleware of Dramatiq, and our subclass. `install` does not replace subclasses written by users.
 _WITH_HOLES: tuple[tuple[type[Middleware], type[Middleware]], ...] = (
     (StockCallbacks, Callbacks),
     (StockPipelines, Pipelines),

@@ -125,8 +125,7 @@ def replay(
     """Send dead letters again, each to its own queue, without the history of earlier attempts.
 
     An interruption at any moment loses no message: on Redis each is either a dead letter or in its queue; on RabbitMQ
-    one message may be both. Call the function again for the rest. A replay ignores dead letters that arrive while it
-    works.
+    one message may be both. Call the function again for the rest. A replay ignores dead letters that arrive later.
 
     Parameters:
       broker, queues, where, limit: As for `dead_letters`.
@@ -135,7 +134,7 @@ def replay(
       rate: The largest number of messages per second.
       dry_run: Count the messages and change nothing.
       progress: Called with the number of messages read, and the number in the queue.
-      moved: Updated during the replay, for a caller that may interrupt it.
+      moved: Updated during the replay, for a caller that may be interrupted.
 
     Raises:
       OperationError: If a queue is unknown or the broker can't be reached.

@@ -155,7 +155,7 @@ def _text(value: Any) -> str | None:
 
 
 def for_replay(message: Message[Any], queue: str, *, new_id: bool = False) -> Message[Any]:
-    """Return the message for its replay: without its history, with the time of now and one more replay.
+    """Return the message for a replay: without history, with the present time and one more replay.
 
     The number of replays is part of the run's identity, so that the record of the earlier run does not stop the replay.
     """

@@ -21,7 +21,7 @@ def _example(name: str, annotation: str | None) -> str:
 
 
 def render_tests(design: Design, module: str, name: str) -> str:
-    """Return the source of the tests, which fail until you write the job."""
+    """Return the source of the tests. The tests fail until you write the job."""
     errors, theirs, ours = Imports(), Imports(), Imports()
     kit = ["assert_crash_safe", "fail", "hang", *(["redeliver"] if design.idempotency_key or design.idempotent else [])]
     for one in kit:
@@ -101,7 +101,7 @@ def _twice(design: Design) -> str:
     run = drain()
     assert run.outcomes(JOB)[-1] in ("succeeded", "duplicate"), run
     assert effects() == once"""
-    # A second message with the same key is a duplicate; without a key only the same message is.
+    # A second message with the same key is a duplicate; without a key, only the same message.
     again = '\n    JOB.send(**EXAMPLE)\n    drain().assert_outcomes(JOB, "duplicate", "duplicate")'
     once = '\n    drain().assert_outcomes(JOB, "duplicate")'
     return f"""def test_sent_or_delivered_again_it_does_not_run_again(drain):
