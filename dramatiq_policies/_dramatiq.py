@@ -1,16 +1,14 @@
-"""All private names of Dramatiq used by dramatiq_policies.
+"""All private names of Dramatiq used by dramatiq_policies, except those of the kit's worker (`testing.inline_worker`).
 
 Tested with Dramatiq 2.1 and 2.2. If a new release of Dramatiq breaks dramatiq_policies, the break is here.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
-from queue import Empty, PriorityQueue
+from queue import Empty
 from typing import Any, Literal, cast
 
 from dramatiq import Message
@@ -222,28 +220,6 @@ def worker_behind(middleware: Middleware) -> _worker.Worker | None:
     return middleware.worker if isinstance(middleware, _worker._WorkerMiddleware) else None
 
 
-class _InOrder(PriorityQueue[Any]):
-    """A work queue that keeps the order of messages with equal priority, also before Dramatiq 2.2.
-
-    Without locks, because a single thread puts and takes.
-    """
-
-    def _init(self, maxsize: int) -> None:
-        super()._init(maxsize)
-        self._numbers = itertools.count()
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        heappush(self.queue, (eta_of(item), next(self._numbers), item))
-
-    def get_nowait(self) -> Any:
-        if not self.queue:
-            raise Empty
-        return heappop(self.queue)[2]
-
-    def task_done(self) -> None:
-        pass
-
-
 class _NoLimit:
     """Replaces the prefetch semaphore of a stub consumer: no limit."""
 
@@ -258,75 +234,6 @@ def lift_stub_limit(consumer: Any) -> None:
     """Remove the prefetch limit of a stub consumer, as before Dramatiq 2.2."""
     if hasattr(consumer, "prefetch_semaphore"):
         consumer.prefetch_semaphore = _NoLimit()
-
-
-class InlineWorker(_worker.Worker):
-    """Dramatiq's worker without threads: the caller takes and runs the messages.
-
-    Parameters:
-      broker: The broker to consume from.
-      hooks: Replaces the broker during the processing of a message; see `testing.draining`.
-    """
-
-    def __init__(self, broker: Broker, hooks: Any) -> None:
-        # Timeout 0: consumers never wait for a message.
-        super().__init__(broker, worker_threads=1, worker_timeout=0)
-        self.hooks = hooks
-        self.work_queue = _InOrder()
-
-    def _add_consumer(self, queue_name: str, *, delay: bool = False) -> None:
-        if queue_name in self.consumers:
-            return
-        thread = self.consumers[queue_name] = _Consumer(
-            broker=self.broker, queue_name=queue_name, prefetch=2**31, work_queue=self.work_queue, worker_timeout=0
-        )
-        thread.hooks = self.hooks
-        thread.running = True
-        self.broker.emit_after("consumer_thread_boot", thread)
-        thread.consumer = self.broker.consume(queue_name, prefetch=thread.prefetch, timeout=0)
-        thread.delay_queue = thread.consumer.transport.delayed  # type: ignore[attr-defined]
-        lift_stub_limit(thread.consumer.transport.inner)  # type: ignore[attr-defined]
-
-    def _add_worker(self) -> None:
-        self.thread = _Thread(broker=self.hooks, consumers=self.consumers, work_queue=self.work_queue, worker_timeout=0)
-        self.thread.running = True
-        self.broker.emit_after("worker_thread_boot", self.thread)
-        self.workers.append(self.thread)
-
-    def fetch(self, source: str) -> bool:
-        """Move one message from the broker to the work queue or the delay queue. Return False if the queue is empty."""
-        thread = self.consumers[source]
-        message = next(cast("Consumer", thread.consumer))
-        if message is not None:
-            thread.handle_message(message)
-        return message is not None
-
-    def next(self) -> MessageProxy | None:
-        """Take the next message of the work queue."""
-        try:
-            return delayed_message(self.work_queue.get_nowait())
-        except Empty:
-            return None
-
-    def run(self, message: MessageProxy) -> None:
-        """Process a message like a worker thread."""
-        self.thread.process_message(message)
-
-
-class _Consumer(_worker.ConsumerThread):
-    hooks: Any
-
-    def post_process_message(self, message: MessageProxy) -> None:
-        if not self.hooks.died:
-            super().post_process_message(message)
-
-    def join(self, timeout: float | None = None) -> None:
-        self.broker.emit_before("consumer_thread_shutdown", self)
-
-
-class _Thread(_worker.WorkerThread):
-    def join(self, timeout: float | None = None) -> None:
-        self.broker.emit_before("worker_thread_shutdown", self)
 
 
 Kind = Literal["stub", "redis", "rabbitmq"]

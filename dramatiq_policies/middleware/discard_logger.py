@@ -10,9 +10,9 @@ from .._job_errors import exc_info_of
 from ..common.safe_logger import SafeLogger
 from ..common.throttle import Throttle
 from ..errors import ConfigurationError
+from ..observability.outcome_log import by_rule
 from ..outcomes import Outcome, OutcomeEvent, extra_of, text_of
 from .base import PolicyMiddleware
-from .error_classifier import by_rule
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy

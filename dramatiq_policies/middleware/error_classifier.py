@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
-from .._job_errors import exc_info_of, is_a
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
-from ..common.throttle import Throttle
 from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
 from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
@@ -21,19 +18,19 @@ from ..delivery.decisions import BrokerDefaults, FailedRun, decide
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
-from ..errors import ConfigurationError, HandoffFailed, Snooze, checked_duration
+from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..interrupts import unwrap_interrupt
+from ..observability.outcome_log import OutcomeLog
 from ..observability.worker_log import make_stock_loggers_safe, report_unheard, stock_lines_logger
-from ..outcomes import Outcome, OutcomeEvent, Subscriber, class_path, extra_of, text_of
+from ..outcomes import Outcome, Subscriber, text_of
 from ..rules.matching import RuleSet
-from ..rules.parsing import parse_rules, readable_rule
+from ..rules.parsing import parse_rules
 from ..rules.rule import RetryPolicy
 from .base import PolicyMiddleware, order_middleware
 
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker, MessageProxy
-    from typing_extensions import Self
 
     from ..delivery.broker_state import BrokerState
 
@@ -142,7 +139,6 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         for subscriber in subscribers:
             expect_callable(where, "on_outcome", subscriber, "event")
         self.subscribers = tuple(subscribers)
-        self._alerts = Throttle()
         self._defaults: BrokerDefaults | None = None
 
     replaces = (Retries, "retry each message")
@@ -166,14 +162,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             dead_letter_discards=self.dead_letter_discards,
         )
         state.settings = DeliverySettings(self.max_body_bytes, self.alert_interval, self.after_discard)
-        state.outcomes.observe(self, self._report, self, successes=False)
+        state.outcomes.observe(self, OutcomeLog(self.alert_interval).record, self, successes=False)
         for subscriber in self.subscribers:
             state.outcomes.subscribe(self, subscriber)
-
-    def for_stub(self) -> Self:
-        stub = super().for_stub()
-        vars(stub)["_alerts"] = Throttle()
-        return stub
 
     # Hooks. before_process_message and after_process_message run for every message: keep them short.
 
@@ -256,70 +247,6 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if state.fatal is not None and state.in_command:
             # Dramatiq's exit code for an unreachable broker.
             raise SystemExit(3)
-
-    def _report(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        """Log one line for a message that is retried, put back or skipped, and for an alert."""
-        error = event.exception
-        if event.outcome is Outcome.RETRIED:
-            assert error is not None  # The job's error.
-            logger.warning(
-                "retried: message %s of actor %s, attempt %s, again in %s ms%s: %s: %s",
-                event.message_id,
-                event.actor,
-                event.attempt,
-                event.delay_ms,
-                by_rule(event),
-                type(error).__name__,
-                text_of(error),
-                extra=extra_of(event, message),
-            )
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug(
-                    "The stack of message %s:", event.message_id, exc_info=error, extra=extra_of(event, message)
-                )
-        elif event.outcome is Outcome.ALERTED:
-            assert error is not None  # As above.
-            self._alert(event, error, message)
-        elif event.outcome in (Outcome.INTERRUPTED, Outcome.DEFERRED, Outcome.DUPLICATE, Outcome.SKIPPED):
-            logger.log(
-                logging.WARNING if event.reason == "handoff_failed" else logging.INFO,
-                "%s: message %s of actor %s%s%s%s",
-                event.outcome.value,
-                event.message_id,
-                event.actor,
-                "" if event.reason is None else f" ({event.reason})",
-                "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
-                _snooze_reason(error),
-                extra=extra_of(event, message),
-            )
-
-    def _alert(self, event: OutcomeEvent, error: BaseException, message: MessageProxy | None) -> None:
-        first = self._alerts.admits((event.actor, type(error)), self.alert_interval)
-        (alerts if first else logger).log(
-            logging.CRITICAL if first else logging.WARNING,
-            "alerted%s: message %s of actor %s, attempt %s: %s: %s",
-            "" if first else " again",
-            event.message_id,
-            event.actor,
-            event.attempt,
-            class_path(type(error)),
-            text_of(error),
-            extra=extra_of(event, message),
-            exc_info=exc_info_of(error, whole=alerts.isEnabledFor(logging.DEBUG)) if first else None,
-        )
-
-
-def by_rule(event: OutcomeEvent) -> str:
-    """Return the part of a log line that names the rule."""
-    if event.rule is None:
-        return ""
-    return ", unclassified" if event.rule == "unclassified" else f", by the rule for {readable_rule(event.rule)}"
-
-
-def _snooze_reason(error: Any) -> str:
-    """Return the part of a log line with the reason of a `Snooze`, if the job gave one."""
-    given = is_a(error, Snooze) and error.args[1:] != ("",)
-    return f": {text_of(error)}" if given else ""
 
 
 def _ready_at(message: Message[Any], delay: Any) -> int:

@@ -29,6 +29,7 @@ from ..delivery.delivery import current
 from ..errors import checked_duration
 from ..interrupts import threads as interrupts
 from ..middleware.metrics import Metrics
+from .inline_worker import InlineWorker
 from .recorder import recording
 from .run import Entry, Run
 from .stub_environment import StubEnvironment, environment_of
@@ -124,7 +125,7 @@ class Drain:
         self._sources: list[str] = []
         self._began = 0
         self._exit = ExitStack()
-        self._worker = _dramatiq.InlineWorker(self.broker, _Hooks(self))
+        self._worker = InlineWorker(self.broker, _Hooks(self))
 
     def __enter__(self) -> Self:
         environment, state = self.environment, self.environment.state

@@ -15,7 +15,7 @@ from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher, DeferredCommand
-from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
+from dramatiq_policies.brokers.rabbitmq.publisher import ConfirmedPublisher
 from dramatiq_policies.brokers.redis.transport import RedisTransport
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.stores.memory import MemoryStore
@@ -197,7 +197,7 @@ def test_a_body_that_can_t_be_read_and_whose_dead_letter_is_lost_is_read_again(
     app.actor(lambda: None, actor_name="job")
     app.broker.declare_queue(rabbitmq_place.queue, ensure=True)
     rabbitmq_place.push(b"not json")
-    fail_once(monkeypatch, RabbitmqTransport, "publish", ConnectionError("gone"))
+    fail_once(monkeypatch, ConfirmedPublisher, "publish", ConnectionError("gone"))
     app.work_until("dead")
     assert rabbitmq_place.dead_bodies() == [b"not json"]
     assert rabbitmq_place.left() == []
@@ -252,7 +252,7 @@ def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
 
     message = job.send()
     with monkeypatch.context() as patch:
-        patch.setattr(RabbitmqTransport, "_channel", lambda transport: Refusing())
+        patch.setattr(ConfirmedPublisher, "_channel", lambda transport: Refusing())
         with app.working():
             app.wait_for("interrupted")
     assert [(event.outcome, event.reason) for event in app.events][:1] == [("interrupted", "handoff_failed")]

@@ -18,7 +18,7 @@ from dramatiq.common import xq_name
 
 from dramatiq_policies import Heartbeat, RetryPolicy, constant
 from dramatiq_policies._redis import CommandBatcher
-from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
+from dramatiq_policies.brokers.rabbitmq.publisher import ConfirmedPublisher
 from dramatiq_policies.delivery import publishing, returned
 
 from .places import App, Place, RabbitmqPlace, RedisPlace, until
@@ -139,9 +139,9 @@ def test_a_message_whose_retry_is_larger_than_the_server_takes_is_dead_as_receiv
 
     message = job.message()
     body = message.encode()
-    stock = RabbitmqTransport._channel
+    stock = ConfirmedPublisher._channel
     monkeypatch.setattr(
-        RabbitmqTransport, "_channel", lambda self: TooLarge(stock(self), lambda: len(body) + 40, sizes)
+        ConfirmedPublisher, "_channel", lambda self: TooLarge(stock(self), lambda: len(body) + 40, sizes)
     )
     app.broker.enqueue(message)
     app.work_until("dead")
@@ -163,14 +163,14 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
     app.broker.add_middleware(heartbeat)
     refusing = threading.Event()
     refusing.set()
-    stock = RabbitmqTransport.publish
+    stock = ConfirmedPublisher.publish
 
     def publish(self: Any, *args: Any) -> None:
         if refusing.is_set():
             raise pika.exceptions.NackError([])
         stock(self, *args)
 
-    monkeypatch.setattr(RabbitmqTransport, "publish", publish)
+    monkeypatch.setattr(ConfirmedPublisher, "publish", publish)
     monkeypatch.setattr(returned, "_FIRST_RETURN", 1_500)
 
     @app.actor(max_retries=0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from dramatiq import Message
 
+from dramatiq_policies.brokers.rabbitmq.publisher import ConfirmedPublisher
 from dramatiq_policies.brokers.rabbitmq.transport import RabbitmqTransport
 from dramatiq_policies.interrupts import listeners
 from dramatiq_policies.interrupts.listeners import after_each_interrupt, notify_interrupt
@@ -51,8 +53,9 @@ def test_a_job_without_any_limit_that_an_abort_ends_gives_up_what_it_may_have_st
 def test_on_rabbitmq_the_listeners_are_called_beside_the_drop_of_its_connection():
     called = []
     after_each_interrupt(lambda: called.append(1))
+    broker = SimpleNamespace(state=SimpleNamespace(connection=None), connections=set(), channels=set())
     transport = object.__new__(RabbitmqTransport)
-    transport.broker = SimpleNamespace(state=SimpleNamespace(connection=None), connections=set(), channels=set())
+    transport.publisher = ConfirmedPublisher(broker, Message.encode)
     transport.after_interrupt()
     assert called == [1]
-    assert not hasattr(transport.broker.state, "connection")
+    assert not hasattr(broker.state, "connection")

@@ -21,6 +21,7 @@ from dramatiq_policies import (
     TimeoutExceeded,
 )
 from dramatiq_policies.common import clock
+from dramatiq_policies.observability.outcome_log import OutcomeLog
 
 from ..support import Stage
 from .scenarios import (
@@ -184,13 +185,13 @@ def test_repeats_of_an_alert_within_the_interval_fire_once(interval, fired, capl
 
 
 def test_an_alert_fires_again_as_soon_as_the_interval_is_over(monkeypatch, caplog):
-    alert = Stage(alert_interval=2_000).classifier._alert
+    log = OutcomeLog(alert_interval=2_000)
     error = MissingKey("no key")
     fired = []
     for now in (0.0, 1.999, 2.0, 3.999):
         monkeypatch.setattr(clock, "monotonic", lambda now=now: now)
         caplog.clear()
-        alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), error, None)
+        log.record(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), None)
         fired.append(caplog.records[0].levelno == logging.CRITICAL)
     assert fired == [True, False, True, False]
 
@@ -223,12 +224,12 @@ def test_an_alert_of_another_exception_of_the_actor_fires_as_well(caplog):
 
 
 def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
-    classifier = Stage().classifier
+    log = OutcomeLog(alert_interval=300_000)
     remembered = []
     for number in range(2_000):
         error = type(f"MissingKey{number}", (MissingKey,), {})()
-        classifier._alert(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), error, None)
-        remembered.append(len(classifier._alerts._last))
+        log.record(OutcomeEvent(outcome=Outcome.ALERTED, actor="pay", exception=error), None)
+        remembered.append(len(log._alerts._last))
     assert max(remembered) == 1_000
 
 

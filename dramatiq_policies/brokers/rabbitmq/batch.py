@@ -15,7 +15,7 @@ from ... import _dramatiq
 from ...common.connections import discard
 from ..batch import Encoded, KnownBatch
 from .confirms import PipelinedConfirms
-from .unreadable import LOST
+from .publisher import LOST
 
 __all__ = ["RabbitmqBatch"]
 

@@ -27,8 +27,8 @@ from ...delivery.history import now_ms
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Unsendable
 from .confirms import PipelinedConfirms
+from .publisher import LOST
 from .transport import RabbitmqTransport
-from .unreadable import LOST
 
 __all__ = ["RabbitmqDelayTransport"]
 
@@ -66,7 +66,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         self.anew: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is in force by then.
-        self.on_connection(inner.channel.basic_qos, 0, _WINDOW)
+        self.channel.call(inner.channel.basic_qos, 0, _WINDOW)
 
     def held(self) -> int:
         return super().held() + len(self.far)
@@ -82,7 +82,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self._return_near()
             wait = self._seconds_to_wait()
             if wait is not None:
-                self.on_connection(self.inner.connection.process_data_events, wait)
+                self.channel.serve(wait)
                 if not self.has_received():
                     # Other workers have taken the returned messages.
                     self.returned = 0 if wait > 0.1 else self.returned
@@ -111,10 +111,10 @@ class RabbitmqDelayTransport(RabbitmqTransport):
     def _publish_anew(self) -> None:
         renewed, self.anew = self.anew, []
         accepted = self._publish_all(self.source, [step for _, step in renewed])
-        self.on_connection(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
+        self.channel.call(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
         for number, (tag, _) in enumerate(renewed):
             if number not in accepted:
-                self.nack_here(tag)
+                self.channel.nack(tag)
 
     def _forget_far(self) -> None:
         """Reduce the farthest messages to tag and due time."""
@@ -128,7 +128,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         """Return far messages that are due soon, as far as room is left."""
         room, until = self._room(), now_ms() + _AHEAD
         while room > 0 and self.far and self.far[0][0] <= until:
-            self.on_connection(self.inner.channel.basic_nack, heappop(self.far)[1])
+            self.channel.call(self.inner.channel.basic_nack, heappop(self.far)[1])
             self.returned += 1
             room -= 1
 
@@ -167,7 +167,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         for move in moves:
             step = OutgoingMessage(move.moved)
             try:
-                self._encode(step)
+                self.publisher.prepare(step)
             except Exception as error:
                 move.error = error
             else:
@@ -175,11 +175,11 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         accepted = self._publish_all(self.queue_name, [step for _, step in steps])
         done = [(move, step) for number, (move, step) in enumerate(steps) if number in accepted]
         tags = [_dramatiq.take_rabbitmq_tag(self.inner, move.message) for move, _ in done]
-        self.on_connection(self.acks.send, [tag for tag in tags if tag is not None])
+        self.channel.call(self.acks.send, [tag for tag in tags if tag is not None])
         for move, step in done:
             move.done = True
             self.broker.emit_after("enqueue", step.message, None)
-        self.on_connection(self.inner.connection.process_data_events, 0)
+        self.channel.serve(0)
         if self.state.stopping.is_set() and len(accepted) < len(steps):
             # Another try may take as long. The server redelivers the messages.
             self._stop_publishing()
@@ -190,7 +190,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 self.try_move(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
 
     def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
-        self.enqueue(step)
+        self.publisher.enqueue(step)
         self.send_ack(move.message)
 
     def _publish_all(self, queue: str, steps: list[OutgoingMessage]) -> set[int]:
@@ -214,7 +214,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 break
             if batches.waiting:
                 # Send heartbeats on the consumer's connection meanwhile.
-                self.on_connection(self.inner.connection.process_data_events, 0)
+                self.channel.serve(0)
                 if self.state.stopping.is_set() and monotonic() - began > _PATIENCE:
                     break
         return batches.accepted

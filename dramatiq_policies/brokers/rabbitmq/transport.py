@@ -13,43 +13,44 @@ import pika
 import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
-from dramatiq.common import dq_name, q_name, xq_name
+from dramatiq.common import xq_name
 from dramatiq.errors import ConnectionClosed
 
 from ... import _dramatiq
-from ...common.connections import discard
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
 from ...delivery.delivery import Delivery
-from ...delivery.history import now_ms
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Fault
+from ...delivery.transport import Transport
 from ...outcomes import text_of
 from ..ended import Ended, Runs
 from .acks import SharedAcks, UnackedCounts
-from .unreadable import LOST, UNREADABLE, UnreadableBodies
+from .channel import ConsumerChannel
+from .publisher import LOST, REFUSED, ConfirmedPublisher
+from .unreadable import UNREADABLE, UnreadableBodies
 
 __all__ = ["RabbitmqTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-_REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
 #: Reply codes of a closed channel by which the server refuses a publish or a declaration permanently.
 _FOR_GOOD = frozenset({311, 403, 406})
 #: Publish a message anew after this many returns, so that no delivery limit of two or more is exceeded.
 _RETURNS = 2
 
 
-class RabbitmqTransport(UnreadableBodies):
+class RabbitmqTransport(Transport):
     """Consumes, acknowledges and dead-letters on RabbitMQ."""
 
     redelivers_on_reconnect = True
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
-        self.deliveries = _dramatiq.rabbitmq_deliveries(inner)
-        self.closed = False
+        self.channel = ConsumerChannel(inner)
+        self.publisher = ConfirmedPublisher(self.broker, self.encoded)
+        self.unreadable = UnreadableBodies(self, self.channel, self.publisher)
         #: Whether the queue was deleted, with every message due for redelivery.
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
@@ -63,16 +64,16 @@ class RabbitmqTransport(UnreadableBodies):
 
     def take(self) -> MessageProxy | None:
         if self.distrust.is_pausing:
-            return self.look_again()
+            return self.unreadable.look_again(self.received)
         if self.runs.inherited:
             return self.runs.inherited.popleft()
         try:
-            method, properties, body = next(self.deliveries)
+            method, properties, body = next(self.channel.deliveries)
         except StopIteration:
             # The server cancelled this consumer. A job that ends before the reason is known publishes its outbox: a duplicate
             # is better than a loss.
             self.deleted = True
-            self.closed = True
+            self.channel.closed = True
             self.deleted = self._is_queue_deleted()
             raise ConnectionClosed(f"RabbitMQ no longer delivers the queue {self.source!r}") from None
         except LOST as error:
@@ -88,12 +89,12 @@ class RabbitmqTransport(UnreadableBodies):
         try:
             message = self.decode(body)
         except Exception as error:
-            self.unreadable(method.delivery_tag, properties, body, error)
+            self.unreadable.settle(method.delivery_tag, properties, body, error)
             return None
         if self.distrust.count:
             self.distrust.readable()
         if UNREADABLE in message.options:
-            self.dead_letter_again(method.delivery_tag, message)
+            self.unreadable.dead_letter_again(method.delivery_tag, message)
             return None
         if (
             method.redelivered
@@ -110,7 +111,7 @@ class RabbitmqTransport(UnreadableBodies):
         return None
 
     def _lost(self) -> None:
-        self.closed = True
+        self.channel.closed = True
         self.runs.lost()
 
     @staticmethod
@@ -126,13 +127,13 @@ class RabbitmqTransport(UnreadableBodies):
         """
         again = message.copy(options={REDELIVERED: True})
         try:
-            self.publish(self.source, self.encoded(again), message.options.get("broker_priority"))
+            self.publisher.publish(self.source, self.encoded(again), message.options.get("broker_priority"))
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
             logger.warning("Message %s can't be published again: %s", message.message_id, text_of(error))
             return False
-        self.ack_here(tag)
+        self.channel.ack(tag)
         return True
 
     def _is_queue_deleted(self) -> bool:
@@ -155,7 +156,7 @@ class RabbitmqTransport(UnreadableBodies):
     def give_back(self, message: MessageProxy) -> None:
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
         if tag is not None:
-            self.nack_here(tag)
+            self.channel.nack(tag)
 
     def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.will_redeliver() and not delivery.completes_key():
@@ -164,68 +165,16 @@ class RabbitmqTransport(UnreadableBodies):
         while steps:
             step = steps[0]
             assert isinstance(step, OutgoingMessage)
-            self.enqueue(step)
+            self.publisher.enqueue(step)
             steps.pop(0)
         if isinstance(dead, bytes):
-            self.publish(xq_name(self.source), dead, None)
+            self.publisher.publish(xq_name(self.source), dead, None)
         elif dead is not None:
-            self.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
-
-    def enqueue(self, step: OutgoingMessage) -> None:
-        """Enqueue as ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
-        self._encode(step)
-        self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
-        self.broker.emit_after("enqueue", step.message, step.delay)
-
-    def _encode(self, step: OutgoingMessage) -> None:
-        if step.encoded is None:
-            message, delay = step.message, step.delay
-            if delay is not None:
-                message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
-            self.broker.emit_before("enqueue", message, delay)
-            step.message, step.encoded = message, self.encoded(message)
-
-    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
-        broker: Any = self.broker
-        properties = pika.BasicProperties(delivery_mode=2, priority=priority)
-        try:
-            for again in (True, False):
-                broker.declare_queue(q_name(queue), ensure=True)
-                try:
-                    self._channel().basic_publish("", queue, body, properties, mandatory=True)
-                    return
-                except pika.exceptions.UnroutableError:
-                    # The queue has disappeared: have it declared again.
-                    broker.queues_pending.add(q_name(queue))
-                    if not again:
-                        raise
-        except _REFUSED:
-            raise
-        except Exception:
-            # The next try opens a new connection.
-            del broker.connection
-            raise
-
-    def _channel(self) -> Any:
-        """Return this thread's confirmed channel, on the broker's connection for this thread."""
-        broker: Any = self.broker
-        connection = broker.connection
-        channel = getattr(broker.state, "dramatiq_policies_channel", None)
-        if channel is None or channel.connection is not connection or not channel.is_open:
-            channel = connection.channel()
-            channel.confirm_delivery()
-            broker.state.dramatiq_policies_channel = channel
-        return channel
+            self.publisher.publish(xq_name(self.source), self.encoded(dead), dead.options.get("broker_priority"))
 
     def after_interrupt(self) -> None:
-        """Drop this thread's connection: an interrupted publish of the job may wait for a confirm for ever.
-
-        The next publish opens another connection.
-        """
         super().after_interrupt()
-        broker: Any = self.broker
-        broker.state.dramatiq_policies_channel = None
-        discard(_dramatiq.take_rabbitmq_connection(broker))
+        self.publisher.drop_connection()
 
     def ack(self, message: MessageProxy) -> None:
         if self.deleted:
@@ -266,7 +215,7 @@ class RabbitmqTransport(UnreadableBodies):
                 self.runs.put_back(delivery)
 
     def is_revoked(self) -> bool:
-        return self.closed or not self.inner.channel.is_open or not self.inner.connection.is_open
+        return self.channel.is_lost
 
     def will_redeliver(self) -> bool:
         return self.is_revoked() and not self.deleted
@@ -277,7 +226,7 @@ class RabbitmqTransport(UnreadableBodies):
         return super().fault_of(error)
 
     def lost_connection(self, error: Exception) -> bool:
-        if isinstance(error, _REFUSED):
+        if isinstance(error, REFUSED):
             return False
         return isinstance(error, LOST) or super().lost_connection(error)
 
@@ -285,7 +234,7 @@ class RabbitmqTransport(UnreadableBodies):
         if self.is_revoked():
             self._lost()
         super().close()
-        self.closed = True
+        self.channel.closed = True
         self.runs.closed(self.state.stopping.is_set())
         if self.unacked_counts.get(self.source) == self.held:
             del self.unacked_counts[self.source]

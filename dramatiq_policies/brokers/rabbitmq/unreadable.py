@@ -7,10 +7,10 @@ and takes no slot.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
 from dramatiq.common import xq_name
@@ -23,131 +23,80 @@ from ...delivery.returned import RETURNED, wait_before_return
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...outcomes import text_of
+from .channel import ConsumerChannel
+from .publisher import ConfirmedPublisher
 
-__all__ = ["LOST", "UNREADABLE", "UnreadableBodies"]
+__all__ = ["UNREADABLE", "UnreadableBodies"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
 #: The message option with an unreadable body, in base64, that waits for the dead-letter queue.
 UNREADABLE = "unreadable_body"
 #: How many seconds to serve the connection at a time during a pause.
 _SERVE = 1.0
 
 
-class UnreadableBodies(Transport):
-    """The transport's part for unreadable bodies."""
+class UnreadableBodies:
+    """Settles the unreadable bodies of one consumer.
 
-    deliveries: Any
-    closed: bool
+    Parameters:
+      transport: The transport of the consumer.
+      channel: The channel that delivers the bodies.
+      publisher: Publishes to the dead-letter queue.
+    """
 
-    def unreadable(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
+    def __init__(self, transport: Transport, channel: ConsumerChannel, publisher: ConfirmedPublisher) -> None:
+        self._transport = transport
+        self._distrust = transport.distrust
+        self._queue = transport.source
+        self._channel = channel
+        self._publisher = publisher
+
+    def settle(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
         """Dead-letter an unreadable body, or leave the body on its queue during a pause."""
-        was_pausing = self.distrust.is_pausing
-        if self.distrust.unreadable(error):
+        was_pausing = self._distrust.is_pausing
+        if self._distrust.unreadable(error):
             if not was_pausing:
-                self._stop_taking()
+                self._channel.cancel()
             self._leave(tag, properties, body)
         else:
-            self._dead_letter_raw(tag, body, f"the body is unreadable: {text_of(error)}")
-            if self.distrust.is_pausing:
-                self._stop_taking()
-
-    def _stop_taking(self) -> None:
-        """Cancel the consumer: the server delivers prefetched messages to other workers."""
-        self.on_connection(self.inner.channel.cancel)
+            self._dead_letter(tag, body, f"the body is unreadable: {text_of(error)}")
+            if self._distrust.is_pausing:
+                self._channel.cancel()
 
     def _leave(self, tag: int, properties: Any, body: bytes) -> None:
         """Move a body to the end of the queue."""
         try:
-            self.publish(self.source, body, properties.priority)
+            self._publisher.publish(self._queue, body, properties.priority)
         except Exception as error:
-            if self.fault_of(error) is Fault.LOST:
+            if self._transport.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            self.nack_here(tag)
+            self._channel.nack(tag)
         else:
-            self.ack_here(tag)
+            self._channel.ack(tag)
 
-    def look_again(self) -> MessageProxy | None:
-        """Serve the connection during a pause; after the pause try some messages, and go on after a readable one."""
-        left = self.distrust.seconds_left()
-        if left or self.is_quiet:
-            self.on_connection(self.inner.connection.process_data_events, min(left or _SERVE, _SERVE))
+    def look_again(self, receive: Callable[[Any, Any, bytes], MessageProxy | None]) -> MessageProxy | None:
+        """Serve the connection during a pause; after the pause try some messages, and go on after a readable one.
+
+        Parameters:
+          receive: Returns the message of one delivery; None if the body is unreadable.
+        """
+        left = self._distrust.seconds_left()
+        if left or self._transport.is_quiet:
+            self._channel.serve(min(left or _SERVE, _SERVE))
             return None
         for _ in range(IN_A_ROW):
-            method, properties, body = self.on_connection(self.inner.channel.basic_get, self.source)
+            method, properties, body = self._channel.get(self._queue)
             if method is None:
                 break
-            message = self.received(method, properties, body)
-            if not self.distrust.is_pausing:
-                logger.warning("The worker can read the messages of queue %r again.", self.source)
-                self.deliveries = self.inner.iterator = self.inner.channel.consume(
-                    self.source, inactivity_timeout=_SERVE
-                )
+            message = receive(method, properties, body)
+            if not self._distrust.is_pausing:
+                logger.warning("The worker can read the messages of queue %r again.", self._queue)
+                self._channel.consume(self._queue, _SERVE)
                 return message
-        self.on_connection(self.inner.connection.process_data_events, _SERVE)
+        self._channel.serve(_SERVE)
         return None
-
-    def received(self, method: Any, properties: Any, body: bytes) -> MessageProxy | None:
-        raise NotImplementedError
-
-    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
-        raise NotImplementedError
-
-    def enqueue(self, step: OutgoingMessage) -> None:
-        raise NotImplementedError
-
-    def ack_here(self, tag: int) -> None:
-        """Acknowledge, on the thread of this consumer's connection."""
-        self.on_connection(self.inner.channel.basic_ack, tag)
-
-    def nack_here(self, tag: int) -> None:
-        """Return a message to its queue, on the thread of this consumer's connection."""
-        if not self.is_revoked():
-            self.on_connection(partial(self.inner.channel.basic_nack, requeue=True), tag)
-
-    def on_connection(self, call: Any, *args: Any) -> Any:
-        """Use this consumer's connection."""
-        try:
-            return call(*args)
-        except (*LOST, OSError) as error:
-            self.closed = True
-            raise ConnectionClosed(error) from None
-
-    def _dead_letter_raw(self, tag: int, body: bytes, reason: str, times: int = 0) -> None:
-        """Move a body to the dead-letter queue, or enqueue the body again in a message if that queue refuses."""
-        try:
-            self.publish(xq_name(self.source), body, None)
-        except Exception as error:
-            if self.fault_of(error) is Fault.LOST:
-                raise ConnectionClosed(error) from None
-            self._return_raw(tag, body, error, times)
-            return
-        self.dead_letters_accepted()
-        self.ack_here(tag)
-        self.report_malformed(MalformedMessage(reason))
-
-    def _return_raw(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
-        if self.dead_letters_refused():
-            alerts.critical(
-                "The dead-letter queue of %r refused an unreadable body (%s: %s). The worker enqueues the "
-                "body again: make room in the dead-letter queue.",
-                self.queue_name,
-                type(refused).__name__,
-                text_of(refused),
-            )
-        wait = wait_before_return(times)
-        options = {UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
-        try:
-            self.enqueue(OutgoingMessage(Message(self.queue_name, "?", (), {}, options), wait))
-        except Exception as error:
-            if self.fault_of(error) is Fault.LOST:
-                raise ConnectionClosed(error) from None
-            logger.error("An unreadable body blocks a prefetch slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
-            self.parked.park(wait, partial(self.nack_here, tag))
-        else:
-            self.ack_here(tag)
 
     def dead_letter_again(self, tag: int, message: Message[Any]) -> None:
         """Try again to move a refused body to the dead-letter queue."""
@@ -156,4 +105,39 @@ class UnreadableBodies(Transport):
             times = int(message.options[RETURNED])
         except Exception:
             body, times = message.encode(), 0
-        self._dead_letter_raw(tag, body, "the body is unreadable", times)
+        self._dead_letter(tag, body, "the body is unreadable", times)
+
+    def _dead_letter(self, tag: int, body: bytes, reason: str, times: int = 0) -> None:
+        """Move a body to the dead-letter queue, or enqueue the body again in a message if that queue refuses."""
+        try:
+            self._publisher.publish(xq_name(self._queue), body, None)
+        except Exception as error:
+            if self._transport.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            self._enqueue_again(tag, body, error, times)
+            return
+        self._transport.dead_letters_accepted()
+        self._channel.ack(tag)
+        self._transport.report_malformed(MalformedMessage(reason))
+
+    def _enqueue_again(self, tag: int, body: bytes, refused: Exception, times: int) -> None:
+        queue_name = self._transport.queue_name
+        if self._transport.dead_letters_refused():
+            alerts.critical(
+                "The dead-letter queue of %r refused an unreadable body (%s: %s). The worker enqueues the "
+                "body again: make room in the dead-letter queue.",
+                queue_name,
+                type(refused).__name__,
+                text_of(refused),
+            )
+        wait = wait_before_return(times)
+        options = {UNREADABLE: b64encode(body).decode(), RETURNED: times + 1}
+        try:
+            self._publisher.enqueue(OutgoingMessage(Message(queue_name, "?", (), {}, options), wait))
+        except Exception as error:
+            if self._transport.fault_of(error) is Fault.LOST:
+                raise ConnectionClosed(error) from None
+            logger.error("An unreadable body blocks a prefetch slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
+            self._transport.parked.park(wait, partial(self._channel.nack, tag))
+        else:
+            self._channel.ack(tag)

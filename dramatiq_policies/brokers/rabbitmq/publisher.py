@@ -1,0 +1,92 @@
+"""Publish single messages on RabbitMQ, mandatory and confirmed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pika
+import pika.exceptions
+from dramatiq import Message
+from dramatiq.broker import Broker
+from dramatiq.common import dq_name, q_name
+
+from ... import _dramatiq
+from ...common.connections import discard
+from ...delivery.history import now_ms
+from ...delivery.outgoing import OutgoingMessage
+
+__all__ = ["LOST", "REFUSED", "ConfirmedPublisher"]
+
+#: The connection or the channel is lost.
+LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
+#: The server refused one message.
+REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
+
+
+class ConfirmedPublisher:
+    """Publishes over a channel of ours, on the broker's own connection for the calling thread.
+
+    Parameters:
+      broker: The broker.
+      encode: Encodes a message, or raises `Unsendable`.
+    """
+
+    def __init__(self, broker: Broker, encode: Callable[[Message[Any]], bytes]) -> None:
+        self.broker: Any = broker
+        self.encode = encode
+
+    def publish(self, queue: str, body: bytes, priority: int | None) -> None:
+        """Publish a body to a queue, and wait for the confirm."""
+        broker = self.broker
+        properties = pika.BasicProperties(delivery_mode=2, priority=priority)
+        try:
+            for again in (True, False):
+                broker.declare_queue(q_name(queue), ensure=True)
+                try:
+                    self._channel().basic_publish("", queue, body, properties, mandatory=True)
+                    return
+                except pika.exceptions.UnroutableError:
+                    # The queue has disappeared: have it declared again.
+                    broker.queues_pending.add(q_name(queue))
+                    if not again:
+                        raise
+        except REFUSED:
+            raise
+        except Exception:
+            # The next try opens a new connection.
+            del broker.connection
+            raise
+
+    def enqueue(self, step: OutgoingMessage) -> None:
+        """Enqueue as ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
+        self.prepare(step)
+        self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
+        self.broker.emit_after("enqueue", step.message, step.delay)
+
+    def prepare(self, step: OutgoingMessage) -> None:
+        """Encode a message once, with the queue and the due time of its delay. Runs the before-hooks of enqueue."""
+        if step.encoded is None:
+            message, delay = step.message, step.delay
+            if delay is not None:
+                message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
+            self.broker.emit_before("enqueue", message, delay)
+            step.message, step.encoded = message, self.encode(message)
+
+    def drop_connection(self) -> None:
+        """Drop this thread's connection: an interrupted publish may wait for a confirm for ever.
+
+        The next publish opens another connection.
+        """
+        self.broker.state.dramatiq_policies_channel = None
+        discard(_dramatiq.take_rabbitmq_connection(self.broker))
+
+    def _channel(self) -> Any:
+        broker = self.broker
+        connection = broker.connection
+        channel = getattr(broker.state, "dramatiq_policies_channel", None)
+        if channel is None or channel.connection is not connection or not channel.is_open:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            broker.state.dramatiq_policies_channel = channel
+        return channel
