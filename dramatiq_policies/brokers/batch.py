@@ -60,6 +60,9 @@ class Batch:
     def published(self, message: Message[Any], delay: int | None) -> None:
         """Run the ``after_enqueue`` hooks of a message that the broker has accepted."""
 
+    def serve(self) -> None:
+        """Keep the connections of this thread alive while there is nothing to publish."""
+
     def close(self) -> None:
         """Close the connections of this thread."""
 

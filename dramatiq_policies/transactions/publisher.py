@@ -28,7 +28,7 @@ logger = SafeLogger("dramatiq_policies.outbox")
 #: How many rows to publish together.
 BATCH = 100
 #: A thread without work ends after this many seconds.
-_IDLE = 10.0
+_IDLE = 30.0
 #: Rows beyond this number are left to the relay, after their lease: the broker is frozen, or slow.
 _MOST_WAITING = 10_000
 

@@ -60,6 +60,8 @@ class Relay:
         if self._failures:
             self._failures = 0
             logger.info("The relay of the outbox works again.")
+        if not taken:
+            self._publication.batch.serve()
         return 0 if taken == BATCH else POLL
 
     def relay(self) -> tuple[int, Exception | None]:

@@ -24,14 +24,14 @@ class Shop:
 
     Parameters:
       url: The broker's, if not the place's.
-      options: The outbox's.
+      options: The outbox's. A commit waits for its publication, however busy the machine is.
     """
 
     def __init__(self, place: Place, engine: Any, url: str | None = None, **options: Any) -> None:
         self.place = place
         self.engine = engine
         self.broker = place.broker(url)
-        self.outbox = SqlOutbox(engine, **{"namespace": place.queue[-12:], **options})
+        self.outbox = SqlOutbox(engine, **{"namespace": place.queue[-12:], "wait": 20_000, **options})
         install(self.broker, outbox=self.outbox)
         self.actor: Any = functools.partial(dramatiq.actor, broker=self.broker, queue_name=place.queue)
         self.done: list[Any] = []

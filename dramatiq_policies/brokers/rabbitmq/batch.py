@@ -122,6 +122,14 @@ class RabbitmqBatch(KnownBatch):
         """Close this thread's connection without a goodbye: unconfirmed messages must not follow on it."""
         discard(_dramatiq.take_rabbitmq_connection(self.broker))
 
+    def serve(self) -> None:
+        connection = getattr(self.broker.state, "connection", None)
+        try:
+            if connection is not None:
+                connection.process_data_events(0)
+        except (*LOST, OSError):
+            self._drop_connection()
+
     def close(self) -> None:
         del self.broker.connection
 

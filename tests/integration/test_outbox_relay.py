@@ -1,0 +1,340 @@
+"""What nobody has published is published by a relay: once, unless a process dies or stands still in the wrong moment."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import dramatiq
+import pika
+import pytest
+import sqlalchemy as sa
+
+from dramatiq_policies.transactions.outbox_table import Selection
+from dramatiq_policies.transactions.relay import Relay
+from tests.proxy import Proxy
+
+from .databases import make_empty_tables, with_driver
+from .places import RabbitmqPlace, RedisPlace, until
+from .shops import Shop
+
+pytestmark = pytest.mark.usefixtures("quick_restarts")
+
+#: The lease in these tests, in milliseconds. What is told of a dead process's rows: they are sent within this and 5 s.
+LEASE = 1_500
+
+APP = """\
+import os, signal, sys, threading
+import dramatiq
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+from dramatiq.brokers.{kind} import {broker_class}
+from dramatiq_policies import install
+from dramatiq_policies.sql import SqlOutbox
+from dramatiq_policies.transactions.outbox import Outbox
+from dramatiq_policies.transactions.outbox_table import OutboxTable
+from dramatiq_policies.transactions.publication import Publication
+
+engine = sa.create_engine({database!r})
+broker = {broker_class}(url={url!r}, **{arguments!r})
+outbox = SqlOutbox(engine, lease={lease}, wait=20_000, namespace={namespace!r})
+install(broker, outbox=outbox)
+
+@dramatiq.actor(broker=broker, queue_name={queue!r})
+def confirm(number):
+    pass
+
+def die(*args, **kwargs):
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def order(*numbers):
+    with Session(engine) as session, session.begin(), outbox.within(session):
+        for number in numbers:
+            print(confirm.send(number).message_id)
+"""
+
+
+def start(shop, code):
+    """Run code in a process with the same outbox."""
+    place = shop.place
+    on_redis = isinstance(place, RedisPlace)
+    app = APP.format(
+        kind=place.kind,
+        broker_class="RedisBroker" if on_redis else "RabbitmqBroker",
+        database=with_driver(
+            shop.engine.url.render_as_string(hide_password=False).replace("+" + shop.engine.driver, "")
+        ),
+        url=place.url,
+        arguments={"namespace": place.namespace} if on_redis else {},
+        queue=place.queue,
+        lease=shop.outbox.lease,
+        namespace=shop.outbox.namespace,
+    )
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", app + textwrap.dedent(code)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(shop, code, expected=0):
+    process = start(shop, code)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == expected, out
+    return out.split()
+
+
+KILLED = -9
+
+
+@pytest.fixture
+def shop(place, database_engine):
+    return Shop(place, database_engine, lease=LEASE)
+
+
+@pytest.fixture
+def redis_shop(redis_place, database_engine):
+    return Shop(redis_place, database_engine, lease=LEASE)
+
+
+@pytest.fixture
+def later_shop(place, database_engine):
+    """Its rows are the relay's."""
+    return Shop(place, database_engine, lease=30_000, wait=0)
+
+
+def test_a_process_that_is_killed_between_commit_and_publication_loses_nothing(shop):
+    ids = run(shop, "Outbox.after_commit = die\norder(1, 2)", KILLED)
+    assert shop.place.ready() == 0
+    began = time.monotonic()
+    with shop.relaying():
+        until(lambda: shop.pending() == 0, 25)
+    assert time.monotonic() - began < LEASE / 1_000 + 5 + 5  # for a busy machine
+    found = shop.messages()
+    assert sorted(message.message_id for message in found) == sorted(ids)
+
+
+def test_a_process_that_is_killed_before_its_commit_sends_nothing(shop):
+    run(shop, "sa.event.listen(engine, 'commit', die)\norder(1)", KILLED)
+    with shop.relaying():
+        time.sleep(LEASE / 1_000 + 1)
+    assert shop.messages() == []
+
+
+def test_a_process_that_is_killed_between_publication_and_deletion_sends_twice_with_one_id(shop):
+    (message_id,) = run(shop, "OutboxTable.delete = die\norder(1)", KILLED)
+    with shop.relaying():
+        until(lambda: shop.pending() == 0, 25)
+    found = [message.message_id for message in shop.messages()]
+    # Redis still has the first one, and takes it for the same.
+    assert found == [message_id] * (1 if isinstance(shop.place, RedisPlace) else 2)
+
+
+def test_the_rows_of_a_relay_that_is_killed_are_sent_by_another(shop):
+    shop.outbox.wait = 0
+    with shop.order():
+        for number in range(10):
+            shop.confirm.send(number)
+    run(shop, "Publication.publish = die\noutbox.run_relay(threading.Event())", KILLED)
+    assert {row.is_leased for row in shop.rows()} == {True}
+    with shop.relaying():
+        until(lambda: shop.pending() == 0, 25)
+    assert shop.left() == list(range(10))
+
+
+def test_relays_share_the_rows_without_a_double(later_shop):
+    shop = later_shop
+    with shop.order():
+        for number in range(1_000):
+            shop.confirm.send(number)
+    with shop.relaying(2):
+        other = start(shop, "outbox.relay_once()\nwhile outbox.relay_once(): pass\n")
+        until(lambda: shop.pending() == 0, 60)
+        assert other.wait(60) == 0
+        other.stdout.close()
+    assert shop.left() == list(range(1_000))
+
+
+def test_a_row_of_a_long_transaction_is_seen_after_later_ones(shop):
+    with shop.relaying(2):
+        with shop.order():
+            shop.confirm.send("long")
+            if shop.engine.dialect.name != "sqlite":  # which has one writer
+                with shop.order():
+                    shop.confirm.send("short")
+                until(lambda: shop.place.ready() == 1)
+            # The lease of the row ends before its transaction.
+            time.sleep(LEASE / 1_000 + 0.5)
+        until(lambda: shop.pending() == 0)
+        time.sleep(0.5)
+    assert shop.left() == (["long"] if shop.engine.dialect.name == "sqlite" else ["long", "short"])
+
+
+@pytest.mark.parametrize(
+    ("database", "port", "commit"), [("postgresql", 5432, b"COMMIT"), ("mariadb", 3306, b"\x03COMMIT")]
+)
+def test_a_commit_whose_answer_is_lost_is_sent_by_the_relay(place, database, port, commit, request):
+    url = request.getfixturevalue(f"{database}_url")
+    make_empty_tables(url)
+    with Proxy.before(url, port) as proxy:
+        engine = sa.create_engine(with_driver(proxy.url))
+        shop = Shop(place, engine, lease=LEASE)
+        lost = proxy.cut_when(commit, after=True)
+        with pytest.raises(sa.exc.DBAPIError), shop.order():
+            shop.confirm.send(1)
+        assert lost.wait()
+        assert shop.pending() == 1
+        with shop.relaying():
+            until(lambda: shop.pending() == 0, 25)
+        assert shop.left() == [1]
+        shop.outbox.database.close()
+        engine.dispose()
+
+
+def refuse(shop, queue):
+    """Have the broker refuse what is sent to a queue."""
+    place = shop.place
+    if isinstance(place, RedisPlace):
+        place.client.set(place.key(queue), "of another type")
+    else:
+        place.channel.queue_declare(queue, durable=False, auto_delete=True)
+
+
+@pytest.fixture
+def poison(shop, request):
+    """An actor whose queue takes nothing."""
+    queue = f"{shop.place.queue}-poison"
+    poison = dramatiq.actor(print, broker=shop.broker, actor_name="poison", queue_name=queue)
+    refuse(shop, queue)
+    yield poison
+    if isinstance(shop.place, RabbitmqPlace):
+        for name in (queue, f"{queue}.DQ", f"{queue}.XQ"):
+            with pika.BlockingConnection(pika.URLParameters(shop.place.url)) as connection:
+                connection.channel().queue_delete(name)
+
+
+def test_a_row_that_the_broker_refuses_stops_no_other(shop, poison):
+    with shop.order():
+        shop.confirm.send(1)
+        poison.send(2)
+        shop.confirm.send(3)
+    (row,) = shop.rows()
+    assert (row.actor, row.failures, row.is_leased) == ("poison", 1, False)
+    assert re.search("WRONGTYPE|PRECONDITION_FAILED", row.error)
+    assert 0 < row.due_in_ms <= 1_000
+    shop.outbox.database.run(shop.outbox.table.retry)
+    with shop.order():
+        shop.confirm.send(4)
+    shop.outbox.relay_once()
+    (row,) = shop.rows()
+    assert row.failures == 2
+    assert shop.left() == [1, 3, 4]
+
+
+def test_ten_failures_are_one_critical_line(shop, poison, caplog):
+    with shop.order():
+        poison.send(2)
+    table, database = shop.outbox.table, shop.outbox.database
+    for _ in range(12):
+        database.run(table.retry)
+        assert shop.outbox.relay_once() == 1
+    (row,) = shop.rows()
+    assert row.failures == 13
+    assert 50_000 < row.due_in_ms <= 60_000
+    (line,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert line.name == "dramatiq_policies.alerts"
+    assert "'poison'" in line.getMessage()
+
+
+def test_what_redis_refuses_halfway_leaves_one_body(redis_shop, caplog):
+    shop, place = redis_shop, redis_shop.place
+    place.client.set(place.key(place.queue), "of another type")
+    with shop.order():
+        shop.confirm.send(1)
+    for _ in range(3):
+        shop.outbox.database.run(shop.outbox.table.retry)
+        shop.outbox.relay_once()
+    bodies = place.key(f"{place.queue}.msgs")
+    assert place.client.hlen(bodies) <= 1
+    place.client.delete(place.key(place.queue))
+    shop.outbox.database.run(shop.outbox.table.retry)
+    shop.outbox.relay_once()
+    assert place.client.hlen(bodies) == 1
+    assert shop.left() == [1]
+
+
+def test_a_missing_table_is_said_once(place, tmp_path, caplog):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/empty.db")
+    shop = Shop(place, engine)
+    relay = Relay(shop.outbox.database, shop.outbox.publication, shop.outbox.missing_table)
+    pauses = [relay._step() for _ in range(5)]
+    assert pauses[0] < pauses[-1] <= 5
+    (line,) = [record for record in caplog.records if "table" in record.getMessage()]
+    assert "create_tables(engine)" in line.getMessage()
+    engine.dispose()
+
+
+def test_children_of_a_preloading_server_send_over_connections_of_their_own(shop):
+    code = """
+        order(0)
+        def child(start):
+            pid = os.fork()
+            if pid == 0:
+                for number in range(start, start + 10):
+                    order(number)
+                sys.stdout.flush()
+                os._exit(0)
+            return pid
+        children = [child(start) for start in (10, 20, 30)]
+        order(1)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        order(2)
+        sys.exit(any(codes))
+    """
+    run(shop, code)
+    assert shop.pending() == 0
+    assert shop.left() == [0, 1, 2, *range(10, 40)]
+
+
+def test_a_relay_ends_at_once_when_told(shop):
+    stop = threading.Event()
+    thread = threading.Thread(target=shop.outbox.run_relay, args=(stop,))
+    thread.start()
+    time.sleep(0.2)
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_namespace_has_rows_of_its_own(place, database_engine):
+    one = Shop(place, database_engine, wait=0)
+    other = Shop(place, database_engine, wait=0, namespace="other" + place.queue[-12:])
+    with one.order():
+        one.confirm.send(1)
+    assert other.outbox.relay_once() == 0
+    assert (one.pending(), other.pending()) == (1, 0)
+    assert one.outbox.relay_once() == 1
+    assert place.ready() == 1
+
+
+def test_an_operator_lists_retries_and_purges(later_shop):
+    shop = later_shop
+    table, run_ = shop.outbox.table, shop.outbox.database.run
+    with shop.order():
+        ids = [shop.confirm.send(number).message_id for number in range(3)]
+    assert [(row.message_id, row.actor, row.queue) for row in shop.rows()] == [
+        (message_id, "confirm", shop.place.queue) for message_id in ids
+    ]
+    assert run_(lambda connection: table.purge(connection, Selection(message_ids=ids[:1]))) == 1
+    assert run_(lambda connection: table.purge(connection, Selection(actor="nobody"))) == 0
+    assert run_(lambda connection: table.retry(connection, Selection(queue=shop.place.queue))) == 2
+    stats = run_(table.stats)
+    assert (stats.pending, stats.failing) == (2, 0)
+    assert 0 <= stats.oldest_ms < 60_000
