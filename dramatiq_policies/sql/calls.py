@@ -7,13 +7,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -24,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import StaticPool
 
 from ..transactions.database import Connection
+from ..transactions.session import sever
 from ..transactions.threads import Call, DatabaseThreads, NoAnswer
 from .connection import DriverConnection, SqlConnection
 
@@ -50,7 +48,7 @@ class ThreadCalls:
 
     def _run(self, work: Work[T], call: Call) -> T:
         with self.engine.connect() as connection:
-            call.severed_by(partial(_sever, connection.connection.driver_connection))
+            call.severed_by(partial(sever, connection.connection.driver_connection))
             try:
                 return work(SqlConnection(connection))
             finally:
@@ -59,17 +57,6 @@ class ThreadCalls:
     def close(self) -> None:
         self._threads.close()
         self.engine.dispose()
-
-
-def _sever(driver: Any) -> None:
-    """End a driver's wait for a server that does not answer: shut the socket down. Never raises."""
-    with suppress(Exception):
-        sock = getattr(driver, "_sock", None)  # PyMySQL
-        if sock is not None:
-            sock.shutdown(socket.SHUT_RDWR)
-            return
-        with socket.socket(fileno=os.dup(driver.fileno())) as copy:  # psycopg, psycopg2, mysqlclient
-            copy.shutdown(socket.SHUT_RDWR)
 
 
 class LoopCalls:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 from weakref import finalize
 
-import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
 from ..common.forks import after_fork
-from ..transactions.database import Connection, is_disconnect, is_transient
+from ..transactions.database import Connection
+from ..transactions.session import in_transaction, repeated, session_settings
 from .calls import AsyncMemoryCalls, LoopCalls, MemoryCalls, ThreadCalls
 from .connection import SqlConnection, checked_engine, dialect_of
 
@@ -25,15 +22,6 @@ __all__ = ["SqlConnection", "SqlDatabase", "checked_engine", "dialect_of"]
 
 T = TypeVar("T")
 
-_BEGIN = {
-    "postgresql": ["BEGIN ISOLATION LEVEL READ COMMITTED"],
-    "mysql": ["START TRANSACTION"],
-    "sqlite": ["BEGIN IMMEDIATE"],
-}
-#: For how long a statement waits for a lock, in milliseconds.
-_LOCK_WAIT = 1_000
-#: For how long a transaction may be idle, in milliseconds: a process that stands still must not hold its locks.
-_IDLE = 5_000
 #: Connections of a parent process: a child neither uses nor closes them.
 _inherited: list[object] = []
 
@@ -92,21 +80,8 @@ class SqlDatabase:
         self._open()
 
     def run(self, work: Callable[[Connection], T]) -> T:
-        deadline = time.monotonic() + self._patience / 1_000
-        reconnected = False
-        for tries in range(1_000):
-            try:
-                return self._calls.call(work, deadline)
-            except Exception as error:
-                if is_disconnect(error) and not reconnected:
-                    # A connection of the pool was closed by the server. The others in the pool are not used either.
-                    reconnected = True
-                    continue
-                pause = random.uniform(0.001, 0.01 * min(tries + 1, 10))  # noqa: S311 - no secret
-                if not is_transient(error) or time.monotonic() + pause > deadline:
-                    raise
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+        # A connection of the pool that the server has closed takes the others in the pool along.
+        return repeated(partial(self._calls.call, work), self._patience)
 
     def transaction(self, work: Callable[[Connection], T]) -> T:
         return self.run(work if self._in_memory else partial(_in_transaction, work))
@@ -117,7 +92,7 @@ def _beside(engine: Engine, patience: int) -> Engine:
     pool = engine.pool.recreate()
     dialect = engine.dialect
     # Without a pool here there may be one outside (PgBouncer), whose connections serve others after us.
-    settings = [] if isinstance(pool, NullPool) else _settings(dialect_of(engine), patience)
+    settings = [] if isinstance(pool, NullPool) else session_settings(dialect_of(engine), patience)
 
     def prepare(dbapi_connection: Any, _record: Any) -> None:
         dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
@@ -134,37 +109,6 @@ def _beside(engine: Engine, patience: int) -> Engine:
     return Engine(pool, dialect, engine.url, hide_parameters=True)
 
 
-def _settings(dialect: str, patience: int) -> list[str]:
-    """Return statements by which the server gives up, too. Else each call given up would leave a connection there."""
-    if dialect == "postgresql":
-        found = {
-            "lock_timeout": _LOCK_WAIT,
-            "statement_timeout": patience,
-            "idle_in_transaction_session_timeout": _IDLE,
-        }
-        return [f"SET {name} = {ms}" for name, ms in found.items()]
-    if dialect == "mysql":
-        mariadb = f", max_statement_time = {patience / 1_000}, idle_transaction_timeout = {_IDLE // 1_000}"
-        return [
-            # The comment is for MariaDB alone.
-            f"SET SESSION innodb_lock_wait_timeout = {_LOCK_WAIT // 1_000} /*M!100300 {mariadb} */",
-            # Without locks on gaps, which claims of other keys would wait for.
-            "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-        ]
-    return [f"PRAGMA busy_timeout = {_LOCK_WAIT}"]
-
-
 def _in_transaction(work: Callable[[Connection], T], connection: Connection) -> T:
     assert isinstance(connection, SqlConnection)
-    try:
-        for statement in _BEGIN[connection.dialect]:
-            connection.execute(statement)
-        answer = work(connection)
-        connection.execute("COMMIT")
-    except BaseException:
-        try:
-            connection.execute("ROLLBACK")
-        except (DBAPIError, sa.exc.InvalidRequestError):
-            connection.connection.invalidate()
-        raise
-    return answer
+    return in_transaction(work, connection, connection.connection.invalidate)

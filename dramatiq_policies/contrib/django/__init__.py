@@ -13,5 +13,7 @@ message. `WarnInsideAtomic` in ``MIDDLEWARE`` logs such places; ``transaction.on
 from __future__ import annotations
 
 from .middleware import SentInsideAtomic, WarnInsideAtomic
+from .outbox import DjangoOutbox
+from .store import DjangoStore
 
-__all__ = ["SentInsideAtomic", "WarnInsideAtomic"]
+__all__ = ["DjangoOutbox", "DjangoStore", "SentInsideAtomic", "WarnInsideAtomic"]

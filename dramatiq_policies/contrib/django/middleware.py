@@ -16,6 +16,7 @@ except ImportError as error:
     raise ImportError('dramatiq_policies.contrib.django needs Django: pip install "Django>=4.2"') from error
 
 from .connections import in_atomic_of_the_app
+from .outbox import DjangoOutbox
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -36,7 +37,8 @@ class SentInsideAtomic(ConfigurationError):
 class WarnInsideAtomic(Middleware):
     """Warns when a message is sent inside ``transaction.atomic()``: once per actor and line of code in each process.
 
-    The blocks of Django's ``TestCase`` around each test don't count; ``on_commit`` callbacks don't either.
+    The blocks of Django's ``TestCase`` around each test don't count; ``on_commit`` callbacks don't either, nor does the database of
+    a `DjangoOutbox`.
     The record is on the logger ``dramatiq_policies.django``, with ``actor``, ``call_site`` ("file:line") and
     ``database`` as ``extra``.
 
@@ -50,7 +52,7 @@ class WarnInsideAtomic(Middleware):
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         for connection in connections.all(initialized_only=True):
-            if in_atomic_of_the_app(connection):
+            if in_atomic_of_the_app(connection) and not _covers(broker, connection.alias):
                 self._tell(message.actor_name, connection.alias)
                 return
 
@@ -66,6 +68,11 @@ class WarnInsideAtomic(Middleware):
         if (actor, call_site) not in self._seen:
             self._seen.add((actor, call_site))
             logger.warning(text, extra={"actor": actor, "call_site": call_site, "database": database})
+
+
+def _covers(broker: Broker, alias: str) -> bool:
+    """Whether an outbox of the broker writes what is sent inside of a transaction on this database."""
+    return any(isinstance(one, DjangoOutbox) and one.using == alias for one in broker.middleware)
 
 
 def _call_site() -> str:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import django
+from django.apps import apps
 from django.conf import settings
+from django.core.management import call_command
 from django.db import connections
 
 OURS = "dramatiq_policies.contrib.django.tasks.DramatiqBackend"
@@ -29,6 +31,8 @@ def set_up():
         DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
         DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{folder}/default.sqlite3"}},
         INSTALLED_APPS=["dramatiq_policies.contrib.django", "tests.contrib.django.shop"],
+        ROOT_URLCONF="tests.contrib.django.shop.urls",
+        ALLOWED_HOSTS=["*"],
         TASKS={
             "default": {"BACKEND": OURS, "QUEUES": ["default", "mail", "slow"]},
             "any": {"BACKEND": OURS, "QUEUES": []},
@@ -36,6 +40,13 @@ def set_up():
         },
     )
     django.setup()
+
+
+def make_tables(alias="default"):
+    """Make the tables of dramatiq_policies and of the shop, or empty them."""
+    call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
+    for model in apps.get_models():
+        model.objects.using(alias).all().delete()
 
 
 @contextmanager

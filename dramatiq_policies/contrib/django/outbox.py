@@ -1,0 +1,124 @@
+"""`DjangoOutbox`: send messages in the transaction of an ``atomic`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from django.db import connections
+
+from ...transactions.outbox import Outbox, Scope
+from ...transactions.scope import Written
+from .connections import in_atomic_of_the_app
+from .database import DjangoConnection, DjangoDatabase, checked_using, how_to_migrate
+
+if TYPE_CHECKING:
+    from ...transactions.database import Database
+    from ...transactions.outbox_table import NewRow
+
+__all__ = ["DjangoOutbox"]
+
+#: How many connections the outbox of a process uses: the publisher's and the relay's.
+_CONNECTIONS = 2
+#: The attribute of Django's connection with the rows of its transaction.
+_WRITTEN = "dramatiq_policies_written"
+
+
+class DjangoOutbox(Outbox):
+    """Send messages with their transaction: no message without its row, no row without its message::
+
+        INSTALLED_APPS = ["django_dramatiq", "dramatiq_policies.contrib.django", ...]      # and manage.py migrate
+        DRAMATIQ_BROKER = {..., "MIDDLEWARE": [..., "dramatiq_policies.contrib.django.DjangoOutbox"]}
+
+        @transaction.atomic
+        def place_order(email):
+            order = Order.objects.create(email=email)
+            send_confirmation.send(order.pk)                    # a row, in this transaction
+
+    A message that is sent inside of ``atomic(using=…)`` is a row of the transaction, also with ``ATOMIC_REQUESTS``. After the
+    commit this process publishes the message at once. If the process dies or the broker is down, the relay of a worker publishes
+    the message later. After a rollback, also of a savepoint, the message is never published. Outside of ``atomic`` a message goes
+    to the broker at once. An actor with ``outbox=False`` is always sent at once.
+
+    In a ``TestCase`` the block around the test does not count: a message that is sent inside of ``atomic`` of your code is
+    published by ``captureOnCommitCallbacks(execute=True)``, as every ``on_commit`` callback.
+
+    A message is published twice only if a process or its connection is lost, or the process stands still for longer than
+    ``lease``, between the publication and the deletion of the row. Both have the same message id, so an actor with
+    ``idempotent=True`` runs once. A delay counts from the send. ``before_enqueue`` hooks run at the send, ``after_enqueue`` hooks
+    at the publication.
+
+    Parameters:
+      using: The alias of the database: PostgreSQL, MariaDB, MySQL or SQLite. Default ``"default"``. The outbox uses at most two
+        connections of its own in each process.
+      wait: How long the caller of a commit waits until its messages are published, in milliseconds or as a ``timedelta``. With 0
+        the commit does not wait, and the relay publishes all messages. Default 1,000.
+      lease: How long a row belongs to the publishing process, in milliseconds or as a ``timedelta``. If the process dies, a
+        relay publishes the row within this time and five seconds. At least 1,000; default 30,000.
+      relay: Whether each worker process runs a relay in a thread. Default True. With False run
+        ``manage.py policies outbox relay``.
+      namespace: Only relays of the same namespace publish a row. With a shared database, give each service its own namespace. At most
+        64 characters; default ``""``.
+
+    Raises:
+      ConfigurationError: An argument is invalid.
+    """
+
+    def __init__(
+        self,
+        using: str = "default",
+        *,
+        wait: int | timedelta = 1_000,
+        lease: int | timedelta = 30_000,
+        relay: bool = True,
+        namespace: str = "",
+    ) -> None:
+        super().__init__("DjangoOutbox", wait=wait, lease=lease, relay=relay, namespace=namespace)
+        self.using = checked_using("DjangoOutbox", using)
+        self.missing_table = how_to_migrate(self.using)
+
+    def make_database(self) -> Database:
+        return DjangoDatabase(self.using, limit=_CONNECTIONS)
+
+    def find_scope(self) -> Scope | None:
+        """Return the ``atomic`` block of this thread; None outside of one."""
+        # Not `connections[using]`, which would make a connection where none is needed.
+        for connection in connections.all(initialized_only=True):
+            if connection.alias == self.using and in_atomic_of_the_app(connection):
+                return AtomicScope(connection)
+        return None
+
+
+class AtomicScope(Scope):
+    """The transaction of an ``atomic`` block.
+
+    Parameters:
+      connection: Django's connection.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+        adapter = DjangoConnection(self.connection)
+        written = self._written(outbox)
+        for row in rows:
+            outbox.insert(adapter, row, written)
+        # Each time: Django forgets the callbacks of a savepoint that is rolled back. The first one publishes all rows.
+        self.connection.on_commit(partial(_publish, outbox, written, adapter), robust=True)
+
+    def _written(self, outbox: Outbox) -> Written:
+        # A list of callbacks is of one transaction: Django makes a new one after the commit, and after each rollback.
+        callbacks = self.connection.run_on_commit
+        known = getattr(self.connection, _WRITTEN, None)
+        if known is None or known[0] is not callbacks or known[1] is not outbox:
+            known = (callbacks, outbox, Written())
+            setattr(self.connection, _WRITTEN, known)
+        found: Written = known[2]
+        return found
+
+
+def _publish(outbox: Outbox, written: Written, connection: DjangoConnection) -> None:
+    outbox.wait_for(outbox.after_commit(written, connection))

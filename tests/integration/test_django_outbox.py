@@ -1,0 +1,105 @@
+"""What is sent inside of `atomic`, on every database and every broker."""
+
+from __future__ import annotations
+
+import dramatiq
+import pytest
+from django.db import transaction
+from dramatiq import Worker, group
+
+from dramatiq_policies import install
+from dramatiq_policies.contrib.django import DjangoOutbox
+
+from ..contrib.django import project
+from .places import until
+
+project.set_up()
+pytestmark = pytest.mark.usefixtures("quick_restarts")
+
+
+class Undo(Exception):
+    pass
+
+
+class Shop:
+    """A broker with an outbox on a database of Django's."""
+
+    def __init__(self, place, **options):
+        self.place = place
+        self.broker = place.broker()
+        self.outbox = DjangoOutbox("shop", **{"namespace": place.queue[-12:], **options})
+        install(self.broker, outbox=self.outbox)
+        self.done = []
+        self.confirm = dramatiq.actor(
+            self.done.append, broker=self.broker, queue_name=place.queue, actor_name="confirm"
+        )
+        self.broker.declare_queue(place.queue, **({"ensure": True} if place.kind == "rabbitmq" else {}))
+
+    def pending(self):
+        return self.outbox.database.run(self.outbox.table.stats).pending
+
+    def left(self):
+        return sorted(message.args[0] for message in self.place.left())
+
+
+@pytest.fixture
+def make_shop(place, database_url):
+    with project.database("shop", **project.options_of(database_url)):
+        made = []
+
+        def make(**options):
+            made.append(Shop(place, **options))
+            return made[-1]
+
+        yield make
+        for shop in made:
+            shop.outbox.database.close()
+
+
+def test_a_commit_sends_and_a_rollback_does_not(make_shop):
+    shop = make_shop()
+    with transaction.atomic(using="shop"):
+        message = shop.confirm.send(1)
+        assert shop.place.ready() == 0
+    with pytest.raises(Undo), transaction.atomic(using="shop"):
+        shop.confirm.send(2)
+        raise Undo
+    with transaction.atomic(using="shop"):
+        with pytest.raises(Undo), transaction.atomic(using="shop"):
+            shop.confirm.send(3)
+            raise Undo
+        with transaction.atomic(using="shop"):
+            shop.confirm.send(4)
+    assert shop.pending() == 0
+    found = shop.place.left()
+    assert sorted(one.args[0] for one in found) == [1, 4]
+    assert message in found
+
+
+def test_a_group_and_a_delayed_message_run(make_shop):
+    shop = make_shop()
+    with transaction.atomic(using="shop"):
+        group([shop.confirm.message(1), shop.confirm.message(2)], broker=shop.broker).run()
+        shop.confirm.send_with_options(args=(3,), delay=300)
+    worker = Worker(shop.broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    try:
+        until(lambda: len(shop.done) == 3, describe=lambda: shop.done)
+    finally:
+        worker.stop()
+    assert sorted(shop.done) == [1, 2, 3]
+    assert shop.done[-1] == 3
+
+
+def test_with_wait_0_a_worker_s_relay_sends_all(make_shop):
+    shop = make_shop(wait=0)
+    with transaction.atomic(using="shop"):
+        shop.confirm.send(1)
+    assert (shop.place.ready(), shop.pending()) == (0, 1)
+    worker = Worker(shop.broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    try:
+        until(lambda: shop.done == [1])
+    finally:
+        worker.stop()
+    assert shop.pending() == 0
