@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...transactions.database import Database
     from ...transactions.outbox_table import NewRow
 
-__all__ = ["DjangoOutbox"]
+__all__ = ["AtomicScope", "DjangoOutbox"]
 
 #: How many connections the outbox of a process uses: the publisher's and the relay's.
 _CONNECTIONS = 2

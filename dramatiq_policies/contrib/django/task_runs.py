@@ -25,6 +25,8 @@ from ...errors import ConfigurationError, how_to_add
 from ...middleware.base import PolicyMiddleware
 from ...middleware.ordering import order_middleware
 from ...outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
+from ...transactions.outbox import outbox_on
+from .outbox import AtomicScope
 from .task_policy import OPTIONS
 from .task_records import TaskRecords, error_of, result_of
 
@@ -61,6 +63,7 @@ class TaskRuns:
     """The tasks of a broker."""
 
     def __init__(self, state: BrokerState) -> None:
+        self.state = state
         self.broker = state.broker
         self.records = TaskRecords(state.broker)
         self._tasks: dict[str, Task] = {}
@@ -89,6 +92,29 @@ class TaskRuns:
             actor = declare(_function_of(task))
         self._tasks.setdefault(name, task)
         return actor
+
+    def save_new(self, result: TaskResult, delay: int) -> None:
+        """Store the result of a message that is about to be sent. In a transaction of the outbox the result is stored at the commit.
+
+        Call it before the send: then Django runs this callback before the outbox publishes the message.
+
+        Parameters:
+          delay: The delay of the message, in milliseconds.
+        """
+        task = result.task
+        if not self.records.are_kept_for(task):
+            return
+        outbox = outbox_on(self.state)
+        scope = None if outbox is None or self.actor_of(task).options.get("outbox") is False else outbox.find_scope()
+        if isinstance(scope, AtomicScope):
+            scope.connection.on_commit(functools.partial(self._save_if_absent, result, delay), robust=True)
+        else:
+            self.records.save(result, delay)
+
+    def _save_if_absent(self, result: TaskResult, delay: int) -> None:
+        # The relay of a worker may have been faster.
+        if self.records.find(result.task, result.id) is None:
+            self.records.save(result, delay)
 
     def _around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
         """Run a task between two signals. A success is stored before the acknowledgement."""
