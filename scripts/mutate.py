@@ -63,14 +63,18 @@ TESTS = {
     ],
     "delivery/limits": ["middleware/test_timeout", "middleware/test_error_classifier*"],
     "delivery/settlement": ["delivery", "middleware/test_error_classifier*", "idempotency"],
-    "idempotency/batched_completion": ["idempotency", "integration/test_piggyback"],
+    "idempotency/batched_completion": ["idempotency", "integration/test_batched_completion"],
     "idempotency/claims": ["idempotency"],
     "idempotency/guard": ["idempotency"],
     "idempotency/keys": ["idempotency/test_keys", "idempotency"],
     "idempotency/options": ["idempotency"],
     "idempotency/records": ["idempotency/test_records", "project/test_fuzz", "idempotency"],
     "middleware/error_classifier": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
-    "middleware/idempotency": ["idempotency", "middleware/test_middleware_order", "integration/test_piggyback"],
+    "middleware/idempotency": [
+        "idempotency",
+        "middleware/test_middleware_order",
+        "integration/test_batched_completion",
+    ],
 }
 _COMPARISONS = {
     ast.Lt: ast.LtE,

@@ -1,4 +1,4 @@
-"""A StubBroker with the bundle on it, a real worker, and each outcome as it is published."""
+"""A StubBroker with dramatiq_policies on it, a real worker, and each outcome as it is published."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Stage:
     """Everything that a scenario needs.
 
     Parameters:
-      middleware: What stands on the broker beside the default middleware, before the bundle.
+      middleware: What stands on the broker beside the default middleware, before dramatiq_policies.
       bundle: More arguments of `install`.
       rules: The arguments of the ErrorClassifier.
     """
@@ -70,7 +70,7 @@ class Stage:
     def working(self, threads=1):
         """A worker while it lasts; at its end every thread of it must still be alive.
 
-        With one thread the outcomes come in order: they are published after the hand-off.
+        With one thread the outcomes come in order: the worker publishes outcomes after the follow-up messages.
         """
         worker = self.worker = Worker(self.broker, worker_timeout=10, worker_threads=threads)
         worker.start()

@@ -87,7 +87,7 @@ def test_nothing_is_left_behind_by_many_threads():
     assert not connection.written
 
 
-def test_a_closed_connection_is_said():
+def test_a_closed_connection_is_logged():
     class Closed(Exception):
         pass
 

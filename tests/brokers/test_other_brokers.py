@@ -70,7 +70,7 @@ class ListBroker(Broker):
         return message
 
 
-def test_every_rule_works_and_a_dead_letter_without_a_reason_is_said_once(caplog):
+def test_every_rule_works_and_a_dead_letter_without_a_reason_is_logged_once(caplog):
     caplog.set_level(logging.INFO, "dramatiq_policies")
     done = Queue()
     broker = install(ListBroker(), error_classifier=ErrorClassifier(on_outcome=done.put))
@@ -127,7 +127,7 @@ def test_a_message_of_the_wrong_shape_is_dead_and_the_next_one_runs():
     assert (broker.nacked, broker.acked) == ([wrong.message_id], [good.message_id])
 
 
-def test_a_next_stage_that_is_no_message_is_dead_and_the_next_message_runs():
+def test_a_next_step_that_is_no_message_is_dead_and_the_next_message_runs():
     broker = ListBroker()
     done, job = shop(broker)
     wrong = job.send_with_options(pipe_target="nobody")
@@ -156,7 +156,7 @@ def test_an_ack_that_meets_a_lost_connection_is_tried_again(monkeypatch):
     assert broker.acked == [first.message_id, second.message_id]
 
 
-def test_a_consumer_that_loses_its_connection_is_begun_anew(monkeypatch):
+def test_a_consumer_that_loses_its_connection_is_started_again(monkeypatch):
     monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.01)
     broker = ListBroker()
     done, job = shop(broker)
@@ -173,7 +173,7 @@ def test_a_consumer_that_loses_its_connection_is_begun_anew(monkeypatch):
     assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
 
 
-def test_a_due_message_that_can_not_be_moved_is_said_and_tried_again(monkeypatch, caplog):
+def test_a_due_message_that_can_not_be_moved_is_logged_and_tried_again(monkeypatch, caplog):
     monkeypatch.setattr("dramatiq_policies.delivery.moving_delayed.RETRY_AFTER", 10)
     broker = ListBroker()
     done, job = shop(broker)
@@ -192,7 +192,7 @@ def test_a_due_message_that_can_not_be_moved_is_said_and_tried_again(monkeypatch
     assert "A due message could not be moved out of 'default.DQ'" in caplog.text
 
 
-def test_a_consumer_that_can_not_put_back_or_close_is_said_and_the_worker_stops(monkeypatch, caplog):
+def test_a_consumer_that_can_not_requeue_or_close_is_logged_and_the_worker_stops(monkeypatch, caplog):
     broker = ListBroker()
     done, job = shop(broker)
 
@@ -322,7 +322,7 @@ def lose_acks(error):
     return broker.consume("default")
 
 
-def test_while_the_worker_stops_an_ack_that_is_lost_is_said_and_the_message_left_to_come_back(caplog):
+def test_while_the_worker_stops_an_ack_that_is_lost_is_logged_and_the_message_left_for_redelivery(caplog):
     consumer = lose_acks(ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.ack(MessageProxy(Message("default", "job", (), {}, {}, message_id="m1")))

@@ -119,7 +119,7 @@ def test_it_is_stalled_while_the_front_stays_and_not_when_it_is_taken(stage, mon
     assert stalled(100) == 0
 
 
-def test_of_an_unknown_broker_nothing_is_known_and_that_is_said_once(caplog):
+def test_of_an_unknown_broker_nothing_is_known_and_logged_once(caplog):
     class Elsewhere(Broker):
         def get_declared_queues(self):
             return {"mail"}

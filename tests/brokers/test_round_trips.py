@@ -166,7 +166,7 @@ def test_a_completion_whose_ack_meets_a_lost_connection_is_acked_again_until_it_
     assert caplog.text.count("Message m1 can't be acknowledged yet: gone") == 2
 
 
-def test_a_completion_whose_ack_fails_otherwise_is_said_and_left_to_come_back(settling, caplog):
+def test_a_completion_whose_ack_fails_otherwise_is_logged_and_left_for_redelivery(settling, caplog):
     assert settling(ValueError("a fault")) == 1
     assert "Message m1 could not be acknowledged and will be redelivered." in caplog.text
 

@@ -114,7 +114,7 @@ class RedisQueues:
         raise NotImplementedError
 
     def waiting(self) -> int:
-        """How many messages are in the queues, also those that a worker has taken and not acked."""
+        """How many messages are in the queues, also those that a worker has taken and not acknowledged."""
         with self.client() as client:
             return sum(client.hlen(f"dramatiq:{queue}.msgs") + client.llen(f"dramatiq:{queue}") for queue in QUEUES)
 

@@ -245,7 +245,7 @@ dramatiq.set_broker(broker)
     assert codes(command.json("check", command.app(job(), broker=broker % client))) == []
 
 
-def test_an_application_without_the_bundle_is_told_so(command):
+def test_an_application_without_dramatiq_policies_is_refused_with_a_sentence(command):
     app = command.app("@dramatiq.actor\ndef charge(): pass\n", broker="dramatiq.set_broker(StubBroker())\n")
     assert codes(command.json("check", app, code=1)) == ["DP022"]
 
@@ -356,7 +356,7 @@ def test_a_baseline_lets_the_old_pass_and_the_new_fail(command):
     assert {finding["actor"] for finding in report["baseline"]} == {"old", None}
 
 
-def test_what_is_mended_is_said_to_stand_in_the_baseline_still(command):
+def test_what_is_fixed_is_reported_as_still_in_the_baseline(command):
     command("check", command.app("@dramatiq.actor\ndef send_mail(): pass\n"), "--write-baseline")
     result = command("check", command.app(PREPARED))
     assert result.exit_code == 0
@@ -496,7 +496,7 @@ def test_settings_that_can_not_be_read_are_one_sentence(command):
     assert "pyproject.toml can't be read" in command.refuses("check", app)
 
 
-def test_an_actor_that_was_declared_before_the_bundle_came_is_found_out(command):
+def test_an_actor_that_was_declared_before_install_is_found_out(command):
     late = "import dramatiq\nfrom dramatiq.brokers.stub import StubBroker\n"
     late += (
         "broker = StubBroker()\n\n@dramatiq.actor(broker=broker)\ndef charge(): pass\n\ndramatiq.set_broker(broker)\n"

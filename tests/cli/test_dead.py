@@ -157,7 +157,7 @@ NOTHING = [
 @pytest.mark.parametrize(("options", "sentence"), NOTHING)
 @pytest.mark.parametrize("form", ["human", "json"])
 @pytest.mark.parametrize("act", [("summary",), ("list",), ("replay", "--yes"), ("purge", "--dry-run")], ids=" ".join)
-def test_a_filter_that_matches_nothing_is_said_with_the_nearest_name(command, app, act, form, options, sentence):
+def test_a_filter_that_matches_nothing_is_logged_with_the_nearest_name(command, app, act, form, options, sentence):
     result = command("dead", act[0], app, *act[1:], *options, "--format", form)
     assert result.exit_code == 1
     assert result.stderr.startswith(sentence)
@@ -178,7 +178,7 @@ def test_the_beginning_of_an_id_is_enough_where_no_other_has_it(command):
     assert len(ids(command, app)) == 7
 
 
-def test_letters_of_a_queue_that_no_actor_declares_any_more_are_found(command):
+def test_dead_letters_of_a_queue_that_no_actor_declares_any_more_are_found(command):
     app = command.app(
         APP + "gone = dramatiq.Message('old', 'gone', (), {}, {}, 'g1')\n"
         "broker.dead_letters_by_queue['old'].append(StubMessage(gone))\n"
@@ -410,7 +410,7 @@ def test_where_nothing_is_dead_it_says_so(command, app):
     assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "No dead letters.\n")
 
 
-def test_an_actor_that_nobody_declares_is_told_where_no_letter_is_there_at_all(command):
+def test_an_actor_that_nobody_declares_is_told_where_no_dead_letter_is_there_at_all(command):
     app = command.app("@dramatiq.actor\ndef send_mail(): pass\n")
     for name in ("summary", "list"):
         result = command("dead", name, app, "--actor", "send_mial")
@@ -460,7 +460,7 @@ def test_on_80_columns_nothing_is_cut_ids_are_short_and_no_name_is_broken(comman
     assert command.json("dead", "show", app, "3f2a9c1e")["message_id"] == id_
 
 
-def test_a_letter_without_a_past_is_shown_without_one(command, app, broker):
+def test_a_dead_letter_without_a_past_is_shown_without_one(command, app, broker):
     failure = broker.dead_letters_by_queue["import"][0].options["failure"]
     failure["history"], failure["failed_at"] = [], None
     shown = command("dead", "show", app, "i1").stdout
@@ -482,7 +482,7 @@ def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
     assert len(dead(broker)) == 4
 
 
-def test_a_letter_that_somebody_else_took_meanwhile_is_not_counted(app, broker, monkeypatch):
+def test_a_dead_letter_that_somebody_else_took_meanwhile_is_not_counted(app, broker, monkeypatch):
     stock = StubBrowser.drop
     monkeypatch.setattr(StubBrowser, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
     moved = ops.purge(broker, where=ops.Filter(actor="send_mail"))

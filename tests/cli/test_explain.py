@@ -96,7 +96,7 @@ def test_what_no_rule_names_goes_by_dramatiq_s_options(command, app):
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3, 6, 40])
-def test_dramatiq_s_own_waits_are_within_what_is_said(retries):
+def test_dramatiq_s_own_waits_are_within_what_is_logged(retries):
     least, most = stock_bounds(retries, 1_000, 10_000)
     found = [compute_backoff(retries, factor=1_000, max_backoff=10_000)[1] for _ in range(2_000)]
     assert least <= min(found)
@@ -224,7 +224,7 @@ def more(command):
 @pytest.mark.parametrize(
     ("actor", "why"), [("endless", "max_retries is None"), ("asks", "retry_when decides each time")]
 )
-def test_what_is_retried_without_a_known_end_is_said_to_be(command, more, actor, why):
+def test_what_is_retried_without_a_known_end_is_reported_so(command, more, actor, why):
     (answer,) = explained(command, f"{more}:{actor}", "ValueError")
     assert (answer["outcome"], answer["complete"]) == ("retried", False)
     assert why in answer["why"]
@@ -245,7 +245,7 @@ def test_dramatiq_s_retry_is_no_error_that_a_rule_discards(command, more):
     assert explained(command, f"{more}:done", "dramatiq.errors.Retry")[0]["outcome"] == "retried"
 
 
-def test_an_actor_s_portrait_says_its_tags_and_exemptions_and_what_a_duplicate_does(command, more):
+def test_an_actor_s_summary_shows_its_tags_and_exemptions_and_what_a_duplicate_does(command, more):
     facts = command.json("explain", f"{more}:thrower")["facts"]
     assert (facts["tags"], facts["exempt"]) == ("team=shop", "DP002: it is a report")
     assert facts["a duplicate"] == "runs again: no option of the actor prevents the second run"
@@ -253,7 +253,7 @@ def test_an_actor_s_portrait_says_its_tags_and_exemptions_and_what_a_duplicate_d
     assert "a duplicate is only the same message id" in command.json("explain", f"{more}:once")["facts"]["a duplicate"]
 
 
-def test_an_actor_on_a_broker_without_the_bundle_is_refused(command, more):
+def test_an_actor_on_a_broker_without_dramatiq_policies_is_refused(command, more):
     assert "on a broker without dramatiq_policies" in command.refuses("explain", f"{more}:elsewhere", "KeyError")
 
 

@@ -80,7 +80,7 @@ def test_a_replay_runs_though_the_key_remembers_that_the_earlier_run_has_ended(c
     assert command.json("keys", "show", f"{app}:send_mail", 7)["message_id"] == message.message_id
 
 
-def test_an_actor_without_idempotency_is_said_to_have_none(command, app):
+def test_an_actor_without_idempotency_is_reported_as_having_none(command, app):
     assert "plain" in command.refuses("keys", "show", f"{app}:plain")
     assert command.refuses("keys", "show", f"{app}:send_mail", "1", "2", "3", "4").startswith("Error: ")
 

@@ -1,4 +1,4 @@
-"""``on_success``, ``on_failure`` and ``on_retry_exhausted`` are steps of the hand-off, and a rule's retries look like Dramatiq's."""
+"""``on_success``, ``on_failure`` and ``on_retry_exhausted`` are part of the outbox, and a rule's retries look like Dramatiq's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ ALL = {"on_success": "done", "on_failure": "failed", "on_retry_exhausted": "gave
         ([Shutdown()], {"max_retries": 0}, ["failed"], "dead"),
     ],
 )
-def test_each_callback_is_told_of_what_it_is_for(errors, declared, told, ended):
+def test_each_callback_is_called_for_its_event(errors, declared, told, ended):
     stage = Told()
     stage.job(*errors, **ALL, **declared).send()
     stage.run()
@@ -82,14 +82,14 @@ def test_each_callback_is_told_of_what_it_is_for(errors, declared, told, ended):
 
 
 @pytest.mark.skipif(not hasattr(builtins, "ExceptionGroup"), reason="exception groups are new in 3.11")
-def test_on_failure_is_not_told_of_a_snooze_in_an_exception_group():
+def test_on_failure_is_not_called_for_a_snooze_in_an_exception_group():
     stage = Told()
     stage.job(builtins.ExceptionGroup("several", [Snooze(1)]), **ALL).send()
     stage.run()
     assert stage.names() == ["done"]
 
 
-def test_what_they_are_told_is_what_dramatiq_tells():
+def test_they_get_the_arguments_that_dramatiq_passes():
     stage = Told()
     message = stage.job(OSError("disk"), OSError("full"), **ALL, retry_on={OSError: TWICE}).send(7)
     stage.run()
@@ -100,7 +100,7 @@ def test_what_they_are_told_is_what_dramatiq_tells():
     assert first["options"]["retries"] == second["options"]["retries"] == 1
 
 
-def test_on_success_is_told_the_result():
+def test_on_success_gets_the_result():
     stage = Told()
     stage.job(**ALL, result={"total": 3}).send()
     stage.run()
@@ -114,7 +114,7 @@ def test_a_message_s_own_callback_comes_before_its_actor_s():
     assert stage.names() == ["done"]
 
 
-def test_a_callback_is_told_of_the_arguments_as_they_were_received():
+def test_a_callback_gets_the_arguments_as_they_were_received():
     stage = Told()
 
     @stage.actor(**ALL, retry_on={OSError: TWICE})
@@ -182,7 +182,7 @@ def test_a_job_whose_on_success_is_unknown_is_kept_as_a_dead_letter():
 
 
 @pytest.mark.parametrize("option", ["on_failure", "on_retry_exhausted"])
-def test_a_failed_job_whose_callback_is_unknown_ends_as_it_would_without_and_that_is_said(option, caplog):
+def test_a_failed_job_whose_callback_is_unknown_ends_as_it_would_without_and_logged(option, caplog):
     stage = Told()
     stage.job(OSError(), OSError(), retry_on={OSError: TWICE}, **{option: "nobody"}).send()
     assert stage.run().outcomes() == ["retried", "dead"]
@@ -277,7 +277,7 @@ def test_a_message_that_0_1_0_has_retried_goes_on_where_it_was():
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["accepted at once", "at the second try"])
-def test_what_a_redelivery_does_not_hand_on_again_is_handed_on_before_the_key_says_that_the_run_has_ended(
+def test_what_a_redelivery_does_not_publish_again_is_published_before_the_key_says_that_the_run_has_ended(
     monkeypatch, refused
 ):
     order, stage = [], Told()

@@ -32,7 +32,7 @@ def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
     assert [call for call in client.calls if call[0] == "c"] == [("c", "jobs.job.success", 1)]
 
 
-def test_who_fails_when_told_of_a_success_is_said_and_the_message_is_acked_all_the_same(caplog):
+def test_who_fails_when_told_of_a_success_is_logged_and_the_message_is_acked_all_the_same(caplog):
     broker = install(StubBroker())
     told = []
     state_of(broker).outcomes.success_listeners = (lambda delivery: 1 / 0, told.append)

@@ -29,7 +29,7 @@ def test_an_outcome_is_the_text_that_dashboards_know():
     assert json.dumps(Outcome.DEAD) == '"dead"'
 
 
-def test_what_ends_badly_for_good_is_what_never_runs_again():
+def test_a_permanent_failure_never_runs_again():
     assert {str(outcome) for outcome in BAD_ENDINGS} == {"discarded", "alerted", "dead", "expired"}
 
 

@@ -133,7 +133,7 @@ def test_drain_gives_the_job_what_a_worker_would():
     assert seen == [ORDER] * 3
 
 
-def test_the_next_stage_of_a_pipeline_gets_its_own_arguments_and_the_result():
+def test_the_next_step_of_a_pipeline_gets_its_own_arguments_and_the_result():
     stage, got = Stage(), []
 
     def first(order):

@@ -38,7 +38,7 @@ def test_a_message_that_no_decision_was_made_on_is_dead_and_never_acked_as_a_suc
     assert "made no decision" in stage.failures()[0]["message"]
 
 
-def test_a_message_whose_dead_letter_is_refused_too_comes_back(impatient, monkeypatch, caplog):
+def test_a_message_whose_dead_letter_is_refused_too_is_redelivered(impatient, monkeypatch, caplog):
     stage = Stage()
     ran = []
 
@@ -106,7 +106,7 @@ def test_what_is_acked_again_after_a_lost_connection_is_settled_once(acks):
     assert len(stage.dead) == 1
 
 
-def test_at_a_shutdown_a_hand_off_is_tried_twice_and_then_the_message_comes_back(monkeypatch, acks):
+def test_at_a_shutdown_a_publish_is_tried_twice_and_then_the_message_is_redelivered(monkeypatch, acks):
     stage = Stage()
     consumer, message = taken(stage)
     state_of(stage.broker).stopping.set()
@@ -133,7 +133,7 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
 
 
 @pytest.mark.parametrize(("error", "gone"), [(DeliveryReassigned(), False), (ConnectionError(), True)], ids=repr)
-def test_of_a_message_that_it_takes_back_during_the_hand_off_nothing_is_tried_again(monkeypatch, acks, error, gone):
+def test_of_a_message_that_it_takes_back_during_the_publish_nothing_is_tried_again(monkeypatch, acks, error, gone):
     stage = Stage()
     consumer, message = taken(stage)
     tries = []

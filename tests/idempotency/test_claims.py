@@ -191,7 +191,7 @@ def test_an_interrupted_run_frees_the_key_and_may_begin_again(claims, store):
     assert isinstance(ask(claims), Claim)
 
 
-def test_a_run_that_was_put_back_unrun_has_not_ended(claims, store):
+def test_a_run_that_was_requeued_unrun_has_not_ended(claims, store):
     """`done_when` said so, and then the result that its pipeline needs could not be read."""
     claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "store_down", delay_ms=1_000))
     assert isinstance(ask(claims), Claim)
@@ -214,7 +214,7 @@ class Again:
         self.options = options
 
 
-def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(claims, store):
+def test_a_retry_that_is_being_published_is_published_again_by_a_redelivery(claims, store):
     claim = ask(claims)
     claims.record_ending(claim, OutgoingMessage(Again(retries=1, pipe_target={"large": 1}), 2_000))
     answer = ask(claims, dead=died)
@@ -223,7 +223,7 @@ def test_a_retry_that_is_being_handed_on_is_handed_on_again_by_a_redelivery(clai
     assert isinstance(ask(claims, run=1), Claim)
 
 
-def test_what_is_to_be_handed_on_again_is_known_but_for_what_every_run_has(claims, store):
+def test_what_is_to_be_published_again_is_known_but_for_what_every_run_has(claims, store):
     same = {"pipe_target": {"actor_name": "next"}, "group_completion_callbacks": [1]}
     claim = ask(claims)
     before = time.time() * 1_000
@@ -239,7 +239,7 @@ def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
     assert ask(claims) == SkipDuplicate("stale")
 
 
-def test_a_hand_off_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
+def test_a_publish_that_was_given_up_half_way_is_left_to_the_redelivery(claims, store):
     """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
     claim = ask(claims)
     claims.record_ending(claim, OutgoingMessage(Again(retries=1), 2_000))
@@ -540,7 +540,7 @@ def test_a_renewal_does_not_undo_an_ending_that_is_being_written(claims, store):
     assert store.get("k").value is None
 
 
-def test_a_lost_claim_is_said_and_never_won_back(claims, store, caplog):
+def test_a_lost_claim_is_logged_and_never_won_back(claims, store, caplog):
     ask(claims)
     theirs = Record(records.RUNNING, "m", 0, "elsewhere:1:place:1", "1", retention=KEEP).encode()
     store.put("k", theirs, LEASE)

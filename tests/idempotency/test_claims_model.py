@@ -152,7 +152,7 @@ class Simulation:
         for patch in self.patches:
             patch.start()
         self.max_crashes = crashes
-        # Whether hand-off and ack are one step, as on Redis, or two, as on RabbitMQ.
+        # Whether publish and ack are one step, as on Redis, or two, as on RabbitMQ.
         self.one_step = one_step
         self.workers = [self._boot(host) for host in hosts]
         for key in keys:

@@ -99,7 +99,7 @@ def test_idempotent_guards_a_message_against_itself_and_not_against_another():
     assert stage.outcomes() == ["succeeded", "duplicate", "succeeded"]
 
 
-def test_a_duplicate_of_a_running_job_is_put_back_and_uses_no_attempt():
+def test_a_duplicate_of_a_running_job_is_requeued_and_uses_no_attempt():
     stage = Stage()
     entered, go_on = threading.Event(), threading.Event()
     runs = []
@@ -522,7 +522,7 @@ def test_a_job_without_arguments_may_have_a_constant_key():
     assert Idempotency.state(nightly).key == "nightly"
 
 
-def test_its_options_are_known_where_it_is_the_only_one_of_the_bundle():
+def test_its_options_are_known_where_it_is_the_only_one_of_dramatiq_policies():
     broker = StubBroker()
     broker.add_middleware(Idempotency())
     options = {
@@ -661,7 +661,7 @@ def test_a_job_that_done_when_answers_for_has_the_result_none_and_keeps_one_that
     assert never_ran.get_result(backend=results) is None
 
 
-def test_a_duplicate_moves_its_own_pipeline_on_with_its_twins_result():
+def test_a_duplicate_moves_its_own_pipeline_on_with_the_first_message_s_result():
     stage, _ = with_results()
     told = []
 
@@ -676,7 +676,7 @@ def test_a_duplicate_moves_its_own_pipeline_on_with_its_twins_result():
     assert sorted(told) == [("ann", "shipped 7"), ("bob", "shipped 7")]
 
 
-def test_a_duplicate_whose_next_stage_needs_a_result_that_nobody_stored_is_dead():
+def test_a_duplicate_whose_next_step_needs_a_result_that_nobody_stored_is_dead():
     stage = Stage()
     told = []
     ship = keep(stage)
@@ -900,7 +900,7 @@ def test_a_stub_broker_keeps_them_in_memory_and_a_rabbitmq_broker_nowhere():
     assert stored_at(broker) is None
 
 
-def test_a_twin_for_tests_keeps_its_settings_and_has_a_memory_of_its_own():
+def test_a_copy_for_tests_keeps_its_settings_and_has_a_memory_of_its_own():
     given = Idempotency(RedisStore.from_url("redis://nowhere.invalid"), lease=7_000, ttl=8_000, max_crashes=None)
     Stage(bundle={"idempotency": given})
     twin = given.for_stub()
@@ -1072,7 +1072,7 @@ def test_a_claim_whose_answer_came_when_its_lease_was_over_is_asked_for_again(mo
 
 
 @pytest.mark.parametrize("by_itself", [True, False])
-def test_only_a_claim_that_another_took_is_said_to_be_lost(caplog, by_itself):
+def test_only_a_claim_that_another_took_is_logged_as_lost(caplog, by_itself):
     store = MemoryStore()
     idempotency = Idempotency(store)
     stage = Stage(bundle={"idempotency": idempotency})

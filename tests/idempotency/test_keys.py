@@ -238,7 +238,7 @@ def test_so_do_those_of_a_plain_actor(option):
     assert isinstance(stage.events[0].exception, TimeoutExceeded)
 
 
-def test_an_async_actor_may_be_declared_before_the_rest_of_the_bundle_is_on_its_broker():
+def test_an_async_actor_may_be_declared_before_the_rest_of_dramatiq_policies_is_on_its_broker():
     from dramatiq.brokers.stub import StubBroker
     from dramatiq.middleware import AsyncIO
 

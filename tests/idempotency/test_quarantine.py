@@ -126,7 +126,7 @@ def test_without_a_key_the_start_before_the_first_redelivery_counts_as_one(max_c
     assert began == starts
 
 
-def test_a_message_that_is_put_back_is_still_one_that_came_back():
+def test_a_message_that_is_requeued_is_still_one_that_came_back():
     """Where no death is certain, as in another container, it waits out the lease: the next start counts all the same."""
     app = Crashing(certainly=False, lease=300)
     message = app.job.message(7)
@@ -246,7 +246,7 @@ def test_a_store_that_may_forget_is_warned_about_when_a_worker_starts(caplog):
 
 
 def test_a_pipeline_goes_on_though_its_result_could_not_be_read_when_done_when_said_so(monkeypatch):
-    """The message is put back unrun; it has not ended, and is no stale copy of itself."""
+    """The message is requeued without a run; it has not ended, and is no stale copy of itself."""
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
     told, broken = [], [True]
@@ -303,7 +303,7 @@ def test_other_jobs_begin_at_once(monkeypatch, options):
     [(None, [None]), (20_000, range(10_000, 20_001)), (-5_000, [1])],
     ids=["at once", "later", "over"],
 )
-def test_a_retry_that_was_being_handed_on_is_handed_on_again_for_when_it_was_due(monkeypatch, due, delays):
+def test_a_retry_that_was_being_published_is_published_again_for_when_it_was_due(monkeypatch, due, delays):
     app = Crashing(**GUARDED)
     message = app.job.message(7)
     due = None if due is None else int(time.time() * 1_000) + due
@@ -359,7 +359,7 @@ def test_what_done_when_answers_for_keeps_the_failure_that_an_earlier_run_has_st
         backend.get_result(message)
 
 
-def test_a_duplicate_of_an_actor_whose_next_stages_take_no_result_needs_none():
+def test_a_duplicate_of_an_actor_whose_next_steps_take_no_result_needs_none():
     stage = Stage()
     told = []
     ship = stage.actor(lambda number: None, actor_name="ship", idempotency_key="{number}", pipe_ignore=True)
@@ -423,7 +423,7 @@ def long_beside(app):
 
 
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
-def test_a_last_start_is_put_back_while_another_job_runs_and_made_alone_then(monkeypatch, options):
+def test_a_last_start_is_requeued_while_another_job_runs_and_made_alone_then(monkeypatch, options):
     monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._OTHERS_MAY_TAKE", 0.01)
     monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
     app = Crashing(**options)

@@ -116,7 +116,7 @@ def test_a_job_that_fails_leaves_too(alone):
     following.finish()
 
 
-def test_a_job_that_can_not_be_alone_in_time_is_told_so_and_keeps_nobody_out(monkeypatch):
+def test_a_job_that_can_not_be_alone_in_time_is_marked_so_and_keeps_nobody_out(monkeypatch):
     monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
     exclusive = ExclusiveRuns()
     long, wanting = object(), object()

@@ -130,7 +130,7 @@ def unique_queue() -> Iterator[str]:
 
 @pytest.fixture
 def redis_broker(redis_url: str, redis_namespace: str) -> Iterator[RedisBroker]:
-    """Dramatiq's own broker as its users make it, without the bundle."""
+    """Dramatiq's own broker as its users make it, without dramatiq_policies."""
     broker = RedisBroker(url=redis_url, namespace=redis_namespace)
     yield broker
     broker.close()
@@ -138,7 +138,7 @@ def redis_broker(redis_url: str, redis_namespace: str) -> Iterator[RedisBroker]:
 
 @pytest.fixture
 def rabbitmq_broker(rabbitmq_url: str, unique_queue: str) -> Iterator[RabbitmqBroker]:
-    """Dramatiq's own broker as its users make it, without the bundle. Only `unique_queue` is cleaned up after it."""
+    """Dramatiq's own broker as its users make it, without dramatiq_policies. Only `unique_queue` is cleaned up after it."""
     broker = RabbitmqBroker(url=rabbitmq_url)
     yield broker
     broker.close()

@@ -1,4 +1,4 @@
-"""One application on one real server: its broker with the bundle, its worker, and what lies where on the server.
+"""One application on one real server: its broker with dramatiq_policies, its worker, and what lies where on the server.
 
 What lies where is read with clients of the tests' own, never through what is being tested.
 """
@@ -38,7 +38,7 @@ def until(condition: Callable[[], Any], timeout: float = PATIENCE, describe: Cal
 
 
 class App:
-    """A broker with the bundle, and what was published of its deliveries."""
+    """A broker with dramatiq_policies, and what was published of its deliveries."""
 
     def __init__(self, place: Place, broker: Any, idempotency: Any = None, **classifier: Any) -> None:
         self.place = place

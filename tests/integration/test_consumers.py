@@ -61,7 +61,7 @@ def test_an_error_of_the_socket_is_a_lost_connection(redis_place: RedisPlace, mo
     assert redis_place.left() == []
 
 
-def test_a_worker_that_redis_refuses_for_good_outside_the_command_is_told_to_be_stopped(
+def test_a_worker_that_redis_refuses_permanently_outside_the_command_is_told_to_be_stopped(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = redis_place.app()
@@ -79,7 +79,7 @@ def refuse() -> None:
     raise redis.AuthenticationError("WRONGPASS invalid username-password pair")
 
 
-def test_an_ack_that_is_lost_while_the_worker_stops_is_said_and_the_message_comes_back(
+def test_an_ack_that_is_lost_while_the_worker_stops_is_logged_and_the_message_is_redelivered(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer, message = taken(redis_place.app())
@@ -102,7 +102,7 @@ def test_an_id_that_is_no_string_is_dead_raw(redis_place: RedisPlace) -> None:
     assert redis_place.dead_bodies() == [body]
 
 
-def test_what_can_t_be_read_comes_back_from_a_dead_worker_as_it_was(redis_place: RedisPlace) -> None:
+def test_what_can_t_be_read_returns_from_a_dead_worker_as_it_was(redis_place: RedisPlace) -> None:
     dead = redis_place.broker()
     dead.heartbeat_timeout = 1_000
     dead.declare_queue(redis_place.queue)
@@ -239,7 +239,7 @@ class Refusing:
         raise pika.exceptions.UnroutableError([])
 
 
-def test_a_message_whose_retry_and_dead_letter_no_queue_takes_comes_back(
+def test_a_message_whose_retry_and_dead_letter_no_queue_takes_is_redelivered(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_REFUSAL_FOR", 0.05)

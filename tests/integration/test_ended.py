@@ -1,4 +1,4 @@
-"""What has ended in this process and could not be acked does not run here again: connections cut under running jobs."""
+"""What has ended in this process and could not be acknowledged does not run here again: connections cut under running jobs."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class Application:
         return Counter(self.journal.read_text().splitlines())
 
     def come_to_rest(self) -> None:
-        """Wait until nothing has happened for longer than any message is put back for."""
+        """Wait until nothing has happened for longer than any message is requeued for."""
         before, since = self.lines(), time.monotonic()
         while time.monotonic() - since < 3.0:
             time.sleep(0.1)
@@ -277,7 +277,7 @@ def application(place: Place, redis_url: str, tmp_path: Path) -> Any:
 def test_a_worker_killed_at_this_point_loses_nothing_and_doubles_no_more_than_it_must(
     application: Application, actor: str, effects: int
 ) -> None:
-    # The command takes seconds to start anew under a tracer. When the lease ends before the retry runs, its twin begins a run.
+    # The command takes seconds to start anew under a tracer. When the lease ends before the retry runs, its first message begins a run.
     application.environment["APP_LEASE"] = "16000"
     application.send(actor, 7)
     application.send(actor, 7)
@@ -416,7 +416,7 @@ def test_many_duplicates_of_a_running_job_stay_in_the_delay_queue_until_it_ends(
 
 
 @pytest.mark.parametrize("place", ["redis"], indirect=True)
-def test_the_messages_of_a_killed_worker_come_back_soon_on_redis(
+def test_the_messages_of_a_killed_worker_return_soon_on_redis(
     redis_place: RedisPlace, application: Application
 ) -> None:
     app = application

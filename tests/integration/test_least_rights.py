@@ -36,7 +36,7 @@ def set_user(server: RedisServer, line: str) -> str:
 
 
 @pytest.mark.parametrize("namespace", ["dramatiq", "shop"])
-def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_said(
+def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_logged(
     server: RedisServer, namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = LINE if namespace == "dramatiq" else LINE.replace("~dramatiq ~dramatiq:* ~idem:*", "~shop ~shop:*")

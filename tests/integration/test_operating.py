@@ -470,7 +470,7 @@ def test_the_live_gate_says_that_the_store_can_t_be_asked(redis_place, monkeypat
         ops.check_live(app.broker)
 
 
-def test_the_live_gate_sees_what_dead_connections_and_letters_cost_on_rabbitmq(rabbitmq_place, monkeypatch):
+def test_the_live_gate_sees_what_dead_connections_and_dead_letters_cost_on_rabbitmq(rabbitmq_place, monkeypatch):
     broker = RabbitmqBroker(url=rabbitmq_place.url, confirm_delivery=True)
     broker.parameters.heartbeat = 0
     monkeypatch.setattr("dramatiq.brokers.rabbitmq.DEAD_MESSAGE_TTL", 1_000)
@@ -512,7 +512,7 @@ def test_keys_are_asked_of_the_store_by_a_process(place, run):
     assert json.loads(out)["state"] == "none"
 
 
-def test_a_letter_that_lies_there_twice_is_run_once_by_its_key(redis_place):
+def test_a_dead_letter_that_lies_there_twice_is_run_once_by_its_key(redis_place):
     app = redis_place.app()
 
     @app.actor(idempotency_key="n:{number}")

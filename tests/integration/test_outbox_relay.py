@@ -270,7 +270,7 @@ def test_what_redis_refuses_halfway_leaves_one_body(redis_shop, caplog):
     assert shop.left() == [1]
 
 
-def test_a_missing_table_is_said_once(place, tmp_path, caplog):
+def test_a_missing_table_is_logged_once(place, tmp_path, caplog):
     engine = sa.create_engine(f"sqlite:///{tmp_path}/empty.db")
     shop = Shop(place, engine)
     relay = Relay(shop.outbox.database, shop.outbox.publication, shop.outbox.missing_table)

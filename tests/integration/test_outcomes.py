@@ -142,7 +142,9 @@ def test_a_discarded_job_is_gone_or_kept_if_asked(place: Place, error: Exception
     assert place.left() == []
 
 
-def test_an_alerted_job_is_said_at_critical_and_kept_for_replay(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_alerted_job_is_logged_at_critical_and_kept_for_replay(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     app = place.app()
 
     @app.actor(alert_on=Misconfigured)

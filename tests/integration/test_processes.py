@@ -186,7 +186,7 @@ def test_a_shutdown_puts_the_job_under_way_back(place: Place, make) -> None:
     assert place.dead() == []
 
 
-def test_an_idle_thread_does_not_begin_again_what_the_shutdown_has_put_back(place: Place, make) -> None:
+def test_an_idle_thread_does_not_begin_again_what_the_shutdown_has_requeued(place: Place, make) -> None:
     application = make()
     application.send("long", 1)
     process = application.start("--threads", "8")

@@ -179,7 +179,7 @@ def test_on_rabbitmq_the_age_follows_the_message_taken_last_and_the_empty_queue(
         app.wait_for(*["succeeded"] * 4)
         assert until(lambda: (found := reader.read(rabbitmq_place.queue)).ready == 0 and found).oldest_ms == 0
     app.broker.close()
-    # It says it is older than the last look at an empty queue: it was put back, or its sender's clock is wrong.
+    # It says it is older than the last look at an empty queue: it was requeued, or its sender's clock is wrong.
     push_old()
     assert until(lambda: (found := reader.read(rabbitmq_place.queue)).ready == 1 and found).oldest_ms < 20_000
     reader.close()

@@ -259,7 +259,7 @@ def test_a_living_worker_of_another_version_keeps_its_messages_whatever_its_cloc
 
 
 @pytest.mark.parametrize("ahead", [-HOUR, 0, HOUR], ids=["behind", "right", "ahead"])
-def test_a_dead_worker_s_messages_come_back_whatever_its_clock_said(redis_place: RedisPlace, ahead: int) -> None:
+def test_a_dead_worker_s_messages_return_whatever_its_clock_said(redis_place: RedisPlace, ahead: int) -> None:
     app, dead = app_of(redis_place), DeadWorker(redis_place, ahead)
     dead.beat()
     dead.hold(body_of(app, 1))
@@ -375,7 +375,7 @@ def test_a_worker_that_may_not_search_recovers_all_the_same(
     app.work_until("succeeded")
 
 
-def test_no_command_of_a_broker_with_the_bundle_runs_dramatiqs_maintenance(redis_place: RedisPlace) -> None:
+def test_no_command_of_a_broker_with_dramatiq_policies_runs_dramatiqs_maintenance(redis_place: RedisPlace) -> None:
     broker = install(RedisBroker(url=redis_place.url, namespace=redis_place.namespace, maintenance_chance=1_000_000))
     assert not broker._should_do_maintenance("fetch")
     broker.close()
@@ -411,7 +411,7 @@ def test_a_message_that_says_another_id_runs_once_and_its_neighbour_too(
     with app.working():
         app.wait_for("succeeded", "succeeded")
         until(lambda: not redis_place.unacked())
-        # Longer than it takes to put back what nobody holds.
+        # Longer than the requeue of orphaned messages takes.
         time.sleep(0.5)
     assert sorted(app.runs) == [1, 2]
     assert redis_place.left() == redis_place.dead() == []

@@ -116,7 +116,7 @@ def test_bodies_that_cannot_be_read_and_that_the_dead_letter_queue_refuses_stop_
 
 
 class TooLarge:
-    """A channel on which the server refuses for good what is larger than the message was."""
+    """A channel on which the server refuses permanently what is larger than the message was."""
 
     def __init__(self, channel: Any, most: Callable[[], int], sizes: list[int]) -> None:
         self.channel, self.most, self.sizes = channel, most, sizes
@@ -191,7 +191,7 @@ def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_ta
     assert rabbitmq_place.left() == []
 
 
-def test_a_redis_that_is_full_is_waited_for_and_said_once(
+def test_a_redis_that_is_full_is_waited_for_and_logged_once(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = redis_place.app()

@@ -2,7 +2,7 @@
 
 Redis replicates after it has answered: what a master took and had not yet passed on when it died is lost, whatever a
 client does. So the sends are waited for with WAIT here, as the docs say; what the worker does is not, and must not
-matter, since each of its hand-offs is one step, which the replica has wholly or not at all.
+matter, since each of its publish is one step, which the replica has wholly or not at all.
 """
 
 from __future__ import annotations

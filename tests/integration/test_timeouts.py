@@ -88,7 +88,7 @@ def put_back_what_a_dead_worker_held(place: RedisPlace) -> None:
 
 # RabbitMQ's ``consumer_timeout`` is set for a whole node, and looked at once a minute. What it does when it strikes can
 # be had at once: an ack of a tag that was never given makes the server close the channel with the same 406,
-# PRECONDITION_FAILED, and put back all that was not acked.
+# PRECONDITION_FAILED, and requeues all that was not acknowledged.
 
 
 def close_channel_from_the_server(app, place: RabbitmqPlace) -> None:

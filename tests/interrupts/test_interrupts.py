@@ -886,7 +886,7 @@ def test_where_no_thread_can_be_started_a_stuck_job_is_reported_at_once(monkeypa
     assert "A stuck job could not be reported" in caplog.text
 
 
-def test_where_no_thread_can_be_started_a_job_runs_and_it_is_said_that_no_timeout_is_in_force(monkeypatch, caplog):
+def test_where_no_thread_can_be_started_a_job_runs_and_logged_that_no_timeout_is_in_force(monkeypatch, caplog):
     interrupts.reset()
     with monkeypatch.context() as patch:
         no_more_threads(patch)
@@ -1026,7 +1026,7 @@ def test_errors_of_the_job_s_own_are_not_taken_for_ours(event_loop):
     assert event_loop.loop.is_running()
 
 
-def test_an_async_job_is_told_of_a_shutdown(event_loop):
+def test_an_async_job_is_notified_of_a_shutdown(event_loop):
     threading.Timer(0.05, shutdown).start()
     with pytest.raises(Shutdown):
         call_async(sleep_for_ever, on_shutdown=True)

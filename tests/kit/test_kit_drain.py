@@ -225,7 +225,7 @@ def test_another_broker_is_refused_with_what_to_do():
         drain(RedisBroker(url="redis://127.0.0.1:1/0"))
 
 
-def test_a_broker_without_the_bundle_is_refused_with_what_to_do():
+def test_a_broker_without_dramatiq_policies_is_refused_with_what_to_do():
     with pytest.raises(ConfigurationError, match=r"install\(broker\)"):
         drain(StubBroker())
 

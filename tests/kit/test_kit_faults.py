@@ -347,7 +347,7 @@ def test_a_broker_that_stays_down_leaves_the_message_on_its_queue(broker, job):
     drain(broker).assert_outcomes(job, "succeeded")
 
 
-def test_a_hand_off_that_is_refused_for_another_reason_ends_in_the_dead_letters(broker, job):
+def test_a_publish_that_is_refused_for_another_reason_ends_in_the_dead_letters(broker, job):
     job.send(1)
     with fail(job, Flaky), enqueue_down(broker, ValueError("no")):
         run = drain(broker)
@@ -528,7 +528,7 @@ def test_a_class_based_actor_fails_and_its_key_is_over_what_its_perform_takes(br
 
 
 class TestWithoutTheBundle:
-    """On a broker of which the kit knows nothing yet, or that has none of the bundle."""
+    """On a broker of which the kit knows nothing yet, or that has none of dramatiq_policies."""
 
     def test_a_job_can_not_hang(self):
         job = dramatiq.actor(lambda: None, actor_name="job", broker=StubBroker())

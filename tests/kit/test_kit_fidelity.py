@@ -142,7 +142,7 @@ class Stage:
         outcomes = defaultdict(list)
         for event in self.collected.events:
             if event.outcome != "deferred" or event.reason == "snoozed":
-                # Before Dramatiq 2.2 messages of one priority run in any order, twins too.
+                # Before Dramatiq 2.2 messages of one priority run in any order, duplicates too.
                 first = self.twins.get(event.message_id, event.message_id)
                 outcomes[names[first]].append((event.outcome.value, str(event.reason), event.attempt))
         dead = [

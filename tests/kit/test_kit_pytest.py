@@ -83,7 +83,7 @@ def test_the_fixtures_are_there_once_the_package_is_installed(run_pytest):
             run.assert_outcomes(job, "retried", "succeeded")
             assert job.broker is stub_broker is dramatiq.get_broker()
 
-        def test_all_is_put_back():
+        def test_all_is_restored():
             assert job.broker is broker is dramatiq.get_broker()
         """
     )
@@ -254,7 +254,7 @@ def test_async_tests_have_the_fixtures_and_drain_while_their_loop_runs(run_pytes
             run = await asyncio.to_thread(drain)
             run.assert_outcomes(job_of_a_loop, "succeeded")
 
-        def test_all_is_put_back():
+        def test_all_is_restored():
             assert job.broker is job_of_a_loop.broker is dramatiq.get_broker() is broker
         """,
         "-o",

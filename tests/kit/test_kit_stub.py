@@ -1,4 +1,4 @@
-"""`stub`: an app's actors on a StubBroker, and all put back."""
+"""`stub`: an app's actors on a StubBroker, and all restored at the end."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_apps_actors_run_on_a_stub_broker_with_its_rules(add):
         assert message.get_result() == 3
 
 
-def test_all_is_put_back_also_when_the_test_raises(redis_broker, add):
+def test_all_is_restored_also_when_the_test_raises(redis_broker, add):
     before = {name: value for name, value in vars(redis_broker).items() if name != "middleware"}
     fn, middleware = add.fn, list(redis_broker.middleware)
     with pytest.raises(ZeroDivisionError), stub():
@@ -137,7 +137,7 @@ BUNDLE = [
 
 
 @pytest.mark.parametrize("original", BUNDLE, ids=lambda one: type(one).__name__)
-def test_a_twin_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_own(original):
+def test_a_copy_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_own(original):
     settings = {"_given", "levels", "_notifiers"}
     before = dict(vars(original))
     twin = original.for_stub()
@@ -256,7 +256,7 @@ def test_stubs_nest(add):
         assert len(drain(inner).events) == 1
 
 
-def test_without_a_global_broker_there_is_one_with_the_bundle():
+def test_without_a_global_broker_there_is_one_with_dramatiq_policies():
     with stub() as broker:
 
         @dramatiq.actor(retry_on=Flaky)
@@ -396,7 +396,7 @@ def test_an_app_that_sets_its_broker_meanwhile_keeps_it_and_the_next_stub_has_it
     assert app.job_of_an_app.broker is app.broker
 
 
-def test_a_broker_without_the_bundle_is_lent_as_it_is():
+def test_a_broker_without_dramatiq_policies_is_lent_as_it_is():
     broker = StubBroker()
     dramatiq.set_broker(broker)
     sent = dramatiq.actor(lambda: None, actor_name="job")

@@ -25,7 +25,7 @@ class NoSuchOrder(Exception):
 
 @pytest.fixture
 def formatted():
-    """Run a job that is discarded, with a handler of this formatter on the bundle's logger; what it wrote."""
+    """Run a job that is discarded, with a handler of this formatter on dramatiq_policies' logger; what it wrote."""
     logger = logging.getLogger("dramatiq_policies.outcomes")
     handlers = []
 

@@ -50,13 +50,13 @@ def test_after_discard_runs_once_the_actors_before_the_brokers():
         (Discard(), {}, 1),
     ],
 )
-def test_after_discard_is_told_of_each_bad_ending(error, options, calls):
+def test_after_discard_is_called_for_each_failure(error, options, calls):
     told = []
     outcomes_of(error, after_discard=lambda message, error: told.append(error), **options)
     assert told == [error] * calls
 
 
-def test_after_discard_is_not_told_of_retries_snoozes_and_successes():
+def test_after_discard_is_not_called_for_retries_snoozes_and_successes():
     told = []
     stage = Stage(after_discard=lambda message, error: told.append(error))
     failing(stage, PaymentError(), Snooze(0), retry_on={PaymentError: SOON}).send()

@@ -191,7 +191,7 @@ def test_a_field_of_the_wrong_type_is_malformed_and_the_next_message_runs(change
     ],
     ids=repr,
 )
-def test_a_next_stage_that_is_no_message_is_malformed_before_the_job_runs(target):
+def test_a_next_step_that_is_no_message_is_malformed_before_the_job_runs(target):
     stage = Stage()
     ran = []
     stage.actor(lambda: ran.append(1), actor_name="pay")
@@ -203,7 +203,7 @@ def test_a_next_stage_that_is_no_message_is_malformed_before_the_job_runs(target
     assert ran == [1]
 
 
-def test_a_next_stage_for_an_actor_that_nobody_knows_is_handed_on_where_it_is_dead(impatient):
+def test_a_next_step_for_an_actor_that_nobody_knows_is_published_where_it_is_dead(impatient):
     stage = Stage()
     failing(stage)
     target = {"queue_name": "nowhere", "actor_name": "nobody", "args": [], "kwargs": {}, "options": {}}

@@ -329,7 +329,7 @@ def test_when_it_became_ready_is_not_forgotten_when_it_is_moved_out_of_the_delay
     assert ready == [Message.decode(body).options["ready_at"]]
 
 
-def test_a_test_that_joins_the_queue_is_told_of_an_expired_message():
+def test_a_test_that_joins_the_queue_learns_of_an_expired_message():
     stage = Stage()
     failing(stage, queue_timeout=60_000)
     raw(stage)

@@ -84,7 +84,7 @@ def test_a_retry_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
     assert [run["exception"].rpartition(".")[2] for run in stage.failures()[0]["history"]] == ["PaymentError"]
 
 
-def test_a_next_stage_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
+def test_a_next_step_that_the_broker_will_not_take_is_dead_and_not_lost(impatient):
     stage = Stage()
     pay = failing(stage)
     pipeline([pay.message(), pay.message()], broker=stage.broker).run()
@@ -93,7 +93,7 @@ def test_a_next_stage_that_the_broker_will_not_take_is_dead_and_not_lost(impatie
     assert stage.reasons() == ["handoff_failed"]
 
 
-def test_on_retry_exhausted_that_can_not_be_told_is_said_and_changes_nothing(caplog):
+def test_on_retry_exhausted_with_an_unknown_actor_is_logged_and_changes_nothing(caplog):
     stage = Stage()
     always(stage, PaymentError(), retry_on={PaymentError: RetryPolicy(attempts=1)})
     raw(stage, options={"on_retry_exhausted": "nobody"})
@@ -109,7 +109,7 @@ def test_nor_does_it_where_the_stock_options_decide(caplog):
     assert "on_retry_exhausted: this worker has no actor 'nobody'" in caplog.text
 
 
-def test_a_failure_that_the_result_backend_will_not_store_is_said_and_changes_nothing(caplog, monkeypatch):
+def test_a_failure_that_the_result_backend_will_not_store_is_logged_and_changes_nothing(caplog, monkeypatch):
     results = Results(backend=StubBackend(), store_results=True)
     monkeypatch.setattr(results.backend, "store_exception", None)
     stage = Stage(middleware=[results])
@@ -138,7 +138,7 @@ def test_a_group_whose_barrier_is_somewhere_else_calls_back_once():
     assert stage.outcomes("done") == ["succeeded"]
 
 
-def test_a_hand_off_given_up_at_shutdown_leaves_the_message_for_the_next_worker(impatient):
+def test_a_publish_given_up_at_shutdown_leaves_the_message_for_the_next_worker(impatient):
     stage = Stage()
     pay = failing(stage, PaymentError(), retry_on={PaymentError: SOON})
     message = pay.send()

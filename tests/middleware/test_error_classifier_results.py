@@ -117,7 +117,7 @@ def test_a_groups_callback_runs_once_its_members_are_done():
     assert done == [1]
 
 
-def test_on_retry_exhausted_is_told_when_a_rule_is_exhausted():
+def test_on_retry_exhausted_is_called_when_a_rule_is_exhausted():
     stage = Stage()
     told = []
     stage.actor(lambda message, info: told.append((message["actor_name"], info)), actor_name="tell")
@@ -130,7 +130,7 @@ def test_on_retry_exhausted_is_told_when_a_rule_is_exhausted():
     ("declared", "told"),
     [({"discard_on": PaymentError}, 0), ({"retry_on": {PaymentError: RetryPolicy(attempts=1, then="discard")}}, 1)],
 )
-def test_on_retry_exhausted_is_told_of_a_discard_that_used_up_its_retries_and_of_no_other(declared, told):
+def test_on_retry_exhausted_is_called_for_a_discard_that_used_up_its_retries_and_of_no_other(declared, told):
     stage = Stage()
     calls = []
     stage.actor(lambda message, info: calls.append(info), actor_name="tell")

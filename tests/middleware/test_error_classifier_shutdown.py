@@ -22,7 +22,7 @@ from .scenarios import (
 )
 
 
-def test_a_job_that_shutdown_interrupts_comes_back_and_has_used_no_attempt():
+def test_a_job_that_shutdown_interrupts_is_requeued_and_has_used_no_attempt():
     stage = Stage(middleware=[], broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries()]))
     started = threading.Event()
     raised = []

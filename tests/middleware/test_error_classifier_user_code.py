@@ -58,7 +58,7 @@ def test_what_is_no_exception_is_dead_lettered_as_stock_has_it_and_the_thread_li
     assert stage.run().outcomes() == ["dead"]
 
 
-def test_counters_that_another_middleware_overwrites_are_begun_anew():
+def test_counters_that_another_middleware_overwrites_are_started_again():
     stage = Stage()
 
     class Meddling(Middleware):
@@ -70,7 +70,7 @@ def test_counters_that_another_middleware_overwrites_are_begun_anew():
     assert stage.run().outcomes() == ["retried", "succeeded"]
 
 
-def test_a_worker_whose_broker_refuses_it_for_good_ends_as_the_command_does_for_one_that_is_not_there():
+def test_a_worker_whose_broker_refuses_it_permanently_ends_as_the_command_does_for_one_that_is_not_there():
     stage = Stage()
     state = stage.classifier.attached_to
     for state.fatal, state.in_command in ((None, True), (ConnectionError("NOAUTH"), False)):

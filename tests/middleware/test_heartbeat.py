@@ -207,7 +207,7 @@ def test_a_process_does_not_speak_for_one_that_is_stuck_but_for_one_that_is_gone
     assert list(beating.path.parent.iterdir()) == [beating.path]
 
 
-def test_a_folder_that_is_not_there_is_said_once(tmp_path, caplog):
+def test_a_folder_that_is_not_there_is_logged_once(tmp_path, caplog):
     beating = Beating(tmp_path / "missing")
     beating.stage.broker.declare_queue("mail")
     with beating.stage.working():
@@ -269,7 +269,7 @@ def test_threads_that_have_died_and_threads_that_are_stuck_count_together(beatin
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder", "other user's"])
-def test_what_is_not_a_file_of_this_user_s_is_not_touched_and_said_once(beating, kind, caplog, monkeypatch):
+def test_what_is_not_a_file_of_this_user_s_is_not_touched_and_logged_once(beating, kind, caplog, monkeypatch):
     target = beating.path.with_name("target")
     if kind == "link":
         beating.path.symlink_to(target)

@@ -220,7 +220,7 @@ def test_the_longest_name_still_fits_into_one(server):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "192.0.2.1"])
-def test_a_server_that_is_not_there_changes_nothing_and_is_said_at_most_once(host, server, monkeypatch, caplog):
+def test_a_server_that_is_not_there_changes_nothing_and_is_logged_at_most_once(host, server, monkeypatch, caplog):
     monkeypatch.setenv("STATSD_HOST", host)
     server.close()
     stage = stage_with(None)

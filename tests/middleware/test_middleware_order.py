@@ -165,7 +165,7 @@ def a_worker_of(broker):
     worker.stop()
 
 
-def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_said_when_a_worker_boots(caplog):
+def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_logged_when_a_worker_boots(caplog):
     class Again(Retries):
         pass
 
@@ -181,6 +181,6 @@ def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_said_wh
     ]
 
 
-def test_where_there_is_none_nothing_is_said(caplog):
+def test_where_there_is_none_nothing_is_logged(caplog):
     with a_worker_of(StubBroker(middleware=[Retries(), TimeLimit(), ErrorClassifier(), Timeout()])):
         assert caplog.records == []

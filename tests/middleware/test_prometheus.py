@@ -1,4 +1,4 @@
-"""Dramatiq's own Prometheus middleware beside the bundle counts what happened, each once."""
+"""Dramatiq's own Prometheus middleware beside dramatiq_policies counts what happened, each once."""
 
 from __future__ import annotations
 

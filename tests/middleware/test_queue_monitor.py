@@ -61,18 +61,18 @@ class Queue:
         return [(alert.value, alert.cleared) for alert in self.fill(count).monitor.check()]
 
 
-def test_a_threshold_that_is_reached_is_told_once():
+def test_a_threshold_that_is_reached_alerts_once():
     queue = Queue(Threshold(ready=10))
     assert [queue.check(count) for count in (9, 10, 11, 50)] == [[], [(10, False)], [], []]
     assert queue.told == [QueueAlert(queue="mail", measure="ready", value=10, threshold=10, cleared=False)]
 
 
-def test_it_is_told_again_only_after_it_has_come_down_to_four_fifths():
+def test_it_alerts_again_only_after_it_has_come_down_to_four_fifths():
     queue = Queue(Threshold(ready=10))
     assert [len(queue.check(count)) for count in (10, 9, 10, 8, 9, 10)] == [1, 0, 0, 0, 0, 1]
 
 
-def test_that_it_is_over_is_told_on_demand():
+def test_the_end_of_a_breach_is_reported_on_demand():
     queue = Queue(Threshold(ready=10, notify_clear=True))
     assert [queue.check(count) for count in (12, 9, 8, 0)] == [[(12, False)], [], [(8, True)], []]
 
@@ -99,7 +99,7 @@ def test_messages_that_wait_and_are_not_taken_are_stalled():
     assert [alert.measure for alert in queue.monitor.check()] == ["stalled"]
 
 
-def test_who_is_elected_next_knows_what_was_told_and_what_is_over():
+def test_who_is_elected_next_knows_the_reported_breaches_and_their_ends():
     class Handed(Election):
         memory = None
 
@@ -212,7 +212,7 @@ def test_by_default_an_alert_is_a_warning_with_its_fields(caplog):
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_several_are_told_and_one_that_fails_keeps_nobody_from_it(error, caplog):
+def test_several_are_notified_and_one_that_fails_keeps_nobody_from_it(error, caplog):
     def broken(alert):
         raise error("no pager")
 
@@ -230,7 +230,7 @@ def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):
         QueueMonitor(on_alert="sentry")
 
 
-def test_sentry_is_told_on_demand():
+def test_sentry_gets_alerts_on_demand():
     sentry_sdk = pytest.importorskip("sentry_sdk")
     events = []
 
@@ -367,7 +367,7 @@ def test_one_that_is_not_for_workers_starts_nothing():
         assert monitoring() == []
 
 
-def test_a_broker_that_can_t_be_read_is_said_once_and_read_again_when_it_can(caplog):
+def test_a_broker_that_can_t_be_read_is_logged_once_and_read_again_when_it_can(caplog):
     caplog.set_level(logging.INFO, "dramatiq_policies.alerts")
     queue = Queue(Threshold(ready=1), interval=5)
     reader = queue.monitor._get_reader()

@@ -164,7 +164,7 @@ def test_the_log_lines_on_it_are_no_second_event(either, discard_logger):
     assert sorted(sentry.endings()) == [("late", "QueueTimeoutExceeded", "expired"), ("thrown", "ValueError", "dead")]
 
 
-def test_what_the_bundle_logs_besides_becomes_an_event(sentry):
+def test_what_dramatiq_policies_logs_besides_becomes_an_event(sentry):
     def broken(message, error):
         raise RuntimeError("the hook is broken")
 
@@ -802,7 +802,7 @@ def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
     assert event["fingerprint"] == ["pay", "", "dead"]
 
 
-def test_a_stuck_job_is_told_only_to_a_client(sentry):
+def test_a_stuck_job_is_sent_only_to_a_client(sentry):
     stage = stage_with()
     job = StuckJob(actor="pay", queue="default", message_id="m1", elapsed_ms=70.0, stack=STACK)
     for tell in state_of(stage.broker).outcomes.stuck_subscribers:

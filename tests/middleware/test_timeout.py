@@ -407,7 +407,7 @@ def test_a_message_says_first_whether_it_is_notified_then_its_actor(default, act
     assert ShutdownNotifications(default).should_notify(Actor, message(**options)) is notified
 
 
-def test_before_the_process_exits_everybody_is_told(monkeypatch, caplog):
+def test_before_the_process_exits_everybody_is_notified(monkeypatch, caplog):
     monkeypatch.setattr("dramatiq_policies.middleware.timeout._READ_WITHIN", 0)
     told, ended = [], []
     monkeypatch.setattr(os, "_exit", lambda code: ended.append((code, *told)))

@@ -119,7 +119,7 @@ def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
     mine.resign()
 
 
-def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_it_is_said(monkeypatch, caplog):
+def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_logged(monkeypatch, caplog):
     def fails(client):
         raise TypeError("an unexpected argument")
 
@@ -245,7 +245,7 @@ def test_a_folder_that_is_not_this_user_s_own_is_not_entered_and_each_elects_its
     assert [record.getMessage().startswith("No process can be elected") for record in caplog.records] == [True, True]
 
 
-def test_a_lock_file_of_another_user_elects_everybody_and_is_said(tmp_path, monkeypatch, caplog):
+def test_a_lock_file_of_another_user_elects_everybody_and_is_logged(tmp_path, monkeypatch, caplog):
     elections = [CommandElection("queues", os.getpid(), folder=str(tmp_path)) for _ in range(2)]
     elections[0].path.touch()
     monkeypatch.setattr("dramatiq_policies.observability.private_files.os.getuid", lambda: 4_000_000)

@@ -1,4 +1,4 @@
-"""Nothing is silent: the worker's own lines are dropped only where the bundle's are heard, and what is not heard is said."""
+"""Nothing is silent: the worker's own lines are dropped only where dramatiq_policies' are heard, and what is not heard is said."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKER = "dramatiq.worker.WorkerThread"
 
 @pytest.fixture
 def silent():
-    """Undo what a test does to the bundle's loggers."""
+    """Undo what a test does to dramatiq_policies' loggers."""
     yield
     for name in (ALERTS, OUTCOMES, "dramatiq_policies"):
         logger = logging.getLogger(name)
@@ -55,7 +55,7 @@ def lines(caplog, name):
     return [record for record in caplog.records if record.name == name]
 
 
-def test_the_workers_line_is_dropped_where_ours_is_heard_and_nothing_is_said_at_boot(caplog):
+def test_the_workers_line_is_dropped_where_ours_is_heard_and_nothing_is_logged_at_boot(caplog):
     failing()
     assert lines(caplog, WORKER) == []
     assert [record.levelname for record in lines(caplog, OUTCOMES)] == ["ERROR"]
@@ -80,7 +80,7 @@ def test_a_dead_message_is_an_error_that_a_disabled_logger_does_not_hold_up(sile
 
 
 @pytest.mark.parametrize("silence", WAYS)
-def test_what_is_not_heard_is_said_through_a_logger_that_is(silence, silent, caplog):
+def test_what_is_not_heard_is_logged_through_a_logger_that_is(silence, silent, caplog):
     for name in (ALERTS, OUTCOMES):
         silence(logging.getLogger(name))
     failing()
@@ -104,7 +104,7 @@ def test_a_queue_that_is_late_is_a_warning_that_somebody_must_hear(on_alert, sai
     assert ("reach no handler" in caplog.text) is said
 
 
-def test_where_nobody_hears_anything_it_is_said_on_stderr(silent, monkeypatch, capsys):
+def test_where_nobody_hears_anything_it_is_logged_on_stderr(silent, monkeypatch, capsys):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.NullHandler()])
     failing()

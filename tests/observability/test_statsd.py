@@ -64,7 +64,7 @@ class TestOverUdp:
         assert [line.rpartition(":")[2] for lines in packets for line in lines] == [f"{n}|g" for n in range(40)]
         assert all(len("\n".join(lines)) <= 1_432 for lines in packets)
 
-    def test_a_server_that_is_not_there_is_said_once_and_heard_when_it_comes(self, server, caplog):
+    def test_a_server_that_is_not_there_is_logged_once_and_heard_when_it_comes(self, server, caplog):
         server.close()
         statsd = Statsd()
         for _ in range(5):
@@ -78,7 +78,7 @@ class TestOverUdp:
         back.close()
 
     @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, ".."])
-    def test_a_host_that_does_not_exist_is_said_once(self, host, server, monkeypatch, caplog):
+    def test_a_host_that_does_not_exist_is_logged_once(self, host, server, monkeypatch, caplog):
         monkeypatch.setenv("STATSD_HOST", host)
         statsd = Statsd()
         for _ in range(5):
@@ -87,7 +87,7 @@ class TestOverUdp:
         assert len(caplog.records) == 1
         assert "are dropped" in caplog.text
 
-    def test_an_address_that_a_socket_may_not_have_is_said_once_and_leaves_no_socket_open(
+    def test_an_address_that_a_socket_may_not_have_is_logged_once_and_leaves_no_socket_open(
         self, server, monkeypatch, caplog
     ):
         monkeypatch.setenv("STATSD_HOST", "255.255.255.255")
@@ -355,7 +355,7 @@ class TestOtherClients:
         held.set()
         statsd.flush(5)
 
-    def test_what_a_client_raises_is_said_once_and_goes_no_further(self, caplog):
+    def test_what_a_client_raises_is_logged_once_and_goes_no_further(self, caplog):
         class Broken(PlainClient):
             def incr(self, name, count=1):
                 raise RuntimeError("no metrics today")
@@ -415,7 +415,7 @@ def test_what_a_socket_will_not_take_is_left_out(server, errors, said):
     assert client._sock.sent == ([b"a:1|c"] if len(errors) == said == 1 else []) + [b"b:1|c"]
 
 
-def test_where_no_thread_can_be_started_values_are_left_out_and_that_is_said_once(server, monkeypatch, caplog):
+def test_where_no_thread_can_be_started_values_are_left_out_and_logged_once(server, monkeypatch, caplog):
     def start(thread):
         raise RuntimeError("can't start new thread")
 

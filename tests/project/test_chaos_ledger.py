@@ -65,7 +65,7 @@ def test_what_the_store_lost_excuses_the_runs_of_that_time_in_all_processes(verd
     assert verdict(*lines, freezes=(Freeze(None, 5.0, 6.0),)).wrong != {}
 
 
-def test_a_dead_letter_without_a_result_is_excused_where_the_store_lost_some_and_the_twin_moved_on(
+def test_a_dead_letter_without_a_result_is_excused_where_the_store_lost_some_and_the_first_message_moved_on(
     verdict: Any,
 ) -> None:
     failure = {"outcome": "dead", "reason": "no_result"}

@@ -126,7 +126,7 @@ def test_a_scheduler_really_fires(load):
     assert len(example.reports) == 1
 
 
-def test_periodiq_works_beside_the_bundle(monkeypatch):
+def test_periodiq_works_beside_dramatiq_policies(monkeypatch):
     periodiq = pytest.importorskip("periodiq")
     from dramatiq.brokers.stub import StubBroker
 

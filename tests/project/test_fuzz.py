@@ -304,7 +304,7 @@ def records():
 
 
 @fuzzed(150, data=records() | st.binary(max_size=20), left=st.integers(), run=st.integers(0), mine=st.booleans())
-def test_a_record_of_anybody_s_is_read_and_decided_on_or_said_to_be_unknown(data, left, run, mine):
+def test_a_record_of_anybody_s_is_read_and_decided_on_or_reported_as_unknown(data, left, run, mine):
     try:
         record = Record.decode(data)
     except UnknownRecord:
@@ -364,7 +364,7 @@ DECLARED += ["max_retries", "min_backoff", "max_backoff", "max_age", "on_retry_e
 
 
 @fuzzed(150, options=st.dictionaries(st.sampled_from(DECLARED), objects, max_size=3))
-def test_an_actor_is_declared_or_said_to_be_wrong(letters_of, options):
+def test_an_actor_is_declared_or_reported_as_wrong(letters_of, options):
     try:
         declared = dramatiq.actor(lambda x=None: x, broker=letters_of, actor_name="declared", **options)
     except ConfigurationError as error:

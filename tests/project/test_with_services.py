@@ -283,7 +283,7 @@ def with_services(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_gets_the_urls_and_its_exit_code_is_handed_on() -> None:
+def test_the_command_gets_the_urls_and_its_exit_code_is_published() -> None:
     done = with_services("sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL $POSTGRESQL_URL $MARIADB_URL"; exit 7')
     assert done.returncode == 7
     assert done.stdout.split() == list(SOMEWHERE.values())

@@ -290,7 +290,7 @@ def test_no_more_than_the_maximum_is_granted():
     assert retry_after(maximum=timedelta(minutes=1), jitter=0)(1, asking(86_400)) == 60_000
 
 
-def test_the_fallback_is_taken_where_nothing_is_said():
+def test_the_fallback_is_taken_where_nothing_is_logged():
     assert retry_after(fallback=constant(5))(1, ERROR) == 5
     assert retry_after(fallback=5)(1, ERROR) == 5
     assert 15_000 <= retry_after()(1, ERROR) <= 17_250

@@ -165,7 +165,7 @@ def test_a_dotted_path_that_leads_nowhere_is_a_configuration_error_at_first_use(
         rule.resolve()
 
 
-def test_a_rule_with_a_dead_path_is_left_out_and_said_and_the_others_count(caplog):
+def test_a_rule_with_a_dead_path_is_left_out_and_logged_and_the_others_count(caplog):
     rules = broker_rules(discard_on=("no.such.Error", ValueError))
     assert verb_for(ValueError(), (), rules) is Verb.DISCARD
     assert "A rule is ignored" in caplog.text

@@ -61,20 +61,20 @@ def test_the_delay_of_retry_is_honoured_from_nothing_to_seven_days(delay, waited
 
 
 @pytest.mark.parametrize("delay", [math.nan, "soon", "5", True, []], ids=repr)
-def test_a_delay_of_retry_that_is_no_duration_is_said_and_the_wait_without_it_taken(delay, caplog):
+def test_a_delay_of_retry_that_is_no_duration_is_logged_and_the_wait_without_it_taken(delay, caplog):
     assert 11 <= first_event(Retry(delay=delay)).delay_ms <= 22
     assert first_event(Retry(delay=delay), retry_on={Retry: RetryPolicy(wait=33)}).delay_ms == 33
     assert sum("delay of the Retry" in record.getMessage() for record in caplog.records) == 2
 
 
 @pytest.mark.parametrize("delay", [timedelta(days=8), 10**12, timedelta.max], ids=repr)
-def test_a_longer_snooze_than_dramatiq_can_wait_is_shortened_and_said(delay, caplog):
+def test_a_longer_snooze_than_dramatiq_can_wait_is_shortened_and_logged(delay, caplog):
     event = first_event(Snooze(delay))
     assert (event.outcome, event.delay_ms) == ("deferred", WEEK_MS)
     assert "exceeds 7 days" in caplog.text
 
 
-def test_a_longer_wait_of_a_callable_than_dramatiq_can_wait_is_shortened_and_said(caplog):
+def test_a_longer_wait_of_a_callable_than_dramatiq_can_wait_is_shortened_and_logged(caplog):
     event = first_event(OSError(), retry_on={OSError: RetryPolicy(wait=lambda attempt, error: timedelta(days=9))})
     assert event.delay_ms == WEEK_MS
     assert "exceeds 7 days" in caplog.text
@@ -93,7 +93,7 @@ def test_a_longer_wait_of_a_callable_than_dramatiq_can_wait_is_shortened_and_sai
         lambda: Stage(min_backoff=WEEK_MS + 1),
     ],
 )
-def test_a_declared_wait_that_is_longer_than_dramatiq_can_wait_is_said_when_it_is_declared(declare, caplog):
+def test_a_declared_wait_that_is_longer_than_dramatiq_can_wait_is_logged_when_it_is_declared(declare, caplog):
     caplog.set_level(logging.WARNING)
     declare()
     assert "exceeds 7 days" in caplog.text
@@ -144,13 +144,13 @@ def test_the_delay_of_a_retry_that_can_not_be_set_is_honoured(declared):
     assert (event.outcome, event.delay_ms, type(event.exception)) == ("retried", 44, ReadOnly)
 
 
-def test_a_snooze_without_a_delay_waits_a_while_and_that_is_said(caplog):
+def test_a_snooze_without_a_delay_waits_a_while_and_logged(caplog):
     event = first_event(Unreadable())
     assert (event.outcome, event.delay_ms) == ("deferred", 15_000)
     assert "The delay of the Snooze in message" in caplog.text
 
 
-def test_a_backoff_of_a_message_that_is_longer_than_dramatiq_can_wait_is_said(caplog):
+def test_a_backoff_of_a_message_that_is_longer_than_dramatiq_can_wait_is_logged(caplog):
     stage, runs = Stage(), []
 
     @stage.actor(actor_name=f"job {id(caplog)}")

@@ -647,7 +647,7 @@ def test_without_transactions_there_is_no_block(shop):
     assert shop.queued() == []
 
 
-def test_a_missing_table_is_said_with_what_to_do(tmp_path):
+def test_a_missing_table_is_logged_with_what_to_do(tmp_path):
     shop = Shop(sa.create_engine(f"sqlite:///{tmp_path}/empty.db"))
     expected = r"The outbox has no table: call create_tables\(engine\)"
     with (

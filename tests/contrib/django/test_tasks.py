@@ -105,7 +105,7 @@ def test_without_stored_results_a_task_still_knows_its_attempt_and_finishes_once
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_task_that_fails_for_good_has_failed_with_its_traceback(set_broker, results, signals, caplog, stored):
+def test_a_task_that_fails_permanently_has_failed_with_its_traceback(set_broker, results, signals, caplog, stored):
     broker = stub_broker(Results(backend=results, store_results=stored))
     tasks = set_broker(broker)
     finished = []
@@ -230,7 +230,7 @@ async def _enqueue(task, *args):
     return result, await default_task_backend.aget_result(result.id)
 
 
-def test_aenqueue_and_aget_result_do_as_their_sync_twins(broker, tasks):
+def test_aenqueue_and_aget_result_do_as_their_sync_versions(broker, tasks):
     import asyncio
 
     result, found = asyncio.run(_enqueue(tasks.add, 1, 2))
@@ -335,7 +335,7 @@ def test_a_task_declared_for_another_backend_is_refused_because_no_worker_knows_
     assert tasks.of_another_backend.module_path not in broker.actors
 
 
-def test_a_broker_without_the_bundle_is_refused(set_broker, broker):
+def test_a_broker_without_dramatiq_policies_is_refused(set_broker, broker):
     tasks = set_broker(broker)
     set_broker(StubBroker())
     with pytest.raises(ConfigurationError, match="no middleware of dramatiq_policies"):

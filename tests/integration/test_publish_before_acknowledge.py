@@ -1,6 +1,6 @@
 """No message is lost where it passes from hand to hand: real connections, cut at that very moment.
 
-On Redis a hand-off and its ack are one step, so each message goes on exactly once. On RabbitMQ they are two: a cut in
+On Redis a publish and its ack are one step, so each message goes on exactly once. On RabbitMQ they are two: a cut in
 between may leave two copies, never none.
 """
 
@@ -61,7 +61,7 @@ def calm(app: App, seconds: float = 0.2) -> None:
 
 
 class Scenario:
-    """A job with something to hand on; ``marker`` is in the bytes of that, and in nothing sent before it."""
+    """A job with something to publish; ``marker`` is in the bytes of that, and in nothing sent before it."""
 
     marker: bytes
     #: What must have been published in the end if nothing happens twice.
@@ -246,7 +246,7 @@ def check(scenario: Scenario, place: Place, *, copies: int) -> None:
 
 @pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", SCENARIOS)
-def test_the_connection_is_cut_at_the_hand_off(place: Place, kind: type[Scenario], executed: bool) -> None:
+def test_the_connection_is_cut_during_the_publish(place: Place, kind: type[Scenario], executed: bool) -> None:
     with Proxy.before(place.url) as proxy:
         app = place.app(proxy.url)
         scenario = kind(app)
@@ -263,7 +263,7 @@ def test_the_connection_is_cut_at_the_hand_off(place: Place, kind: type[Scenario
 
 @pytest.mark.parametrize("executed", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", [RetriedLater, DeadLettered, NextStage])
-def test_all_connections_stall_at_the_hand_off_and_then_are_cut(
+def test_all_connections_stall_during_the_publish_and_then_are_cut(
     place: Place, kind: type[Scenario], executed: bool
 ) -> None:
     with Proxy.before(place.url) as proxy:
@@ -304,7 +304,7 @@ def test_the_server_is_away_for_longer_than_one_try(place: Place, kind: type[Sce
         app.broker.close()
 
 
-def test_a_worker_that_stops_while_the_server_is_away_leaves_the_message_to_come_back(place: Place) -> None:
+def test_a_worker_that_stops_while_the_server_is_away_leaves_the_message_for_redelivery(place: Place) -> None:
     with Proxy.before(place.url) as proxy:
         app = place.app(proxy.url)
         scenario = Retried(app)
@@ -551,7 +551,7 @@ NO_MESSAGES = [
 ]
 
 
-def test_a_composition_that_can_t_be_handed_on_is_dead_before_it_runs(place: Place) -> None:
+def test_a_composition_that_can_t_be_published_is_dead_before_it_runs(place: Place) -> None:
     app = place.app()
     app.broker.add_middleware(GroupCallbacks(LimiterBackend()))
     ran = []
@@ -678,7 +678,7 @@ def test_an_id_that_is_fetched_again_just_before_its_ack_runs_once(
     def fetching(*args):
         found = fetch(*args)
         if found and gate.entered.is_set():
-            # This copy's body is on its way while the job ends and its message is acked.
+            # This copy's body is on its way while the job ends and its message is acknowledged.
             gate.open.set()
             until(lambda: done and not app.in_hand())
         return found
@@ -752,7 +752,7 @@ def test_an_ack_by_somebodys_own_function_lets_the_consumer_fetch_at_once(redis_
 
 
 def test_a_server_that_answers_too_late(redis_place: RedisPlace) -> None:
-    """The client's own time limit strikes in fetch, ack and hand-off alike."""
+    """The client's own time limit strikes in fetch, ack and publish alike."""
     with Proxy.before(redis_place.url) as proxy:
         separator = "&" if "?" in proxy.url else "?"
         app = redis_place.app(f"{proxy.url}{separator}socket_timeout=0.2")

@@ -1,4 +1,4 @@
-"""What is posted for the next claim to carry, and what becomes of it; with real servers in tests/integration/test_piggyback.py."""
+"""What is posted for the next claim to carry, and what becomes of it; with real servers in tests/integration/test_batched_completion.py."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
     assert carrier.state.stopping.waits == [5.0, 5.0]
 
 
-def test_an_ack_that_fails_for_another_reason_is_said_and_ends_no_thread(carrier, caplog):
+def test_an_ack_that_fails_for_another_reason_is_logged_and_ends_no_thread(carrier, caplog):
     transport = Transport(ValueError("a bug"))
     carrier._settle(MESSAGE, ended(transport))
     assert transport.settled == 1

@@ -1,7 +1,7 @@
 """A broker that gives a message to another worker while its job still runs here.
 
 Redis does so when a worker was silent for too long, RabbitMQ as soon as a connection is lost. The job has a key, so the
-other copy waits; what follows from the run must then be handed on here or come of the other copy: once, and never not at all.
+other copy waits; what follows from the run must then be published here or come of the other copy: once, and never not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dramatiq_policies.stores.memory import MemoryStore
 from tests.proxy import Proxy
 
 from .places import App, Gate, Place, RabbitmqPlace, RedisPlace, until
-from .test_hand_off import calm
+from .test_publish_before_acknowledge import calm
 
 pytestmark = pytest.mark.usefixtures("quick_restarts")
 
