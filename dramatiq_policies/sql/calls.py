@@ -130,14 +130,16 @@ class MemoryCalls:
         self.engine = engine
         # SingletonThreadPool has a connection for each thread.
         self._held: Any = SimpleNamespace() if isinstance(engine.pool, StaticPool) else threading.local()
+        self._lock = threading.Lock()
 
     def call(self, work: Work[T], deadline: float) -> T:
-        held: sa.Connection | None = getattr(self._held, "connection", None)
-        if held is None or held.engine.pool is not self._held.pool:
-            # Never returned: the pool would roll the application's transaction back.
-            held = self._held.connection = self.engine.connect()
-            self._held.pool = self.engine.pool
-        return _shared(work, held)
+        with self._lock:
+            held: sa.Connection | None = getattr(self._held, "connection", None)
+            if held is None or self._held.pool is not self.engine.pool:
+                # Never returned: the pool would roll the application's transaction back.
+                held = self._held.connection = self.engine.connect()
+                self._held.pool = self.engine.pool
+            return _shared(work, held)
 
     def close(self) -> None:
         pass
@@ -158,7 +160,9 @@ class AsyncMemoryCalls(LoopCalls):
             return await self._held.run_sync(partial(_shared, work))
 
     async def _close_connections(self) -> None:
-        self._held = None
+        held, self._held = self._held, None
+        if held is not None:
+            await held.close()
 
 
 def _shared(work: Work[T], held: sa.Connection) -> T:
