@@ -1,14 +1,14 @@
 """The transaction of a Session, an AsyncSession or a Connection as a scope of the outbox.
 
-Rows are inserted at once, over the same connection, so the database itself forgets them at a rollback, also of a savepoint. In a
-coroutine no statement can run inside of a plain function such as ``send``: there the rows wait in the session until the commit,
-and this module forgets those of a savepoint that is rolled back.
+Rows are inserted at once, over the same connection, so the database itself forgets them at a rollback, also of a savepoint. With
+an async engine no statement can run inside of a plain function such as ``send``: there the rows wait in the session until the
+commit, and this module forgets those of a savepoint that is rolled back.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, Transaction
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.util.concurrency import await_only, in_greenlet
+from sqlalchemy.util import concurrency
 
 from ..errors import ConfigurationError
 from ..transactions.outbox import Outbox, Scope
@@ -30,6 +30,8 @@ from .tables import outbox as table
 __all__ = ["ConnectionScope", "SessionScope", "is_autocommit"]
 
 _KEY = "dramatiq_policies_outbox"
+#: Awaits in the sync code below an async engine. Its name before SQLAlchemy 2.1 is ``await_only``.
+_await: Callable[[Awaitable[None]], None] = getattr(concurrency, "await_", None) or concurrency.await_only
 
 
 class SessionScope(Scope):
@@ -67,6 +69,7 @@ class _SessionWatch:
         self.outbox = outbox
         self.written = Written()
         self.connection: sa.Connection | None = None
+        self.is_async = False
         self.ticket: Ticket | None = None
         #: Rows that wait for the commit, each with the innermost savepoint at the send.
         self.waiting: list[tuple[SessionTransaction | None, NewRow]] = []
@@ -78,8 +81,8 @@ class _SessionWatch:
             event.listen(session, name, getattr(self, name))
 
     def add(self, session: Session, rows: Sequence[NewRow]) -> None:
-        bind = session.get_bind(clause=table.insert())
-        if bind.dialect.is_async and not in_greenlet():
+        self.is_async = session.get_bind(clause=table.insert()).dialect.is_async
+        if self.is_async:
             # Without this the session may have no transaction, and its commit would do nothing.
             if not session.in_transaction():
                 session.begin()
@@ -133,7 +136,7 @@ class _SessionWatch:
             ticket = self.ticket
             self.written, self.connection, self.ticket, self.waiting = Written(), None, None, []
             self.released, self.committing = None, 0
-            _wait(self.outbox, ticket)
+            _wait(self.outbox, ticket, is_async=self.is_async)
 
     def _end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
         outer = session.get_nested_transaction()
@@ -179,25 +182,25 @@ def _intercept_commit(connection: Any) -> None:
         transaction = connection.get_transaction()
         commit(connection)
         if transaction is not None:
-            _committed(transaction)
+            _committed(transaction, is_async=connection.dialect.is_async)
 
     vars(connection).update({_KEY: True, "_commit_impl": commit_impl})
 
 
-def _committed(transaction: Transaction) -> None:
+def _committed(transaction: Transaction, *, is_async: bool) -> None:
     tickets = [(outbox, outbox.after_commit(written)) for outbox, written in _transactions.pop(transaction, [])]
     for outbox, ticket in tickets:
-        _wait(outbox, ticket)
+        _wait(outbox, ticket, is_async=is_async)
 
 
-def _wait(outbox: Outbox, ticket: Ticket | None) -> None:
+def _wait(outbox: Outbox, ticket: Ticket | None, *, is_async: bool) -> None:
     """Wait until rows are published, at most for the outbox's ``wait``. Other tasks of an event loop run meanwhile."""
     if ticket is None:
         return
-    if not in_greenlet():
+    if not is_async:
         outbox.wait_for(ticket)
     elif not outbox.publisher.is_stuck():
-        await_only(_wait_in_loop(ticket, outbox.wait / 1_000))
+        _await(_wait_in_loop(ticket, outbox.wait / 1_000))
 
 
 async def _wait_in_loop(ticket: Ticket, seconds: float) -> None:

@@ -74,26 +74,32 @@ class RabbitmqBatch(KnownBatch):
     def _publish_once(self, messages: Sequence[Encoded], todo: list[int]) -> dict[int, Exception | None]:
         if not todo:
             return {}
-        lost: Exception | None = None
-        confirms = None
+        is_new = getattr(self.broker.state, "connection", None) is None
         try:
             confirms = self._confirms()
+        except (*LOST, OSError) as error:
+            self._drop_connection()
+            return dict.fromkeys(todo, _lost(error, again=not is_new))
+        lost: Exception | None = None
+        try:
             # Shows a connection that the server has closed meanwhile.
             confirms.connection.process_data_events(0)
             confirms.write(
                 (message.queue_name, body, _priority(message)) for message, body in (messages[n] for n in todo)
             )
             self._wait(confirms)
-        except (*LOST, OSError, ConnectionClosed) as error:
+        except (*LOST, OSError) as error:
             lost = error
-        if confirms is not None and lost is None and not confirms.channel.is_open:
+        if lost is None and not confirms.channel.is_open:
             lost = pika.exceptions.ChannelWrongStateError("the channel is closed")
         return {number: self._result(confirms, index, lost, messages[number]) for index, number in enumerate(todo)}
 
-    def _result(self, confirms: Any, index: int, lost: Exception | None, one: Encoded) -> Exception | None:
-        if confirms is not None and index in confirms.accepted:
+    def _result(
+        self, confirms: PipelinedConfirms, index: int, lost: Exception | None, one: Encoded
+    ) -> Exception | None:
+        if index in confirms.accepted:
             return None
-        if confirms is not None and index in confirms.refused:
+        if index in confirms.refused:
             # If the queue has disappeared, the next try declares it.
             self.broker.queues_pending.add(q_name(one.message.queue_name))
             return RuntimeError(confirms.refused[index])
@@ -103,7 +109,7 @@ class RabbitmqBatch(KnownBatch):
         if _is_blame(lost):
             return lost
         self._drop_connection()
-        return _Closed(lost)  # type: ignore[no-untyped-call]
+        return _lost(lost, again=True)
 
     def _wait(self, confirms: PipelinedConfirms) -> None:
         until = monotonic() + _PATIENCE
@@ -116,6 +122,7 @@ class RabbitmqBatch(KnownBatch):
         if confirms is None or confirms.connection is not connection or not confirms.channel.is_open:
             confirms = PipelinedConfirms(connection)
             setattr(state, _ATTRIBUTE, confirms)
+        confirms.forget()
         return confirms
 
     def _drop_connection(self) -> None:
@@ -136,6 +143,10 @@ class RabbitmqBatch(KnownBatch):
 
 class _Closed(ConnectionClosed):
     """The connection was lost, perhaps long ago: try once more on a new connection."""
+
+
+def _lost(error: Exception, *, again: bool) -> ConnectionClosed:
+    return (_Closed if again else ConnectionClosed)(error)  # type: ignore[no-untyped-call]
 
 
 def _is_blame(error: object) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pika
 
 from ... import _dramatiq
+from .publisher import LOST
 
 __all__ = ["PipelinedConfirms"]
 
@@ -26,20 +27,33 @@ class PipelinedConfirms:
         self.channel = connection.channel()
         self._inner = _dramatiq.rabbitmq_confirmed(self.channel, self._confirmed, self._unroutable)
         self._published = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the batch before."""
         self.waiting: dict[int, int] = {}
         self.accepted: set[int] = set()
         self.refused: dict[int, str] = {}
-        self._bodies: list[Any] = []
+        self._bodies: list[bytes] = []
 
     def write(self, messages: Iterable[tuple[str, bytes, int | None]]) -> None:
-        """Publish messages: queue, body and priority of each. Forgets the batch before."""
-        self.waiting, self.accepted, self.refused, self._bodies = {}, set(), {}, []
+        """Publish messages: queue, body and priority of each.
+
+        A message that can't be encoded for AMQP, such as one with a priority of 1,000, is refused here.
+        """
+        self.forget()
         for number, (queue, body, priority) in enumerate(messages):
             self._bodies.append(body)
+            properties = pika.BasicProperties(delivery_mode=2, priority=priority)
+            try:
+                self._inner.basic_publish("", queue, body, properties, mandatory=True)
+            except (*LOST, OSError):
+                raise
+            except Exception as error:
+                self.refused[number] = f"{type(error).__name__}: {error}"
+                continue
             self._published += 1
             self.waiting[self._published] = number
-            properties = pika.BasicProperties(delivery_mode=2, priority=priority)
-            self._inner.basic_publish("", queue, body, properties, mandatory=True)
 
     def _confirmed(self, frame: Any) -> None:
         method = frame.method

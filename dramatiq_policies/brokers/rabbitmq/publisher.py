@@ -10,6 +10,7 @@ import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import Broker
 from dramatiq.common import dq_name, q_name
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from ... import _dramatiq
 from ...common.connections import discard
@@ -19,7 +20,13 @@ from ...delivery.outgoing import OutgoingMessage
 __all__ = ["LOST", "REFUSED", "ConfirmedPublisher"]
 
 #: The connection or the channel is lost.
-LOST = (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, AssertionError)
+LOST = (
+    pika.exceptions.AMQPConnectionError,
+    pika.exceptions.AMQPChannelError,
+    # A server that is frozen takes connections and says nothing.
+    AMQPConnectorException,
+    AssertionError,
+)
 #: The server refused one message.
 REFUSED = (pika.exceptions.UnroutableError, pika.exceptions.NackError)
 
