@@ -54,7 +54,7 @@ class PolicyConsumer(Consumer):
         last_polled_at = self.state.last_polled_at
         if last_polled_at is not None:
             last_polled_at[transport.source] = time.monotonic()
-        if transport.parked:
+        if transport.parked.waiting:
             transport.parked.give_back()
         if transport.delayed.queue and not transport.has_received() and move_due(transport):
             # More are due: do not wait for a message first.

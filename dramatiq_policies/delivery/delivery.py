@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
 
 from dramatiq import Message
 from dramatiq.middleware import SkipMessage
@@ -106,18 +106,8 @@ class KeyClaim(Protocol):
         """Whether the store remembers the completion; otherwise the claim only counts starts."""
 
 
-class Job(NamedTuple):
-    """The function to run for a delivery, with the arguments.
-
-    Attributes:
-      call: Calls the function, and interrupts the call at the deadline.
-    """
-
-    call: Runner
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
+#: The function to run for a delivery: what calls it, and interrupts the call at the deadline; the function; its arguments.
+Job: TypeAlias = "tuple[Runner, Callable[..., Any], tuple[Any, ...], dict[str, Any]]"
 
 #: The stages of a delivery: taken from the queue; before-hooks done; job running; job finished.
 RECEIVED, PREPARED, RUNNING, FINISHED = range(4)

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .._job_errors import stand_in_for
 from ..common.callables import mark_wrapper, unwrapped
-from ..interrupts import Runner, runner_for
-from .delivery import FINISHED, PREPARED, RUNNING, Delivery, Job, current
+from ..interrupts import runner_for
+from .delivery import FINISHED, PREPARED, RUNNING, Delivery, current
 
 if TYPE_CHECKING:
     from dramatiq import Actor
 
+    from .delivery import Job
 
-__all__ = ["AroundJob", "Proceed", "run_interruptibly", "run_job", "wrap_actor"]
+
+__all__ = ["AroundJob", "Proceed", "run_job", "wrap_actor"]
 
 #: Runs the next `AroundJob`, or the job. Returns the job's result.
 Proceed = Callable[[Delivery], Any]
@@ -55,7 +57,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
         try:
             if delivery.carried is not None:
                 _settle_earlier_run(delivery)
-            delivery.job = Job(call, fn, args, kwargs)
+            delivery.job = (call, fn, args, kwargs)
             return delivery.transport.state.run_around_job(delivery)
         except BaseException as error:
             stand_in = stand_in_for(error)
@@ -75,15 +77,13 @@ def _settle_earlier_run(delivery: Delivery) -> None:
     delivery.skip(decision)
 
 
-def run_job(delivery: Delivery) -> Any:
-    """Run the job of a delivery."""
-    return run_interruptibly(delivery, *delivery.job)
+def run_job(delivery: Delivery, job: Job | None = None) -> Any:
+    """Run the job of a delivery: interruptible, with the delivery's clock running.
 
-
-def run_interruptibly(
-    delivery: Delivery, call: Runner, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run a function as the job: interruptible, with the delivery's clock running."""
+    Parameters:
+      job: A function to run in the place of the delivery's own.
+    """
+    call, fn, args, kwargs = delivery.job if job is None else job
     limit, state = delivery.timeout_ms, delivery.transport.state
     delivery.stage = RUNNING
     delivery.started = started = monotonic()

@@ -41,23 +41,24 @@ class Parking:
     """Messages that keep their slots for a while, because the broker accepts them in no form."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[float, Callable[[], object]]] = deque()
+        #: When each wait is over, and the call that returns the message. Read for every message, so no method.
+        self.waiting: deque[tuple[float, Callable[[], object]]] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def park(self, wait_ms: float, give_back: Callable[[], object]) -> None:
         """Call ``give_back`` after the wait. Any thread may park."""
-        self._waiting.append((clock.monotonic() + wait_ms / 1_000, give_back))
+        self.waiting.append((clock.monotonic() + wait_ms / 1_000, give_back))
 
     def give_back(self, *, everything: bool = False) -> None:
         """Return messages whose wait is over. Only the consumer's thread calls this."""
-        for _ in range(len(self._waiting)):
-            due, give_back = self._waiting.popleft()
+        for _ in range(len(self.waiting)):
+            due, give_back = self.waiting.popleft()
             if everything or due <= clock.monotonic():
                 give_back()
             else:
-                self._waiting.append((due, give_back))
+                self.waiting.append((due, give_back))
 
 
 class DeadLetterRefusal:

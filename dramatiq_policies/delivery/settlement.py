@@ -42,7 +42,8 @@ def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery
         if delivery.is_plain_success() and delivery.claim is None:
             # Nothing to publish, and no key to complete.
             delivery.settled = True
-            state.outcomes.notify_success(delivery)
+            if state.outcomes.success_listeners:
+                state.outcomes.notify_success(delivery)
             if state.outcomes.successes_observed:
                 _publish_outcome(state, message, delivery, SUCCEEDED)
         else:

@@ -15,7 +15,7 @@ from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery
-from ..delivery.executor import run_interruptibly
+from ..delivery.executor import run_job
 from ..delivery.history import POLICIES, History, now_ms, run_of
 from ..delivery.outgoing import OutgoingMessage
 from ..errors import Crashed, UnknownRecord
@@ -89,13 +89,15 @@ class IdempotencyGuard:
             exclusive.leave(delivery)
 
     def _run_once(self, delivery: Delivery, options: IdempotencyOptions, proceed: Proceed) -> Any:
-        job = delivery.job
-        if options.call_key is None:
+        _, _, args, kwargs = delivery.job
+        call_key = options.call_key
+        if call_key is None:
             delivery.key = key_of(delivery.message, options)
         else:
             # User code, so within the timeout.
-            make = partial(run_interruptibly, delivery, options.call_key, args=job.args, kwargs=job.kwargs)
-            delivery.key = key_of(delivery.message, options, make)
+            delivery.key = key_of(
+                delivery.message, options, lambda make_key: run_job(delivery, (call_key, make_key, args, kwargs))
+            )
         # Reset: only the key's callable has run, not the job.
         delivery.started = delivery.ended = None
         if delivery.key is not None or delivery.redelivered:
@@ -103,7 +105,7 @@ class IdempotencyGuard:
             self.admit(delivery, options, delivery.key)
         if options.job is None or options.call is None:
             return proceed(delivery)
-        delivery.job = job._replace(call=options.call, fn=options.job)
+        delivery.job = (options.call, options.job, args, kwargs)
         try:
             return proceed(delivery)
         except AlreadyDone:

@@ -79,7 +79,7 @@ class Leases:
             if not self._is_renewing():
                 self._stop = threading.Event()
                 thread = threading.Thread(
-                    target=self._renew_until, args=(self._stop,), name="dramatiq_policies.leases", daemon=True
+                    target=self._renew_until, args=(self._stop,), name="dramatiq-policies-leases", daemon=True
                 )
                 thread.start()
                 self._thread = thread

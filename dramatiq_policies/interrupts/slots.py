@@ -180,6 +180,6 @@ def report_on_thread(report: Callable[[], object]) -> None:
             logger.exception("A stuck job could not be reported.")
 
     try:
-        threading.Thread(target=guarded, name="dramatiq_policies.stuck", daemon=True).start()
+        threading.Thread(target=guarded, name="dramatiq-policies-stuck", daemon=True).start()
     except RuntimeError:
         guarded()

@@ -42,7 +42,7 @@ class Timer:
         """Start the thread, once; return False if no thread could be started."""
         with self._starting:
             if self.thread is None:
-                thread = threading.Thread(target=self._run, name="dramatiq_policies.timer", daemon=True)
+                thread = threading.Thread(target=self._run, name="dramatiq-policies-timer", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:  # No more threads, or the process is ending.

@@ -20,6 +20,7 @@ from ..common.safe_logger import SafeLogger
 from ..delivery.consumer import PolicyConsumer
 from ..errors import ConfigurationError, checked_duration
 from ..observability.private_files import lock, make_private, open_own, private_folder, require_file_locks
+from .background_thread import BackgroundThread
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ class Heartbeat(PolicyMiddleware):
 
     def reset_after_fork(self) -> None:
         """Forget the broker and its workers."""
-        self._workers: list[Worker] = []
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = BackgroundThread("heartbeat", self._beat)
         self._own: int | None = None
         self._own_path: Path | None = None
         self._failing = False
@@ -110,36 +109,27 @@ class Heartbeat(PolicyMiddleware):
         state.last_polled_at = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        self._workers.append(worker)
-        if self._thread is None:
+        if not self._thread.workers:
             self._since = time.monotonic()
-            self._stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self._beat, args=(self._stop,), name="dramatiq_policies.heartbeat", daemon=True
-            )
-            self._thread.start()
+        self._thread.add_worker(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        if worker in self._workers:
-            self._workers.remove(worker)
-        if not self._workers and self._thread is not None:
-            self._stop.set()
-            self._thread.join(2)
-            self._thread = None
+        self._thread.remove_worker(worker)
+        self._thread.join(2)
 
     def well(self) -> bool:
         """Return whether this process is well; False before its worker has started."""
         state = self.attached_to
-        if state is None or not self._workers:
+        if state is None or not self._thread.workers:
             return False
         stuck = 0 if state.timeout is None else len(state.timeout.still_stuck())
         if state.stopping.is_set():
-            return stuck < sum(worker.worker_threads for worker in self._workers)
-        if stuck >= sum(thread.is_alive() for worker in self._workers for thread in worker.workers):
+            return stuck < sum(worker.worker_threads for worker in self._thread.workers)
+        if stuck >= sum(thread.is_alive() for worker in self._thread.workers for thread in worker.workers):
             return False
         now, polled = time.monotonic(), state.last_polled_at or {}
         silent = False
-        for worker in self._workers:
+        for worker in self._thread.workers:
             for queue, consumer in list(worker.consumers.items()):
                 if consumer.paused:
                     continue

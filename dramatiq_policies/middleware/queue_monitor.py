@@ -14,6 +14,7 @@ from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from ..observability.private_files import require_file_locks
 from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
+from .background_thread import BackgroundThread
 from .base import PolicyMiddleware
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ class QueueMonitor(PolicyMiddleware):
         self._reader: QueueReader | None = None
         #: Held while reading: only one thread may use a reader.
         self._reading = threading.Lock()
-        self._workers: list[Worker] = []
-        self._stop: threading.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = BackgroundThread("queue-monitor", self.run_forever)
         self._watching = 0
         self._elected = False
         #: The number of failed readings in a row.
@@ -130,28 +129,14 @@ class QueueMonitor(PolicyMiddleware):
             state.last_received = {}
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        if not self.in_workers:
-            return
-        self._workers.append(worker)
-        if self._thread is None:
-            # A fresh event for each thread: a thread that ends late must not miss its own stop.
-            self._stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self.run_forever, args=(self._stop,), name="dramatiq_policies.queue_monitor", daemon=True
-            )
-            self._thread.start()
+        if self.in_workers:
+            self._thread.add_worker(worker)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        if worker in self._workers:
-            self._workers.remove(worker)
-        if not self._workers and self._stop is not None:
-            self._stop.set()
+        self._thread.remove_worker(worker)
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        if not self._workers and self._thread is not None:
-            # A reading may wait for a server that is down; the thread ends later then.
-            self._thread.join(2)
-            self._thread = None
+        self._thread.join(2)
 
     # On the thread, and in ``dramatiq-policies monitor``.
 
@@ -210,9 +195,9 @@ class QueueMonitor(PolicyMiddleware):
             with self._reading:
                 reader = self._get_reader()
                 note: dict[str, Any] = reader.report()
-                if self._workers:
-                    note["threads"] = sum(worker.worker_threads for worker in self._workers)
-                    note["busy"] = sum(_busy(worker) for worker in self._workers)
+                if self._thread.workers:
+                    note["threads"] = sum(worker.worker_threads for worker in self._thread.workers)
+                    note["busy"] = sum(_busy(worker) for worker in self._thread.workers)
                 election.publish(note)
                 if self._stands_back:
                     self._stands_back = False

@@ -128,7 +128,7 @@ class Statsd:
             self._waiting, self._hurry = queue.SimpleQueue(), threading.Event()
             self._pid = getpid()
             threading.Thread(
-                target=self._work, args=(self._waiting, self._hurry), name="dramatiq_policies.statsd", daemon=True
+                target=self._work, args=(self._waiting, self._hurry), name="dramatiq-policies-statsd", daemon=True
             ).start()
         if self._waiting.qsize() < _WAITING:
             self._waiting.put(item)

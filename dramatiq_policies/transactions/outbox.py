@@ -21,6 +21,7 @@ from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..delivery.direct import is_direct
 from ..errors import ConfigurationError, checked_duration
+from ..middleware.background_thread import BackgroundThread
 from ..middleware.base import PolicyMiddleware, arrangement_of
 from .database import Connection, Database, is_missing_table
 from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxTable
@@ -79,9 +80,7 @@ class Outbox(PolicyMiddleware):
 
     def reset_after_fork(self) -> None:
         """Start without a relay: the thread is the parent's."""
-        self._workers: list[Worker] = []
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = BackgroundThread("outbox", self.run_relay)
 
     # For subclasses.
 
@@ -228,21 +227,11 @@ class Outbox(PolicyMiddleware):
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         if not self.relay or self.is_inline:
             return
-        self._workers.append(worker)
-        if self._thread is None:
-            self._stop = stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self.run_relay, args=(stop,), name="dramatiq-policies-outbox", daemon=True
-            )
-            self._thread.start()
+        self._thread.add_worker(worker)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        if worker in self._workers:
-            self._workers.remove(worker)
-        if not self._workers and self._thread is not None:
-            self._stop.set()
-            self._thread.join(_SHUTDOWN)
-            self._thread = None
+        self._thread.remove_worker(worker)
+        self._thread.join(_SHUTDOWN)
 
 
 class Scope:

@@ -557,7 +557,7 @@ def wait_until(condition):
 
 
 def threads_of_leases():
-    return [thread for thread in threading.enumerate() if thread.name == "dramatiq_policies.leases"]
+    return [thread for thread in threading.enumerate() if thread.name == "dramatiq-policies-leases"]
 
 
 @pytest.fixture

@@ -925,7 +925,7 @@ def test_a_worker_starts_though_its_store_can_not_say_what_it_lacks(caplog):
 
 def test_the_thread_that_renews_leases_ends_with_its_worker():
     def renewing():
-        return [thread for thread in threading.enumerate() if thread.name == "dramatiq_policies.leases"]
+        return [thread for thread in threading.enumerate() if thread.name == "dramatiq-policies-leases"]
 
     before = renewing()
     stage = Stage()

@@ -83,7 +83,7 @@ def test_an_ack_that_is_lost_while_the_worker_stops_is_logged_and_the_message_is
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer, message = taken(redis_place.app())
-    fail_once(monkeypatch, consumer.transport, "_settle", ConnectionClosed("gone"))
+    fail_once(monkeypatch, consumer.transport.settling, "run", ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.transport.ack(message)
     assert f"Message {message.message_id} could not be acknowledged and will be redelivered: gone" in caplog.text

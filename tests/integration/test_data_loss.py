@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
-from dramatiq_policies.brokers.redis.transport import RedisTransport
+from dramatiq_policies.brokers.redis.settle_script import SettleScript
 
 from .places import Gate, RedisPlace, until
 
@@ -140,7 +140,7 @@ def test_an_acknowledgement_that_is_sent_twice_is_no_loss(
 ) -> None:
     """As after a reply that was lost with its connection."""
     job = Job(redis_place)
-    settle = RedisTransport._settle
+    settle = SettleScript.run
     again = []
 
     def twice(self, *args):
@@ -148,7 +148,7 @@ def test_an_acknowledgement_that_is_sent_twice_is_no_loss(
         again.append(settle(self, *args))
         return again[-1]
 
-    monkeypatch.setattr(RedisTransport, "_settle", twice)
+    monkeypatch.setattr(SettleScript, "run", twice)
     job.gate.set()
     with job.app.working(threads=1):
         job.begin(1)

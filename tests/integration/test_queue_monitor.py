@@ -298,7 +298,7 @@ def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: No
             worker.stop()
             broker.close()
     assert len(told) == 1
-    assert "dramatiq_policies.queue_monitor" not in {thread.name for thread in threading.enumerate()}
+    assert "dramatiq-policies-queue-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
 @contextmanager

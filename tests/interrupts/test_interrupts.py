@@ -298,7 +298,7 @@ def test_each_job_is_interrupted_at_its_own_deadline():
 
 
 def timer_threads():
-    return [t for t in threading.enumerate() if t.name == "dramatiq_policies.timer"]
+    return [t for t in threading.enumerate() if t.name == "dramatiq-policies-timer"]
 
 
 def test_one_timer_thread_serves_all():

@@ -336,7 +336,7 @@ def test_a_reading_on_request_sends_the_gauges_too():
 
 
 def monitoring():
-    return [thread for thread in threading.enumerate() if thread.name == "dramatiq_policies.queue_monitor"]
+    return [thread for thread in threading.enumerate() if thread.name == "dramatiq-policies-queue-monitor"]
 
 
 def test_it_runs_beside_a_worker_and_ends_with_it_and_runs_beside_the_next():
@@ -434,7 +434,7 @@ def test_one_thread_watches_for_all_workers_of_a_process_and_it_may_be_asked_mea
     for worker in workers:
         worker.start()
     try:
-        threads = [one for one in threading.enumerate() if one.name == "dramatiq_policies.queue_monitor"]
+        threads = [one for one in threading.enumerate() if one.name == "dramatiq-policies-queue-monitor"]
         assert len(threads) == 1
         until(lambda: queue.monitor._watching)
         workers.pop().stop()

@@ -75,7 +75,7 @@ class RedisDelayTransport(RedisTransport):
             step = OutgoingMessage(move.moved)
             try:
                 redis_id = move.message.options["redis_message_id"]
-                sent.append((move, step, redis_id, self._settling(redis_id, sends=self._encode(step))))
+                sent.append((move, step, redis_id, self.settling.command(redis_id, sends=self._encode(step))))
             except Exception as error:
                 move.error = error
         answers = self.call(self.trips.answers, [command for *_, command in sent]) if sent else []

@@ -9,10 +9,9 @@ as a lost connection, except permanent errors (see `calls`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from importlib import resources
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from uuid import uuid4
 
 import redis
@@ -32,25 +31,19 @@ from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
-from ...idempotency.claim import Claim, claim_of
+from ...idempotency.claim import claim_of
 from ..ended import Ended, is_keyed, left_of
 from .calls import RedisCalls
 from .data_loss import DataLoss
 from .prefetch import InFlight, PrefetchWindow
 from .recovery import Recovery
-
-if TYPE_CHECKING:
-    from ...stores.redis import RedisStore
+from .settle_script import MISSING, SettleScript
 
 __all__ = ["RedisTransport"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-_FETCH, _SETTLE = (
-    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("fetch", "settle")
-)
-#: The reply of the script for a settled message that Redis no longer had.
-_MISSING = 2
+_FETCH = Script(resources.files(__package__).joinpath("fetch.lua").read_text())
 #: Seconds between two looks for messages lost with a reply. A loss may raise no error: if the client repeats the fetch by
 #: itself, the second reply holds other messages.
 _LOOK_EVERY = 5.0
@@ -66,15 +59,13 @@ class RedisTransport(Transport):
         self.client = inner.broker.client
         self.trips = state.shared(CommandBatcher, self.client)
         self.call = state.shared(RedisCalls, state)
+        self.settling = SettleScript(state, queue_name, self.call, self.trips)
         self.timeout_ms = inner.timeout
         self.ended = state.shared(Ended)
         self.losses = state.shared(DataLoss, state, self.trips)
         #: Fetched messages, not yet taken: id, body, and b"1" if recovered from a dead worker.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
         self.places = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
-        #: The store of the last claim, and whether the store is on this server.
-        self.store: RedisStore | None = None
-        self.beside_store = False
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
         #: Time of the last look for lost messages. The start value makes the first fetch look.
@@ -178,7 +169,7 @@ class RedisTransport(Transport):
             if "do_ack" in vars(self.broker):
                 # An instrumentation or a test has replaced Dramatiq's method.
                 self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
-            elif (settled := self._settle(self._over(message), b"", [])) != 1:
+            elif (settled := self.settling.run(self._over(message))) != 1:
                 self.losses.missing(self.source, redis_id)
                 if not settled:
                     self._not_acked(message)
@@ -199,13 +190,13 @@ class RedisTransport(Transport):
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
         redis_id = self._over(message)
-        completes, keep = claim_of(delivery) if self.completes(delivery) else None, False
+        completes, keep = claim_of(delivery) if self.settling.completes(delivery) else None, False
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
-        settled = None if completes is None else self._complete(redis_id, body, sends, completes)
+        settled = None if completes is None else self.settling.run_with_completion(redis_id, body, sends, completes)
         if settled is None:
             # Two steps: the key is completed between publish and acknowledgement.
             completes, keep = None, delivery.completes_key()
-            settled = self._settle(redis_id, body, sends, keep)
+            settled = self.settling.run(redis_id, body, sends, keep)
         if settled != 1 and not keep:
             self.losses.missing(self.source, redis_id)
         if not settled:
@@ -257,65 +248,18 @@ class RedisTransport(Transport):
         return queue, redis_id, self.encoded(message)
 
     def completes(self, delivery: Delivery) -> bool:
-        if not delivery.completes_key():
-            return False
-        store = self.state.idempotency.claims.store
-        if store is not self.store:
-            self.store = cast("RedisStore", store)
-            shares = getattr(store, "is_beside", None)
-            self.beside_store = shares is not None and shares(self.client)
-        return self.beside_store
+        return self.settling.completes(delivery)
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
-        if not self.completes(delivery):
+        if not self.settling.completes(delivery):
             return super().completion(delivery)
-        return self._settling(self._over(delivery.message), completes=claim_of(delivery)), True
+        return self.settling.command(self._over(delivery.message), completes=claim_of(delivery)), True
 
     def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
         super().acked_by_completion(delivery, reply)
-        if reply == _MISSING:
+        if reply == MISSING:
             self.losses.missing(self.source, delivery.message.options["redis_message_id"])
         self._release(delivery.message)
-
-    def _complete(self, redis_id: str, dead: bytes, sends: list[str | bytes], claim: Claim) -> int | None:
-        """Settle a message and complete the key in a single step. Returns None if two steps are needed.
-
-        The command goes over the store's connection, to share round trips, and over the broker's connection if the store's
-        connection fails. The script may be repeated.
-        """
-        command = self._settling(redis_id, dead, sends, completes=claim)
-        assert self.store is not None  # As above.
-        try:
-            return int(self.store.trips.call(*command))
-        except redis.DataError:
-            raise
-        except (redis.RedisError, OSError):
-            try:
-                return int(self.trips.call(*command))
-            except (redis.RedisError, OSError):
-                # Perhaps this user may not touch the store's keys. If the server is down, the next step raises.
-                return None
-
-    def _settle(self, redis_id: str, dead: bytes, sends: list[str | bytes], keep: bool = False) -> int:
-        return int(self.call(self.trips.call, *self._settling(redis_id, dead, sends, keep)))
-
-    def _settling(
-        self,
-        redis_id: str,
-        dead: bytes = b"",
-        sends: Sequence[str | bytes] = (),
-        keep: bool = False,
-        completes: Claim | None = None,
-    ) -> tuple[Any, ...]:
-        broker: Any = self.broker
-        keys, completed, ttl, held = [broker.namespace], b"", 0, b""
-        if completes is not None:
-            assert self.store is not None  # `completes` has set it.
-            keys.append(self.store.name_of(completes.name))
-            completed, ttl = self.state.idempotency.claims.completed_record(completes), completes.retention
-            held = completes.value
-        args = [broker.broker_id, self.source, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
-        return _SETTLE.command(keys, args)
 
     def requeue(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]

@@ -1,0 +1,105 @@
+"""Settle a message on Redis in one step: publish the outbox, store the dead letter, complete the key, acknowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any, cast
+
+import redis
+
+from ..._redis import CommandBatcher, Script
+from ...idempotency.claim import Claim
+from .calls import RedisCalls
+
+if TYPE_CHECKING:
+    from ...delivery.broker_state import BrokerState
+    from ...delivery.delivery import Delivery
+    from ...stores.redis import RedisStore
+
+__all__ = ["MISSING", "SettleScript"]
+
+_SETTLE = Script(resources.files(__package__).joinpath("settle.lua").read_text())
+#: The reply of the script for a settled message that Redis no longer had.
+MISSING = 2
+
+
+class SettleScript:
+    """Runs the script for the messages of one queue. A repeated call does nothing, and returns 0.
+
+    Parameters:
+      state: The state of the broker.
+      queue: The queue of the messages.
+      call: Calls Redis, and translates errors.
+      trips: Sends commands over the broker's connection.
+    """
+
+    def __init__(self, state: BrokerState, queue: str, call: RedisCalls, trips: CommandBatcher) -> None:
+        self._state = state
+        self._broker: Any = state.broker
+        self._queue = queue
+        self._call = call
+        self._trips = trips
+        #: The store of the last claim, and whether the store is on this server.
+        self._store: RedisStore | None = None
+        self._is_beside = False
+
+    def completes(self, delivery: Delivery) -> bool:
+        """Whether the script can also complete the delivery's key: the store is on this server."""
+        if not delivery.completes_key():
+            return False
+        store = self._state.idempotency.claims.store
+        if store is not self._store:
+            self._store = cast("RedisStore", store)
+            is_beside = getattr(store, "is_beside", None)
+            self._is_beside = is_beside is not None and is_beside(self._broker.client)
+        return self._is_beside
+
+    def run(self, redis_id: str, dead: bytes = b"", sends: Sequence[str | bytes] = (), keep: bool = False) -> int:
+        """Settle a message. Returns 0 if this process no longer holds the message, else 1 or `MISSING`.
+
+        Parameters:
+          redis_id: The id of the message.
+          dead: The dead letter; empty for none.
+          sends: The outbox: queue, id and body of each message.
+          keep: Whether to leave the message unacknowledged.
+        """
+        return int(self._call(self._trips.call, *self.command(redis_id, dead, sends, keep)))
+
+    def run_with_completion(self, redis_id: str, dead: bytes, sends: Sequence[str | bytes], claim: Claim) -> int | None:
+        """Settle a message and complete the key. Returns None if two steps are needed.
+
+        The command goes over the store's connection, to share round trips, and over the broker's connection if the store's
+        connection fails.
+        """
+        command = self.command(redis_id, dead, sends, completes=claim)
+        assert self._store is not None  # `completes` has set it.
+        try:
+            return int(self._store.trips.call(*command))
+        except redis.DataError:
+            raise
+        except (redis.RedisError, OSError):
+            try:
+                return int(self._trips.call(*command))
+            except (redis.RedisError, OSError):
+                # Perhaps this user may not touch the store's keys. If the server is down, the next step raises.
+                return None
+
+    def command(
+        self,
+        redis_id: str,
+        dead: bytes = b"",
+        sends: Sequence[str | bytes] = (),
+        keep: bool = False,
+        completes: Claim | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the command that settles a message."""
+        broker = self._broker
+        keys, completed, ttl, held = [broker.namespace], b"", 0, b""
+        if completes is not None:
+            assert self._store is not None  # As above.
+            keys.append(self._store.name_of(completes.name))
+            completed, ttl = self._state.idempotency.claims.completed_record(completes), completes.retention
+            held = completes.value
+        args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
+        return _SETTLE.command(keys, args)
