@@ -17,6 +17,7 @@ from .explain import explain
 from .help import WholeSummaries, add_examples
 from .keys import keys
 from .new import new
+from .outbox import outbox
 from .queues import monitor, queues
 
 __all__ = ["main"]
@@ -71,6 +72,6 @@ def main() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-for command in (check, new, explain, dead, queues, monitor, keys):
+for command in (check, new, explain, dead, queues, outbox, monitor, keys):
     main.add_command(command)
 add_examples(main)

@@ -77,7 +77,7 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
 def show(
     app: str, path: tuple[str, ...], names: tuple[str, ...], watch: bool, interval: int, fail_on_breach: bool, form: str
 ) -> int:
-    """Ready, delayed, running, dead, and the age of the oldest ready message, for each queue of APP.
+    """Ready, delayed, running, dead, and the age of the oldest ready message, for each queue of APP, and for its outbox.
 
     "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading.
     """
@@ -87,7 +87,7 @@ def show(
     if watch:
         _watch(broker, names, interval, form)
         return 0
-    states = ops.read_queues(broker, names)
+    states = _read(broker, names)
     with ignore_broken_pipe():
         if form == "json":
             print_json([state.asdict() for state in states])
@@ -99,11 +99,22 @@ def show(
     return 1 if fail_on_breach and any(state.breaches for state in states) else 0
 
 
+def _read(broker: Any, names: tuple[str, ...], reader: Any = None) -> list[ops.QueueState]:
+    """Read the queues, and the outbox unless queues are named. A database that can't be read hides no queue."""
+    states = ops.read_queues(broker, names, reader=reader)
+    try:
+        outbox = None if names else ops.read_outbox_row(broker)
+    except ops.OperationError as error:
+        click.echo(printable_text(error), err=True)
+        outbox = None
+    return states if outbox is None else [*states, outbox]
+
+
 def _row(state: ops.QueueState) -> list[Any]:
     reading = state.reading
     late = {_MEASURES[breach.measure] for breach in state.breaches}
     cells = {
-        "queue": reading.queue if state.declared else f"{reading.queue} (no actor)",
+        "queue": "(outbox)" if state.is_outbox else reading.queue if state.declared else f"{reading.queue} (no actor)",
         **{name: getattr(reading, name) for name in ("ready", "delayed", "running", "dead")},
         "oldest": None if reading.oldest_ms is None else format_duration(reading.oldest_ms) if reading.ready else None,
     }
@@ -120,7 +131,7 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
             out.screen(hide_cursor=True) if out.is_terminal and form == "human" else contextlib.nullcontext() as screen
         ):
             while True:
-                states = ops.read_queues(broker, names, reader=reader)
+                states = _read(broker, names, reader)
                 changes = {state.reading.queue: _change(before, state.reading) for state in states}
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 if form == "json":

@@ -86,6 +86,16 @@ class ShutdownDefault(Protocol):
     notify_shutdown: bool
 
 
+class OutboxCount(Protocol):
+    """How many messages wait in the outbox, and the age of the oldest one in milliseconds."""
+
+    @property
+    def pending(self) -> int: ...
+
+    @property
+    def oldest_ms(self) -> int: ...
+
+
 class DeliverySettings(NamedTuple):
     """Settings of the ErrorClassifier that hold for every message.
 
@@ -144,6 +154,7 @@ class BrokerState:
       last_polled_at: When each consumer last asked the broker, in monotonic seconds. None unless `Heartbeat` reads the times
         (`PolicyConsumer`).
       queues: What the transports of each queue share (`queue`).
+      read_outbox: Counts the messages of the outbox; None without an outbox (`Outbox`).
       moving_delayed: Per thread, whether a due message is being moved out of the delay queue (`moving_delayed`).
       requeue_after_shutdown: The calls that requeue messages after the worker has shut down, and not before (StubBroker).
       fatal: The error because of which this process must end; None if all is well (`RedisCalls`).
@@ -162,6 +173,7 @@ class BrokerState:
         self.failure_level: int | None = None
         self.last_received: dict[str, Message[Any]] | None = None
         self.last_polled_at: dict[str, float] | None = None
+        self.read_outbox: Callable[[], OutboxCount] | None = None
         self._shared: dict[object, object] = {}
         self.reset_after_fork()
         after_fork(self)

@@ -12,8 +12,9 @@ from ..common.durations import CENTURY_MS
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
+from ..observability.outbox_reader import OutboxReader
 from ..observability.private_files import require_file_locks
-from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
+from ..observability.queue_thresholds import OUTBOX, OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
 from .background_thread import BackgroundThread
 from .base import PolicyMiddleware
 
@@ -52,14 +53,16 @@ class QueueMonitor(PolicyMiddleware):
 
     The monitor alerts once per breach, and again only after the value has fallen to 80 % of the threshold.
 
-    The gauges for StatsD are ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms``, ``workers.busy`` and
-    ``workers.threads``. With DogStatsD they are ``queues.ready`` and so on, with the tag ``queue``. The ``workers`` gauges are sums
+    The gauges for StatsD are ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms``, ``workers.busy``,
+    ``workers.threads``, and with an outbox ``outbox.pending`` and ``outbox.oldest_ms``. With DogStatsD they are ``queues.ready`` and so on, with the tag ``queue``. The ``workers`` gauges are sums
     over the processes of the command, with Redis over all hosts.
 
     Parameters:
       interval: The time between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.
       thresholds: A `Threshold` by queue name or by ``fnmatch`` pattern (``"mail.*"``). A queue's own name goes first, then the
         first pattern that matches. Put ``"*"`` last for all other queues.
+      outbox: The `Threshold` of the outbox: ``ready`` for the messages that wait there, ``oldest`` for the age of the oldest one.
+        Default None: no alert.
       on_alert: The receiver of each `QueueAlert`: a callable, ``"log"`` (default: a WARNING on ``dramatiq_policies.alerts`` with
         fields in ``extra``), ``"sentry"``, or a list of these. Errors of a callable are logged.
       client: A client for the gauges, as for `Metrics`. Default None: the client of the broker's Metrics; without Metrics the
@@ -76,6 +79,7 @@ class QueueMonitor(PolicyMiddleware):
         *,
         interval: int | timedelta = 15_000,
         thresholds: Mapping[str, Threshold] | None = None,
+        outbox: Threshold | None = None,
         on_alert: OnAlert | None = None,
         client: Any = None,
         queue_prefix: str | None = None,
@@ -89,7 +93,7 @@ class QueueMonitor(PolicyMiddleware):
         if not isinstance(in_workers, bool):
             raise ConfigurationError.of_option("QueueMonitor", "in_workers", "True or False", in_workers)
         self.in_workers = in_workers
-        self._tracker = ThresholdTracker(thresholds)
+        self._tracker = ThresholdTracker(thresholds, outbox)
         self._notifiers = notifiers(on_alert)
         #: Whether alerts are log records, which need a handler.
         self.logs_alerts = on_alert in (None, "log") or (isinstance(on_alert, (list, tuple)) and "log" in on_alert)
@@ -112,6 +116,7 @@ class QueueMonitor(PolicyMiddleware):
         #: The number of failed readings in a row.
         self._failed = 0
         self._stands_back = False
+        self._outbox = OutboxReader()
 
     def for_stub(self) -> Self:
         stub = super().for_stub()
@@ -164,6 +169,11 @@ class QueueMonitor(PolicyMiddleware):
                     self._reader.close()
                 self._elected = False
             election.resign()
+
+    @property
+    def outbox(self) -> Threshold | None:
+        """The threshold of the outbox."""
+        return self._tracker.outbox
 
     @property
     def thresholds(self) -> list[Threshold]:
@@ -239,6 +249,9 @@ class QueueMonitor(PolicyMiddleware):
 
     def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
         readings = self._get_reader().read_all()
+        outbox = self._outbox.read(self._get_reader().broker, self.interval)
+        if outbox is not None:
+            readings.append(outbox)
         return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)]
 
     def _tell(self, found: list[QueueAlert]) -> None:
@@ -260,6 +273,12 @@ class QueueMonitor(PolicyMiddleware):
         queues = "queues" if queues is None else queues
         values: list[Value] = []
         for reading in readings:
+            if reading.queue == OUTBOX:
+                values += [
+                    ("g", "outbox.pending", reading.ready or 0, ()),
+                    ("g", "outbox.oldest_ms", reading.oldest_ms or 0, ()),
+                ]
+                continue
             prefix = queues if statsd.tagged else f"{queues}.{metric_name(reading.queue)}"
             tags = tag_list({"queue": reading.queue})
             for name in ("ready", "delayed", "dead", "oldest_ms"):

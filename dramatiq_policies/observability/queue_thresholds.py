@@ -15,10 +15,12 @@ from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 
-__all__ = ["OnAlert", "QueueAlert", "Threshold", "ThresholdTracker", "notifiers"]
+__all__ = ["OUTBOX", "OnAlert", "QueueAlert", "Threshold", "ThresholdTracker", "notifiers"]
 
 logger = SafeLogger("dramatiq_policies.alerts")
 
+#: The name of the outbox among the queues. No queue has this name, and no pattern of a user stands for it.
+OUTBOX = "\0outbox"
 #: A breach ends when the value falls to this share of the threshold.
 _DOWN = 0.8
 
@@ -85,6 +87,7 @@ class QueueAlert:
       value: The reading; in milliseconds for ``oldest`` and ``stalled``.
       threshold: The threshold, in the same unit.
       cleared: Whether the breach has ended.
+      is_outbox: Whether the alert is about the outbox; then ``queue`` is ``"outbox"``.
     """
 
     queue: str
@@ -92,6 +95,19 @@ class QueueAlert:
     value: int
     threshold: int
     cleared: bool = False
+    is_outbox: bool = False
+
+    @classmethod
+    def of(cls, queue: str, measure: str, value: int, threshold: int, *, cleared: bool = False) -> QueueAlert:
+        """Make the alert of a queue, or of `OUTBOX`."""
+        return cls(
+            queue=queue.removeprefix("\0"),
+            measure=measure,
+            value=value,
+            threshold=threshold,
+            cleared=cleared,
+            is_outbox=queue == OUTBOX,
+        )
 
     def __str__(self) -> str:
         value, limit = (
@@ -105,7 +121,8 @@ class QueueAlert:
             "stalled": f"messages wait, and workers have received none for {value}",
             "dead": counted(self.value, "dead letter"),
         }[self.measure]
-        return f"Queue {self.queue}: {what} (threshold {limit}){('; the breach has ended' if self.cleared else '')}"
+        where = "Outbox" if self.is_outbox else f"Queue {self.queue}"
+        return f"{where}: {what} (threshold {limit}){('; the breach has ended' if self.cleared else '')}"
 
 
 class ThresholdTracker:
@@ -113,12 +130,14 @@ class ThresholdTracker:
 
     Parameters:
       thresholds: Thresholds by queue name or pattern. An exact name wins over patterns, then the first matching pattern wins.
+      outbox: The threshold of the outbox.
 
     Raises:
-      ConfigurationError: ``thresholds`` is no mapping of names to thresholds.
+      ConfigurationError: ``thresholds`` is no mapping of names to thresholds, or ``outbox`` has other measures than ``ready`` and
+        ``oldest``.
     """
 
-    def __init__(self, thresholds: Mapping[str, Threshold] | None) -> None:
+    def __init__(self, thresholds: Mapping[str, Threshold] | None, outbox: Threshold | None = None) -> None:
         given: Any = {} if thresholds is None else thresholds
         if not isinstance(given, Mapping):
             raise ConfigurationError.of_option("QueueMonitor", "thresholds", "a mapping of queue names", given)
@@ -130,6 +149,14 @@ class ThresholdTracker:
                     "names or patterns of queues, each with a Threshold",
                     {queue: threshold},
                 )
+        checked: Any = outbox
+        if outbox is not None and not (
+            isinstance(checked, Threshold) and outbox.stalled is None and outbox.dead is None
+        ):
+            raise ConfigurationError.of_option(
+                "QueueMonitor", "outbox", "a Threshold of ready, oldest, or both", outbox
+            )
+        self.outbox = outbox
         self._thresholds: dict[str, Threshold] = dict(given)
         #: Open breaches: (queue, measure).
         self.open: set[tuple[str, str]] = set()
@@ -137,13 +164,15 @@ class ThresholdTracker:
     @property
     def thresholds(self) -> list[Threshold]:
         """All thresholds, in their order."""
-        return list(self._thresholds.values())
+        return [*self._thresholds.values(), *(() if self.outbox is None else (self.outbox,))]
 
     def reset(self) -> ThresholdTracker:
         """Return a new tracker with the same thresholds and no open breaches."""
-        return ThresholdTracker(self._thresholds)
+        return ThresholdTracker(self._thresholds, self.outbox)
 
     def threshold_of(self, queue: str) -> Threshold | None:
+        if queue == OUTBOX:
+            return self.outbox
         exact = self._thresholds.get(queue)
         if exact is not None:
             return exact
@@ -159,13 +188,11 @@ class ThresholdTracker:
             what = (reading.queue, measure)
             if what not in self.open and value >= limit:
                 self.open.add(what)
-                found.append(QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit))
+                found.append(QueueAlert.of(reading.queue, measure, value, limit))
             elif what in self.open and value <= limit * _DOWN:
                 self.open.discard(what)
                 if threshold.notify_clear:
-                    found.append(
-                        QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit, cleared=True)
-                    )
+                    found.append(QueueAlert.of(reading.queue, measure, value, limit, cleared=True))
         return found
 
 

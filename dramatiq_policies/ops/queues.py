@@ -11,14 +11,15 @@ from dramatiq.errors import ConnectionClosed
 from .._dramatiq import kind_of
 from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..middleware.queue_monitor import QueueMonitor
-from ..observability.queue_thresholds import QueueAlert
+from ..observability.queue_thresholds import OUTBOX, QueueAlert
 from .app import OperationError, known_queues, one_line
+from .outbox import read_outbox
 from .undeclared import find_any_queue, undeclared_queues
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-__all__ = ["QueueState", "monitor_of", "read_queues"]
+__all__ = ["QueueState", "monitor_of", "read_outbox_row", "read_queues"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,13 @@ class QueueState:
       reading: The counts of messages.
       breaches: The exceeded thresholds of the broker's QueueMonitor.
       declared: Whether an actor uses the queue.
+      is_outbox: Whether this is the outbox: ``ready`` counts the messages that wait there.
     """
 
     reading: QueueReading
     breaches: tuple[QueueAlert, ...] = ()
     declared: bool = True
+    is_outbox: bool = False
 
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
@@ -41,6 +44,8 @@ class QueueState:
         found = {**asdict(self.reading), "breaches": breaches, "declared": self.declared}
         if not self.reading.ready:
             found["oldest_ms"] = None  # Printed as "-" in the table.
+        if self.is_outbox:
+            found.update(queue="outbox", outbox=True)
         return found
 
 
@@ -70,6 +75,19 @@ def read_queues(broker: Broker, queues: Iterable[str] = (), *, reader: QueueRead
     return [QueueState(reading, _breaches(monitor, reading), reading.queue in declared) for reading in readings]
 
 
+def read_outbox_row(broker: Broker) -> QueueState | None:
+    """Return the state of the outbox as a row of the queues; None without an outbox.
+
+    Raises:
+      OperationError: The database can't be read, or has no table.
+    """
+    stats = read_outbox(broker)
+    if stats is None:
+        return None
+    reading = QueueReading(queue=OUTBOX, ready=stats.pending, oldest_ms=stats.oldest_ms)
+    return QueueState(reading, _breaches(monitor_of(broker), reading), is_outbox=True)
+
+
 def _unreachable(broker: Broker, error: ConnectionClosed) -> OperationError:
     cause = error.__cause__ or error.__context__ or error
     if kind_of(broker) == "rabbitmq":
@@ -93,7 +111,7 @@ def _breaches(monitor: QueueMonitor | None, reading: QueueReading) -> tuple[Queu
     if threshold is None:
         return ()
     return tuple(
-        QueueAlert(queue=reading.queue, measure=measure, value=value, threshold=limit)
+        QueueAlert.of(reading.queue, measure, value, limit)
         for measure, value, limit in threshold.measures(reading)
         if value >= limit
     )

@@ -61,6 +61,8 @@ class KeyTable:
       ConfigurationError: The namespace is invalid.
     """
 
+    #: 0.1.0 has no such store, so every record may have the form of today.
+    may_hold_earlier_records = False
     #: How to make the table, for the error that it is missing.
     how_to_create = ""
 

@@ -24,7 +24,7 @@ from ..errors import ConfigurationError, checked_duration
 from ..middleware.background_thread import BackgroundThread
 from ..middleware.base import PolicyMiddleware, arrangement_of
 from .database import Connection, Database, is_missing_table
-from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxTable
+from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxStats, OutboxTable
 from .publication import Publication
 from .publisher import Publisher, Ticket
 from .relay import Relay
@@ -140,6 +140,10 @@ class Outbox(PolicyMiddleware):
             return self.add(scope, message, delay)
 
         broker.enqueue = enqueue  # type: ignore[method-assign]
+        state.read_outbox = self._stats
+
+    def _stats(self) -> OutboxStats:
+        return self.database.run(self.table.stats)
 
     def for_stub(self) -> Self:
         stub = super().for_stub()

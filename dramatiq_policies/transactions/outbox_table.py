@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .database import NOW, OUTBOX, Connection, for_update_skip_locked
 
-__all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxRow", "OutboxStats", "OutboxTable", "Row", "Selection"]
+__all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxStats", "OutboxTable", "Row", "Selection"]
 
 #: The kinds of rows: publish this message; count this member of a group, and publish what follows.
 MESSAGE, MEMBER = "message", "member"
@@ -58,6 +58,14 @@ class OutboxRow(NamedTuple):
     error: str
     due_in_ms: int
     is_leased: bool
+
+
+class OutboxGroup(NamedTuple):
+    """How many rows of an actor in a queue wait."""
+
+    actor: str
+    queue: str
+    messages: int
 
 
 class OutboxStats(NamedTuple):
@@ -203,6 +211,28 @@ class OutboxTable:
         )
 
     # The operator's side.
+
+    def ids_with_prefix(self, connection: Connection, prefix: str, limit: int) -> list[str]:
+        """Return message ids that begin with a text, at most ``limit``."""
+        pattern = "".join(f"!{one}" if one in "!%_" else one for one in prefix) + "%"
+        found = connection.execute(
+            f"SELECT DISTINCT message_id FROM {OUTBOX} WHERE namespace = :namespace"  # noqa: S608
+            " AND message_id LIKE :pattern ESCAPE '!' ORDER BY message_id LIMIT :limit",
+            namespace=self.namespace,
+            pattern=pattern,
+            limit=limit,
+        )
+        return [message_id for (message_id,) in found.rows]
+
+    def count(self, connection: Connection, selection: Selection | None = None) -> list[OutboxGroup]:
+        """Count rows by actor and queue, the most frequent first."""
+        where, params = self._selected(selection)
+        found = connection.execute(
+            f"SELECT actor, queue, COUNT(*) FROM {OUTBOX} WHERE {where} GROUP BY actor, queue"  # noqa: S608
+            " ORDER BY COUNT(*) DESC, actor, queue",
+            **params,
+        )
+        return [OutboxGroup(actor, queue, int(count)) for actor, queue, count in found.rows]
 
     def list(self, connection: Connection, selection: Selection | None = None, limit: int = 100) -> list[OutboxRow]:
         """Return rows, the oldest first."""

@@ -13,6 +13,7 @@ from dramatiq.middleware import ShutdownNotifications as StockShutdownNotificati
 
 from ..._dramatiq import kind_of
 from ...common.durations import seconds_hint
+from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
 from ...middleware.error_classifier import ErrorClassifier
@@ -21,6 +22,7 @@ from ...middleware.queue_monitor import QueueMonitor
 from ...middleware.shutdown import ShutdownNotifications
 from ...middleware.timeout import Timeout
 from ...stores.memory import MemoryStore
+from ...transactions.outbox import outbox_on
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -72,6 +74,11 @@ def _thresholds(broker: Broker) -> Found:
     for queue in sorted({actor.queue_name for actor in broker.actors.values()}):
         if monitor.threshold_of(queue) is None:
             yield "DP019", f"The queue {queue!r} has no threshold"
+    has_outbox = outbox_on(state_of(broker)) is not None
+    if has_outbox and monitor.outbox is None:
+        yield "DP031", "The outbox has no threshold"
+    elif monitor.outbox is not None and not has_outbox:
+        yield "DP031", "QueueMonitor has a threshold for the outbox, and the broker has no outbox"
 
 
 def _memory_store(broker: Broker) -> Found:

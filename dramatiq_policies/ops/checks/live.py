@@ -10,9 +10,13 @@ from dramatiq.common import dq_name, xq_name
 
 from ... import _dramatiq
 from ..._dramatiq import kind_of
+from ...common.plurals import counted
 from ...delivery.broker_state import state_of
+from ...errors import MissingTable
 from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
+from ...transactions.database import is_missing_table
+from ...transactions.outbox import outbox_on
 from ..app import OperationError, known_queues, one_line
 from ..durations import format_duration
 from .findings import CODES, Finding
@@ -26,6 +30,8 @@ Found = Iterator[tuple[str, str]]
 #: The largest accepted difference of clocks, in ms.
 _SKEW = 1_000
 _DAY = 86_400_000
+#: A relay publishes a message within the lease and this time, in ms, unless the broker is down.
+_RELAYED_WITHIN = 60_000
 
 
 def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
@@ -46,10 +52,12 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
         check = _rabbitmq
     if check is None:
         facts["unknown"].append(f"a {type(broker).__name__} has no server to check")
-        return (), facts
+        found = [*_outbox(broker, facts)]
+    else:
+        found = [*check(broker, facts), *_store(broker, facts), *_outbox(broker, facts)]
     findings = [
         Finding(code=code, severity=CODES[code].severity, actor=None, message=text, fix=CODES[code].fix)
-        for code, text in (*check(broker, facts), *_store(broker, facts))
+        for code, text in found
     ]
     return tuple(findings), facts
 
@@ -134,6 +142,9 @@ def _store(broker: Broker, facts: dict[str, Any]) -> Found:
     try:
         found = warnings() if callable(warnings) else []
         others = [] if server is None else neighbours(store, server, place, keyed_queues(state))
+    except MissingTable as error:
+        yield "DP112", str(error).removesuffix(".")
+        return
     except Exception as error:
         raise OperationError(f"The idempotency store can't be reached ({one_line(error).rstrip('.')}).") from None
     facts["store"] = type(store).__name__
@@ -141,6 +152,24 @@ def _store(broker: Broker, facts: dict[str, Any]) -> Found:
         yield "DP110", text.removesuffix(".")
     for other in others:
         yield "DP111", str(other)
+
+
+def _outbox(broker: Broker, facts: dict[str, Any]) -> Found:
+    outbox = outbox_on(state_of(broker))
+    if outbox is None:
+        return
+    try:
+        found = outbox.database.run(outbox.table.stats)
+    except Exception as error:
+        if is_missing_table(error):
+            yield "DP112", f"The outbox has no table: {outbox.missing_table}"
+            return
+        raise OperationError(f"The database of the outbox can't be read ({one_line(error).rstrip('.')}).") from None
+    facts["outbox"] = type(outbox).__name__
+    facts["outbox_pending"], facts["outbox_oldest_ms"] = found.pending, found.oldest_ms
+    if found.oldest_ms > outbox.lease + _RELAYED_WITHIN:
+        messages = counted(found.pending, "message waits", "messages wait")
+        yield "DP113", f"{messages} in the outbox, the oldest for {format_duration(found.oldest_ms)}"
 
 
 def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:

@@ -1,0 +1,154 @@
+"""The outbox under a QueueMonitor: its gauges, its threshold, and a database that can't be read."""
+
+from __future__ import annotations
+
+import logging
+
+import dramatiq
+import pytest
+import sqlalchemy as sa
+from dramatiq.brokers.stub import StubBroker
+
+from dramatiq_policies import ConfigurationError, QueueMonitor, Threshold, install
+from dramatiq_policies.observability.queue_thresholds import ThresholdTracker
+from dramatiq_policies.sql import SqlOutbox, create_tables
+from dramatiq_policies.testing import stub
+from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
+
+
+class Client:
+    """A plain StatsD client."""
+
+    def __init__(self):
+        self.gauges = {}
+
+    def incr(self, name, value=1):
+        raise AssertionError(name)
+
+    timing = incr
+
+    def gauge(self, name, value):
+        self.gauges[name] = value
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The lock of the election lies where no other test looks."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+class Shop:
+    """A monitor on a broker with an outbox in a file."""
+
+    def __init__(self, folder, **monitor):
+        self.engine = sa.create_engine(f"sqlite:///{folder / 'shop.db'}")
+        self.outbox = SqlOutbox(self.engine)
+        self.client, self.told = Client(), []
+        self.monitor = QueueMonitor(on_alert=self.told.append, client=self.client, **monitor)
+        self.broker = install(StubBroker(), outbox=self.outbox, queue_monitor=self.monitor)
+        self.broker.declare_queue("mail")
+        create_tables(self.engine)
+
+    def add(self, count):
+        row = NewRow(MESSAGE, "id", "send_mail", "mail", b"body")
+        for _ in range(count):
+            self.outbox.database.run(lambda connection: self.outbox.table.insert(connection, row, "", due=True))
+
+    def empty(self):
+        self.outbox.database.run(self.outbox.table.purge)
+
+
+def test_its_gauges_are_sent_with_those_of_the_queues(tmp_path):
+    shop = Shop(tmp_path)
+    shop.monitor.check()
+    assert (shop.client.gauges["outbox.pending"], shop.client.gauges["outbox.oldest_ms"]) == (0, 0)
+    shop.add(3)
+    shop.monitor.check()
+    assert shop.client.gauges["outbox.pending"] == 3
+    assert 0 <= shop.client.gauges["outbox.oldest_ms"] < 60_000
+    assert shop.client.gauges["queues.mail.ready"] == 0
+    assert not any("outbox" in name for name in shop.client.gauges if name.startswith("queues"))
+
+
+def test_a_breach_alerts_once_and_clears(tmp_path):
+    shop = Shop(tmp_path, outbox=Threshold(ready=2, notify_clear=True))
+    shop.add(2)
+    assert [str(alert) for alert in shop.monitor.check()] == ["Outbox: 2 messages wait (threshold 2)"]
+    assert shop.monitor.check() == []
+    shop.empty()
+    shop.monitor.check()
+    breach, cleared = shop.told
+    assert (breach.queue, breach.measure, breach.value, breach.is_outbox) == ("outbox", "ready", 2, True)
+    assert cleared.cleared
+
+
+def test_the_age_of_its_oldest_message_has_a_threshold(tmp_path):
+    shop = Shop(tmp_path, outbox=Threshold(oldest=1))
+    shop.add(1)
+    alerts = []
+    while not alerts:
+        alerts = shop.monitor.check()
+    assert "Outbox: the oldest message has waited for" in str(alerts[0])
+
+
+def test_the_thresholds_of_queues_are_not_for_the_outbox(tmp_path):
+    shop = Shop(tmp_path, thresholds={"*": Threshold(ready=1), "outbox": Threshold(ready=1)})
+    shop.add(5)
+    assert shop.monitor.check() == []
+
+
+def test_a_queue_called_outbox_is_another_one(tmp_path):
+    shop = Shop(tmp_path, outbox=Threshold(ready=1), thresholds={"outbox": Threshold(ready=1)})
+
+    @dramatiq.actor(broker=shop.broker, queue_name="outbox")
+    def job():
+        pass
+
+    job.send()
+    shop.add(1)
+    first, second = shop.monitor.check()
+    assert (first.is_outbox, str(first)) == (False, "Queue outbox: 1 message waits (threshold 1)")
+    assert (second.is_outbox, str(second)) == (True, "Outbox: 1 message waits (threshold 1)")
+    assert shop.monitor.check() == []
+
+
+def test_a_database_that_can_t_be_read_is_logged_once_and_the_queues_go_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dramatiq_policies.alerts")
+    shop = Shop(tmp_path, thresholds={"mail": Threshold(ready=1)})
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE dramatiq_policies_outbox RENAME TO elsewhere"))
+
+    @dramatiq.actor(broker=shop.broker, queue_name="mail")
+    def job():
+        pass
+
+    job.send()
+    assert len(shop.monitor.check()) == 1
+    shop.monitor.check()
+    assert "outbox.pending" not in shop.client.gauges
+    (line,) = [record for record in caplog.records if "The outbox can't be read" in record.getMessage()]
+    assert line.levelno == logging.ERROR
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE elsewhere RENAME TO dramatiq_policies_outbox"))
+    shop.monitor.check()
+    assert "The outbox can be read again." in caplog.text
+    assert shop.client.gauges["outbox.pending"] == 0
+
+
+def test_a_stub_reads_the_rows_of_its_own_namespace(tmp_path):
+    shop = Shop(tmp_path, outbox=Threshold(ready=1))
+    shop.add(1)
+    with stub(shop.broker) as stand_in:
+        (monitor,) = [one for one in stand_in.middleware if isinstance(one, QueueMonitor)]
+        assert monitor.check() == []
+
+
+@pytest.mark.parametrize("wrong", [Threshold(dead=1), Threshold(ready=1, stalled=5_000), {"ready": 1}, 5])
+def test_a_threshold_of_anything_else_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match=r"QueueMonitor.*outbox.*a Threshold of ready, oldest, or both"):
+        QueueMonitor(outbox=wrong)
+
+
+def test_the_open_breaches_of_the_outbox_are_saved_apart_from_those_of_queues():
+    tracker = ThresholdTracker({}, Threshold(ready=1))
+    assert tracker.reset().outbox == Threshold(ready=1)
