@@ -90,7 +90,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP028", "error", "a group's callback without GroupCallbacks", "Add dramatiq.middleware.GroupCallbacks(rate_limiter_backend) to the broker"),
     Code("DP029", "error", "results are read without Results", "Add dramatiq.results.Results(backend=…) to the broker, and store_results=True to the actor"),
     Code("DP030", "warning", "a later step of a pipeline has no key", "Declare idempotency_key on each step"),
-    Code("DP031", "warning", "an outbox without a threshold", "Pass install(broker, outbox=…, queue_monitor=QueueMonitor(outbox=Threshold(oldest=…)))"),
+    Code("DP031", "warning", "an outbox without a threshold", "Set a threshold: QueueMonitor(outbox=Threshold(oldest=…))"),
     # Findings of check --live.
     Code("DP101", "error", "Redis may evict messages", "Set maxmemory-policy noeviction"),
     Code("DP102", "error", "Redis keeps nothing on disk", "Turn on appendonly"),
@@ -109,7 +109,7 @@ CODES: Mapping[str, Code] = _codes(
     Code("DP110", "error", "the idempotency store may forget", "Follow the text of the finding"),
     Code("DP111", "error", "two services share idempotency keys", "Set namespace=… of the store, "
                                                                   "a different one for each service"),
-    Code("DP112", "error", "a table of dramatiq_policies is missing", "Call create_tables(engine), or run the migrations"),
+    Code("DP112", "error", "a table of dramatiq_policies is missing", "Create the tables when you deploy"),
     Code("DP113", "warning", "messages wait in the outbox, and no relay publishes them", "Run workers, or dramatiq-policies outbox relay; look at dramatiq-policies outbox list"),
 )  # fmt: skip
 
