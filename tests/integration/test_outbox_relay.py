@@ -338,3 +338,20 @@ def test_an_operator_lists_retries_and_purges(later_shop):
     stats = run_(table.stats)
     assert (stats.pending, stats.failing) == (2, 0)
     assert 0 <= stats.oldest_ms < 60_000
+
+
+def test_a_batch_whose_connection_was_lost_is_not_taken_for_the_batch_before(
+    rabbitmq_place: RabbitmqPlace, database_engine: sa.Engine
+) -> None:
+    with Proxy.before(rabbitmq_place.url) as proxy:
+        shop = Shop(rabbitmq_place, database_engine, proxy.url)
+        with shop.order():
+            shop.confirm.send(1)
+        until(lambda: rabbitmq_place.ready() == 1)
+        proxy.cut()
+        with shop.order():
+            shop.confirm.send(2)
+        # On another connection, or by a relay.
+        with shop.relaying():
+            until(lambda: rabbitmq_place.ready() == 2)
+    assert [message.args for message in rabbitmq_place.left()] == [(1,), (2,)]
