@@ -38,6 +38,7 @@ ACTOR_OPTIONS = frozenset(
         "outbox",
         "retry_on",
         "tags",
+        "transactional",
     }
 )
 
@@ -93,6 +94,7 @@ class ActorOptions(TypedDict, total=False):
     done_when: Callable[..., object]
     max_crashes: int | None
     outbox: bool
+    transactional: bool
 
 
 class IdempotencyOptions:
@@ -151,6 +153,7 @@ class ActorPolicy:
       timeout, guarded_by: The Timeout and the IdempotencyGuard at the time of resolving.
       guard: The idempotency options; None without Idempotency.
       timeout_ms, queue_timeout_ms: The timeouts; None for none.
+      transactional: Whether a job runs in a transaction with the completion of its key.
     """
 
     __slots__ = (
@@ -167,6 +170,7 @@ class ActorPolicy:
         "tags",
         "timeout",
         "timeout_ms",
+        "transactional",
     )
 
     def __init__(self, actor: Actor[..., Any], broker_rules: tuple[Rule, ...]) -> None:
@@ -198,6 +202,8 @@ class ActorPolicy:
         if self.dead_letter_discards is not None:
             _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)
         _expect_bool(where, "outbox", options.get("outbox", True))
+        self.transactional: bool = options.get("transactional", False)
+        _expect_bool(where, "transactional", self.transactional)
         throws = options.get("throws")
         if throws is not None:
             options["throws"] = exception_classes(where, "throws", throws)

@@ -16,11 +16,11 @@ from .queue_state import QueueState
 from .validation import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
-    from dramatiq import Message
+    from dramatiq import Actor, Message
     from dramatiq.broker import Broker, MessageProxy
 
     from ..outcomes import OutcomeEvent
-    from .actor_policy import ActorPolicy
+    from .actor_policy import ActorPolicy, IdempotencyOptions
     from .decision import Decision
     from .delivery import Delivery
     from .outcome_publisher import Observer
@@ -78,6 +78,17 @@ class TimeLimits(StuckListener, Protocol):
 
     def still_stuck(self) -> list[Delivery]:
         """Return the reported jobs that still run."""
+
+
+class TransactionalActors(Protocol):
+    """The part of an outbox that runs jobs in transactions."""
+
+    def add(self, where: str, actor: Actor[..., Any], guard: IdempotencyOptions | None) -> None:
+        """Run the jobs of an actor with ``transactional=True`` in transactions.
+
+        Raises:
+          ConfigurationError: The actor has no key, or the keys are not in the outbox's database.
+        """
 
 
 class ShutdownDefault(Protocol):
@@ -147,6 +158,7 @@ class BrokerState:
       stopping: Set as soon as the worker begins to shut down (`ErrorClassifier`).
       timeout: The Timeout middleware; None without one (`Timeout`).
       idempotency: What other packages use of Idempotency (`Idempotency`).
+      transactional_actors: Runs jobs in transactions; None without an outbox in a database (`Outbox`).
       shutdown_notifications: Our subclass of Dramatiq's ShutdownNotifications (`middleware.ordering`).
       failure_level: The level of the log of dead messages, in place of the worker's line; None for no log (`DiscardLogger`).
       in_command: Whether this process belongs to Dramatiq's command (`PolicyMiddleware`).
@@ -169,6 +181,7 @@ class BrokerState:
         self.settings = DeliverySettings()
         self.timeout: TimeLimits | None = None
         self.idempotency = IdempotencyState()
+        self.transactional_actors: TransactionalActors | None = None
         self.shutdown_notifications: ShutdownDefault | None = None
         self.failure_level: int | None = None
         self.last_received: dict[str, Message[Any]] | None = None

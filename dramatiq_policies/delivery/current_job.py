@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, overload
 
-from ..errors import NoCurrentJob
+from ..errors import ConfigurationError, NoCurrentJob
 from .delivery import Delivery, running_delivery
 from .history import attempt_of
 
@@ -50,6 +50,20 @@ class CurrentJob:
         delivery = self._delivery
         # A `TypedKey` becomes a plain str, because database drivers check the exact type.
         return delivery.message.message_id if delivery.key is None else str(delivery.key)
+
+    @property
+    def session(self) -> Any:
+        """The session of a job with ``transactional=True``: a ``Session``, or an ``AsyncSession`` in an async job.
+
+        With Django None: use the ORM. The worker commits after the job has returned. Don't commit it yourself.
+
+        Raises:
+          ConfigurationError: The actor is not transactional.
+        """
+        transaction = self._delivery.transaction
+        if transaction is None:
+            raise ConfigurationError(f"actor {self.actor!r} has no session: declare the actor with transactional=True.")
+        return transaction.session
 
     def remaining_ms(self) -> float | None:
         """Milliseconds left until the timeout, 0 after the timeout; None without a timeout."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
 
@@ -33,6 +34,7 @@ __all__ = [
     "Delivery",
     "DeliveryReassigned",
     "Job",
+    "JobTransaction",
     "KeyClaim",
     "RunContext",
     "running_delivery",
@@ -106,6 +108,19 @@ class KeyClaim(Protocol):
         """Whether the store remembers the completion; otherwise the claim only counts starts."""
 
 
+@dataclass(slots=True)
+class JobTransaction:
+    """The database transaction of a job with ``transactional=True``.
+
+    Attributes:
+      session: The session for the job; None with Django.
+      is_committed: Whether the effects of the job, the completion of its key and its follow-up messages are committed.
+    """
+
+    session: Any
+    is_committed: bool = False
+
+
 #: The function to run for a delivery: what calls it, and interrupts the call at the deadline; the function; its arguments.
 Job: TypeAlias = "tuple[Runner, Callable[..., Any], tuple[Any, ...], dict[str, Any]]"
 
@@ -138,6 +153,7 @@ class Delivery:
       claim: The claim on the idempotency key; None without a key.
       job: The function to run, with the arguments. Set by the wrapper of the actor's function.
       key: The idempotency key, as the user knows the key; None without a key.
+      transaction: The transaction of a job with ``transactional=True``; None otherwise.
       abandoned: The message is neither acknowledged nor rejected: the broker redelivers the message.
     """
 
@@ -160,6 +176,7 @@ class Delivery:
         "stage",
         "started",
         "timeout_ms",
+        "transaction",
         "transport",
     )
 
@@ -182,6 +199,7 @@ class Delivery:
         self.claim: KeyClaim | None = None
         self.job: Job
         self.key: str | None = None
+        self.transaction: JobTransaction | None = None
         self.abandoned = False
 
     def add_to_outbox(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
@@ -237,6 +255,11 @@ class Delivery:
         """Whether the key will be completed: a redelivery is skipped, so this delivery must publish its outbox."""
         claim, decision = self.claim, self.decision
         return claim is not None and claim.keyed and decision is not None and decision.outcome in COMPLETING
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether a transaction has committed the job with its follow-up messages: nothing is left to publish."""
+        return self.transaction is not None and self.transaction.is_committed
 
     @property
     def is_running(self) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["Claim", "Quarantined", "claim_of"]
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A key held by a run of this process. The fields change only under ``Claims.rewriting``.
+    """A key held by a run of this process. The record changes only under ``Claims.rewriting``.
 
     Attributes:
       name: The register of the key.
@@ -22,6 +22,7 @@ class Claim:
       keyed: Whether the store remembers the completion; otherwise the claim only counts starts.
       retention: For how long the store remembers the completion, in milliseconds.
       over: The end of the run is being written.
+      committing: A transaction is writing the end of the run, and is about to commit: don't renew the lease.
       excused: The start does not count as a crash.
       has_earlier_name: Whether 0.1.0 names the register alike, and may read the record.
     """
@@ -32,6 +33,7 @@ class Claim:
     keyed: bool
     retention: int
     over: bool = False
+    committing: bool = False
     excused: bool = False
     has_earlier_name: bool = True
 

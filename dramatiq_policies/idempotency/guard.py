@@ -143,7 +143,7 @@ class IdempotencyGuard:
         except StoreDown:
             if key is None:
                 return
-            if not self.run_without_store:
+            if not self.run_without_store or (delivery.policy is not None and delivery.policy.transactional):
                 self._defer(delivery, "store_down")
             logger.warning(
                 "Message %s of actor %s runs without a claim: the idempotency store is down.",

@@ -105,7 +105,8 @@ class Leases:
           StoreDown: The store fails on all leases.
         """
         self._answers = answers = self.flush_pending_writes()
-        held = list(self._held.values())
+        # A renewal would wait for the lock of a transaction that is about to commit.
+        held = [claim for claim in list(self._held.values()) if not claim.committing]
         if not held:
             return
         renewals = [Renewal(claim.name, claim.value, self.lease + claim.retention) for claim in held]

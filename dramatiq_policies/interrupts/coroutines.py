@@ -57,17 +57,19 @@ def run(
     watch: StuckListener | None = None,
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
+    on_cancel: Callable[[], object] = noop,
 ) -> R:
     """Do as `threads.run`, for an ``fn`` that `is_async`.
 
-    A task is cancelled where it awaits, never inside a call of a client: ``after_interrupt`` is not needed.
+    A task is cancelled where it awaits, never inside a call of a client: ``after_interrupt`` is not needed. ``on_cancel`` is
+    called on the loop's thread when the task is cancelled, also if the job handles the cancellation.
     """
     thread = get_event_loop_thread()
     slot = slot_of_this_thread()
     if thread is None or not thread.loop.is_running() or slot.tokens is not None or current_thread() is thread:
         # No loop to run on: Dramatiq raises an error with the cause.
         return fn(*args, **kwargs)
-    running = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs))
+    running = _Run(thread, cast("Any", fn).__wrapped__(*args, **kwargs), on_cancel)
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     try:
         try:
@@ -88,10 +90,24 @@ def run(
 class _Run:
     """One run of a coroutine function. Methods with an underscore run on the loop's thread, except `_on_loop`."""
 
-    __slots__ = ("coroutine", "ended", "error", "interrupted_by", "over", "result", "started", "task", "thread")
+    __slots__ = (
+        "coroutine",
+        "ended",
+        "error",
+        "interrupted_by",
+        "on_cancel",
+        "over",
+        "result",
+        "started",
+        "task",
+        "thread",
+    )
 
-    def __init__(self, thread: EventLoopThread, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def __init__(
+        self, thread: EventLoopThread, coroutine: Coroutine[Any, Any, Any], on_cancel: Callable[[], object] = noop
+    ) -> None:
         self.thread = thread
+        self.on_cancel = on_cancel
         self.coroutine = coroutine
         self.task: asyncio.Task[None] | None = None
         self.started = self.over = False
@@ -136,6 +152,7 @@ class _Run:
         if self.over:
             return
         self.interrupted_by = exception
+        self.on_cancel()
         # The interrupt may have come before `begin`.
         self._start()
         # A task cancelled before its first step never runs `_main`, and would not be reported.

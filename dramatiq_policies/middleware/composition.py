@@ -32,27 +32,19 @@ from ..outcomes import Outcome, text_of
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["Callbacks", "GroupCallbacks", "Pipelines", "storing"]
+__all__ = ["Callbacks", "CountMember", "GroupCallbacks", "Pipelines", "storing"]
 
 #: The pauses between attempts to store a result, in seconds.
 _PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 
 
-def _publish_by_stock(
+def _recorded(
     stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
-) -> None:
-    """Add a step to the outbox: run Dramatiq's own code, and record the enqueued messages."""
-    delivery: Delivery | None = getattr(message, "delivery", None)
-    if delivery is None:
-        stock.after_process_message(middleware, broker, message, result=result)
-        return
-
-    def step() -> list[OutgoingMessage]:
-        recorder = Recorder(broker)
-        stock.after_process_message(middleware, recorder, message, result=result)  # type: ignore[arg-type]
-        return recorder.sends
-
-    delivery.add_to_outbox(step)
+) -> list[OutgoingMessage]:
+    """Run Dramatiq's own code, and return the messages that it enqueues."""
+    recorder = Recorder(broker)
+    stock.after_process_message(middleware, recorder, message, result=result)  # type: ignore[arg-type]
+    return recorder.sends
 
 
 class Pipelines(StockPipelines):
@@ -61,8 +53,13 @@ class Pipelines(StockPipelines):
     def after_process_message(
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
-        if exception is None and not message.failed and message.options.get("pipe_target") is not None:
-            _publish_by_stock(StockPipelines, self, broker, message, result)
+        if exception is not None or message.failed or message.options.get("pipe_target") is None:
+            return
+        delivery: Delivery | None = getattr(message, "delivery", None)
+        if delivery is None:
+            StockPipelines.after_process_message(self, broker, message, result=result)
+        elif not delivery.is_committed:
+            delivery.add_to_outbox(lambda: _recorded(StockPipelines, self, broker, message, result))
 
 
 class Callbacks(StockCallbacks):
@@ -83,6 +80,8 @@ class Callbacks(StockCallbacks):
         if not target:
             return
         if exception is None:
+            if delivery.is_committed:
+                return
             delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, result))
             return
         error = unwrap_interrupt(exception)
@@ -115,17 +114,10 @@ class GroupCallbacks(StockGroupCallbacks):
         if exception is not None or message.failed or not options.get("group_completion_callbacks"):
             return
         delivery: Delivery | None = getattr(message, "delivery", None)
-        count = self.counter()
-        if delivery is None or count is None:
-            _publish_by_stock(StockGroupCallbacks, self, broker, message, result)
-            return
-
-        def step() -> list[OutgoingMessage]:
-            if not count(options["group_completion_uuid"], message.message_id):
-                return []
-            return [OutgoingMessage(Message(**callback)) for callback in options["group_completion_callbacks"]]
-
-        delivery.add_to_outbox(step)
+        if delivery is None:
+            StockGroupCallbacks.after_process_message(self, broker, message, result=result)
+        elif not delivery.is_committed:
+            delivery.add_to_outbox(CountMember(self, broker, message, result))
 
     def counter(self) -> Callable[[str, str], bool] | None:
         """Return a function that counts a member, and returns whether this member completes the group.
@@ -162,6 +154,26 @@ class GroupCallbacks(StockGroupCallbacks):
         return count
 
 
+class CountMember:
+    """A step of the outbox: count a member, and return the group's callbacks if the group is complete."""
+
+    __slots__ = ("broker", "groups", "message", "result")
+
+    def __init__(self, groups: GroupCallbacks, broker: Broker, message: MessageProxy, result: Any) -> None:
+        self.groups = groups
+        self.broker = broker
+        self.message = message
+        self.result = result
+
+    def __call__(self) -> list[OutgoingMessage]:
+        options, count = self.message.options, self.groups.counter()
+        if count is None:
+            return _recorded(StockGroupCallbacks, self.groups, self.broker, self.message, self.result)
+        if not count(options["group_completion_uuid"], self.message.message_id):
+            return []
+        return [OutgoingMessage(Message(**callback)) for callback in options["group_completion_callbacks"]]
+
+
 def storing(results: StockResults) -> StockResults:
     """Return a copy of a Results that stores by `_Store`.
 
@@ -172,6 +184,11 @@ def storing(results: StockResults) -> StockResults:
     ours = copy(results)
     ours.after_process_message = _Store(ours)  # type: ignore[method-assign]
     return ours
+
+
+def _is_recorded(delivery: Delivery) -> bool:
+    """Whether the job never runs again once its end is recorded."""
+    return delivery.is_committed or (delivery.claim is not None and delivery.claim.keyed)
 
 
 class _Store:
@@ -187,7 +204,7 @@ class _Store:
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
-        guarded = exception is None and delivery is not None and delivery.claim is not None and delivery.claim.keyed
+        guarded = exception is None and delivery is not None and _is_recorded(delivery)
         store: Any = partial(StockResults.after_process_message, self.results, broker, message, result=result)
         for pause in _PAUSES if guarded else ():
             try:

@@ -183,12 +183,24 @@ def resolve_actor(state: BrokerState, actor: Any) -> None:
     policy = ActorPolicy(actor, classifier.rules)
     policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.idempotency.defaults)
     policy.guarded_by = state.idempotency.defaults
+    if policy.transactional:
+        _add_transactional(state, actor, policy)
     if state.timeout is not None:
         validate(f"actor {actor.actor_name!r}", actor.options)
         policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)
     policy.timeout = state.timeout
     state.policies[actor.actor_name] = policy
     wrap_actor(actor)
+
+
+def _add_transactional(state: BrokerState, actor: Any, policy: ActorPolicy) -> None:
+    where = f"actor {actor.actor_name!r}"
+    if state.transactional_actors is None:
+        raise ConfigurationError(
+            f"{where}: transactional=True needs an outbox in your database. Call install(broker, outbox=SqlOutbox(engine), "
+            "idempotency=Idempotency(SqlStore(engine))), or with Django DjangoOutbox() and DjangoStore()."
+        )
+    state.transactional_actors.add(where, actor, policy.guard)
 
 
 def _wrap_consume(state: BrokerState) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -16,9 +16,14 @@ from ..errors import ConfigurationError
 from ..transactions.database import Database
 from ..transactions.outbox import Outbox, Scope
 from ..transactions.scope import Entered
+from ..transactions.transactional import TransactionalJobs
 from .database import SqlDatabase, checked_engine
 from .scopes import ConnectionScope, SessionScope, is_autocommit
 from .tables import outbox as table
+from .unit_of_work import SqlUnitsOfWork
+
+if TYPE_CHECKING:
+    from ..delivery.broker_state import BrokerState
 
 __all__ = ["SqlOutbox"]
 
@@ -83,6 +88,17 @@ class SqlOutbox(Outbox):
     def make_database(self) -> Database:
         return self._database
 
+    def attach(self, state: BrokerState) -> None:
+        super().attach(state)
+        state.transactional_actors = TransactionalJobs(
+            state, self, SqlUnitsOfWork(self.engine, self.within, self.is_same_database)
+        )
+
+    def is_same_database(self, engine: Engine | AsyncEngine) -> bool:
+        """Tell whether another engine is of the outbox's database."""
+        own, other = _sync(self.engine), _sync(engine)
+        return other is own or other.pool is own.pool or _address(other) == _address(own)
+
     def within(self, session: Session | AsyncSession | sa.Connection) -> Entered[Scope]:
         """Send messages in the transaction of a session or connection::
 
@@ -129,14 +145,16 @@ class SqlOutbox(Outbox):
         return Entered(self.group, scope)
 
     def _check_database(self, where: str, engine: Engine) -> None:
-        own = self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine
-        if engine is own or engine.pool is own.pool:
-            return
-        if _address(engine) != _address(own):
+        if not self.is_same_database(engine):
+            own = _sync(self.engine)
             raise ConfigurationError(
                 f"{where}: the session is on another database ({_shown(engine)}) than the outbox ({_shown(own)}). "
                 "Rows of the outbox must be committed with yours: make a SqlOutbox for each database."
             )
+
+
+def _sync(engine: Engine | AsyncEngine) -> Engine:
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 def _bind_of(session: Session) -> Engine | sa.Connection:

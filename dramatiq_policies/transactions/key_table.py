@@ -90,7 +90,11 @@ class KeyTable:
         name = self.name_of(key)
         return self._write(lambda rows: rows.swap(name, expected, value, ttl))
 
-    def swap_within(self, connection: Connection, key: str, expected: bytes, value: bytes, ttl: int) -> bool:
+    def get_within(self, connection: Connection, key: str) -> Entry:
+        """Read a register within the transaction of a connection of the application."""
+        return _Rows(connection, self._ahead()).read(self.name_of(key))
+
+    def swap_within(self, connection: Connection, key: str, expected: bytes | None, value: bytes, ttl: int) -> bool:
         """Swap within the transaction of a connection of the application.
 
         Returns:

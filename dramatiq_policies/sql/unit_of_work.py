@@ -1,0 +1,250 @@
+"""The transaction of a transactional job, with a Session or an AsyncSession."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from dramatiq.asyncio import async_to_sync, get_event_loop_thread
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from ..common.safe_logger import SafeLogger
+from ..errors import ConfigurationError
+from ..transactions.key_table import KeyTable
+from .connection import SqlConnection, dialect_of
+from .store import SqlStore
+
+if TYPE_CHECKING:
+    from ..delivery.delivery import Delivery
+    from ..delivery.executor import Proceed
+    from ..transactions.outbox import Scope
+    from ..transactions.scope import Entered
+    from ..transactions.transactional import Finish, UnitOfWork
+
+__all__ = ["SqlUnitsOfWork"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+_COMMITTED = (
+    "A job with transactional=True must not commit: the worker commits after the job has returned, together with the completion "
+    "of its key and with its messages. Remove the commit, or use session.begin_nested() for a savepoint."
+)
+
+
+class SqlUnitsOfWork:
+    """Makes the transactions of transactional jobs.
+
+    Parameters:
+      engine: The engine of the outbox.
+      within: `SqlOutbox.within`.
+      is_same: Whether another engine is of the same database.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | AsyncEngine,
+        within: Callable[[Session | AsyncSession], Entered[Scope]],
+        is_same: Callable[[Engine | AsyncEngine], bool],
+    ) -> None:
+        self.engine = engine
+        self.within = within
+        self.is_same = is_same
+
+    def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
+        """Check that units of work are possible for an actor whose keys are in a store.
+
+        Raises:
+          ConfigurationError: They are not.
+        """
+        if not isinstance(store, SqlStore) or not self.is_same(store.engine):
+            raise ConfigurationError(
+                f"{where}: transactional=True needs keys and outbox in one database, and the keys are in another. Pass the same "
+                "engine to SqlStore and SqlOutbox."
+            )
+        if is_async != isinstance(self.engine, AsyncEngine):
+            kind, maker = ("an async", "create_async_engine()") if is_async else ("a sync", "create_engine()")
+            raise ConfigurationError(
+                f"{where}: transactional=True needs {kind} engine, because the actor is {kind} actor. Pass SqlOutbox and SqlStore "
+                f"an engine from {maker}."
+            )
+
+    def make(self, *, is_async: bool) -> UnitOfWork:
+        """Return a unit of work for one run. Does not connect."""
+        if isinstance(self.engine, AsyncEngine):
+            return AsyncSqlUnitOfWork(AsyncSession(self.engine), self.within)
+        return SqlUnitOfWork(Session(self.engine), self.within)
+
+
+class SqlUnitOfWork:
+    """The transaction of a sync job."""
+
+    def __init__(self, session: Session, within: Callable[[Session], Entered[Scope]]) -> None:
+        self.session = session
+        self._within = within
+        self._guard = _CommitGuard(session)
+
+    def run(self, delivery: Delivery, proceed: Proceed) -> Any:
+        call, fn, args, kwargs = delivery.job
+        session = self.session
+
+        @functools.wraps(fn)
+        def run_and_flush(*given: Any, **named: Any) -> Any:
+            result = fn(*given, **named)
+            session.flush()
+            return result
+
+        delivery.job = (call, run_and_flush, args, kwargs)
+        with self._within(session):
+            return proceed(delivery)
+
+    def commit(self, finish: Finish) -> None:
+        self._guard.raise_refused()
+        with self._within(self.session) as scope:
+            finish(SqlConnection(self.session.connection()), scope)
+            self._guard.is_open = True
+            self.session.commit()
+        _close(self.session)
+
+    def roll_back(self, *, struck: bool) -> None:
+        if struck or self._guard.is_unsure:
+            self._guard.invalidate()
+        _close(self.session)
+
+
+class AsyncSqlUnitOfWork:
+    """The transaction of an async job, on Dramatiq's event loop."""
+
+    def __init__(self, session: AsyncSession, within: Callable[[AsyncSession], Entered[Scope]]) -> None:
+        self.session = session
+        self._within = within
+        self._guard = _CommitGuard(session.sync_session)
+
+    def run(self, delivery: Delivery, proceed: Proceed) -> Any:
+        call, fn, args, kwargs = delivery.job
+        coroutine, session = vars(fn)["__wrapped__"], self.session
+
+        @functools.wraps(coroutine)
+        async def run_and_flush(*given: Any, **named: Any) -> Any:
+            # A scope counts only in the task that has entered it.
+            async with self._within(session):
+                result = await coroutine(*given, **named)
+                await session.flush()
+                return result
+
+        delivery.job = (call, async_to_sync(run_and_flush), args, kwargs)
+        return proceed(delivery)
+
+    def commit(self, finish: Finish) -> None:
+        self._guard.raise_refused()
+        _run_on_loop(self._commit(finish))
+
+    async def _commit(self, finish: Finish) -> None:
+        session = self.session
+        async with self._within(session) as scope:
+            await session.run_sync(lambda sync: finish(SqlConnection(sync.connection()), scope))
+            self._guard.is_open = True
+            await session.commit()
+        await session.run_sync(_close)
+
+    def roll_back(self, *, struck: bool) -> None:
+        try:
+            _run_on_loop(self._roll_back(struck or self._guard.is_unsure))
+        except Exception:
+            logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
+
+    async def _roll_back(self, struck: bool) -> None:
+        def roll_back(session: Session) -> None:
+            if struck:
+                self._guard.invalidate()
+            _close(session)
+
+        await self.session.run_sync(roll_back)
+
+
+class _CommitGuard:
+    """Refuses the job's own commits of a session, and knows the session's connections.
+
+    Attributes:
+      is_open: Whether commits are allowed: the job has returned.
+      refused: The error of a commit that was refused; None if there was none.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.is_open = False
+        self.refused: ConfigurationError | None = None
+        self._connections: list[sa.Connection] = []
+        event.listen(session, "after_begin", self._after_begin)
+        event.listen(session, "before_commit", self._before_commit)
+
+    def _after_begin(self, session: Session, transaction: Any, connection: sa.Connection) -> None:
+        if connection in self._connections:
+            return
+        self._connections.append(connection)
+        event.listen(connection, "commit", self._refuse)
+        _isolate(connection)
+
+    def _before_commit(self, session: Session) -> None:
+        if not session.in_nested_transaction():
+            self._refuse()
+
+    def _refuse(self, _connection: sa.Connection | None = None) -> None:
+        if not self.is_open:
+            self.refused = ConfigurationError(_COMMITTED)
+            raise self.refused
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether a COMMIT has failed: SQLAlchemy then sends no ROLLBACK, and the pool would keep the open transaction."""
+        return self.is_open or self.refused is not None
+
+    def raise_refused(self) -> None:
+        """Raise the error of a refused commit, in case the job has caught the error."""
+        if self.refused is not None:
+            raise self.refused
+
+    def invalidate(self) -> None:
+        """Close the connections; the pool makes new ones. Never raises."""
+        for connection in self._connections:
+            try:
+                if not connection.closed:
+                    connection.invalidate()
+            except Exception:
+                logger.exception("A connection that an interrupt has struck did not close cleanly.")
+
+
+def _isolate(connection: sa.Connection) -> None:
+    """On MariaDB and MySQL run the transaction as READ COMMITTED, unless the application has chosen a level.
+
+    Under their default, REPEATABLE READ, a later MariaDB refuses the completion of a key whose lease was renewed meanwhile.
+    """
+    if dialect_of(connection) != "mysql":
+        return
+    chosen = connection.get_execution_options().get("isolation_level")
+    if chosen is None and getattr(connection.dialect, "_on_connect_isolation_level", None) is None:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+
+
+def _close(session: Session) -> None:
+    """Roll back what is left of a session's transaction, and release its connections. Never raises."""
+    try:
+        session.close()
+    except Exception:
+        logger.exception("The session of a job did not close cleanly; its connection is given up.")
+        with suppress(Exception):
+            session.invalidate()
+
+
+def _run_on_loop(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine on Dramatiq's event loop, and wait for its end."""
+    thread = get_event_loop_thread()
+    if thread is None:
+        coroutine.close()
+        raise RuntimeError("Dramatiq's event loop has ended.")
+    asyncio.run_coroutine_threadsafe(coroutine, thread.loop).result()

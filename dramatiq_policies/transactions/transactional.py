@@ -1,0 +1,303 @@
+"""Jobs with ``transactional=True``: the effects, the completion of the key and the follow-up messages in one transaction.
+
+The order of a run::
+
+    claim the key                                   committed at once, in the store's own connection
+    begin; the job; INSERT the follow-up messages
+    UPDATE the key: claimed by this run → completed
+    COMMIT
+    publish the follow-up messages; store the result; acknowledge
+
+Failures that may happen between any two lines:
+
+- The process dies before the COMMIT. The database rolls back. A redelivery takes over the claim and runs the job.
+- The process dies after the COMMIT. A redelivery finds the key completed and skips the job; the relay publishes the rows.
+- The process stands still until another run has taken over the claim. The UPDATE finds other bytes: the run rolls back and ends
+  as a duplicate. A takeover during the UPDATE waits for the row's lock, and then finds the key completed.
+- The reply to the COMMIT is lost. The register tells whether the COMMIT took effect. If the database can't be reached, the rules
+  decide on the error, and the next run finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from dramatiq.middleware import Shutdown
+
+from ..common.callables import unwrapped
+from ..common.safe_logger import SafeLogger
+from ..delivery.decision import Decision
+from ..delivery.delivery import JobTransaction
+from ..delivery.outgoing import OutgoingMessage
+from ..errors import ConfigurationError, TimeoutExceeded, UnknownRecord
+from ..idempotency import records
+from ..idempotency.claim import claim_of
+from ..idempotency.store_client import StoreDown
+from ..interrupts import coroutines
+from ..interrupts.slots import noop
+from ..middleware.composition import Callbacks, CountMember, GroupCallbacks, Pipelines
+from ..middleware.idempotency import guard_on
+from ..outcomes import Outcome
+from .database import is_disconnect
+from .key_table import KeyTable
+
+if TYPE_CHECKING:
+    from dramatiq import Actor
+
+    from ..delivery.actor_policy import IdempotencyOptions
+    from ..delivery.broker_state import BrokerState
+    from ..delivery.delivery import Delivery
+    from ..delivery.executor import Proceed
+    from ..idempotency.claim import Claim
+    from ..idempotency.claims import Claims
+    from ..interrupts import Runner
+    from .database import Connection
+    from .outbox import Outbox, Scope
+
+__all__ = ["Finish", "TransactionalJobs", "UnitOfWork", "UnitsOfWork"]
+
+logger = SafeLogger("dramatiq_policies.outcomes")
+
+#: A renewal or a rewrite of the claim may come between two statements of the completion.
+_TRIES = 5
+
+#: Writes what follows from a job, over the connection of its transaction and in the outbox's scope.
+Finish = Callable[["Connection", "Scope"], None]
+
+
+class UnitOfWork(Protocol):
+    """One transaction of the application's database, for one run of a job. One worker thread uses it, once.
+
+    Attributes:
+      session: The session for the job; None without one.
+    """
+
+    @property
+    def session(self) -> Any: ...
+
+    def run(self, delivery: Delivery, proceed: Proceed) -> Any:
+        """Begin, and return ``proceed(delivery)``: the job, in the outbox's scope and with its session flushed.
+
+        The job may be interrupted. To run code as part of the job, replace ``delivery.job`` before the call of ``proceed``.
+        """
+
+    def commit(self, finish: Finish) -> None:
+        """Call ``finish`` in the transaction, commit, and release the connection. Never interrupted.
+
+        Raises:
+          ConfigurationError: The job has tried to commit.
+          Exception: The error of ``finish`` or of the database. `roll_back` follows.
+        """
+
+    def roll_back(self, *, struck: bool) -> None:
+        """End the transaction without a trace, and release the connection. Never raises.
+
+        Parameters:
+          struck: An interrupt may have struck within a statement: don't use the connection again.
+        """
+
+
+class UnitsOfWork(Protocol):
+    """Begins the units of work of one outbox."""
+
+    def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
+        """Check that units of work are possible for an actor whose keys are in a store.
+
+        Raises:
+          ConfigurationError: They are not; the text says how to change it.
+        """
+
+    def make(self, *, is_async: bool) -> UnitOfWork:
+        """Return a unit of work for one run. Does not connect."""
+
+
+class TakenOver(Exception):
+    """The key does not belong to this run any more."""
+
+
+class TransactionalJobs:
+    """The transactional actors of one broker.
+
+    Parameters:
+      state: The state of the broker.
+      outbox: The outbox of the broker.
+      units: Begins the units of work.
+    """
+
+    def __init__(self, state: BrokerState, outbox: Outbox, units: UnitsOfWork) -> None:
+        self.state = state
+        self.outbox = outbox
+        self.units = units
+        self._store: KeyTable
+        self._is_around_jobs = False
+
+    def add(self, where: str, actor: Actor[..., Any], guard: IdempotencyOptions | None) -> None:
+        """Run the jobs of an actor with ``transactional=True`` in transactions.
+
+        Raises:
+          ConfigurationError: The actor has no key, or the keys are not in the outbox's database.
+        """
+        store = None if guard is None else self._claims().store
+        if not isinstance(store, KeyTable):
+            found = "no Idempotency with a store" if store is None else f"a {type(store).__name__}"
+            raise ConfigurationError(
+                f"{where}: transactional=True needs the idempotency keys in the outbox's database, and the broker has {found}. "
+                "Call install(broker, outbox=SqlOutbox(engine), idempotency=Idempotency(SqlStore(engine))), or with Django "
+                "DjangoOutbox() and DjangoStore()."
+            )
+        if guard is None or not guard.keyed:
+            raise ConfigurationError(
+                f"{where}: transactional=True needs a key. Add idempotent=True, or an idempotency_key."
+            )
+        self.units.check(where, store, is_async=coroutines.is_async(_function_of(actor)))
+        self._store = store
+        if not self._is_around_jobs:
+            self._is_around_jobs = True
+            # Within the claim of the key.
+            self.state.add_around_job(self.around_job, order=2)
+
+    def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
+        """Run a transactional job and commit. Any other job just runs."""
+        if delivery.policy is None or not delivery.policy.transactional:
+            return proceed(delivery)
+        claim = claim_of(delivery)
+        assert claim is not None  # Without a claim the message was deferred.
+        unit = self.units.make(is_async=coroutines.is_async(delivery.job[1]))
+        delivery.transaction = JobTransaction(unit.session)
+        interrupts = _Interrupts(delivery)
+        try:
+            result = unit.run(delivery, proceed)
+            interrupts.raise_swallowed()
+            claim.over = claim.committing = True
+            unit.commit(partial(self._finish, delivery, claim, result))
+        except TakenOver:
+            unit.roll_back(struck=False)
+            self._give_way(delivery, claim)
+        except BaseException as error:
+            unit.roll_back(struck=interrupts.struck)
+            if not (claim.committing and is_disconnect(error) and self._is_completed(claim)):
+                claim.over = claim.committing = False
+                raise
+            logger.warning(
+                "The connection was lost during the COMMIT of message %s, which took effect.", claim.record.message_id
+            )
+        delivery.transaction.is_committed = True
+        self._drop(delivery, claim)
+        return result
+
+    def _finish(self, delivery: Delivery, claim: Claim, result: Any, connection: Connection, scope: Scope) -> None:
+        """Write the follow-up messages and the completion of the key in the job's transaction.
+
+        Raises:
+          TakenOver: Another run has taken over the key.
+        """
+        for step in self._follow_ups(delivery, result):
+            if isinstance(step, CountMember):
+                self.outbox.add_member(scope, delivery.message)
+                continue
+            for send in [step] if isinstance(step, OutgoingMessage) else step():
+                self.outbox.add(scope, send.message, send.delay)
+        # Last, because it locks the register until the COMMIT.
+        self._complete(connection, claim)
+
+    def _follow_ups(self, delivery: Delivery, result: Any) -> list[Any]:
+        """Return the outbox that the hooks of a success would leave: the pipeline's next stage, the group, ``on_success``."""
+        broker, proxy = self.state.broker, delivery.proxy
+        assert proxy is not None  # From the before-hooks to the after-hooks.
+        for middleware in reversed(broker.middleware):
+            if isinstance(middleware, (Pipelines, GroupCallbacks, Callbacks)):
+                middleware.after_process_message(broker, proxy, result=result)
+        steps, delivery.outbox = delivery.outbox, None
+        return steps or []
+
+    def _complete(self, connection: Connection, claim: Claim) -> None:
+        store = self._store
+        completed = records.completed_by(claim.record.message_id)
+        expected: bytes | None = claim.value
+        for _ in range(_TRIES):
+            if store.swap_within(connection, claim.name, expected, completed, claim.retention):
+                return
+            found = store.get_within(connection, claim.name)
+            if found.value is not None and not _is_of(claim, found.value):
+                break
+            # Forgotten by a user; or a rewrite of this run's record whose reply was lost.
+            expected = found.value
+        raise TakenOver
+
+    def _is_completed(self, claim: Claim) -> bool:
+        """Whether this message has completed the key."""
+        try:
+            found = self._claims().call_store(partial(self._store.get, claim.name))
+        except StoreDown:
+            return False
+        return found.value == records.completed_by(claim.record.message_id)
+
+    def _give_way(self, delivery: Delivery, claim: Claim) -> NoReturn:
+        """Skip a message whose key belongs to another run."""
+        # The claim's end would be written over the other run's claim.
+        self._drop(delivery, claim)
+        logger.warning(
+            "Message %s of actor %s left nothing: while it ran, its lease ended, and another run took over its key.",
+            delivery.message.message_id,
+            delivery.message.actor_name,
+        )
+        delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
+
+    def _drop(self, delivery: Delivery, claim: Claim) -> None:
+        self._claims().drop(claim)
+        delivery.claim = None
+
+    def _claims(self) -> Claims:
+        guard = guard_on(self.state)
+        assert guard is not None
+        return guard.claims
+
+
+class _Interrupts:
+    """Notes the interrupts of a delivery's job, also those that the job handles."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.struck = False
+        self._delivery = delivery
+        self._call: Runner
+        self._call, fn, args, kwargs = delivery.job
+        delivery.job = (self._run, fn, args, kwargs)
+
+    def _run(
+        self, fn: Any, args: Any, kwargs: Any, *, after_interrupt: Callable[[], object] = noop, **more: Any
+    ) -> Any:
+        def note() -> None:
+            self.struck = True
+            after_interrupt()
+
+        if coroutines.is_async(fn):
+            more["on_cancel"] = self._note_cancellation
+        return self._call(fn, args, kwargs, after_interrupt=note, **more)
+
+    def _note_cancellation(self) -> None:
+        self.struck = True
+
+    def raise_swallowed(self) -> None:
+        """Raise the interrupt of a job that has returned nonetheless: its statements may be cut short."""
+        if not self.struck:
+            return
+        delivery = self._delivery
+        if delivery.timeout_ms is not None and delivery.elapsed_ms() >= delivery.timeout_ms:
+            raise TimeoutExceeded
+        raise Shutdown
+
+
+def _is_of(claim: Claim, value: bytes) -> bool:
+    """Whether the bytes are a record of the claim's run."""
+    try:
+        record = records.Record.decode(value)
+    except UnknownRecord:
+        return False
+    own = claim.record
+    return (record.owner, record.token, record.message_id) == (own.owner, own.token, own.message_id)
+
+
+def _function_of(actor: Actor[..., Any]) -> Any:
+    return unwrapped(actor.fn)
