@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("example", ["orders.app", "flask_shop", "fastapi_shop", "scheduled"])
+@pytest.mark.parametrize("example", ["orders.app", "flask_shop", "fastapi_shop", "fastapi_transactions", "scheduled"])
 def test_an_example_passes_the_check(example):
     done = subprocess.run(
         [sys.executable, "-m", "dramatiq_policies", "check", f"examples.{example}"],

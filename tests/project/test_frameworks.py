@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dramatiq.broker
 import pytest
+import sqlalchemy
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,47 @@ def test_fastapi_says_that_it_could_not_pass_an_order_on(load, monkeypatch):
     monkeypatch.setattr(shop.broker, "enqueue", refuse)
     with testclient.TestClient(shop.app) as client:
         assert client.post("/orders/7").status_code == 503
+
+
+@pytest.fixture
+def transactions(load, monkeypatch, tmp_path):
+    """The FastAPI example with transactions, on a database of its own, and its client."""
+    testclient = pytest.importorskip("fastapi.testclient")
+    pytest.importorskip("aiosqlite")
+    monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    shop = load("fastapi_transactions")
+    with testclient.TestClient(shop.app) as client:
+        shop.broker.emit_after("process_boot")
+        yield shop, client
+
+
+def paid(shop, client):
+    """The orders with a payment, one for each payment."""
+
+    async def orders():
+        async with shop.AsyncSession(shop.engine) as session:
+            return list(await session.scalars(sqlalchemy.select(shop.Payment.order_id)))
+
+    return client.portal.call(orders)
+
+
+def test_an_order_and_its_message_are_committed_together_and_a_payment_with_its_key_and_its_receipt(transactions):
+    shop, client = transactions
+    answer = client.post("/orders", params={"email": "ada@example.com", "total": 12})
+    assert (answer.status_code, answer.json()) == (202, {"order": 1})
+    shop.charge.send(1)  # a second message, outside of a transaction
+    work(shop.broker, "payments")
+    work(shop.broker, "mail")
+    assert paid(shop, client) == [1]
+    assert shop.receipts == [(1, "ada@example.com")]
+
+
+def test_an_order_that_is_rolled_back_leaves_no_message(transactions):
+    shop, client = transactions
+    assert client.post("/orders", params={"email": "ada@example.com", "total": 0}).status_code == 422
+    assert shop.broker.queues["payments"].qsize() == 0
+    work(shop.broker, "payments")
+    assert paid(shop, client) == []
 
 
 def test_flask_s_jobs_run_in_the_application_s_context(load):

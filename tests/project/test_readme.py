@@ -15,6 +15,7 @@ import dramatiq.brokers.rabbitmq
 import dramatiq.brokers.redis
 import pytest
 import sentry_sdk
+import sqlalchemy
 from dramatiq.brokers.stub import StubBroker
 
 import dramatiq_policies
@@ -44,8 +45,8 @@ class Gateway(gateway.MailGateway):
 
 
 @pytest.fixture
-def shop(monkeypatch):
-    """What the snippets import: errors and a gateway, and a StubBroker where they make one with a server."""
+def shop(monkeypatch, tmp_path):
+    """The modules of the snippets: errors and a gateway. Servers are a StubBroker and an SQLite file."""
     module = types.ModuleType("shop")
     for name in ("EmailTimeout", "InvalidEmail", "MissingCredentials", "RateLimited"):
         setattr(module, name, getattr(gateway, name))
@@ -56,7 +57,10 @@ def shop(monkeypatch):
     monkeypatch.setattr(sentry_sdk, "init", lambda **_: None)
     monkeypatch.setattr(dramatiq.brokers.redis, "RedisBroker", lambda **_: StubBroker())
     monkeypatch.setattr(dramatiq.brokers.rabbitmq, "RabbitmqBroker", lambda **_: StubBroker())
-    return module
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/shop.db")
+    monkeypatch.setattr(sqlalchemy, "create_engine", lambda _: engine)
+    yield module
+    engine.dispose()
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
@@ -69,7 +73,7 @@ def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog, monk
     monkeypatch.setitem(sys.modules, "jobs", module)
     for snippet in snippets:
         line = text.count("\n", 0, snippet.start(1))
-        exec(compile("\n" * line + snippet[1], page, "exec"), module.__dict__)
+        exec(compile("\n" * line + snippet[1], page, "exec", dont_inherit=True), module.__dict__)
     for name, test in list(vars(module).items()):
         if name.startswith("test_"):
             caplog.clear()
