@@ -72,6 +72,11 @@ def exception_of(proxy: MessageProxy) -> BaseException | None:
     return proxy._exception
 
 
+def forget_exception(proxy: MessageProxy) -> None:
+    """Drop the exception set by the worker, and the frames in its traceback. The StubBroker keeps it otherwise."""
+    proxy._exception = None
+
+
 def is_stub_consumer(consumer: Consumer) -> bool:
     return type(consumer) is _stub._StubConsumer
 

@@ -9,7 +9,8 @@ import linecache
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,20 +18,27 @@ from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
 from ..interrupts.coroutines import is_async
-from .draining import drain
+from .draining import WorkerDied, drain, drain_in_progress
 from .faults import die_in_job, redeliver
+from .outboxes import AfterCommit, Unpublished, after_commits, outbox_of
 from .patching import in_place_of
+from .stub_environment import environment_of
 from .stubbing import stub
 
 if TYPE_CHECKING:
     from dramatiq import Actor
+    from dramatiq.brokers.stub import StubBroker
 
+    from ..transactions.database import Connection
+    from ..transactions.publisher import Ticket
+    from ..transactions.scope import Written
     from .run import Run
 
 __all__ = ["assert_crash_safe"]
 
-#: Stands for the moment after the last line, before the ack.
-_END = 0
+#: Stand for moments without a line: after the last line, before the ack; after a commit of the outbox's transaction, before its
+#: messages are published.
+_END, _COMMITTED = 0, -1
 
 
 class Point(NamedTuple):
@@ -54,7 +62,8 @@ def assert_crash_safe(
 
     The job runs undisturbed first. Then, for each line of the job, a worker dies just before the line (in a loop: at the first,
     second and last pass), and the broker delivers the message again. Two more runs: a crash after the last line, before the
-    ack, and a message that is delivered twice. Each run ends with empty queues, on a fresh StubBroker with an empty
+    ack, and a message that is delivered twice. With an outbox, the worker also dies after each commit, before the messages of the
+    commit are published. Each run ends with empty queues, on a fresh StubBroker with an empty
     idempotency store.
 
     Parameters:
@@ -144,8 +153,10 @@ class _Scene:
         file = self.code.co_filename
         if point.line == _END:
             return f"after the last line of the job, before the ack:\n    {file}"
-        source = linecache.getline(file, point.line).strip()
         time = "" if point.visit == 1 else f" (time {point.visit})"
+        if point.line == _COMMITTED:
+            return f"after a commit, before its messages are published{time}:\n    {file}"
+        source = linecache.getline(file, point.line).strip()
         return f"before line {point.line}{time}:\n    {file}:{point.line}: {source}"
 
     def play(self, *, die_at: Point | None = None, twice: bool = False, traced: bool = True) -> tuple[Any, Run]:
@@ -164,7 +175,7 @@ class _Scene:
         def trace(fn: Any) -> Any:
             return _traced(fn, self.code, come_by) if traced else fn
 
-        with stub(self.actor.broker) as broker, in_place_of(self.actor, trace):
+        with stub(self.actor.broker) as broker, in_place_of(self.actor, trace), _noting_commits(broker, come_by):
             message = self.actor.send(*self.args, **self.kwargs)
             if twice:
                 redeliver(message, broker)
@@ -177,6 +188,30 @@ class _Scene:
             return copy.deepcopy(seen)
         except Exception:
             return seen
+
+
+@contextmanager
+def _noting_commits(broker: StubBroker, come_by: Callable[[int], None]) -> Iterator[None]:
+    """Call ``come_by`` after each commit with messages of a drain. If it raises, a relay publishes the messages."""
+    outbox = outbox_of(broker)
+    if outbox is None:
+        yield
+        return
+
+    def noting(after_commit: AfterCommit) -> AfterCommit:
+        def call(written: Written, connection: Connection | None) -> Ticket | None:
+            if written.ids and drain_in_progress() is not None:
+                try:
+                    come_by(_COMMITTED)
+                except WorkerDied:
+                    environment_of(broker).unpublished.append(Unpublished(outbox, written.taken(), connection))
+                    raise
+            return after_commit(written, connection)
+
+        return call
+
+    with after_commits(outbox, noting):
+        yield
 
 
 def _code_of(fn: Any) -> CodeType:

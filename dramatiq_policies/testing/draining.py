@@ -7,6 +7,7 @@ and shuts down. If no message is ready, the virtual clock advances to the next d
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Collection
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -42,6 +43,8 @@ __all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
 
 #: The pause of a consumer thread before it connects again, in seconds.
 _RESTART = 3.0
+#: The pauses between two tries to publish rows of an outbox, in virtual ms: ten minutes in all.
+_RELAY_PAUSES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, *[60_000] * 9)
 
 _in_progress: ContextVar[Drain | None] = ContextVar("dramatiq_policies_drain", default=None)
 
@@ -123,6 +126,8 @@ class Drain:
         #: The ids of messages that wait for the idempotency store.
         self._stalled: set[str] = set()
         self._sources: list[str] = []
+        #: How often in a row the broker has refused the rows of the outbox.
+        self._refusals = 0
         self._began = 0
         self._exit = ExitStack()
         self._worker = InlineWorker(self.broker, _Hooks(self))
@@ -178,7 +183,12 @@ class Drain:
             if message is not None:
                 self._process(message)
                 return True
+            if self.environment.unpublished and self._publish_rows():
+                continue
             due = self._next_eta(self._stalled if self.environment.store_is_down and limit is None else ())
+            if self.environment.unpublished and self._refusals <= len(_RELAY_PAUSES):
+                again = self.clock.now + _RELAY_PAUSES[self._refusals - 1]
+                due = again if due is None else min(due, again)
             if due is None or (limit is not None and due > limit):
                 break
             self.clock.advance(max(0, due - self.clock.now))
@@ -202,6 +212,14 @@ class Drain:
                     if self.environment.state.stopping.wait(_RESTART):
                         return
 
+    def _publish_rows(self) -> bool:
+        """Publish committed rows of the outbox, as a relay does. Returns whether all rows of a commit were published."""
+        before = self.environment.unpublished
+        self.environment.unpublished = [rows for rows in before if not rows.publish()]
+        was_published = len(self.environment.unpublished) < len(before)
+        self._refusals = 0 if was_published else self._refusals + 1
+        return was_published
+
     def _next_eta(self, but_of: Collection[str]) -> int | None:
         """Return the time of the next delayed message, without messages that would only wait for the store again."""
         etas = [
@@ -213,9 +231,21 @@ class Drain:
         return None if not etas else ceil(min(etas))
 
     def _process(self, message: MessageProxy) -> None:
+        outbox = self.environment.outbox
+        before = None if outbox is None else outbox.before_job()
         try:
             self._worker.run(message)
         except WorkerDied:
+            pass
+        if self.died:
+            # Outside of the handler, which keeps the frames of the dead worker.
+            self.died = False
+            current.set(None)
+            _dramatiq.forget_exception(message)
+            if outbox is not None:
+                outbox.forget_job(before)
+                # The sessions of the dead worker, in cycles of references, hold transactions open.
+                gc.collect()
             self._redeliver(message)
             return
         error = _dramatiq.exception_of(message)
@@ -224,8 +254,6 @@ class Drain:
 
     def _redeliver(self, message: MessageProxy) -> None:
         """Put the message of a dead worker back on its queue, as delivered before."""
-        self.died = False
-        current.set(None)
         self.run.entries.append(
             Entry(self.clock.now - self._began, None, message, "the worker died; the message is redelivered")
         )

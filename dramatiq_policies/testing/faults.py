@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
 from ..middleware.ordering import order_middleware
 from .draining import WorkerDied, drain_in_progress
+from .outboxes import Unpublished, outbox_of, refusing
 from .patching import around, in_place_of
 from .stub_environment import environment_of
 from .virtual_time import clock_in_force
@@ -212,6 +213,9 @@ def enqueue_down(
 ) -> Iterator[None]:
     """Let a broker refuse all messages, from your code and from the worker.
 
+    A message that your code sends in a transaction with an outbox is accepted. `drain` publishes the message, as a relay does, once
+    the broker accepts messages again, and tries for ten virtual minutes.
+
     Parameters:
       exception: The exception to raise, an instance or a class. Default: Dramatiq's ``ConnectionFailed``.
       times: The number of refused messages. Default None: all.
@@ -222,20 +226,35 @@ def enqueue_down(
     counted = _Times("enqueue_down()", times)
     own = vars(broker).get("enqueue")
     accept = broker.enqueue
+    outbox = outbox_of(broker)
+
+    def refusal() -> BaseException | None:
+        if not counted.take():
+            return None
+        return exception("enqueue_down()") if isinstance(exception, type) else exception
 
     def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        if counted.take():
-            raise exception("enqueue_down()") if isinstance(exception, type) else exception
+        if (outbox is None or not outbox.takes(message)) and (error := refusal()) is not None:
+            raise error
         return accept(message, delay=delay)
 
     broker.enqueue = enqueue  # type: ignore[method-assign]
     try:
-        yield
+        with ExitStack() as stack:
+            if outbox is not None:
+                stack.enter_context(refusing(outbox, refusal, _note_on(broker)))
+            yield
     finally:
         if own is None:
             del vars(broker)["enqueue"]
         else:
             broker.enqueue = own  # type: ignore[method-assign]
+
+
+def _note_on(broker: Broker) -> Callable[[Unpublished], None]:
+    """Return what notes rows that `drain` has to publish: nothing for a broker that only real workers use."""
+    order_middleware(broker)
+    return environment_of(broker).unpublished.append if isinstance(broker, StubBroker) else lambda _: None
 
 
 @contextmanager

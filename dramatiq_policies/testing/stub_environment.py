@@ -14,6 +14,7 @@ from ..idempotency.store_client import StoreDown
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import guard_on
 from ..middleware.ordering import order_middleware
+from .outboxes import Unpublished, outbox_of
 from .virtual_time import VirtualClock, clock_in_force
 
 __all__ = ["StubEnvironment", "environment_of"]
@@ -29,8 +30,11 @@ class StubEnvironment:
         self.state = state
         self.clock = VirtualClock(self._renew_leases)
         self.draining = False
+        self.outbox = outbox_of(broker)
         #: Whether the idempotency store stays down: `drain` must not wait for the store.
         self.store_is_down = False
+        #: Rows of the outbox that are committed and not published.
+        self.unpublished: list[Unpublished] = []
         stock, began = broker.enqueue, self.clock.now
         clock = self.clock
 

@@ -28,7 +28,7 @@ from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxStats, OutboxTable
 from .publication import Publication
 from .publisher import Publisher, Ticket
 from .relay import Relay
-from .scope import Written, entered_scope
+from .scope import Written, entered_scope, innermost, leave_since
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -134,8 +134,8 @@ class Outbox(PolicyMiddleware):
 
         @functools.wraps(enqueue_now)
         def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-            scope = self.find_scope()
-            if scope is None or is_direct() or self._is_exempt(message):
+            scope = self._scope_of(message)
+            if scope is None:
                 return enqueue_now(message, delay=delay)
             return self.add(scope, message, delay)
 
@@ -151,6 +151,14 @@ class Outbox(PolicyMiddleware):
         stub._reset()  # noqa: SLF001 - of our own class
         after_fork(stub)
         return stub
+
+    def takes(self, message: Message[Any]) -> bool:
+        """Return whether a send of this message, now and here, is written in a transaction."""
+        return self._scope_of(message) is not None
+
+    def _scope_of(self, message: Message[Any]) -> Scope | None:
+        scope = self.find_scope()
+        return None if scope is None or is_direct() or self._is_exempt(message) else scope
 
     def _is_exempt(self, message: Message[Any]) -> bool:
         assert self.attached_to is not None
@@ -210,6 +218,16 @@ class Outbox(PolicyMiddleware):
         """Wait until rows are published, at most ``wait`` milliseconds. Never raises an error."""
         if ticket is not None and not self.publisher.is_stuck():
             ticket.wait(self.wait / 1_000)
+
+    # The test kit.
+
+    def before_job(self) -> object:
+        """Return what `forget_job` needs to end what the next job of this thread begins. For the test kit."""
+        return innermost()
+
+    def forget_job(self, before: object) -> None:
+        """End the transactions that a job has left open, because its worker died in the middle. For the test kit."""
+        leave_since(before)
 
     # The relay.
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from ..common.forks import after_fork
 
-__all__ = ["Entered", "Written", "entered_scope"]
+__all__ = ["Entered", "Written", "entered_scope", "innermost", "leave_since"]
 
 S = TypeVar("S")
 
@@ -117,6 +117,16 @@ def entered_scope(group: object) -> Any:
             return entered.scope
         entered = entered.outer
     return None
+
+
+def innermost() -> object:
+    """Return what `leave_since` takes: the scope that was entered last, whatever its outbox."""
+    return _entered.get()
+
+
+def leave_since(before: Any) -> None:
+    """Leave the scopes that were entered since ``before``: whoever entered them is gone."""
+    _entered.set(before)
 
 
 def _place() -> tuple[int, object]:

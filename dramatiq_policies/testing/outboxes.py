@@ -1,0 +1,130 @@
+"""Messages that an outbox has committed and could not publish: because of a fault of a test, or because the worker died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dramatiq.errors import BrokerConnectionError, ConnectionClosed
+
+from ..brokers.batch import Encoded
+from ..transactions.outbox import Outbox
+from ..transactions.scope import Written
+
+if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
+    from ..transactions.database import Connection
+    from ..transactions.publisher import Ticket
+
+__all__ = ["AfterCommit", "Unpublished", "after_commits", "outbox_of", "refusing"]
+
+AfterCommit = Callable[["Written", "Connection | None"], "Ticket | None"]
+
+
+class Unpublished(NamedTuple):
+    """Rows of a commit that are not published.
+
+    Attributes:
+      connection: The connection that sees the rows; None for the outbox's own.
+    """
+
+    outbox: Outbox
+    written: Written
+    connection: Connection | None = None
+
+    def publish(self) -> bool:
+        """Publish the rows, as a relay does later. Returns whether none is left."""
+        outbox, ids = self.outbox, self.written.ids
+        # A row that was refused belongs to nobody.
+        owners = [self.written.owner, ""]
+        run: Any = outbox.database.run if self.connection is None else partial(_call, self.connection)
+        outbox.publisher.publish_part(run, ids, owners, monotonic())
+        return not run(lambda connection: outbox.table.take(connection, ids, owners))
+
+
+def outbox_of(broker: Broker) -> Outbox | None:
+    """Return the outbox of a broker; None without one."""
+    return next((one for one in broker.middleware if isinstance(one, Outbox)), None)
+
+
+@contextmanager
+def after_commits(outbox: Outbox, replace: Callable[[AfterCommit], AfterCommit]) -> Iterator[None]:
+    """Call a replacement of `Outbox.after_commit` after each commit."""
+    before = vars(outbox).get("after_commit")
+    replacement = replace(outbox.after_commit)
+
+    def after_commit(written: Written, connection: Connection | None = None) -> Ticket | None:
+        return replacement(written, connection)
+
+    outbox.after_commit = after_commit  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _put_back(outbox, "after_commit", before)
+
+
+@contextmanager
+def refusing(
+    outbox: Outbox, refusal: Callable[[], BaseException | None], note: Callable[[Unpublished], None]
+) -> Iterator[None]:
+    """Let the broker refuse messages of an outbox.
+
+    Parameters:
+      refusal: Returns the error for the next message; None to accept the message.
+      note: Called with rows that were refused.
+    """
+    batch, refused = outbox.batch, [0]
+    before, stock = vars(batch).get("publish"), batch.publish
+
+    def publish(messages: Sequence[Encoded]) -> list[Exception | None]:
+        found: list[Exception | None] = []
+        for message in messages:
+            error = refusal()
+            refused[0] += error is not None
+            if isinstance(error, BrokerConnectionError):
+                error = ConnectionClosed(error)
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            found += stock([message]) if error is None else [error]
+        return found
+
+    def noting(after_commit: AfterCommit) -> AfterCommit:
+        def call(written: Written, connection: Connection | None) -> Ticket | None:
+            rows = Unpublished(outbox, _copy(written), connection)
+            count = refused[0]
+            try:
+                return after_commit(written, connection)
+            finally:
+                if refused[0] > count:
+                    note(rows)
+
+        return call
+
+    batch.publish = publish  # type: ignore[method-assign]
+    try:
+        with after_commits(outbox, noting):
+            yield
+    finally:
+        _put_back(batch, "publish", before)
+
+
+def _put_back(holder: object, name: str, before: Any) -> None:
+    """Undo the replacement of a method: of the class again, or of an outer fault."""
+    if before is None:
+        del vars(holder)[name]
+    else:
+        vars(holder)[name] = before
+
+
+def _copy(written: Written) -> Written:
+    copied = Written()
+    copied.owner, copied.since, copied.ids = written.owner, written.since, list(written.ids)
+    return copied
+
+
+def _call(connection: Connection, work: Callable[[Connection], Any]) -> Any:
+    return work(connection)
