@@ -11,3 +11,13 @@ class Order(models.Model):
 
     def __str__(self) -> str:
         return f"order {self.pk}"
+
+
+class Payment(models.Model):
+    """Money that has arrived for an order."""
+
+    order = models.ForeignKey(Order, models.PROTECT)
+    cents = models.IntegerField()
+
+    def __str__(self) -> str:
+        return f"{self.cents / 100:.2f} for order {self.order_id}"

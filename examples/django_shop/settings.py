@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from dramatiq_policies import ErrorClassifier, RetryPolicy
+from dramatiq_policies import ErrorClassifier, Idempotency, RetryPolicy
+from dramatiq_policies.contrib.django import DjangoStore
 
 SECRET_KEY = "an example's, not a secret"  # noqa: S105
 USE_TZ = True
@@ -12,7 +13,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ.get("DATABASE", ":memory:")}}
 INSTALLED_APPS = [
     "django_dramatiq",  # first: it makes the broker
-    "dramatiq_policies.contrib.django",  # manage.py policies
+    "dramatiq_policies.contrib.django",  # manage.py policies, and the tables of the outbox and the store
     "examples.django_shop",
 ]
 # Its only job deletes rows of django_dramatiq's AdminMiddleware, which is not in use here.
@@ -36,10 +37,11 @@ DRAMATIQ_BROKER = {
             retry_on={"django.db.utils.OperationalError": 5},
             unclassified=RetryPolicy(attempts=5),
         ),
-        # In the broker's Redis; on a StubBroker in memory. On RabbitMQ: Idempotency(RedisStore.from_url("redis://…")).
-        "dramatiq_policies.Idempotency",
+        # A message that is sent inside of atomic() is a row of the transaction.
+        "dramatiq_policies.contrib.django.DjangoOutbox",
+        # In the same database, for transactional=True. Without such actors "dramatiq_policies.Idempotency": keys in the broker's Redis.
+        Idempotency(DjangoStore()),
         "dramatiq_policies.DiscardLogger",
-        "dramatiq_policies.contrib.django.WarnInsideAtomic",
         "django_dramatiq.middleware.DbConnectionsMiddleware",
     ],
 }

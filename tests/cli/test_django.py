@@ -41,7 +41,7 @@ def run(command, *args, settings=SETTINGS, cwd=ROOT, **env):
 def test_without_an_app_the_actors_that_rundramatiq_finds_are_checked(command, more, settings):
     done = run(command, "check", *more, settings=settings)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "Ready: 1 actor, 0 errors, 1 warning, 0 exempt."
+    assert done.stdout.splitlines()[-1] == "Ready: 3 actors, 0 errors, 1 warning, 0 exempt."
 
 
 def test_an_actor_is_named_alone_or_with_its_module_and_models_are_there():

@@ -6,7 +6,7 @@ from django.db import connections
 
 from ...common.safe_logger import SafeLogger
 
-__all__ = ["close_struck_connections", "in_atomic_of_the_app"]
+__all__ = ["close_struck_connections", "in_atomic_of_the_app", "is_of_a_test_case"]
 
 logger = SafeLogger("dramatiq_policies.django")
 
@@ -18,7 +18,7 @@ def close_struck_connections() -> None:
     state are gone together. A connection with the transaction of a ``TestCase`` stays, and so does a database in memory.
     """
     for connection in connections.all(initialized_only=True):
-        if any(block._from_testcase for block in connection.atomic_blocks):  # noqa: SLF001
+        if is_of_a_test_case(connection):
             continue
         try:
             connection.close()
@@ -26,6 +26,11 @@ def close_struck_connections() -> None:
             logger.warning("A connection to database %r did not close cleanly: %s", connection.alias, error)
         if connection.connection is None or connection.closed_in_transaction:
             del connections[connection.alias]
+
+
+def is_of_a_test_case(connection: object) -> bool:
+    """Whether a ``TestCase`` has begun the transaction of a connection."""
+    return any(block._from_testcase for block in connection.atomic_blocks)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def in_atomic_of_the_app(connection: object) -> bool:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from django.db import connections
 
 from ...transactions.outbox import Outbox, Scope
-from ...transactions.scope import Written
+from ...transactions.transactional import TransactionalJobs
 from .connections import in_atomic_of_the_app
-from .database import DjangoConnection, DjangoDatabase, checked_using, how_to_migrate
+from .database import DjangoDatabase, checked_using, how_to_migrate
+from .outbox_scope import AtomicScope
+from .unit_of_work import DjangoUnitsOfWork
 
 if TYPE_CHECKING:
+    from ...delivery.broker_state import BrokerState
     from ...transactions.database import Database
-    from ...transactions.outbox_table import NewRow
 
-__all__ = ["AtomicScope", "DjangoOutbox"]
+__all__ = ["DjangoOutbox"]
 
 #: How many connections the outbox of a process uses: the publisher's and the relay's.
 _CONNECTIONS = 2
-#: The attribute of Django's connection with the rows of its transaction.
-_WRITTEN = "dramatiq_policies_written"
 
 
 class DjangoOutbox(Outbox):
@@ -79,6 +77,10 @@ class DjangoOutbox(Outbox):
         self.using = checked_using("DjangoOutbox", using)
         self.missing_table = how_to_migrate(self.using)
 
+    def attach(self, state: BrokerState) -> None:
+        super().attach(state)
+        state.transactional_actors = TransactionalJobs(state, self, DjangoUnitsOfWork(self, self.using))
+
     def make_database(self) -> Database:
         return DjangoDatabase(self.using, limit=_CONNECTIONS)
 
@@ -89,36 +91,3 @@ class DjangoOutbox(Outbox):
             if connection.alias == self.using and in_atomic_of_the_app(connection):
                 return AtomicScope(connection)
         return None
-
-
-class AtomicScope(Scope):
-    """The transaction of an ``atomic`` block.
-
-    Parameters:
-      connection: Django's connection.
-    """
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
-        adapter = DjangoConnection(self.connection)
-        written = self._written(outbox)
-        for row in rows:
-            outbox.insert(adapter, row, written)
-        # Each time: Django forgets the callbacks of a savepoint that is rolled back. The first one publishes all rows.
-        self.connection.on_commit(partial(_publish, outbox, written, adapter), robust=True)
-
-    def _written(self, outbox: Outbox) -> Written:
-        # A list of callbacks is of one transaction: Django makes a new one after the commit, and after each rollback.
-        callbacks = self.connection.run_on_commit
-        known = getattr(self.connection, _WRITTEN, None)
-        if known is None or known[0] is not callbacks or known[1] is not outbox:
-            known = (callbacks, outbox, Written())
-            setattr(self.connection, _WRITTEN, known)
-        found: Written = known[2]
-        return found
-
-
-def _publish(outbox: Outbox, written: Written, connection: DjangoConnection) -> None:
-    outbox.wait_for(outbox.after_commit(written, connection))

@@ -26,7 +26,7 @@ from ...middleware.base import PolicyMiddleware
 from ...middleware.ordering import order_middleware
 from ...outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
 from ...transactions.outbox import outbox_on
-from .outbox import AtomicScope
+from .outbox_scope import AtomicScope
 from .task_policy import OPTIONS
 from .task_records import TaskRecords, error_of, result_of
 

@@ -44,7 +44,7 @@ def set_up():
 
 def make_tables(alias="default"):
     """Make the tables of dramatiq_policies and of the shop, or empty them."""
-    call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
+    call_command("migrate", database=alias, run_syncdb=True, fake_initial=True, verbosity=0)
     for model in apps.get_models():
         model.objects.using(alias).all().delete()
 

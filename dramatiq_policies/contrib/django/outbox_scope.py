@@ -1,0 +1,54 @@
+"""The transaction of an ``atomic`` block, as a scope of the outbox."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ...transactions.outbox import Outbox, Scope
+from ...transactions.scope import Written
+from .database import DjangoConnection
+
+if TYPE_CHECKING:
+    from ...transactions.outbox_table import NewRow
+
+__all__ = ["AtomicScope", "publish"]
+
+#: The attribute of Django's connection with the rows of its transaction.
+_WRITTEN = "dramatiq_policies_written"
+
+
+class AtomicScope(Scope):
+    """The transaction of an ``atomic`` block.
+
+    Parameters:
+      connection: Django's connection.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+        adapter = DjangoConnection(self.connection)
+        written = self.written(outbox)
+        for row in rows:
+            outbox.insert(adapter, row, written)
+        # Each time: Django forgets the callbacks of a savepoint that is rolled back. The first one publishes all rows.
+        self.connection.on_commit(partial(publish, outbox, written, adapter), robust=True)
+
+    def written(self, outbox: Outbox) -> Written:
+        """Return the rows of this transaction."""
+        # A list of callbacks is of one transaction: Django makes a new one after the commit, and after each rollback.
+        callbacks = self.connection.run_on_commit
+        known = getattr(self.connection, _WRITTEN, None)
+        if known is None or known[0] is not callbacks or known[1] is not outbox:
+            known = (callbacks, outbox, Written())
+            setattr(self.connection, _WRITTEN, known)
+        found: Written = known[2]
+        return found
+
+
+def publish(outbox: Outbox, written: Written, connection: DjangoConnection) -> None:
+    """Publish committed rows, and wait for the publication as long as the outbox allows. Never raises."""
+    outbox.wait_for(outbox.after_commit(written, connection))

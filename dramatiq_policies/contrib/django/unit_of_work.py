@@ -1,0 +1,160 @@
+"""The transaction of a transactional job: an ``atomic`` block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.db import connections, transaction
+
+from ...common.safe_logger import SafeLogger
+from ...errors import ConfigurationError
+from .connections import close_struck_connections, in_atomic_of_the_app, is_of_a_test_case
+from .database import DjangoConnection
+from .outbox_scope import AtomicScope, publish
+from .store import DjangoStore
+
+if TYPE_CHECKING:
+    from ...delivery.delivery import Delivery
+    from ...delivery.executor import Proceed
+    from ...transactions.key_table import KeyTable
+    from ...transactions.outbox import Outbox
+    from ...transactions.transactional import Finish, UnitOfWork
+
+__all__ = ["DjangoUnitsOfWork"]
+
+logger = SafeLogger("dramatiq_policies.django")
+
+_COMMITTED = (
+    "A job with transactional=True must not commit, roll back or set autocommit: the worker commits after the job has returned, "
+    "together with the completion of its key and with its messages. Remove the call, or use atomic() for a savepoint."
+)
+_CLOSED = (
+    "A job with transactional=True must not close the connection to database {alias!r}: the worker commits over it."
+)
+_OPEN = "A job with transactional=True has left an atomic block open on database {alias!r}. End each block that the job begins."
+_INSIDE = (
+    "A job with transactional=True begins inside of a transaction on database {alias!r}, so that its commit would not be the "
+    "job's. Remove the middleware that begins the transaction, or AUTOCOMMIT=False from DATABASES."
+)
+
+
+class DjangoUnitsOfWork:
+    """Makes the transactions of transactional jobs.
+
+    Parameters:
+      outbox: The outbox.
+      using: The alias of its database.
+    """
+
+    def __init__(self, outbox: Outbox, using: str) -> None:
+        self.outbox = outbox
+        self.using = using
+
+    def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
+        """Check that units of work are possible for an actor whose keys are in a store.
+
+        Raises:
+          ConfigurationError: They are not.
+        """
+        if not isinstance(store, DjangoStore) or store.using != self.using:
+            raise ConfigurationError(
+                f"{where}: transactional=True needs keys and outbox in one database. Pass the same alias to both: "
+                f"DjangoOutbox({self.using!r}) and Idempotency(DjangoStore({self.using!r}))."
+            )
+        if is_async:
+            raise ConfigurationError(
+                f"{where}: transactional=True needs a sync actor, because Django has no async transactions. Write def, not async def."
+            )
+
+    def make(self, *, is_async: bool) -> UnitOfWork:
+        """Return a unit of work for one run. Does not connect."""
+        return DjangoUnitOfWork(self.outbox, self.using)
+
+
+class DjangoUnitOfWork:
+    """The transaction of one job, on the connection of the job's thread."""
+
+    session = None
+
+    def __init__(self, outbox: Outbox, using: str) -> None:
+        self._outbox = outbox
+        self._using = using
+        self._connection: Any = None
+        self._block: Any = None
+        self._refused: ConfigurationError | None = None
+
+    def run(self, delivery: Delivery, proceed: Proceed) -> Any:
+        self._connection = connection = connections[self._using]
+        if in_atomic_of_the_app(connection):
+            raise self._error(_INSIDE)
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
+            if not connection.get_autocommit():
+                raise self._error(_INSIDE)
+        block = transaction.atomic(using=self._using)
+        block.__enter__()
+        self._block = block
+        # Django calls it where it refuses a commit inside of a block.
+        connection.validate_no_atomic_block = self._refuse
+        try:
+            return proceed(delivery)
+        finally:
+            del connection.validate_no_atomic_block
+
+    def _refuse(self) -> None:
+        self._refused = self._error(_COMMITTED)
+        raise self._refused
+
+    def commit(self, finish: Finish) -> None:
+        connection = self._connection
+        # The job may have caught the error.
+        if self._refused is not None:
+            raise self._refused
+        if connection.closed_in_transaction:
+            raise self._error(_CLOSED)
+        if connection.atomic_blocks[-1] is not self._block:
+            raise self._error(_OPEN)
+        scope, adapter = AtomicScope(connection), DjangoConnection(connection)
+        finish(adapter, scope)
+        block, self._block = self._block, None
+        if is_of_a_test_case(connection):
+            block.__exit__(None, None, None)
+            # No commit follows in a TestCase, and nothing else would publish the rows.
+            publish(self._outbox, scope.written(self._outbox), adapter)
+            return
+        # Django would raise the error of a callback, although the commit has taken effect.
+        callbacks, connection.run_on_commit = connection.run_on_commit, []
+        driver_connection = connection.connection
+        try:
+            block.__exit__(None, None, None)
+        except Exception as error:
+            # After a failed COMMIT Django rolls back. If that fails, too, Django connects anew.
+            if connection.connection is not driver_connection or not connection.is_usable():
+                error.connection_invalidated = True  # type: ignore[attr-defined]
+            raise
+        for _, callback, _ in callbacks:
+            try:
+                callback()
+            except Exception:
+                logger.exception("The on_commit callback %r of a job failed; the job is committed.", callback)
+
+    def roll_back(self, *, struck: bool) -> None:
+        connection, block = self._connection, self._block
+        if connection is None:
+            return
+        try:
+            if struck:
+                close_struck_connections()
+            if block is not None and any(one is connection for one in connections.all(initialized_only=True)):
+                self._leave(connection, block)
+        except Exception:
+            logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
+            close_struck_connections()
+
+    def _leave(self, connection: Any, block: Any) -> None:
+        """End the block with a rollback, and the blocks that the job has left open."""
+        while block in connection.atomic_blocks:
+            connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)
+
+    def _error(self, text: str) -> ConfigurationError:
+        return ConfigurationError(text.format(alias=self._using))

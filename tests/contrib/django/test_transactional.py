@@ -1,0 +1,74 @@
+"""Transactional jobs with Django's ORM on SQLite; on servers in tests/integration/test_django_transactional.py."""
+
+from __future__ import annotations
+
+import dramatiq
+import pytest
+from django.db import transaction
+from dramatiq.brokers.stub import StubBroker
+from dramatiq.middleware import AsyncIO
+
+from dramatiq_policies import ConfigurationError, Idempotency, install
+from dramatiq_policies.contrib.django import DjangoOutbox, DjangoStore
+
+from . import project
+from .transactional_jobs import Shop, TransactionalJobs
+
+
+class TestOnSQLite(TransactionalJobs):
+    @pytest.fixture
+    def alias(self):
+        return "default"
+
+
+@pytest.fixture
+def in_memory():
+    name = "file:transactional?mode=memory&cache=shared"
+    with project.database("memory", ENGINE="django.db.backends.sqlite3", NAME=name) as alias:
+        project.make_tables(alias)
+        shop = Shop(alias)
+        yield shop
+        shop.close()
+
+
+def test_in_a_test_case_with_a_database_in_memory_the_job_s_messages_are_sent_when_it_ends(in_memory):
+    shop = in_memory
+
+    def place(email):
+        shop.create(email)
+        shop.tell.send(email)
+
+    shop.actor(place).send("ada")
+    block = transaction.atomic(using=shop.alias)
+    block._from_testcase = True
+    with block:
+        shop.drain()
+        assert (shop.orders(), shop.told) == (["ada"], [("ada",)])
+        transaction.set_rollback(True, using=shop.alias)
+    assert shop.orders() == []
+
+
+def declare(outbox, idempotency, fn, **options):
+    broker = install(StubBroker(middleware=[AsyncIO()]), outbox=outbox, idempotency=idempotency)
+    return dramatiq.actor(fn, broker=broker, transactional=True, **{"idempotent": True, **options})
+
+
+def job():
+    pass
+
+
+async def async_job():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("outbox", "store", "fn", "expected"),
+    [
+        (DjangoOutbox, lambda: DjangoStore("other"), job, r"Pass the same alias to both: DjangoOutbox\('default'\)"),
+        (DjangoOutbox, DjangoStore, async_job, "needs a sync actor, because Django has no async transactions"),
+        (DjangoOutbox, None, job, "needs the idempotency keys in the outbox's database"),
+    ],
+)
+def test_an_actor_that_can_t_be_transactional_is_refused(outbox, store, fn, expected):
+    with pytest.raises(ConfigurationError, match=expected):
+        declare(outbox(), Idempotency(store()) if store else None, fn)
