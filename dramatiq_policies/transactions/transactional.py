@@ -214,7 +214,7 @@ class TransactionalJobs:
 
     def _complete(self, connection: Connection, claim: Claim) -> None:
         store = self._store
-        completed = records.completed_by(claim.record.message_id)
+        completed = self._claims().completed_record(claim)
         expected: bytes | None = claim.value
         for _ in range(_TRIES):
             if store.swap_within(connection, claim.name, expected, completed, claim.retention):
@@ -232,7 +232,7 @@ class TransactionalJobs:
             found = self._claims().call_store(partial(self._store.get, claim.name))
         except StoreDown:
             return False
-        return found.value == records.completed_by(claim.record.message_id)
+        return found.value == self._claims().completed_record(claim)
 
     def _give_way(self, delivery: Delivery, claim: Claim) -> NoReturn:
         """Skip a message whose key belongs to another run."""

@@ -493,7 +493,7 @@ def test_a_group_counts_each_member_once_on_redis(redis_place: RedisPlace) -> No
         until(lambda: len(app.events) == 1)
         # The first member's place is settled twice more, as after redeliveries of a job without a key.
         stock = next(m for m in broker.middleware if isinstance(m, GroupCallbacks))
-        count = stock._counter()
+        count = stock.counter()
         uuid_ = next(iter(members[0].options.values())) if members[0].options else None
         keys = [key.decode() for key in redis_place.client.scan_iter(match="*@members")]
         assert uuid_ is None or count is not None
@@ -584,7 +584,7 @@ def test_what_a_kept_message_hands_on_is_enqueued_once_however_often_the_call_is
     transport: Any = consumer.transport
     for _ in range(2):
         redis_id = message.options["redis_message_id"]
-        transport._settle(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
+        transport.settling.run(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
     queued = redis_place.client.lrange(f"{redis_place.namespace}:{redis_place.queue}", 0, -1)
     assert queued == [b"next"]
     consumer.requeue([message])

@@ -274,6 +274,17 @@ class TransactionalJobs:
         assert shop.payments() == [7]
         assert shop.outcomes() == [("succeeded", None), ("duplicate", "completed")]
 
+    def test_a_duplicate_with_other_arguments_is_logged(self, shop, caplog):
+        async def body(job, order):
+            job.session.add(Payment(order=order))
+
+        pay = shop.actor(body)
+        pay.send(7)
+        pay.send(7, "another")
+        shop.drain()
+        assert shop.outcomes() == [("succeeded", None), ("duplicate", "completed")]
+        assert "but other arguments" in caplog.text
+
     def test_a_run_whose_key_was_taken_over_leaves_nothing_and_is_stale(self, shop):
         async def body(job, order):
             shop.take_over()
