@@ -2,7 +2,8 @@
 
 uvicorn examples.fastapi_transactions:app      dramatiq examples.fastapi_transactions
 
-DATABASE_URL is an SQLite file by default. Another database: postgresql+asyncpg://user:password@localhost/shop.
+DATABASE_URL is an SQLite file by default. Another database: postgresql+asyncpg://user:password@localhost/shop, or
+mariadb+asyncmy://user:password@localhost/shop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from fastapi import FastAPI, HTTPException
-from sqlalchemy import ForeignKey
+from sqlalchemy import ForeignKey, String
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -51,7 +52,7 @@ class Order(Base):
 
     __tablename__ = "orders"
     id: Mapped[int] = mapped_column(primary_key=True)
-    email: Mapped[str]
+    email: Mapped[str] = mapped_column(String(254))
     total: Mapped[int]
 
 
