@@ -1,4 +1,4 @@
-"""Publish many messages at once: `Batch` for any broker. The packages beside hold a subclass for each known broker."""
+"""Publish many messages at once: `Batch` for any broker. Each broker's package has a subclass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 class Batch:
     """Prepares messages as the broker's ``enqueue`` does, and publishes them later, many at once.
 
-    A broker of an unknown kind prepares the message only when it publishes it: then its ``before_enqueue`` hooks run.
+    With a broker of an unknown type, ``before_enqueue`` hooks run at the publication.
     """
 
     def __init__(self, state: BrokerState) -> None:
@@ -40,9 +40,9 @@ class Batch:
         return message if delay is None else message.copy(options={"eta": now_ms() + delay})
 
     def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
-        """Publish messages in order. Returns for each None, or why the broker did not accept it.
+        """Publish messages in order. Returns for each message None or the broker's error.
 
-        ``ConnectionClosed`` stands for a broker that is unreachable, or that takes nothing for now.
+        ``ConnectionClosed`` means an unreachable broker, or a broker that accepts nothing at present.
         """
         results: list[Exception | None] = []
         for message, _ in messages:
@@ -58,17 +58,17 @@ class Batch:
         return results
 
     def published(self, message: Message[Any], delay: int | None) -> None:
-        """Run the ``after_enqueue`` hooks of a message that the broker has accepted."""
+        """Run the ``after_enqueue`` hooks of an accepted message."""
 
     def serve(self) -> None:
-        """Keep the connections of this thread alive while there is nothing to publish."""
+        """Keep the idle connections of this thread alive."""
 
     def close(self) -> None:
         """Close the connections of this thread."""
 
 
 class KnownBatch(Batch):
-    """A batch of a broker whose ``enqueue`` is known."""
+    """A batch of a broker with a known ``enqueue``."""
 
     def prepare(self, message: Message[Any], delay: int | None) -> Message[Any]:
         options, queue = self.options_of(message), message.queue_name
@@ -80,10 +80,10 @@ class KnownBatch(Batch):
         return message
 
     def options_of(self, message: Message[Any]) -> dict[str, Any]:
-        """Return the options that the broker adds to a message.
+        """Return the broker's additional options of a message.
 
         Raises:
-          QueueNotFound: The broker knows no such queue.
+          QueueNotFound: The broker has no such queue.
         """
         return {}
 

@@ -1,4 +1,4 @@
-"""A thread of a middleware that runs while the process has workers."""
+"""A middleware's thread, alive while the process has workers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class BackgroundThread:
 
     Parameters:
       name: The thread's name, after ``dramatiq-policies-``.
-      run: Called on the thread with an event. It must return soon after the event is set.
+      run: Called on the thread with an event. Must return soon after the event is set.
 
     Attributes:
-      workers: The workers that have booted and not shut down.
+      workers: The running workers.
     """
 
     def __init__(self, name: str, run: Callable[[threading.Event], object]) -> None:
@@ -35,7 +35,7 @@ class BackgroundThread:
         self.workers.append(worker)
         if self._thread is not None and not self._stop.is_set():
             return False
-        # A fresh event for each thread: a thread that ends late must not miss its own stop.
+        # A fresh event per thread: a thread that ends late must not miss the stop.
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(self._stop,), name=self._name, daemon=True)
         self._thread.start()
@@ -49,7 +49,7 @@ class BackgroundThread:
             self._stop.set()
 
     def join(self, seconds: float) -> None:
-        """Wait for a stopped thread, which may hang in a call to a server; it then ends later."""
+        """Wait for a stopped thread. A thread in a hanging call to a server ends later."""
         if self._thread is not None and self._stop.is_set():
             self._thread.join(seconds)
             self._thread = None

@@ -1,4 +1,4 @@
-"""Log lines for outcomes that are no failure for good, and for alerts."""
+"""Log lines for alerts, and for outcomes other than permanent failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 
 
 class OutcomeLog:
-    """Logs messages that are retried, put back or skipped, and alerts.
+    """Logs retried, requeued and skipped messages, and alerts.
 
     Parameters:
       alert_interval: Milliseconds. An alert of the same actor and exception is CRITICAL once per interval, else a warning.
@@ -33,7 +33,7 @@ class OutcomeLog:
         self._alerts = Throttle()
 
     def record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        """Log one line for a message that is retried, put back or skipped, and for an alert."""
+        """Log one line for a retried, requeued or skipped message, or an alert."""
         error = event.exception
         if event.outcome is Outcome.RETRIED:
             assert error is not None  # The job's error.

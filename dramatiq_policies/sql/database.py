@@ -1,4 +1,4 @@
-"""`SqlDatabase`: statements of the library on connections of its own, beside the pool of your engine."""
+"""`SqlDatabase`: the library's statements on separate connections, beside the pool of your engine."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _inherited: list[object] = []
 class SqlDatabase:
     """Connections beside the pool of an engine, made in the same way: a `Database` of `dramatiq_policies.transactions`.
 
-    The library's calls never wait for a connection of the application, and never join its transactions. Only an SQLite database in
-    memory is called on the application's connection, because another connection would see another database.
+    The library's calls never wait for a connection of the application, and never join its transactions. Only for an SQLite database in
+    memory the library uses the application's connection: another connection would see another database.
 
     Parameters:
       engine: A sync or async engine.
-      connections: How many connections this process may use at once; always one on SQLite.
-      patience: After how long a call without an answer raises, in milliseconds.
+      connections: The most connections of this process; always one on SQLite.
+      patience: Milliseconds until a call without an answer raises.
     """
 
     def __init__(self, engine: Engine | AsyncEngine, *, connections: int = 4, patience: int = 5_000) -> None:
         self.engine = engine
         self.dialect = dialect_of(engine)
-        # SQLite has one writer: threads wait in turn for one connection, and not in a race for the file's lock.
+        # SQLite has one writer: threads queue for one connection instead of racing for the file's lock.
         self._connections = 1 if self.dialect == "sqlite" else connections
         self._patience = patience
         self._end: finalize[Any, Any] | None = None
@@ -80,7 +80,7 @@ class SqlDatabase:
         self._open()
 
     def run(self, work: Callable[[Connection], T]) -> T:
-        # A connection of the pool that the server has closed takes the others in the pool along.
+        # If the server has closed one connection of the pool, discard the pool's other connections too.
         return repeated(partial(self._calls.call, work), self._patience)
 
     def transaction(self, work: Callable[[Connection], T]) -> T:
@@ -88,10 +88,10 @@ class SqlDatabase:
 
 
 def _beside(engine: Engine, patience: int) -> Engine:
-    """Return an engine with connections of its own, made as those of ``engine``, on which each statement commits by itself."""
+    """Return an engine with separate connections, made like ``engine``'s; each statement commits by itself."""
     pool = engine.pool.recreate()
     dialect = engine.dialect
-    # Without a pool here there may be one outside (PgBouncer), whose connections serve others after us.
+    # Without a pool here there may be an outside pool (PgBouncer), and other clients get its connections after us.
     settings = [] if isinstance(pool, NullPool) else session_settings(dialect_of(engine), patience)
 
     def prepare(dbapi_connection: Any, _record: Any) -> None:

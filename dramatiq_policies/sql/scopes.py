@@ -1,8 +1,8 @@
 """The transaction of a Session, an AsyncSession or a Connection as a scope of the outbox.
 
-Rows are inserted at once, over the same connection, so the database itself forgets them at a rollback, also of a savepoint. With
-an async engine no statement can run inside of a plain function such as ``send``: there the rows wait in the session until the
-commit, and this module forgets those of a savepoint that is rolled back.
+Rows are inserted at once, over the same connection: the database removes the rows at a rollback, also of a savepoint. With an
+async engine no statement can run inside of a plain function such as ``send``: the rows wait in the session until the commit, and
+this module removes the rows of a savepoint at a rollback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tables import outbox as table
 __all__ = ["ConnectionScope", "SessionScope", "is_autocommit"]
 
 _KEY = "dramatiq_policies_outbox"
-#: Awaits in the sync code below an async engine. Its name before SQLAlchemy 2.1 is ``await_only``.
+#: Awaits in the sync code below an async engine. Named ``await_only`` before SQLAlchemy 2.1.
 _await: Callable[[Awaitable[None]], None] = getattr(concurrency, "await_", None) or concurrency.await_only
 
 
@@ -58,12 +58,12 @@ class ConnectionScope(Scope):
         written = _written_on(self.connection, outbox) or Written()
         for row in rows:
             outbox.insert(SqlConnection(self.connection), row, written)
-        # After the first statement, which may have begun the transaction.
+        # After the first statement: the statement may have begun the transaction.
         _watch(self.connection, outbox, written)
 
 
 class _SessionWatch:
-    """What one session has written into one outbox, and the session's events."""
+    """The rows of one session for one outbox, and the session's events."""
 
     def __init__(self, outbox: Outbox, session: Session) -> None:
         self.outbox = outbox
@@ -73,9 +73,9 @@ class _SessionWatch:
         self.ticket: Ticket | None = None
         #: Rows that wait for the commit, each with the innermost savepoint at the send.
         self.waiting: list[tuple[SessionTransaction | None, NewRow]] = []
-        #: The innermost savepoint, if it is committed and about to end.
+        #: The innermost savepoint, if committed and about to end.
         self.released: SessionTransaction | None = None
-        #: How many transactions of the session are about to be committed.
+        #: The number of the session's transactions about to be committed.
         self.committing = 0
         for name in ("before_commit", "after_commit", "after_transaction_end"):
             event.listen(session, name, getattr(self, name))
@@ -83,7 +83,7 @@ class _SessionWatch:
     def add(self, session: Session, rows: Sequence[NewRow]) -> None:
         self.is_async = session.get_bind(clause=table.insert()).dialect.is_async
         if self.is_async:
-            # Without this the session may have no transaction, and its commit would do nothing.
+            # Otherwise the session may have no transaction, and the commit would do nothing.
             if not session.in_transaction():
                 session.begin()
             savepoint = session.get_nested_transaction()
@@ -109,7 +109,7 @@ class _SessionWatch:
 
     def before_commit(self, session: Session) -> None:
         self.committing += 1
-        # The release of a savepoint comes here too: its rows wait on, since an outer savepoint may still be rolled back.
+        # Also called at the release of a savepoint: the rows wait, since an outer savepoint may still be rolled back.
         if not session.in_nested_transaction():
             self._insert_waiting(session)
 
@@ -124,7 +124,7 @@ class _SessionWatch:
         if not connection.in_transaction():
             self.ticket = self.outbox.after_commit(self.written)
         elif self.outbox.is_inline:
-            # A test has begun the transaction outside of the session, and nobody will ever commit it.
+            # A test has begun the transaction outside of the session, and never commits.
             self.outbox.after_commit(self.written, SqlConnection(connection))
         else:
             _watch(connection, self.outbox, self.written.taken())
@@ -150,7 +150,7 @@ class _SessionWatch:
         self.released = None
 
 
-#: What was written in the transactions of connections.
+#: The rows written in the transactions of connections.
 _transactions: WeakKeyDictionary[Transaction, list[tuple[Outbox, Written]]] = WeakKeyDictionary()
 
 
@@ -174,7 +174,7 @@ def _watch(connection: sa.Connection, outbox: Outbox, written: Written) -> None:
 def _intercept_commit(connection: Any) -> None:
     """Call `_committed` after each COMMIT of a connection.
 
-    SQLAlchemy has an event before the COMMIT, and none after it: a commit that fails must publish nothing.
+    SQLAlchemy has an event before the COMMIT and none after: a failed commit must publish nothing.
     """
     commit = type(connection)._commit_impl  # noqa: SLF001 - see above
 
@@ -194,7 +194,7 @@ def _committed(transaction: Transaction, *, is_async: bool) -> None:
 
 
 def _wait(outbox: Outbox, ticket: Ticket | None, *, is_async: bool) -> None:
-    """Wait until rows are published, at most for the outbox's ``wait``. Other tasks of an event loop run meanwhile."""
+    """Wait for the publication of rows, at most for the outbox's ``wait``. Other tasks of an event loop run meanwhile."""
     if ticket is None:
         return
     if not is_async:

@@ -1,4 +1,4 @@
-"""Messages that an outbox has committed and could not publish: because of a fault of a test, or because the worker died."""
+"""Committed messages of an outbox that a test's fault, or the death of a worker, has left unpublished."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ AfterCommit = Callable[["Written", "Connection | None"], "Ticket | None"]
 
 
 class Unpublished(NamedTuple):
-    """Rows of a commit that are not published.
+    """Unpublished rows of a commit.
 
     Attributes:
-      connection: The connection that sees the rows; None for the outbox's own.
+      connection: The connection that sees the rows; None for the outbox's connections.
     """
 
     outbox: Outbox
@@ -39,7 +39,7 @@ class Unpublished(NamedTuple):
     def publish(self) -> bool:
         """Publish the rows, as a relay does later. Returns whether none is left."""
         outbox, ids = self.outbox, self.written.ids
-        # A row that was refused belongs to nobody.
+        # A refused row belongs to nobody.
         owners = [self.written.owner, ""]
         run: Any = outbox.database.run if self.connection is None else partial(_call, self.connection)
         outbox.publisher.publish_part(run, ids, owners, monotonic())
@@ -75,7 +75,7 @@ def refusing(
 
     Parameters:
       refusal: Returns the error for the next message; None to accept the message.
-      note: Called with rows that were refused.
+      note: Called with refused rows.
     """
     batch, refused = outbox.batch, [0]
     before, stock = vars(batch).get("publish"), batch.publish

@@ -1,4 +1,4 @@
-"""The messages that a row stands for: itself, or what follows once a member of a group is counted."""
+"""The messages of a row: the message itself, or the callbacks of a group after the last member is counted."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["messages_of"]
 
 
 def messages_of(row: Row, batch: Batch) -> list[Encoded]:
-    """Return the messages to publish for a row; none for a member whose group is not complete.
+    """Return the messages to publish for a row; none for a member of an incomplete group.
 
     Raises:
-      Exception: The body can't be decoded, or the member can't be counted now.
+      Exception: The body can't be decoded, or the member can't be counted at present.
     """
     message = Message.decode(row.body)
     if row.kind != MEMBER:
@@ -48,7 +48,7 @@ def _completes_group(broker: Broker, message: Message[Any]) -> bool:
 def _prepared(batch: Batch, row: Row, number: int, callback: Message[Any]) -> Encoded:
     prepared = batch.prepare(callback, None)
     if "redis_message_id" in prepared.options:
-        # The same at each try, so that a repeated publication leaves one body.
+        # Equal at each try: a repeated publication leaves one body.
         again = str(uuid5(NAMESPACE_OID, f"{row.message_id} {number} {callback.message_id}"))
         prepared = prepared.copy(options={"redis_message_id": again})
     return Encoded(prepared, prepared.encode())

@@ -1,4 +1,4 @@
-"""`Outbox`: the middleware that writes what is sent inside a transaction into that transaction."""
+"""`Outbox`: the middleware that writes messages as rows of the caller's transaction."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = ["Outbox", "Scope", "outbox_on"]
 
 logger = SafeLogger("dramatiq_policies.outbox")
 
-#: How long a worker waits for its relay at the shutdown, in seconds.
+#: Seconds for which a worker waits for the relay at shutdown.
 _SHUTDOWN = 5.0
 
 
@@ -53,7 +53,7 @@ class Outbox(PolicyMiddleware):
       wait, lease, relay, namespace: See `SqlOutbox`.
     """
 
-    #: What to do if the table is missing.
+    #: The advice for a missing table.
     missing_table = ""
 
     def __init__(
@@ -68,7 +68,7 @@ class Outbox(PolicyMiddleware):
             raise ConfigurationError.of_option(where, "namespace", "a str of at most 64 characters", namespace)
         self.relay = relay
         self.namespace = namespace
-        #: The same object in copies of this outbox for tests.
+        #: Shared with copies of this outbox for tests.
         self.group = object()
         self._reset()
         after_fork(self)
@@ -89,11 +89,11 @@ class Outbox(PolicyMiddleware):
         raise NotImplementedError
 
     def find_scope(self) -> Scope | None:
-        """Return the transaction to which a send of this thread or task belongs; None outside of a transaction."""
+        """Return the open transaction of this thread or task; None outside of a transaction."""
         scope: Scope | None = entered_scope(self.group)
         return scope
 
-    # Its parts, made at the first use.
+    # The parts, made at first use.
 
     @cached_property
     def database(self) -> Database:
@@ -118,12 +118,12 @@ class Outbox(PolicyMiddleware):
 
     @cached_property
     def publisher(self) -> Publisher:
-        """The thread that publishes what this process commits."""
+        """The thread that publishes this process's committed messages."""
         return Publisher(self.database, self.publication, self.wait / 1_000)
 
     @property
     def is_inline(self) -> bool:
-        """Whether committed messages are published by the committing thread: on a StubBroker, in tests."""
+        """Whether the committing thread publishes: on a StubBroker, in tests."""
         return self.attached_to is not None and kind_of(self.attached_to.broker) == "stub"
 
     # On the broker.
@@ -153,7 +153,7 @@ class Outbox(PolicyMiddleware):
         return stub
 
     def takes(self, message: Message[Any]) -> bool:
-        """Return whether a send of this message, now and here, is written in a transaction."""
+        """Return whether a send of this message here becomes a row."""
         return self._scope_of(message) is not None
 
     def _scope_of(self, message: Message[Any]) -> Scope | None:
@@ -168,7 +168,7 @@ class Outbox(PolicyMiddleware):
     # Writing.
 
     def add(self, scope: Scope, message: Message[Any], delay: int | None = None) -> Message[Any]:
-        """Write a message in a transaction, whatever its actor's options. Returns the final message.
+        """Write a message in a transaction, also with ``outbox=False``. Returns the final message.
 
         ``before_enqueue`` hooks run now, ``after_enqueue`` hooks when the message is published.
         """
@@ -177,11 +177,11 @@ class Outbox(PolicyMiddleware):
         return message
 
     def add_member(self, scope: Scope, message: Message[Any]) -> None:
-        """Write in a transaction that a member of a group is done: its message, with the options of the group."""
+        """Write in a transaction that a group's member has completed. ``message`` has the options of the group."""
         scope.add(self, [_row(MEMBER, message, None)])
 
     def insert(self, connection: Connection, row: NewRow, written: Written) -> None:
-        """Insert a row over a connection of the caller's.
+        """Insert a row over the caller's connection.
 
         Raises:
           ConfigurationError: The table is missing.
@@ -194,12 +194,12 @@ class Outbox(PolicyMiddleware):
             raise
 
     def after_commit(self, written: Written, connection: Connection | None = None) -> Ticket | None:
-        """Begin to publish rows that are committed. Never raises.
+        """Start to publish committed rows. Never raises.
 
         On a StubBroker the rows are published before the return, over ``connection`` if given.
 
         Returns:
-          What the caller may wait for (`wait_for`); None if there is nothing to wait for.
+          The ticket for `wait_for`; None if there is nothing to wait for.
         """
         if not written.ids or (self.wait == 0 and not self.is_inline):
             return None
@@ -215,31 +215,31 @@ class Outbox(PolicyMiddleware):
             return None
 
     def wait_for(self, ticket: Ticket | None) -> None:
-        """Wait until rows are published, at most ``wait`` milliseconds. Never raises an error."""
+        """Wait for the publication of rows, at most ``wait`` milliseconds. Never raises."""
         if ticket is not None and not self.publisher.is_stuck():
             ticket.wait(self.wait / 1_000)
 
     # The test kit.
 
     def before_job(self) -> object:
-        """Return what `forget_job` needs to end what the next job of this thread begins. For the test kit."""
+        """Return the state before a job, for `forget_job`. For the test kit."""
         return innermost()
 
     def forget_job(self, before: object) -> None:
-        """End the transactions that a job has left open, because its worker died in the middle. For the test kit."""
+        """End the transactions left open by a job with a dead worker. For the test kit."""
         leave_since(before)
 
     # The relay.
 
     def run_relay(self, stop: threading.Event) -> None:
-        """Publish rows that are due until ``stop`` is set: the relay as a process of its own."""
+        """Publish due rows until ``stop`` is set: the relay as a separate process."""
         self._make_relay().run(stop)
 
     def relay_once(self) -> int:
-        """Publish one batch of rows that are due. Returns how many rows were taken.
+        """Publish one batch of due rows. Returns the number of taken rows.
 
         Raises:
-          Exception: The database's own error.
+          Exception: The error of the database.
         """
         return self._make_relay().relay()[0]
 
@@ -257,14 +257,14 @@ class Outbox(PolicyMiddleware):
 
 
 class Scope:
-    """One open transaction of the caller's, on whatever connection."""
+    """One open transaction of the caller."""
 
     def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
-        """Write rows in the transaction, and have `Outbox.after_commit` called after its commit.
+        """Write rows in the transaction, and arrange a call of `Outbox.after_commit` after the commit.
 
         Raises:
           ConfigurationError: The table is missing.
-          Exception: The database's own error.
+          Exception: The error of the database.
         """
         raise NotImplementedError
 

@@ -1,8 +1,8 @@
-"""The rows of the outbox: messages that are committed, and not yet published.
+"""The rows of the outbox: committed messages, not yet published.
 
-A row may be taken if its ``due_at`` has passed: the end of a lease and the time of the next try are one column. Each method
-takes the connection of its caller. Each write names the owner of the lease, because a row that stood still for longer than its
-lease belongs to another process, and because SQLite may give the id of a deleted row to a new one.
+A relay may take a row after ``due_at``: the end of a lease and the time of the next try are one column. Each method
+takes the connection of its caller. Each write names the owner of the lease, because the row of a process that
+stood still for longer than the lease belongs to another process, and because SQLite may reuse the id of a deleted row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .database import NOW, OUTBOX, Connection, for_update_skip_locked
 
 __all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxStats", "OutboxTable", "Row", "Selection"]
 
-#: The kinds of rows: publish this message; count this member of a group, and publish what follows.
+#: The kinds of rows: publish this message; count this member of a group, and publish the callbacks.
 MESSAGE, MEMBER = "message", "member"
 
 _TEXT = 255
@@ -33,7 +33,7 @@ class NewRow(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that this process has leased, to publish it."""
+    """A row leased by this process."""
 
     id: int
     kind: str
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 class OutboxRow(NamedTuple):
-    """A row to show. ``due_in_ms`` is negative if the row is overdue; ``is_leased`` tells whether a process is publishing it."""
+    """A row to show. ``due_in_ms`` is negative for an overdue row; ``is_leased`` is True while a process publishes the row."""
 
     id: int
     kind: str
@@ -61,7 +61,7 @@ class OutboxRow(NamedTuple):
 
 
 class OutboxGroup(NamedTuple):
-    """How many rows of an actor in a queue wait."""
+    """The number of waiting rows of an actor in a queue."""
 
     actor: str
     queue: str
@@ -69,7 +69,7 @@ class OutboxGroup(NamedTuple):
 
 
 class OutboxStats(NamedTuple):
-    """How many rows wait, the age of the oldest one in milliseconds (0 without rows), and how many have failed."""
+    """The number of waiting rows, the age of the oldest in milliseconds (0 without rows), and the number of failed rows."""
 
     pending: int
     oldest_ms: int
@@ -77,7 +77,7 @@ class OutboxStats(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Some rows of a namespace: those that fit every given part; all rows without a part."""
+    """A filter of rows: a row must fit every given part. Without parts, all rows of the namespace."""
 
     message_ids: Sequence[str] = ()
     actor: str | None = None
@@ -92,7 +92,7 @@ class OutboxTable:
 
     Parameters:
       namespace: The namespace, at most 64 characters.
-      lease: How long a taken row belongs to its owner, in milliseconds.
+      lease: The lease of a taken row, in milliseconds.
       dialect: The database's dialect.
     """
 
@@ -101,15 +101,15 @@ class OutboxTable:
         self.lease = lease
         self._dialect = dialect
         self._now = NOW[dialect]
-        # PostgreSQL uses no index for a comparison with a function that changes; with a subquery it does.
+        # PostgreSQL uses no index for a comparison with a volatile function, but for a subquery.
         self._due = f"(SELECT {self._now})" if dialect == "postgresql" else self._now
-        #: The end of a SELECT that takes rows; None until the server is known.
+        #: The locking clause of a SELECT; None until the version of the server is known.
         self._locking: str | None = None
 
     # The sender's side.
 
     def insert(self, connection: Connection, row: NewRow, owner: str, *, due: bool = False) -> int:
-        """Insert a row, leased to ``owner``; with ``due`` it belongs to nobody. Returns its id."""
+        """Insert a row, leased to ``owner``, or due at once with ``due``. Returns the id."""
         returning = " RETURNING id" if self._dialect == "postgresql" else ""
         found = connection.execute(
             f"INSERT INTO {OUTBOX} (namespace, kind, message_id, actor, queue, body, delay, created_at, due_at, owner,"  # noqa: S608
@@ -133,21 +133,21 @@ class OutboxTable:
     # The publisher's side.
 
     def take(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> list[Row]:
-        """Return the rows with these ids that are committed, and still belong to one of these owners."""
+        """Return the committed rows with these ids and owners."""
         where, params = _owned(ids, owners)
         found = connection.execute(f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE {where} ORDER BY id", **params)  # noqa: S608
         return [_row(one) for one in found.rows]
 
     def renew(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> None:
-        """Begin the lease anew of the rows that still belong to one of these owners."""
+        """Renew the leases of the rows with these ids and owners."""
         where, params = _owned(ids, owners)
         due = f"{self._now} + :lease"
         connection.execute(f"UPDATE {OUTBOX} SET due_at = {due} WHERE {where}", lease=self.lease, **params)  # noqa: S608
 
     def take_due(self, connection: Connection, owner: str, limit: int) -> list[Row]:
-        """Lease the rows that are due, at most ``limit``, the longest due first. Call it in a transaction of its own.
+        """Lease due rows, at most ``limit``, the longest due first. Call this method in a separate transaction.
 
-        On PostgreSQL this is one statement, which may commit by itself.
+        On PostgreSQL one statement does all, and may commit by itself.
         """
         due = f"namespace = :namespace AND due_at <= {self._due} ORDER BY due_at, id LIMIT :limit"
         if self._dialect == "postgresql":
@@ -163,7 +163,7 @@ class OutboxTable:
             return sorted(_row(one) for one in found.rows)
         if self._locking is None:
             locking = for_update_skip_locked(connection)
-            # Without SKIP LOCKED no lock at all: it would wait for transactions of the application.
+            # No lock without SKIP LOCKED: a lock would wait for transactions of the application.
             self._locking = locking if "SKIP LOCKED" in locking else ""
         found = connection.execute(
             f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE {due}{self._locking}",  # noqa: S608
@@ -183,11 +183,11 @@ class OutboxTable:
         )
         if taken.rowcount == len(rows):
             return rows
-        # Another process was faster with some of them.
+        # Another process may have taken some of the rows.
         return self.take(connection, [row.id for row in rows], [owner])
 
     def has_due(self, connection: Connection) -> bool:
-        """Return whether any row is due; no lock is taken."""
+        """Return whether any row is due, without a lock."""
         found = connection.execute(
             f"SELECT 1 FROM {OUTBOX} WHERE namespace = :namespace AND due_at <= {self._due} LIMIT 1",  # noqa: S608
             namespace=self.namespace,
@@ -195,12 +195,12 @@ class OutboxTable:
         return bool(found.rows)
 
     def delete(self, connection: Connection, ids: Sequence[int], owners: Sequence[str]) -> None:
-        """Delete rows that were published."""
+        """Delete published rows."""
         where, params = _owned(ids, owners)
         connection.execute(f"DELETE FROM {OUTBOX} WHERE {where}", **params)  # noqa: S608
 
     def fail(self, connection: Connection, ids: Sequence[int], owners: Sequence[str], wait: int, error: str) -> None:
-        """Give rows back, to be tried again after ``wait`` milliseconds."""
+        """Release rows for another try after ``wait`` milliseconds."""
         where, params = _owned(ids, owners)
         connection.execute(
             f"UPDATE {OUTBOX} SET failures = failures + 1, error = :error, owner = '', due_at = {self._now} + :wait"  # noqa: S608
@@ -260,7 +260,7 @@ class OutboxTable:
         ]
 
     def retry(self, connection: Connection, selection: Selection | None = None) -> int:
-        """Make rows due. Rows that a process is publishing are left to it. Returns how many rows were changed."""
+        """Make rows due, except rows in publication. Returns the number of changed rows."""
         where, params = self._selected(selection)
         return connection.execute(
             f"UPDATE {OUTBOX} SET due_at = {self._now} WHERE {where} AND owner = ''",  # noqa: S608
@@ -268,7 +268,7 @@ class OutboxTable:
         ).rowcount
 
     def purge(self, connection: Connection, selection: Selection | None = None) -> int:
-        """Delete rows: their messages are never published. Returns how many."""
+        """Delete rows; the messages are never published. Returns the number of deleted rows."""
         where, params = self._selected(selection)
         return connection.execute(f"DELETE FROM {OUTBOX} WHERE {where}", **params).rowcount  # noqa: S608
 

@@ -1,8 +1,8 @@
-"""Publish leased rows, and delete them: the part that the committing process and the relay share.
+"""Publish and delete leased rows: shared by the committing process and the relay.
 
-Nothing holds a transaction while messages are published. The steps are: renew the lease if much of it has passed, publish,
-delete. A process that dies or stands still before the delete leaves rows that another process publishes once more, with the same
-message id.
+Nothing holds a transaction while messages are published. The steps are: renew the lease if half has passed, publish,
+delete. If a process dies or stands still before the delete, another process publishes the rows once more, with the same
+message ids.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["Lease", "Publication", "Run", "is_half_over"]
 logger = SafeLogger("dramatiq_policies.outbox")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: The longest wait of a row that failed, in milliseconds, and the longest one while the broker is unreachable.
+#: The longest wait of a failed row in milliseconds, and the longest wait while the broker is unreachable.
 _LONGEST_WAIT, _LONGEST_OUTAGE_WAIT = 60_000, 5_000
-#: A row that has failed this often is an alert.
+#: The number of failures that raises an alert.
 _ALERT_AT = 10
-#: At most one alert of an unreachable broker in this time, in milliseconds.
+#: Milliseconds between two alerts of an unreachable broker.
 _ALERT_EVERY = 300_000
 
 
@@ -43,7 +43,7 @@ Run = Callable[[Callable[["Connection"], Any]], Any]
 
 
 class Lease(NamedTuple):
-    """Rows that belong to this process: their owners, and the begin of the lease in monotonic seconds."""
+    """Rows leased by this process: the owners, and the start of the lease in monotonic seconds."""
 
     rows: Sequence[Row]
     owners: Sequence[str]
@@ -67,10 +67,10 @@ class Publication:
         self._outage_alerts = Throttle()
 
     def publish(self, run: Run, lease: Lease) -> Exception | None:
-        """Publish rows and delete them. Returns the error of a broker that is unreachable, or None.
+        """Publish and delete rows. Returns the error of an unreachable broker, or None.
 
         Raises:
-          Exception: The database's own error. The rows are tried again after their lease.
+          Exception: The error of the database. A relay tries the rows again after the lease.
         """
         table = self.table
         if is_half_over(table, lease.since):
@@ -84,7 +84,7 @@ class Publication:
         for row, error in result.refused:
             text = self._fail(run, lease, [row], error, _LONGEST_WAIT)
             self._report(row, text)
-        # The least failures first, so that equal ones are together.
+        # The fewest failures first: rows with equal failures are together.
         by_failures = sorted(result.lost, key=_failures_of)
         for failures, rows in groupby(by_failures, key=_failures_of):
             assert result.error is not None
@@ -96,7 +96,7 @@ class Publication:
         return result.error
 
     def _delete(self, run: Run, lease: Lease, ids: list[int]) -> None:
-        """Delete published rows. Tries for as long as the lease holds: a row that stays is published again."""
+        """Delete published rows. Tries until the lease ends: a remaining row would be published again."""
         pause = 0.05
         while True:
             try:
@@ -145,7 +145,7 @@ def is_half_over(table: OutboxTable, since: float) -> bool:
 
 def _publish(batch: Batch, rows: Sequence[Row]) -> _Result:
     result = _Result([], [], [], None)
-    # A row that failed goes alone: on RabbitMQ a refused message closes the channel of its neighbours.
+    # A failed row goes alone: on RabbitMQ a refused message closes the channel, for other messages too.
     groups = [[row for row in rows if not row.failures], *([row] for row in rows if row.failures)]
     for group in filter(None, groups):
         if result.error is not None:

@@ -1,7 +1,7 @@
-"""The thread that publishes what this process has committed.
+"""The thread that publishes this process's committed messages.
 
-A thread of its own, so that a frozen broker delays the caller of a commit for a bounded time. What several transactions commit
-at the same time is published together. Interrupts of jobs may strike in `Publisher.submit` and `Ticket.wait`: both use only
+With a separate thread, a frozen broker delays the caller of a commit for a bounded time only. Messages of simultaneous
+transactions are published together. Interrupts of jobs may strike in `Publisher.submit` and `Ticket.wait`: both use only
 calls that are safe to abandon.
 """
 
@@ -25,11 +25,11 @@ __all__ = ["Publisher", "Ticket"]
 
 logger = SafeLogger("dramatiq_policies.outbox")
 
-#: How many rows to publish together.
+#: Rows per batch.
 BATCH = 100
-#: A thread without work ends after this many seconds.
+#: Seconds without work until the thread ends.
 _IDLE = 30.0
-#: Rows beyond this number are left to the relay, after their lease: the broker is frozen, or slow.
+#: The most waiting rows. A relay publishes the others after their lease: the broker is frozen, or slow.
 _MOST_WAITING = 10_000
 
 
@@ -73,7 +73,7 @@ class Publisher:
     Parameters:
       database: The library's own connections.
       publication: Publishes rows.
-      patience: How long a caller waits at most, in seconds.
+      patience: The longest wait of a caller, in seconds.
     """
 
     def __init__(self, database: Database, publication: Publication, patience: float) -> None:
@@ -86,18 +86,18 @@ class Publisher:
     def reset_after_fork(self) -> None:
         self._queue: SimpleQueue[Ticket] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        #: When the thread began with what it publishes now; None while it has nothing to do.
+        #: The start of the present batch; None while the thread is idle.
         self._busy_since: float | None = None
         self._failing = False
 
     def submit(self, written: Written) -> Ticket:
-        """Hand over rows that are committed."""
+        """Queue committed rows for publication."""
         ticket = Ticket(written)
         if self._queue.qsize() > _MOST_WAITING:
             ticket.done()
             return ticket
         self._queue.put(ticket)
-        # After the put: the thread looks once more after it has said that it ends. Two threads do no harm.
+        # After the put: an ending thread checks the queue once more. Two threads do no harm.
         if self._thread is None:
             self._thread = thread = threading.Thread(
                 target=self._serve, name="dramatiq-policies-outbox-publisher", daemon=True
@@ -106,7 +106,7 @@ class Publisher:
         return ticket
 
     def is_stuck(self) -> bool:
-        """Return whether a caller would wait in vain: the broker or the database has not answered for long."""
+        """Return whether a wait is useless, because the broker or the database has not answered for a while."""
         since = self._busy_since
         return since is not None and monotonic() - since > self._patience
 
@@ -127,7 +127,7 @@ class Publisher:
             self._publication.batch.close()
 
     def _more(self, count: int) -> list[Ticket]:
-        """Take what else waits, up to a batch."""
+        """Take further waiting rows, up to a batch."""
         more: list[Ticket] = []
         while count < BATCH:
             try:
@@ -168,7 +168,7 @@ class Publisher:
                 return
 
     def publish_part(self, run: Any, ids: list[int], owners: list[str], since: float) -> Exception | None:
-        """Publish the rows that are committed and still ours. Returns the error of an unreachable broker, or None."""
+        """Publish the committed rows with these ids and owners. Returns the error of an unreachable broker, or None."""
         table = self._publication.table
         if is_half_over(table, since):
             since = monotonic()

@@ -1,4 +1,4 @@
-"""Publish the rows that nobody has published: their process died, or the broker was unreachable when they were committed."""
+"""Publish rows left by dead processes, or committed while the broker was unreachable."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Relay"]
 logger = SafeLogger("dramatiq_policies.outbox")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
-#: Seconds between two looks, and the longest pause while the database or the broker is unreachable.
+#: Seconds between two polls, and the longest pause while the database or the broker is unreachable.
 POLL = 1.0
 _LONGEST_PAUSE = 5.0
 
 
 class Relay:
-    """Takes rows that are due, a batch at a time, and publishes them. Any number of relays share the rows.
+    """Takes and publishes due rows, a batch at a time. Any number of relays share the rows.
 
     Parameters:
       database: The library's own connections.
       publication: Publishes rows.
-      missing_table: What to do if the table is missing, for the log.
+      missing_table: The advice for a missing table, for the log.
     """
 
     def __init__(self, database: Database, publication: Publication, missing_table: str) -> None:
@@ -42,7 +42,7 @@ class Relay:
         self._failures = 0
 
     def run(self, stop: threading.Event) -> None:
-        """Publish until ``stop`` is set. The batch in work is finished."""
+        """Publish until ``stop`` is set; finish the present batch."""
         try:
             while not stop.is_set():
                 stop.wait(self._step())
@@ -50,7 +50,7 @@ class Relay:
             self._publication.batch.close()
 
     def _step(self) -> float:
-        """Publish one batch. Returns how many seconds to pause."""
+        """Publish one batch. Returns the seconds to pause."""
         try:
             taken, lost = self.relay()
         except Exception as error:
@@ -65,10 +65,10 @@ class Relay:
         return 0 if taken == BATCH else POLL
 
     def relay(self) -> tuple[int, Exception | None]:
-        """Publish one batch. Returns how many rows were taken, and the error of a broker that is unreachable.
+        """Publish one batch. Returns the number of taken rows, and the error of an unreachable broker.
 
         Raises:
-          Exception: The database's own error.
+          Exception: The error of the database.
         """
         database, table = self._database, self._publication.table
         since, owner = monotonic(), Written().owner

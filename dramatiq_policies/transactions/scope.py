@@ -1,4 +1,4 @@
-"""Which transaction a send belongs to, and the rows written in it."""
+"""Find the transaction of a send, and record the rows written in the transaction."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ S = TypeVar("S")
 
 
 class Written:
-    """The rows that one transaction has written, as far as this process knows.
+    """The rows written in one transaction, as far as this process knows.
 
-    Some of them may have been rolled back with a savepoint: the publisher reads in the database which ones are there.
+    A savepoint may have rolled some rows back: the publisher reads the committed rows from the database.
 
     Attributes:
-      owner: The owner of their leases, unique to the transaction.
-      ids: Their ids.
-      since: When the first of them was written, in monotonic seconds; None before.
+      owner: The owner of the leases, unique to the transaction.
+      ids: The ids of the rows.
+      since: The time of the first row, in monotonic seconds; None before.
     """
 
     __slots__ = ("ids", "owner", "since")
@@ -50,7 +50,7 @@ class Written:
 
 
 class _Process:
-    """Makes owners of leases that no other process has."""
+    """Makes owners of leases, unique to this process."""
 
     def __init__(self) -> None:
         self.reset_after_fork()
@@ -69,13 +69,13 @@ _entered: ContextVar[Entered[Any] | None] = ContextVar("dramatiq_policies_outbox
 
 
 class Entered(Generic[S]):
-    """A scope that a thread or a task has entered, as a context manager, sync and async.
+    """A scope entered by a thread or a task: a context manager, sync and async.
 
-    Threads and tasks that the block starts inherit the context variable. They are not part of the transaction, so a scope counts
-    only where it was entered.
+    Threads and tasks started in the block inherit the context variable, but are not part of the transaction: a scope counts only
+    in the thread or task that entered the scope.
 
     Parameters:
-      group: Identifies the outbox: an outbox, and its copy in a test, are the same.
+      group: Identifies the outbox; an outbox and a copy in a test share the group.
     """
 
     def __init__(self, group: object, scope: S) -> None:
@@ -107,7 +107,7 @@ class Entered(Generic[S]):
 
 
 def entered_scope(group: object) -> Any:
-    """Return the scope that this thread or task has entered last for an outbox; None outside of a scope."""
+    """Return this thread's or task's innermost scope of an outbox; None outside of a scope."""
     entered = _entered.get()
     if entered is None:
         return None
@@ -120,12 +120,12 @@ def entered_scope(group: object) -> Any:
 
 
 def innermost() -> object:
-    """Return what `leave_since` takes: the scope that was entered last, whatever its outbox."""
+    """Return the innermost scope of any outbox, for `leave_since`."""
     return _entered.get()
 
 
 def leave_since(before: Any) -> None:
-    """Leave the scopes that were entered since ``before``: whoever entered them is gone."""
+    """Leave the scopes entered since ``before``, after the death of a job in the test kit."""
     _entered.set(before)
 
 

@@ -1,7 +1,7 @@
-"""A few threads that call the database for all threads of a process, so that connections and waits are bounded.
+"""A few threads call the database for all threads of a process: connections and waits are bounded.
 
-A driver may wait without end: for a server that hangs, for a packet that was lost. The thread that needs the answer waits here
-instead, and gives up in time. An interrupt of a job strikes the wait and never the driver.
+A driver may wait forever, for a hanging server or a lost packet. The calling thread waits here instead, and gives up in time. An
+interrupt of a job strikes this wait and never the driver.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NoAnswer(TimeoutError):
 
 
 class Call:
-    """A call that runs in one of the threads."""
+    """A call for one of the threads."""
 
     def __init__(self, work: Callable[[Call], Any]) -> None:
         self._work = work
@@ -45,7 +45,7 @@ class Call:
         self._done.set()
 
     def severed_by(self, sever: Callable[[], object] | None) -> None:
-        """Set the function that ends the wait of the driver: called, in another thread, when the caller gives up."""
+        """Set the function to end the driver's wait. Another thread calls the function when the caller gives up."""
         with self._lock:
             self._sever = sever
             if self._abandoned and sever is not None:
@@ -77,7 +77,7 @@ class DatabaseThreads:
 
     Parameters:
       name: The name of the threads.
-      limit: How many calls run at once; the others wait.
+      limit: The number of simultaneous calls; other calls wait.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -88,7 +88,7 @@ class DatabaseThreads:
         after_fork(self)
 
     def reset_after_fork(self) -> None:
-        """Start without threads: those of the parent process are not here."""
+        """Start without threads: a child has no threads of the parent."""
         if self._end is not None:
             self._end.detach()
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class DatabaseThreads:
                 self._started += 1
 
     def close(self) -> None:
-        """Let the threads end after the calls that they have begun. The next call starts new threads."""
+        """Let the threads end after the running calls. The next call starts new threads."""
         self._calls.put(None)
         self.reset_after_fork()
 

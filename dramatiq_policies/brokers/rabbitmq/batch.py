@@ -27,7 +27,7 @@ _ATTRIBUTE = "dramatiq_policies_confirms"
 
 
 class RabbitmqBatch(KnownBatch):
-    """Publishes over a channel of its own. A message that closes the channel is found by publishing the rest one by one."""
+    """Publishes over a separate channel. If a message closes the channel, the rest is published one by one to find the message."""
 
     def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
         results = self._try(messages)
@@ -35,7 +35,7 @@ class RabbitmqBatch(KnownBatch):
             return results
         for number, result in enumerate(results):
             if result is not None:
-                # Singly, with a new declaration and a new channel: an error is of this message alone.
+                # One by one, with a new declaration and a new channel: an error concerns this message only.
                 (results[number],) = self._try([messages[number]])
         return results
 
@@ -49,7 +49,7 @@ class RabbitmqBatch(KnownBatch):
         return [results[number] for number in range(len(messages))]
 
     def _refused_queues(self, messages: Sequence[Encoded]) -> dict[int, Exception | None]:
-        """Declare the queues. Returns the messages whose queue the server refuses."""
+        """Declare the queues. Returns the messages with refused queues."""
         refused: dict[int, Exception | None] = {}
         errors: dict[str, Exception | None] = {}
         for number, (message, _) in enumerate(messages):
@@ -82,7 +82,7 @@ class RabbitmqBatch(KnownBatch):
             return dict.fromkeys(todo, _lost(error, again=not is_new))
         lost: Exception | None = None
         try:
-            # Shows a connection that the server has closed meanwhile.
+            # Detects a connection closed by the server.
             confirms.connection.process_data_events(0)
             confirms.write(
                 (message.queue_name, body, _priority(message)) for message, body in (messages[n] for n in todo)
@@ -126,7 +126,7 @@ class RabbitmqBatch(KnownBatch):
         return confirms
 
     def _drop_connection(self) -> None:
-        """Close this thread's connection without a goodbye: unconfirmed messages must not follow on it."""
+        """Close this thread's connection abruptly: unconfirmed messages must not be sent any more."""
         discard(_dramatiq.take_rabbitmq_connection(self.broker))
 
     def serve(self) -> None:

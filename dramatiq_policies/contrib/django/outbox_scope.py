@@ -34,12 +34,12 @@ class AtomicScope(Scope):
         written = self.written(outbox)
         for row in rows:
             outbox.insert(adapter, row, written)
-        # Each time: Django forgets the callbacks of a savepoint that is rolled back. The first one publishes all rows.
+        # At each send: Django drops the callbacks of a rolled-back savepoint. The first callback publishes all rows.
         self.connection.on_commit(partial(publish, outbox, written, adapter), robust=True)
 
     def written(self, outbox: Outbox) -> Written:
         """Return the rows of this transaction."""
-        # A list of callbacks is of one transaction: Django makes a new one after the commit, and after each rollback.
+        # One list of callbacks per transaction: Django makes a new list after the commit, and after each rollback.
         callbacks = self.connection.run_on_commit
         known = getattr(self.connection, _WRITTEN, None)
         if known is None or known[0] is not callbacks or known[1] is not outbox:
