@@ -57,7 +57,7 @@ def message_of(proxy: MessageProxy) -> Message[Any]:
     return proxy._message
 
 
-def keep_fields(proxy: MessageProxy, message: Message[Any]) -> None:
+def cache_fields(proxy: MessageProxy, message: Message[Any]) -> None:
     """Copy the fields of the message to the proxy, unless already set.
 
     Without the copy, each read of a field first fails on the proxy and then asks the message: 16 times per message, a quarter of

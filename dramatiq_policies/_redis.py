@@ -181,27 +181,27 @@ class CommandBatcher:
         return [call.result() for call in self._ask(commands, carries=carries)]
 
     def _ask(self, commands: Sequence[Sequence[Any]], *, carries: bool) -> list[_Call]:
-        turn = _Batch(commands)
+        batch = _Batch(commands)
         try:
             with self._lock:
                 if carries and self.posted:
                     # Enter the line before later callers, so that no later command is answered first.
-                    turn.posts, self.posted = self.posted, []
+                    batch.posts, self.posted = self.posted, []
                 if self._sender is None:
-                    self._sender = turn
+                    self._sender = batch
                 else:
-                    self._waiting.append(turn)
-            if self._sender is not turn:
-                turn.woken.acquire()
-            if self._sender is turn:
+                    self._waiting.append(batch)
+            if self._sender is not batch:
+                batch.woken.acquire()
+            if self._sender is batch:
                 with self._lock:
-                    turn.sends, self._waiting = [turn, *self._waiting], []
-                self._send([call for one in turn.sends for call in (*one.posts, *one.calls)])
+                    batch.sends, self._waiting = [batch, *self._waiting], []
+                self._send([call for one in batch.sends for call in (*one.posts, *one.calls)])
         finally:
-            self._leave(turn)
-            for post in turn.posts:
+            self._finish_batch(batch)
+            for post in batch.posts:
                 post.callback(post.answer)
-        return turn.calls
+        return batch.calls
 
     def answers(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
         """Like `execute`, but return the error of a refused command as its reply.
@@ -209,12 +209,12 @@ class CommandBatcher:
         Raises:
           redis.RedisError, OSError: The first error, if all commands were refused.
         """
-        found = self._ask(commands, carries=carries)
-        if found and all(_error_in(call) is not None for call in found):
-            found[0].result()
-        return [call.answer for call in found]
+        calls = self._ask(commands, carries=carries)
+        if calls and all(_error_in(call) is not None for call in calls):
+            calls[0].result()
+        return [call.answer for call in calls]
 
-    def alone(self, *command: Any) -> Any:
+    def call_alone(self, *command: Any) -> Any:
         """Send a command on a connection of the pool. Use this in interruptible code.
 
         An interrupt during a shared round trip would fail the commands of all other threads too.
@@ -224,17 +224,17 @@ class CommandBatcher:
         except NoScriptError:
             return self.client.execute_command(*Script.in_full(command), **RAW)
 
-    def _leave(self, turn: _Batch) -> None:
+    def _finish_batch(self, batch: _Batch) -> None:
         """Wake the threads with replies, and a waiting thread, to send the next batch."""
         with self._lock:
-            if self._sender is turn:
-                self._sender = following = self._waiting.pop(0) if self._waiting else None
-                if following is not None:
-                    following.woken.release()
-            elif turn in self._waiting:
-                self._waiting.remove(turn)  # Interrupted.
-        for one in turn.sends:
-            if one is not turn:
+            if self._sender is batch:
+                self._sender = next_sender = self._waiting.pop(0) if self._waiting else None
+                if next_sender is not None:
+                    next_sender.woken.release()
+            elif batch in self._waiting:
+                self._waiting.remove(batch)  # Interrupted.
+        for one in batch.sends:
+            if one is not batch:
                 one.woken.release()
 
     def _send(self, calls: list[_Call]) -> None:
@@ -255,10 +255,10 @@ class CommandBatcher:
     def _exchange(self, calls: list[_Call]) -> None:
         if isinstance(self.client, redis.Redis):
             try:
-                self._converse(calls)
+                self._send_and_read(calls)
             except (redis.ConnectionError, redis.TimeoutError, OSError):
                 # An idle connection is often closed by the server.
-                self._converse(calls)
+                self._send_and_read(calls)
             return
         for call in calls:  # A cluster client: keys are on several servers.
             try:
@@ -266,7 +266,7 @@ class CommandBatcher:
             except _ITS_OWN as error:
                 call.answer = error
 
-    def _converse(self, calls: list[_Call]) -> None:
+    def _send_and_read(self, calls: list[_Call]) -> None:
         pool = self.client.connection_pool
         if self._connection is None:
             self._connection = pool.connection_class(**pool.connection_kwargs)

@@ -59,7 +59,7 @@ class QueueReader:
         #: The latest `report` of every reachable process, including this process. None if only this process exists.
         self.peer_reports: list[dict[str, Any]] | None = None
         self._fronts: dict[str, tuple[Any, int]] = {}
-        self._said = False
+        self._logged = False
 
     def queues(self) -> list[str]:
         """Return the canonical names of the declared queues, sorted."""
@@ -85,8 +85,8 @@ class QueueReader:
         """Close the connection. The next reading opens another."""
 
     def _read(self, queue: str, now: int) -> QueueReading:
-        if not self._said:
-            self._said = True
+        if not self._logged:
+            self._logged = True
             logger.warning(
                 "%s is an unknown broker type: the lengths of its queues can't be read. Everything else works.",
                 type(self.broker).__name__,

@@ -14,7 +14,7 @@ from .refusals import Unsendable
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["callback_of", "send_to", "tell_exhausted"]
+__all__ = ["callback_of", "send_exhausted", "send_to"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
@@ -29,9 +29,9 @@ def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | Non
 
 
 def send_to(
-    broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, told: Any
+    broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, details: Any
 ) -> list[OutgoingMessage]:
-    """Return the callback's message. Its arguments are the job's message as received, and ``told``.
+    """Return the callback's message. Its arguments are the job's message as received, and ``details``.
 
     If this worker does not know the callback's actor after a failure, log a CRITICAL record and send no callback: the job's
     message stays, as a retry or a dead letter. After a success no message would stay, so raise.
@@ -58,13 +58,13 @@ def send_to(
         )
         return []
     delivery.restore(message)
-    return [OutgoingMessage(actor.message(message.asdict(), told))]
+    return [OutgoingMessage(actor.message(message.asdict(), details))]
 
 
-def tell_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
+def send_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
     """Send the callback ``on_retry_exhausted``, if the message or the actor names one."""
     option = "on_retry_exhausted"
     target = callback_of(broker, message, option)
     if target:
-        told = {"retries": retries, "max_retries": max_retries}
-        delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, told))
+        details = {"retries": retries, "max_retries": max_retries}
+        delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, details))

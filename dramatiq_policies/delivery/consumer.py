@@ -55,7 +55,7 @@ class PolicyConsumer(Consumer):
         if last_polled_at is not None:
             last_polled_at[transport.source] = time.monotonic()
         if transport.parked.waiting:
-            transport.parked.give_back()
+            transport.parked.return_to_queue()
         if transport.delayed.queue and not transport.has_received() and move_due(transport):
             # More are due: do not wait for a message first.
             return None
@@ -78,15 +78,15 @@ class PolicyConsumer(Consumer):
         message.delivery = delivery = Delivery(self.transport, plain)  # type: ignore[attr-defined]
         options = plain.options
         clean_options(plain)
-        _dramatiq.keep_fields(message, plain)
+        _dramatiq.cache_fields(message, plain)
         # Not by getattr(), since a proxy forwards unknown names to its message.
         own = vars(message)
         delivery.body = own.get("body") or _body_of(plain)
         if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
             delivery.redelivered = True
-            delivery.carried = own.get("carried")
+            delivery.earlier_run = own.get("earlier_run")
         if RETURNED in options and (decision := decision_of_returned(options)) is not None:
-            self._settle_unrun(message, delivery, decision)
+            self._settle_without_run(message, delivery, decision)
             return None
         if "pipe_target" in options or "group_completion_callbacks" in options:
             try:
@@ -94,7 +94,7 @@ class PolicyConsumer(Consumer):
             except MalformedMessage as error:
                 error = without_stack(error)
                 decision = Decision(Outcome.DEAD, "malformed", exception=error, dead_letter=True)
-                self._settle_unrun(message, delivery, decision)
+                self._settle_without_run(message, delivery, decision)
                 return None
         return message
 
@@ -126,7 +126,7 @@ class PolicyConsumer(Consumer):
             settle_and_ack(state, message, delivery)
         batched_completions.flush_if_idle()
 
-    def _settle_unrun(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
+    def _settle_without_run(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
         delivery.decision = decision
         message.fail()
         self._settle(message, delivery)
@@ -142,7 +142,7 @@ class PolicyConsumer(Consumer):
     def close(self) -> None:
         transport = self.transport
         if self.state.stopping.is_set():
-            transport.parked.give_back(everything=True)
+            transport.parked.return_to_queue(everything=True)
             unrun, self.set_aside = self.set_aside, []
             while (item := transport.delayed.take()) is not None:
                 unrun.append(_dramatiq.delayed_message(item))

@@ -19,7 +19,7 @@ from ..outcomes import Outcome, logger, text_of
 from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding
-from .callbacks import tell_exhausted
+from .callbacks import send_exhausted
 from .decision import Decision
 from .delivery import Delivery
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
@@ -203,7 +203,7 @@ def _retry(
         run.send_again(delay)
         return run.decision(Outcome.RETRIED, rule=rule_id, delay_ms=delay)
     message.options[POLICIES] = history.option()
-    tell_exhausted(run.broker, run.delivery, message, history.attempt - 1, history.attempt - 1)
+    send_exhausted(run.broker, run.delivery, message, history.attempt - 1, history.attempt - 1)
     if policy.then == "discard":
         return _discarded(defaults, run, rule_id, "exhausted")
     outcome = Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD
@@ -226,8 +226,8 @@ def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseExcep
         options["retries"] += by_rules
     if "traceback" in options:
         options["traceback"] = encodable(options["traceback"])
-    if recorder.told is not None:
-        tell_exhausted(run.broker, run.delivery, message, **recorder.told)
+    if recorder.details is not None:
+        send_exhausted(run.broker, run.delivery, message, **recorder.details)
     now = now_ms()
     if not message.failed:
         send = recorder.sends[0]
@@ -247,7 +247,7 @@ class _StockRetriesRecorder(Recorder):
     ``Retries`` asks for the message's own actor first, and a second time only for the actor of ``on_retry_exhausted``.
     """
 
-    told: dict[str, Any] | None = None
+    details: dict[str, Any] | None = None
     asked = False
 
     def get_actor(self, name: str) -> Any:
@@ -256,5 +256,5 @@ class _StockRetriesRecorder(Recorder):
         self.asked = True
         return self.broker.get_actor(name)
 
-    def send(self, message: dict[str, Any], told: dict[str, Any]) -> None:
-        self.told = told
+    def send(self, message: dict[str, Any], details: dict[str, Any]) -> None:
+        self.details = details

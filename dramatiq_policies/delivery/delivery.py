@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .outgoing import OutgoingMessage
 
 __all__ = [
-    "Carried",
     "DeliveringTransport",
     "Delivery",
     "DeliveryReassigned",
+    "EarlierRun",
     "Job",
     "JobTransaction",
     "KeyClaim",
@@ -88,7 +88,7 @@ class DeliveryReassigned(Exception):
     """The broker has delivered the message to another worker meanwhile; that worker settles the message."""
 
 
-class Carried(NamedTuple):
+class EarlierRun(NamedTuple):
     """The rest of an earlier delivery of the same message.
 
     Attributes:
@@ -148,7 +148,7 @@ class Delivery:
       settled: Everything but the acknowledgement is done and must not be done again.
       acked: The publish of the outbox has also acknowledged the message.
       redelivered: Another worker may have begun the message before, and not finished.
-      carried: The rest of an earlier run that has ended in this process. If set, the delivery is settled by that and the
+      earlier_run: The rest of an earlier run that has ended in this process. If set, the delivery is settled by that and the
         job does not run.
       claim: The claim on the idempotency key; None without a key.
       job: The function to run, with the arguments. Set by the wrapper of the actor's function.
@@ -161,9 +161,9 @@ class Delivery:
         "abandoned",
         "acked",
         "body",
-        "carried",
         "claim",
         "decision",
+        "earlier_run",
         "ended",
         "job",
         "key",
@@ -195,7 +195,7 @@ class Delivery:
         self.settled = False
         self.acked = False
         self.redelivered = False
-        self.carried: Carried | None = None
+        self.earlier_run: EarlierRun | None = None
         self.claim: KeyClaim | None = None
         self.job: Job
         self.key: str | None = None

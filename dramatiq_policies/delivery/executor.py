@@ -55,7 +55,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
         if delivery is None or delivery.stage != PREPARED or delivery.message.actor_name != name:
             return fn(*args, **kwargs)
         try:
-            if delivery.carried is not None:
+            if delivery.earlier_run is not None:
                 _settle_earlier_run(delivery)
             delivery.job = (call, fn, args, kwargs)
             return delivery.transport.state.run_around_job(delivery)
@@ -72,8 +72,8 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 
 def _settle_earlier_run(delivery: Delivery) -> None:
     """Settle the rest of an earlier run in this process, without a run."""
-    assert delivery.carried is not None
-    decision, delivery.outbox = delivery.carried
+    assert delivery.earlier_run is not None
+    decision, delivery.outbox = delivery.earlier_run
     delivery.skip(decision)
 
 
@@ -95,7 +95,7 @@ def run_job(delivery: Delivery, job: Job | None = None) -> Any:
             kwargs,
             deadline=None if limit is None else started + limit / 1_000,
             on_shutdown=state.interrupted_by_shutdown(delivery),
-            watch=state.timeout,
+            stuck_listener=state.timeout,
             job=delivery,
             after_interrupt=delivery.transport.after_interrupt,
         )

@@ -62,8 +62,8 @@ def attempt_of(options: dict[str, Any]) -> int:
 
     The option ``retries`` includes the retries by our rules. Version 0.1.0 counted its retries in ``total`` instead.
     """
-    carried = options.get(POLICIES)
-    ours = _count(carried.get("total")) if isinstance(carried, dict) else 0
+    stored = options.get(POLICIES)
+    ours = _count(stored.get("total")) if isinstance(stored, dict) else 0
     return 1 + retries_of(options) + ours
 
 
@@ -73,8 +73,8 @@ def replays_of(options: dict[str, Any]) -> int:
     A replay by our command increments the count and removes the option ``failure``. After a replay by any other means, the
     ``failure`` is still present.
     """
-    carried = options.get(POLICIES)
-    counted = _count(carried.get("replays")) if isinstance(carried, dict) else 0
+    stored = options.get(POLICIES)
+    counted = _count(stored.get("replays")) if isinstance(stored, dict) else 0
     return counted + (FAILURE in options)
 
 
@@ -83,8 +83,8 @@ def run_of(options: dict[str, Any]) -> int:
 
     A redelivery or a copy has the same number. A snoozed run counts as a run, like a failed run.
     """
-    carried = options.get(POLICIES)
-    snoozes = _count(carried.get("snoozes")) if isinstance(carried, dict) else 0
+    stored = options.get(POLICIES)
+    snoozes = _count(stored.get("snoozes")) if isinstance(stored, dict) else 0
     return replays_of(options) * _RUNS_OF_A_REPLAY + attempt_of(options) - 1 + snoozes
 
 
@@ -107,22 +107,22 @@ class History:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.attempt = attempt_of(options)
-        carried = options.get(POLICIES)
-        if not isinstance(carried, dict):
-            carried = {}
-        runs = carried.get("runs")
+        stored = options.get(POLICIES)
+        if not isinstance(stored, dict):
+            stored = {}
+        runs = stored.get("runs")
         self.runs: dict[str, tuple[int, int]] = {}
         if isinstance(runs, dict):
             for rule, entry in runs.items():
                 if isinstance(entry, list) and len(entry) == 2 and _count(entry[0]) and _count(entry[1]):
                     self.runs[rule] = (entry[0], entry[1])
-        self.total = _count(carried.get("total"))
-        failures = carried.get("history")
+        self.total = _count(stored.get("total"))
+        failures = stored.get("history")
         self.failures = [f for f in failures if isinstance(f, dict)][-_KEPT:] if isinstance(failures, list) else []
-        self.snoozed_since = _count(carried.get("snoozed_since")) or None
-        self.snoozes = _count(carried.get("snoozes"))
-        self.deferrals = _count(carried.get("deferrals"))
-        self.replays = _count(carried.get("replays"))
+        self.snoozed_since = _count(stored.get("snoozed_since")) or None
+        self.snoozes = _count(stored.get("snoozes"))
+        self.deferrals = _count(stored.get("deferrals"))
+        self.replays = _count(stored.get("replays"))
 
     def count(self, rule: str, now: int) -> tuple[int, int]:
         """Count another run that ``rule`` ended. Returns the new count, and when the first of these runs ended."""
@@ -161,15 +161,15 @@ class History:
 
     def option(self) -> dict[str, Any]:
         """Return the value of the message option."""
-        carried: dict[str, Any] = {"runs": {rule: list(entry) for rule, entry in self.runs.items()}}
-        carried["total"] = self.total
-        carried["history"] = self.failures
+        stored: dict[str, Any] = {"runs": {rule: list(entry) for rule, entry in self.runs.items()}}
+        stored["total"] = self.total
+        stored["history"] = self.failures
         if self.snoozed_since is not None:
-            carried["snoozed_since"] = self.snoozed_since
+            stored["snoozed_since"] = self.snoozed_since
         for name in ("snoozes", "deferrals", "replays"):
             if number := getattr(self, name):
-                carried[name] = number
-        return carried
+                stored[name] = number
+        return stored
 
 
 def failure_of(decision: Decision, options: dict[str, Any], tags: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[Mes
 
 def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
     """Dead-letter a message that the broker permanently refuses. Returns whether the dead letter was written."""
-    if transport.fault_of(error) is Fault.HOPELESS:
+    if transport.fault_of(error) is Fault.PERMANENT:
         try:
             transport.dead_letter_unmoved(move.message)
         except Exception:

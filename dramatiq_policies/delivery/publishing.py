@@ -72,7 +72,7 @@ class Publication:
 
     def run(self) -> Decision:
         """Publish until the broker has accepted everything. Returns the final decision."""
-        if self.decision.outcome is not Outcome.SUCCEEDED and self._is_given_back():
+        if self.decision.outcome is not Outcome.SUCCEEDED and self._is_redelivered():
             # Another worker runs the message: each follow-up message would be published twice.
             return self._give_up(ConnectionError("the consumer's connection is closed"))
         while True:
@@ -80,7 +80,7 @@ class Publication:
                 self._try()
                 return self.decision
             except Exception as error:
-                if isinstance(error, DeliveryReassigned) or self._is_given_back():
+                if isinstance(error, DeliveryReassigned) or self._is_redelivered():
                     return self._give_up(error)
                 if self._is_futile(error):
                     if self.returning:
@@ -117,7 +117,7 @@ class Publication:
         if self.dead is not None:
             transport.dead_letters_accepted()
 
-    def _is_given_back(self) -> bool:
+    def _is_redelivered(self) -> bool:
         """Whether the broker has returned this message to its queue already."""
         return self.transport.will_redeliver() and not self.delivery.completes_key()
 
@@ -131,13 +131,13 @@ class Publication:
             self.first_refusal = now
         # The queue refused the last dead letter, too: five seconds of tries for each would hold up the worker.
         known = self.decision.dead_letter and (self.transport.refuses_dead_letters or RETURNED in self.message.options)
-        return fault is Fault.HOPELESS or known or self.returning or now - self.first_refusal >= _RETRY_REFUSAL_FOR
+        return fault is Fault.PERMANENT or known or self.returning or now - self.first_refusal >= _RETRY_REFUSAL_FOR
 
     def _escalate(self, error: Exception) -> None:
         """Take the next step of the list above."""
         delivery, decision = self.delivery, self.decision
-        hopeless = self.transport.fault_of(error) is Fault.HOPELESS
-        if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(hopeless)):
+        permanent = self.transport.fault_of(error) is Fault.PERMANENT
+        if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(permanent)):
             self._alert(
                 "The broker refused the follow-up messages of message %s of actor %r (%s: %s); the "
                 "message goes to the dead-letter queue.",
@@ -148,20 +148,20 @@ class Publication:
                 self.decision = delivery.decision = self._failed(error)
                 self.message.fail()
             self.dead = None
-        elif hopeless and not self.small and not isinstance(self.dead, bytes):
+        elif permanent and not self.small and not isinstance(self.dead, bytes):
             self.small, self.dead = True, None
-        elif hopeless and delivery.body is not None and not isinstance(self.dead, bytes):
+        elif permanent and delivery.body is not None and not isinstance(self.dead, bytes):
             self.dead = delivery.body
         else:
             self._return(error)
 
-    def _is_dead_letter_at_fault(self, hopeless: bool) -> bool:
+    def _is_dead_letter_at_fault(self, permanent: bool) -> bool:
         """Whether the dead letter, and no message of the outbox, can never be sent."""
         encoded = all(
             isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.outbox or ()
         )
         # On other brokers the dead letter is published after the outbox is empty.
-        return hopeless and encoded and self.transport.acks_with_outbox and not isinstance(self.dead, bytes)
+        return permanent and encoded and self.transport.acks_with_outbox and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Decision:
         """Return the decision on a message whose follow-up messages were refused."""

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from ..common import clock
 from ..common.safe_logger import SafeLogger
 
-__all__ = ["IN_A_ROW", "DeadLetterRefusal", "Distrust", "Fault", "Parking", "Unsendable"]
+__all__ = ["IN_A_ROW", "DeadLetterRefusal", "Fault", "Parking", "UnreadableBreaker", "Unsendable"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
@@ -25,12 +25,12 @@ class Fault(Enum):
 
     LOST: The connection is lost, or the server accepts nothing for now. Try until the server answers.
     REFUSED: The server refuses this message: the queue is full or missing. Try for some seconds.
-    HOPELESS: The message can't be encoded, or is too large. Do not try again.
+    PERMANENT: The message can't be encoded, or is too large. Do not try again.
     """
 
     LOST = auto()
     REFUSED = auto()
-    HOPELESS = auto()
+    PERMANENT = auto()
 
 
 class Unsendable(Exception):
@@ -47,18 +47,18 @@ class Parking:
     def __len__(self) -> int:
         return len(self.waiting)
 
-    def park(self, wait_ms: float, give_back: Callable[[], object]) -> None:
-        """Call ``give_back`` after the wait. Any thread may park."""
-        self.waiting.append((clock.monotonic() + wait_ms / 1_000, give_back))
+    def park(self, wait_ms: float, return_to_queue: Callable[[], object]) -> None:
+        """Call ``return_to_queue`` after the wait. Any thread may park."""
+        self.waiting.append((clock.monotonic() + wait_ms / 1_000, return_to_queue))
 
-    def give_back(self, *, everything: bool = False) -> None:
+    def return_to_queue(self, *, everything: bool = False) -> None:
         """Return messages whose wait is over. Only the consumer's thread calls this."""
         for _ in range(len(self.waiting)):
-            due, give_back = self.waiting.popleft()
+            due, return_to_queue = self.waiting.popleft()
             if everything or due <= clock.monotonic():
-                give_back()
+                return_to_queue()
             else:
-                self.waiting.append((due, give_back))
+                self.waiting.append((due, return_to_queue))
 
 
 class DeadLetterRefusal:
@@ -83,7 +83,7 @@ class DeadLetterRefusal:
         return was_active
 
 
-class Distrust:
+class UnreadableBreaker:
     """Decides whether a worker goes on taking messages of a queue after unreadable bodies.
 
     Ten unreadable bodies in a row may be the worker's own fault: another encoder than the producers', or a low

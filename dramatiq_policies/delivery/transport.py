@@ -63,7 +63,7 @@ class Transport:
         queue = state.queue(queue_name)
         self.delayed = DelayQueue() if self.redelivers_on_reconnect else queue.delayed
         self.parked = Parking() if self.redelivers_on_reconnect else queue.parked
-        self.distrust = queue.distrust
+        self.breaker = queue.breaker
         #: Of the work queue: a delay queue has no dead-letter queue of its own.
         self.dead_letters = state.queue(self.queue_name).dead_letters
         self.max_body_bytes = state.settings.max_body_bytes
@@ -199,7 +199,7 @@ class Transport:
                 "%s could not be requeued on queue %r: %s", counted(len(messages), "message"), self.source, error
             )
 
-    def give_back(self, message: MessageProxy) -> None:
+    def return_to_queue(self, message: MessageProxy) -> None:
         """Have the broker deliver a message again."""
         self.try_requeue([message])
 
@@ -208,7 +208,7 @@ class Transport:
 
     def park(self, message: MessageProxy, wait_ms: float) -> None:
         """Keep a message in its slot, because the broker accepts the message in no form. Give it back after the wait."""
-        self.parked.park(wait_ms, partial(self.give_back, message))
+        self.parked.park(wait_ms, partial(self.return_to_queue, message))
 
     def after_interrupt(self) -> None:
         """Drop connections of this thread that an interrupt of a job may have left in an unknown state."""
@@ -232,7 +232,7 @@ class Transport:
     def fault_of(self, error: Exception) -> Fault:
         """Return why the broker did not accept a message."""
         if isinstance(error, Unsendable):
-            return Fault.HOPELESS
+            return Fault.PERMANENT
         return Fault.LOST if self.lost_connection(error) else Fault.REFUSED
 
     def encoded(self, message: Message[Any]) -> bytes:
@@ -272,9 +272,9 @@ class Transport:
         """Whether the broker redelivers the messages of this consumer; False after the queue was deleted."""
         return self.is_revoked()
 
-    def stands_still(self) -> bool:
+    def is_stalled(self) -> bool:
         """Whether the consumer takes no messages: parked messages fill every slot, or no body is readable."""
-        return len(self.parked) >= self.prefetch or self.distrust.is_pausing
+        return len(self.parked) >= self.prefetch or self.breaker.is_pausing
 
     # Delayed messages.
 

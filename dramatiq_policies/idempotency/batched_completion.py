@@ -50,12 +50,12 @@ class BatchedCompletions:
 
     Parameters:
       state: The state of the broker.
-      trips: The command batcher of the store.
+      batcher: The command batcher of the store.
     """
 
-    def __init__(self, state: BrokerState, trips: CommandBatcher) -> None:
+    def __init__(self, state: BrokerState, batcher: CommandBatcher) -> None:
         self.state = state
-        self.trips = trips
+        self.batcher = batcher
         self.reset_after_fork()
         after_fork(self)
 
@@ -95,7 +95,7 @@ class BatchedCompletions:
             self._settle(message, delivery)
 
         self._last.post = post = DeferredCommand(command, on_reply)
-        self.trips.post(post)
+        self.batcher.post(post)
         return True
 
     def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
@@ -112,14 +112,14 @@ class BatchedCompletions:
 
     def flush_if_idle(self) -> None:
         """After an ack, flush if the work queue is empty: no other thread would send the deferred commands."""
-        if self.trips.posted and not _has_more(threading.current_thread()):
+        if self.batcher.posted and not _has_more(threading.current_thread()):
             self.flush()
 
     def flush(self) -> None:
         """Send the deferred commands, and wait for the replies to this thread's own."""
         last: DeferredCommand | None = getattr(self._last, "post", None)
-        if self.trips.posted or not (last is None or last.is_answered):
-            self.trips.execute((), carries=True)
+        if self.batcher.posted or not (last is None or last.is_answered):
+            self.batcher.execute((), carries=True)
 
 
 def _has_more(thread: Any) -> bool:

@@ -54,7 +54,7 @@ def run(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: StuckListener | None = None,
+    stuck_listener: StuckListener | None = None,
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
     on_cancel: Callable[[], object] = noop,
@@ -73,7 +73,9 @@ def run(
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
     try:
         try:
-            arm(slot, tokens, running, due=inf if deadline is None else deadline, watch=watch, job=job)
+            arm(
+                slot, tokens, running, due=inf if deadline is None else deadline, stuck_listener=stuck_listener, job=job
+            )
             # The loop copies this thread's context.
             running.begin()
             running.join()

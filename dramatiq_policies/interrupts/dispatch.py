@@ -28,7 +28,7 @@ class Runner(Protocol):
         *,
         deadline: float | None = None,
         on_shutdown: bool = False,
-        watch: StuckListener | None = None,
+        stuck_listener: StuckListener | None = None,
         job: Any = None,
         after_interrupt: Callable[[], object] = noop,
     ) -> R: ...

@@ -37,15 +37,17 @@ class _Run:
         "_over",
         "_timer",
         "_watch",
+        "interrupted",
         "on_shutdown",
-        "struck",
     )
 
-    def __init__(self, deadline: float | None, on_shutdown: bool, watch: StuckListener | None, job: Any) -> None:
+    def __init__(
+        self, deadline: float | None, on_shutdown: bool, stuck_listener: StuckListener | None, job: Any
+    ) -> None:
         self.on_shutdown = on_shutdown
-        self.struck = False
+        self.interrupted = False
         self._deadline = deadline
-        self._watch = watch
+        self._watch = stuck_listener
         self._job = job
         self._over = False
         self._greenlet: Any = gevent.getcurrent()
@@ -81,7 +83,7 @@ class _Run:
 
     def _throw(self, exception: type[BaseException]) -> None:
         if not self._over:
-            self.struck = True
+            self.interrupted = True
             self._greenlet.throw(self._context.run(exception))
 
     def interrupt(self, exception: type[BaseException]) -> None:
@@ -89,12 +91,12 @@ class _Run:
 
     def _report(self) -> None:
         self._stop_timer()
-        watch, job = self._watch, self._job
-        if watch is None or self._over:
+        stuck_listener, job = self._watch, self._job
+        if stuck_listener is None or self._over:
             return
         frame = self._greenlet.gr_frame
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-        report_on_thread(lambda: watch.stuck(job, stack))
+        report_on_thread(lambda: stuck_listener.stuck(job, stack))
 
 
 _runs: dict[Any, _Run] = {}
@@ -107,7 +109,7 @@ def run(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: StuckListener | None = None,
+    stuck_listener: StuckListener | None = None,
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
@@ -115,11 +117,11 @@ def run(
     greenlet = gevent.getcurrent()
     if (deadline is None and not on_shutdown) or greenlet in _runs:
         return fn(*args, **kwargs)
-    running = _runs[greenlet] = _Run(deadline, on_shutdown, watch, job)
+    running = _runs[greenlet] = _Run(deadline, on_shutdown, stuck_listener, job)
     try:
         return fn(*args, **kwargs)
     except BaseException as error:
-        running.struck = running.struck or is_async_exception(error)
+        running.interrupted = running.interrupted or is_async_exception(error)
         cause = unwrap_interrupt(error)
         if cause is error:
             raise
@@ -127,7 +129,7 @@ def run(
     finally:
         running.end()
         del _runs[greenlet]
-        if running.struck:
+        if running.interrupted:
             after_interrupt()
 
 

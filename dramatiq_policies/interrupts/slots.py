@@ -81,7 +81,7 @@ class Slot:
       timed_out: Whether the timer has handled the deadline.
     """
 
-    __slots__ = ("due", "job", "lock", "target", "thread_id", "timed_out", "tokens", "watch")
+    __slots__ = ("due", "job", "lock", "stuck_listener", "target", "thread_id", "timed_out", "tokens")
 
     def __init__(self, thread_id: int) -> None:
         self.thread_id = thread_id
@@ -89,7 +89,7 @@ class Slot:
         self.tokens: Tokens | None = None
         self.due = inf
         self.timed_out = False
-        self.watch: StuckListener | None = None
+        self.stuck_listener: StuckListener | None = None
         self.job: Any = None
         self.target: Target | None = None
 
@@ -111,24 +111,24 @@ class Slot:
             tokens = self.tokens
             if tokens is None:
                 return inf
-            watch = self.watch
+            stuck_listener = self.stuck_listener
             if not self.timed_out:
                 self.interrupt(tokens, TimeoutExceeded)
                 self.timed_out = True
-                self.due = inf if watch is None else self.due + watch.grace
+                self.due = inf if stuck_listener is None else self.due + stuck_listener.grace
                 return self.due
             self.due = inf
             job = self.job
-        assert watch is not None  # Otherwise `due` was infinite.
-        report_on_thread(lambda: self.report(tokens, watch, job))
+        assert stuck_listener is not None  # Otherwise `due` was infinite.
+        report_on_thread(lambda: self.report(tokens, stuck_listener, job))
         return inf
 
-    def report(self, tokens: Tokens, watch: StuckListener, job: Any) -> None:
+    def report(self, tokens: Tokens, stuck_listener: StuckListener, job: Any) -> None:
         """Report the job as stuck, unless the job has ended."""
         target = self.target
         stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()
         if self.tokens is tokens:
-            watch.stuck(job, stack)
+            stuck_listener.stuck(job, stack)
 
     def disarm(self, tokens: Tokens) -> None:
         """End all interrupts of the job, and leave none pending.
@@ -152,12 +152,12 @@ class Slot:
 def supported() -> bool:
     """Return whether this interpreter can interrupt threads; if not, log a warning once per process."""
     if _set_exception is None:
-        _say_unsupported()
+        _log_unsupported()
     return _set_exception is not None
 
 
 @cache
-def _say_unsupported() -> None:
+def _log_unsupported() -> None:
     logger.warning(
         "Timeouts and shutdowns can't interrupt jobs on this platform (%s): they cancel async actors "
         "only. Other jobs past their timeout are reported as stuck.",

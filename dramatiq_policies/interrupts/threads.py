@@ -80,7 +80,7 @@ def _fire_due() -> float:
 
 
 _slots: dict[int, Slot] = {}
-_mine = _OfThisThread()
+_of_this_thread = _OfThisThread()
 _timer = Timer(_fire_due)
 
 
@@ -91,7 +91,7 @@ def run(
     *,
     deadline: float | None = None,
     on_shutdown: bool = False,
-    watch: StuckListener | None = None,
+    stuck_listener: StuckListener | None = None,
     job: Any = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
@@ -100,8 +100,8 @@ def run(
     Parameters:
       deadline: When to raise `TimeoutExceeded` in ``fn``, by ``time.monotonic()``; None for never.
       on_shutdown: Whether `shutdown` raises Dramatiq's ``Shutdown`` in ``fn``.
-      watch: Called if ``fn`` still runs when ``watch.grace`` seconds have passed since the deadline; None for no report.
-      job: Passed to ``watch``.
+      stuck_listener: Called if ``fn`` still runs when ``stuck_listener.grace`` seconds have passed since the deadline; None for no report.
+      job: Passed to ``stuck_listener``.
       after_interrupt: Called on this thread after an interrupt, once no other can come: drop connections that the interrupt
         may have broken. Must not raise. Also called if ``fn`` ended by an interrupt of other code (dramatiq-abort).
 
@@ -111,11 +111,11 @@ def run(
     if deadline is None and not on_shutdown:
         return _run_without_limits(fn, args, kwargs, after_interrupt)
     due = inf if deadline is None else deadline
-    slot = _mine.slot or slot_of_this_thread()
+    slot = _of_this_thread.slot or slot_of_this_thread()
     if slot.tokens is not None:
         return fn(*args, **kwargs)
     tokens: Tokens = {TimeoutExceeded: True, Shutdown: True} if on_shutdown else {TimeoutExceeded: True}
-    returned = struck = False
+    returned = interrupted = False
     error: BaseException | None = None
     try:
         try:
@@ -124,7 +124,7 @@ def run(
                     slot.tokens = tokens
                     slot.due = due
                     slot.timed_out = False
-                    slot.watch = watch
+                    slot.stuck_listener = stuck_listener
                     slot.job = job
                     slot.target = None
                 if due < _timer.wakes_at:
@@ -135,19 +135,19 @@ def run(
                 error = raised
             slot.tokens = slot.job = None
             if tokens.pop(TimeoutExceeded, None) is None or (on_shutdown and tokens.pop(Shutdown, None) is None):
-                struck = True
+                interrupted = True
                 slot.disarm(tokens)
         except BaseException as late:  # The first interrupt, a line too late: see the module's docstring.
-            struck = True
+            interrupted = True
             if not returned and error is None:
                 error = late
             slot.disarm(tokens)
     except BaseException as later:  # The second interrupt.
-        struck = True
+        interrupted = True
         if not returned and error is None:
             error = later
         slot.disarm(tokens)
-    if struck or (error is not None and is_async_exception(error)):
+    if interrupted or (error is not None and is_async_exception(error)):
         after_interrupt()
     if error is None:
         return result
@@ -207,13 +207,13 @@ def end_timer() -> None:
 
 
 def slot_of_this_thread() -> Slot:
-    slot = _mine.slot
+    slot = _of_this_thread.slot
     if slot is None:
         supported()
         slot = Slot(get_ident())
         if _timer.start():
             # Replaces the slot of a dead thread whose identifier was reused.
-            _slots[slot.thread_id] = _mine.slot = slot
+            _slots[slot.thread_id] = _of_this_thread.slot = slot
     return slot
 
 
@@ -223,7 +223,7 @@ def arm(
     target: Target,
     *,
     due: float,
-    watch: StuckListener | None,
+    stuck_listener: StuckListener | None,
     job: Any,
 ) -> None:
     """Write a job into the slot, with interrupts going to ``target``. `run` does the same inline for jobs on this thread."""
@@ -231,7 +231,7 @@ def arm(
         slot.tokens = tokens
         slot.due = due
         slot.timed_out = False
-        slot.watch = watch
+        slot.stuck_listener = stuck_listener
         slot.job = job
         slot.target = target
     if due < _timer.wakes_at:
@@ -247,9 +247,9 @@ def unwrap_interrupt(error: BaseException) -> BaseException:
 
 
 def _forget_slots() -> None:
-    global _slots, _mine, _timer  # noqa: PLW0603 - an object around them would cost each job two more look-ups
+    global _slots, _of_this_thread, _timer  # noqa: PLW0603 - an object around them would cost each job two more look-ups
     _slots = {}
-    _mine = _OfThisThread()
+    _of_this_thread = _OfThisThread()
     _timer = Timer(_fire_due)
 
 

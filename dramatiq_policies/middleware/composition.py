@@ -85,15 +85,15 @@ class Callbacks(StockCallbacks):
             delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, result))
             return
         error = unwrap_interrupt(exception)
-        told = {"type": type(error).__name__, "message": text_of(error)}
+        details = {"type": type(error).__name__, "message": text_of(error)}
 
-        def tell_failure() -> list[OutgoingMessage]:
+        def send_failure() -> list[OutgoingMessage]:
             decision = delivery.decision
             if decision is not None and decision.outcome in _NO_FAILURES:
                 return []
-            return send_to(broker, delivery, message, option, target, told)
+            return send_to(broker, delivery, message, option, target, details)
 
-        delivery.add_to_outbox(tell_failure)
+        delivery.add_to_outbox(send_failure)
 
 
 #: The outcomes of runs that raised but did not fail.

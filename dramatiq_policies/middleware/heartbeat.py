@@ -135,7 +135,7 @@ class Heartbeat(PolicyMiddleware):
                     continue
                 if not consumer.is_alive():
                     return False
-                if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.transport.stands_still():
+                if isinstance(consumer.consumer, PolicyConsumer) and consumer.consumer.transport.is_stalled():
                     return False
                 silent = silent or (now - max(self._since, polled.get(queue, 0.0))) * 1_000 > self.silence
         return not (silent and _answers(state.broker))
@@ -171,14 +171,14 @@ class Heartbeat(PolicyMiddleware):
             # The lock tells other processes that this process lives, even if its id is reused later.
             lock(self._own)
         os.utime(self._own)
-        if all(self._speaks(path) for path in self.path.parent.glob(f"{self.path.name}.*")):
+        if all(self._allows_touch(path) for path in self.path.parent.glob(f"{self.path.name}.*")):
             shared = open_own(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.utime(shared)
             finally:
                 os.close(shared)
 
-    def _speaks(self, path: Path) -> bool:
+    def _allows_touch(self, path: Path) -> bool:
         """Return False only for the file of a living process that has not touched it lately."""
         if path == self._own_path or not _OWN_SUFFIX.fullmatch(path.suffix):
             return True

@@ -145,15 +145,15 @@ class Idempotency(PolicyMiddleware):
         state = order_middleware(broker)
         if self.claims is None:
             return
-        trips = getattr(self.store, "trips", None)
-        if trips is not None:
+        batcher = getattr(self.store, "batcher", None)
+        if batcher is not None:
             from ..idempotency.batched_completion import BatchedCompletions  # It needs redis.
 
             state.idempotency.batched_completions = (
-                BatchedCompletions(state, trips) if BatchedCompletions.is_safe(state) else None
+                BatchedCompletions(state, batcher) if BatchedCompletions.is_safe(state) else None
             )
-        if self._excuse_neighbours not in state.outcomes.stuck_subscribers:
-            state.outcomes.stuck_subscribers.append(self._excuse_neighbours)
+        if self._uncount_other_jobs not in state.outcomes.stuck_subscribers:
+            state.outcomes.stuck_subscribers.append(self._uncount_other_jobs)
         try:
             warnings = getattr(self.store, "warnings", None)
             if callable(warnings):
@@ -187,7 +187,7 @@ class Idempotency(PolicyMiddleware):
         if self.claims is not None:
             self.claims.close()
 
-    def _excuse_neighbours(self, stuck: StuckJob) -> None:
+    def _uncount_other_jobs(self, stuck: StuckJob) -> None:
         """With ``on_stuck="exit"``, count a crash only for the stuck job and not for the other jobs of the process."""
         if self.attached_to is None or self.attached_to.timeout is None or self.claims is None:
             return

@@ -115,7 +115,7 @@ class QueueMonitor(PolicyMiddleware):
         self._elected = False
         #: The number of failed readings in a row.
         self._failed = 0
-        self._stands_back = False
+        self._is_follower = False
         self._outbox = OutboxReader()
 
     def for_stub(self) -> Self:
@@ -159,7 +159,7 @@ class QueueMonitor(PolicyMiddleware):
             self._watching += 1
         try:
             while True:
-                self._turn(election)
+                self._monitor_once(election)
                 if stop.wait(self.interval / 1_000):
                     return
         finally:
@@ -197,10 +197,10 @@ class QueueMonitor(PolicyMiddleware):
                 # No thread of this monitor closes the reader later.
                 self._get_reader().close()
         self._send(readings, [], False)
-        self._tell(found)
+        self._notify(found)
         return found
 
-    def _turn(self, election: Election) -> None:
+    def _monitor_once(self, election: Election) -> None:
         try:
             with self._reading:
                 reader = self._get_reader()
@@ -209,8 +209,8 @@ class QueueMonitor(PolicyMiddleware):
                     note["threads"] = sum(worker.worker_threads for worker in self._thread.workers)
                     note["busy"] = sum(_busy(worker) for worker in self._thread.workers)
                 election.publish(note)
-                if self._stands_back:
-                    self._stands_back = False
+                if self._is_follower:
+                    self._is_follower = False
                     return
                 if not election.is_leader():
                     self._elected = False
@@ -227,13 +227,13 @@ class QueueMonitor(PolicyMiddleware):
                 if self._tracker.open != open_before:
                     election.save(sorted(self._tracker.open))
             # Alerts first: they are saved as sent, so no other process would send them.
-            self._tell(found)
+            self._notify(found)
             self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
         except Exception as error:
             self._failed += 1
             if self._failed % _PATIENCE == 0 and self._elected:
                 # Another process may reach the server: leave the next turn to the others.
-                self._elected, self._stands_back = False, True
+                self._elected, self._is_follower = False, True
                 election.resign()
             if self._failed == 1:
                 logger.error(  # noqa: TRY400  The stack is of no use: the server is down.
@@ -254,7 +254,7 @@ class QueueMonitor(PolicyMiddleware):
             readings.append(outbox)
         return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)]
 
-    def _tell(self, found: list[QueueAlert]) -> None:
+    def _notify(self, found: list[QueueAlert]) -> None:
         for alert in found:
             for notify in self._notifiers:
                 notify(alert)

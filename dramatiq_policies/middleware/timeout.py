@@ -148,9 +148,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.stuck_subscribers = state.outcomes.stuck_subscribers
 
     def for_stub(self) -> Self:
-        twin = super().for_stub()
-        twin.stuck_subscribers, twin.stuck_jobs = [], []
-        return twin
+        stub = super().for_stub()
+        stub.stuck_subscribers, stub.stuck_jobs = [], []
+        return stub
 
     # No hooks of TimeLimit: the clock runs only while the actor's function runs, not from hook to hook.
     before_process_message = Middleware.before_process_message
@@ -187,9 +187,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
             stack=stack,
         )
         if self.on_stuck != "exit":
-            self._tell(record, job.timeout_ms)
+            self._notify(record, job.timeout_ms)
             return
-        telling = threading.Thread(target=self._tell, args=(record, job.timeout_ms), daemon=True)
+        telling = threading.Thread(target=self._notify, args=(record, job.timeout_ms), daemon=True)
         try:
             telling.start()
             telling.join(_TOLD_WITHIN)
@@ -201,7 +201,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         """Return the reported jobs that still run."""
         return [job for job in self.stuck_jobs if job.stage == RUNNING]
 
-    def _tell(self, record: StuckJob, timeout_ms: float | None) -> None:
+    def _notify(self, record: StuckJob, timeout_ms: float | None) -> None:
         # Subscribers come first: Idempotency uncounts the starts of the other jobs before the process may exit.
         for subscriber in list(self.stuck_subscribers):
             self._call(subscriber, record)

@@ -18,10 +18,10 @@ MAX_BYTES = 1_432
 _RESOLVED_FOR, _RESOLVE_AGAIN = 300.0, 30.0
 
 
-def udp_client(say: Callable[[str, str], None]) -> Any:
+def udp_client(log: Callable[[str, str], None]) -> Any:
     """Return a client for ``STATSD_HOST``/``STATSD_PORT``. Default: localhost:8125.
 
-    ``say(kind, text)`` logs a problem, each kind once.
+    ``log(kind, text)`` logs a problem, each kind once.
 
     Raises:
       ImportError: The ``statsd`` package is not installed.
@@ -38,7 +38,7 @@ def udp_client(say: Callable[[str, str], None]) -> Any:
     port = os.environ.get("STATSD_PORT") or "8125"
     if not port.isdecimal() or not 0 < int(port) < 65_536:
         raise ConfigurationError.of_option("Metrics", "STATSD_PORT", "a port in the environment, or nothing", port)
-    return UdpClient(os.environ.get("STATSD_HOST") or "localhost", int(port), say)
+    return UdpClient(os.environ.get("STATSD_HOST") or "localhost", int(port), log)
 
 
 class _Udp:
@@ -48,9 +48,9 @@ class _Udp:
     server.
     """
 
-    def __init__(self, host: str, port: int, say: Callable[[str, str], None]) -> None:
+    def __init__(self, host: str, port: int, log: Callable[[str, str], None]) -> None:
         self.host, self.port = host, port
-        self.say = say
+        self.log = log
         # Read by the methods of StatsClient.
         self._prefix = None
         self._maxudpsize = MAX_BYTES
@@ -122,7 +122,7 @@ class _Udp:
             self._lost(error)
 
     def _lost(self, error: Exception) -> None:
-        self.say(
+        self.log(
             "unreachable",
             f"No StatsD server is reachable at {self.host}:{self.port} ({error}). Metrics are dropped "
             "until a server is reachable.",

@@ -89,7 +89,7 @@ class CommandElection(Election):
         self.path = Path(folder or private_folder(), file)
         self._own = self.path.with_name(f"{file}.{os.getpid()}")
         self._lock: int | None = None
-        self._said = False
+        self._logged = False
 
     def is_leader(self) -> bool:
         if self._lock is not None:
@@ -97,7 +97,7 @@ class CommandElection(Election):
         try:
             descriptor = self._open(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            self._say(error)
+            self._log(error)
             return True
         try:
             if lock(descriptor) and os.path.samestat(os.fstat(descriptor), self.path.lstat()):
@@ -107,7 +107,7 @@ class CommandElection(Election):
         except FileNotFoundError:
             pass  # A leader resigned and removed the file.
         except OSError as error:
-            self._say(error)
+            self._log(error)
             os.close(descriptor)
             return True
         os.close(descriptor)
@@ -118,9 +118,9 @@ class CommandElection(Election):
             make_private(path.parent)
         return open_own(path, flags)
 
-    def _say(self, error: OSError) -> None:
-        if not self._said:
-            self._said = True
+    def _log(self, error: OSError) -> None:
+        if not self._logged:
+            self._logged = True
             logger.warning("No process can be elected (%s): each process of this command monitors the queues.", error)
 
     def _sweep(self) -> None:

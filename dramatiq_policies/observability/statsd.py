@@ -69,11 +69,11 @@ class Statsd:
     """
 
     def __init__(self, client: Any = None) -> None:
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._client: Any
         self.takes_text = client is None
         if client is None:
-            self._client = udp_client(self._say)
+            self._client = udp_client(self._log)
         elif hasattr(client, "incr"):
             self._client = _Plain(client)
         elif hasattr(client, "increment"):
@@ -85,7 +85,7 @@ class Statsd:
         self.tagged = isinstance(self._client, _Tagged)
         self._apart = client is None or _may_block(client)
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._hurry = threading.Event()
+        self._flush_now = threading.Event()
         self._pid: int | None = None
 
     def send(self, values: Sequence[Value]) -> None:
@@ -100,7 +100,7 @@ class Statsd:
                 self._client.deliver(values)
                 if monotonic() - started > _SLOW:
                     self._apart = True
-                    self._say("slow", "The metrics client is slow; from now on a separate thread calls it.")
+                    self._log("slow", "The metrics client is slow; from now on a separate thread calls it.")
         except Exception as error:
             self._failed(error)
 
@@ -119,45 +119,45 @@ class Statsd:
         if self._pid == getpid():
             done = threading.Event()
             self._waiting.put(done)
-            self._hurry.set()
+            self._flush_now.set()
             done.wait(timeout)
 
     def _put(self, item: str | Sequence[Value]) -> None:
         if self._pid != getpid():
             # No lock, because a fork may happen while the lock is held. If two threads race here, each new thread has a separate queue.
-            self._waiting, self._hurry = queue.SimpleQueue(), threading.Event()
+            self._waiting, self._flush_now = queue.SimpleQueue(), threading.Event()
             self._pid = getpid()
             threading.Thread(
-                target=self._work, args=(self._waiting, self._hurry), name="dramatiq-policies-statsd", daemon=True
+                target=self._work, args=(self._waiting, self._flush_now), name="dramatiq-policies-statsd", daemon=True
             ).start()
         if self._waiting.qsize() < _WAITING:
             self._waiting.put(item)
         else:
-            self._say("full", "Metrics arrive faster than they can be sent; the excess is dropped.")
+            self._log("full", "Metrics arrive faster than they can be sent; the excess is dropped.")
 
-    def _work(self, waiting: queue.SimpleQueue[Any], hurry: threading.Event) -> None:
+    def _work(self, waiting: queue.SimpleQueue[Any], flush_now: threading.Event) -> None:
         while True:
             batch: list[Any] = [waiting.get()]
             # Values of the next 50 ms wake no thread and share a datagram.
-            hurry.wait(_TOGETHER)
-            hurry.clear()
+            flush_now.wait(_TOGETHER)
+            flush_now.clear()
             while not waiting.empty():
                 batch.append(waiting.get())
-            told = [item for item in batch if isinstance(item, threading.Event)]
+            pending = [item for item in batch if isinstance(item, threading.Event)]
             try:
-                if len(batch) > len(told):
+                if len(batch) > len(pending):
                     self._client.deliver_all([item for item in batch if not isinstance(item, threading.Event)])
             except Exception as error:
                 self._failed(error)
-            for event in told:
+            for event in pending:
                 event.set()
 
     def _failed(self, error: Exception) -> None:
-        self._say("failed", f"Metrics can't be sent ({type(error).__name__}: {error}) and are dropped.")
+        self._log("failed", f"Metrics can't be sent ({type(error).__name__}: {error}) and are dropped.")
 
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _log(self, what: str, text: str) -> None:
+        if what not in self._logged:
+            self._logged.add(what)
             logger.warning("%s This warning is logged once.", text)
 
 

@@ -23,7 +23,7 @@ def undeclared_queues(broker: Broker) -> list[str]:
     if kind == "redis":
         found = _in_redis(broker)
     elif kind == "stub":
-        found = {*(name for name, letters in stub.dead_letters_by_queue.items() if letters), *stub.queues}
+        found = {*(name for name, dead_letters in stub.dead_letters_by_queue.items() if dead_letters), *stub.queues}
     else:
         return []
     return sorted({re.sub(r"\.(DQ|XQ)$", "", name) for name in found} - set(known_queues(broker)))

@@ -75,7 +75,7 @@ class RedisStore:
         self.is_namespaced = namespace is not _DERIVED
         self.namespace = str(namespace)
         #: Batches the calls of all threads, and the acks of a Redis broker on the same server.
-        self.trips = CommandBatcher(self.client)
+        self.batcher = CommandBatcher(self.client)
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = _DERIVED, **arguments: Any) -> RedisStore:
@@ -129,7 +129,7 @@ class RedisStore:
         return ("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
-        return _entry(self.trips.alone(*_SWAP.command([self.name_of(key)], ["read"])))
+        return _entry(self.batcher.call_alone(*_SWAP.command([self.name_of(key)], ["read"])))
 
     def _read(self, name: str) -> Entry:
         return _entry(self._call(*_SWAP.command([name], ["read"])))
@@ -137,16 +137,16 @@ class RedisStore:
     def _call(self, *command: Any, carries: bool = False) -> Any:
         # An interrupt of this job must not fail the calls of other jobs.
         if running_job() is not None:
-            return self.trips.alone(*command)
-        return self.trips.call(*command, carries=carries)
+            return self.batcher.call_alone(*command)
+        return self.batcher.call(*command, carries=carries)
 
     def delete(self, key: str) -> bool:
-        return bool(self.trips.alone("DEL", self.name_of(key)))
+        return bool(self.batcher.call_alone("DEL", self.name_of(key)))
 
     def renew(self, renewals: Sequence[Renewal]) -> list[bool]:
         calls = [_SWAP.command([self.name_of(key)], [value, value, ttl]) for key, value, ttl in renewals]
         # A refused renewal counts as lost and does not fail the others.
-        return [answer is None for answer in self.trips.answers(calls, carries=True)]
+        return [answer is None for answer in self.batcher.answers(calls, carries=True)]
 
     def warnings(self) -> list[str]:
         """Return warnings about the configuration of the server. Connects."""

@@ -28,7 +28,7 @@ class Interrupted(BaseException):
 def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monkeypatch):
     """It would otherwise be handed the connection later, and all behind it wait for ever."""
     begun, go_on = threading.Event(), threading.Event()
-    trips = CommandBatcher(None)
+    batcher = CommandBatcher(None)
 
     def exchange(calls):
         if not begun.is_set():
@@ -37,8 +37,8 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
         for call in calls:
             call.answer = call.command[0]
 
-    monkeypatch.setattr(trips, "_exchange", exchange)
-    first = threading.Thread(target=trips.call, args=("FIRST",))
+    monkeypatch.setattr(batcher, "_exchange", exchange)
+    first = threading.Thread(target=batcher.call, args=("FIRST",))
     first.start()
     assert begun.wait(PATIENCE)
 
@@ -50,7 +50,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
             raise Interrupted
 
     def interrupt_once_it_waits():
-        while not trips._waiting:
+        while not batcher._waiting:
             time.sleep(0.001)
         # A signal just before the wait is handled after the wait only.
         while not struck.is_set():
@@ -62,14 +62,14 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
         interrupter = threading.Thread(target=interrupt_once_it_waits)
         interrupter.start()
         with pytest.raises(Interrupted):
-            trips.call("INTERRUPTED")
+            batcher.call("INTERRUPTED")
         interrupter.join(PATIENCE)
     finally:
         signal.signal(signal.SIGUSR1, before)
     go_on.set()
     first.join(PATIENCE)
     answered = []
-    last = threading.Thread(target=lambda: answered.append(trips.call("LAST")))
+    last = threading.Thread(target=lambda: answered.append(batcher.call("LAST")))
     last.start()
     last.join(PATIENCE)
     assert answered == ["LAST"]
@@ -123,17 +123,17 @@ def line_to(server):
 
 def test_a_server_that_is_no_master_any_more_is_left_so_that_its_name_may_lead_to_the_next():
     server = Server(replicas=1)
-    trips, _ = line_to(server)
-    assert trips.call("SET", "a", "b") == b"OK"
+    batcher, _ = line_to(server)
+    assert batcher.call("SET", "a", "b") == b"OK"
     assert server.said == ["connect", "disconnect", "connect"]
 
 
 def test_where_its_name_still_leads_to_it_the_call_fails_and_the_next_one_connects_anew():
     server = Server(replicas=2)
-    trips, _ = line_to(server)
+    batcher, _ = line_to(server)
     with pytest.raises(redis.ReadOnlyError):
-        trips.call("SET", "a", "b")
-    assert trips.call("SET", "a", "b") == b"OK"
+        batcher.call("SET", "a", "b")
+    assert batcher.call("SET", "a", "b") == b"OK"
 
 
 # Against servers of its own: see tests/integration/test_failover.py.

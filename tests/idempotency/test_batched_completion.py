@@ -93,13 +93,13 @@ def carrier(monkeypatch):
 
 def test_the_completion_of_a_plain_success_is_posted(carrier):
     assert carrier.post(MESSAGE, ended())
-    assert [post.command for post in carrier.trips.posted] == [("SET", "key", "done")]
+    assert [post.command for post in carrier.batcher.posted] == [("SET", "key", "done")]
 
 
 @pytest.mark.parametrize("way", [{"remembered": False}, {"plain": False}])
 def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_way(carrier, way):
     assert not carrier.post(MESSAGE, ended(**way))
-    assert carrier.trips.posted == []
+    assert carrier.batcher.posted == []
 
 
 def test_so_is_a_success_that_somebody_is_told_of(carrier):
@@ -110,42 +110,42 @@ def test_so_is_a_success_that_somebody_is_told_of(carrier):
 def test_so_is_the_last_one_for_now(carrier, monkeypatch):
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
     assert not carrier.post(MESSAGE, ended())
-    assert carrier.trips.posted == []
+    assert carrier.batcher.posted == []
 
 
 def test_nothing_is_sent_where_nothing_was_posted(carrier):
     carrier.flush()
     carrier.flush_if_idle()
-    assert carrier.trips.calls == 0
+    assert carrier.batcher.calls == 0
 
 
 def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
     carrier.post(MESSAGE, ended())
     carrier.flush_if_idle()
-    assert carrier.trips.calls == 0
+    assert carrier.batcher.calls == 0
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
     carrier.flush_if_idle()
-    assert carrier.trips.calls == 1
+    assert carrier.batcher.calls == 1
 
 
 def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
     carrier.post(MESSAGE, ended())
-    carrier.trips.posted.clear()  # under way, and not answered
+    carrier.batcher.posted.clear()  # under way, and not answered
     other = threading.Thread(target=carrier.flush)
     other.start()
     other.join()
-    assert carrier.trips.calls == 0
+    assert carrier.batcher.calls == 0
     carrier.flush()
-    assert carrier.trips.calls == 1
+    assert carrier.batcher.calls == 1
 
 
 def test_what_was_answered_is_not_waited_for(carrier):
     carrier.post(MESSAGE, ended())
-    [post] = carrier.trips.posted
-    carrier.trips.posted.clear()
+    [post] = carrier.batcher.posted
+    carrier.batcher.posted.clear()
     post.answer = 1
     carrier.flush()
-    assert carrier.trips.calls == 0
+    assert carrier.batcher.calls == 0
 
 
 def test_what_others_have_posted_is_sent_along(carrier):
@@ -153,7 +153,7 @@ def test_what_others_have_posted_is_sent_along(carrier):
     other.start()
     other.join()
     carrier.flush()
-    assert carrier.trips.calls == 1
+    assert carrier.batcher.calls == 1
 
 
 def test_an_ack_is_tried_again_while_the_broker_is_away(carrier):
@@ -177,7 +177,7 @@ def test_any_answer_but_the_expected_one_has_the_message_acked_in_the_ordinary_w
     delivery = ended()
     transport = delivery.transport
     carrier.post(MESSAGE, delivery)
-    carrier.trips.posted[0].callback(answer)
+    carrier.batcher.posted[0].callback(answer)
     assert transport.settled == 1
     assert delivery.acked is acked
     assert (delivery.claim is None) is acked

@@ -956,7 +956,7 @@ def test_a_second_worker_subscribes_to_stuck_jobs_no_second_time():
             pass
     idempotency = next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
     subscribers = state_of(stage.broker).outcomes.stuck_subscribers
-    assert subscribers.count(idempotency._excuse_neighbours) == 1
+    assert subscribers.count(idempotency._uncount_other_jobs) == 1
 
 
 def test_its_durations_have_defaults_and_may_be_as_short_as_a_millisecond():

@@ -194,7 +194,7 @@ def test_only_the_stuck_job_is_blamed_for_the_end_of_its_process():
         stuck, neighbour, other = guarded.send(1), guarded.send(2), plain.send(3)
         all_in.wait(10)
         one = Stuck(stuck.message_id)
-        idempotency_of(stage)._excuse_neighbours(one)
+        idempotency_of(stage)._uncount_other_jobs(one)
         starts = [
             records.Record.decode(store.get(name).value).starts
             for name in ("guarded\x001", "guarded\x002", crash_counter_name(other.message_id))
@@ -220,7 +220,7 @@ def test_nobody_is_excused_where_a_stuck_job_is_only_logged():
 
     @stage.actor(idempotency_key="{number}")
     def guarded(number):
-        idempotency_of(stage)._excuse_neighbours(Stuck("another"))
+        idempotency_of(stage)._uncount_other_jobs(Stuck("another"))
         seen.append(records.Record.decode(store.get("guarded\x001").value).starts)
 
     guarded.send(1)

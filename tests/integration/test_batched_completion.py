@@ -108,7 +108,7 @@ def make_shop(place: Place, redis_url: str, redis_namespace: str) -> Callable[..
 
 
 @pytest.fixture
-def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def batcher(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands of each round trip, without those of the consumer of a delay queue."""
     seen: list[list[str]] = []
     stock = CommandBatcher._exchange
@@ -126,12 +126,12 @@ def state(actor: Any, number: int) -> str:
     return Idempotency.state(actor, number).state
 
 
-def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..., Shop], trips: list[Any]) -> None:
+def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..., Shop], batcher: list[Any]) -> None:
     shop = make_shop()
     job = shop.send_jobs(12)
     shop.work_until_all_are_done()
-    with_claims = [trip for trip in trips if len(trip) == 2]
-    assert len(with_claims) == 11, trips  # The first has nothing to carry, and the last has nobody to go with.
+    with_claims = [trip for trip in batcher if len(trip) == 2]
+    assert len(with_claims) == 11, batcher  # The first has nothing to carry, and the last has nobody to go with.
     assert all(state(job, number) == "completed" for number in range(12))
 
 
@@ -207,7 +207,7 @@ def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
 
     def look_and_be_stopped(batched_completions: BatchedCompletions) -> None:
         look(batched_completions)
-        if batched_completions.trips.posted:
+        if batched_completions.batcher.posted:
             for thread in worker.workers:
                 thread.stop()
 
@@ -282,29 +282,29 @@ def test_a_connection_that_is_lost_under_a_completion(
 
 @pytest.mark.parametrize("hook", ["before_process_message", "after_ack"])
 def test_nothing_is_posted_past_a_hook_of_the_users(
-    make_shop: Callable[..., Shop], hook: str, trips: list[Any]
+    make_shop: Callable[..., Shop], hook: str, batcher: list[Any]
 ) -> None:
     shop = make_shop(type("Own", (dramatiq.Middleware,), {hook: lambda self, *args: None})())
     shop.send_jobs(3)
     shop.work_until_all_are_done()
-    assert {len(trip) for trip in trips} == {1}
+    assert {len(trip) for trip in batcher} == {1}
 
 
 def test_who_is_told_of_successes_is_told_by_the_thread_that_had_them(
-    make_shop: Callable[..., Shop], trips: list[Any]
+    make_shop: Callable[..., Shop], batcher: list[Any]
 ) -> None:
     shop = make_shop(on_outcome=lambda event: None)
     shop.send_jobs(3)
     shop.work_until_all_are_done()
-    assert {len(trip) for trip in trips} == {1}
+    assert {len(trip) for trip in batcher} == {1}
 
 
-def test_on_one_redis_the_ack_rides_along(redis_place: RedisPlace, trips: list[Any]) -> None:
+def test_on_one_redis_the_ack_rides_along(redis_place: RedisPlace, batcher: list[Any]) -> None:
     broker = redis_place.broker()
     store = RedisStore.beside(broker.client, namespace=f"{redis_place.namespace}:idem-{uuid.uuid4().hex}")
     shop = Shop(redis_place, store, [])
     shop.send_jobs(4)
     shop.work_until_all_are_done()
-    assert trips.count(["EVALSHA", "SET"]) == 3, trips
+    assert batcher.count(["EVALSHA", "SET"]) == 3, batcher
     # The last one's, and the opener's, which has no key. EVAL repeats a script that the server did not know.
-    assert len([trip for trip in trips if trip[0] == "EVALSHA"]) == 3 + 2, trips
+    assert len([trip for trip in batcher if trip[0] == "EVALSHA"]) == 3 + 2, batcher

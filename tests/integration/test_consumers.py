@@ -143,16 +143,16 @@ def test_a_call_that_can_not_be_sent_fails_alone(
 ) -> None:
     if not packed:
         monkeypatch.setattr("dramatiq_policies._redis._pack", None)
-    trips = CommandBatcher(redis_client)
+    batcher = CommandBatcher(redis_client)
     key = f"{redis_namespace}:a"
     told: list[Any] = []
-    trips.post(DeferredCommand(("SET", key, "posted", "PX", 5_000), told.append))
-    trips.post(DeferredCommand(("SET", key, poison), told.append))
+    batcher.post(DeferredCommand(("SET", key, "posted", "PX", 5_000), told.append))
+    batcher.post(DeferredCommand(("SET", key, poison), told.append))
     good, bad = [], []
 
     def ask(command: tuple[Any, ...], answers: list[Any]) -> None:
         try:
-            answers.append(trips.call(*command, carries=True))
+            answers.append(batcher.call(*command, carries=True))
         except Exception as error:
             answers.append(error)
 
@@ -168,7 +168,7 @@ def test_a_call_that_can_not_be_sent_fails_alone(
     assert told[0] == b"OK"
     assert isinstance(told[1], (UnicodeEncodeError, TypeError, redis.DataError))
     with pytest.raises((UnicodeEncodeError, TypeError, redis.DataError)):
-        trips.call("GET", poison)
+        batcher.call("GET", poison)
 
 
 # RabbitMQ.

@@ -291,12 +291,12 @@ def leave_to_index(app: App, *messages: Message[Any]) -> None:
     for _ in messages:
         until(lambda: next(consumer))
     ids = [message.options["redis_message_id"] for message in messages]
-    consumer.transport.index.keep(
+    consumer.transport.index.add(
         [(redis_id, message.options["eta"]) for redis_id, message in zip(ids, messages, strict=True)]
     )
     # Whoever is killed has no time to put anything back.
     for redis_id in ids:
-        consumer.transport.places.release(redis_id)
+        consumer.transport.window.release(redis_id)
 
 
 def test_the_last_worker_that_stops_puts_all_back_for_workers_that_know_no_index(redis_place: RedisPlace) -> None:
@@ -349,7 +349,7 @@ def test_a_message_whose_reply_from_the_index_was_lost_runs_once(
     near = app.actor(ran.append, actor_name="near")
     for number in range(2 * IN_HAND):
         near.send_with_options(args=(number,), delay=2_000)
-    lose_replies(monkeypatch, "keep", "take")
+    lose_replies(monkeypatch, "add", "fetch")
     with app.working(1):
         app.wait_for(*["succeeded"] * 2 * IN_HAND)
         assert sorted(ran) == list(range(2 * IN_HAND))
@@ -362,7 +362,7 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch, *commands: str) -> None:
 
     def losing(index: DelayIndex, command: str, *args: Any) -> Any:
         answer = run(index, command, *args)
-        if command in left and (command != "take" or len(answer) > 1):
+        if command in left and (command != "fetch" or len(answer) > 1):
             left.remove(command)
             raise redis.ConnectionError("the reply is lost")
         return answer

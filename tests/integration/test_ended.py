@@ -13,7 +13,7 @@ from dramatiq import pipeline
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import RetryPolicy, Snooze, constant, current_job
-from dramatiq_policies.brokers.ended import Ended
+from dramatiq_policies.brokers.ended_runs import EndedRuns
 from dramatiq_policies.brokers.rabbitmq.acks import UnackedCounts
 from dramatiq_policies.delivery.broker_state import state_of
 from tests.proxy import Proxy, amqp_method
@@ -29,7 +29,7 @@ def hold_the_interpreter(seconds: float) -> None:
 
 
 def ended_of(app: App) -> Any:
-    return state_of(app.broker).shared(Ended)
+    return state_of(app.broker).shared(EndedRuns)
 
 
 def all_acked(app: App) -> bool:
@@ -137,7 +137,7 @@ def test_a_run_whose_connection_is_lost_ends_once_and_all_that_follows_from_it_h
                 proxy.refuse()
             proxy.cut()
             if comes_again == "while it runs":
-                until(lambda: ended_of(app)._heirs)
+                until(lambda: ended_of(app)._waiting)
                 gate.set()
             else:
                 transport = next(iter(ended_of(app).in_hand.values()))
@@ -202,7 +202,7 @@ def test_two_messages_alike_both_run_although_one_connection_is_lost(rabbitmq_pl
         with app.working(threads=1):
             until(lambda: runs)
             proxy.cut()
-            until(lambda: ended_of(app)._heirs)
+            until(lambda: ended_of(app)._waiting)
             gate.set()
             until(lambda: len(app.events) >= 2 and not app.place.ready() and all_acked(app), 30, lambda: app.events)
         assert len(runs) >= 2

@@ -20,7 +20,7 @@ import dramatiq_policies.brokers.redis.transport as consumer
 from dramatiq_policies import install
 from dramatiq.brokers.{kind} import {broker_class}
 
-consumer._LOOK_EVERY = 0.2
+consumer._CHECK_EVERY = 0.2
 broker = install({broker_class}(url={url!r}, **{arguments!r}), **{installed})
 journal = os.open({journal!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -80,12 +80,12 @@ def test_retries_timeouts_and_current_job_work_under_gevent(place: Place, applic
     application.send("hopeless", 0)
     process = application.start()
     done = [f"done {n}" for n in (*range(10), *range(100, 104))]
-    looked = [f"looked {n} True True None looks" for n in range(200, 216)]
-    application.wait_for(*done, *looked)
+    last_check = [f"looked {n} True True None looks" for n in range(200, 216)]
+    application.wait_for(*done, *last_check)
     application.stop(process)
 
     lines = application.lines()
-    assert [lines[line] for line in (*done, *looked)] == [1] * (len(done) + len(looked))
+    assert [lines[line] for line in (*done, *last_check)] == [1] * (len(done) + len(last_check))
     assert [lines[f"tried {n}"] for n in range(10)] == [2] * 10
     for n in range(100, 104):
         assert lines[f"slow {n} 1"] == lines[f"slow {n} 2"] == 1

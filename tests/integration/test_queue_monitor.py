@@ -457,6 +457,6 @@ def test_odd_notes_and_an_odd_memory_end_no_alert_of_the_fleet(
     broker.client.set(f"{key}:memory", b'[["mail"], 5, {}]')
     fallback = CommandElection("queues", 1, folder=str(tmp_path))
     job.send()
-    monitor._turn(FleetElection(client, key, fallback, fresh_ms=60_000))
+    monitor._monitor_once(FleetElection(client, key, fallback, fresh_ms=60_000))
     assert [(alert.queue, alert.measure) for alert in told] == [("mail", "ready")]
     client.close()

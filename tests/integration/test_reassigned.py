@@ -10,7 +10,7 @@ import pytest
 from dramatiq import pipeline
 
 from dramatiq_policies import Idempotency, RetryPolicy, constant
-from dramatiq_policies.brokers.ended import Ended
+from dramatiq_policies.brokers.ended_runs import EndedRuns
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.stores import IdempotencyStore
 from dramatiq_policies.stores.memory import MemoryStore
@@ -128,7 +128,7 @@ def test_what_follows_a_job_whose_connection_to_rabbitmq_was_lost_comes_once(
             proxy.cut()
             until(consumer.transport.is_revoked)
             # It has come again, and waits for the end of the run.
-            until(lambda: state_of(app.broker).shared(Ended)._heirs)
+            until(lambda: state_of(app.broker).shared(EndedRuns)._waiting)
             shop.gate.open.set()
             until(lambda: shop.effects == effects and len(rabbitmq_place.dead()) == letters, 5, lambda: shop.effects)
             calm(app, 1.0)

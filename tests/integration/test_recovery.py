@@ -23,7 +23,7 @@ TIMEOUT = 600
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._LOOK_EVERY", 0.05)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._CHECK_EVERY", 0.05)
     monkeypatch.setattr("dramatiq_policies.brokers.redis.recovery._SEARCH_AGAIN", 50)
 
 
@@ -402,7 +402,7 @@ def test_dead_letters_that_were_kept_long_enough_are_removed(
 def test_a_message_that_says_another_id_runs_once_and_its_neighbour_too(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, said: str | None
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._LOOK_EVERY", 0.1)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._CHECK_EVERY", 0.1)
     app = app_of(redis_place)
     body = app.job.message(1).asdict()
     options = {} if said is None else {"redis_message_id": said}

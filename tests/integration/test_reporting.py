@@ -22,7 +22,7 @@ sentry_sdk.init(os.environ["APP_DSN"])
 """
 JOBS = 300
 FLAKY = 10
-HOPELESS = 3
+PERMANENT = 3
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def test_every_job_is_counted_and_every_bad_ending_reported(
             application.send("job", number)
         for number in range(1_000, 1_000 + FLAKY):
             application.send("flaky", number, 1)
-        for number in range(HOPELESS):
+        for number in range(PERMANENT):
             application.send("hopeless", number)
         process = application.start(*([] if kind is GeventApplication else ["--processes", "2"]))
         application.wait_for(*(f"done {number}" for number in (*range(JOBS), *range(1_000, 1_000 + FLAKY))))
-        until(lambda: len(place.dead()) == HOPELESS, 60, application.log.read_text)
+        until(lambda: len(place.dead()) == PERMANENT, 60, application.log.read_text)
         application.stop(process)
     finally:
         application.close()
@@ -85,8 +85,10 @@ def test_every_job_is_counted_and_every_bad_ending_reported(
     assert counted["jobs.job.success"] == counted["jobs.job.duration"] == counted["jobs.job.wait"] == JOBS
     assert counted["jobs.flaky.retry"] == counted["jobs.flaky.failure"] == FLAKY
     assert counted["jobs.flaky.success"] == FLAKY
-    assert counted["jobs.hopeless.dead"] == HOPELESS
-    assert len(packets) <= JOBS + 2 * FLAKY + HOPELESS
+    assert counted["jobs.hopeless.dead"] == PERMANENT
+    assert len(packets) <= JOBS + 2 * FLAKY + PERMANENT
     events = SentryEndpoint.events_of(endpoint)
     assert [event for event in events if "tags" not in event] == [], application.log.read_text()
-    assert [(event["tags"]["actor"], event["tags"]["outcome"]) for event in events] == [("hopeless", "dead")] * HOPELESS
+    assert [(event["tags"]["actor"], event["tags"]["outcome"]) for event in events] == [
+        ("hopeless", "dead")
+    ] * PERMANENT

@@ -218,7 +218,7 @@ def shops(redis_url: str, rabbitmq_url: str) -> Iterator[Callable[[str], Shop]]:
     made: dict[str, Shop] = {}
     with contextlib.ExitStack() as stack:
         patched = stack.enter_context(pytest.MonkeyPatch.context())
-        patched.setattr("dramatiq_policies.brokers.redis.recovery._LOOK_EVERY", 0.05)
+        patched.setattr("dramatiq_policies.brokers.redis.recovery._CHECK_EVERY", 0.05)
 
         def shop(kind: str) -> Shop:
             if kind in made:

@@ -420,7 +420,7 @@ def test_where_threads_can_t_be_interrupted_it_says_so_once_and_reports(monkeypa
     interrupts.reset()
     for _ in range(3):
         watching = Watching(grace=0.01)
-        assert interrupts.run(watching.told.wait, (10,), {}, deadline=in_ms(10), watch=watching, job="job")
+        assert interrupts.run(watching.told.wait, (10,), {}, deadline=in_ms(10), stuck_listener=watching, job="job")
         assert [job for job, _ in watching.seen] == ["job"]
     assert not slots.supported()
     assert [r.levelname for r in caplog.records if "can't interrupt" in r.message] == ["WARNING"]
@@ -822,7 +822,7 @@ def test_a_job_that_goes_on_is_reported_once_with_its_stack():
         time.sleep(0.5)
 
     with pytest.raises(TimeoutExceeded):
-        interrupts.run(in_a_c_call, (), {}, deadline=in_ms(20), watch=watching, job="the job")
+        interrupts.run(in_a_c_call, (), {}, deadline=in_ms(20), stuck_listener=watching, job="the job")
     ((job, stack),) = watching.seen
     assert job == "the job"
     assert "in in_a_c_call\n" in stack
@@ -832,7 +832,7 @@ def test_a_job_that_goes_on_is_reported_once_with_its_stack():
 def test_a_job_that_ends_within_the_grace_is_not_reported():
     watching = Watching(grace=10)
     with pytest.raises(TimeoutExceeded):
-        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10), watch=watching)
+        interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10), stuck_listener=watching)
     wait_for(lambda: interrupts._timer.wakes_at != 0)
     assert watching.seen == []
 
@@ -854,7 +854,7 @@ def test_a_watch_that_fails_or_hangs_holds_up_nobody(caplog):
         except TimeoutExceeded:
             assert watching.told.wait(10)
 
-    interrupts.run(job, (), {}, deadline=in_ms(10), watch=watching)
+    interrupts.run(job, (), {}, deadline=in_ms(10), stuck_listener=watching)
     with pytest.raises(TimeoutExceeded):
         interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10))
     released.set()
@@ -1069,7 +1069,7 @@ def test_a_stuck_coroutine_is_reported_with_its_own_stack(event_loop):
         while not watching.told.is_set():  # noqa: ASYNC110 - that comes from another thread
             await asyncio.sleep(0.01)
 
-    call_async(waits_on, deadline=in_ms(10), watch=watching, job="job")
+    call_async(waits_on, deadline=in_ms(10), stuck_listener=watching, job="job")
     ((job, stack),) = watching.seen
     assert job == "job"
     assert "in waits_on\n" in stack
@@ -1082,7 +1082,7 @@ def test_a_coroutine_that_blocks_the_loop_is_reported_with_the_loop_s_stack(even
     async def blocks():
         watching.told.wait(10)
 
-    call_async(blocks, deadline=in_ms(10), watch=watching)
+    call_async(blocks, deadline=in_ms(10), stuck_listener=watching)
     ((_, stack),) = watching.seen
     assert "in run_forever\n" in stack
     assert "in blocks\n" in stack
@@ -1168,7 +1168,7 @@ def test_under_gevent_a_job_is_interrupted_by_the_hub():
                 time.sleep(0.3)
                 return "swallowed"
 
-        assert call(swallows, (), {}, deadline=time.monotonic() + 0.05, watch=Watch(), job=1) == "swallowed"
+        assert call(swallows, (), {}, deadline=time.monotonic() + 0.05, stuck_listener=Watch(), job=1) == "swallowed"
         ((job_, stack),) = Watch.seen
         assert job_ == 1 and "in swallows" in stack, stack
 

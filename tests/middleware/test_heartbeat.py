@@ -360,4 +360,4 @@ def test_it_needs_no_timeout_beside_it(tmp_path):
 def test_a_process_whose_file_is_gone_again_is_not_waited_for(beating):
     beating.path.touch()
     gone = beating.path.with_name("alive.99999999")
-    assert beating.heartbeat._speaks(gone)
+    assert beating.heartbeat._allows_touch(gone)

@@ -112,7 +112,7 @@ def test_who_is_elected_next_knows_the_reported_breaches_and_their_ends():
     first, second = Queue(Threshold(ready=10)), Queue(Threshold(ready=10))
 
     def turn(queue, count):
-        queue.fill(count).monitor._turn(Handed())
+        queue.fill(count).monitor._monitor_once(Handed())
         return len(queue.told)
 
     assert turn(first, 10) == 1

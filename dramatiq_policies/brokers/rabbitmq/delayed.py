@@ -33,9 +33,9 @@ from .transport import RabbitmqTransport
 __all__ = ["RabbitmqDelayTransport"]
 
 #: Milliseconds before the due time at which a message is returned for another delivery.
-_AHEAD = 5_000
+_RETURN_BEFORE_DUE = 5_000
 #: Batch size for messages published anew.
-_ANEW = 100
+_REPUBLISH_BATCH = 100
 #: The prefetch count of the delay queue: the maximum of AMQP. 0, "no limit", means 2,000 to a quorum queue.
 _WINDOW = 65_535
 #: The least number of messages to keep in full.
@@ -62,8 +62,8 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         #: How many returned messages have not been delivered again.
         self.returned = 0
         self.batches: PipelinedConfirms | None = None
-        #: Messages to publish anew, with their tags: see `is_published_anew`.
-        self.anew: list[tuple[int, OutgoingMessage]] = []
+        #: Messages to publish anew, with their tags: see `is_republished`.
+        self.to_republish: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is in force by then.
         self.channel.call(inner.channel.basic_qos, 0, _WINDOW)
@@ -75,8 +75,8 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         return bool(self.inner.channel.get_waiting_message_count() > 0)
 
     def take(self) -> MessageProxy | None:
-        if self.anew and (len(self.anew) >= _ANEW or not self.has_received()):
-            self._publish_anew()
+        if self.to_republish and (len(self.to_republish) >= _REPUBLISH_BATCH or not self.has_received()):
+            self._republish()
         if not self.has_received():
             self._serve_publishing()
             self._return_near()
@@ -98,18 +98,18 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self.returned -= 1
         return message
 
-    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+    def is_republished(self, tag: int, message: Message[Any]) -> bool:
         step = OutgoingMessage(message)
         try:
             step.encoded = self.encoded(message)
         except Unsendable:
             return False
         # In batches: after a restart this may be the whole delay queue.
-        self.anew.append((tag, step))
+        self.to_republish.append((tag, step))
         return True
 
-    def _publish_anew(self) -> None:
-        renewed, self.anew = self.anew, []
+    def _republish(self) -> None:
+        renewed, self.to_republish = self.to_republish, []
         accepted = self._publish_all(self.source, [step for _, step in renewed])
         self.channel.call(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
         for number, (tag, _) in enumerate(renewed):
@@ -126,7 +126,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
 
     def _return_near(self) -> None:
         """Return far messages that are due soon, as far as room is left."""
-        room, until = self._room(), now_ms() + _AHEAD
+        room, until = self._room(), now_ms() + _RETURN_BEFORE_DUE
         while room > 0 and self.far and self.far[0][0] <= until:
             self.channel.call(self.inner.channel.basic_nack, heappop(self.far)[1])
             self.returned += 1
@@ -140,7 +140,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         """Seconds until a message is due; None if Dramatiq's consumer would return earlier."""
         eta = self.delayed.next_eta()
         if self.far and self._room() > 0:
-            nearest = self.far[0][0] - _AHEAD
+            nearest = self.far[0][0] - _RETURN_BEFORE_DUE
             eta = nearest if eta is None else min(eta, nearest)
         wait = None if eta is None else (eta - now_ms()) / 1_000
         return None if wait is None or wait > 1 else max(0.0, wait)
@@ -187,9 +187,9 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         for number, (move, step) in enumerate(steps):
             if number not in accepted:
                 # Singly, with a new declare and a new connection: an error delays only this message.
-                self.try_move(move, lambda move, step=step: self._move_alone(move, step))  # type: ignore[misc]
+                self.try_move(move, lambda move, step=step: self._move_single(move, step))  # type: ignore[misc]
 
-    def _move_alone(self, move: Move, step: OutgoingMessage) -> None:
+    def _move_single(self, move: Move, step: OutgoingMessage) -> None:
         self.publisher.enqueue(step)
         self.send_ack(move.message)
 

@@ -25,7 +25,7 @@ from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Fault
 from ...delivery.transport import Transport
 from ...outcomes import text_of
-from ..ended import Ended, Runs
+from ..ended_runs import EndedRuns, Runs
 from .acks import SharedAcks, UnackedCounts
 from .channel import ConsumerChannel
 from .publisher import LOST, REFUSED, ConfirmedPublisher
@@ -56,17 +56,17 @@ class RabbitmqTransport(Transport):
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         self.unacked_counts = state.shared(UnackedCounts).by_queue
         self.unacked_counts[queue_name] = self.held
-        self.runs = Runs(state.shared(Ended), self)
+        self.runs = Runs(state.shared(EndedRuns), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acknowledged."""
         return 0 if self.is_revoked() else len(self.inner.known_tags)
 
     def take(self) -> MessageProxy | None:
-        if self.distrust.is_pausing:
-            return self.unreadable.look_again(self.received)
-        if self.runs.inherited:
-            return self.runs.inherited.popleft()
+        if self.breaker.is_pausing:
+            return self.unreadable.poll_paused(self.received)
+        if self.runs.ready:
+            return self.runs.ready.popleft()
         try:
             method, properties, body = next(self.channel.deliveries)
         except StopIteration:
@@ -91,15 +91,15 @@ class RabbitmqTransport(Transport):
         except Exception as error:
             self.unreadable.settle(method.delivery_tag, properties, body, error)
             return None
-        if self.distrust.count:
-            self.distrust.readable()
+        if self.breaker.count:
+            self.breaker.readable()
         if UNREADABLE in message.options:
             self.unreadable.dead_letter_again(method.delivery_tag, message)
             return None
         if (
             method.redelivered
             and self._returns_of(properties) >= _RETURNS
-            and self.is_published_anew(method.delivery_tag, message)
+            and self.is_republished(method.delivery_tag, message)
         ):
             return None
         if self.state.last_received is not None and not self.is_delay_queue and not method.redelivered:
@@ -120,7 +120,7 @@ class RabbitmqTransport(Transport):
         count: Any = (properties.headers or {}).get("x-delivery-count")
         return int(count) if isinstance(count, int) else 0  # pika returns a subclass of int.
 
-    def is_published_anew(self, tag: int, message: Message[Any]) -> bool:
+    def is_republished(self, tag: int, message: Message[Any]) -> bool:
         """Publish a message anew before its delivery limit. Returns False if the server refuses.
 
         A quorum queue drops a message, or silently dead-letters the message, after more returns than its limit.
@@ -153,7 +153,7 @@ class RabbitmqTransport(Transport):
             )
         return deleted
 
-    def give_back(self, message: MessageProxy) -> None:
+    def return_to_queue(self, message: MessageProxy) -> None:
         tag = _dramatiq.take_rabbitmq_tag(self.inner, message)
         if tag is not None:
             self.channel.nack(tag)
@@ -212,7 +212,7 @@ class RabbitmqTransport(Transport):
         for message in messages:
             delivery = vars(message).get("delivery")
             if delivery is not None:
-                self.runs.put_back(delivery)
+                self.runs.requeued(delivery)
 
     def is_revoked(self) -> bool:
         return self.channel.is_lost
@@ -222,7 +222,7 @@ class RabbitmqTransport(Transport):
 
     def fault_of(self, error: Exception) -> Fault:
         if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code in _FOR_GOOD:
-            return Fault.HOPELESS
+            return Fault.PERMANENT
         return super().fault_of(error)
 
     def lost_connection(self, error: Exception) -> bool:

@@ -48,21 +48,21 @@ class UnreadableBodies:
 
     def __init__(self, transport: Transport, channel: ConsumerChannel, publisher: ConfirmedPublisher) -> None:
         self._transport = transport
-        self._distrust = transport.distrust
+        self._breaker = transport.breaker
         self._queue = transport.source
         self._channel = channel
         self._publisher = publisher
 
     def settle(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
         """Dead-letter an unreadable body, or leave the body on its queue during a pause."""
-        was_pausing = self._distrust.is_pausing
-        if self._distrust.unreadable(error):
+        was_pausing = self._breaker.is_pausing
+        if self._breaker.unreadable(error):
             if not was_pausing:
                 self._channel.cancel()
             self._leave(tag, properties, body)
         else:
             self._dead_letter(tag, body, f"the body is unreadable: {text_of(error)}")
-            if self._distrust.is_pausing:
+            if self._breaker.is_pausing:
                 self._channel.cancel()
 
     def _leave(self, tag: int, properties: Any, body: bytes) -> None:
@@ -76,13 +76,13 @@ class UnreadableBodies:
         else:
             self._channel.ack(tag)
 
-    def look_again(self, receive: Callable[[Any, Any, bytes], MessageProxy | None]) -> MessageProxy | None:
+    def poll_paused(self, receive: Callable[[Any, Any, bytes], MessageProxy | None]) -> MessageProxy | None:
         """Serve the connection during a pause; after the pause try some messages, and go on after a readable one.
 
         Parameters:
           receive: Returns the message of one delivery; None if the body is unreadable.
         """
-        left = self._distrust.seconds_left()
+        left = self._breaker.seconds_left()
         if left or self._transport.is_quiet:
             self._channel.serve(min(left or _SERVE, _SERVE))
             return None
@@ -91,7 +91,7 @@ class UnreadableBodies:
             if method is None:
                 break
             message = receive(method, properties, body)
-            if not self._distrust.is_pausing:
+            if not self._breaker.is_pausing:
                 logger.warning("The worker can read the messages of queue %r again.", self._queue)
                 self._channel.consume(self._queue, _SERVE)
                 return message

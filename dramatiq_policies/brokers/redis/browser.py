@@ -74,8 +74,8 @@ class _RedisBrowser:
     def __len__(self) -> int:
         return self.size
 
-    def _bodies(self, places: list[Any]) -> list[bytes | None]:
-        bodies = self.client.hmget(f"{self.key}.msgs", places)
+    def _bodies(self, window: list[Any]) -> list[bytes | None]:
+        bodies = self.client.hmget(f"{self.key}.msgs", window)
         return [body.encode() if isinstance(body, str) else body for body in bodies]
 
     def read_all(self) -> Iterator[Item]:

@@ -34,12 +34,12 @@ class DataLoss:
 
     Parameters:
       state: The state of the broker.
-      trips: The command batcher of the broker.
+      batcher: The command batcher of the broker.
     """
 
-    def __init__(self, state: BrokerState, trips: CommandBatcher) -> None:
+    def __init__(self, state: BrokerState, batcher: CommandBatcher) -> None:
         self._state = state
-        self._trips = trips
+        self._batcher = batcher
         broker: Any = state.broker
         self._namespace = broker.namespace
         self._mark: bytes | None = None
@@ -63,7 +63,7 @@ class DataLoss:
 
     def _read(self) -> bytes:
         name = f"{self._namespace}:__data__"
-        client = self._trips.client
+        client = self._batcher.client
         client.execute_command("SET", name, uuid4().hex, "NX", **RAW)
         found: bytes = client.execute_command("GET", name, **RAW) or b""
         return found
@@ -111,16 +111,16 @@ class DataLoss:
     def _without_body(self, queue: str, ids: set[str]) -> set[str]:
         names = list(ids)
         bodies = f"{self._namespace}:{queue}.msgs"
-        known = self._trips.execute([("HEXISTS", bodies, name) for name in names])
+        known = self._batcher.execute([("HEXISTS", bodies, name) for name in names])
         return {name for name, found in zip(names, known, strict=True) if not found}
 
     def _is_evicted(self, queue: str, redis_id: str) -> bool:
         """Whether Redis evicts keys, and has neither the body nor a sign that another worker took the message."""
         work = f"{self._namespace}:{queue}"
-        evicted = self._trips.client.info("stats").get("evicted_keys", 0)
+        evicted = self._batcher.client.info("stats").get("evicted_keys", 0)
         if not evicted:
             return False
-        found = self._trips.execute(
+        found = self._batcher.execute(
             [
                 ("HEXISTS", f"{work}.msgs", redis_id),
                 ("HEXISTS", f"{work.removesuffix('.DQ')}.XQ.msgs", redis_id),

@@ -19,7 +19,7 @@ _SCRIPT = Script(resources.files(__package__).joinpath("delay_index.lua").read_t
 #: The limit of messages for one call.
 BATCH = 500
 #: After how many ms to ask again, because another worker may have added a nearer message.
-_LOOK_EVERY = 1_000
+_CHECK_EVERY = 1_000
 #: The largest time that Redis compares exactly.
 _NEVER = 2**53
 
@@ -38,27 +38,27 @@ class DelayIndex:
         self.queue = queue
         self._call = call
         #: When to ask for due messages next, in milliseconds since the epoch.
-        self.next_look: float = 0
+        self.next_check: float = 0
 
-    def keep(self, messages: Iterable[tuple[str, float]]) -> None:
+    def add(self, messages: Iterable[tuple[str, float]]) -> None:
         """Move messages (redis id, due time) of this process to the index."""
         pairs = [(redis_id, min(eta, _NEVER)) for redis_id, eta in messages]
         for start in range(0, len(pairs), BATCH):
             some = pairs[start : start + BATCH]
-            self._run("keep", *[part for pair in some for part in pair])
-            self.next_look = min(self.next_look, *[eta for _, eta in some])
+            self._run("add", *[part for pair in some for part in pair])
+            self.next_check = min(self.next_check, *[eta for _, eta in some])
 
-    def take(self, limit: int) -> list[tuple[bytes, bytes]]:
-        """Take at most ``limit`` due messages, as (redis id, body). This process then holds the messages until the ack."""
+    def fetch(self, limit: int) -> list[tuple[bytes, bytes]]:
+        """Fetch at most ``limit`` due messages, as (redis id, body). This process then holds the messages until the ack."""
         now = now_ms()
-        if limit <= 0 or now < self.next_look:
+        if limit <= 0 or now < self.next_check:
             return []
-        following: bytes | None
-        following, *taken = self._run("take", now, min(limit, BATCH))
-        self.next_look = now + _LOOK_EVERY
-        if following is not None:
-            self.next_look = min(self.next_look, float(following))
-        return list(zip(taken[::2], taken[1::2], strict=True))
+        nearest: bytes | None
+        nearest, *fetched = self._run("fetch", now, min(limit, BATCH))
+        self.next_check = now + _CHECK_EVERY
+        if nearest is not None:
+            self.next_check = min(self.next_check, float(nearest))
+        return list(zip(fetched[::2], fetched[1::2], strict=True))
 
     def release(self) -> None:
         """Requeue all messages of the index, unless another worker uses the index."""

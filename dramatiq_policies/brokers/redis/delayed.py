@@ -28,26 +28,26 @@ class RedisDelayTransport(RedisTransport):
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
-        self.index = DelayIndex(inner.broker, queue_name, self.trips.call)
+        self.index = DelayIndex(inner.broker, queue_name, self.batcher.call)
 
     def room(self) -> int:
         """Move far messages to the index and take due ones from the index. Returns how many messages may be fetched."""
-        places, delayed = self.places, self.delayed
-        if places.taken >= places.prefetch:
-            self._keep(delayed.cut(places.prefetch * 3 // 4))
-        for name, data in self.call(self.index.take, super().room()):
+        window, delayed = self.window, self.delayed
+        if window.taken >= window.prefetch:
+            self._move_to_index(delayed.cut(window.prefetch * 3 // 4))
+        for name, data in self.call(self.index.fetch, super().room()):
             message = self._read(name, data)
-            if message is not None and places.take(message.options["redis_message_id"]):
+            if message is not None and window.take(message.options["redis_message_id"]):
                 eta: Any = message.options.get("eta")
                 delayed.put(_dramatiq.delay_item(eta if is_number(eta) else 0, MessageProxy(message)))
         return min(super().room(), BATCH)
 
-    def _keep(self, far: list[Any]) -> None:
+    def _move_to_index(self, far: list[Any]) -> None:
         """Move messages to the index."""
-        places, delayed = self.places, self.delayed
+        window, delayed = self.window, self.delayed
         kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
         try:
-            self.call(self.index.keep, kept.items())
+            self.call(self.index.add, kept.items())
         except BrokerConnectionError:
             # If Redis has executed the command, these are no longer in our unacked set, and a move does nothing.
             for item in far:
@@ -57,11 +57,11 @@ class RedisDelayTransport(RedisTransport):
             for _ in far:
                 delayed.task_done()
         for redis_id in kept:
-            places.release(redis_id)
+            window.release(redis_id)
 
     def idle(self, seconds: float) -> None:
         """Wait, but not beyond the next due time in hand or in the index."""
-        etas = (self.index.next_look, self.delayed.next_eta())
+        etas = (self.index.next_check, self.delayed.next_eta())
         nearest = min(eta for eta in etas if eta is not None)
         super().idle(max(0.0, min(seconds, (nearest - now_ms()) / 1_000)))
 
@@ -78,20 +78,20 @@ class RedisDelayTransport(RedisTransport):
                 sent.append((move, step, redis_id, self.settling.command(redis_id, sends=self._encode(step))))
             except Exception as error:
                 move.error = error
-        answers = self.call(self.trips.answers, [command for *_, command in sent]) if sent else []
+        answers = self.call(self.batcher.answers, [command for *_, command in sent]) if sent else []
         for (move, step, redis_id, _), answer in zip(sent, answers, strict=True):
             if isinstance(answer, Exception):
                 move.error = answer
                 continue
             move.done = True
-            self.places.release(redis_id)
+            self.window.release(redis_id)
             if answer:
                 self.broker.emit_after("enqueue", step.message, None)
 
     def dead_letter_unmoved(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
         self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
-        self.places.release(redis_id)
+        self.window.release(redis_id)
 
     def close(self) -> None:
         super().close()

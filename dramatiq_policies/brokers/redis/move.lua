@@ -9,7 +9,7 @@
 local namespace = KEYS[1]
 local source = namespace .. ':' .. ARGV[2]
 local id = ARGV[3]
-local following = 0
+local next_position = 0
 
 if ARGV[1] == 'dead' then
   source = source .. '.XQ'
@@ -29,7 +29,7 @@ else
   else
     -- lrem would scan all messages in front, at every call.
     redis.call('lset', source, position, ARGV[5])
-    following = position + 1
+    next_position = position + 1
   end
 end
 redis.call('hdel', source .. '.msgs', id)
@@ -38,4 +38,4 @@ if ARGV[6] then
   redis.call('hset', target .. '.msgs', ARGV[7], ARGV[8])
   redis.call('rpush', target, ARGV[7])
 end
-return following
+return next_position

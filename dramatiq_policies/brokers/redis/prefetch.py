@@ -63,14 +63,14 @@ class PrefetchWindow:
     def job_finished(self, redis_id: str) -> None:
         """Free the place of the message; the ack is pending."""
         self._done.add(redis_id)
-        self._look_for_room()
+        self._signal_room()
 
     def release(self, redis_id: str) -> None:
         """Forget the message."""
         self.held.discard(redis_id)
         self._done.discard(redis_id)
         # Abandoned messages, and messages acked by a replaced `do_ack`, skip `job_finished`.
-        self._look_for_room()
+        self._signal_room()
 
     def wait(self, seconds: float) -> None:
         """Return if a place is free. Otherwise wait until half of the places are free."""
@@ -78,7 +78,7 @@ class PrefetchWindow:
         if self.taken >= self.prefetch:
             self._room.wait(seconds)
 
-    def _look_for_room(self) -> None:
+    def _signal_room(self) -> None:
         # Check first, because `set` takes a lock. The waiting thread clears the event, then checks for room.
         if not self._room.is_set() and len(self.held) - len(self._done) <= self.prefetch >> 1:
             self._room.set()

@@ -8,17 +8,17 @@
 local namespace = KEYS[1]
 local errors = {}
 
-local function refused(answer)
-  return type(answer) == 'table' and answer.err
+local function error_of(reply)
+  return type(reply) == 'table' and reply.err
 end
 
 local function enqueue(queue, id, body)
   local bodies = queue .. '.msgs'
-  local known = redis.pcall('hexists', bodies, id)
-  if known == 1 or refused(known) then
-    return refused(known) or ''
+  local is_enqueued = redis.pcall('hexists', bodies, id)
+  if is_enqueued == 1 or error_of(is_enqueued) then
+    return error_of(is_enqueued) or ''
   end
-  return refused(redis.pcall('rpush', queue, id)) or refused(redis.pcall('hset', bodies, id, body)) or ''
+  return error_of(redis.pcall('rpush', queue, id)) or error_of(redis.pcall('hset', bodies, id, body)) or ''
 end
 
 for i = 1, #ARGV, 3 do

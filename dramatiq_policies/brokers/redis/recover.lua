@@ -11,55 +11,55 @@
 -- Returns {requeued messages, moved dead letters, then for each body to read: redis id, body}. Key names are Dramatiq's,
 -- except `__redelivered__`.
 local namespace = KEYS[1]
-local queue, worker, beat, begun = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local queue, worker, heartbeat, may_have_begun = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local unacked = namespace .. ':__acks__.' .. worker .. '.' .. queue
-local waiting = namespace .. ':' .. queue
-local bodies, letters = waiting .. '.msgs', waiting .. '.XQ'
+local ready_queue = namespace .. ':' .. queue
+local bodies, dead_letters = ready_queue .. '.msgs', ready_queue .. '.XQ'
 local redelivered = namespace .. ':__redelivered__.' .. queue
 -- Larger bodies are not checked for dead letters here, but by the worker after the fetch.
-local most_bytes = 1000000
-local a_week = 604800000
+local max_checked_bytes = 1000000
+local week_ms = 604800000
 
-if redis.call('zscore', namespace .. ':__heartbeats__', worker) ~= beat then
+if redis.call('zscore', namespace .. ':__heartbeats__', worker) ~= heartbeat then
   return {0, 0}
 end
 local time = redis.call('time')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local moved, dead, unread = 0, 0, {}
+local requeued, moved_dead_letters, to_read = 0, 0, {}
 for i = 5, #ARGV, 3 do
-  local id, read, letter = ARGV[i], ARGV[i + 1], ARGV[i + 2] == 'dead'
+  local id, body_read, is_dead_letter = ARGV[i], ARGV[i + 1], ARGV[i + 2] == 'dead'
   if redis.call('sismember', unacked, id) == 1 then
     local body
-    if begun == '1' and redis.call('hstrlen', bodies, id) <= most_bytes then
+    if may_have_begun == '1' and redis.call('hstrlen', bodies, id) <= max_checked_bytes then
       body = redis.call('hget', bodies, id)
     end
-    if read ~= '' and body ~= read then
+    if body_read ~= '' and body ~= body_read then
       -- Changed since the caller read the body.
-    elseif read == '' and body and string.find(body, 'failure', 1, true) then
-      if #unread < 40 then
-        unread[#unread + 1] = id
-        unread[#unread + 1] = body
+    elseif body_read == '' and body and string.find(body, 'failure', 1, true) then
+      if #to_read < 40 then
+        to_read[#to_read + 1] = id
+        to_read[#to_read + 1] = body
       end
     else
       -- Write before removing: Redis does not roll back a script that fails midway (a key of another type).
-      if letter then
-        redis.call('zadd', letters, now, id)
-        redis.call('hset', letters .. '.msgs', id, body)
+      if is_dead_letter then
+        redis.call('zadd', dead_letters, now, id)
+        redis.call('hset', dead_letters .. '.msgs', id, body)
         redis.call('hdel', bodies, id)
-        dead = dead + 1
+        moved_dead_letters = moved_dead_letters + 1
       elseif redis.call('hexists', bodies, id) == 1 then
-        if begun == '1' then
+        if may_have_begun == '1' then
           redis.call('zadd', redelivered, now, id)
         end
-        redis.call('rpush', waiting, id)
-        moved = moved + 1
+        redis.call('rpush', ready_queue, id)
+        requeued = requeued + 1
       end
       redis.call('srem', unacked, id)
     end
   end
 end
-if moved > 0 and begun == '1' then
-  redis.call('zremrangebyscore', redelivered, '-inf', now - a_week)
-  redis.call('pexpire', redelivered, a_week)
+if requeued > 0 and may_have_begun == '1' then
+  redis.call('zremrangebyscore', redelivered, '-inf', now - week_ms)
+  redis.call('pexpire', redelivered, week_ms)
 end
-return {moved, dead, unpack(unread)}
+return {requeued, moved_dead_letters, unpack(to_read)}

@@ -36,7 +36,7 @@ _FORGET, _FIND_SILENT, _RECOVER = (
     for name in ("forget", "find_silent", "recover")
 )
 #: Seconds between checks.
-_LOOK_EVERY = 2.0
+_CHECK_EVERY = 2.0
 #: Seconds between removals of dead letters older than ``dead_message_ttl``.
 _EXPIRE_EVERY = 60.0
 #: Messages moved per call, heartbeats read per call.
@@ -58,12 +58,12 @@ class Recovery:
         self.client = broker.client
         self.queue = queue_name
         #: Delayed messages have not begun.
-        self.begun = queue_name == q_name(queue_name)
-        self.looked = -_LOOK_EVERY
+        self.may_have_begun = queue_name == q_name(queue_name)
+        self.last_check = -_CHECK_EVERY
         #: When to remove expired dead letters next.
         self.expires_at = monotonic() + _EXPIRE_EVERY
         #: Offset of the next check in the heartbeats.
-        self.place = 0
+        self.offset = 0
         #: The search for workers without messages: the cursor (None while idle), and the candidates.
         self.cursor: int | None = None
         self.idle: dict[bytes, bytes] = {}
@@ -74,13 +74,13 @@ class Recovery:
     def recover_if_due(self) -> None:
         """Every two seconds, write a heartbeat and requeue the messages of silent workers."""
         now = monotonic()
-        if now - self.looked < _LOOK_EVERY:
+        if now - self.last_check < _CHECK_EVERY:
             return
-        self.looked = now
+        self.last_check = now
         broker = self.broker
         # In plain Dramatiq only a fetch writes a heartbeat, and a worker with busy threads fetches nothing.
-        pause = round(_LOOK_EVERY * 900)
-        where = [BY_SERVER_CLOCK, self.place, _PAGE]
+        pause = round(_CHECK_EVERY * 900)
+        where = [BY_SERVER_CLOCK, self.offset, _PAGE]
         kept = ""
         if now >= self.expires_at:
             self.expires_at, kept = now + _EXPIRE_EVERY, broker.dead_message_ttl
@@ -88,31 +88,37 @@ class Recovery:
             _FIND_SILENT, [broker.broker_id, self.queue, broker.heartbeat_timeout, pause, *where, kept, _WATCH]
         )
         if found:
-            self.place, silent = found[0], list(zip(found[1::3], found[2::3], found[3::3], strict=True))
-            for worker, beat, holds in silent:
+            self.offset, silent = found[0], list(zip(found[1::3], found[2::3], found[3::3], strict=True))
+            for worker, heartbeat, holds in silent:
                 if holds:
-                    self._take_from(worker, beat)
+                    self._requeue_messages_of(worker, heartbeat)
             ours = BY_SERVER_CLOCK.encode()
-            self._forget({worker: beat for worker, beat, holds in silent if not holds and not worker.endswith(ours)})
+            self._forget(
+                {worker: heartbeat for worker, heartbeat, holds in silent if not holds and not worker.endswith(ours)}
+            )
 
-    def _take_from(self, worker: bytes, beat: bytes) -> None:
+    def _requeue_messages_of(self, worker: bytes, heartbeat: bytes) -> None:
         unacked = b":".join([self.broker.namespace.encode(), b"__acks__." + worker + b"." + self.queue.encode()])
         ids = list(self._ask("SMEMBERS", unacked))
-        moved = dead = 0
+        total_requeued = total_dead_letters = 0
         for start in range(0, len(ids), _BATCH):
             triples = [part for redis_id in ids[start : start + _BATCH] for part in (redis_id, b"", b"")]
             while triples:
-                came, letters, *unread = self._call(
-                    _RECOVER, [self.queue, worker, beat, "1" if self.begun else "", *triples]
+                requeued, dead_letters, *unread = self._call(
+                    _RECOVER, [self.queue, worker, heartbeat, "1" if self.may_have_begun else "", *triples]
                 )
-                moved, dead = moved + came, dead + letters
+                total_requeued, total_dead_letters = total_requeued + requeued, total_dead_letters + dead_letters
                 triples = []
                 for redis_id, body in zip(unread[::2], unread[1::2], strict=True):
                     triples += [redis_id, body, b"dead" if self._marked(body) else b""]
-        if moved:
-            logger.warning("Requeued %s of queue %r from a dead worker.", counted(moved, "message"), self.queue)
-        if dead:
-            logger.warning("Moved %s of queue %r for a dead worker.", counted(dead, "dead letter"), self.queue)
+        if total_requeued:
+            logger.warning(
+                "Requeued %s of queue %r from a dead worker.", counted(total_requeued, "message"), self.queue
+            )
+        if total_dead_letters:
+            logger.warning(
+                "Moved %s of queue %r for a dead worker.", counted(total_dead_letters, "dead letter"), self.queue
+            )
 
     def _marked(self, body: bytes) -> bool:
         """Return whether the body is a dead letter that a worker of 0.1.0 did not move before its death."""

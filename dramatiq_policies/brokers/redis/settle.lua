@@ -15,37 +15,37 @@
 -- Returns 0 if the other worker must settle the message, 2 if the message is settled and Redis did not have the message any more,
 -- else 1.
 local namespace = KEYS[1]
-local broker_id, queue, id, dead, keep, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local broker_id, queue, id, dead_letter, keep_unacked, completed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
 local bodies = namespace .. ':' .. queue .. '.msgs'
-local letters = namespace .. ':' .. string.gsub(queue, '%.DQ$', '') .. '.XQ'
+local dead_letters = namespace .. ':' .. string.gsub(queue, '%.DQ$', '') .. '.XQ'
 local register = KEYS[2]
-local first = 9
-local had = true
+local first_follow_up = 9
+local had_body = true
 
-local ours = redis.call('sismember', unacked, id) == 1
-if not ours and keep == '' then
-  local held = register and redis.call('get', register)
-  if held and held == completed then
+local is_unacked = redis.call('sismember', unacked, id) == 1
+if not is_unacked and keep_unacked == '' then
+  local current_value = register and redis.call('get', register)
+  if current_value and current_value == completed then
     return 1
   end
-  if not register or (held ~= ARGV[8] and #ARGV >= first) then
-    if dead ~= '' and redis.call('hexists', letters .. '.msgs', id) == 1 then
+  if not register or (current_value ~= ARGV[8] and #ARGV >= first_follow_up) then
+    if dead_letter ~= '' and redis.call('hexists', dead_letters .. '.msgs', id) == 1 then
       return 1
     end
-    for i = first, #ARGV, 3 do
+    for i = first_follow_up, #ARGV, 3 do
       if redis.call('hexists', namespace .. ':' .. ARGV[i] .. '.msgs', ARGV[i + 1]) == 1 then
         return 1
       end
     end
     return 0
   end
-  had = false
+  had_body = false
 end
 if register then
   redis.call('set', register, completed, 'px', ARGV[7])
 end
-for i = first, #ARGV, 3 do
+for i = first_follow_up, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]
   -- A kept message stays in the unacked set. After a lost reply, enqueue nothing twice.
   if redis.call('hexists', target .. '.msgs', ARGV[i + 1]) == 0 then
@@ -53,14 +53,14 @@ for i = first, #ARGV, 3 do
     redis.call('rpush', target, ARGV[i + 1])
   end
 end
-if ours and (keep == '' or dead ~= '') then
+if is_unacked and (keep_unacked == '' or dead_letter ~= '') then
   -- Write before removing: Redis does not roll back a script that fails midway (a key of another type).
-  if dead ~= '' then
+  if dead_letter ~= '' then
     local time = redis.call('time')
-    redis.call('zadd', letters, time[1] * 1000 + math.floor(time[2] / 1000), id)
-    redis.call('hset', letters .. '.msgs', id, dead)
+    redis.call('zadd', dead_letters, time[1] * 1000 + math.floor(time[2] / 1000), id)
+    redis.call('hset', dead_letters .. '.msgs', id, dead_letter)
   end
   redis.call('srem', unacked, id)
-  had = redis.call('hdel', bodies, id) == 1
+  had_body = redis.call('hdel', bodies, id) == 1
 end
-return had and 1 or 2
+return had_body and 1 or 2

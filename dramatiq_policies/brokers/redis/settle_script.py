@@ -31,15 +31,15 @@ class SettleScript:
       state: The state of the broker.
       queue: The queue of the messages.
       call: Calls Redis, and translates errors.
-      trips: Sends commands over the broker's connection.
+      batcher: Sends commands over the broker's connection.
     """
 
-    def __init__(self, state: BrokerState, queue: str, call: RedisCalls, trips: CommandBatcher) -> None:
+    def __init__(self, state: BrokerState, queue: str, call: RedisCalls, batcher: CommandBatcher) -> None:
         self._state = state
         self._broker: Any = state.broker
         self._queue = queue
         self._call = call
-        self._trips = trips
+        self._batcher = batcher
         #: The store of the last claim, and whether the store is on this server.
         self._store: RedisStore | None = None
         self._is_beside = False
@@ -64,7 +64,7 @@ class SettleScript:
           sends: The outbox: queue, id and body of each message.
           keep: Whether to leave the message unacknowledged.
         """
-        return int(self._call(self._trips.call, *self.command(redis_id, dead, sends, keep)))
+        return int(self._call(self._batcher.call, *self.command(redis_id, dead, sends, keep)))
 
     def run_with_completion(self, redis_id: str, dead: bytes, sends: Sequence[str | bytes], claim: Claim) -> int | None:
         """Settle a message and complete the key. Returns None if two steps are needed.
@@ -75,12 +75,12 @@ class SettleScript:
         command = self.command(redis_id, dead, sends, completes=claim)
         assert self._store is not None  # `completes` has set it.
         try:
-            return int(self._store.trips.call(*command))
+            return int(self._store.batcher.call(*command))
         except redis.DataError:
             raise
         except (redis.RedisError, OSError):
             try:
-                return int(self._trips.call(*command))
+                return int(self._batcher.call(*command))
             except (redis.RedisError, OSError):
                 # Perhaps this user may not touch the store's keys. If the server is down, the next step raises.
                 return None

@@ -25,14 +25,14 @@ from ...common.plurals import counted
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
-from ...delivery.delivery import Carried, Delivery, DeliveryReassigned
+from ...delivery.delivery import Delivery, DeliveryReassigned, EarlierRun
 from ...delivery.history import FAILURE, now_ms
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...idempotency.claim import claim_of
-from ..ended import Ended, is_keyed, left_of
+from ..ended_runs import EndedRuns, is_keyed, rest_of
 from .calls import RedisCalls
 from .data_loss import DataLoss
 from .prefetch import InFlight, PrefetchWindow
@@ -46,7 +46,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 _FETCH = Script(resources.files(__package__).joinpath("fetch.lua").read_text())
 #: Seconds between two looks for messages lost with a reply. A loss may raise no error: if the client repeats the fetch by
 #: itself, the second reply holds other messages.
-_LOOK_EVERY = 5.0
+_CHECK_EVERY = 5.0
 
 
 class RedisTransport(Transport):
@@ -57,19 +57,19 @@ class RedisTransport(Transport):
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
         self.client = inner.broker.client
-        self.trips = state.shared(CommandBatcher, self.client)
+        self.batcher = state.shared(CommandBatcher, self.client)
         self.call = state.shared(RedisCalls, state)
-        self.settling = SettleScript(state, queue_name, self.call, self.trips)
+        self.settling = SettleScript(state, queue_name, self.call, self.batcher)
         self.timeout_ms = inner.timeout
-        self.ended = state.shared(Ended)
-        self.losses = state.shared(DataLoss, state, self.trips)
+        self.ended = state.shared(EndedRuns)
+        self.losses = state.shared(DataLoss, state, self.batcher)
         #: Fetched messages, not yet taken: id, body, and b"1" if recovered from a dead worker.
         self.cache: deque[tuple[bytes, bytes, bytes]] = deque()
-        self.places = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
+        self.window = PrefetchWindow(state.shared(InFlight).ids_of(queue_name), inner.prefetch)
         self.recovery = Recovery(inner.broker, queue_name)
         self.misses = 0
         #: Time of the last look for lost messages. The start value makes the first fetch look.
-        self.looked = -_LOOK_EVERY
+        self.last_check = -_CHECK_EVERY
 
     def take(self) -> MessageProxy | None:
         while True:
@@ -78,7 +78,7 @@ class RedisTransport(Transport):
             name, data, recovered = self.cache.popleft()
             message = self._read(name, data, recovered)
             # If the id is in hand already, the message was enqueued twice, or requeued and fetched again. Run it once.
-            if message is not None and self.places.take(message.options["redis_message_id"]):
+            if message is not None and self.window.take(message.options["redis_message_id"]):
                 proxy = MessageProxy(message)
                 if not self.is_delay_queue:
                     proxy.body = data  # type: ignore[attr-defined]
@@ -87,9 +87,9 @@ class RedisTransport(Transport):
                 return proxy
 
     def _recall(self, proxy: MessageProxy) -> None:
-        carried = self.ended.recall(proxy.options["redis_message_id"])
-        if carried is not None:
-            proxy.carried, proxy.redelivered = carried, True  # type: ignore[attr-defined]
+        earlier_run = self.ended.recall(proxy.options["redis_message_id"])
+        if earlier_run is not None:
+            proxy.earlier_run, proxy.redelivered = earlier_run, True  # type: ignore[attr-defined]
 
     def _read(self, name: bytes, data: bytes, recovered: bytes = b"") -> Message[Any] | None:
         """Decode the message stored under an id. Returns None if the body went to the dead-letter queue."""
@@ -100,15 +100,15 @@ class RedisTransport(Transport):
                 raise MalformedMessage("redis_message_id is not a string")
         except Exception as error:
             unreadable = MalformedMessage(f"the body is unreadable: {error}")
-            if self.distrust.unreadable(error):
+            if self.breaker.unreadable(error):
                 # The body stays on the queue, behind the rest.
                 self.call(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
                 return None
             self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
             self.report_malformed(unreadable)
             return None
-        if self.distrust.count:
-            self.distrust.readable()
+        if self.breaker.count:
+            self.breaker.readable()
         # The body may contain another message's id, or an id that can't be encoded.
         message.options["redis_message_id"] = redis_id
         if recovered:
@@ -122,25 +122,25 @@ class RedisTransport(Transport):
     @property
     def outstanding_message_count(self) -> int:
         """How many messages take a prefetch slot, as in Dramatiq's consumer."""
-        return self.places.taken + len(self.cache)
+        return self.window.taken + len(self.cache)
 
     def _fetch(self) -> bool:
         """Fill the cache. Returns False if no message arrived for a while."""
-        if monotonic() - self.looked > _LOOK_EVERY:
+        if monotonic() - self.last_check > _CHECK_EVERY:
             self.call(self.losses.remember)
             self.call(self._requeue_orphans)
-            self.looked = monotonic()
+            self.last_check = monotonic()
         self.call(self.recovery.recover_if_due)
-        if left := self.distrust.seconds_left():
+        if left := self.breaker.seconds_left():
             self.idle(min(left, self.timeout_ms / 1_000))
             return False
-        room = min(self.room(), IN_A_ROW) if self.distrust.is_pausing else self.room()
+        room = min(self.room(), IN_A_ROW) if self.breaker.is_pausing else self.room()
         if self.is_quiet and not self.is_delay_queue:
             # Other workers take the rest. The delay queue's consumer goes on fetching, which is this process's heartbeat.
             self.idle(self.timeout_ms / 1_000)
             return False
         if room > 0:
-            self.places.about_to_fetch()
+            self.window.about_to_fetch()
             taken = self.call(self._take_off, room)
             self.cache.extend(zip(taken[::3], taken[1::3], taken[2::3], strict=True))
             if self.cache:
@@ -151,12 +151,12 @@ class RedisTransport(Transport):
             self.idle(pause / 1_000)
             return False
         # Every slot is taken, and the cache is empty.
-        self.places.wait(self.timeout_ms / 1_000)
+        self.window.wait(self.timeout_ms / 1_000)
         return False
 
     def room(self) -> int:
         """How many messages may be fetched."""
-        return self.places.prefetch - self.outstanding_message_count
+        return self.window.prefetch - self.outstanding_message_count
 
     def _take_off(self, most: int) -> list[bytes]:
         broker: Any = self.broker
@@ -169,12 +169,12 @@ class RedisTransport(Transport):
             if "do_ack" in vars(self.broker):
                 # An instrumentation or a test has replaced Dramatiq's method.
                 self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
-            elif (settled := self.settling.run(self._over(message))) != 1:
+            elif (settled := self.settling.run(self._mark_finished(message))) != 1:
                 self.losses.missing(self.source, redis_id)
                 if not settled:
                     self._not_acked(message)
         except BrokerConnectionError as error:
-            self.places.job_finished(redis_id)
+            self.window.job_finished(redis_id)
             if not self.state.stopping.is_set():
                 raise
             logger.warning(
@@ -189,7 +189,7 @@ class RedisTransport(Transport):
             if step.encoded is None:
                 step.encoded = self._encode(step)
             sends.extend(step.encoded)
-        redis_id = self._over(message)
+        redis_id = self._mark_finished(message)
         completes, keep = claim_of(delivery) if self.settling.completes(delivery) else None, False
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
         settled = None if completes is None else self.settling.run_with_completion(redis_id, body, sends, completes)
@@ -200,7 +200,7 @@ class RedisTransport(Transport):
         if settled != 1 and not keep:
             self.losses.missing(self.source, redis_id)
         if not settled:
-            self._given_away(redis_id, delivery, dead is not None)
+            self._handle_reassigned(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
             # Replaced, as in `ack`. The dead letter is in its place already.
             self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ class RedisTransport(Transport):
         if not keep:
             self._release(message)
 
-    def _given_away(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
+    def _handle_reassigned(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
         """Handle a message no longer held by this process.
 
         Either another worker has the message and nothing was published, or an earlier call did everything and the reply was
@@ -223,15 +223,15 @@ class RedisTransport(Transport):
         """
         decision = delivery.decision
         if decision is not None and not is_keyed(delivery):
-            left = decision if dead or delivery.claim is not None else left_of(delivery).decision
-            self.ended.remember(redis_id, Carried(left, delivery.outbox))
+            left = decision if dead or delivery.claim is not None else rest_of(delivery).decision
+            self.ended.remember(redis_id, EarlierRun(left, delivery.outbox))
         if delivery.claim is not None:
             raise DeliveryReassigned
 
     def _not_acked(self, message: MessageProxy) -> None:
         delivery: Delivery | None = vars(message).get("delivery")
         if delivery is not None and not is_keyed(delivery):
-            self.ended.remember(message.options["redis_message_id"], left_of(delivery))
+            self.ended.remember(message.options["redis_message_id"], rest_of(delivery))
 
     def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
         """Return queue, id and body as ``RedisBroker.enqueue`` would send them. Runs the before-hooks of enqueue."""
@@ -253,7 +253,7 @@ class RedisTransport(Transport):
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         if not self.settling.completes(delivery):
             return super().completion(delivery)
-        return self.settling.command(self._over(delivery.message), completes=claim_of(delivery)), True
+        return self.settling.command(self._mark_finished(delivery.message), completes=claim_of(delivery)), True
 
     def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
         super().acked_by_completion(delivery, reply)
@@ -266,38 +266,38 @@ class RedisTransport(Transport):
         if ids:
             self.call(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
             for redis_id in ids:
-                self.places.release(redis_id)
+                self.window.release(redis_id)
 
     def abandon(self, message: MessageProxy) -> None:
         # The id stays in this process's unacked set: `_requeue_orphans` or another worker finds the id there.
         self._release(message)
 
-    def give_back(self, message: MessageProxy) -> None:
+    def return_to_queue(self, message: MessageProxy) -> None:
         self.abandon(message)
 
     def fault_of(self, error: Exception) -> Fault:
-        return Fault.HOPELESS if isinstance(error, redis.DataError) else super().fault_of(error)
+        return Fault.PERMANENT if isinstance(error, redis.DataError) else super().fault_of(error)
 
     def lost_connection(self, error: Exception) -> bool:
         lost = isinstance(error, redis.RedisError) and not isinstance(error, redis.DataError)
         return lost or super().lost_connection(error)
 
-    def _over(self, message: MessageProxy | Message[Any]) -> str:
+    def _mark_finished(self, message: MessageProxy | Message[Any]) -> str:
         redis_id: str = message.options["redis_message_id"]
-        self.places.job_finished(redis_id)
+        self.window.job_finished(redis_id)
         return redis_id
 
     def _release(self, message: MessageProxy | Message[Any]) -> None:
-        self.places.release(message.options["redis_message_id"])
+        self.window.release(message.options["redis_message_id"])
 
     def _requeue_orphans(self) -> None:
         """Requeue messages delivered to this process in a lost reply."""
         broker: Any = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
         # Read before and after: a message acknowledged in between is not lost.
-        held = frozenset(self.places.held)
+        held = frozenset(self.window.held)
         names = self.client.execute_command("SMEMBERS", unacked, **RAW)
-        held |= self.places.held
+        held |= self.window.held
         lost = [name for name in names if name.decode(errors="replace") not in held]
         if lost:
             log = logger.info if self.state.stopping.is_set() else logger.warning

@@ -31,8 +31,8 @@ class StubBrowser:
     def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:
         self.broker = broker
         self.queue: Any = broker.queues[queue] if queue in broker.queues or not dead else None
-        self.letters = broker.dead_letters_by_queue[queue] if dead else None
-        self.items = [Item(letter.encode(), None, letter) for letter in self.letters or ()]
+        self.dead_letters = broker.dead_letters_by_queue[queue] if dead else None
+        self.items = [Item(dead_letter.encode(), None, dead_letter) for dead_letter in self.dead_letters or ()]
         if not dead:
             self._take_all()
         self.size = len(self.items)
@@ -59,15 +59,15 @@ class StubBrowser:
 
     def drop(self, item: Item) -> bool:
         self.items = [other for other in self.items if other.place is not item.place]
-        if self.letters is None:
+        if self.dead_letters is None:
             self.queue.task_done()
         else:
-            self.letters[:] = [letter for letter in self.letters if letter is not item.place]
+            self.dead_letters[:] = [dead_letter for dead_letter in self.dead_letters if dead_letter is not item.place]
         return True
 
     def put_back(self) -> None:
         """Requeue the remaining ready messages."""
-        if self.letters is None:
+        if self.dead_letters is None:
             for item in self.items:
                 self.queue.put(item.body)
                 self.queue.task_done()

@@ -37,10 +37,10 @@ class StubTransport(Transport):
         try:
             message = self.decode(data)
         except Exception as error:
-            letter = _dramatiq.StubMessage(self._raw(data))
+            dead_letter = _dramatiq.StubMessage(self._raw(data))
             unreadable = MalformedMessage(f"the body is unreadable: {error}")
-            letter.stuff_exception(unreadable)
-            self.broker.dead_letters_by_queue[self.queue_name].append(letter)  # type: ignore[attr-defined]
+            dead_letter.stuff_exception(unreadable)
+            self.broker.dead_letters_by_queue[self.queue_name].append(dead_letter)  # type: ignore[attr-defined]
             self.report_malformed(unreadable)
             _dramatiq.release_stub_slot(self.inner)
             return None
@@ -54,8 +54,8 @@ class StubTransport(Transport):
             dead = self._raw(dead)
         else:
             self.encoded(dead)  # Raises, as on a server, if the dead letter can't be encoded.
-        letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
-        letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
+        dead_letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
+        dead_letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
     def _raw(self, body: bytes) -> Message[Any]:
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})

@@ -218,13 +218,13 @@ class _Case:
         return whole if limit_ms is None or runs == 1 else min(whole, round(limit_ms + 2 * timeout))
 
     def _where(self, ending: str) -> str:
-        letters = f"the dead letters of {self.actor.queue_name}"
+        dead_letters = f"the dead letters of {self.actor.queue_name}"
         if ending == "discarded":
             keep = self.policy.dead_letter_discards
-            return letters if (self.classifier.dead_letter_discards if keep is None else keep) else "gone"
+            return dead_letters if (self.classifier.dead_letter_discards if keep is None else keep) else "gone"
         if ending in ("deferred", "interrupted"):
             return f"the queue {self.actor.queue_name}"
-        return letters
+        return dead_letters
 
 
 def policy_of(actor: Actor[..., Any]) -> ActorPolicy:
