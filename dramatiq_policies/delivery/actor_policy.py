@@ -150,8 +150,8 @@ class ActorPolicy:
       after_discard: The actor's own hook.
       dead_letter_discards: Whether to keep discarded messages; None for the broker's setting.
       exempt: The reason for each ignored finding of ``dramatiq-policies check``.
-      timeout, guarded_by: The Timeout and the IdempotencyGuard at the time of resolving.
-      guard: The idempotency options; None without Idempotency.
+      timeout, idempotency_defaults: The Timeout, and the defaults of Idempotency, at the time of resolving.
+      idempotency: The idempotency options; None without Idempotency.
       timeout_ms, queue_timeout_ms: The timeouts; None for none.
       transactional: Whether a job runs in a transaction with the completion of its key.
     """
@@ -161,8 +161,8 @@ class ActorPolicy:
         "after_discard",
         "dead_letter_discards",
         "exempt",
-        "guard",
-        "guarded_by",
+        "idempotency",
+        "idempotency_defaults",
         "max_attempts",
         "options",
         "queue_timeout_ms",
@@ -208,8 +208,8 @@ class ActorPolicy:
         if throws is not None:
             options["throws"] = exception_classes(where, "throws", throws)
         self.timeout: object = None
-        self.guard: IdempotencyOptions | None = None
-        self.guarded_by: object = None
+        self.idempotency: IdempotencyOptions | None = None
+        self.idempotency_defaults: object = None
         self.timeout_ms: float | None = None
         self.queue_timeout_ms: float | None = None
 

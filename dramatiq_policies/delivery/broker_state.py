@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from dramatiq import Actor, Message
     from dramatiq.broker import Broker, MessageProxy
 
-    from ..outcomes import OutcomeEvent
     from .actor_policy import ActorPolicy, IdempotencyOptions
     from .decision import Decision
     from .delivery import Delivery
-    from .outcome_publisher import Observer
     from .outgoing import OutgoingMessage
 
 __all__ = ["BrokerState", "DeliverySettings", "IdempotencyState", "state_of"]
@@ -237,16 +235,6 @@ class BrokerState:
         if notify is None:
             notify = delivery.policy.options.get("notify_shutdown")
         return bool(notifications.notify_shutdown if notify is None else notify)
-
-    def observe(
-        self, owner: object, observer: Observer, name: object = None, *, successes: bool = True, first: bool = False
-    ) -> None:
-        """Call an observer with every outcome; see `OutcomePublisher.observe`."""
-        self.outcomes.observe(owner, observer, name, successes=successes, first=first)
-
-    def publish(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
-        """Call the observers of an outcome."""
-        self.outcomes.publish(event, message)
 
 
 _ATTRIBUTE = "dramatiq_policies_wiring"

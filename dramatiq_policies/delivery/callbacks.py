@@ -14,7 +14,7 @@ from .refusals import Unsendable
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["callback_of", "send_exhausted", "send_to"]
+__all__ = ["add_exhausted_callback", "callback_messages", "callback_of"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
@@ -28,7 +28,7 @@ def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | Non
     return name or None
 
 
-def send_to(
+def callback_messages(
     broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, details: Any
 ) -> list[OutgoingMessage]:
     """Return the callback's message. Its arguments are the job's message as received, and ``details``.
@@ -61,10 +61,12 @@ def send_to(
     return [OutgoingMessage(actor.message(message.asdict(), details))]
 
 
-def send_exhausted(broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any) -> None:
-    """Send the callback ``on_retry_exhausted``, if the message or the actor names one."""
+def add_exhausted_callback(
+    broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any
+) -> None:
+    """Add the callback ``on_retry_exhausted`` to the outbox, if the message or the actor names one."""
     option = "on_retry_exhausted"
     target = callback_of(broker, message, option)
     if target:
         details = {"retries": retries, "max_retries": max_retries}
-        delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, details))
+        delivery.add_to_outbox(lambda: callback_messages(broker, delivery, message, option, target, details))

@@ -19,7 +19,7 @@ from ..outcomes import Outcome, logger, text_of
 from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding
-from .callbacks import send_exhausted
+from .callbacks import add_exhausted_callback
 from .decision import Decision
 from .delivery import Delivery
 from .history import POLICIES, History, now_ms, retries_of, traceback_of
@@ -62,7 +62,7 @@ class FailedRun:
         self.error = error
         self.history = History(message.options)
 
-    def send_again(self, delay_ms: int = 0) -> None:
+    def add_next_run(self, delay_ms: int = 0) -> None:
         """Add the message of the next run to the outbox."""
         self.history.deferrals = 0
         again = self.delivery.again(**{POLICIES: self.history.option()})
@@ -127,25 +127,25 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
     return run.decision(Outcome.ALERTED, rule=rule.id, dead_letter=True)
 
 
-def _asked_delay(message: MessageProxy, asking: Any) -> int | None:
+def _requested_delay(message: MessageProxy, request: Any) -> int | None:
     """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None for other values."""
-    what = f"The delay of the {'Snooze' if is_a(asking, Snooze) else 'Retry'} in message {message.message_id}"
+    what = f"The delay of the {'Snooze' if is_a(request, Snooze) else 'Retry'} in message {message.message_id}"
     try:
-        return clamped_wait(asking.delay, what)
+        return clamped_wait(request.delay, what)
     except BaseException as error:  # The delay may be a property of the user's class.
         logger.warning("%s is ignored: %s", what, text_of(error))
         return None
 
 
-def _with_checked_delay(message: MessageProxy, asking: Retry) -> Retry:
+def _with_checked_delay(message: MessageProxy, request: Retry) -> Retry:
     """Return the job's ``Retry`` with a delay that Dramatiq accepts; a new ``Retry`` if the delay can't be set."""
-    if quietly(lambda: asking.delay is None):
-        return asking
-    delay = _asked_delay(message, asking)
-    quietly(lambda: setattr(asking, "delay", delay))
-    if quietly(lambda: asking.delay == delay):
-        return asking
-    return Retry(text_of(asking), delay=delay)
+    if quietly(lambda: request.delay is None):
+        return request
+    delay = _requested_delay(message, request)
+    quietly(lambda: setattr(request, "delay", delay))
+    if quietly(lambda: request.delay == delay):
+        return request
+    return Retry(text_of(request), delay=delay)
 
 
 def _is_thrown(run: FailedRun) -> bool:
@@ -157,7 +157,7 @@ def _interrupted(defaults: BrokerDefaults, run: FailedRun) -> Decision:
     declared = run.policy.options.get("max_retries", defaults.stock.max_retries)
     if run.message.options.get("max_retries", declared) == 0:
         return run.decision(Outcome.DEAD, _UNCLASSIFIED, dead_letter=True)
-    run.send_again()
+    run.add_next_run()
     return run.decision(Outcome.INTERRUPTED)
 
 
@@ -170,9 +170,9 @@ def _snoozed(defaults: BrokerDefaults, run: FailedRun, snooze: Snooze) -> Decisi
     if left <= 0:
         return run.decision(Outcome.DEAD, "exhausted", dead_letter=True)
     history.snoozes += 1
-    asked = _asked_delay(run.message, snooze)
-    delay = min(_UNREADABLE_SNOOZE if asked is None else asked, left)
-    run.send_again(delay)
+    requested = _requested_delay(run.message, snooze)
+    delay = min(_UNREADABLE_SNOOZE if requested is None else requested, left)
+    run.add_next_run(delay)
     return run.decision(Outcome.DEFERRED, "snoozed", delay_ms=delay)
 
 
@@ -192,18 +192,18 @@ def _retry(
     exhausted = number >= policy.attempts or history.ended >= highest
     delay = 0
     if not exhausted:
-        asked = cause.delay if is_a(cause, Retry) else None
-        delay = safe_wait(policy.wait, number, cause) if asked is None else asked  # type: ignore[arg-type]
+        requested = cause.delay if is_a(cause, Retry) else None
+        delay = safe_wait(policy.wait, number, cause) if requested is None else requested  # type: ignore[arg-type]
         exhausted = policy.max_elapsed is not None and now + delay - first > policy.max_elapsed  # type: ignore[operator]
     history.failed(run.error, now, None if exhausted else delay)
     run.show_traceback()
     if not exhausted:
         history.retry_by_rule(message.options)
         message.options["requeue_timestamp"] = now
-        run.send_again(delay)
+        run.add_next_run(delay)
         return run.decision(Outcome.RETRIED, rule=rule_id, delay_ms=delay)
     message.options[POLICIES] = history.option()
-    send_exhausted(run.broker, run.delivery, message, history.attempt - 1, history.attempt - 1)
+    add_exhausted_callback(run.broker, run.delivery, message, history.attempt - 1, history.attempt - 1)
     if policy.then == "discard":
         return _discarded(defaults, run, rule_id, "exhausted")
     outcome = Outcome.ALERTED if policy.then == "alert" else Outcome.DEAD
@@ -219,21 +219,21 @@ def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseExcep
     by_rules = min(history.retried, retries_of(options))
     retries = options["retries"] = retries_of(options) - by_rules
     # Dramatiq ignores exception groups: pass the deciding leaf.
-    shown = cause if is_a(cause, (RateLimitExceeded, Retry)) else run.error
+    error_for_retries = cause if is_a(cause, (RateLimitExceeded, Retry)) else run.error
     try:
-        Retries.after_process_message(defaults.stock, recorder, message, exception=shown)
+        Retries.after_process_message(defaults.stock, recorder, message, exception=error_for_retries)
     finally:
         options["retries"] += by_rules
     if "traceback" in options:
         options["traceback"] = encodable(options["traceback"])
     if recorder.details is not None:
-        send_exhausted(run.broker, run.delivery, message, **recorder.details)
+        add_exhausted_callback(run.broker, run.delivery, message, **recorder.details)
     now = now_ms()
     if not message.failed:
         send = recorder.sends[0]
         delay = max(0, int(send.delay or 0))
         history.failed(run.error, now, delay)
-        run.send_again(delay)
+        run.add_next_run(delay)
         return run.decision(Outcome.RETRIED, delay_ms=delay)
     history.failed(run.error, now, None)
     options[POLICIES] = history.option()
@@ -248,12 +248,12 @@ class _StockRetriesRecorder(Recorder):
     """
 
     details: dict[str, Any] | None = None
-    asked = False
+    own_actor_requested = False
 
     def get_actor(self, name: str) -> Any:
-        if self.asked:
+        if self.own_actor_requested:
             return self
-        self.asked = True
+        self.own_actor_requested = True
         return self.broker.get_actor(name)
 
     def send(self, message: dict[str, Any], details: dict[str, Any]) -> None:

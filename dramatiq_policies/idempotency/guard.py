@@ -72,7 +72,7 @@ class IdempotencyGuard:
     def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
         """Run a job once: wait for a job that runs alone, claim the key, and run the job if no other worker does."""
         policy = delivery.policy
-        options = None if policy is None else policy.guard
+        options = None if policy is None else policy.idempotency
         exclusive, batched = self.claims.exclusive, self.state.idempotency.batched_completions
         if batched is not None and not (
             options is not None and options.key_runs_no_user_code and not delivery.redelivered and exclusive.is_open

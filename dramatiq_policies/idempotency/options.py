@@ -39,7 +39,7 @@ __all__ = [
     "key_of",
     "register_name",
     "register_of",
-    "resolve_guard",
+    "resolve_idempotency",
 ]
 
 #: The actor options of idempotency.
@@ -106,7 +106,7 @@ def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any
     return key or checked_key(key)
 
 
-def resolve_guard(
+def resolve_idempotency(
     where: str, actor: Actor[..., Any], rules: RuleSet, defaults: tuple[int, int | None] | None
 ) -> IdempotencyOptions | None:
     """Check an actor's idempotency options.

@@ -23,7 +23,7 @@ from dramatiq.rate_limits.backends import StubBackend
 from dramatiq.results import Results as StockResults
 
 from ..common import clock
-from ..delivery.callbacks import callback_of, send_to
+from ..delivery.callbacks import callback_messages, callback_of
 from ..delivery.delivery import Delivery
 from ..delivery.outgoing import OutgoingMessage, Recorder
 from ..interrupts import unwrap_interrupt
@@ -82,18 +82,18 @@ class Callbacks(StockCallbacks):
         if exception is None:
             if delivery.is_committed:
                 return
-            delivery.add_to_outbox(lambda: send_to(broker, delivery, message, option, target, result))
+            delivery.add_to_outbox(lambda: callback_messages(broker, delivery, message, option, target, result))
             return
         error = unwrap_interrupt(exception)
         details = {"type": type(error).__name__, "message": text_of(error)}
 
-        def send_failure() -> list[OutgoingMessage]:
+        def failure_messages() -> list[OutgoingMessage]:
             decision = delivery.decision
             if decision is not None and decision.outcome in _NO_FAILURES:
                 return []
-            return send_to(broker, delivery, message, option, target, details)
+            return callback_messages(broker, delivery, message, option, target, details)
 
-        delivery.add_to_outbox(send_failure)
+        delivery.add_to_outbox(failure_messages)
 
 
 #: The outcomes of runs that raised but did not fail.

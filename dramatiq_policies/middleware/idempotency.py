@@ -233,7 +233,7 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJ
         actor = get_broker().get_actor(message.actor_name)
     state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
-    options, guard = None if policy is None else policy.guard, guard_on(state)
+    options, guard = None if policy is None else policy.idempotency, guard_on(state)
     if options is None or guard is None:
         raise ConfigurationError(f"actor {actor.actor_name!r}: the broker has no Idempotency with a store.")
     if message is not None:
@@ -252,7 +252,7 @@ def keyed_queues(state: BrokerState) -> list[tuple[str, str]]:
     return [
         (name, actors[name].queue_name)
         for name, policy in state.policies.items()
-        if name in actors and policy.guard is not None and policy.guard.keyed
+        if name in actors and policy.idempotency is not None and policy.idempotency.keyed
     ]
 
 

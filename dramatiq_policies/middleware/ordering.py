@@ -25,7 +25,7 @@ from ..delivery.broker_state import BrokerState, state_of
 from ..delivery.executor import wrap_actor
 from ..delivery.limits import validate
 from ..errors import ConfigurationError
-from ..idempotency.options import resolve_guard
+from ..idempotency.options import resolve_idempotency
 from .base import Installer, PolicyMiddleware, arrangement_of, register_installer
 from .composition import Callbacks, GroupCallbacks, Pipelines, storing
 from .error_classifier import ErrorClassifier
@@ -176,13 +176,15 @@ def resolve_actor(state: BrokerState, actor: Any) -> None:
         known is not None
         and known.options is actor.options
         and known.timeout is state.timeout
-        and known.guarded_by is state.idempotency.defaults
+        and known.idempotency_defaults is state.idempotency.defaults
     ):
         return
     classifier = next(m for m in arrangement_of(state).attached if isinstance(m, ErrorClassifier))
     policy = ActorPolicy(actor, classifier.rules)
-    policy.guard = resolve_guard(f"actor {actor.actor_name!r}", actor, policy.rules, state.idempotency.defaults)
-    policy.guarded_by = state.idempotency.defaults
+    policy.idempotency = resolve_idempotency(
+        f"actor {actor.actor_name!r}", actor, policy.rules, state.idempotency.defaults
+    )
+    policy.idempotency_defaults = state.idempotency.defaults
     if policy.transactional:
         _add_transactional(state, actor, policy)
     if state.timeout is not None:
@@ -200,7 +202,7 @@ def _add_transactional(state: BrokerState, actor: Any, policy: ActorPolicy) -> N
             f"{where}: transactional=True needs an outbox in your database. Call install(broker, outbox=SqlOutbox(engine), "
             "idempotency=Idempotency(SqlStore(engine))), or with Django DjangoOutbox() and DjangoStore()."
         )
-    state.transactional_actors.add(where, actor, policy.guard)
+    state.transactional_actors.add(where, actor, policy.idempotency)
 
 
 def _wrap_consume(state: BrokerState) -> None:

@@ -83,7 +83,7 @@ def make_broker() -> Any:
     )
     if posts:
         state = state_of(broker)
-        state.observe(state, on_outcome, successes=False)
+        state.outcomes.observe(state, on_outcome, successes=False)
         state.outcomes.success_listeners = (on_success,)
     return broker
 

@@ -377,7 +377,7 @@ def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(da
     rules = dict(zip([KeyError, OSError], waits, strict=True))
     stage.actor(lambda order_id: None, actor_name="ship", idempotency_key="{order_id}", retry_on=rules).send(7)
     stage.run()
-    assert stage.classifier.attached_to.policies["ship"].guard.ttl == remembered * day
+    assert stage.classifier.attached_to.policies["ship"].idempotency.ttl == remembered * day
 
 
 @pytest.mark.parametrize(("attempts", "remembered"), [(1, 1), (2, 2), (3, 4), (10_000, 5)])
@@ -386,7 +386,7 @@ def test_of_a_wait_that_grows_the_one_before_the_last_attempt_counts(attempts, r
     policy = RetryPolicy(attempts=attempts, wait=exponential(initial=2 * day, factor=2, maximum=5 * day, jitter=0))
     stage = Stage()
     stage.actor(lambda order_id: None, actor_name="ship", idempotency_key="{order_id}", retry_on={OSError: policy})
-    assert stage.classifier.attached_to.policies["ship"].guard.ttl == remembered * day
+    assert stage.classifier.attached_to.policies["ship"].idempotency.ttl == remembered * day
 
 
 @pytest.mark.parametrize("option", ["done_when", "idempotency_key"])

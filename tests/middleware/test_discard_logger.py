@@ -138,7 +138,7 @@ def levels(caplog, logger):
     stage = Stage(bundle={"discard_logger": logger})
     caplog.clear()
     for event in ENDINGS.values():
-        state_of(stage.broker).publish(event, None)
+        state_of(stage.broker).outcomes.publish(event, None)
     return dict(zip(ENDINGS, [record.levelname for record in caplog.records], strict=True))
 
 

@@ -60,7 +60,7 @@ def names_of(event):
     client = PlainClient()
     broker = StubBroker()
     install(broker, metrics=Metrics(client))
-    state_of(broker).publish(event, None)
+    state_of(broker).outcomes.publish(event, None)
     return [name for _, name, _ in client.calls]
 
 
@@ -115,7 +115,7 @@ def test_so_are_those_of_a_success(client):
 def test_a_success_that_an_observer_gets_a_record_of_is_counted_once_too():
     client, seen = PlainClient(), []
     stage = stage_with(client)
-    state_of(stage.broker).observe(None, lambda event, message: seen.append(event.outcome))
+    state_of(stage.broker).outcomes.observe(None, lambda event, message: seen.append(event.outcome))
     stage.actor(lambda: None, actor_name="mail").send()
     stage.run()
     assert seen == [Outcome.SUCCEEDED]

@@ -796,7 +796,7 @@ def test_a_message_that_is_none_of_ours_is_reported_by_sentry_s_own():
 def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
     sentry()
     stage = stage_with()
-    state_of(stage.broker).publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)
+    state_of(stage.broker).outcomes.publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)
     (event,) = sentry.events
     assert event["message"] == "dead: a message of actor pay"
     assert event["fingerprint"] == ["pay", "", "dead"]

@@ -70,7 +70,7 @@ class TaskRuns:
         # Inside of Idempotency: a duplicate does not start. Outside of a transaction: a success is committed.
         state.add_around_job(self._around_job, order=1)
         # After the Sentry reporter: Django logs the error of a failed task.
-        state.observe(self, self._observe, successes=False)
+        state.outcomes.observe(self, self._observe, successes=False)
 
     def actor_of(self, task: Task) -> Actor[..., Any]:
         """Return the actor of a task. The first call declares the actor.

@@ -164,7 +164,7 @@ def _seconds(job: _Job) -> Found:
 
 
 def _memory(job: _Job) -> Found:
-    idempotency, guard, timeout = job.one(Idempotency), job.policy.guard, job.policy.timeout_ms
+    idempotency, guard, timeout = job.one(Idempotency), job.policy.idempotency, job.policy.timeout_ms
     if idempotency is None or guard is None or not guard.keyed:
         return
     # The lease is renewed while the job runs, but not during a call that blocks all other threads.

@@ -96,7 +96,7 @@ def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
 
 def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
     """Describe a second message of the same job, and a crash of the worker during a job."""
-    guard = policy.guard
+    guard = policy.idempotency
     again = "the message is redelivered and the job runs again from the start"
     crash = (
         again

@@ -159,4 +159,4 @@ def _unkeyed_steps(steps: list[Actor[..., Any]]) -> list[Actor[..., Any]]:
 def _has_key(actor: Actor[..., Any]) -> bool:
     # idempotent=True is not enough: a second pipeline has other message ids.
     policy = state_of(actor.broker).policies.get(actor.actor_name)
-    return policy is not None and policy.guard is not None and policy.guard.key_of is not None
+    return policy is not None and policy.idempotency is not None and policy.idempotency.key_of is not None
