@@ -39,10 +39,10 @@ _STALE = EarlierRun(Decision(Outcome.DUPLICATE, "stale"), None)
 
 
 def rest_of(delivery: Delivery) -> EarlierRun:
-    """Return the rest of an ended run: the decision, and the outbox if not yet published."""
+    """Return the rest of an ended run: the decision, and the follow-up messages if not yet published."""
     decision = delivery.decision
     if delivery.abandoned and decision is not None:
-        return EarlierRun(decision, delivery.outbox)
+        return EarlierRun(decision, delivery.follow_ups)
     return _COMPLETED if decision is SUCCEEDED else _STALE
 
 

@@ -1,4 +1,4 @@
-"""The messages of ``on_success``, ``on_failure`` and ``on_retry_exhausted``: part of the outbox."""
+"""The messages of ``on_success``, ``on_failure`` and ``on_retry_exhausted``: follow-up messages of a delivery."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def callback_messages(
 def add_exhausted_callback(
     broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any
 ) -> None:
-    """Add the callback ``on_retry_exhausted`` to the outbox, if the message or the actor names one."""
+    """Add the callback ``on_retry_exhausted`` to the follow-up messages, if the message or the actor names one."""
     option = "on_retry_exhausted"
     target = callback_of(broker, message, option)
     if target:
         details = {"retries": retries, "max_retries": max_retries}
-        delivery.add_to_outbox(lambda: callback_messages(broker, delivery, message, option, target, details))
+        delivery.add_follow_up(lambda: callback_messages(broker, delivery, message, option, target, details))

@@ -63,10 +63,10 @@ class FailedRun:
         self.history = History(message.options)
 
     def add_next_run(self, delay_ms: int = 0) -> None:
-        """Add the message of the next run to the outbox."""
+        """Add the message of the next run to the follow-up messages."""
         self.history.deferrals = 0
         again = self.delivery.again(**{POLICIES: self.history.option()})
-        self.delivery.add_to_outbox(OutgoingMessage(again, delay_ms or None))
+        self.delivery.add_follow_up(OutgoingMessage(again, delay_ms or None))
 
     def record_last_failure(self) -> None:
         """Write the failure into the message's options, if the message is not retried."""
@@ -101,7 +101,7 @@ class FailedRun:
 
 
 def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
-    """Decide about the message of a failed run, and add the follow-up messages to the delivery's outbox."""
+    """Decide about the message of a failed run, and add the follow-up messages to the delivery."""
     rule, cause = deciding(run.policy.rules, run.error)
     if is_a(cause, Shutdown):
         return _interrupted(defaults, run)
@@ -211,7 +211,7 @@ def _retry(
 
 
 def _by_stock_options(defaults: BrokerDefaults, run: FailedRun, cause: BaseException) -> Decision:
-    """Let Dramatiq's Retries decide, and add its message to the outbox."""
+    """Let Dramatiq's Retries decide, and add its message to the follow-up messages."""
     recorder = _StockRetriesRecorder(run.broker)
     history, message = run.history, run.message
     options = message.options

@@ -93,11 +93,11 @@ class EarlierRun(NamedTuple):
 
     Attributes:
       decision: The decision of that delivery.
-      steps: The outbox of that delivery, without the messages already published.
+      follow_ups: The follow-up messages of that delivery, without the messages already published.
     """
 
     decision: Decision
-    steps: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
+    follow_ups: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
 
 
 class KeyClaim(Protocol):
@@ -143,10 +143,10 @@ class Delivery:
       started, ended: When the call of the actor began and ended, in monotonic seconds; None before.
       timeout_ms: The timeout of this run in milliseconds; None without a timeout.
       decision: How the delivery ends; None until the decision is made.
-      outbox: The messages to publish before the acknowledgement, in order; also callables that return such messages.
+      follow_ups: The messages to publish before the acknowledgement, in order; also callables that return such messages.
         Each message accepted by the broker is removed. None if there is nothing to publish.
       settled: Everything but the acknowledgement is done and must not be done again.
-      acked: The publish of the outbox has also acknowledged the message.
+      acked: The publish of the follow-up messages has also acknowledged the message.
       redelivered: Another worker may have begun the message before, and not finished.
       earlier_run: The rest of an earlier run that has ended in this process. If set, the delivery is settled by that and the
         job does not run.
@@ -165,10 +165,10 @@ class Delivery:
         "decision",
         "earlier_run",
         "ended",
+        "follow_ups",
         "job",
         "key",
         "message",
-        "outbox",
         "policy",
         "proxy",
         "redelivered",
@@ -191,7 +191,7 @@ class Delivery:
         self.ended: float | None = None
         self.timeout_ms: float | None = None
         self.decision: Decision | None = None
-        self.outbox: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
+        self.follow_ups: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
         self.settled = False
         self.acked = False
         self.redelivered = False
@@ -202,11 +202,11 @@ class Delivery:
         self.transaction: JobTransaction | None = None
         self.abandoned = False
 
-    def add_to_outbox(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
+    def add_follow_up(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
         """Publish a message, or the messages returned by a callable, before this delivery is acknowledged."""
-        if self.outbox is None:
-            self.outbox = []
-        self.outbox.append(step)
+        if self.follow_ups is None:
+            self.follow_ups = []
+        self.follow_ups.append(step)
 
     def skip(self, decision: Decision, why: str = "") -> NoReturn:
         """Decide not to run the job now. Called inside the wrapper of the actor's function.
@@ -249,10 +249,10 @@ class Delivery:
 
     def is_plain_success(self) -> bool:
         """Whether only the acknowledgement is left to do."""
-        return self.decision is SUCCEEDED and self.outbox is None
+        return self.decision is SUCCEEDED and self.follow_ups is None
 
     def completes_key(self) -> bool:
-        """Whether the key will be completed: a redelivery is skipped, so this delivery must publish its outbox."""
+        """Whether the key will be completed: a redelivery is skipped, so this delivery must publish its follow-up messages."""
         claim, decision = self.claim, self.decision
         return claim is not None and claim.keyed and decision is not None and decision.outcome in COMPLETING
 

@@ -73,7 +73,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
 def _settle_earlier_run(delivery: Delivery) -> None:
     """Settle the rest of an earlier run in this process, without a run."""
     assert delivery.earlier_run is not None
-    decision, delivery.outbox = delivery.earlier_run
+    decision, delivery.follow_ups = delivery.earlier_run
     delivery.skip(decision)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .broker_state import BrokerState
     from .transport import Transport
 
-__all__ = ["Publication"]
+__all__ = ["FollowUpPublisher"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -46,8 +46,8 @@ _RETRY_REFUSAL_FOR = 5.0
 _REENQUEUED_OUTCOMES = frozenset({Outcome.RETRIED, Outcome.DEFERRED})
 
 
-class Publication:
-    """Publishes the outbox of one delivery."""
+class FollowUpPublisher:
+    """Publishes the follow-up messages and the dead letter of one delivery."""
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class Publication:
         transport, delivery = self.transport, self.delivery
         if self.decision.dead_letter and self.dead is None:
             self.dead = self._dead_letter()
-        if delivery.outbox or self.dead is not None or transport.completes(delivery):
+        if delivery.follow_ups or self.dead is not None or transport.completes(delivery):
             _resolve(delivery)
             self._mark_retry_pending()
-            transport.publish_outbox(self.message, delivery, self.dead)
+            transport.publish_follow_ups(self.message, delivery, self.dead)
         if self.dead is not None:
             transport.dead_letters_accepted()
 
@@ -137,13 +137,13 @@ class Publication:
         """Take the next step of the list above."""
         delivery, decision = self.delivery, self.decision
         permanent = self.transport.fault_of(error) is Fault.PERMANENT
-        if not decision.dead_letter or (delivery.outbox and not self._is_dead_letter_at_fault(permanent)):
+        if not decision.dead_letter or (delivery.follow_ups and not self._is_dead_letter_at_fault(permanent)):
             self._alert(
                 "The broker refused the follow-up messages of message %s of actor %r (%s: %s); the "
                 "message goes to the dead-letter queue.",
                 error,
             )
-            delivery.outbox = None
+            delivery.follow_ups = None
             if not decision.dead_letter:
                 self.decision = delivery.decision = self._failed(error)
                 self.message.fail()
@@ -156,12 +156,12 @@ class Publication:
             self._return(error)
 
     def _is_dead_letter_at_fault(self, permanent: bool) -> bool:
-        """Whether the dead letter, and no message of the outbox, can never be sent."""
+        """Whether the dead letter, and no follow-up message, can never be sent."""
         encoded = all(
-            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.outbox or ()
+            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.follow_ups or ()
         )
-        # On other brokers the dead letter is published after the outbox is empty.
-        return permanent and encoded and self.transport.acks_with_outbox and not isinstance(self.dead, bytes)
+        # On other brokers the dead letter is published after the follow-up messages.
+        return permanent and encoded and self.transport.acks_with_follow_ups and not isinstance(self.dead, bytes)
 
     def _failed(self, error: Exception) -> Decision:
         """Return the decision on a message whose follow-up messages were refused."""
@@ -217,7 +217,7 @@ class Publication:
             failure = {**failure, "traceback": None, "history": []}
         again = self.delivery.again(**{FAILURE: failure, RETURNED: times + 1})
         self.returning, self.dead = True, None
-        self.delivery.outbox = [OutgoingMessage(again, wait)]
+        self.delivery.follow_ups = [OutgoingMessage(again, wait)]
         self.decision = self.delivery.decision = Decision(
             Outcome.INTERRUPTED,
             "handoff_failed",
@@ -229,7 +229,7 @@ class Publication:
     def _park(self, error: Exception) -> Decision:
         """Keep the message in its slot for the wait, and then return the message to its queue, to run again (step 5)."""
         self.delivery.abandoned = True
-        self.delivery.outbox = None
+        self.delivery.follow_ups = None
         self.transport.park(self.message, self.decision.delay_ms or wait_before_return(0))
         logger.error(
             "Message %s of actor %r can't be enqueued again either (%s: %s): it blocks a prefetch slot "
@@ -243,9 +243,9 @@ class Publication:
 
     def _give_up(self, error: Exception) -> Decision:
         self.delivery.abandoned = True
-        # Before the outbox is dropped: the transport may remember the outbox for a redelivery.
+        # Before the follow-up messages are dropped: the transport may remember them for a redelivery.
         self.transport.abandon(self.message)
-        self.delivery.outbox = None
+        self.delivery.follow_ups = None
         return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
     def _mark_retry_pending(self) -> None:
@@ -253,27 +253,31 @@ class Publication:
 
         A redelivery then publishes nothing but the retry, so the other messages are published first.
         """
-        delivery, transport, outbox = self.delivery, self.transport, self.delivery.outbox
+        delivery, transport, follow_ups = self.delivery, self.transport, self.delivery.follow_ups
         if (
             delivery.claim is None
-            or transport.acks_with_outbox
+            or transport.acks_with_follow_ups
             or self.decision.outcome not in _REENQUEUED_OUTCOMES
-            or not outbox
+            or not follow_ups
         ):
             return
         message_id = self.message.message_id
         again = next(
-            (step for step in outbox if isinstance(step, OutgoingMessage) and step.message.message_id == message_id),
+            (
+                step
+                for step in follow_ups
+                if isinstance(step, OutgoingMessage) and step.message.message_id == message_id
+            ),
             None,
         )
         if again is None:
             return
-        if len(outbox) > 1:
-            outbox.remove(again)
+        if len(follow_ups) > 1:
+            follow_ups.remove(again)
             try:
-                transport.publish_outbox(self.message, delivery, None)
+                transport.publish_follow_ups(self.message, delivery, None)
             finally:
-                outbox.append(again)
+                follow_ups.append(again)
         self.state.idempotency.claims.record_ending(delivery.claim, again)
 
     def _alert(self, text: str, error: Exception) -> None:
@@ -295,13 +299,13 @@ class Publication:
 
 
 def _resolve(delivery: Delivery) -> None:
-    """Replace each call in the outbox by the messages that the call returns."""
-    outbox = delivery.outbox
-    if outbox is None:
+    """Replace each call in the follow-ups by the messages that the call returns."""
+    follow_ups = delivery.follow_ups
+    if follow_ups is None:
         return
-    for index, step in enumerate(outbox):
+    for index, step in enumerate(follow_ups):
         if not isinstance(step, OutgoingMessage):
             # Replaced at once: after an error later, a second call would count a group's barrier again.
-            outbox[index : index + 1] = step()
+            follow_ups[index : index + 1] = step()
             _resolve(delivery)
             return

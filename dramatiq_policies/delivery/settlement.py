@@ -1,7 +1,7 @@
-"""The end of a delivery: publish the outbox, complete the key, store the failure, report the outcome, acknowledge.
+"""The end of a delivery: publish the follow-up messages, complete the key, store the failure, report the outcome, acknowledge.
 
 The consumer calls `settle_and_ack` for each message that a worker is done with. The process may die between any two lines:
-the message is not acknowledged yet, so it comes back. Only the publishing of the outbox can prevent the acknowledgement;
+the message is not acknowledged yet, so it comes back. Only the publishing of these messages can prevent the acknowledgement;
 errors of the later steps are logged.
 """
 
@@ -16,7 +16,7 @@ from .decision import SUCCEEDED, Decision
 from .delivery import Delivery
 from .groups import warn_of_incomplete_group
 from .history import attempt_of
-from .publishing import Publication
+from .publishing import FollowUpPublisher
 from .results import settle_results
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery) -> None:
     """Settle a delivery, once, and acknowledge its message. After an error, call this again to go on.
 
-    The message is not acknowledged if `publish_outbox` has done so, or if publishing was given up: then the message comes
+    The message is not acknowledged if `publish_follow_ups` has done so, or if publishing was given up: then the message comes
     back.
     """
     # The delivery's own transport: after a reconnect the consumer that acknowledges has another.
@@ -60,7 +60,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
     succeeded = decision.outcome is Outcome.SUCCEEDED
     if not succeeded:
         delivery.restore(message)
-    delivery.decision = decision = Publication(state, transport, message, delivery, decision).run()
+    delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:
         state.idempotency.claims.conclude(delivery.claim, decision)
     delivery.settled = True

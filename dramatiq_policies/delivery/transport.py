@@ -47,8 +47,8 @@ class Transport:
       prefetch: How many messages the consumer may have in hand.
     """
 
-    #: Whether `publish_outbox` also acknowledges, in the same step of the broker.
-    acks_with_outbox = False
+    #: Whether `publish_follow_ups` also acknowledges, in the same step of the broker.
+    acks_with_follow_ups = False
     #: Whether the broker redelivers the messages of a lost connection. If not, it still counts them as ours after a reconnect.
     redelivers_on_reconnect = False
 
@@ -128,23 +128,23 @@ class Transport:
 
     # Publishing, and the end of a message.
 
-    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
-        """Publish the outbox, and then the dead letter (a message, or a raw body).
+    def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+        """Publish the follow-up messages, and then the dead letter (a message, or a raw body).
 
-        Each message that the broker has accepted leaves the outbox: after an error, call this again to go on.
+        Each message that the broker has accepted leaves the list: after an error, call this again to go on.
         """
-        outbox = delivery.outbox
-        while outbox:
-            sent = outbox[0]
+        follow_ups = delivery.follow_ups
+        while follow_ups:
+            sent = follow_ups[0]
             assert isinstance(sent, OutgoingMessage)
             enqueue_directly(self.broker, sent.message, sent.delay)
-            outbox.pop(0)
+            follow_ups.pop(0)
         if dead is not None:
             self.dead_letter(message, dead)
             delivery.acked = True
 
     def completes(self, delivery: Delivery) -> bool:
-        """Whether `publish_outbox` also completes the idempotency key and acknowledges, in a single step."""
+        """Whether `publish_follow_ups` also completes the idempotency key and acknowledges, in a single step."""
         return False
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:

@@ -222,7 +222,7 @@ class IdempotencyGuard:
     def _republish(self, delivery: Delivery, retry: dict[str, Any]) -> NoReturn:
         again = delivery.again(**retry.get("options", {}))
         due = retry.get("due")
-        delivery.add_to_outbox(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
+        delivery.add_follow_up(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
         delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
 
     def _skip(self, delivery: Delivery, duplicate: records.SkipDuplicate) -> NoReturn:
@@ -257,7 +257,7 @@ class IdempotencyGuard:
             again.options[REDELIVERED] = True
         if name:
             again.options[WAITS_FOR] = name
-        delivery.add_to_outbox(OutgoingMessage(again, wait))
+        delivery.add_follow_up(OutgoingMessage(again, wait))
         delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
 
 

@@ -59,7 +59,7 @@ class Pipelines(StockPipelines):
         if delivery is None:
             StockPipelines.after_process_message(self, broker, message, result=result)
         elif not delivery.is_committed:
-            delivery.add_to_outbox(lambda: _recorded(StockPipelines, self, broker, message, result))
+            delivery.add_follow_up(lambda: _recorded(StockPipelines, self, broker, message, result))
 
 
 class Callbacks(StockCallbacks):
@@ -82,7 +82,7 @@ class Callbacks(StockCallbacks):
         if exception is None:
             if delivery.is_committed:
                 return
-            delivery.add_to_outbox(lambda: callback_messages(broker, delivery, message, option, target, result))
+            delivery.add_follow_up(lambda: callback_messages(broker, delivery, message, option, target, result))
             return
         error = unwrap_interrupt(exception)
         details = {"type": type(error).__name__, "message": text_of(error)}
@@ -93,7 +93,7 @@ class Callbacks(StockCallbacks):
                 return []
             return callback_messages(broker, delivery, message, option, target, details)
 
-        delivery.add_to_outbox(failure_messages)
+        delivery.add_follow_up(failure_messages)
 
 
 #: The outcomes of runs that raised but did not fail.
@@ -117,7 +117,7 @@ class GroupCallbacks(StockGroupCallbacks):
         if delivery is None:
             StockGroupCallbacks.after_process_message(self, broker, message, result=result)
         elif not delivery.is_committed:
-            delivery.add_to_outbox(CountMember(self, broker, message, result))
+            delivery.add_follow_up(CountMember(self, broker, message, result))
 
     def counter(self) -> Callable[[str, str], bool] | None:
         """Return a function that counts a member, and returns whether this member completes the group.
@@ -155,7 +155,7 @@ class GroupCallbacks(StockGroupCallbacks):
 
 
 class CountMember:
-    """A step of the outbox: count a member, and return the group's callbacks if the group is complete."""
+    """A follow-up step: count a member, and return the group's callbacks if the group is complete."""
 
     __slots__ = ("broker", "groups", "message", "result")
 

@@ -203,13 +203,13 @@ class TransactionalJobs:
         self._complete(connection, claim)
 
     def _follow_ups(self, delivery: Delivery, result: Any) -> list[Any]:
-        """Return the outbox that the hooks of a success would leave: the pipeline's next stage, the group, ``on_success``."""
+        """Return the follow-up messages that the hooks of a success would leave: the pipeline's next stage, the group, ``on_success``."""
         broker, proxy = self.state.broker, delivery.proxy
         assert proxy is not None  # From the before-hooks to the after-hooks.
         for middleware in reversed(broker.middleware):
             if isinstance(middleware, (Pipelines, GroupCallbacks, Callbacks)):
                 middleware.after_process_message(broker, proxy, result=result)
-        steps, delivery.outbox = delivery.outbox, None
+        steps, delivery.follow_ups = delivery.follow_ups, None
         return steps or []
 
     def _complete(self, connection: Connection, claim: Claim) -> None:

@@ -1,4 +1,4 @@
-"""``on_success``, ``on_failure`` and ``on_retry_exhausted`` are part of the outbox, and a rule's retries look like Dramatiq's."""
+"""``on_success``, ``on_failure`` and ``on_retry_exhausted`` are follow-up messages, and a rule's retries look like Dramatiq's."""
 
 from __future__ import annotations
 

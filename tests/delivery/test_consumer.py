@@ -98,9 +98,9 @@ def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
 
 def test_what_follows_from_a_delivery_keeps_its_order():
     delivery = Delivery(None, Message("default", "job", (), {}, {}))
-    delivery.add_to_outbox(one := object())
-    delivery.add_to_outbox(other := object())
-    assert delivery.outbox == [one, other]
+    delivery.add_follow_up(one := object())
+    delivery.add_follow_up(other := object())
+    assert delivery.follow_ups == [one, other]
 
 
 def test_a_job_that_has_not_begun_has_run_for_no_time():

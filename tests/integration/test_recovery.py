@@ -212,7 +212,7 @@ def test_a_message_whose_dead_letters_have_no_place_is_not_lost(redis_place: Red
     consumer = app.broker.consume(redis_place.queue, timeout=1)
     message = until(lambda: next(consumer))
     with pytest.raises(ConnectionClosed):
-        consumer.transport.publish_outbox(message, message.delivery, b"the dead letter")
+        consumer.transport.publish_follow_ups(message, message.delivery, b"the dead letter")
     assert [left.args for left in redis_place.left()] == [(1,)]
 
 

@@ -1,6 +1,6 @@
 """The transport on RabbitMQ.
 
-The outbox is published mandatory and confirmed, over a channel of ours on the calling thread's own connection. A dead letter
+The follow-up messages are published mandatory and confirmed, over a channel of ours on the calling thread's own connection. A dead letter
 is published to the dead-letter queue, confirmed, and then the message is acknowledged: a crash in between leaves two copies,
 never none. After this consumer's channel is closed, the server redelivers its messages, so nothing is published for them.
 """
@@ -70,7 +70,7 @@ class RabbitmqTransport(Transport):
         try:
             method, properties, body = next(self.channel.deliveries)
         except StopIteration:
-            # The server cancelled this consumer. A job that ends before the reason is known publishes its outbox: a duplicate
+            # The server cancelled this consumer. A job that ends before the reason is known publishes its follow-up messages: a duplicate
             # is better than a loss.
             self.deleted = True
             self.channel.closed = True
@@ -158,10 +158,10 @@ class RabbitmqTransport(Transport):
         if tag is not None:
             self.channel.nack(tag)
 
-    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+    def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.will_redeliver() and not delivery.completes_key():
             raise ConnectionClosed("the consumer that delivered this message is closed")
-        steps = delivery.outbox
+        steps = delivery.follow_ups
         while steps:
             step = steps[0]
             assert isinstance(step, OutgoingMessage)

@@ -1,4 +1,4 @@
-"""Settle a message on Redis in one step: publish the outbox, store the dead letter, complete the key, acknowledge."""
+"""Settle a message on Redis in one step: publish the follow-up messages, store the dead letter, complete the key, acknowledge."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SettleScript:
         Parameters:
           redis_id: The id of the message.
           dead: The dead letter; empty for none.
-          sends: The outbox: queue, id and body of each message.
+          sends: The follow-up messages: queue, id and body of each message.
           keep: Whether to leave the message unacknowledged.
         """
         return int(self._call(self._batcher.call, *self.command(redis_id, dead, sends, keep)))

@@ -1,6 +1,6 @@
 """The transport on Redis.
 
-A single script publishes the outbox and acknowledges, so no crash or lost reply falls between the two. A message's id is the
+A single script publishes the follow-up messages and acknowledges, so no crash or lost reply falls between the two. A message's id is the
 id under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. If Redis
 assigns further ids to this process, a reply was lost, and the transport requeues those messages. Any error of Redis counts
 as a lost connection, except permanent errors (see `calls`).
@@ -52,7 +52,7 @@ _CHECK_EVERY = 5.0
 class RedisTransport(Transport):
     """Fetches, acknowledges and dead-letters on Redis."""
 
-    acks_with_outbox = True
+    acks_with_follow_ups = True
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
@@ -182,9 +182,9 @@ class RedisTransport(Transport):
             )
         self._release(message)
 
-    def publish_outbox(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
+    def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         sends: list[str | bytes] = []
-        for step in delivery.outbox or ():
+        for step in delivery.follow_ups or ():
             assert isinstance(step, OutgoingMessage)
             if step.encoded is None:
                 step.encoded = self._encode(step)
@@ -207,7 +207,7 @@ class RedisTransport(Transport):
         if completes is not None:
             self.state.idempotency.claims.drop(completes)
             delivery.claim = None
-        steps, delivery.outbox = delivery.outbox, None
+        steps, delivery.follow_ups = delivery.follow_ups, None
         delivery.acked = not keep
         for step in (steps or ()) if settled else ():
             assert isinstance(step, OutgoingMessage)
@@ -224,7 +224,7 @@ class RedisTransport(Transport):
         decision = delivery.decision
         if decision is not None and not is_keyed(delivery):
             left = decision if dead or delivery.claim is not None else rest_of(delivery).decision
-            self.ended.remember(redis_id, EarlierRun(left, delivery.outbox))
+            self.ended.remember(redis_id, EarlierRun(left, delivery.follow_ups))
         if delivery.claim is not None:
             raise DeliveryReassigned
 

@@ -60,15 +60,15 @@ class StubTransport(Transport):
     def _raw(self, body: bytes) -> Message[Any]:
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
 
-    def publish_outbox(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
-        if self.state.stopping.is_set() and delivery.outbox:
+    def publish_follow_ups(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
+        if self.state.stopping.is_set() and delivery.follow_ups:
             # A thread of the stopping worker would take the message.
-            steps, delivery.outbox = delivery.outbox, None
+            steps, delivery.follow_ups = delivery.follow_ups, None
             for step in steps:
                 self.state.requeue_after_shutdown.append(
                     partial(enqueue_directly, self.broker, step.message, step.delay)
                 )
-        super().publish_outbox(message, delivery, dead)
+        super().publish_follow_ups(message, delivery, dead)
         # After `join` a test expects the published outcome: acknowledge last.
         delivery.acked = False
 
