@@ -116,7 +116,7 @@ def test_at_a_shutdown_a_publish_is_tried_twice_and_then_the_message_is_redelive
         tries.append(1)
         raise ConnectionError
 
-    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
+    monkeypatch.setattr(f"{TRANSPORT}.publish_follow_ups", refuse)
     consumer.ack(message)
     assert len(tries) == 2
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -127,7 +127,7 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
     consumer, message = taken(stage)
     handed = []
     monkeypatch.setattr(f"{TRANSPORT}.is_revoked", lambda consumer: True)
-    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", lambda *args: handed.append(args))
+    monkeypatch.setattr(f"{TRANSPORT}.publish_follow_ups", lambda *args: handed.append(args))
     consumer.ack(message)
     assert (stage.outcomes(), stage.reasons(), acks, handed) == (["interrupted"], ["handoff_failed"], [], [])
 
@@ -143,7 +143,7 @@ def test_of_a_message_that_it_takes_back_during_the_publish_nothing_is_tried_aga
         monkeypatch.setattr(f"{TRANSPORT}.is_revoked", lambda consumer: gone)
         raise error
 
-    monkeypatch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
+    monkeypatch.setattr(f"{TRANSPORT}.publish_follow_ups", refuse)
     consumer.ack(message)
     assert len(tries) == 1
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
@@ -224,7 +224,7 @@ def test_a_message_that_can_be_sent_in_no_form_keeps_its_slot_for_a_while_and_th
         raise Unsendable("never")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{TRANSPORT}.publish_outbox", refuse)
+        patch.setattr(f"{TRANSPORT}.publish_follow_ups", refuse)
         with stage.working():
             stage.collected.wait_for(lambda events: events)
             patch.undo()
