@@ -55,7 +55,7 @@ def test_a_worker_with_another_encoder_stops_and_goes_on_when_it_can_read(
     set_encoder(other)
     try:
         with app.working(threads=1):
-            until(lambda: "cannot read 10 messages" in caplog.text)
+            until(lambda: "could not read 10 messages" in caplog.text)
             assert not heartbeat.well()
             # Through several pauses.
             time.sleep(2)
@@ -65,7 +65,7 @@ def test_a_worker_with_another_encoder_stops_and_goes_on_when_it_can_read(
             until(heartbeat.well)
     finally:
         set_encoder(stock)
-    assert caplog.text.count("cannot read 10 messages") == 1
+    assert caplog.text.count("could not read 10 messages") == 1
     assert len(place.dead()) == MOST
     assert place.left() == []
     assert sorted([*ran, *(letter.args[0] for letter in place.dead())]) == list(range(40))
@@ -83,7 +83,7 @@ def test_what_a_worker_cannot_read_is_left_to_one_that_can(place: Place, caplog:
     set_encoder(Other())
     try:
         with app.working(threads=1):
-            until(lambda: "cannot read 10 messages" in caplog.text)
+            until(lambda: "could not read 10 messages" in caplog.text)
             # None of them stays in this worker's hands.
             until(lambda: place.ready() == 30 - MOST)
     finally:
@@ -168,7 +168,7 @@ def test_delayed_messages_that_a_worker_cannot_read_stay_delayed(
     set_encoder(other)
     try:
         with app.working(threads=1):
-            until(lambda: "cannot read 10 messages" in caplog.text)
+            until(lambda: "could not read 10 messages" in caplog.text)
             other.blind = False
             until(lambda: len(ran) == 5)
     finally:

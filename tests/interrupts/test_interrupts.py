@@ -416,7 +416,7 @@ def run_script(script):
 
 def test_where_threads_can_t_be_interrupted_it_says_so_once_and_reports(monkeypatch, caplog):
     monkeypatch.setattr(slots, "_set_exception", None)
-    slots._say_unsupported.cache_clear()
+    slots._log_unsupported.cache_clear()
     interrupts.reset()
     for _ in range(3):
         watching = Watching(grace=0.01)
