@@ -251,7 +251,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
     left = left - record.retention
     if record.state == FREE:
         return _take(request.starts, record.ended, request)
-    if mine and request.run > record.run:
+    if mine and request.run > record.run and not _copy_runs(record, left, request):
         # A later run of the same message exists, so the recorded run has ended.
         return _take(request.starts, record.having_ended(), request)
     if mine and request.run < record.run:
@@ -269,6 +269,11 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
     if record.state == ENDING:
         return RepublishRetry(record.retry or {})
     return _after_a_crash(record, request, 0)
+
+
+def _copy_runs(record: Record, left: int, request: Request) -> bool:
+    """Tell whether a copy of the message has taken over, after a crash between the publish of the retry and its record."""
+    return record.state == RUNNING and record.starts > 1 and left > 0 and not request.is_dead(record)
 
 
 def _after_a_crash(record: Record, request: Request, more: int) -> Action:

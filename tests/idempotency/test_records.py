@@ -162,6 +162,24 @@ TABLE = {
         LIVE,
         Start(1, (("m", 0),)),
     ),
+    "a crash came between its retry and the record, and a copy has taken over: it waits for the copy": (
+        mine(run=0, starts=2),
+        LEFT,
+        LIVE,
+        WaitForOwner(500),
+    ),
+    "the copy that has taken over is dead, too: it runs": (
+        mine(run=0, starts=2),
+        LEFT,
+        GONE,
+        Start(1, (("m", 0),)),
+    ),
+    "the lease of the copy that has taken over has ended: it runs": (
+        mine(run=0, starts=2),
+        OVER,
+        LIVE,
+        Start(1, (("m", 0),)),
+    ),
     "its retry was waited for: it runs": (
         mine(WAITING, run=0, ended=(("m", 0),)),
         LEFT,
