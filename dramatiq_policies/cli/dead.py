@@ -93,11 +93,11 @@ def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
     """
     broker, queues, where = parse_filters(**given)
     with contextlib.closing(ops.dead_letters(broker, queues, where, limit=limit if oldest else None)) as read:
-        letters = read if oldest else iter(ops.newest(read, limit))
+        dead_letters = read if oldest else iter(ops.newest(read, limit))
         if form == "json":
-            print_json_stream(letter.row() for letter in letters)
+            print_json_stream(dead_letter.row() for dead_letter in dead_letters)
         else:
-            _print_letters(letters)
+            _print_dead_letters(dead_letters)
     if not where.matched and not where.unreadable:
         report_nothing_found(broker, where)
         if form != "json":
@@ -108,19 +108,19 @@ def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
 _SHORT_ID = 8
 
 
-def _print_letters(letters: Iterator[ops.DeadLetter]) -> None:
+def _print_dead_letters(dead_letters: Iterator[ops.DeadLetter]) -> None:
     out = console()
-    for letter in letters:
-        text = " ".join((letter.text or "").split())
-        error = f"{(letter.exception or '-').rpartition('.')[2]}: {text}" if text else letter.exception or "-"
-        id_ = letter.message_id or "-"
-        place = [letter.queue, letter.actor or "-"]
-        ending = [_outcome(letter.outcome, letter.reason), error]
+    for dead_letter in dead_letters:
+        text = " ".join((dead_letter.text or "").split())
+        error = f"{(dead_letter.exception or '-').rpartition('.')[2]}: {text}" if text else dead_letter.exception or "-"
+        id_ = dead_letter.message_id or "-"
+        place = [dead_letter.queue, dead_letter.actor or "-"]
+        ending = [_outcome(dead_letter.outcome, dead_letter.reason), error]
         if not out.is_terminal:
             # Ten times as fast.
-            click.echo(printable_text("  ".join([timestamp(letter.failed_at), id_, *place, *ending])))
+            click.echo(printable_text("  ".join([timestamp(dead_letter.failed_at), id_, *place, *ending])))
             continue
-        head = [timestamp(letter.failed_at), id_[:_SHORT_ID], *place]
+        head = [timestamp(dead_letter.failed_at), id_[:_SHORT_ID], *place]
         line = printable_text("  ".join([*head, *ending]))
         if cell_len(line) <= out.width:
             click.echo(line)
@@ -146,11 +146,11 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
     """Show a dead letter: failure, history and traceback; arguments only with --args."""
     broker = load_app(app, path)
     whole = ops.resolve_ids(broker, (), (message_id,))
-    letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=whole)))
-    if not letters:
+    dead_letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=whole)))
+    if not dead_letters:
         raise ops.OperationError(f"There is no dead letter with the id {message_id!r}.")
     # On RabbitMQ a message may have two dead letters.
-    found = letters[-1].asdict(args=args)
+    found = dead_letters[-1].asdict(args=args)
     if form == "json":
         print_json(found)
         return

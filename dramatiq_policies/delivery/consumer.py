@@ -55,7 +55,7 @@ class PolicyConsumer(Consumer):
         if last_polled_at is not None:
             last_polled_at[transport.source] = time.monotonic()
         if transport.parked.waiting:
-            transport.parked.return_to_queue()
+            transport.parked.return_due()
         if transport.delayed.queue and not transport.has_received() and move_due(transport):
             # More are due: do not wait for a message first.
             return None
@@ -102,6 +102,8 @@ class PolicyConsumer(Consumer):
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is None:
             self.transport.ack(message)
+        elif self.state.idempotency.batched_completions is None:
+            settle_and_ack(self.state, message, delivery)
         else:
             self._settle(message, delivery)
 
@@ -142,7 +144,7 @@ class PolicyConsumer(Consumer):
     def close(self) -> None:
         transport = self.transport
         if self.state.stopping.is_set():
-            transport.parked.return_to_queue(everything=True)
+            transport.parked.return_due(everything=True)
             unrun, self.set_aside = self.set_aside, []
             while (item := transport.delayed.take()) is not None:
                 unrun.append(_dramatiq.delayed_message(item))

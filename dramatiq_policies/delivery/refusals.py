@@ -51,7 +51,7 @@ class Parking:
         """Call ``return_to_queue`` after the wait. Any thread may park."""
         self.waiting.append((clock.monotonic() + wait_ms / 1_000, return_to_queue))
 
-    def return_to_queue(self, *, everything: bool = False) -> None:
+    def return_due(self, *, everything: bool = False) -> None:
         """Return messages whose wait is over. Only the consumer's thread calls this."""
         for _ in range(len(self.waiting)):
             due, return_to_queue = self.waiting.popleft()

@@ -192,7 +192,7 @@ class QueueMonitor(PolicyMiddleware):
           dramatiq.errors.ConnectionClosed: The server does not answer.
         """
         with self._reading:
-            readings, found = self._look()
+            readings, found = self._read_and_compare()
             if not self._watching:
                 # No thread of this monitor closes the reader later.
                 self._get_reader().close()
@@ -223,7 +223,7 @@ class QueueMonitor(PolicyMiddleware):
                 notes = election.reports()
                 reader.peer_reports = notes
                 open_before = set(self._tracker.open)
-                readings, found = self._look()
+                readings, found = self._read_and_compare()
                 if self._tracker.open != open_before:
                     election.save(sorted(self._tracker.open))
             # Alerts first: they are saved as sent, so no other process would send them.
@@ -247,7 +247,7 @@ class QueueMonitor(PolicyMiddleware):
                 self._failed = 0
                 logger.info("The queues can be read again.")
 
-    def _look(self) -> tuple[list[QueueReading], list[QueueAlert]]:
+    def _read_and_compare(self) -> tuple[list[QueueReading], list[QueueAlert]]:
         readings = self._get_reader().read_all()
         outbox = self._outbox.read(self._get_reader().broker, self.interval)
         if outbox is not None:
