@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,8 +16,11 @@ from .app_command import AppCommand, load_app
 from .base import confirm, format_option, path_option, print_json, print_table, printable_text
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
+from .process import run_until_stopped
 
 __all__ = ["outbox"]
+
+logger = SafeLogger("dramatiq_policies.outbox")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -176,12 +176,7 @@ def relay(app: str, path: tuple[str, ...]) -> None:
     """
     broker = load_app(app, path)
     ops.outbox_of(broker)
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(message)s")
-    stop = threading.Event()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, lambda *_: stop.set())
-    logger = SafeLogger("dramatiq_policies.outbox")
+    stop = run_until_stopped()
     logger.info("Publishing the messages of the outbox.")
     ops.relay_outbox(broker, stop)
     logger.info("The relay has stopped.")

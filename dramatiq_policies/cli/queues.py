@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
 import sys
-import threading
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -39,6 +36,7 @@ from .base import (
 from .base import table as make_table
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
+from .process import run_until_stopped
 
 __all__ = ["monitor", "queues"]
 
@@ -238,11 +236,7 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
             + how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
             + "."
         )
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(message)s")
-    stop = threading.Event()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, lambda *_: stop.set())
+    stop = run_until_stopped()
     SafeLogger("dramatiq_policies.monitor").info(
         "Watching %s every %d ms.", ", ".join(ops.known_queues(broker)) or "no queue", found.interval
     )

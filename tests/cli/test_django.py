@@ -85,3 +85,37 @@ def test_a_missing_idempotency_names_middleware_where_there_is_no_install():
     )
     done = run([sys.executable, "-c", code])
     assert "MIDDLEWARE of DRAMATIQ_BROKER in your Django settings" in done.stderr
+
+
+SETTINGS_WITH_OUTBOX = """
+SECRET_KEY = "of a test"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+INSTALLED_APPS = ["django_dramatiq", "dramatiq_policies.contrib.django", "mailer"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "shop.sqlite3"}}
+DRAMATIQ_BROKER = {
+    "BROKER": "dramatiq.brokers.stub.StubBroker",
+    "OPTIONS": {},
+    "MIDDLEWARE": ["dramatiq_policies.ErrorClassifier", "dramatiq_policies.contrib.django.DjangoOutbox"],
+}
+"""
+
+
+def test_the_outbox_of_a_project_is_listed_once_its_table_is_migrated(tmp_path):
+    (tmp_path / "shop_settings.py").write_text(SETTINGS_WITH_OUTBOX)
+    (tmp_path / "mailer").mkdir()
+    (tmp_path / "mailer" / "__init__.py").touch()
+    (tmp_path / "mailer" / "tasks.py").write_text("import dramatiq\n\n@dramatiq.actor\ndef send_mail():\n    pass\n")
+    manage = [sys.executable, "-m", "django"]
+    place = {"settings": "shop_settings", "cwd": tmp_path, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    before = run(manage, "policies", "outbox", "list", **place)
+    assert before.returncode == 2
+    assert "The outbox has no table: run" in before.stderr
+    live = run(COMMAND, "check", "--live", "--django", "--format", "json", **place)
+    assert "DP112" in {finding["code"] for finding in json.loads(live.stdout)["findings"]}
+    assert run(manage, "migrate", **place).returncode == 0
+    after = run(manage, "policies", "outbox", "list", **place)
+    assert (after.returncode, after.stderr) == (0, "The outbox is empty.\n")
+    wrong = run(COMMAND, "outbox", "list", "--django", "--actor", "send_mial", **place)
+    assert wrong.returncode == 1
+    assert "did you mean 'send_mail'?" in wrong.stderr

@@ -21,7 +21,7 @@ ASKS = {
     "observability/worker_log.py",  # puts its filter on the worker's logger
     "testing/recorder.py",  # listens
     "cli/__init__.py",  # silences pika
-    "cli/queues.py",  # sets logging up
+    "cli/process.py",  # sets logging up
 }
 
 

@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy as sa
 from dramatiq.brokers.stub import StubBroker
 
-from dramatiq_policies import install, ops
-from dramatiq_policies.sql import SqlOutbox
-from dramatiq_policies.transactions.database import OUTBOX
+from dramatiq_policies import Idempotency, install, ops
+from dramatiq_policies.sql import SqlOutbox, SqlStore
+from dramatiq_policies.transactions.database import KEYS, OUTBOX
 from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
 
 from .databases import async_engine, with_driver
@@ -94,6 +94,16 @@ def test_a_missing_table_is_a_sentence_and_a_finding(shop: Shop, database_url: s
     assert "DP112" in [finding.code for finding in findings]
 
 
+def test_a_store_without_its_table_is_a_finding(redis_place: RedisPlace, database_engine: sa.Engine) -> None:
+    app = redis_place.app(idempotency=Idempotency(SqlStore(database_engine)))
+    app.actor(lambda number: None, actor_name="send_mail", idempotency_key="{number}")
+    assert "DP112" not in [finding.code for finding in ops.check_live(app.broker)[0]]
+    with database_engine.begin() as connection:
+        connection.execute(sa.text(f"DROP TABLE {KEYS}"))
+    (finding,) = [one for one in ops.check_live(app.broker)[0] if one.code == "DP112"]
+    assert finding.message.startswith(f"The database has no table {KEYS}: call dramatiq_policies.sql.create_tables")
+
+
 @pytest.mark.parametrize(
     ("database_url", "ending"),
     [("postgresql", signal.SIGTERM), ("mariadb", signal.SIGTERM), ("sqlite", signal.SIGINT)],
@@ -114,7 +124,7 @@ def test_the_relay_is_a_process_that_publishes_and_ends_cleanly(
     assert place.left() == []
     process = subprocess.Popen([*command, "relay", "relayed_app"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        until(lambda: len(place.left()) == 150)
+        until(lambda: place.ready() == 150)
         process.send_signal(ending)
         _, said = process.communicate(timeout=20)
     finally:
