@@ -74,7 +74,7 @@ class Outbox(PolicyMiddleware):
         after_fork(self)
 
     def _reset(self) -> None:
-        for name in ("database", "table", "batch", "publication", "publisher"):
+        for name in ("database", "table", "batch", "publication", "publisher", "_relay"):
             vars(self).pop(name, None)
         self.reset_after_fork()
 
@@ -241,7 +241,11 @@ class Outbox(PolicyMiddleware):
         Raises:
           Exception: The error of the database.
         """
-        return self._make_relay().relay()[0]
+        return self._relay.relay()[0]
+
+    @cached_property
+    def _relay(self) -> Relay:
+        return self._make_relay()
 
     def _make_relay(self) -> Relay:
         return Relay(self.database, self.publication, self.missing_table)

@@ -18,6 +18,7 @@ __all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxSta
 MESSAGE, MEMBER = "message", "member"
 
 _TEXT = 255
+_LENGTHS = (1, 10, 100, 500)
 _ERROR = 1_000
 
 
@@ -297,7 +298,13 @@ class OutboxTable:
 
 
 def _names(prefix: str, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-    params = {f"{prefix}{number}": value for number, value in enumerate(values)}
+    """Return the parameters of a list: their names for the statement, and their values.
+
+    The last value is repeated up to one of a few lengths, because adapters cache statements by their text.
+    """
+    length = next((length for length in _LENGTHS if length >= len(values)), len(values))
+    padded = [*values, *[values[-1]] * (length - len(values))]
+    params = {f"{prefix}{number}": value for number, value in enumerate(padded)}
     return ", ".join(f":{name}" for name in params), params
 
 

@@ -25,8 +25,9 @@ __all__ = ["Publisher", "Ticket"]
 
 logger = SafeLogger("dramatiq_policies.outbox")
 
-#: Rows per batch.
-BATCH = 100
+#: Commits to publish together, and rows at a time.
+_TOGETHER = 100
+_PART = 500
 #: Seconds without work until the thread ends.
 _IDLE = 30.0
 #: The most waiting rows. A relay publishes the others after their lease: the broker is frozen, or slow.
@@ -122,20 +123,18 @@ class Publisher:
                         return
                     self._thread = me
                     continue
-                self._publish([first, *self._more(len(first.written.ids))])
+                self._publish([first, *self._more()])
         finally:
             self._publication.batch.close()
 
-    def _more(self, count: int) -> list[Ticket]:
-        """Take further waiting rows, up to a batch."""
+    def _more(self) -> list[Ticket]:
+        """Take further waiting rows."""
         more: list[Ticket] = []
-        while count < BATCH:
+        while len(more) < _TOGETHER - 1:
             try:
-                ticket = self._queue.get_nowait()
+                more.append(self._queue.get_nowait())
             except Empty:
                 break
-            more.append(ticket)
-            count += len(ticket.written.ids)
         return more
 
     def _publish(self, tickets: list[Ticket]) -> None:
@@ -160,8 +159,8 @@ class Publisher:
         ids = [row_id for one in written for row_id in one.ids]
         owners = [one.owner for one in written]
         since = min(one.since for one in written if one.since is not None)
-        for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
+        for start in range(0, len(ids), _PART):
+            part = ids[start : start + _PART]
             lost = self.publish_part(self._database.run, part, owners, since)
             if lost is not None:
                 logger.info("The broker is unreachable; committed messages wait in the outbox: %s", lost)

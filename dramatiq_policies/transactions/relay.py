@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.safe_logger import SafeLogger
 from .database import is_missing_table
 from .publication import Lease, Publication
-from .publisher import BATCH
 from .scope import Written
 
 if TYPE_CHECKING:
     from .database import Database
+    from .outbox_table import Row
 
 __all__ = ["Relay"]
 
@@ -23,6 +23,9 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 #: Seconds between two polls, and the longest pause while the database or the broker is unreachable.
 POLL = 1.0
 _LONGEST_PAUSE = 5.0
+#: How many rows to take: at first, at least and at most. As many as have these bytes in all, by the batch before.
+_FIRST, _LEAST, _MOST = 100, 10, 500
+_BYTES = 4_000_000
 
 
 class Relay:
@@ -40,6 +43,7 @@ class Relay:
         self._missing_table = missing_table
         self._said_missing = False
         self._failures = 0
+        self._limit = _FIRST
 
     def run(self, stop: threading.Event) -> None:
         """Publish until ``stop`` is set; finish the present batch."""
@@ -62,7 +66,7 @@ class Relay:
             logger.info("The relay of the outbox works again.")
         if not taken:
             self._publication.batch.serve()
-        return 0 if taken == BATCH else POLL
+        return 0 if taken >= _LEAST else POLL
 
     def relay(self) -> tuple[int, Exception | None]:
         """Publish one batch. Returns the number of taken rows, and the error of an unreachable broker.
@@ -71,16 +75,18 @@ class Relay:
           Exception: The error of the database.
         """
         database, table = self._database, self._publication.table
-        since, owner = monotonic(), Written().owner
-        rows: list[Any]
+        since, owner, limit = monotonic(), Written().owner, self._limit
+        rows: list[Row]
         if database.dialect == "postgresql":
-            rows = database.run(lambda connection: table.take_due(connection, owner, BATCH))
+            rows = database.run(lambda connection: table.take_due(connection, owner, limit))
         elif database.run(table.has_due):
-            rows = database.transaction(lambda connection: table.take_due(connection, owner, BATCH))
+            rows = database.transaction(lambda connection: table.take_due(connection, owner, limit))
         else:
             rows = []
         if not rows:
             return 0, None
+        size = sum(len(row.body) for row in rows) / len(rows)
+        self._limit = max(_LEAST, min(_MOST, int(_BYTES / max(1, size))))
         return len(rows), self._publication.publish(database.run, Lease(rows, [owner], since))
 
     def _failed(self, error: Exception) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -135,6 +137,26 @@ def test_a_process_that_is_killed_between_publication_and_deletion_sends_twice_w
     found = [message.message_id for message in shop.messages()]
     # Redis still has the first one, and takes it for the same.
     assert found == [message_id] * (1 if isinstance(shop.place, RedisPlace) else 2)
+
+
+def test_a_process_that_stood_still_for_longer_than_its_lease_leaves_its_rows_to_the_relay(shop):
+    code = """
+        after_commit = Outbox.after_commit
+        def freeze(*args, **kwargs):
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return after_commit(*args, **kwargs)
+        Outbox.after_commit = freeze
+        order(1, 2)
+    """
+    process = start(shop, code)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    with shop.relaying():
+        until(lambda: shop.pending() == 0, 25)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert shop.left() == [1, 2]
 
 
 def test_the_rows_of_a_relay_that_is_killed_are_sent_by_another(shop):
