@@ -47,7 +47,7 @@ def outbox_of(broker: Broker) -> Outbox:
     if found is None:
         raise OperationError(
             "The broker has no outbox. "
-            + how_to_add("SqlOutbox(engine), or DjangoOutbox() in Django", "install(broker, outbox=SqlOutbox(engine))")
+            + how_to_add("dramatiq_policies.contrib.django.DjangoOutbox", "install(broker, outbox=SqlOutbox(engine))")
             + "."
         )
     return found

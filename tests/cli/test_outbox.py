@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import sys
 
 import pytest
 import sqlalchemy as sa
@@ -172,11 +173,14 @@ def test_purge_asks_what_it_deletes_and_deletes_what_was_meant(command, shop):
 
 
 @pytest.mark.parametrize("words", [("list",), ("retry",), ("purge",), ("relay",)])
-def test_an_app_without_an_outbox_is_told_how_to_have_one(command, words):
+def test_an_app_without_an_outbox_is_told_how_to_have_one(command, words, monkeypatch):
+    monkeypatch.delitem(sys.modules, "django_dramatiq", raising=False)
     app = command.app("@dramatiq.actor\ndef job():\n    pass\n")
     said = command.refuses("outbox", *words, app)
     assert said.startswith("Error: The broker has no outbox. ")
     assert "install(broker, outbox=SqlOutbox(engine))" in said
+    monkeypatch.setitem(sys.modules, "django_dramatiq", sys)
+    assert "DjangoOutbox to MIDDLEWARE of DRAMATIQ_BROKER" in command.refuses("outbox", *words, app)
 
 
 @pytest.mark.parametrize("words", [("list",), ("retry",), ("purge", "--yes")])
