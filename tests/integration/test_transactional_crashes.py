@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session
 from dramatiq_policies import Idempotency, current_job, install
 from dramatiq_policies.sql import SqlOutbox, SqlStore
 
+began = time.monotonic()
 folder = pathlib.Path(os.environ["APP_FOLDER"])
 
 def once(name):
@@ -42,6 +43,8 @@ def once(name):
 
 def die(point, order):
     if order == point and once(f"died{{point}}"):
+        # Dramatiq's main process waits forever if a worker dies while it reports its boot.
+        time.sleep(max(0, began + 1 - time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
 
 class BeforeAck(Middleware):
