@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
-from ..transactions.transactional_jobs import Base, Shop, TransactionalJobs
+from dramatiq_policies import TimeoutExceeded, current_job
+
+from ..transactions.transactional_jobs import TWICE, Base, Payment, Shop, TransactionalJobs
 from .databases import async_engine, make_empty_tables, with_driver
 
 
@@ -28,3 +32,58 @@ class TestOnServers(TransactionalJobs):
         yield shop
         shop.close()
         sync.dispose()
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("server", ["postgresql", "mariadb"])
+def test_under_a_stricter_isolation_a_conflict_goes_by_the_rules_and_the_effect_is_there_once(
+    request: pytest.FixtureRequest, server: str, level: str
+) -> None:
+    url = request.getfixturevalue(f"{server}_url")
+    make_empty_tables(url)
+    engine = sa.create_engine(with_driver(url), isolation_level=level)
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    shop = Shop(engine, engine)
+
+    async def body(job: Any, order: int) -> None:
+        await job.call("execute", sa.select(Payment))
+        if current_job().attempt == 1:
+            shop.idempotency.claims.leases.renew()
+        await job.add(Payment(order=order))
+        shop.note.send(current_job().attempt)
+
+    shop.actor(body, retry_on={DBAPIError: TWICE}).send(7)
+    shop.drain()
+    attempts = len(shop.outcomes())
+    assert (shop.payments(), shop.done) == ([7], [(attempts,)])
+    assert shop.outcomes()[-1] == ("succeeded", None)
+    assert server == "mariadb" or attempts == 2
+    shop.close()
+    engine.dispose()
+
+
+def test_an_interrupt_within_a_statement_gives_up_the_connection(postgresql_url: str) -> None:
+    make_empty_tables(postgresql_url)
+    engine = sa.create_engine(with_driver(postgresql_url), pool_size=1, max_overflow=0)
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    shop = Shop(engine, engine)
+    backends = []
+
+    async def body(job: Any, order: int) -> None:
+        backends.append((await job.call("execute", sa.text("SELECT pg_backend_pid()"))).scalar())
+        await job.add(Payment(order=order))
+        shop.note.send(order)
+        if len(backends) == 1:
+            with suppress(TimeoutExceeded):
+                for _ in range(1_000):
+                    await job.call("execute", sa.text("SELECT pg_sleep(0.01)"))
+
+    shop.actor(body, timeout=300, retry_on={TimeoutExceeded: TWICE}).send(7)
+    shop.stage.run()
+    assert shop.outcomes() == [("retried", None), ("succeeded", None)]
+    assert (shop.payments(), shop.done) == ([7], [(7,)])
+    assert len(set(backends)) == 2
+    shop.close()
+    engine.dispose()

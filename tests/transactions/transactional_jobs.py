@@ -298,6 +298,18 @@ class TransactionalJobs:
         assert shop.outcomes() == [("duplicate", "stale")]
         assert Idempotency.state(pay, 7).owner == "elsewhere:1:place:1"
 
+    def test_the_lease_is_renewed_while_the_job_runs(self, shop):
+        async def body(job, order):
+            await job.call("execute", sa.select(Payment))  # A snapshot, where there are any.
+            before = shop.store.get(shop.claim().name).left
+            shop.idempotency.claims.leases.renew()
+            assert shop.store.get(shop.claim().name).left >= before - 1_000
+            await job.add(Payment(order=order))
+
+        shop.actor(body).send(7)
+        shop.drain()
+        assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+
     def test_a_run_whose_key_was_forgotten_completes_the_key(self, shop):
         async def body(job, order):
             assert Idempotency.forget(pay, 7)
