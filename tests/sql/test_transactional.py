@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
+from dramatiq_policies.sql.database import SqlDatabase
 
-from ..transactions.transactional_jobs import Base, Shop, TransactionalJobs
+from ..transactions.transactional_jobs import Base, Payment, Shop, TransactionalJobs
 
 
 @pytest.fixture
@@ -27,3 +31,23 @@ class TestOnSqlite(TransactionalJobs):
         shop = Shop(engine, engine if request.param == "sync" else create_async_engine(url))
         yield shop
         shop.close()
+
+
+def test_the_one_writer_of_sqlite_neither_loses_its_claim_nor_stops_the_renewal_of_others(engine):
+    shop = Shop(engine, engine)
+    shop.store.database.close()
+    shop.store.database = SqlDatabase(engine, patience=200)
+    claims = shop.idempotency.claims
+
+    async def body(job, order):
+        await job.add(Payment(order=order))
+        began = time.monotonic()
+        with pytest.raises(StoreDown):
+            claims.leases.renew()
+        assert time.monotonic() - began < 5
+
+    shop.actor(body).send(7)
+    shop.drain()
+    claims.leases.renew()
+    assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+    shop.close()
