@@ -206,11 +206,14 @@ class TransactionalJobs:
         """Return the follow-up messages that the hooks of a success would leave: the pipeline's next stage, the group, ``on_success``."""
         broker, proxy = self.state.broker, delivery.proxy
         assert proxy is not None  # From the before-hooks to the after-hooks.
-        for middleware in reversed(broker.middleware):
-            if isinstance(middleware, (Pipelines, GroupCallbacks, Callbacks)):
-                middleware.after_process_message(broker, proxy, result=result)
-        steps, delivery.follow_ups = delivery.follow_ups, None
-        return steps or []
+        try:
+            for middleware in reversed(broker.middleware):
+                if isinstance(middleware, (Pipelines, GroupCallbacks, Callbacks)):
+                    middleware.after_process_message(broker, proxy, result=result)
+            return delivery.follow_ups or []
+        finally:
+            # If the run fails now, others follow.
+            delivery.follow_ups = None
 
     def _complete(self, connection: Connection, claim: Claim) -> None:
         store = self._store

@@ -28,7 +28,7 @@ class TestOnServers(TransactionalJobs):
         sync = sa.create_engine(with_driver(database_url))
         Base.metadata.drop_all(sync)
         Base.metadata.create_all(sync)
-        shop = Shop(sync, sync if request.param == "sync" else async_engine(database_url))
+        shop = Shop(sync, sync if request.param == "sync" else async_engine(database_url, poolclass=sa.NullPool))
         yield shop
         shop.close()
         sync.dispose()

@@ -7,6 +7,7 @@ import time
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
@@ -28,7 +29,7 @@ class TestOnSqlite(TransactionalJobs):
     @pytest.fixture(params=["sync", "async"])
     def shop(self, engine, request):
         url = f"sqlite+aiosqlite:///{engine.url.database}"
-        shop = Shop(engine, engine if request.param == "sync" else create_async_engine(url))
+        shop = Shop(engine, engine if request.param == "sync" else create_async_engine(url, poolclass=NullPool))
         yield shop
         shop.close()
 

@@ -9,7 +9,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from dramatiq_policies import ConfigurationError, Idempotency, current_job, install
 from dramatiq_policies.sql import SqlOutbox, SqlStore, create_tables
@@ -90,7 +90,7 @@ def test_two_engines_of_one_database_will_do(engine):
 
 
 def test_a_sync_actor_needs_a_sync_engine_and_an_async_actor_an_async_one(engine):
-    aengine = create_async_engine(f"sqlite+aiosqlite:///{engine.url.database}")
+    aengine = create_async_engine(f"sqlite+aiosqlite:///{engine.url.database}", poolclass=NullPool)
     with pytest.raises(ConfigurationError, match="needs an async engine, because the actor is an async actor"):
         declare(
             broker_with(outbox=SqlOutbox(engine), idempotency=Idempotency(SqlStore(engine))), pay_later, idempotent=True
@@ -172,7 +172,7 @@ def test_a_transactional_job_is_crash_safe(engine):
 
 def test_an_async_transactional_job_is_crash_safe(engine):
     till = Till(engine)
-    aengine = create_async_engine(f"sqlite+aiosqlite:///{engine.url.database}")
+    aengine = create_async_engine(f"sqlite+aiosqlite:///{engine.url.database}", poolclass=NullPool)
     broker = broker_with(outbox=SqlOutbox(aengine), idempotency=Idempotency(SqlStore(aengine)))
 
     async def pay_twice(order):
