@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
 from ..interrupts.coroutines import is_async
+from ..middleware.ordering import order_middleware
 from .draining import WorkerDied, drain, drain_in_progress
 from .faults import die_in_job, redeliver
 from .outboxes import AfterCommit, Unpublished, after_commits, outbox_of
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from dramatiq import Actor
     from dramatiq.brokers.stub import StubBroker
 
+    from ..delivery.delivery import Delivery
+    from ..delivery.executor import Proceed
     from ..transactions.database import Connection
     from ..transactions.publisher import Ticket
     from ..transactions.scope import Written
@@ -36,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_crash_safe"]
 
-#: Stand for moments without a line: after the last line, before the ack; after a commit of the outbox's transaction, before its
-#: messages are published.
-_END, _COMMITTED = 0, -1
+#: Stand for moments without a line: after the last line; after a commit, before the outbox publishes the messages; after the commit of
+#: a transactional job, before the ack.
+_END, _COMMITTED, _DONE = 0, -1, -2
 
 
 class Point(NamedTuple):
@@ -63,7 +67,7 @@ def assert_crash_safe(
     The job runs undisturbed first. Then, for each line of the job, a worker dies just before the line (in a loop: at the first,
     second and last pass), and the broker delivers the message again. Two more runs: a crash after the last line, before the
     ack, and a message that is delivered twice. With an outbox, the worker also dies after each commit, before the messages of the
-    commit are published. Each run ends with empty queues, on a fresh StubBroker with an empty
+    commit are published; and after the commit of a transactional job, before the ack. Each run ends with empty queues, on a fresh StubBroker with an empty
     idempotency store.
 
     Parameters:
@@ -156,6 +160,8 @@ class _Scene:
         time = "" if point.visit == 1 else f" (time {point.visit})"
         if point.line == _COMMITTED:
             return f"after a commit, before its messages are published{time}:\n    {file}"
+        if point.line == _DONE:
+            return f"after the commit of the job's transaction, before the ack{time}:\n    {file}"
         source = linecache.getline(file, point.line).strip()
         return f"before line {point.line}{time}:\n    {file}:{point.line}: {source}"
 
@@ -176,6 +182,7 @@ class _Scene:
             return _traced(fn, self.code, come_by) if traced else fn
 
         with stub(self.actor.broker) as broker, in_place_of(self.actor, trace), _noting_commits(broker, come_by):
+            order_middleware(broker).add_around_job(partial(_note_commit, self.actor, come_by), order=-1)
             message = self.actor.send(*self.args, **self.kwargs)
             if twice:
                 redeliver(message, broker)
@@ -212,6 +219,15 @@ def _noting_commits(broker: StubBroker, come_by: Callable[[int], None]) -> Itera
 
     with after_commits(outbox, noting):
         yield
+
+
+def _note_commit(actor: Actor[..., Any], come_by: Callable[[int], None], delivery: Delivery, proceed: Proceed) -> Any:
+    """Run a job, and call ``come_by`` if the job is transactional and was committed."""
+    result = proceed(delivery)
+    transaction = delivery.transaction
+    if transaction is not None and transaction.is_committed and delivery.message.actor_name == actor.actor_name:
+        come_by(_DONE)
+    return result
 
 
 def _code_of(fn: Any) -> CodeType:

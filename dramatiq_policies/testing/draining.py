@@ -30,6 +30,7 @@ from ..delivery.delivery import current
 from ..errors import checked_duration
 from ..interrupts import threads as interrupts
 from ..middleware.metrics import Metrics
+from .django_connections import connections_stay_open
 from .inline_worker import InlineWorker
 from .recorder import recording
 from .run import Entry, Run
@@ -151,6 +152,7 @@ class Drain:
             stack.callback(setattr, state, "stopping", state.stopping)
             state.stopping = VirtualStop(self.clock)
             stack.callback(self._take_worker_off)
+            stack.enter_context(connections_stay_open(self.broker))
             stack.callback(self._worker.stop)
             self._worker.start()
             self._exit = stack.pop_all()

@@ -225,7 +225,7 @@ class Outbox(PolicyMiddleware):
         """Return the state before a job, for `forget_job`. For the test kit."""
         return innermost()
 
-    def forget_job(self, before: object) -> None:
+    def forget_job(self, before: Any) -> None:
         """End the transactions left open by a job with a dead worker. For the test kit."""
         leave_since(before)
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import dramatiq
 import pytest
 import sqlalchemy as sa
+from dramatiq import group, pipeline
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
+from dramatiq.middleware import GroupCallbacks
+from dramatiq.rate_limits.backends import StubBackend as StubLimits
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend as StubResults
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from dramatiq_policies import install
-from dramatiq_policies.sql import SqlOutbox, create_tables
-from dramatiq_policies.testing import assert_crash_safe, crash, drain, enqueue_down, perform, stub
+from dramatiq_policies import Idempotency, current_job, install
+from dramatiq_policies.sql import SqlOutbox, SqlStore, create_tables
+from dramatiq_policies.testing import (
+    assert_crash_safe,
+    crash,
+    crash_safety,
+    drain,
+    enqueue_down,
+    fail,
+    perform,
+    store_down,
+    stub,
+)
 
 
 class Base(DeclarativeBase):
@@ -205,3 +222,125 @@ def test_a_crash_after_the_commit_repeats_the_messages_of_a_job_without_a_key(sh
         assert_crash_safe(shop.take, 1, effects=lambda: list(shop.confirmed), reset=shop.reset)
     assert "after a commit, before its messages are published" in str(caught.value)
     assert shop.rows() == 0
+
+
+# Transactional jobs.
+
+
+class Till(Shop):
+    """An application whose jobs are transactional: a payment, what follows from it, and the completion of its key."""
+
+    def __init__(self, engine, broker, *, transactional=True):
+        self.engine = engine
+        self.broker = broker
+        self.receipts = []
+        broker.add_middleware(GroupCallbacks(StubLimits()))
+        broker.add_middleware(Results(backend=StubResults()))
+        store = SqlStore(engine)
+        install(broker, outbox=SqlOutbox(engine), idempotency=Idempotency(store))
+        once = {"broker": broker, "idempotency_key": "{order}", "transactional": transactional, "max_retries": 0}
+
+        @dramatiq.actor(broker=broker, actor_name="receipt", queue_name="mail", idempotent=True)
+        def receipt(order):
+            self.receipts.append(order)
+
+        @dramatiq.actor(actor_name="pay", **once)
+        def pay(order):
+            with self.payment(order) as session:
+                session.add(Order(id=order))
+                receipt.send(order)
+                session.flush()
+
+        self.receipt, self.pay = receipt, pay
+
+    @contextmanager
+    def payment(self, order):
+        """The session of the job; or one of its own, as without `transactional`."""
+        if self.pay.options["transactional"]:
+            yield current_job().session
+            return
+        with Session(self.engine) as session, session.begin():
+            yield session
+
+    def effects(self):
+        return self.orders(), sorted(self.receipts)
+
+    def reset(self):
+        self.receipts.clear()
+        with Session(self.engine) as session, session.begin():
+            session.execute(sa.delete(Order))
+
+
+def test_a_transactional_job_is_crash_safe_and_sends_once(engine):
+    till = Till(engine, StubBroker())
+    assert_crash_safe(till.pay, 7, effects=till.effects, reset=till.reset)
+    assert till.rows() == 0
+
+
+def test_the_same_job_without_its_transaction_is_not(engine):
+    till = Till(engine, StubBroker(), transactional=False)
+    with pytest.raises(AssertionError, match="pay is not crash-safe"):
+        assert_crash_safe(till.pay, 7, effects=till.effects, reset=till.reset)
+
+
+@pytest.mark.parametrize(
+    ("line", "when", "end"),
+    [
+        (0, "after the last line of the job", "succeeded"),
+        (-1, "after a commit, before its messages are published", "duplicate"),
+        (-2, "after the commit of the job's transaction, before the ack", "duplicate"),
+    ],
+)
+def test_a_worker_dies_before_the_commit_and_after(engine, line, when, end):
+    till = Till(engine, StubBroker())
+    scene = crash_safety._Scene(till.pay, (7,), {}, till.effects, till.reset)
+    expected = scene.undisturbed()
+    (point,) = (point for point in scene.points if point.line == line)
+    assert when in scene.describe(point)
+    effects, run = scene.play(die_at=point)
+    assert (effects, run.outcomes(till.pay)) == (expected, [end])
+
+
+def test_a_pipeline_and_a_group_of_transactional_jobs_go_on_in_a_drain(engine):
+    till = Till(engine, StubBroker())
+    done = till.receipt.message_with_options(args=(98,), pipe_ignore=True)
+    pipeline([till.pay.message(3), done], broker=till.broker).run()
+    some = group([till.pay.message(order) for order in (1, 2)], broker=till.broker)
+    some.add_completion_callback(till.receipt.message(99))
+    some.run()
+    run = drain(till.broker)
+    assert run.outcomes(till.pay) == ["succeeded"] * 3
+    assert till.effects() == ([1, 2, 3], [1, 2, 3, 98, 99])
+
+
+def test_with_the_store_down_a_transactional_job_waits(engine):
+    till = Till(engine, StubBroker())
+    till.pay.send(1)
+    with store_down(till.broker, times=1):
+        run = drain(till.broker)
+    assert run.outcomes(till.pay) == ["deferred", "succeeded"]
+    assert till.effects() == ([1], [1])
+
+
+def test_with_the_broker_down_a_transactional_job_commits_and_its_messages_come_later(engine):
+    till = Till(engine, StubBroker())
+    till.pay.send(1)
+    with enqueue_down(till.broker):
+        assert drain(till.broker, until=0).outcomes(till.pay) == ["succeeded"]
+        assert (till.orders(), till.receipts, till.rows()) == ([1], [], 1)
+    drain(till.broker).assert_outcomes(till.receipt, "succeeded")
+    assert till.effects() == ([1], [1])
+
+
+def test_a_failed_transactional_job_leaves_nothing(engine):
+    till = Till(engine, StubBroker())
+    till.pay.send(1)
+    with fail(till.pay, ValueError):
+        drain(till.broker).assert_outcomes(till.pay, "dead")
+    assert (till.effects(), till.rows()) == (([], []), 0)
+
+
+def test_performing_a_transactional_job_commits_and_drops_its_messages(engine):
+    till = Till(engine, StubBroker())
+    assert perform(till.pay, 1).outcome == "succeeded"
+    assert till.effects() == ([1], [])

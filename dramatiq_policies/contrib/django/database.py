@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from weakref import finalize
 
 from django.core import mail
-from django.db import connections
+from django.db import connections, transaction
 from django.db.utils import load_backend
 
 from ...common.forks import after_fork
@@ -18,6 +18,7 @@ from ...errors import ConfigurationError
 from ...transactions.database import Connection, Result
 from ...transactions.session import in_transaction, repeated, session_settings, sever
 from ...transactions.threads import Call, DatabaseThreads
+from .connections import is_of_a_test_case
 
 __all__ = ["DjangoConnection", "DjangoDatabase", "checked_using", "how_to_migrate"]
 
@@ -90,7 +91,7 @@ class DjangoDatabase:
 
     They belong neither to a request nor to a job, and `connections.close_all()` does not close them. While Django's test
     environment is set up, no connection is kept: else a test database could not be dropped. An SQLite database in memory is called
-    over the connection of the calling thread.
+    over the connection of the calling thread, and so is any database in a ``TestCase``, whose transaction locks what a job writes.
 
     Parameters:
       using: The alias.
@@ -121,8 +122,13 @@ class DjangoDatabase:
         self._open()
 
     def run(self, work: Callable[[Connection], T]) -> T:
-        if _is_in_memory(connections[self.using]):
-            return repeated(lambda deadline: work(DjangoConnection(connections[self.using])), self._patience)
+        connection = connections[self.using]
+        if _is_in_memory(connection):
+            return repeated(lambda deadline: work(DjangoConnection(connection)), self._patience)
+        if is_of_a_test_case(connection):
+            # In a savepoint: an error must not end the transaction of the test.
+            with transaction.atomic(using=self.using):
+                return work(DjangoConnection(connection))
         return repeated(partial(self._threads.call, partial(self._run, work)), self._patience)
 
     @property
@@ -135,7 +141,8 @@ class DjangoDatabase:
         return self._calls
 
     def transaction(self, work: Callable[[Connection], T]) -> T:
-        if _is_in_memory(connections[self.using]):
+        connection = connections[self.using]
+        if _is_in_memory(connection) or is_of_a_test_case(connection):
             return self.run(work)
         return self.run(partial(_in_transaction, work))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from django.db import connections
 
@@ -84,10 +84,22 @@ class DjangoOutbox(Outbox):
     def make_database(self) -> Database:
         return DjangoDatabase(self.using, limit=_CONNECTIONS)
 
+    def before_job(self) -> tuple[object, int]:
+        return super().before_job(), sum(len(one.atomic_blocks) for one in self._connections())
+
+    def forget_job(self, before: Any) -> None:
+        inner, blocks = before
+        super().forget_job(inner)
+        for connection in self._connections():
+            while len(connection.atomic_blocks) > blocks:
+                connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)
+
+    def _connections(self) -> list[Any]:
+        """Return the connection of this thread to the outbox's database, if there is one."""
+        # Not `connections[using]`, which would make a connection where none is needed.
+        return [one for one in connections.all(initialized_only=True) if one.alias == self.using]
+
     def find_scope(self) -> Scope | None:
         """Return the ``atomic`` block of this thread; None outside of one."""
-        # Not `connections[using]`, which would make a connection where none is needed.
-        for connection in connections.all(initialized_only=True):
-            if connection.alias == self.using and in_atomic_of_the_app(connection):
-                return AtomicScope(connection)
-        return None
+        found = [one for one in self._connections() if in_atomic_of_the_app(one)]
+        return AtomicScope(found[0]) if found else None
