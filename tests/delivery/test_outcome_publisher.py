@@ -23,6 +23,13 @@ def test_an_observer_without_successes_is_called_for_the_other_outcomes_only() -
     assert seen[1:] == [("one", Outcome.DEAD, None), ("two", Outcome.DEAD, None)]
 
 
+def test_without_observers_no_success_is_observed_and_nothing_happens() -> None:
+    outcomes = OutcomePublisher()
+    assert not outcomes.successes_observed
+    outcomes.publish(SUCCEEDED, None)
+    outcomes.publish(DEAD, None)
+
+
 def test_observers_are_called_in_their_order_except_for_one_that_asks_to_be_first() -> None:
     outcomes, seen = OutcomePublisher(), []
     for name, first in (("one", False), ("two", False), ("zero", True)):
