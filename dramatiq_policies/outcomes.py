@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._job_errors import quietly
 from .common.safe_logger import SafeLogger
 from .common.texts import encodable
+
+if TYPE_CHECKING:
+    from dramatiq import Message
+    from dramatiq.broker import MessageProxy
 
 __all__ = ["Outcome", "OutcomeEvent", "StuckJob", "Subscriber"]
 
@@ -112,13 +116,13 @@ class OutcomeEvent:
         }
 
 
-def traceparent_of(message: Any) -> str | None:
+def traceparent_of(message: Message[Any] | MessageProxy | None) -> str | None:
     """Return the message's option ``traceparent``, the trace of its sender, if it is a text."""
     value = None if message is None else message.options.get("traceparent")
     return value[:200] if isinstance(value, str) and value else None
 
 
-def extra_of(event: OutcomeEvent, message: Any) -> dict[str, Any]:
+def extra_of(event: OutcomeEvent, message: Message[Any] | MessageProxy | None) -> dict[str, Any]:
     """Return the fields of a log record, with the message's ``traceparent`` if it has one."""
     traceparent = traceparent_of(message)
     return event.extra() if traceparent is None else {**event.extra(), "traceparent": traceparent}

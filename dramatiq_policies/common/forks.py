@@ -6,20 +6,20 @@ import os
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["BeginsAnew", "after_fork"]
+__all__ = ["ForkAware", "after_fork"]
 
 
-class BeginsAnew(Protocol):
+class ForkAware(Protocol):
     """An object with state per process."""
 
     def reset_after_fork(self) -> None:
         """Called in the forked child, before other threads start."""
 
 
-_all: WeakSet[BeginsAnew] = WeakSet()
+_all: WeakSet[ForkAware] = WeakSet()
 
 
-def after_fork(one: BeginsAnew) -> None:
+def after_fork(one: ForkAware) -> None:
     """Call ``reset_after_fork`` in every forked child, for the lifetime of the object."""
     _all.add(one)
 

@@ -25,6 +25,8 @@ from .settlement import settle_and_ack
 from .validation import check_composition, clean_options, is_number, without_stack
 
 if TYPE_CHECKING:
+    from dramatiq import Worker
+
     from .transport import Transport
 
 __all__ = ["PolicyConsumer", "quiet"]
@@ -171,7 +173,7 @@ def _body_of(message: Message[Any]) -> bytes | None:
         return None
 
 
-def quiet(worker: Any) -> None:
+def quiet(worker: Worker) -> None:
     """Begin no further job on a worker in shutdown. The consumers set messages aside and requeue them at the end.
 
     Consumers run on while jobs end. Otherwise an idle thread could take a message just interrupted by the shutdown and

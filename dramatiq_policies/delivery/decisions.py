@@ -127,7 +127,7 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
     return run.decision(Outcome.ALERTED, rule=rule.id, dead_letter=True)
 
 
-def _requested_delay(message: MessageProxy, request: Any) -> int | None:
+def _requested_delay(message: MessageProxy, request: Retry | Snooze) -> int | None:
     """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None for other values."""
     what = f"The delay of the {'Snooze' if is_a(request, Snooze) else 'Retry'} in message {message.message_id}"
     try:

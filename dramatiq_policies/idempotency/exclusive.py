@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import Condition
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..delivery.delivery import Delivery
 
 __all__ = ["ExclusiveRuns"]
 
@@ -35,10 +38,10 @@ class ExclusiveRuns:
       running: The deliveries whose jobs run.
     """
 
-    def __init__(self, expose: Callable[[Any], bool] = lambda delivery: True) -> None:
-        self.running: set[Any] = set()
+    def __init__(self, expose: Callable[[Delivery], bool] = lambda delivery: True) -> None:
+        self.running: set[Delivery] = set()
         self._expose = expose
-        self._alone: Any = None
+        self._alone: Delivery | None = None
         #: Until when, in monotonic seconds, other jobs wait for the job that runs alone. None while the job itself waits for
         #: the others to end.
         self._until: float | None = None
@@ -51,13 +54,13 @@ class ExclusiveRuns:
 
     # Lock-free, because every job passes here. Both sides publish, then check: at least one sees the other (Dekker).
 
-    def enter(self, delivery: Any) -> None:
+    def enter(self, delivery: Delivery) -> None:
         """Begin a job, after waiting for a job running alone."""
         self.running.add(delivery)
         while self._alone is not None:
             self._wait_outside(delivery)
 
-    def _wait_outside(self, delivery: Any) -> None:
+    def _wait_outside(self, delivery: Delivery) -> None:
         """Wait while a job runs alone. After the job's time alone is over, record this in the store, and begin."""
         with self._changed:
             self.running.discard(delivery)
@@ -68,8 +71,7 @@ class ExclusiveRuns:
                 if left is not None and left <= 0:
                     break
                 self._changed.wait(left)
-            is_over = alone is not None and self._alone is alone
-            if not is_over:
+            if alone is None or self._alone is not alone:
                 self.running.add(delivery)
                 return
         # Outside the lock: the store may be slow.
@@ -83,7 +85,7 @@ class ExclusiveRuns:
                 self._changed.notify_all()
             self.running.add(delivery)
 
-    def leave(self, delivery: Any) -> None:
+    def leave(self, delivery: Delivery) -> None:
         self.running.discard(delivery)
         if self._alone is not None:
             with self._changed:
@@ -91,7 +93,7 @@ class ExclusiveRuns:
                     self._alone = None
                 self._changed.notify_all()
 
-    def make_alone(self, delivery: Any, unproven: int = 0) -> bool:
+    def make_alone(self, delivery: Delivery, unproven: int = 0) -> bool:
         """Wait until the job of a delivery, already entered, runs alone, and keep other jobs out until the job leaves.
 
         Other jobs stay out for 30 s, at most ten minutes: the time doubles with each start that proved nothing

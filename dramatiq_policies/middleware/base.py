@@ -64,7 +64,7 @@ class Installer(NamedTuple):
     """The functions of `ordering`, which imports every middleware and so can't be imported here."""
 
     order_middleware: Callable[[Broker], BrokerState]
-    resolve_actor: Callable[[BrokerState, Any], None]
+    resolve_actor: Callable[[BrokerState, Actor[..., Any]], None]
 
 
 _installers: list[Installer] = []

@@ -29,7 +29,7 @@ from ..rules.rule import RetryPolicy
 from .base import PolicyMiddleware, order_middleware
 
 if TYPE_CHECKING:
-    from dramatiq import Message
+    from dramatiq import Message, Worker
     from dramatiq.broker import Broker, MessageProxy
 
     from ..delivery.broker_state import BrokerState
@@ -228,18 +228,18 @@ class ErrorClassifier(PolicyMiddleware, Retries):
             if decision.dead_letter:
                 message.fail()
 
-    def before_worker_boot(self, broker: Broker, worker: Any) -> None:
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         super().before_worker_boot(broker, worker)
         RuleSet((), self.rules).resolve()
         make_stock_loggers_safe(broker)
         report_unheard(state_of(broker))
         state_of(broker).stopping.clear()
 
-    def before_worker_shutdown(self, broker: Broker, worker: Any) -> None:
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         state_of(broker).stopping.set()
         quiet(worker)
 
-    def after_worker_shutdown(self, broker: Broker, worker: Any) -> None:
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         state = state_of(broker)
         later, state.requeue_after_shutdown = state.requeue_after_shutdown, []
         for put_back in later:

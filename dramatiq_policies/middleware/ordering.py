@@ -7,6 +7,7 @@ import threading
 from time import monotonic
 from typing import Any
 
+from dramatiq import Actor
 from dramatiq.broker import Broker, Consumer
 from dramatiq.middleware import Callbacks as StockCallbacks
 from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
@@ -165,7 +166,7 @@ def _resolve_actors(state: BrokerState) -> None:
     arrangement_of(state).actors = len(broker.actors)
 
 
-def resolve_actor(state: BrokerState, actor: Any) -> None:
+def resolve_actor(state: BrokerState, actor: Actor[..., Any]) -> None:
     """Resolve an actor's options, and wrap its function.
 
     Raises:

@@ -6,11 +6,12 @@ and then on the actor's queue, and so counts it twice.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..outcomes import Outcome
 
 if TYPE_CHECKING:
+    from dramatiq.broker import MessageProxy
     from dramatiq.middleware import Middleware
 
     from ..delivery.broker_state import BrokerState
@@ -25,7 +26,7 @@ def count_retries_of(middleware: Middleware, state: BrokerState) -> None:
     if type(middleware).__module__ != "dramatiq.middleware.prometheus" or "after_enqueue" in vars(middleware):
         return
 
-    def record(event: OutcomeEvent, message: Any) -> None:
+    def record(event: OutcomeEvent, message: MessageProxy | None) -> None:
         # The counter exists only in processes of the dramatiq command.
         counter = getattr(middleware, "total_retried_messages", None)
         if event.outcome is Outcome.RETRIED and counter is not None:

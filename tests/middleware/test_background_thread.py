@@ -88,6 +88,7 @@ def test_a_worker_after_the_last_starts_another_thread_with_a_stop_of_its_own(
 def test_a_worker_that_never_booted_is_no_error(thread: BackgroundThread) -> None:
     unknown: Any = "a worker that never booted"
     thread.remove_worker(unknown)
+    thread.join(PATIENCE)
     assert thread.workers == []
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dramatiq.middleware import AsyncIO
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "check_actor", "check_broker", "retry_horizon"]
 
 
+M = TypeVar("M")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Settings of the gate that no application declares.
@@ -68,7 +71,14 @@ class _Job:
     def __post_init__(self) -> None:
         self.options = self.actor.options
 
-    def one(self, kind: type[Any]) -> Any:
+    @property
+    def classifier(self) -> ErrorClassifier:
+        """The broker's own: the gate orders the middleware, and adds one if there is none."""
+        return next(
+            middleware for middleware in self.state.broker.middleware if isinstance(middleware, ErrorClassifier)
+        )
+
+    def one(self, kind: type[M]) -> M | None:
         return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)
 
     def named(self, name: str) -> Any:
@@ -121,7 +131,12 @@ def _design(job: _Job) -> Found:
     timeout = job.one(Timeout)
     if job.policy.timeout_ms is None:
         yield "DP004", "A run has no time limit"
-    elif job.options.get("timeout") is None and job.options.get("time_limit") is None and not timeout.is_explicit:
+    elif (
+        job.options.get("timeout") is None
+        and job.options.get("time_limit") is None
+        and timeout is not None
+        and not timeout.is_explicit
+    ):
         yield "DP004", "Only the default timeout of ten minutes applies; nobody chose a timeout"
     if job.actor.queue_name == "default":
         yield "DP005", "The actor shares the queue 'default' with all actors without a queue"
@@ -135,7 +150,7 @@ def _design(job: _Job) -> Found:
 
 
 def _uncapped(job: _Job) -> Found:
-    classifier: ErrorClassifier = job.one(ErrorClassifier)
+    classifier = job.classifier
     if classifier.unclassified is not None:
         return
     if job.options.get("retry_when", classifier.retry_when) is not None:
@@ -270,7 +285,7 @@ def _alerts(job: _Job) -> Found:
     rules = job.policy.rules.rules
     if not any(rule.verb is Verb.ALERT or (rule.policy is not None and rule.policy.then == "alert") for rule in rules):
         return
-    classifier: ErrorClassifier = job.one(ErrorClassifier)
+    classifier = job.classifier
     heard = (
         classifier.subscribers or classifier.after_discard or job.policy.after_discard or job.named("SentryReporter")
     )
