@@ -43,8 +43,6 @@ DATABASES = {
 }
 DRIVERS = {"postgresql": "postgresql+psycopg", "mariadb": "mariadb+pymysql"}
 TIMEOUT = 900.0
-#: Transactions that are timed one by one.
-TRANSACTIONS = 500
 
 
 @contextmanager
@@ -147,10 +145,10 @@ def transactions(settings: dict[str, Any]) -> dict[str, Any]:
     spent = dict.fromkeys(kinds, 0.0)
     for call in kinds.values():
         call()
-    for _ in range(TRANSACTIONS):
+    for _ in range(settings["transactions"]):
         for kind, call in kinds.items():
             spent[kind] += timed(call)
-    return {kind: seconds / TRANSACTIONS * 1_000 for kind, seconds in spent.items()}
+    return {kind: seconds / settings["transactions"] * 1_000 for kind, seconds in spent.items()}
 
 
 TASKS = {"relay": relay, "transactions": transactions}
@@ -159,6 +157,7 @@ TASKS = {"relay": relay, "transactions": transactions}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--transactions", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--brokers", nargs="+", default=["redis", "rabbitmq", "rabbitmq with confirms"])
     parser.add_argument("--databases", nargs="+", default=["postgresql", "mariadb", "sqlite"])
@@ -192,6 +191,7 @@ def measurements(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                             "database_url": url,
                             "name": name,
                             "rows": asked.rows,
+                            "transactions": asked.transactions,
                         }
                         found = rounds.measure("benchmarks.outbox", settings, env={}, timeout=TIMEOUT)
                     print(f"{number} {broker}, {database}: {task} {found}", file=sys.stderr)

@@ -100,10 +100,10 @@ class Publisher:
         self._queue.put(ticket)
         # After the put: an ending thread checks the queue once more. Two threads do no harm.
         if self._thread is None:
-            self._thread = thread = threading.Thread(
-                target=self._serve, name="dramatiq-policies-outbox-publisher", daemon=True
-            )
+            thread = threading.Thread(target=self._serve, name="dramatiq-policies-outbox-publisher", daemon=True)
+            # First: an interrupt of a job must not leave a thread behind that never starts.
             thread.start()
+            self._thread = thread
         return ticket
 
     def is_stuck(self) -> bool:

@@ -29,6 +29,14 @@ def run(module: str, *arguments: str, redis_url: str, rabbitmq_url: str) -> str:
     return done.stdout
 
 
+def test_the_outbox_is_measured_on_every_database(redis_url, rabbitmq_url):
+    arguments = ("--rows", "20", "--transactions", "3", "--rounds", "1", "--brokers", "redis", "rabbitmq with confirms")
+    tables = run("outbox", *arguments, redis_url=redis_url, rabbitmq_url=rabbitmq_url)
+    for database in ("postgresql", "mariadb", "sqlite"):
+        assert tables.count(f"| redis | {database} |") == 2
+        assert tables.count(f"| rabbitmq with confirms | {database} |") == 2
+
+
 def text_of(drawing: Path) -> str:
     return re.sub(r"<[^>]*>", " ", drawing.read_text())
 
