@@ -60,12 +60,12 @@ def _fail(text: str, code: int) -> None:
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dramatiq-policies")
 def main() -> None:
-    """Operate Dramatiq jobs: check jobs before a release, look at failures, and repair them.
+    """Operate Dramatiq jobs: check jobs before a release, show failures, and repair them.
 
     Name the application as for dramatiq: package.module, package.module:broker, package.module:factory. Every
     command exits with 0 if all is well, 1 for findings, 2 for an error.
 
-    For a Django project pass --django (or set DJANGO_SETTINGS_MODULE) and leave APP out. For completion at a Tab:
+    For a Django project pass --django (or set DJANGO_SETTINGS_MODULE) and leave APP out. For shell completion:
     eval "$(_DRAMATIQ_POLICIES_COMPLETE=bash_source dramatiq-policies)", with zsh_source in zsh, fish_source in fish.
     """
     # Pika's own log lines would precede our sentence.

@@ -85,7 +85,7 @@ def check(
     worker_shutdown_timeout: int,
     consumer_timeout: int,
 ) -> int:
-    """Is every actor of APP ready for production? Exit code 1 if not.
+    """Check whether every actor of APP is ready for production. Exit code 1 if not.
 
     Imports the application; connects only with --live. Exempt an actor from a finding by policy_exempt={"DP005": "reason"},
     or by [tool.dramatiq_policies.exempt] in pyproject.toml; the output lists exemptions.

@@ -41,7 +41,7 @@ __all__ = ["dead"]
 
 @click.group(cls=WholeSummaries)
 def dead() -> None:
-    """Look at the dead letters, send them again, or delete them."""
+    """Show dead letters, send them again, or delete them."""
 
 
 @dead.command(cls=AppCommand)

@@ -30,7 +30,7 @@ _SHORT_ID = 8
 
 @click.group(cls=WholeSummaries)
 def outbox() -> None:
-    """Look at the messages that wait in the outbox, retry or delete them, and publish them."""
+    """Show the messages that wait in the outbox, retry, delete or publish them."""
 
 
 def _selection(command: F) -> F:

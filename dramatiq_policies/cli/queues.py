@@ -75,7 +75,7 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
 def show(
     app: str, path: tuple[str, ...], names: tuple[str, ...], watch: bool, interval: int, fail_on_breach: bool, form: str
 ) -> int:
-    """Ready, delayed, running, dead, and the age of the oldest ready message, for each queue of APP, and for its outbox.
+    """Show ready, delayed, running and dead messages and the oldest age, for each queue of APP and the outbox.
 
     "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading.
     """
@@ -227,7 +227,7 @@ def move(
 @click.argument("app")
 @path_option
 def monitor(app: str, path: tuple[str, ...]) -> None:
-    """Run the QueueMonitor of APP as a separate process, which alerts although no worker lives."""
+    """Run the QueueMonitor of APP as a separate process, which alerts even if no worker runs."""
     broker = load_app(app, path)
     found = ops.monitor_of(broker)
     if found is None:

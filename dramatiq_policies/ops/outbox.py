@@ -82,7 +82,8 @@ def _whole_id(outbox: Outbox, given: str) -> str:
     if len(found) > 1:
         more = ", …" if len(found) > _SHOWN else ""
         raise OperationError(
-            f"Several messages of the outbox begin with {given!r} ({', '.join(found[:_SHOWN])}{more}); write more of it."
+            f"Several messages of the outbox begin with {given!r} ({', '.join(found[:_SHOWN])}{more}); "
+            "write more characters."
         )
     return found[0]
 

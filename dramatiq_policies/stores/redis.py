@@ -69,7 +69,7 @@ class RedisStore:
                 "RedisStore", "client", "a client of redis-py that is not async", client, do, secret=True
             )
         if namespace is not _DERIVED and (type(namespace) is not str or not namespace):
-            raise ConfigurationError.of_option("RedisStore", "namespace", "a str that is not empty", namespace)
+            raise ConfigurationError.of_option("RedisStore", "namespace", "a non-empty str", namespace)
         self.client = redis.Redis(**_client_arguments()) if client is None else client
         #: Whether the user gave a namespace, which tells services apart.
         self.is_namespaced = namespace is not _DERIVED

@@ -68,7 +68,7 @@ class KeyTable:
 
     def __init__(self, database: Database, namespace: str = DEFAULT_NAMESPACE) -> None:
         if namespace is not DEFAULT_NAMESPACE and (type(namespace) is not str or not namespace):
-            expected = "a str that is not empty"
+            expected = "a non-empty str"
             raise ConfigurationError.of_option(type(self).__name__, "namespace", expected, namespace)
         self.database = database
         #: Whether the user gave a namespace, which tells services apart.

@@ -91,7 +91,7 @@ class Publication:
             text = self._fail(run, lease, list(rows), result.error, _LONGEST_OUTAGE_WAIT)
             if failures + 1 >= _ALERT_AT and self._outage_alerts.admits("broker", _ALERT_EVERY):
                 alerts.critical(
-                    "The outbox can't publish, because the broker is unreachable (%s). Nothing is lost.", text
+                    "The broker is unreachable (%s): committed messages wait in the outbox. No message is lost.", text
                 )
         return result.error
 
@@ -104,7 +104,7 @@ class Publication:
             except Exception as error:
                 if (monotonic() - lease.since + pause) * 1_000 > self.table.lease:
                     logger.error(  # noqa: TRY400 - the stack of a driver helps nobody
-                        "%d published messages could not be taken out of the outbox, and are published again: %s",
+                        "%d published messages could not be deleted from the outbox, and will be published again: %s",
                         len(ids),
                         error,
                     )
@@ -128,7 +128,7 @@ class Publication:
         line = "The outbox could not publish message %s of actor %r to queue %r, try %d (%s)."
         if row.failures + 1 == _ALERT_AT:
             alerts.critical(
-                f"{line} It tries again every minute; see `dramatiq-policies outbox list`.", *told, extra=fields
+                f"{line} The relay tries again every minute; see `dramatiq-policies outbox list`.", *told, extra=fields
             )
         else:
             logger.warning(line, *told, extra=fields)

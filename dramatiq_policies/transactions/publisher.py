@@ -65,7 +65,7 @@ class Ticket:
             try:
                 callback()
             except Exception:
-                logger.exception("A commit could not be told that its messages are published.")
+                logger.exception("Reporting a publication to the committing thread raised an error.")
 
 
 class Publisher:

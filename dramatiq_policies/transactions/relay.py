@@ -99,6 +99,6 @@ class Relay:
                 )
         elif self._failures == 1:
             logger.warning(
-                "The relay of the outbox can't publish (%s: %s). It tries again.", type(error).__name__, error
+                "The relay of the outbox can't publish (%s: %s). The relay tries again.", type(error).__name__, error
             )
         return min(_LONGEST_PAUSE, POLL * 2.0 ** min(self._failures - 1, 3))

@@ -181,7 +181,8 @@ class TransactionalJobs:
                 claim.over = claim.committing = False
                 raise
             logger.warning(
-                "The connection was lost during the COMMIT of message %s, which took effect.", claim.record.message_id
+                "The connection was lost during the COMMIT for message %s. The COMMIT took effect.",
+                claim.record.message_id,
             )
         delivery.transaction.is_committed = True
         self._drop(delivery, claim)
@@ -242,7 +243,8 @@ class TransactionalJobs:
         # The claim's end would be written over the other run's claim.
         self._drop(delivery, claim)
         logger.warning(
-            "Message %s of actor %s left nothing: while it ran, its lease ended, and another run took over its key.",
+            "The run of message %s of actor %s was rolled back: its lease expired during the run, and "
+            "another run took the key.",
             delivery.message.message_id,
             delivery.message.actor_name,
         )

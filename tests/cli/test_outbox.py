@@ -152,7 +152,7 @@ def test_a_beginning_of_several_ids_is_refused(command, shop):
     for number in range(5):
         shop.row(f"m-{number}")
     assert command.refuses("outbox", "retry", shop.app, "--id", "m") == (
-        "Error: Several messages of the outbox begin with 'm' (m-0, m-1, m-2, …); write more of it."
+        "Error: Several messages of the outbox begin with 'm' (m-0, m-1, m-2, …); write more characters."
     )
 
 

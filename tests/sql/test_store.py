@@ -54,7 +54,7 @@ def test_what_is_no_engine_is_refused(wrong):
 
 @pytest.mark.parametrize("wrong", ["", None, 7, b"shop"])
 def test_a_namespace_is_a_text_that_is_not_empty(engine, wrong):
-    with pytest.raises(ConfigurationError, match="SqlStore: namespace: expected a str that is not empty"):
+    with pytest.raises(ConfigurationError, match="SqlStore: namespace: expected a non-empty str"):
         SqlStore(engine, namespace=wrong)
 
 

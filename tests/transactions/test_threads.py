@@ -117,7 +117,7 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 def test_the_threads_end_with_their_owner():
     def use():
         threads = DatabaseThreads("owned", 2)
-        run_concurrently(lambda number: threads.call(lambda call: time.sleep(0.001), soon()))
+        run_concurrently(lambda number: threads.call(lambda call: time.sleep(0.02), soon()))
         return running(threads)
 
     mine = use()

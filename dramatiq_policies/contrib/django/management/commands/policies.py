@@ -12,7 +12,7 @@ __all__ = ["Command"]
 
 
 class Command(BaseCommand):  # type: ignore[misc]
-    help = "Run a command of dramatiq-policies: check, explain, queues, dead, keys, monitor, new."
+    help = "Run a command of dramatiq-policies: check, explain, queues, dead, outbox, keys, monitor, new."
 
     def run_from_argv(self, argv: list[str]) -> None:
         # All arguments are the command's, `--help` and `--format` included. `manage.py` itself has read `--settings`.
