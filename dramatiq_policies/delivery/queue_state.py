@@ -9,7 +9,7 @@ __all__ = ["QueueState"]
 
 
 class QueueState:
-    """What the transports of a queue share, also after a reconnect.
+    """The shared state of the transports of a queue, kept after a reconnect.
 
     Attributes:
       delayed: The delayed messages in hand; see `Transport.redelivers_on_reconnect`.

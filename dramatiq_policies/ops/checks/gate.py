@@ -90,8 +90,7 @@ def gate(
 
 
 def missing_extra(error: OperationError) -> Report | None:
-    """What the gate says of an application that can't be imported since an extra of ours is not installed; None if that
-    is not why."""
+    """Return the report for an application that can't be imported without an extra; None for other errors."""
     if 'pip install "dramatiq-policies[' not in str(error):
         return None
     code = CODES["DP021"]
