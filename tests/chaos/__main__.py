@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from .run import FAKETIME, Chaos, Report, Scenario
+from .transactional import TransactionalChaos
 
 KILLS = ("kill_worker", "kill_group")
 NETWORK = ("slow_network", "cut_network")
@@ -39,11 +40,16 @@ ANYWHERE = (
 MIXED = (*KILLS, "terminate", "pause", "freeze", "restart_broker", "hang_store", *NETWORK, *CLOCK)
 #: The broker's data lies on a disk that is mounted for it.
 DISK = (Scenario("disk", ("fill_disk",)),) if os.geteuid() == 0 else ()
+TRANSACTIONS = (
+    Scenario("transactions", (*KILLS, "terminate", "pause", "freeze", "kill_sender"), transactional=True),
+    Scenario("transactions-restart", ("restart_broker", "restart_database", "kill_sender"), transactional=True),
+)
 SCENARIOS = {
     "redis": (
         *ANYWHERE,
         *DISK,
         Scenario("mixed", MIXED),
+        *TRANSACTIONS,
     ),
     "sentinel": (
         Scenario("failover", ("fail_over",), replicas=1),
@@ -58,6 +64,7 @@ SCENARIOS = {
         *DISK,
         Scenario("alarm", ("raise_disk_alarm",)),
         Scenario("mixed", (*MIXED, "restart_store")),
+        *TRANSACTIONS,
     ),
     "cluster": (
         Scenario("node", ("kill_node",)),
@@ -80,7 +87,8 @@ def main() -> int:
             if only is not None and f"{broker}/{scenario.name}" not in only:
                 continue
             folder = Path(tempfile.mkdtemp(prefix=f"dp-chaos-{broker}-{scenario.name}-"))
-            report = Chaos(broker, folder / "run", seed, processes=2).run(scenario, jobs)
+            kind = TransactionalChaos if scenario.transactional else Chaos
+            report = kind(broker, folder / "run", seed, processes=2).run(scenario, jobs)
             print(report.row(), flush=True)
             if scenario.loses:
                 print(f"  as the docs say of {scenario.loses}: {list(report.wrong)}", flush=True)

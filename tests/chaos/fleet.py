@@ -1,4 +1,4 @@
-"""Two groups of real ``dramatiq`` workers, started again whenever they die."""
+"""Commands, real ``dramatiq`` workers for one, started again whenever they die."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 
-class Group:
-    """One ``dramatiq`` command and a thread that starts it again, as an operator's supervisor would."""
+def workers_of(app: str, processes: int, options: Sequence[str] = ()) -> list[str]:
+    """The ``dramatiq`` command of an app."""
+    return ["dramatiq", app, "--processes", str(processes), "--threads", "4", *options]
 
-    def __init__(self, environment: Mapping[str, str], log: Path, processes: int, options: Sequence[str] = ()) -> None:
+
+class Group:
+    """One command and a thread that starts it again, as an operator's supervisor would.
+
+    Parameters:
+      command: A module for ``python -m``, with its arguments.
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: Path, command: Sequence[str]) -> None:
         self.environment = environment
         self.log = log
-        self.command = ["dramatiq", "tests.chaos.app", "--processes", str(processes), "--threads", "4", *options]
+        self.command = command
         self.process = self._start()
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep)

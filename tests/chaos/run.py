@@ -20,7 +20,7 @@ from tests.proxy import Proxy
 from .clients import redis_client
 from .clusters import RabbitmqCluster, RedisBehindSentinel
 from .faults import LEASE, Faults, until
-from .fleet import Group
+from .fleet import Group, workers_of
 from .ledger import Ledger, Verdict, judge
 from .sender import PATIENCE, Sender
 from .servers import RabbitmqServer, RedisServer
@@ -40,6 +40,7 @@ class Scenario:
       late: Seconds that some of the jobs take at most; a worker that is told to stop waits for one second.
       replicas: How many of Redis' replicas must have a message before it counts as sent.
       min_replicas: Without how many of them a Redis master takes no writes.
+      transactional: Whether the jobs are transactional, on PostgreSQL: then nothing excuses a doubled effect.
       loses: What is set wrongly here, so that jobs are lost or doubled, and the docs say so; empty if nothing is.
     """
 
@@ -50,6 +51,7 @@ class Scenario:
     replicas: int = 0
     min_replicas: int = 0
     loses: str = ""
+    transactional: bool = False
 
 
 @dataclass
@@ -158,7 +160,8 @@ class Chaos(Faults):
         options = ["--worker-shutdown-timeout", "1000"] if scenario.late else []
         for number, own in enumerate(({}, wrong_clock)):
             log = self.folder / f"workers-{number}.log"
-            self.groups.append(Group({**environment, **own}, log, self.processes, options))
+            command = workers_of("tests.chaos.app", self.processes, options)
+            self.groups.append(Group({**environment, **own}, log, command))
 
     def run(self, scenario: Scenario, jobs: int) -> Report:
         """Send that many jobs while faults happen, wait until all is done, and judge."""

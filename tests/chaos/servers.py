@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ class Server:
     """
 
     service: with_services.Service
+    #: Whom to run as; None for this process's own user.
+    user: str | None = None
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -69,6 +73,7 @@ class Server:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                user=self.user,
             )
 
     def _ended(self) -> bool:
@@ -239,3 +244,27 @@ class RabbitmqServer(RabbitmqQueues, Server):
         self.control("set_disk_free_limit", "100000GB")
         yield
         self.control("set_disk_free_limit", "1MB")
+
+
+class PostgresqlServer(Server):
+    """A PostgreSQL of its own, in a folder that its user may enter."""
+
+    service = with_services.POSTGRESQL
+
+    def __init__(self) -> None:
+        super().__init__(Path(tempfile.mkdtemp(prefix="dp-chaos-postgresql-")) / "server")
+        self.user = with_services.user_of_databases("postgres", self.folder.parent)
+        initialise = Path(os.path.realpath(self.binary)).with_name("initdb")
+        command = [str(initialise), *with_services.INITDB, str(self.data)]
+        with_services.prepare(command, self.folder, self.user)
+
+    @property
+    def data(self) -> Path:
+        return self.folder.parent / "data"
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self.folder.parent, ignore_errors=True)

@@ -1,13 +1,15 @@
-"""The judge of `make chaos`: what it must not overlook, and what it must excuse."""
+"""The judges of `make chaos`: what they must not overlook, and what they must excuse."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dramatiq import Message
 
+from tests.chaos import orders
 from tests.chaos.ledger import Freeze, Ledger, Verdict, judge
 
 
@@ -75,3 +77,35 @@ def test_a_dead_letter_without_a_result_is_excused_where_the_store_lost_some_and
     assert verdict(*lines, *moved_on, letters=(letter,), freezes=lost_some).wrong == {}
     assert "dead" in verdict(*lines, *moved_on, letters=(letter,)).wrong
     assert "dead" in verdict(*lines, letters=(letter,), freezes=lost_some).wrong
+
+
+# Transactional jobs: nothing is excused.
+
+
+def verdict_of(*more: str, without: str = "", letters: tuple[str, ...] = ("hopeless:3",)) -> dict[str, Any]:
+    made = Counter([name for number in range(10) for name in orders.effects_of(number) if name != without])
+    found = []
+    for letter in letters:
+        actor, number = letter.split(":")
+        found.append(Message("jobs", actor, (int(number),), {}, {"failure": {"reason": "exhausted"}}))
+    return orders.judge(range(10), made + Counter(more), found).wrong
+
+
+def test_each_effect_of_each_order_once_is_well() -> None:
+    assert verdict_of() == {}
+
+
+@pytest.mark.parametrize("name", ["flaky:2", "child:5", "member:1002", "together:1", "second:0"])
+def test_an_effect_too_few_and_an_effect_too_many_have_no_excuse(name: str) -> None:
+    assert verdict_of(without=name) == {"lost": [name]}
+    assert verdict_of(name) == {"excess": [name], "doubled": ["1 > 0"]}
+
+
+@pytest.mark.parametrize("name", ["never:4", "hopeless:3", "plain:11"])
+def test_an_effect_of_what_was_rolled_back_has_no_excuse(name: str) -> None:
+    assert verdict_of(name) == {"excess": [name]}
+
+
+def test_a_dead_letter_too_few_and_one_too_many_are_found() -> None:
+    assert verdict_of(letters=()) == {"dead": ["no letter of hopeless:3"]}
+    assert verdict_of(letters=("hopeless:3", "plain:7")) == {"dead": ["plain:7 exhausted"]}
