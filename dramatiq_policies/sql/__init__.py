@@ -5,6 +5,12 @@ Install the extra ``sql`` and a driver of your database, and create the tables::
     pip install "dramatiq-policies[sql]"
 
     create_tables(engine)                           # or let Alembic do it, from `metadata`
+
+    outbox = SqlOutbox(engine)
+    install(broker, outbox=outbox, idempotency=Idempotency(SqlStore(engine)))
+
+With both, you may declare actors with ``transactional=True``: the effects of the job, the completion of its key and its messages
+are committed together.
 """
 
 from __future__ import annotations

@@ -1,13 +1,21 @@
-"""Django: the command ``manage.py policies``, and warnings of messages sent before a commit.
+"""Django: an outbox and idempotency keys in your database, and the command ``manage.py policies``.
 
 Put ``"dramatiq_policies.contrib.django"`` into ``INSTALLED_APPS``, after ``"django_dramatiq"``::
 
+    python manage.py migrate
     python manage.py policies check
 
-If you send a message inside ``atomic()``, a worker may run the job before the commit, and a rollback does not remove the
-message. `WarnInsideAtomic` in ``MIDDLEWARE`` logs such places; ``transaction.on_commit`` mends them::
+With `DjangoOutbox` in ``MIDDLEWARE`` a message that you send inside ``atomic()`` is a row of the transaction::
 
-    transaction.on_commit(partial(send_confirmation.send, order.id))
+    @transaction.atomic
+    def place_order(email):
+        order = Order.objects.create(email=email)
+        send_confirmation.send(order.pk)
+
+Without an outbox, a worker may run the job before the commit, and a rollback does not remove the message. `WarnInsideAtomic`
+logs such places; send with ``transaction.on_commit`` there::
+
+    transaction.on_commit(partial(send_confirmation.send, order.pk))
 """
 
 from __future__ import annotations
