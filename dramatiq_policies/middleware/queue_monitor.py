@@ -14,7 +14,7 @@ from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from ..observability.outbox_reader import OutboxReader
 from ..observability.private_files import require_file_locks
-from ..observability.queue_thresholds import OUTBOX, OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
+from ..observability.queue_thresholds import OnAlert, QueueAlert, Threshold, ThresholdTracker, notifiers
 from .background_thread import BackgroundThread
 from .base import PolicyMiddleware
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
     from ..observability.election import Election
-    from ..observability.statsd import Statsd, Value
+    from ..observability.statsd import Statsd
 
 __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 
@@ -204,11 +204,11 @@ class QueueMonitor(PolicyMiddleware):
         try:
             with self._reading:
                 reader = self._get_reader()
-                note: dict[str, Any] = reader.report()
+                report: dict[str, Any] = reader.report()
                 if self._thread.workers:
-                    note["threads"] = sum(worker.worker_threads for worker in self._thread.workers)
-                    note["busy"] = sum(_busy(worker) for worker in self._thread.workers)
-                election.publish(note)
+                    report["threads"] = sum(worker.worker_threads for worker in self._thread.workers)
+                    report["busy"] = sum(_busy(worker) for worker in self._thread.workers)
+                election.publish(report)
                 if self._is_follower:
                     self._is_follower = False
                     return
@@ -220,15 +220,15 @@ class QueueMonitor(PolicyMiddleware):
                     before = election.saved()
                     if before is not None:
                         self._tracker.open = {(str(queue), str(measure)) for queue, measure in before}
-                notes = election.reports()
-                reader.peer_reports = notes
+                reports = election.reports()
+                reader.peer_reports = reports
                 open_before = set(self._tracker.open)
                 readings, found = self._read_and_compare()
                 if self._tracker.open != open_before:
                     election.save(sorted(self._tracker.open))
             # Alerts first: they are saved as sent, so no other process would send them.
             self._notify(found)
-            self._send(readings, notes, election.hears_all or any("threads" in note for note in notes))
+            self._send(readings, reports, election.hears_all or any("threads" in one for one in reports))
         except Exception as error:
             self._failed += 1
             if self._failed % _PATIENCE == 0 and self._elected:
@@ -259,37 +259,19 @@ class QueueMonitor(PolicyMiddleware):
             for notify in self._notifiers:
                 notify(alert)
 
-    def _send(self, readings: list[QueueReading], notes: list[dict[str, Any]], workers_known: bool) -> None:
-        from ..observability.statsd import metric_name, tag_list
+    def _send(self, readings: list[QueueReading], reports: list[dict[str, Any]], workers_known: bool) -> None:
+        from ..observability.queue_gauges import gauges_of, worker_gauges
         from .metrics import Metrics
 
         metrics = next((found for found in self._state().broker.middleware if isinstance(found, Metrics)), None)
-        statsd, queues = self._statsd, self.queue_prefix
+        statsd, prefix = self._statsd, self.queue_prefix
         if metrics is not None:
             statsd = metrics.statsd if statsd is None else statsd
-            queues = metrics.queue_prefix if queues is None else queues
+            prefix = metrics.queue_prefix if prefix is None else prefix
         if statsd is None:
             return
-        queues = "queues" if queues is None else queues
-        values: list[Value] = []
-        for reading in readings:
-            if reading.queue == OUTBOX:
-                values += [
-                    ("g", "outbox.pending", reading.ready or 0, ()),
-                    ("g", "outbox.oldest_ms", reading.oldest_ms or 0, ()),
-                ]
-                continue
-            prefix = queues if statsd.tagged else f"{queues}.{metric_name(reading.queue)}"
-            tags = tag_list({"queue": reading.queue})
-            for name in ("ready", "delayed", "dead", "oldest_ms"):
-                value = getattr(reading, name)
-                if value is not None:
-                    values.append(("g", f"{prefix}.{name}", value, tags))
-        if workers_known:
-            values += [
-                ("g", f"workers.{name}", sum(note.get(name, 0) for note in notes), ()) for name in ("busy", "threads")
-            ]
-        statsd.send(values)
+        values = gauges_of(readings, "queues" if prefix is None else prefix, tagged=statsd.tagged)
+        statsd.send([*values, *worker_gauges(reports)] if workers_known else values)
 
     def _get_reader(self) -> QueueReader:
         broker = self._state().broker

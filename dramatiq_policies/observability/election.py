@@ -49,9 +49,9 @@ class Election:
         """Acquire or renew leadership. Call once per interval. Return whether this process is the leader."""
         return True
 
-    def publish(self, note: Report) -> None:
+    def publish(self, report: Report) -> None:
         """Publish the report of this process to the leader. Replaces the last report."""
-        self._report = note
+        self._report = report
 
     def reports(self) -> list[Report]:
         """Return the fresh reports of all processes, including this process."""
@@ -135,12 +135,12 @@ class CommandElection(Election):
             except (ValueError, OverflowError, OSError):
                 continue
 
-    def publish(self, note: Report) -> None:
-        super().publish(note)
+    def publish(self, report: Report) -> None:
+        super().publish(report)
         with suppress(OSError):
             new = self._own.with_suffix(f"{self._own.suffix}-new")
             with os.fdopen(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-                json.dump(note, file)
+                json.dump(report, file)
             new.replace(self._own)
 
     def reports(self) -> list[Report]:
@@ -151,8 +151,8 @@ class CommandElection(Election):
                     path.unlink()
                 elif path != self._own and path.suffix[1:].isdigit():
                     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
-                        note = parse_report(file.read())
-                    found += [] if note is None else [note]
+                        report = parse_report(file.read())
+                    found += [] if report is None else [report]
         return found
 
     def resign(self) -> None:
@@ -200,29 +200,29 @@ class FleetElection(Election):
             self.fallback.resign()
         return won
 
-    def publish(self, note: Report) -> None:
+    def publish(self, report: Report) -> None:
         from redis import RedisError
 
         try:
             with self.client.pipeline() as both:
-                both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), note]))
+                both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), report]))
                 both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
         except (RedisError, OSError):
-            self.fallback.publish(note)
+            self.fallback.publish(report)
 
     def reports(self) -> list[Report]:
         from redis import RedisError
 
         try:
             found = []
-            for who, text in self.client.hgetall(f"{self.key}:notes").items():
+            for worker, text in self.client.hgetall(f"{self.key}:notes").items():
                 timed = parse_timed_report(text)
                 if timed is None:
                     continue
                 if now_ms() - timed[0] <= self.fresh_ms:
                     found.append(timed[1])
                 else:
-                    self.client.hdel(f"{self.key}:notes", who)
+                    self.client.hdel(f"{self.key}:notes", worker)
         except (RedisError, OSError, ValueError):
             return self.fallback.reports()
         return found
