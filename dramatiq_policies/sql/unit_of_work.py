@@ -19,6 +19,7 @@ from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
 from ..transactions.key_table import KeyTable
 from .connection import SqlConnection, dialect_of
+from .scopes import is_autocommit
 from .store import SqlStore
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ class SqlUnitsOfWork:
             raise ConfigurationError(
                 f"{where}: transactional=True needs keys and outbox in one database, and the keys are in another. Pass the same "
                 "engine to SqlStore and SqlOutbox."
+            )
+        if is_autocommit(self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine):
+            raise ConfigurationError(
+                f"{where}: transactional=True needs transactions, and the engine has the isolation level AUTOCOMMIT. Pass SqlOutbox and "
+                "SqlStore an engine without it."
             )
         if is_async != isinstance(self.engine, AsyncEngine):
             kind, maker = ("an async", "create_async_engine()") if is_async else ("a sync", "create_engine()")

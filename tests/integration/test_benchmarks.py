@@ -86,3 +86,26 @@ def test_a_curve_is_measured_at_its_points_and_drawn(curve, points, redis_url, r
     record = json.loads((tmp_path / f"{curve}.json").read_text())
     assert {str(one["point"]) for one in record["measurements"]} == set(points)
     assert record["versions"]["dramatiq"] in text_of(plots.draw(tmp_path / f"{curve}.json", tmp_path))
+
+
+def test_a_transactional_job_is_measured_beside_the_same_job_with_a_key(
+    redis_url, rabbitmq_url, postgresql_url, tmp_path
+):
+    written = tmp_path / "transactional.json"
+    options = (
+        "--jobs",
+        "20",
+        "--rounds",
+        "1",
+        "--databases",
+        "postgresql",
+        "--brokers",
+        "redis",
+        "--json",
+        str(written),
+    )
+    table = run("transactional", *options, redis_url=redis_url, rabbitmq_url=rabbitmq_url)
+    measured = json.loads(written.read_text())["measurements"]
+    assert [one["variant"] for one in measured][:2] == ["no key", "key on Redis"]
+    assert all(one["rate"] > 0 for one in measured)
+    assert table.count("transactional") == 2

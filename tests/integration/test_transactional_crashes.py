@@ -237,7 +237,7 @@ def test_a_frozen_worker_whose_job_was_taken_over_leaves_nothing(open_shop):
         (shop.folder / "go").touch()
     finally:
         os.killpg(first.pid, signal.SIGCONT)
-    until(lambda: "left nothing" in shop.log.read_text(), 60, shop.log.read_text)
+    until(lambda: "was rolled back" in shop.log.read_text(), 60, shop.log.read_text)
     shop.send(11)
     shop.work_until(lambda: all(11 in rows for rows in shop.rows().values()))
     assert shop.rows() == {table: [FROZEN, 11] for table in TABLES}

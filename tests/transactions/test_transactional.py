@@ -99,6 +99,13 @@ def test_a_sync_actor_needs_a_sync_engine_and_an_async_actor_an_async_one(engine
         declare(broker_with(outbox=SqlOutbox(aengine), idempotency=Idempotency(SqlStore(aengine))), idempotent=True)
 
 
+def test_an_engine_without_transactions_is_refused(engine):
+    other = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT")
+    broker = broker_with(outbox=SqlOutbox(other), idempotency=Idempotency(SqlStore(other)))
+    with pytest.raises(ConfigurationError, match="the engine has the isolation level AUTOCOMMIT"):
+        declare(broker, idempotent=True)
+
+
 def test_the_option_is_a_bool(engine):
     broker = broker_with(outbox=SqlOutbox(engine), idempotency=Idempotency(SqlStore(engine)))
     with pytest.raises(ConfigurationError, match="transactional: expected True or False, got 'yes'"):
