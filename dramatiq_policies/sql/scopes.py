@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, Transaction
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import concurrency
 
@@ -85,6 +86,10 @@ class _SessionWatch:
         if self.is_async:
             # Otherwise the session may have no transaction, and the commit would do nothing.
             if not session.in_transaction():
+                if not session.autobegin:
+                    raise InvalidRequestError(
+                        "Autobegin is disabled on this Session: call session.begin() before you send."
+                    )
                 session.begin()
             savepoint = session.get_nested_transaction()
             self.waiting += [(savepoint, row) for row in rows]
@@ -177,12 +182,15 @@ def _intercept_commit(connection: Any) -> None:
     SQLAlchemy has an event before the COMMIT and none after: a failed commit must publish nothing.
     """
     commit = type(connection)._commit_impl  # noqa: SLF001 - see above
+    # The connection has the function: a strong reference would be a cycle.
+    intercepted = ref(connection)
 
     def commit_impl() -> None:
-        transaction = connection.get_transaction()
-        commit(connection)
+        committing: Any = intercepted()
+        transaction = committing.get_transaction()
+        commit(committing)
         if transaction is not None:
-            _committed(transaction, is_async=connection.dialect.is_async)
+            _committed(transaction, is_async=committing.dialect.is_async)
 
     vars(connection).update({_KEY: True, "_commit_impl": commit_impl})
 

@@ -381,6 +381,23 @@ def test_sessions_are_not_kept(shop):
     assert seen() is None
 
 
+def test_connections_are_not_kept(shop):
+    connection = shop.engine.connect()
+    with shop.outbox.within(connection):
+        shop.confirm.send(1)
+        connection.commit()
+        shop.confirm.send(2)
+    connection.close()
+    seen = weakref.ref(connection)
+    gc.disable()
+    try:
+        del connection
+        assert seen() is None
+    finally:
+        gc.enable()
+    assert shop.queued() == [(1,)]
+
+
 # Async sessions.
 
 
@@ -451,6 +468,24 @@ def test_a_savepoint_that_is_still_open_is_committed_with_its_async_session(shop
     asyncio.run(order())
     assert shop.queued() == [(number,) for number in range(1, 7)]
     assert shop.pending() == 0
+
+
+def test_a_session_without_autobegin_begins_nothing_by_a_send(shop, async_engine):
+    async def order():
+        async with AsyncSession(async_engine, autobegin=False) as session, shop.outbox.within(session):
+            with pytest.raises(sa.exc.InvalidRequestError, match="Autobegin is disabled"):
+                shop.confirm.send(1)
+            async with session.begin():
+                shop.confirm.send(2)
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    with Session(shop.engine, autobegin=False) as session, shop.outbox.within(session):
+        with pytest.raises(sa.exc.InvalidRequestError, match="Autobegin is disabled"):
+            shop.confirm.send(3)
+        with session.begin():
+            shop.confirm.send(4)
+    assert shop.queued() == [(2,), (4,)]
 
 
 def test_an_async_session_runs_sync_code(shop, async_engine):
