@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import dramatiq
@@ -10,7 +11,8 @@ import sqlalchemy as sa
 from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies import ConfigurationError, QueueMonitor, Threshold, install
-from dramatiq_policies.observability.queue_thresholds import ThresholdTracker
+from dramatiq_policies.brokers.readers import QueueReading
+from dramatiq_policies.observability.queue_thresholds import OUTBOX, ThresholdTracker
 from dramatiq_policies.sql import SqlOutbox, create_tables
 from dramatiq_policies.testing import stub
 from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
@@ -149,6 +151,12 @@ def test_a_threshold_of_anything_else_is_refused(wrong):
         QueueMonitor(outbox=wrong)
 
 
-def test_the_open_breaches_of_the_outbox_are_saved_apart_from_those_of_queues():
-    tracker = ThresholdTracker({}, Threshold(ready=1))
-    assert tracker.reset().outbox == Threshold(ready=1)
+def test_another_process_goes_on_with_the_open_breach_of_the_outbox():
+    """The leader of the fleet saves the open breaches, and its successor does not alert again."""
+    tracker = ThresholdTracker({"outbox": Threshold(ready=1)}, Threshold(ready=1))
+    reading = QueueReading(queue=OUTBOX, ready=1)
+    assert len(tracker.transitions(reading)) == 1
+    successor = tracker.reset()
+    successor.open = {(queue, measure) for queue, measure in json.loads(json.dumps(sorted(tracker.open)))}
+    assert successor.transitions(reading) == []
+    assert len(successor.transitions(QueueReading(queue="outbox", ready=1))) == 1
