@@ -22,16 +22,16 @@ THREADS = 100
 CHILD_ENDS_WITHIN = 10.0
 
 
-def run_concurrently(call: Callable[[int], T]) -> list[T]:
-    """Call a function in a hundred threads at the same moment, and return the results."""
-    barrier = threading.Barrier(THREADS)
+def run_concurrently(call: Callable[[int], T], threads: int = THREADS) -> list[T]:
+    """Call a function in many threads at the same moment, and return the results."""
+    barrier = threading.Barrier(threads)
 
     def begin(number: int) -> T:
         barrier.wait()
         return call(number)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(begin, range(THREADS)))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(begin, range(threads)))
 
 
 @contextmanager

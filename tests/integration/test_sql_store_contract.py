@@ -29,6 +29,7 @@ class OnADatabase(IdempotencyStoreContract):
     busy = 4
     # A hundred threads share four connections.
     short = 600
+    rivals = 25
 
 
 class TestOnPostgreSQL(OnADatabase):

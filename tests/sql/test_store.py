@@ -125,6 +125,7 @@ def test_a_swap_within_a_transaction_of_the_application_is_undone_with_it(engine
 
 
 class TestInMemory(IdempotencyStoreContract):
+    rivals = 25
     shared = False
 
     @pytest.fixture
@@ -138,6 +139,7 @@ class TestInMemory(IdempotencyStoreContract):
 
 
 class TestInMemoryAsync(IdempotencyStoreContract):
+    rivals = 25
     shared = False
     # The database lives in a thread of aiosqlite, which is not in a child.
     test_a_forked_child_uses_it_too_and_so_does_the_parent_afterwards = None  # type: ignore[assignment]
