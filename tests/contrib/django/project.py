@@ -59,7 +59,10 @@ def database(alias, **changes):
     finally:
         for connection in connections.all(initialized_only=True):
             if connection.alias == alias:
+                driver_connection = connection.connection
                 connection.close()
+                if connection.connection is not None:  # Django never closes a database in memory.
+                    driver_connection.close()
                 del connections[alias]
         del connections.settings[alias]
 
