@@ -25,7 +25,7 @@ from dramatiq_policies import (
     install,
 )
 from dramatiq_policies.contrib.django import DjangoOutbox, DjangoStore
-from dramatiq_policies.testing import drain
+from dramatiq_policies.testing import assert_crash_safe, drain
 
 from . import project
 from .shop.models import Order
@@ -263,6 +263,24 @@ class TransactionalJobs:
         assert shop.told == [("ada",)]
         assert shop.outcomes() == [("succeeded", None)]
         assert "the job is committed" in caplog.text
+
+    def test_it_is_crash_safe_and_would_not_be_without_the_transaction(self, shop):
+        def place(email):
+            shop.create(email)
+            shop.tell.send(email)
+            shop.create(f"{email} once more")
+
+        def effects():
+            return shop.orders(), sorted(shop.told)
+
+        def reset():
+            Order.objects.using(shop.alias).all().delete()
+            shop.told.clear()
+
+        assert_crash_safe(shop.actor(place), "ada", effects=effects, reset=reset)
+        unsafe = dramatiq.actor(place, broker=shop.broker, actor_name="unsafe", idempotency_key="{email}")
+        with pytest.raises(AssertionError, match="not crash-safe"):
+            assert_crash_safe(unsafe, "ada", effects=effects, reset=reset)
 
     @pytest.mark.parametrize("after", [False, True])
     def test_a_connection_lost_at_the_commit(self, shop, monkeypatch, after):
