@@ -91,15 +91,26 @@ class DjangoUnitOfWork:
             connection.close_if_unusable_or_obsolete()
             if not connection.get_autocommit():
                 raise self._error(_INSIDE)
-        block = transaction.atomic(using=self._using)
-        block.__enter__()
-        self._block = block
+        self._block = self._begin(connection)
         # Django calls it where it refuses a commit inside of a block.
         connection.validate_no_atomic_block = self._refuse
         try:
             return proceed(delivery)
         finally:
             del connection.validate_no_atomic_block
+
+    def _begin(self, connection: Any) -> Any:
+        block = transaction.atomic(using=self._using)
+        mode = getattr(connection, "transaction_mode", None)
+        # The transaction will write. On SQLite one that reads first fails if another one writes meanwhile. From Django 5.1 on.
+        if connection.vendor == "sqlite":
+            connection.transaction_mode = "IMMEDIATE"
+        try:
+            block.__enter__()
+        finally:
+            if connection.vendor == "sqlite":
+                connection.transaction_mode = mode
+        return block
 
     def _refuse(self) -> None:
         self._refused = self._error(_COMMITTED)

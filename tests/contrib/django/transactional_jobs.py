@@ -25,6 +25,7 @@ from dramatiq_policies import (
     install,
 )
 from dramatiq_policies.contrib.django import DjangoOutbox, DjangoStore
+from dramatiq_policies.contrib.django.database import DjangoConnection
 from dramatiq_policies.testing import assert_crash_safe, drain
 
 from . import project
@@ -81,7 +82,12 @@ class Shop:
         """Write the claim of another process over the running job's, as if its lease had ended. Before the job writes."""
         (claim,) = self.idempotency.claims.leases._held.values()
         theirs = claim.record._replace(owner="elsewhere:1:place:1", token="1").encode()
-        assert self.store.swap(claim.name, claim.value, theirs, 10**9) is None
+        connection = connections[self.alias]
+        if connection.vendor == "sqlite":
+            # Nobody else can write meanwhile.
+            assert self.store.swap_within(DjangoConnection(connection), claim.name, claim.value, theirs, 10**9)
+        else:
+            assert self.store.swap(claim.name, claim.value, theirs, 10**9) is None
 
     def close(self):
         self.idempotency.claims.close()
