@@ -49,7 +49,9 @@ def recording(run: Run, environment: StubEnvironment, is_of_the_drain: Callable[
     finally:
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
-        run.dead += [letter for name, queue in dead_letters.items() for letter in queue[before.get(name, 0) :]]
+        run.dead += [
+            dead_letter for name, queue in dead_letters.items() for dead_letter in queue[before.get(name, 0) :]
+        ]
         state.outcomes.forget(run)
 
 

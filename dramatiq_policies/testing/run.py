@@ -114,7 +114,7 @@ class Run:
         wanted = [str(outcome) for outcome in expected]
         got = self.outcomes(actor)
         if got != wanted:
-            self._fail(f"{_name(actor)}: expected {_said(wanted)}, got {_said(got)}.")
+            self._fail(f"{_name(actor)}: expected {_listed(wanted)}, got {_listed(got)}.")
 
     def assert_waits(self, actor: Actor[..., Any] | str | None, *expected: int, jitter: float = 0.0) -> None:
         """Fail unless the waits equal these, in ms, or exceed them by at most the share ``jitter``.
@@ -139,9 +139,9 @@ class Run:
         __tracebackhide__ = True
         name = self._known(actor)
         got = [
-            letter.options.get("failure", {}).get("reason")
-            for letter in self.dead
-            if name is None or letter.actor_name == name
+            dead_letter.options.get("failure", {}).get("reason")
+            for dead_letter in self.dead
+            if name is None or dead_letter.actor_name == name
         ]
         if got != list(reasons):
             self._fail(f"{_name(actor)}: expected dead letters with the reasons {list(reasons)}, got {got}.")
@@ -192,5 +192,5 @@ def _name(actor: Actor[..., Any] | str | None) -> str:
     return "all actors" if actor is None else actor if isinstance(actor, str) else actor.actor_name
 
 
-def _said(outcomes: list[str]) -> str:
+def _listed(outcomes: list[str]) -> str:
     return ", ".join(outcomes) if outcomes else "no delivery"

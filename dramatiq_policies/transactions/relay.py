@@ -41,7 +41,7 @@ class Relay:
         self._database = database
         self._publication = publication
         self._missing_table = missing_table
-        self._said_missing = False
+        self._logged_missing_table = False
         self._failures = 0
         self._limit = _FIRST
 
@@ -92,8 +92,8 @@ class Relay:
     def _failed(self, error: Exception) -> float:
         self._failures += 1
         if is_missing_table(error):
-            if not self._said_missing:
-                self._said_missing = True
+            if not self._logged_missing_table:
+                self._logged_missing_table = True
                 alerts.error(
                     "The outbox has no table: %s. The relay publishes nothing until then.", self._missing_table
                 )

@@ -106,7 +106,7 @@ def test_too_many_rows_are_left_to_the_relay(office, publisher, monkeypatch):
     assert (office.queued(), len(office.rows())) == ([], 1)
 
 
-def test_a_database_that_is_down_is_said_once(office, publisher, monkeypatch, caplog):
+def test_a_database_that_is_down_is_logged_once(office, publisher, monkeypatch, caplog):
     run = office.outbox.database.run
     monkeypatch.setattr(office.outbox.database, "run", lambda work: 1 / 0)
     for _ in range(3):

@@ -125,7 +125,7 @@ def test_the_batch_in_work_is_finished_at_the_shutdown(office, relay, monkeypatc
     assert (office.queued(), office.rows()) == ([0, 1, 2], [])
 
 
-def test_a_database_that_is_down_is_said_once_and_so_is_its_return(office, relay, monkeypatch, caplog):
+def test_a_database_that_is_down_is_logged_once_and_so_is_its_return(office, relay, monkeypatch, caplog):
     run = office.outbox.database.run
     monkeypatch.setattr(office.outbox.database, "run", lambda work: 1 / 0)
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_a_database_that_is_down_is_said_once_and_so_is_its_return(office, relay
         relay._step()
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "The relay of the outbox can't publish (ZeroDivisionError: division by zero). It tries again.",
+        "The relay of the outbox can't publish (ZeroDivisionError: division by zero). The relay tries again.",
         "The relay of the outbox works again.",
     ]
 

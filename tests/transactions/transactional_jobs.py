@@ -408,7 +408,7 @@ class TransactionalJobs:
         shop.drain()
         assert Idempotency.state(pay, 7).state == "completed"
 
-    def test_the_next_stage_of_a_pipeline_is_sent_once_with_the_result(self, shop):
+    def test_the_next_step_of_a_pipeline_is_sent_once_with_the_result(self, shop):
         async def body(job, order):
             await job.add(Payment(order=order))
             return {"paid": order}
@@ -449,7 +449,7 @@ class TransactionalJobs:
         shop.drain()
         assert shop.results.get_result(message) == "paid"
 
-    def test_a_result_that_cannot_be_sent_to_the_next_stage_leaves_nothing(self, shop):
+    def test_a_result_that_cannot_be_sent_to_the_next_step_leaves_nothing(self, shop):
         async def body(job, order):
             await job.add(Payment(order=order))
             return object()

@@ -80,9 +80,9 @@ def dead_letters(
     for queue in _chosen(broker, queues):
         with browse(broker, queue, dead=True) as browser:
             for item in _looked_at(browser, limit):
-                letter = read_dead_letter(broker, queue, item)
-                if where is None or where(letter):
-                    yield letter
+                dead_letter = read_dead_letter(broker, queue, item)
+                if where is None or where(dead_letter):
+                    yield dead_letter
                     if left is not None:
                         left -= 1
                         if left <= 0:
@@ -97,13 +97,13 @@ def _looked_at(browser: QueueBrowser, limit: int | None) -> Iterable[Item]:
 def summarise(broker: Broker, queues: Iterable[str] = (), where: Where | None = None) -> list[Group]:
     """Count dead letters by actor, exception and outcome, the most frequent first. Arguments and errors as `dead_letters`."""
     counts: dict[Any, list[Any]] = {}
-    for letter in dead_letters(broker, queues, where):
-        key = (letter.actor, letter.exception, letter.outcome, letter.reason)
+    for dead_letter in dead_letters(broker, queues, where):
+        key = (dead_letter.actor, dead_letter.exception, dead_letter.outcome, dead_letter.reason)
         count = counts.setdefault(key, [0, None, None])
         count[0] += 1
-        if letter.failed_at is not None:
-            count[1] = letter.failed_at if count[1] is None else min(count[1], letter.failed_at)
-            count[2] = letter.failed_at if count[2] is None else max(count[2], letter.failed_at)
+        if dead_letter.failed_at is not None:
+            count[1] = dead_letter.failed_at if count[1] is None else min(count[1], dead_letter.failed_at)
+            count[2] = dead_letter.failed_at if count[2] is None else max(count[2], dead_letter.failed_at)
     return sorted(
         (Group(*key, *count) for key, count in counts.items()), key=lambda group: (-group.count, str(group.actor))
     )
@@ -149,10 +149,10 @@ def replay(
                 )
         queues = [*queues] or known_queues(broker)
 
-    def successor(letter: DeadLetter) -> Message[Any] | None:
-        if letter.message is None:
+    def successor(dead_letter: DeadLetter) -> Message[Any] | None:
+        if dead_letter.message is None:
             return None
-        return for_replay(letter.message, letter.queue if to_queue is None else to_queue, new_id=new_id)
+        return for_replay(dead_letter.message, dead_letter.queue if to_queue is None else to_queue, new_id=new_id)
 
     moved = MoveResult() if moved is None else moved
     for queue in _chosen(broker, queues):
@@ -203,8 +203,8 @@ def move(
         raise OperationError(f"The messages are in {queue!r} already.")
     moved = MoveResult() if moved is None else moved
 
-    def successor(letter: DeadLetter) -> Message[Any] | None:
-        return None if letter.message is None else letter.message.copy(queue_name=to_queue)
+    def successor(dead_letter: DeadLetter) -> Message[Any] | None:
+        return None if dead_letter.message is None else dead_letter.message.copy(queue_name=to_queue)
 
     wanted = Filter(actor=actor) if where is None else where
     _work(broker, queue, False, wanted, successor, moved, limit, progress, dry_run=dry_run)
@@ -230,10 +230,10 @@ def _work(
         if limit is not None and moved.count >= limit:
             return
         for item in _looked_at(browser, limit) if dry_run else browser:
-            letter = read_dead_letter(broker, queue, item)
+            dead_letter = read_dead_letter(broker, queue, item)
             moved.seen += 1
-            if where is None or where(letter):
-                message = None if successor is None else successor(letter)
+            if where is None or where(dead_letter):
+                message = None if successor is None else successor(dead_letter)
                 if successor is not None and message is None:
                     moved.unreadable += 1
                 elif dry_run or (browser.drop(item) if message is None else browser.send(item, message)):

@@ -198,32 +198,32 @@ class Filter:
     arguments: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def __call__(self, letter: DeadLetter) -> bool:
-        return all(self._tests(letter))
+    def __call__(self, dead_letter: DeadLetter) -> bool:
+        return all(self._tests(dead_letter))
 
-    def _tests(self, letter: DeadLetter) -> Iterator[bool]:
+    def _tests(self, dead_letter: DeadLetter) -> Iterator[bool]:
         for name in ("actor", "outcome", "reason"):
             wanted = getattr(self, name)
-            yield wanted is None or wanted == getattr(letter, name)
+            yield wanted is None or wanted == getattr(dead_letter, name)
         if self.error is not None:
-            yield self.error.lower() in f"{letter.exception or ''}: {letter.text or ''}".lower()
-        yield all(letter.tags.get(name) == value for name, value in self.tags.items())
+            yield self.error.lower() in f"{dead_letter.exception or ''}: {dead_letter.text or ''}".lower()
+        yield all(dead_letter.tags.get(name) == value for name, value in self.tags.items())
         yield not self.message_ids or bool(
-            {letter.message_id, printable(letter.message_id or "")} & {*self.message_ids}
+            {dead_letter.message_id, printable(dead_letter.message_id or "")} & {*self.message_ids}
         )
-        age = None if letter.failed_at is None else now_ms() - letter.failed_at
+        age = None if dead_letter.failed_at is None else now_ms() - dead_letter.failed_at
         yield self.older_than_ms is None or (age is not None and age >= self.older_than_ms)
         yield self.newer_than_ms is None or (age is not None and age <= self.newer_than_ms)
         if self.arguments:
-            given = _arguments_of(letter, self.parameters)
+            given = _arguments_of(dead_letter, self.parameters)
             yield all(_is_given(given, name, text) for name, text in self.arguments.items())
 
 
 _NONE = object()
 
 
-def _arguments_of(letter: DeadLetter, parameters: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    message = letter.message
+def _arguments_of(dead_letter: DeadLetter, parameters: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    message = dead_letter.message
     if message is None:
         return {}
     names = parameters.get(message.actor_name, ())

@@ -38,24 +38,24 @@ class Tally:
             name: Counter() for name in ("actor", "error", "outcome", "reason", "tag")
         }
 
-    def __call__(self, letter: DeadLetter) -> bool:
+    def __call__(self, dead_letter: DeadLetter) -> bool:
         self.seen += 1
         for name, value in (
-            ("actor", letter.actor),
-            ("error", letter.exception and letter.exception.rpartition(".")[2]),
-            ("error", letter.exception),
-            ("outcome", letter.outcome),
-            ("reason", letter.reason),
-            *(("tag", f"{name}={value}") for name, value in letter.tags.items()),
+            ("actor", dead_letter.actor),
+            ("error", dead_letter.exception and dead_letter.exception.rpartition(".")[2]),
+            ("error", dead_letter.exception),
+            ("outcome", dead_letter.outcome),
+            ("reason", dead_letter.reason),
+            *(("tag", f"{name}={value}") for name, value in dead_letter.tags.items()),
         ):
             if value:
                 self._values[name][value] += 1
-        if not self.where(letter):
+        if not self.where(dead_letter):
             return False
-        if letter.message is None:
+        if dead_letter.message is None:
             self.unreadable += 1
         else:
-            self.matched[letter.message.actor_name, letter.queue] += 1
+            self.matched[dead_letter.message.actor_name, dead_letter.queue] += 1
         return True
 
     def breakdown(self, count: int) -> str:
@@ -100,8 +100,8 @@ class Tally:
 def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]:
     """Return the latest dead letters, the newest first."""
 
-    def failed_at(letter: DeadLetter) -> int:
-        return letter.failed_at or 0
+    def failed_at(dead_letter: DeadLetter) -> int:
+        return dead_letter.failed_at or 0
 
     if limit is None:
         return sorted(letters, key=failed_at, reverse=True)
@@ -117,10 +117,10 @@ def resolve_ids(broker: Broker, queues: Iterable[str], given: Iterable[str]) -> 
     found: dict[str, set[str]] = {one: set() for one in given}
     if not found:
         return ()
-    for letter in dead_letters(broker, queues):
+    for dead_letter in dead_letters(broker, queues):
         for one, ids in found.items():
-            if letter.message_id is not None and letter.message_id.startswith(one):
-                ids.add(letter.message_id)
+            if dead_letter.message_id is not None and dead_letter.message_id.startswith(one):
+                ids.add(dead_letter.message_id)
     return tuple(_only(one, ids) for one, ids in found.items())
 
 

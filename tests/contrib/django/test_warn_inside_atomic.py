@@ -56,7 +56,7 @@ def test_strict_sends_nothing_and_raises(job, warn):
     assert waiting(job) == 0
 
 
-def test_outside_of_atomic_in_a_callback_and_in_a_test_case_s_block_nothing_is_said(job, caplog):
+def test_outside_of_atomic_in_a_callback_and_in_a_test_case_s_block_nothing_is_logged(job, caplog):
     job.send()
     with transaction.atomic():
         transaction.on_commit(job.send)
