@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import yaml
 from dramatiq import Message, Worker
 from dramatiq.middleware import ShutdownNotifications
 
 from dramatiq_policies import Metrics, QueueMonitor, RetryPolicy, Snooze, Timeout, constant
 from dramatiq_policies.delivery.history import now_ms
+from dramatiq_policies.sql import SqlOutbox, create_tables
 
 from ..exporter import Exporter
 from ..support import PATIENCE, Stage
@@ -52,15 +54,19 @@ def exporter(tmp_path_factory):
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("lock")))
         patch.setenv("STATSD_HOST", "127.0.0.1")
         patch.setenv("STATSD_PORT", str(exporter.port))
+        engine = sa.create_engine(f"sqlite:///{tmp_path_factory.mktemp('shop')}/shop.sqlite3")
+        create_tables(engine)
         stage = Stage(
             middleware=[ShutdownNotifications()],
             bundle={
+                "outbox": SqlOutbox(engine),
                 "metrics": Metrics(),
                 "queue_monitor": QueueMonitor(interval=10),
                 "timeout": Timeout(grace=20),
             },
         )
         run(stage, exporter)
+    engine.dispose()
     exporter.close()
     return exporter
 
