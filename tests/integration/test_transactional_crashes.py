@@ -28,7 +28,7 @@ import dramatiq, sqlalchemy as sa
 from dramatiq.brokers.{kind} import {broker_class}
 from dramatiq.middleware import Middleware
 from sqlalchemy.orm import Session
-from dramatiq_policies import Idempotency, current_job, install
+from dramatiq_policies import Idempotency, RetryPolicy, TimeoutExceeded, current_job, install
 from dramatiq_policies.sql import SqlOutbox, SqlStore
 
 began = time.monotonic()
@@ -100,6 +100,18 @@ def pay(order):
 def receipt(order):
     insert(current_job().session, "receipts", order)
 
+@dramatiq.actor(
+    queue_name="{queue}",
+    idempotent=True,
+    transactional=True,
+    timeout=500,
+    retry_on={{TimeoutExceeded: RetryPolicy(attempts=2, wait=100)}},
+)
+def slow(order):
+    insert(current_job().session, "paid", order)
+    receipt.send(order)
+    time.sleep(30 if current_job().attempt == 1 else 0)
+
 @dramatiq.actor(queue_name="{queue}", idempotent=True, transactional=True)
 def ship(order):
     insert(current_job().session, "shipped", order)
@@ -152,11 +164,12 @@ class Shop:
         messages = [Message(self.place.queue, name, args, {}, {}) for name, args in (("pay", (order,)), ("ship", ()))]
         pipeline(messages, broker=self.producer).run()
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dramatiq", "shop_app", "--processes", "1", "--threads", "1"]
+    def start(self, command: str = "dramatiq") -> subprocess.Popen[bytes]:
+        script = str(Path(sys.executable).with_name(command))
+        command_line = [sys.executable, script, "shop_app", "--processes", "1", "--threads", "1"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+                command_line, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         self.running.append(process)
         return process
@@ -250,3 +263,14 @@ def test_the_same_job_with_a_commit_of_its_own_doubles_its_effect(open_shop):
     shop.start()
     shop.work_until(lambda: len(shop.rows()["shipped"]) >= 1)
     assert shop.rows()["paid"] == [IN_JOB, IN_JOB]
+
+
+@pytest.mark.parametrize("url", ["mariadb"], indirect=True)
+def test_under_gevent_a_timeout_rolls_back_and_the_retry_commits(open_shop):
+    shop = open_shop()
+    shop.producer.enqueue(Message(shop.place.queue, "slow", (20,), {}, {}))
+    shop.start("dramatiq-gevent")
+    until(lambda: shop.rows()["receipts"] == [20], 60, shop.log.read_text)
+    shop.stop()
+    assert shop.rows()["paid"] == [20]
+    assert "retried: message" in shop.log.read_text()
