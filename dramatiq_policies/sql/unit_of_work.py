@@ -33,6 +33,8 @@ __all__ = ["SqlUnitsOfWork"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
+#: Where a session and its connections have their guard.
+_KEY = "dramatiq_policies_guard"
 _COMMITTED = (
     "A job with transactional=True must not commit: the worker commits after the job has returned, together with the completion "
     "of its key and with its messages. Remove the commit, or use session.begin_nested() for a savepoint."
@@ -54,7 +56,9 @@ class SqlUnitsOfWork:
         within: Callable[[Session | AsyncSession], Entered[Scope]],
         is_same: Callable[[Engine | AsyncEngine], bool],
     ) -> None:
-        self.engine = engine
+        # Its connections come from the pool of the engine, and its events are of transactional jobs only.
+        self.engine = engine.execution_options(dramatiq_policies_job=True)
+        event.listen(_sync(self.engine), "commit", _before_connection_commit)
         self.within = within
         self.is_same = is_same
 
@@ -69,7 +73,7 @@ class SqlUnitsOfWork:
                 f"{where}: transactional=True needs keys and outbox in one database, and the keys are in another. Pass the same "
                 "engine to SqlStore and SqlOutbox."
             )
-        if is_autocommit(self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine):
+        if is_autocommit(_sync(self.engine)):
             raise ConfigurationError(
                 f"{where}: transactional=True needs transactions, and the engine has the isolation level AUTOCOMMIT. Pass SqlOutbox and "
                 "SqlStore an engine without it."
@@ -84,8 +88,8 @@ class SqlUnitsOfWork:
     def make(self, *, is_async: bool) -> UnitOfWork:
         """Return a unit of work for one run. Does not connect."""
         if isinstance(self.engine, AsyncEngine):
-            return AsyncSqlUnitOfWork(AsyncSession(self.engine), self.within)
-        return SqlUnitOfWork(Session(self.engine), self.within)
+            return AsyncSqlUnitOfWork(AsyncSession(self.engine, sync_session_class=_JobSession), self.within)
+        return SqlUnitOfWork(_JobSession(self.engine), self.within)
 
 
 class SqlUnitOfWork:
@@ -186,21 +190,21 @@ class _CommitGuard:
         self.is_open = False
         self.refused: ConfigurationError | None = None
         self._connections: list[sa.Connection] = []
-        event.listen(session, "after_begin", self._after_begin)
-        event.listen(session, "before_commit", self._before_commit)
+        session.info[_KEY] = self
 
-    def _after_begin(self, session: Session, transaction: Any, connection: sa.Connection) -> None:
-        if connection in self._connections:
-            return
-        self._connections.append(connection)
-        event.listen(connection, "commit", self._refuse)
-        _isolate(connection)
+    def add(self, connection: sa.Connection) -> None:
+        """Guard a connection on which the session has begun a transaction, or a savepoint."""
+        if connection not in self._connections:
+            self._connections.append(connection)
+            vars(connection)[_KEY] = self
+            _isolate(connection)
 
-    def _before_commit(self, session: Session) -> None:
-        if not session.in_nested_transaction():
-            self._refuse()
+    def check_commit(self) -> None:
+        """Refuse a commit before the job has returned.
 
-    def _refuse(self, _connection: sa.Connection | None = None) -> None:
+        Raises:
+          ConfigurationError: The job has not returned.
+        """
         if not self.is_open:
             self.refused = ConfigurationError(_COMMITTED)
             raise self.refused
@@ -223,6 +227,37 @@ class _CommitGuard:
                     connection.invalidate()
             except Exception:
                 logger.exception("A connection that an interrupt has struck did not close cleanly.")
+
+
+class _JobSession(Session):
+    """The session of a transactional job. Its events are the class's: a listener on each session would take longer."""
+
+
+@event.listens_for(_JobSession, "after_begin")
+def _after_begin(session: Session, _transaction: Any, connection: sa.Connection) -> None:
+    _guard_of(session).add(connection)
+
+
+@event.listens_for(_JobSession, "before_commit")
+def _before_commit(session: Session) -> None:
+    # The release of a savepoint comes here, too.
+    if not session.in_nested_transaction():
+        _guard_of(session).check_commit()
+
+
+def _before_connection_commit(connection: sa.Connection) -> None:
+    guard: _CommitGuard | None = vars(connection).get(_KEY)
+    if guard is not None:
+        guard.check_commit()
+
+
+def _guard_of(session: Session) -> _CommitGuard:
+    guard: _CommitGuard = session.info[_KEY]
+    return guard
+
+
+def _sync(engine: Engine | AsyncEngine) -> Engine:
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 def _isolate(connection: sa.Connection) -> None:
