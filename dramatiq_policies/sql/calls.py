@@ -30,6 +30,9 @@ __all__ = ["AsyncMemoryCalls", "LoopCalls", "MemoryCalls", "ThreadCalls"]
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
+#: For how long async connections are closed, in seconds.
+_CLOSES_WITHIN = 5.0
+
 
 class ThreadCalls:
     """Calls over a sync engine, in a few threads.
@@ -47,12 +50,14 @@ class ThreadCalls:
         return self._threads.call(lambda call: self._run(work, call), deadline)
 
     def _run(self, work: Work[T], call: Call) -> T:
-        with self.engine.connect() as connection:
+        connection = self.engine.connect()
+        try:
             call.severed_by(partial(sever, connection.connection.driver_connection))
-            try:
-                return work(SqlConnection(connection))
-            finally:
-                call.severed_by(None)
+            return work(SqlConnection(connection))
+        finally:
+            # The rollback of the pool may hang, too. If the next call gets its connection severed, it takes another.
+            connection.close()
+            call.severed_by(None)
 
     def close(self) -> None:
         self._threads.close()
@@ -101,13 +106,20 @@ class LoopCalls:
             return self._loop
 
     def close(self) -> None:
+        """Close the connections and end the thread. The garbage collector may call it, even on that thread."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
-            asyncio.run_coroutine_threadsafe(self._close_connections(), loop).result(5)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+            loop.call_soon_threadsafe(self._end, loop)
+            if threading.current_thread() is not thread:
+                thread.join(_CLOSES_WITHIN)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        closing = loop.create_task(self._close_connections())
+        # A server that hangs does not keep the thread.
+        loop.call_later(_CLOSES_WITHIN, loop.stop)
+        closing.add_done_callback(lambda _: loop.stop())
 
     async def _close_connections(self) -> None:
         await self.engine.dispose()
@@ -142,7 +154,7 @@ class MemoryCalls:
             return _shared(work, held)
 
     def close(self) -> None:
-        pass
+        """Leave the connection to the application."""
 
 
 class AsyncMemoryCalls(LoopCalls):

@@ -10,7 +10,7 @@ from weakref import finalize
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
+from sqlalchemy.pool import AssertionPool, NullPool, SingletonThreadPool, StaticPool
 
 from ..common.forks import after_fork
 from ..transactions.database import Connection
@@ -34,15 +34,19 @@ class SqlDatabase:
 
     Parameters:
       engine: A sync or async engine.
-      connections: The most connections of this process; always one on SQLite.
+      connections: The most connections of this process; always one on SQLite, or if the engine's pool has one.
       patience: Milliseconds until a call without an answer raises.
     """
 
     def __init__(self, engine: Engine | AsyncEngine, *, connections: int = 4, patience: int = 5_000) -> None:
         self.engine = engine
         self.dialect = dialect_of(engine)
+        pool = engine.pool
+        #: Whether the database is in the memory of this process.
+        self.in_memory = self.dialect == "sqlite" and isinstance(pool, (StaticPool, SingletonThreadPool))
         # SQLite has one writer: threads queue for one connection instead of racing for the file's lock.
-        self._connections = 1 if self.dialect == "sqlite" else connections
+        single = self.dialect == "sqlite" or isinstance(pool, (StaticPool, AssertionPool))
+        self._connections = 1 if single else connections
         self._patience = patience
         self._end: finalize[Any, Any] | None = None
         self._open()
@@ -53,8 +57,7 @@ class SqlDatabase:
         is_async = isinstance(engine, AsyncEngine)
         sync_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self._calls: ThreadCalls | LoopCalls | MemoryCalls
-        self._in_memory = isinstance(sync_engine.pool, (StaticPool, SingletonThreadPool))
-        if self._in_memory:
+        if self.in_memory:
             self._calls = AsyncMemoryCalls(engine) if isinstance(engine, AsyncEngine) else MemoryCalls(engine)
         else:
             own = _beside(sync_engine, self._patience)
@@ -67,7 +70,7 @@ class SqlDatabase:
         if self._end is not None:
             self._end.detach()
         _inherited.append(self._calls)
-        if not self._in_memory:
+        if not self.in_memory:
             sync_engine = self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine
             _inherited.append(sync_engine.pool)
             sync_engine.dispose(close=False)
@@ -76,7 +79,8 @@ class SqlDatabase:
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
         if self._end is not None:
-            self._end()
+            self._end.detach()
+        self._calls.close()
         self._open()
 
     def run(self, work: Callable[[Connection], T]) -> T:
@@ -84,7 +88,7 @@ class SqlDatabase:
         return repeated(partial(self._calls.call, work), self._patience)
 
     def transaction(self, work: Callable[[Connection], T]) -> T:
-        return self.run(work if self._in_memory else partial(_in_transaction, work))
+        return self.run(work if self.in_memory else partial(_in_transaction, work))
 
 
 def _beside(engine: Engine, patience: int) -> Engine:
@@ -95,6 +99,8 @@ def _beside(engine: Engine, patience: int) -> Engine:
     settings = [] if isinstance(pool, NullPool) else session_settings(dialect_of(engine), patience)
 
     def prepare(dbapi_connection: Any, _record: Any) -> None:
+        # A listener of the application may have begun a transaction: ``SET search_path``.
+        dbapi_connection.commit()
         dialect.set_isolation_level(dbapi_connection, "AUTOCOMMIT")
         if dialect.name == "sqlite" and getattr(dbapi_connection, "autocommit", None) is False:
             # Python 3.12: the isolation level has no effect then.

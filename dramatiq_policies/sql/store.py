@@ -26,10 +26,11 @@ class SqlStore(KeyTable):
     Whatever the number of threads, a process uses at most four connections (SQLite: one) beside the engine's pool. A forked process
     makes new ones, so the engine may be made before the fork.
 
-    A call raises after at most five seconds, whatever the driver does, and waits at most one second for a lock. Then the server
-    ends the statement too, unless the engine has a ``NullPool``. While a host does not answer, a driver may hold a connection of
-    the store for its connect timeout: give the engine a short one, ``connect_args={"connect_timeout": 5}`` for psycopg and
-    PyMySQL, ``{"timeout": 5}`` for asyncpg.
+    A call raises after at most five seconds, whatever the driver does, and waits at most one second for a lock. For this the store
+    sets timeouts on its connections, also on the server. Behind a pooler that lends its connections to others (PgBouncer) give the
+    engine a ``NullPool``: then the store sets none. A host that does not answer can hold a connection of the store for the driver's
+    connect timeout, so set a short one: ``connect_args={"connect_timeout": 5}`` for psycopg and PyMySQL, ``{"timeout": 5}`` for
+    asyncpg.
 
     Each process that writes also deletes expired keys, up to 500 for every 100 writes.
 
@@ -50,4 +51,12 @@ class SqlStore(KeyTable):
 
     def __init__(self, engine: Engine | AsyncEngine, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.engine = checked_engine("SqlStore", engine)
-        super().__init__(SqlDatabase(self.engine), namespace)
+        database = SqlDatabase(self.engine)
+        self._in_memory = database.in_memory
+        super().__init__(database, namespace)
+
+    def warnings(self) -> list[str]:
+        found = super().warnings()
+        if self._in_memory:
+            found.append("The idempotency store is an SQLite database in memory: other processes see no keys.")
+        return found

@@ -22,7 +22,7 @@ def durability_warnings(connection: Connection) -> list[str]:
             [] if engine.lower() == "innodb" else [_warning(f"a table {KEYS} of the engine {engine}, not InnoDB")]
         )
         flush = _setting(connection, "SELECT @@innodb_flush_log_at_trx_commit")
-        return warnings if flush == "1" else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}")]
+        return warnings if flush in ("1", "3") else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}")]
     return []
 
 

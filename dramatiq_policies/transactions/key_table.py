@@ -213,6 +213,8 @@ class _Rows:
         # By the primary key: a deletion by another index locks in another order than the writes of keys.
         names = [row[0] for row in connection.execute(sql["expired"], **self._params).rows]
         if names:
+            # As many names each time: the text of the statement stays the same, and is compiled once.
+            names += names[-1:] * (_BATCH - len(names))
             params = {f"name{number}": name for number, name in enumerate(names)}
             listed = ", ".join(f":{name}" for name in params)
             connection.execute(f"{sql['delete_listed']} AND name IN ({listed})", **params, **self._params)

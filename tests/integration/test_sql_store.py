@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -293,6 +294,83 @@ def test_an_engine_made_and_used_before_a_fork_serves_both_processes(
         with engine.connect() as connection:
             assert connection.scalar(sa.select(8)) == 8
         engine.dispose()
+
+
+def test_the_application_s_own_connections_stay_as_they_are(server_url: str, make_store: Stores) -> None:
+    store = make_store(server_url)
+    engine = store.engine
+    assert isinstance(engine, sa.Engine)
+    level = {"postgresql": "READ COMMITTED", "mariadb": "REPEATABLE READ"}[engine.dialect.name]
+    timeout = {"postgresql": "SHOW lock_timeout", "mariadb": "SELECT @@innodb_lock_wait_timeout"}[engine.dialect.name]
+    for _ in range(2):
+        with engine.connect() as connection:
+            assert connection.get_isolation_level() == level
+            assert str(connection.exec_driver_sql(timeout).scalar_one()) in ("0", "50")
+            connection.exec_driver_sql(f"DELETE FROM {KEYS}")
+            connection.rollback()
+        store.put("k", b"one", LONG)
+    engine.dispose()
+
+
+def test_what_the_application_sets_up_on_each_connection_holds_for_the_store(
+    postgresql_url: str, make_store: Stores
+) -> None:
+    store = make_store(postgresql_url)
+    engine = store.engine
+    assert isinstance(engine, sa.Engine)
+
+    @sa.event.listens_for(engine, "connect")
+    def choose_schema(dbapi_connection: Any, _record: Any) -> None:
+        with dbapi_connection.cursor() as cursor:
+            cursor.execute("SET search_path = elsewhere")
+
+    # The listeners of the moment count.
+    store.database = SqlDatabase(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA IF NOT EXISTS elsewhere")
+        metadata.create_all(connection)
+    try:
+        store.put("k", b"one", LONG)
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM elsewhere.{KEYS}").scalar_one() == 1
+    finally:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA elsewhere CASCADE")
+        engine.dispose()
+        store.database.close()
+
+
+@pytest.mark.parametrize("pool", [sa.StaticPool, sa.AssertionPool])
+@pytest.mark.parametrize("drivers", [SYNC, ASYNC], ids=["sync", "async"])
+def test_an_engine_with_a_single_connection_serves_many_threads(
+    server_url: str, drivers: dict[str, str], pool: type[sa.Pool], make_store: Stores
+) -> None:
+    store = make_store(server_url, drivers, poolclass=pool)
+    with ThreadPoolExecutor(8) as threads:
+        swaps = [threads.submit(store.swap, "k", None, b"%d" % number, LONG) for number in range(8)]
+        assert sum(swap.result(10) is None for swap in swaps) == 1
+
+
+@pytest.mark.parametrize("drivers", [SYNC, ASYNC], ids=["sync", "async"])
+def test_a_store_that_is_dropped_leaves_neither_threads_nor_connections(
+    server_url: str, drivers: dict[str, str]
+) -> None:
+    def use() -> list[threading.Thread]:
+        before = set(threading.enumerate())
+        engine: Any = sa.create_engine(with_driver(through(proxy, server_url), drivers))
+        store = SqlStore(AsyncEngine(engine) if drivers is ASYNC else engine)
+        store.put("k", b"one", LONG)
+        assert proxy.connections == 1
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    with before(server_url) as proxy:
+        threads = use()
+        gc.collect()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        until(lambda: proxy.connections == 0)
+    assert threads != []
 
 
 # Rows.

@@ -155,6 +155,16 @@ class TestInMemoryAsync(IdempotencyStoreContract):
         asyncio.run(engine.dispose())
 
 
+def test_a_database_in_memory_is_a_warning_and_a_file_is_none(store):
+    engine = sa.create_engine("sqlite://", poolclass=StaticPool)
+    create_tables(engine)
+    assert SqlStore(engine).warnings() == [
+        "The idempotency store is an SQLite database in memory: other processes see no keys."
+    ]
+    assert store.warnings() == []
+    engine.dispose()
+
+
 @pytest.mark.parametrize("pool", [None, StaticPool])
 def test_a_transaction_of_the_application_on_the_connection_in_memory_is_neither_committed_nor_undone(pool):
     engine = sa.create_engine("sqlite://", poolclass=pool)

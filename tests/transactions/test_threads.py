@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,8 +117,9 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 
 def test_the_threads_end_with_their_owner():
     def use():
-        threads = DatabaseThreads("owned", 2)
-        run_concurrently(lambda number: threads.call(lambda call: time.sleep(0.02), soon()))
+        threads, both = DatabaseThreads("owned", 2), threading.Barrier(2)
+        with ThreadPoolExecutor(2) as callers:
+            assert sorted(callers.map(lambda _: threads.call(lambda call: both.wait(10), soon()), range(2))) == [0, 1]
         return running(threads)
 
     mine = use()
