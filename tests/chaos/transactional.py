@@ -58,10 +58,9 @@ class TransactionalChaos(Chaos):
             }
             self._make_tables()
             try:
-                for number in range(2):
+                for number, app in enumerate(("transactional_app", "transactional_async_app")):
                     log = self.folder / f"workers-{number}.log"
-                    workers = workers_of("tests.chaos.transactional_app", self.processes)
-                    self.groups.append(Group(environment, log, workers))
+                    self.groups.append(Group(environment, log, workers_of(f"tests.chaos.{app}", self.processes)))
                 self.sender = Group(environment, self.folder / "sender.log", ["tests.chaos.transactional_sender"])
                 until(lambda: self._at_work(2), PATIENCE)
                 self._fail_while_sent(scenario, jobs, enough)

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from .orders import message, send_for
-from .transactional_app import broker, engine, orders, outbox
+from .transactional_app import broker, engine, outbox
+from .transactional_worker import orders
 
 #: Orders a second.
 RATE = 20
