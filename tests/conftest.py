@@ -40,7 +40,8 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     if not HAS_DJANGO_TASKS:
         terminalreporter.write_line(
-            "Not applicable here, and not run: tests/contrib/django/test_tasks*.py, which need Django 6 (Python 3.12)."
+            "Not applicable here, and not run: tests/contrib/django/test_tasks*.py and tests/integration/test_django_tasks.py, "
+            "which need Django 6 (Python 3.12)."
         )
 
 

@@ -19,10 +19,12 @@ import sqlalchemy as sa
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.redis import RedisBroker
 
+from ..support import HAS_DJANGO_TASKS
 from .databases import make_empty_tables, own_database, with_driver
 from .places import Place, RabbitmqPlace, RedisPlace
 
 HERE = Path(__file__).parent
+collect_ignore = [] if HAS_DJANGO_TASKS else ["test_django_tasks.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
