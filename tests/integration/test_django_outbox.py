@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import dramatiq
 import pytest
-from django.db import transaction
+from django.db import connections, transaction
 from dramatiq import Worker, group
 
 from dramatiq_policies import install
@@ -103,3 +105,25 @@ def test_with_wait_0_a_worker_s_relay_sends_all(make_shop):
     finally:
         worker.stop()
     assert shop.pending() == 0
+
+
+def test_a_forked_web_process_sends_over_connections_of_its_own(make_shop):
+    shop = make_shop()
+    with transaction.atomic(using="shop"):
+        shop.confirm.send(1)
+    # Before it forks, a server closes the application's connections. Those of the library stay open.
+    connections["shop"].close()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with transaction.atomic(using="shop"):
+                shop.confirm.send(2)
+            code = 0 if shop.pending() == 0 else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    with transaction.atomic(using="shop"):
+        shop.confirm.send(3)
+    assert shop.pending() == 0
+    assert shop.left() == [1, 2, 3]
