@@ -1,4 +1,4 @@
-"""The options that select dead letters."""
+"""Options to select dead letters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def filters(command: F) -> F:
-    """Add the options that select dead letters."""
+    """Add the options to select dead letters."""
     for option in reversed(
         [
             click.argument("app"),

@@ -1,8 +1,8 @@
 """The end of a delivery: publish the follow-up messages, complete the key, store the failure, report the outcome, acknowledge.
 
-The consumer calls `settle_and_ack` for each message that a worker is done with. The process may die between any two lines:
-the message is not acknowledged yet, so it comes back. Only the publishing of these messages can prevent the acknowledgement;
-errors of the later steps are logged.
+The consumer calls `settle_and_ack` for each message after the run. If the process dies between any two lines, the broker
+redelivers the unacknowledged message. Only an error of the publishing prevents the acknowledgement; errors of the later steps
+are logged.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery) -> None:
-    """Settle a delivery, once, and acknowledge its message. After an error, call this again to go on.
+    """Settle a delivery, once, and acknowledge the message. After an error, call this function again to continue.
 
-    The message is not acknowledged if `publish_follow_ups` has done so, or if publishing was given up: then the message comes
-    back.
+    There is no acknowledgement if `publish_follow_ups` has acknowledged already, or has given up: then the message is
+    redelivered.
     """
-    # The delivery's own transport: after a reconnect the consumer that acknowledges has another.
+    # The delivery's transport: after a reconnect the acknowledging consumer has another transport.
     transport: Transport = delivery.transport  # type: ignore[assignment]  # `DeliveringTransport` is a part of `Transport`.
     if not delivery.settled:
         if delivery.is_plain_success() and delivery.claim is None:
@@ -53,7 +53,7 @@ def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery
 
 
 def _settle(state: BrokerState, transport: Transport, message: MessageProxy, delivery: Delivery) -> None:
-    """Publish what follows from the decision, complete or free the key, and report the outcome."""
+    """Publish the follow-up messages, complete or free the key, and report the outcome."""
     decision = delivery.decision
     if decision is None:
         delivery.decision = decision = undecided()
@@ -67,18 +67,18 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
     if decision.outcome is Outcome.SUCCEEDED:
         state.outcomes.notify_success(delivery)
     elif decision.outcome is Outcome.INTERRUPTED:
-        # The message comes back: no hook (of Dramatiq's Results, say) is to take this failure for its end.
+        # The message will be redelivered: no hook (such as Dramatiq's Results) must take this failure for the end.
         message.failed = False
     elif decision.outcome in BAD_ENDINGS:
         _report_failure(state, message, delivery, decision, succeeded)
     if decision.outcome is not Outcome.SUCCEEDED or state.outcomes.successes_observed:
         _publish_outcome(state, message, delivery, decision)
-    # The error's traceback leads to the message: no cycle is left behind.
+    # The error's traceback refers to the message: break the cycle.
     delivery.decision = SUCCEEDED if decision is SUCCEEDED else None
 
 
 def undecided() -> Decision:
-    """For a message on which no hook of ours came to a decision: never a success."""
+    """Return the decision for a message without a decision: never a success."""
     error = HandoffFailed("the message was processed, but dramatiq_policies made no decision")
     return Decision(Outcome.DEAD, "handoff_failed", exception=error, dead_letter=True)
 
@@ -89,10 +89,10 @@ def _report_failure(
     """Store the failure as the job's result and call ``after_discard``.
 
     Parameters:
-      succeeded: Whether the job itself did, and only its publishing failed.
+      succeeded: Whether the job succeeded, and only the publishing failed.
     """
     error = decision.exception
-    assert error is not None  # A bad ending without an error of the job's has one of ours.
+    assert error is not None  # A failure without an error of the job has an error of dramatiq_policies.
     settle_results(state, message, decision, error, succeeded)
     _after_discard(state, message, delivery, error)
     warn_of_incomplete_group(message, decision)

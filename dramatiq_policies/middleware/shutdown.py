@@ -20,11 +20,11 @@ __all__ = ["ShutdownNotifications"]
 class ShutdownNotifications(_ShutdownNotifications):
     """Dramatiq's ``ShutdownNotifications``, limited to jobs: no hook and no other message is interrupted.
 
-    `install` puts it in place of Dramatiq's. The message of an interrupted job goes back to its queue at once and uses up no
+    `install` replaces Dramatiq's class. The message of an interrupted job returns to the queue at once and uses no
     attempt. The notification goes to the jobs of all workers in this process, and these workers start no other job.
 
     Parameters:
-      notify_shutdown: Whether to interrupt jobs whose message and actor do not set ``notify_shutdown``. Default False.
+      notify_shutdown: Whether to interrupt jobs without ``notify_shutdown`` on message and actor. Default False.
     """
 
     # The executor asks `BrokerState.interrupted_by_shutdown` for each job.

@@ -1,4 +1,4 @@
-"""How the library calls a database by SQLAlchemy: in threads, on an event loop of its own, or on the application's connection.
+"""Call a database by SQLAlchemy: in threads, on a separate event loop, or on the application's connection.
 
 ``call(work, deadline)`` calls ``work`` with a connection on which each statement commits by itself, and returns or raises by
 ``deadline`` of ``time.monotonic()``.
@@ -30,7 +30,7 @@ __all__ = ["AsyncMemoryCalls", "LoopCalls", "MemoryCalls", "ThreadCalls"]
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
-#: For how long async connections are closed, in seconds.
+#: Seconds to wait for the close of async connections.
 _CLOSES_WITHIN = 5.0
 
 
@@ -55,7 +55,7 @@ class ThreadCalls:
             call.severed_by(partial(sever, connection.connection.driver_connection))
             return work(SqlConnection(connection))
         finally:
-            # The rollback of the pool may hang, too. If the next call gets its connection severed, it takes another.
+            # The rollback of the pool may hang, too. If the next call gets a severed connection, the call takes another.
             connection.close()
             call.severed_by(None)
 
@@ -65,7 +65,7 @@ class ThreadCalls:
 
 
 class LoopCalls:
-    """Calls over an async engine, on an event loop of its own, because connections of async drivers belong to a loop.
+    """Calls over an async engine, on a separate event loop: connections of async drivers belong to a loop.
 
     Parameters:
       engine: An engine for these calls alone.
@@ -117,7 +117,7 @@ class LoopCalls:
 
     def _end(self, loop: asyncio.AbstractEventLoop) -> None:
         closing = loop.create_task(self._close_connections())
-        # A server that hangs does not keep the thread.
+        # A hanging server must not keep the thread.
         loop.call_later(_CLOSES_WITHIN, loop.stop)
         closing.add_done_callback(lambda _: loop.stop())
 
@@ -133,7 +133,7 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class MemoryCalls:
-    """Calls on the application's own connection to an SQLite database in memory: another one would see another database.
+    """Calls on the application's connection to an SQLite database in memory: another connection would see another database.
 
     If the application has begun a transaction on the connection, the statements join the transaction.
     """

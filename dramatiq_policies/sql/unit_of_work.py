@@ -33,7 +33,7 @@ __all__ = ["SqlUnitsOfWork"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
-#: Where a session and its connections have their guard.
+#: The key of the guard in a session's and a connection's ``info``.
 _KEY = "dramatiq_policies_guard"
 _COMMITTED = (
     "A job with transactional=True must not commit: the worker commits after the job has returned, together with the completion "
@@ -56,17 +56,17 @@ class SqlUnitsOfWork:
         within: Callable[[Session | AsyncSession], Entered[Scope]],
         is_same: Callable[[Engine | AsyncEngine], bool],
     ) -> None:
-        # Its connections come from the pool of the engine, and its events are of transactional jobs only.
+        # The connections come from the pool of the engine; the events concern transactional jobs only.
         self.engine = engine.execution_options(dramatiq_policies_job=True)
         event.listen(_sync(self.engine), "commit", _before_connection_commit)
         self.within = within
         self.is_same = is_same
 
     def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
-        """Check that units of work are possible for an actor whose keys are in a store.
+        """Check that an actor with keys in ``store`` can have units of work.
 
         Raises:
-          ConfigurationError: They are not.
+          ConfigurationError: The actor can't.
         """
         if not isinstance(store, SqlStore) or not self.is_same(store.engine):
             raise ConfigurationError(
@@ -142,7 +142,7 @@ class AsyncSqlUnitOfWork:
 
         @functools.wraps(coroutine)
         async def run_and_flush(*given: Any, **named: Any) -> Any:
-            # A scope counts only in the task that has entered it.
+            # A scope counts only in the entering task.
             async with self._within(session):
                 result = await coroutine(*given, **named)
                 await session.flush()
@@ -193,7 +193,7 @@ class _CommitGuard:
         session.info[_KEY] = self
 
     def add(self, connection: sa.Connection) -> None:
-        """Guard a connection on which the session has begun a transaction, or a savepoint."""
+        """Guard a connection with a new transaction or savepoint of the session."""
         if connection not in self._connections:
             self._connections.append(connection)
             vars(connection)[_KEY] = self
@@ -230,7 +230,7 @@ class _CommitGuard:
 
 
 class _JobSession(Session):
-    """The session of a transactional job. Its events are the class's: a listener on each session would take longer."""
+    """The session of a transactional job. The class has the listeners: listeners per session would take longer."""
 
 
 @event.listens_for(_JobSession, "after_begin")
@@ -240,7 +240,7 @@ def _after_begin(session: Session, _transaction: Any, connection: sa.Connection)
 
 @event.listens_for(_JobSession, "before_commit")
 def _before_commit(session: Session) -> None:
-    # The release of a savepoint comes here, too.
+    # Also called at the release of a savepoint.
     if not session.in_nested_transaction():
         _guard_of(session).check_commit()
 
@@ -273,7 +273,7 @@ def _isolate(connection: sa.Connection) -> None:
 
 
 def _close(session: Session) -> None:
-    """Roll back what is left of a session's transaction, and release its connections. Never raises."""
+    """Roll back the rest of a session's transaction, and release the connections. Never raises."""
     try:
         session.close()
     except Exception:
@@ -283,7 +283,7 @@ def _close(session: Session) -> None:
 
 
 def _run_on_loop(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine on Dramatiq's event loop, and wait for its end."""
+    """Run a coroutine on Dramatiq's event loop, and wait for the end."""
     thread = get_event_loop_thread()
     if thread is None:
         coroutine.close()

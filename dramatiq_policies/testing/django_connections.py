@@ -1,4 +1,4 @@
-"""Keep the test's connections of Django open in the kit's worker: a ``TestCase`` has its transaction on them."""
+"""Keep the test's Django connections open in the kit's worker: a ``TestCase`` has a transaction there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["connections_stay_open"]
 
-#: The hooks in which django_dramatiq's DbConnectionsMiddleware closes connections of a worker's thread: unusable ones, then all.
+#: The hooks of django_dramatiq's DbConnectionsMiddleware that close connections of a worker's thread: unusable, then all.
 _CLOSING = (
     "before_process_message",
     "after_process_message",
@@ -24,7 +24,7 @@ _CLOSING = (
 
 @contextmanager
 def connections_stay_open(broker: Broker) -> Iterator[None]:
-    """Switch off the hooks that close the connections of a worker's thread: here it is the thread of the test."""
+    """Switch off the hooks that close the connections of a worker's thread: here the thread of the test."""
     module = sys.modules.get("django_dramatiq.middleware")
     closing = [one for one in broker.middleware if module and isinstance(one, module.DbConnectionsMiddleware)]
     for middleware in closing:

@@ -44,8 +44,8 @@ def _resolve_again(actor: Actor[..., Any]) -> None:
 
 
 def around(fn: Any, before: Callable[[bool], Any], after: Callable[[], None] | None = None) -> Any:
-    """Return ``fn``, sync or async, with a call before it and after it. ``before`` gets True in an event loop, and may
-    return an awaitable."""
+    """Return ``fn``, sync or async, with a call before and after. ``before`` gets True in an event loop, and may return
+    an awaitable."""
     if is_async(fn):
         coroutine = fn.__wrapped__
 

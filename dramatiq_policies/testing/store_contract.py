@@ -1,4 +1,4 @@
-"""Tests for idempotency stores: for ours, and for your own."""
+"""Tests for idempotency stores: the library's and yours."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _KEYS = ("k", "K", "k ", "k\0", "\0k", "actor\0order:7", "é€😀", "a\nb", "%
 
 
 class IdempotencyStoreContract(ClaimsContract):
-    """Tests for pytest: derive from it, and provide the fixture ``store``, empty at the beginning of each test::
+    """Tests for pytest. Derive a class, and provide the fixture ``store``, empty at the beginning of each test::
 
         class TestMyStore(IdempotencyStoreContract):
             @pytest.fixture
             def store(self):
                 return MyStore(...)
 
-    It is called from 100 threads at once, forks (where there is ``os.fork``), and waits for leases of `short` to end.
+    The tests call the store from 100 threads at once, fork (with ``os.fork``), and wait for leases of `short` to end.
 
     Attributes:
-      short: The time to live, in milliseconds, of what is to expire. Longer than a few calls take. Default 400.
-      shared: Whether other processes see the same registers. Default True; a store in memory says False.
-      busy: How many threads are in the middle of a call while it forks. Default 0: the libraries below many a store
-        can't bear more.
-      rivals: How many threads update one register at the same moment. Default 100. The work grows with the square: choose
-        fewer for a store whose calls take long.
+      short: The time to live, in milliseconds, of registers that expire. Longer than a few calls take. Default 400.
+      shared: Whether other processes see the same registers. Default True; False for a store in memory.
+      busy: The number of threads in a call during a fork. Default 0: the libraries below many stores can't bear
+        more.
+      rivals: The number of threads that update one register at the same moment. Default 100. The work grows with the
+        square: choose fewer for a slow store.
     """
 
     shared = True

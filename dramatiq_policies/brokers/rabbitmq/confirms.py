@@ -18,8 +18,8 @@ class PipelinedConfirms:
 
     Attributes:
       waiting: Unconfirmed messages: the index in the batch by the channel's delivery tag.
-      accepted: The indexes of the messages that the server has taken.
-      refused: The indexes of the messages that the server has returned or not taken, each with the reason.
+      accepted: The indexes of accepted messages.
+      refused: The indexes of returned and refused messages, each with the reason.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -39,7 +39,7 @@ class PipelinedConfirms:
     def write(self, messages: Iterable[tuple[str, bytes, int | None]]) -> None:
         """Publish messages: queue, body and priority of each.
 
-        A message that can't be encoded for AMQP, such as one with a priority of 1,000, is refused here.
+        A message that AMQP can't encode (a priority of 1,000) is refused here.
         """
         self.forget()
         for number, (queue, body, priority) in enumerate(messages):

@@ -43,7 +43,7 @@ class DjangoUnitsOfWork:
 
     Parameters:
       outbox: The outbox.
-      using: The alias of its database.
+      using: The alias of the database.
     """
 
     def __init__(self, outbox: Outbox, using: str) -> None:
@@ -51,10 +51,10 @@ class DjangoUnitsOfWork:
         self.using = using
 
     def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
-        """Check that units of work are possible for an actor whose keys are in a store.
+        """Check that an actor with keys in ``store`` can have units of work.
 
         Raises:
-          ConfigurationError: They are not.
+          ConfigurationError: The actor can't.
         """
         if not isinstance(store, DjangoStore) or store.using != self.using:
             raise ConfigurationError(
@@ -92,7 +92,7 @@ class DjangoUnitOfWork:
             if not connection.get_autocommit():
                 raise self._error(_INSIDE)
         self._block = self._begin(connection)
-        # Django calls it where it refuses a commit inside of a block.
+        # Django calls this hook to refuse a commit inside of a block.
         connection.validate_no_atomic_block = self._refuse
         try:
             return proceed(delivery)
@@ -102,7 +102,8 @@ class DjangoUnitOfWork:
     def _begin(self, connection: Any) -> Any:
         block = transaction.atomic(using=self._using)
         mode = getattr(connection, "transaction_mode", None)
-        # The transaction will write. On SQLite one that reads first fails if another one writes meanwhile. From Django 5.1 on.
+        # The transaction will write. On SQLite a transaction that reads first fails if another transaction writes meanwhile. From
+        # Django 5.1 on.
         if connection.vendor == "sqlite":
             connection.transaction_mode = "IMMEDIATE"
         try:
@@ -130,7 +131,7 @@ class DjangoUnitOfWork:
         block, self._block = self._block, None
         if is_of_a_test_case(connection):
             block.__exit__(None, None, None)
-            # No commit follows in a TestCase, and nothing else would publish the rows.
+            # In a TestCase no commit follows to publish the rows.
             publish(self._outbox, scope.written(self._outbox), adapter)
             return
         # Django would raise the error of a callback, although the commit has taken effect.
@@ -139,7 +140,7 @@ class DjangoUnitOfWork:
         try:
             block.__exit__(None, None, None)
         except Exception as error:
-            # After a failed COMMIT Django rolls back. If that fails, too, Django connects anew.
+            # After a failed COMMIT Django rolls back. If the rollback fails, too, Django connects again.
             if connection.connection is not driver_connection or not connection.is_usable():
                 error.connection_invalidated = True  # type: ignore[attr-defined]
             raise
@@ -163,7 +164,7 @@ class DjangoUnitOfWork:
             close_struck_connections()
 
     def _leave(self, connection: Any, block: Any) -> None:
-        """End the block with a rollback, and the blocks that the job has left open."""
+        """Roll back the block, and blocks left open by the job."""
         while block in connection.atomic_blocks:
             connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)
 

@@ -45,7 +45,7 @@ M = TypeVar("M")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of the gate that no application declares.
+    """Settings of the check outside of the application.
 
     Attributes:
       required_tags: The tags to require of every actor.
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(slots=True)
 class _Job:
-    """An actor with its policy and its broker's state."""
+    """An actor, the policy and the broker's state."""
 
     actor: Actor[..., Any]
     policy: ActorPolicy
@@ -73,7 +73,7 @@ class _Job:
 
     @property
     def classifier(self) -> ErrorClassifier:
-        """The broker's own: the gate orders the middleware, and adds one if there is none."""
+        """The broker's ErrorClassifier. `order_middleware` adds one if necessary."""
         return next(
             middleware for middleware in self.state.broker.middleware if isinstance(middleware, ErrorClassifier)
         )
@@ -219,7 +219,7 @@ def _rules(job: _Job) -> Found:
 
 
 def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
-    """Yield each actor's rule with each broker's rule that treats a narrower class differently."""
+    """Yield each actor's rule with each different broker's rule for a narrower class."""
     own = [rule for rule in rules if rule.owner == "actor" and rule.predicate is None]
     named = {rule.resolve() for rule in own}
     for wide in own:
@@ -231,7 +231,7 @@ def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
 
 
 def _overridden(job: _Job, rule: Any) -> bool:
-    """Whether the actor replaces a broker's rule by a rule for the same class, which is intended."""
+    """Whether the actor intentionally replaces a broker's rule by a rule for the same class."""
     return any(own.owner == "actor" and own.resolve() is rule.resolve() for own in job.policy.rules.rules)
 
 
