@@ -20,7 +20,7 @@ from .databases import make_empty_tables, with_driver
 from .places import Place, RedisPlace, until
 
 #: The orders of which the worker is killed once, and where.
-IN_JOB, AT_COMMIT, AFTER_COMMIT, BEFORE_ACK, FROZEN = range(5)
+IN_JOB, AT_COMMIT, AFTER_COMMIT, BEFORE_ACK, FROZEN, FROZEN_AT_COMMIT = range(6)
 
 APP = """
 import os, pathlib, signal, threading, time
@@ -46,6 +46,12 @@ def die(point, order):
         # Dramatiq's main process waits forever if a worker dies while it reports its boot.
         time.sleep(max(0, began + 1 - time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
+
+def freeze(point, order):
+    if order == point and once("frozen"):
+        (folder / "pid").write_text(str(os.getpid()))
+        while not (folder / "go").exists():
+            time.sleep(0.01)
 
 class BeforeAck(Middleware):
     def before_process_message(self, broker, message):
@@ -73,6 +79,7 @@ if {transactional}:
         # The store and the outbox have threads of their own.
         order = getattr(current, "order", None)
         die({at_commit}, order)
+        freeze({frozen_at_commit}, order)
         do_commit(connection)
         die({after_commit}, order)
     engine.dialect.do_commit = commit
@@ -90,10 +97,7 @@ def pay(order):
             insert(session, "paid", order)
         receipt.send(order)
     die({in_job}, order)
-    if order == {frozen} and once("frozen"):
-        (folder / "pid").write_text(str(os.getpid()))
-        while not (folder / "go").exists():
-            time.sleep(0.01)
+    freeze({frozen}, order)
     return order
 
 @dramatiq.actor(queue_name="{queue}", idempotent=True, transactional=True)
@@ -146,6 +150,7 @@ class Shop:
                 after_commit=AFTER_COMMIT,
                 before_ack=BEFORE_ACK,
                 frozen=FROZEN,
+                frozen_at_commit=FROZEN_AT_COMMIT,
             )
         )
         self.environment = {
@@ -254,6 +259,26 @@ def test_a_frozen_worker_whose_job_was_taken_over_leaves_nothing(open_shop):
     shop.send(11)
     shop.work_until(lambda: all(11 in rows for rows in shop.rows().values()))
     assert shop.rows() == {table: [FROZEN, 11] for table in TABLES}
+
+
+def test_a_worker_that_is_frozen_with_its_key_completed_and_not_committed_keeps_others_out(open_shop):
+    shop = open_shop()
+    shop.send(FROZEN_AT_COMMIT)
+    first = shop.start()
+    until((shop.folder / "pid").exists, 60, shop.log.read_text)
+    os.killpg(first.pid, signal.SIGSTOP)
+    try:
+        shop.start()
+        # The second worker has the message, and waits for the key.
+        until(lambda: "deferred: message" in shop.log.read_text(), 60, shop.log.read_text)
+        assert shop.rows() == {table: [] for table in TABLES}
+        (shop.folder / "go").touch()
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+    shop.work_until(lambda: all(rows == [FROZEN_AT_COMMIT] for rows in shop.rows().values()))
+    shop.send(11)
+    shop.work_until(lambda: all(11 in rows for rows in shop.rows().values()))
+    assert shop.rows() == {table: [FROZEN_AT_COMMIT, 11] for table in TABLES}
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
