@@ -106,7 +106,7 @@ class LoopCalls:
             return self._loop
 
     def close(self) -> None:
-        """Close the connections and end the thread. The garbage collector may call it, even on that thread."""
+        """Close the connections and end the thread. The garbage collector may be the caller, even on the loop's thread."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None

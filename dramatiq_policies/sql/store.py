@@ -23,16 +23,15 @@ class SqlStore(KeyTable):
     With an outbox on the same database, the store also serves actors with ``transactional=True``. Otherwise prefer
     `RedisStore`: a key on Redis is cheaper.
 
-    Whatever the number of threads, a process uses at most four connections (SQLite: one) beside the engine's pool. A forked process
-    makes new ones, so the engine may be made before the fork.
+    A process uses at most four connections (SQLite: one) beside the engine's pool, for any number of threads. A forked process makes
+    new connections, so you may make the engine before the fork.
 
-    A call raises after at most five seconds, whatever the driver does, and waits at most one second for a lock. For this the store
-    sets timeouts on its connections, also on the server. Behind a pooler that lends its connections to others (PgBouncer) give the
-    engine a ``NullPool``: then the store sets none. A host that does not answer can hold a connection of the store for the driver's
-    connect timeout, so set a short one: ``connect_args={"connect_timeout": 5}`` for psycopg and PyMySQL, ``{"timeout": 5}`` for
-    asyncpg.
+    A call raises after at most five seconds, and waits at most one second for a lock. The store also sets these timeouts in the
+    server session. Behind a pooler like PgBouncer, which shares sessions, give the engine a ``NullPool``: the store then sets no
+    timeouts. A silent host can hold a connection of the store for the driver's connect timeout. Set a short connect timeout:
+    ``connect_args={"connect_timeout": 5}`` for psycopg and PyMySQL, ``{"timeout": 5}`` for asyncpg.
 
-    Each process that writes also deletes expired keys, up to 500 for every 100 writes.
+    Writers delete expired keys: up to 500 for every 100 writes of a process.
 
     Parameters:
       engine: An ``Engine`` or an ``AsyncEngine``.

@@ -1,4 +1,4 @@
-"""Warnings about a server that may lose committed rows."""
+"""Warnings about servers with unsafe commits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["durability_warnings"]
 
 
 def durability_warnings(connection: Connection) -> list[str]:
-    """Return a warning if a crash of the server may undo commits, so that a job may run twice."""
+    """Return a warning if a crash of the server may undo commits: a job may run twice."""
     if connection.dialect == "postgresql":
         found = [name for name in ("fsync", "synchronous_commit") if _setting(connection, f"SHOW {name}") == "off"]
         return [_warning(f"{' and '.join(found)} off")] if found else []

@@ -1,7 +1,7 @@
 """The registers of an idempotency store as rows of a table, one per key.
 
-Each write is one statement that commits by itself, so a claim is made or not, whatever is killed, and no call holds a lock while it
-waits for another. An expired row is absent; the processes that write also delete expired rows, a few at a time.
+Each write is a single statement with its own commit. So a kill leaves no half claim, and no call holds a lock while waiting for
+another. An expired row counts as absent. Processes that write also delete expired rows, a few at a time.
 """
 
 # ruff: noqa: S608 - the names of tables and the clocks are constants, and every value is a parameter
@@ -44,7 +44,7 @@ class _Default(str):
 DEFAULT_NAMESPACE = _Default("idem")
 #: How many expired rows are deleted at once, and after how many writes of a process.
 _BATCH, _WRITES_PER_BATCH = 500, 100
-#: How many renewals one call takes, so that a call stays short.
+#: Renewals per call: a call stays short.
 _RENEWALS = 100
 #: A row may come or go between two statements of a swap.
 _TRIES = 20
@@ -63,7 +63,7 @@ class KeyTable:
 
     #: 0.1.0 has no such store, so every record may have the form of today.
     may_hold_earlier_records = False
-    #: How to make the table, for the error that it is missing.
+    #: Advice on creating a missing table, for the error.
     how_to_create = ""
 
     def __init__(self, database: Database, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -200,7 +200,7 @@ class _Rows:
         try:
             return self.change("insert", name=name, value=value, ttl=ttl)
         except Exception as error:
-            # MariaDB: ON DUPLICATE KEY counts a row that was found as one row, and IGNORE ignores every error.
+            # MariaDB: ON DUPLICATE KEY counts a found row like a new row, and IGNORE hides all errors.
             if not is_duplicate(error):
                 raise
             return self.change("replace", name=name, value=value, ttl=ttl)
