@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import pytest
 
@@ -17,7 +18,7 @@ def soon() -> float:
 
 @pytest.fixture
 def threads():
-    made = DatabaseThreads(f"database-{id(object())}", 3)
+    made = DatabaseThreads(f"database-{uuid4().hex}", 3)
     yield made
     made.close()
 
@@ -26,9 +27,17 @@ def running(threads):
     return [thread for thread in threading.enumerate() if thread.name == threads.name]
 
 
+def wait_until_idle(threads):
+    """A thread answers first, and is free for the next call a moment later."""
+    while threads._idle._value == 0:
+        time.sleep(0.001)
+
+
 def test_no_thread_starts_before_the_first_call_and_one_serves_calls_one_after_the_other(threads):
     assert running(threads) == []
-    assert [threads.call(lambda call, number=number: number, soon()) for number in range(20)] == list(range(20))
+    for number in range(20):
+        assert threads.call(lambda call, number=number: number, soon()) == number
+        wait_until_idle(threads)
     assert len(running(threads)) == 1
 
 
@@ -57,6 +66,7 @@ def test_an_error_is_the_caller_s_with_its_traceback(threads):
         with pytest.raises(ZeroDivisionError, match="of the work") as caught:
             threads.call(fails, soon())
         assert caught.traceback[-1].name == "fails"
+        wait_until_idle(threads)
     assert len(running(threads)) == 1
 
 
