@@ -168,3 +168,11 @@ def test_the_reference_has_every_public_name():
     page = (ROOT / "docs" / "reference.md").read_text()
     named = {*re.findall(r"^::: dramatiq_policies\.(\w+)$", page, re.MULTILINE), *errors.__all__}
     assert set(dramatiq_policies.__all__) - named == {"actor"}  # a function of Dramatiq's
+
+
+def test_the_reference_has_every_option_of_an_actor():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    names = list(dramatiq_policies.ActorOptions.__annotations__)
+    ours = names[names.index("retry_on") :]
+    assert len(ours) > 10
+    assert [name for name in ours if f"`{name}`" not in page] == []
