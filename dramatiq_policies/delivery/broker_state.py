@@ -55,6 +55,9 @@ class ClaimKeeper(Protocol):
     def completion(self, claim: Any) -> tuple[Any, ...]:
         """Return the command that completes the key, for a store with a `CommandBatcher`."""
 
+    def companion(self, claim: Any) -> tuple[str, bytes, int] | tuple[()]:
+        """Return name, value and ttl of a register to write in the same step as the completed key."""
+
     def completed_record(self, claim: Any) -> bytes:
         """Return the bytes that the store holds for the completed key."""
 

@@ -130,7 +130,7 @@ class Claims:
                     held = Claim(name, record, value, keyed, retention, has_earlier_name=earlier is None)
                     self.leases.hold(held)
                     return held
-                stored = self._read(name, found.value)
+                stored = self._read(name, found.value, request)
                 action = records.next_action(stored, found.left, request)
                 if isinstance(action, records.Quarantine) and stored is not None and found.value is not None:
                     return self._quarantined(action, name, stored, found.value, request, keyed, retention)
@@ -157,12 +157,12 @@ class Claims:
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
         return Quarantined(Claim(name, record, value, keyed, retention), found.starts)
 
-    def _read(self, name: str, value: bytes | None) -> Record | None:
+    def _read(self, name: str, value: bytes | None, request: Request) -> Record | None:
         if value is None:
             return None
         record = Record.decode(value)
         if record.state == records.COMPLETED:
-            return self.earlier.with_arguments(name, record)
+            return self.earlier.with_arguments(name, record) if request.args else record
         if is_unconfirmed(record):
             return record._replace(starts=record.starts - 1)
         return record
@@ -239,14 +239,22 @@ class Claims:
     def completion(self, claim: Claim) -> tuple[Any, ...]:
         """Return the command that writes the completion, for a store with a `CommandBatcher`."""
         store: Any = self.store
-        command: tuple[Any, ...] = store.putting(claim.name, self.completed_record(claim), claim.retention)
+        command: tuple[Any, ...] = store.putting(
+            claim.name, self.completed_record(claim), claim.retention, *self.companion(claim)
+        )
         return command
 
     def completed_record(self, claim: Claim) -> bytes:
         """Return the record of the claim's key, completed."""
         if claim.has_earlier_name and claim.record.args:
-            return self.earlier.completed_record(claim.name, claim.record, claim.retention)
+            return self.earlier.completed_record(claim.name, claim.record)
         return records.completed_by(claim.record.message_id, claim.record.args)
+
+    def companion(self, claim: Claim) -> tuple[str, bytes, int] | tuple[()]:
+        """Return name, value and ttl of a register to write in the same step as the completed record; mostly empty."""
+        if claim.has_earlier_name and claim.record.args:
+            return self.earlier.companion(claim.name, claim.record, claim.retention)
+        return ()
 
     def conclude(self, claim: Claim, decision: Decision) -> None:
         """Record how the run of a claim has ended: after the follow-up messages are published, before the message is acked."""
@@ -260,7 +268,9 @@ class Claims:
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:
-            write = partial(store.put, claim.name, self.completed_record(claim), claim.retention)
+            write = partial(
+                store.put, claim.name, self.completed_record(claim), claim.retention, *self.companion(claim)
+            )
         else:
             waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decision.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED

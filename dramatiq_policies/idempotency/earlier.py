@@ -26,6 +26,8 @@ _MARK = typed_name(("#", "version 2"))
 #: For how long, in milliseconds, records of 0.1.0 may outlast their ttl: a record may wait for a retry, and old workers
 #: write records as long as they are deployed.
 _LATER = 2 * WEEK_MS
+#: For how long, in milliseconds, other processes know the arguments of a completed key.
+_COMPANION_TTL = 3_600_000
 #: How many fingerprints this process remembers.
 _REMEMBERED = 10_000
 
@@ -41,6 +43,7 @@ class EarlierRecords:
     def __init__(self, store: IdempotencyStore, call_store: Callable[[Callable[[], Any]], Any]) -> None:
         self.store = store
         self.call_store = call_store
+        self._takes_companions: bool = getattr(store, "takes_companions", False)
         #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
         #: The first message and its fingerprint, by register.
@@ -51,30 +54,50 @@ class EarlierRecords:
         found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
         self._saw(CENTURY_MS if found is None else found.left)
 
-    def completed_record(self, name: str, record: Record, retention: int) -> bytes:
+    def completed_record(self, name: str, record: Record) -> bytes:
         """Return the record of a completed key, in a register that 0.1.0 names alike.
 
-        0.1.0 refuses a record with a fingerprint of the arguments. As long as workers of 0.1.0 may run, until two weeks after the
-        mark, only this process remembers the fingerprint.
+        0.1.0 refuses a record with a fingerprint of the arguments. Where 0.1.0 may read the register, also after a rollback, this
+        process remembers the fingerprint, and a `companion` does for other processes.
 
         Parameters:
           name: The register.
           record: The record of the run.
-          retention: How long the store remembers a completed key, in milliseconds.
         """
-        if not getattr(self.store, "may_hold_earlier_records", True) or (
-            self.marked is not None and clock.monotonic() * 1_000 - self.marked > retention + _LATER
-        ):
+        if not getattr(self.store, "may_hold_earlier_records", True):
             return records.completed_by(record.message_id, record.args)
         if len(self._arguments) >= _REMEMBERED:
             self._arguments.clear()
         self._arguments[name] = record.message_id, record.args
         return records.completed_by(record.message_id)
 
+    def companion(self, name: str, record: Record, retention: int) -> tuple[str, bytes, int] | tuple[()]:
+        """Return name, value and ttl of the register to write in the same step: the completed record with its fingerprint.
+
+        Empty for a store that can't write two registers in one step. The companion lives for an hour
+        at most: duplicates come soon, and a store keeps millions of completed keys.
+        """
+        if not self._takes_companions:
+            return ()
+        value = records.completed_by(record.message_id, record.args)
+        return _companion(name), value, min(retention, _COMPANION_TTL)
+
     def with_arguments(self, name: str, record: Record) -> Record:
-        """Return a completed record, with the fingerprint if only this process remembers it."""
+        """Return a completed record with its fingerprint, if this process or the companion knows the fingerprint.
+
+        Raises:
+          StoreDown: The store is down.
+        """
+        if record.args or not getattr(self.store, "may_hold_earlier_records", True):
+            return record
         message_id, args = self._arguments.get(name, ("", ""))
-        return record._replace(args=args) if message_id == record.message_id else record
+        if message_id == record.message_id:
+            return record._replace(args=args)
+        if not self._takes_companions:
+            return record
+        found: Entry = self.call_store(partial(self.store.get, _companion(name)))
+        known = None if found.value is None else Record.decode(found.value)
+        return known if known is not None and known.message_id == record.message_id else record
 
     def find(self, name: str, retention: int) -> tuple[Record, int] | None:
         """Find the record that 0.1.0 wrote for a key, and for how many more milliseconds the store keeps the record.
@@ -105,3 +128,7 @@ class EarlierRecords:
     def _saw(self, left: int) -> None:
         if left:
             self.marked = clock.monotonic() * 1_000 - (CENTURY_MS - left)
+
+
+def _companion(name: str) -> str:
+    return typed_name(("#", "arguments"), ("n", name))

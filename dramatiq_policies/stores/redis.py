@@ -26,7 +26,9 @@ from . import Entry, Renewal
 
 __all__ = ["RedisStore"]
 
-_SWAP = Script(resources.files(__package__).joinpath("swap.lua").read_text())
+_SWAP, _PUT_BOTH = (
+    Script(resources.files(__package__).joinpath(f"{name}.lua").read_text()) for name in ("swap", "put_both")
+)
 #: The socket timeout in seconds of clients made by the store.
 _SOCKET_TIMEOUT = 1.0
 
@@ -74,6 +76,8 @@ class RedisStore:
         #: Whether the user gave a namespace, which tells services apart.
         self.is_namespaced = namespace is not _DERIVED
         self.namespace = str(namespace)
+        #: Whether one step writes two registers: on a cluster, they may be on different servers.
+        self.takes_companions = isinstance(self.client, redis.Redis)
         #: Batches the calls of all threads, and the acks of a Redis broker on the same server.
         self.batcher = CommandBatcher(self.client)
 
@@ -121,11 +125,14 @@ class RedisStore:
         found = self._call(*_SWAP.command([name], [expected or b"", value or b"", ttl]), carries=True)
         return None if found is None else _entry(found)
 
-    def put(self, key: str, value: bytes, ttl: int) -> None:
-        self._call(*self.putting(key, value, ttl))
+    def put(self, key: str, value: bytes, ttl: int, *companion: Any) -> None:
+        self._call(*self.putting(key, value, ttl, *companion))
 
-    def putting(self, key: str, value: bytes, ttl: int) -> tuple[Any, ...]:
-        """Return the command of `put`."""
+    def putting(self, key: str, value: bytes, ttl: int, *companion: Any) -> tuple[Any, ...]:
+        """Return the command of `put`. ``companion``: key, value and ttl of another register to write in the same step."""
+        if companion:
+            other, its_value, its_ttl = companion
+            return _PUT_BOTH.command([self.name_of(key), self.name_of(other)], [value, ttl, its_value, its_ttl])
         return ("SET", self.name_of(key), value, "PX", ttl)
 
     def get(self, key: str) -> Entry:

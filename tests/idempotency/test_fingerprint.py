@@ -9,7 +9,6 @@ import threading
 import pytest
 
 from dramatiq_policies import Idempotency
-from dramatiq_policies.common import clock
 from dramatiq_policies.idempotency import records
 from dramatiq_policies.idempotency.fingerprint import covers_all, fingerprint_of
 from dramatiq_policies.idempotency.records import Record, completed_by
@@ -170,15 +169,58 @@ def test_another_process_knows_the_fingerprint(caplog):
     assert len(differing(caplog)) == 1
 
 
-@pytest.mark.parametrize(("weeks", "warnings", "size"), [(0, 0, 18), (2, 0, 18), (3, 1, 22)])
-def test_a_register_that_0_1_0_may_read_holds_no_fingerprint_until_its_workers_are_gone(caplog, weeks, warnings, size):
-    """0.1.0 refuses the longer record: its messages would wait."""
+def test_a_register_that_0_1_0_may_read_holds_no_fingerprint(caplog):
+    """0.1.0 refuses the longer record: after a rollback its messages would wait."""
     store = Shared()
     for note in ("a", "b"):
         ship = stage_on(store)
-        ship.guard.claims.earlier.marked = (clock.monotonic() - weeks * 604_800) * 1_000
         ship.send(7, note=note)
         ship.stage.run()
     ((value, _),) = [entry for key, entry in store._entries.items() if "order:7" in key]
-    assert len(value) == size
-    assert len(differing(caplog)) == warnings
+    assert len(value) == 18
+    assert differing(caplog) == []
+    ship.send(8, note="a")
+    ship.send(8, note="b")
+    ship.stage.run()
+    assert len(differing(caplog)) == 1
+
+
+class Companions(Shared):
+    """As a RedisStore on one server: writes two registers in one step."""
+
+    takes_companions = True
+
+    def put(self, key, value, ttl, *companion):
+        super().put(key, value, ttl)
+        if companion:
+            super().put(*companion)
+
+
+def test_other_processes_know_the_fingerprint_from_a_companion_for_an_hour(caplog):
+    now = [1_000.0]
+    store = Companions(lambda: now[0])
+    for note in ("a", "b"):
+        ship = stage_on(store)
+        ship.send(7, note=note)
+        ship.stage.run()
+    assert len(differing(caplog)) == 1
+    now[0] += 3_601
+    ship = stage_on(store)
+    ship.send(7, note="c")
+    ship.stage.run()
+    assert ship.stage.reasons() == ["completed"]
+    assert len(differing(caplog)) == 1
+
+
+def test_the_companion_of_another_first_message_counts_for_nothing(caplog):
+    store = Companions()
+    ship = stage_on(store)
+    ship.send(7, note="a")
+    ship.stage.run()
+    (name,) = [key for key in store._entries if key.startswith("ship")]
+    store.put(name, completed_by(ID), 10_000)
+    ship = stage_on(store)
+    ship.send(7, note="b")
+    ship.stage.run()
+    assert ship.stage.reasons() == ["completed"]
+    assert differing(caplog) == []

@@ -2,8 +2,10 @@
 --
 -- KEYS[1]  the broker's namespace
 -- KEYS[2]  the register of the idempotency key, if this call completes the key
+-- KEYS[3]  the companion of the register, if it has one
 -- ARGV     broker id, queue, redis id, body of the dead letter or '', 'keep' to leave the message unacked or '',
 --          new value of the register, ttl in ms, value of the register while the claim is ours,
+--          value of the companion, its ttl in ms,
 --          then for each follow-up message: queue, redis id, body
 --
 -- If the message is not in the unacked set of this worker, either another worker has the message, or this call repeats a call
@@ -20,7 +22,7 @@ local unacked = namespace .. ':__acks__.' .. broker_id .. '.' .. queue
 local bodies = namespace .. ':' .. queue .. '.msgs'
 local dead_letters = namespace .. ':' .. string.gsub(queue, '%.DQ$', '') .. '.XQ'
 local register = KEYS[2]
-local first_follow_up = 9
+local first_follow_up = 11
 local had_body = true
 
 local is_unacked = redis.call('sismember', unacked, id) == 1
@@ -44,6 +46,9 @@ if not is_unacked and keep_unacked == '' then
 end
 if register then
   redis.call('set', register, completed, 'px', ARGV[7])
+  if KEYS[3] then
+    redis.call('set', KEYS[3], ARGV[9], 'px', ARGV[10])
+  end
 end
 for i = first_follow_up, #ARGV, 3 do
   local target = namespace .. ':' .. ARGV[i]

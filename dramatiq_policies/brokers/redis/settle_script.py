@@ -95,11 +95,15 @@ class SettleScript:
     ) -> tuple[Any, ...]:
         """Return the command that settles a message."""
         broker = self._broker
-        keys, completed, ttl, held = [broker.namespace], b"", 0, b""
+        keys, completed, ttl, held, companion = [broker.namespace], b"", 0, b"", (b"", 0)
         if completes is not None:
             assert self._store is not None  # As above.
             keys.append(self._store.name_of(completes.name))
-            completed, ttl = self._state.idempotency.claims.completed_record(completes), completes.retention
-            held = completes.value
-        args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep else "", completed, ttl, held, *sends]
+            claims = self._state.idempotency.claims
+            completed, ttl, held = claims.completed_record(completes), completes.retention, completes.value
+            if found := claims.companion(completes):
+                keys.append(self._store.name_of(found[0]))
+                companion = found[1:]
+        args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep else "", completed, ttl, held]
+        args += [*companion, *sends]
         return _SETTLE.command(keys, args)
