@@ -18,7 +18,7 @@ __all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxSta
 MESSAGE, MEMBER = "message", "member"
 
 _TEXT = 255
-_LENGTHS = (1, 10, 100, 500)
+_LENGTHS = (1, 10, 100, 500, 1_000)
 _ERROR = 1_000
 
 

@@ -24,7 +24,7 @@ alerts = SafeLogger("dramatiq_policies.alerts")
 POLL = 1.0
 _LONGEST_PAUSE = 5.0
 #: How many rows to take: at first, at least and at most. As many as have these bytes in all, by the batch before.
-_FIRST, _LEAST, _MOST = 100, 10, 500
+_FIRST, _LEAST, _MOST = 100, 10, 1_000
 _BYTES = 4_000_000
 
 
@@ -44,6 +44,8 @@ class Relay:
         self._logged_missing_table = False
         self._failures = 0
         self._limit = _FIRST
+        # Older versions of SQLite take 999 parameters.
+        self._most = 500 if database.dialect == "sqlite" else _MOST
 
     def run(self, stop: threading.Event) -> None:
         """Publish until ``stop`` is set; finish the present batch."""
@@ -86,7 +88,7 @@ class Relay:
         if not rows:
             return 0, None
         size = sum(len(row.body) for row in rows) / len(rows)
-        self._limit = max(_LEAST, min(_MOST, int(_BYTES / max(1, size))))
+        self._limit = max(_LEAST, min(self._most, int(_BYTES / max(1, size))))
         return len(rows), self._publication.publish(database.run, Lease(rows, [owner], since))
 
     def _failed(self, error: Exception) -> float:
