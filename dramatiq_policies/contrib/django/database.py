@@ -20,7 +20,7 @@ from ...transactions.session import in_transaction, repeated, session_settings, 
 from ...transactions.threads import Call, DatabaseThreads
 from .connections import is_of_a_test_case
 
-__all__ = ["DjangoConnection", "DjangoDatabase", "checked_using", "how_to_migrate"]
+__all__ = ["DjangoConnection", "DjangoDatabase", "ThreadConnection", "checked_using", "how_to_migrate"]
 
 T = TypeVar("T")
 
@@ -79,6 +79,22 @@ class DjangoConnection:
             # psycopg2 reads bytes as a memoryview.
             rows = [tuple(bytes(one) if isinstance(one, memoryview) else one for one in row) for row in cursor]
             return Result(rows, len(rows))
+
+
+class ThreadConnection:
+    """The connection that the calling thread has at the time of a call. After an interrupt that is another one than before."""
+
+    __slots__ = ("using",)
+
+    def __init__(self, using: str) -> None:
+        self.using = using
+
+    @property
+    def dialect(self) -> str:
+        return dialect_of(connections[self.using])
+
+    def execute(self, sql: str, /, **params: Any) -> Result:
+        return DjangoConnection(connections[self.using]).execute(sql, **params)
 
 
 @lru_cache(maxsize=256)

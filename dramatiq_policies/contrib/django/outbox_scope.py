@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...transactions.outbox import Outbox, Scope
 from ...transactions.scope import Written
-from .database import DjangoConnection
+from .database import DjangoConnection, ThreadConnection
 
 if TYPE_CHECKING:
     from ...transactions.outbox_table import NewRow
@@ -35,7 +35,7 @@ class AtomicScope(Scope):
         for row in rows:
             outbox.insert(adapter, row, written)
         # At each send: Django drops the callbacks of a rolled-back savepoint. The first callback publishes all rows.
-        self.connection.on_commit(partial(publish, outbox, written, adapter), robust=True)
+        self.connection.on_commit(partial(publish, outbox, written, self.connection.alias), robust=True)
 
     def written(self, outbox: Outbox) -> Written:
         """Return the rows of this transaction."""
@@ -49,6 +49,6 @@ class AtomicScope(Scope):
         return found
 
 
-def publish(outbox: Outbox, written: Written, connection: DjangoConnection) -> None:
+def publish(outbox: Outbox, written: Written, using: str) -> None:
     """Publish committed rows, and wait for the publication as long as the outbox allows. Never raises."""
-    outbox.wait_for(outbox.after_commit(written, connection))
+    outbox.wait_for(outbox.after_commit(written, ThreadConnection(using)))

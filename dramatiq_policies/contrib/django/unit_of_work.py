@@ -132,7 +132,7 @@ class DjangoUnitOfWork:
         if is_of_a_test_case(connection):
             block.__exit__(None, None, None)
             # In a TestCase no commit follows to publish the rows.
-            publish(self._outbox, scope.written(self._outbox), adapter)
+            publish(self._outbox, scope.written(self._outbox), self._using)
             return
         # Django would raise the error of a callback, although the commit has taken effect.
         callbacks, connection.run_on_commit = connection.run_on_commit, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -14,6 +15,10 @@ from django.apps import apps
 from django.conf import settings
 from django.core.management import call_command
 from django.db import connections
+from django_dramatiq.middleware import DbConnectionsMiddleware as DbConnectionsMiddleware  # noqa: PLC0414 - for the tests
+
+# Its presence changes the advice in errors, also in other tests of this process.
+sys.modules.pop("django_dramatiq", None)
 
 OURS = "dramatiq_policies.contrib.django.tasks.DramatiqBackend"
 ENGINES = {"postgresql": "postgresql", "mariadb": "mysql", "sqlite": "sqlite3"}

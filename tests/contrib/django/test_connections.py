@@ -8,11 +8,12 @@ import time
 import dramatiq
 import pytest
 from django.db import connection, connections, transaction
-from django_dramatiq.middleware import DbConnectionsMiddleware
 from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies import ErrorClassifier, RetryPolicy, TimeoutExceeded, constant, install
 from dramatiq_policies.contrib.django.connections import close_struck_connections
+
+from .project import DbConnectionsMiddleware
 
 PATIENCE = 20
 

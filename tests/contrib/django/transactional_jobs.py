@@ -8,7 +8,6 @@ from contextlib import suppress
 import dramatiq
 import pytest
 from django.db import DatabaseError, IntegrityError, OperationalError, connections, transaction
-from django_dramatiq.middleware import DbConnectionsMiddleware
 from dramatiq import Message, pipeline
 from dramatiq.brokers.stub import StubBroker
 
@@ -43,7 +42,7 @@ class Shop:
         self.store, self.outbox = DjangoStore(alias), DjangoOutbox(alias)
         self.idempotency = Idempotency(self.store)
         self.events = []
-        self.broker = StubBroker(middleware=[*StubBroker().middleware, DbConnectionsMiddleware()])
+        self.broker = StubBroker(middleware=[*StubBroker().middleware, project.DbConnectionsMiddleware()])
         install(
             self.broker,
             outbox=self.outbox,
