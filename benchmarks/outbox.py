@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 
 from dramatiq_policies import install
 from dramatiq_policies.sql import SqlOutbox, create_tables
+from dramatiq_policies.transactions.relay import Relay
 
 from . import rounds
 from .measurement import queue_of_its_own
@@ -115,7 +116,8 @@ def relay(settings: dict[str, Any]) -> dict[str, Any]:
                 app.job.send(number)
 
     def relay_all() -> None:
-        while app.outbox.relay_once():
+        relay = Relay(app.outbox.database, app.outbox.publication, "")
+        while relay.relay(ahead=True)[0]:
             pass
 
     sent = timed(send)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dramatiq import Message
@@ -31,6 +31,9 @@ class Batch:
     With a broker of an unknown type, ``before_enqueue`` hooks run at the publication.
     """
 
+    #: Whether `publish` waits for answers, and takes a ``meanwhile`` to call in that time.
+    overlaps = False
+
     def __init__(self, state: BrokerState) -> None:
         self.state = state
         self.broker: Any = state.broker
@@ -39,7 +42,9 @@ class Batch:
         """Return the final message: with its queue, its due time and the options of the broker. Runs ``before_enqueue``."""
         return message if delay is None else message.copy(options={"eta": now_ms() + delay})
 
-    def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
+    def publish(
+        self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
+    ) -> list[Exception | None]:
         """Publish messages in order. Returns for each message None or the broker's error.
 
         ``ConnectionClosed`` means an unreachable broker, or a broker that accepts nothing at present.

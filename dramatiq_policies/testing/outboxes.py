@@ -80,7 +80,7 @@ def refusing(
     batch, refused = outbox.batch, [0]
     before, stock = vars(batch).get("publish"), batch.publish
 
-    def publish(messages: Sequence[Encoded]) -> list[Exception | None]:
+    def publish(messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None) -> list[Exception | None]:
         found: list[Exception | None] = []
         for message in messages:
             error = refusal()

@@ -66,8 +66,10 @@ class Publication:
         self.batch = batch
         self._outage_alerts = Throttle()
 
-    def publish(self, run: Run, lease: Lease) -> Exception | None:
+    def publish(self, run: Run, lease: Lease, meanwhile: Callable[[], object] | None = None) -> Exception | None:
         """Publish and delete rows. Returns the error of an unreachable broker, or None.
+
+        If the broker confirms messages with a delay, this calls ``meanwhile``, which never raises, before the confirms.
 
         Raises:
           Exception: The error of the database. A relay tries the rows again after the lease.
@@ -78,7 +80,7 @@ class Publication:
             began = monotonic()
             run(lambda connection: table.renew(connection, ids, lease.owners))
             lease = Lease(run(lambda connection: table.take(connection, ids, lease.owners)), lease.owners, began)
-        result = _publish(self.batch, lease.rows)
+        result = _publish(self.batch, lease.rows, meanwhile if self.batch.overlaps else None)
         if result.published:
             self._delete(run, lease, [row.id for row in result.published])
         for row, error in result.refused:
@@ -143,7 +145,7 @@ def is_half_over(table: OutboxTable, since: float) -> bool:
     return (monotonic() - since) * 1_000 > table.lease / 2
 
 
-def _publish(batch: Batch, rows: Sequence[Row]) -> _Result:
+def _publish(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], object] | None) -> _Result:
     result = _Result([], [], [], None)
     # A failed row goes alone: on RabbitMQ a refused message closes the channel, for other messages too.
     groups = [[row for row in rows if not row.failures], *([row] for row in rows if row.failures)]
@@ -151,7 +153,8 @@ def _publish(batch: Batch, rows: Sequence[Row]) -> _Result:
         if result.error is not None:
             result.lost.extend(group)
             continue
-        outcome = _publish_group(batch, group)
+        outcome = _publish_group(batch, group, meanwhile)
+        meanwhile = None
         result.published.extend(outcome.published)
         result.refused.extend(outcome.refused)
         result.lost.extend(outcome.lost)
@@ -159,7 +162,7 @@ def _publish(batch: Batch, rows: Sequence[Row]) -> _Result:
     return result
 
 
-def _publish_group(batch: Batch, rows: Sequence[Row]) -> _Result:
+def _publish_group(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], object] | None) -> _Result:
     result = _Result([], [], [], None)
     messages: list[Encoded] = []
     #: For each row the number of its messages, or the error.
@@ -172,7 +175,8 @@ def _publish_group(batch: Batch, rows: Sequence[Row]) -> _Result:
         else:
             messages += found
             sizes.append(len(found))
-    answers = iter(batch.publish(messages) if messages else [])
+    more = () if meanwhile is None else (meanwhile,)
+    answers = iter(batch.publish(messages, *more) if messages else [])
     sent = iter(messages)
     lost: Exception | None = None
     for row, size in zip(rows, sizes, strict=True):

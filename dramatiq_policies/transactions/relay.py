@@ -44,21 +44,23 @@ class Relay:
         self._logged_missing_table = False
         self._failures = 0
         self._limit = _FIRST
+        #: Rows taken before the batch before was confirmed.
+        self._ahead: Lease | None = None
         # Older versions of SQLite take 999 parameters.
         self._most = 500 if database.dialect == "sqlite" else _MOST
 
     def run(self, stop: threading.Event) -> None:
         """Publish until ``stop`` is set; finish the present batch."""
         try:
-            while not stop.is_set():
-                stop.wait(self._step())
+            while self._ahead is not None or not stop.is_set():
+                stop.wait(self._step(ahead=not stop.is_set()))
         finally:
             self._publication.batch.close()
 
-    def _step(self) -> float:
+    def _step(self, *, ahead: bool = False) -> float:
         """Publish one batch. Returns the seconds to pause."""
         try:
-            taken, lost = self.relay()
+            taken, lost = self.relay(ahead=ahead)
         except Exception as error:
             return self._failed(error)
         if lost is not None:
@@ -70,14 +72,34 @@ class Relay:
             self._publication.batch.serve()
         return 0 if taken >= _LEAST else POLL
 
-    def relay(self) -> tuple[int, Exception | None]:
+    def relay(self, *, ahead: bool = False) -> tuple[int, Exception | None]:
         """Publish one batch. Returns the number of taken rows, and the error of an unreachable broker.
+
+        With ``ahead``, also take the next batch, while the broker works on a full one.
 
         Raises:
           Exception: The error of the database.
         """
+        limit = self._limit
+        lease, self._ahead = self._ahead or self._take(limit), None
+        rows = lease.rows
+        if not rows:
+            return 0, None
+        size = sum(len(row.body) for row in rows) / len(rows)
+        self._limit = max(_LEAST, min(self._most, int(_BYTES / max(1, size))))
+        meanwhile = self._take_ahead if ahead and len(rows) >= limit else None
+        return len(rows), self._publication.publish(self._database.run, lease, meanwhile)
+
+    def _take_ahead(self) -> None:
+        try:
+            lease = self._take(self._limit)
+        except Exception:
+            return  # The next step raises the error.
+        self._ahead = lease if lease.rows else None
+
+    def _take(self, limit: int) -> Lease:
         database, table = self._database, self._publication.table
-        since, owner, limit = monotonic(), Written().owner, self._limit
+        since, owner = monotonic(), Written().owner
         rows: list[Row]
         if database.dialect == "postgresql":
             rows = database.run(lambda connection: table.take_due(connection, owner, limit))
@@ -85,11 +107,7 @@ class Relay:
             rows = database.transaction(lambda connection: table.take_due(connection, owner, limit))
         else:
             rows = []
-        if not rows:
-            return 0, None
-        size = sum(len(row.body) for row in rows) / len(rows)
-        self._limit = max(_LEAST, min(self._most, int(_BYTES / max(1, size))))
-        return len(rows), self._publication.publish(database.run, Lease(rows, [owner], since))
+        return Lease(rows, [owner], since)
 
     def _failed(self, error: Exception) -> float:
         self._failures += 1

@@ -188,3 +188,73 @@ def test_a_member_that_cannot_be_counted_is_counted_later(office, relay):
     member(office, 1, **options)
     relay.relay()
     assert "GroupCallbacks" in office.rows()[0].error
+
+
+# While RabbitMQ confirms a batch, the relay takes the next one.
+
+
+@pytest.fixture
+def overlapping(office, relay, monkeypatch):
+    """The relay of a broker that confirms with a delay; small batches."""
+    batch = office.outbox.batch
+    publish = batch.publish
+
+    def slow(messages, meanwhile=None):
+        results = publish(messages)
+        if meanwhile is not None:
+            meanwhile()
+        return results
+
+    monkeypatch.setattr(batch, "overlaps", True)
+    monkeypatch.setattr(batch, "publish", slow)
+    monkeypatch.setattr(module, "_LEAST", 2)
+    monkeypatch.setattr(relay, "_limit", 2)
+    monkeypatch.setattr(relay, "_most", 2)
+    return relay
+
+
+def test_the_next_batch_is_taken_while_a_full_one_is_confirmed(office, overlapping):
+    for number in range(5):
+        office.insert(number, due=True)
+    assert overlapping.relay(ahead=True) == (2, None)
+    assert [row.is_leased for row in office.rows()] == [True, True, False]
+    assert overlapping.relay(ahead=True) == (2, None)
+    assert overlapping.relay(ahead=True) == (1, None)
+    assert overlapping.relay(ahead=True) == (0, None)
+    assert office.queued() == list(range(5))
+
+
+def test_a_batch_that_was_taken_ahead_is_published_at_the_shutdown(office, overlapping, monkeypatch):
+    for number in range(6):
+        office.insert(number, due=True)
+    stop = threading.Event()
+    publish = office.outbox.batch.publish
+
+    def last(messages, meanwhile=None):
+        results = publish(messages, meanwhile)
+        stop.set()
+        return results
+
+    monkeypatch.setattr(office.outbox.batch, "publish", last)
+    overlapping.run(stop)
+    assert office.queued() == [0, 1, 2, 3]
+    assert [row.is_leased for row in office.rows()] == [False, False]
+
+
+def test_one_batch_by_hand_takes_nothing_ahead(office, overlapping):
+    for number in range(4):
+        office.insert(number, due=True)
+    assert overlapping.relay() == (2, None)
+    assert [row.is_leased for row in office.rows()] == [False, False]
+
+
+def test_a_database_that_is_down_meanwhile_is_no_loss(office, overlapping, monkeypatch):
+    for number in range(4):
+        office.insert(number, due=True)
+    take = overlapping._take
+    with monkeypatch.context() as broken:
+        broken.setattr(overlapping, "_take", lambda limit: take(limit) if limit == 3 else 1 / 0)
+        overlapping._ahead = take(2)
+        assert overlapping.relay(ahead=True) == (2, None)
+    assert overlapping.relay(ahead=True) == (2, None)
+    assert office.queued() == [0, 1, 2, 3]

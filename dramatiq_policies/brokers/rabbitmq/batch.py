@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -29,8 +29,12 @@ _ATTRIBUTE = "dramatiq_policies_confirms"
 class RabbitmqBatch(KnownBatch):
     """Publishes over a separate channel. If a message closes the channel, the rest is published one by one to find the message."""
 
-    def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
-        results = self._try(messages)
+    overlaps = True
+
+    def publish(
+        self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
+    ) -> list[Exception | None]:
+        results = self._try(messages, meanwhile)
         if any(isinstance(result, ConnectionClosed) for result in results):
             return results
         for number, result in enumerate(results):
@@ -39,10 +43,12 @@ class RabbitmqBatch(KnownBatch):
                 (results[number],) = self._try([messages[number]])
         return results
 
-    def _try(self, messages: Sequence[Encoded]) -> list[Exception | None]:
+    def _try(
+        self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
+    ) -> list[Exception | None]:
         results = self._refused_queues(messages)
         todo = [number for number in range(len(messages)) if number not in results]
-        results.update(self._publish_once(messages, todo))
+        results.update(self._publish_once(messages, todo, meanwhile))
         again = [number for number in todo if isinstance(results[number], _Closed)]
         # An idle connection is often closed by the server.
         results.update(self._publish_once(messages, again))
@@ -71,7 +77,9 @@ class RabbitmqBatch(KnownBatch):
             return ConnectionClosed(error) if isinstance(error, (*LOST, OSError)) else error
         return None
 
-    def _publish_once(self, messages: Sequence[Encoded], todo: list[int]) -> dict[int, Exception | None]:
+    def _publish_once(
+        self, messages: Sequence[Encoded], todo: list[int], meanwhile: Callable[[], object] | None = None
+    ) -> dict[int, Exception | None]:
         if not todo:
             return {}
         is_new = getattr(self.broker.state, "connection", None) is None
@@ -87,6 +95,10 @@ class RabbitmqBatch(KnownBatch):
             confirms.write(
                 (message.queue_name, body, _priority(message)) for message, body in (messages[n] for n in todo)
             )
+            if meanwhile is not None:
+                # The server works on the messages.
+                confirms.connection.process_data_events(0)
+                meanwhile()
             self._wait(confirms)
         except (*LOST, OSError) as error:
             lost = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 from uuid import uuid4
@@ -40,7 +40,9 @@ class RedisBatch(KnownBatch):
     def options_of(self, message: Message[Any]) -> dict[str, Any]:
         return {"redis_message_id": str(uuid4())}
 
-    def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
+    def publish(
+        self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
+    ) -> list[Exception | None]:
         results: list[Exception | None] = []
         for chunk in _chunks(messages):
             lost = results[-1] if results and isinstance(results[-1], ConnectionClosed) else None

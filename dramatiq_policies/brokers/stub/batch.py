@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dramatiq import Message
@@ -21,7 +21,9 @@ class StubBatch(KnownBatch):
             raise QueueNotFound(message.queue_name)
         return {}
 
-    def publish(self, messages: Sequence[Encoded]) -> list[Exception | None]:
+    def publish(
+        self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
+    ) -> list[Exception | None]:
         return [self._publish_one(*one) for one in messages]
 
     def _publish_one(self, message: Message[Any], body: bytes) -> Exception | None:
