@@ -8,6 +8,7 @@ this module removes the rows of a savepoint at a rollback.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -41,6 +42,13 @@ class SessionScope(Scope):
     def __init__(self, session: Session) -> None:
         self.session = session
 
+    def abandon(self) -> None:
+        if self.session.get_bind(clause=table.insert()).dialect.is_async:
+            # Only its event loop could close the connection; the garbage collector does.
+            gc.collect()
+        else:
+            self.session.close()
+
     def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
         watches: dict[Outbox, _SessionWatch] = self.session.info.setdefault(_KEY, {})
         watch = watches.get(outbox)
@@ -54,6 +62,9 @@ class ConnectionScope(Scope):
 
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection
+
+    def abandon(self) -> None:
+        self.connection.close()
 
     def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
         written = _written_on(self.connection, outbox) or Written()

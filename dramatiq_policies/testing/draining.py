@@ -7,7 +7,6 @@ and shuts down. If no message is ready, the virtual clock advances to the next d
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Collection
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -246,8 +245,6 @@ class Drain:
             _dramatiq.forget_exception(message)
             if outbox is not None:
                 outbox.forget_job(before)
-                # The sessions of the dead worker, in cycles of references, hold transactions open.
-                gc.collect()
             self._redeliver(message)
             return
         error = _dramatiq.exception_of(message)

@@ -227,7 +227,8 @@ class Outbox(PolicyMiddleware):
 
     def forget_job(self, before: Any) -> None:
         """End the transactions left open by a job with a dead worker. For the test kit."""
-        leave_since(before)
+        for scope in leave_since(before):
+            scope.abandon()
 
     # The relay.
 
@@ -262,6 +263,9 @@ class Outbox(PolicyMiddleware):
 
 class Scope:
     """One open transaction of the caller."""
+
+    def abandon(self) -> None:
+        """Roll back a transaction whose job is dead. For the test kit."""
 
     def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
         """Write rows in the transaction, and arrange a call of `Outbox.after_commit` after the commit.

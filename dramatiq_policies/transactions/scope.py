@@ -124,9 +124,14 @@ def innermost() -> object:
     return _entered.get()
 
 
-def leave_since(before: Any) -> None:
-    """Leave the scopes entered since ``before``, after the death of a job in the test kit."""
+def leave_since(before: Any) -> list[Any]:
+    """Leave the scopes entered since ``before``, because their thread has no job any more. Returns them, the innermost first."""
+    left, entered = [], _entered.get()
+    while entered is not None and entered is not before:
+        left.append(entered.scope)
+        entered = entered.outer
     _entered.set(before)
+    return left
 
 
 def _place() -> tuple[int, object]:
