@@ -42,6 +42,8 @@ def test_what_follows_a_job_is_published_although_its_queue_was_deleted_meanwhil
         gate.open.set()
         app.wait_for(*(["retried", "succeeded"] if ending == "retried" else ["dead"]))
         until(lambda: not app.in_hand())
+        # The consumer has declared the queue again.
+        until(lambda: worker.consumers[rabbitmq_place.queue].consumer not in (None, before))
     assert app.outcomes == (["retried", "succeeded"] if ending == "retried" else ["dead"])
     assert len(rabbitmq_place.dead()) == (0 if ending == "retried" else 1)
     assert rabbitmq_place.left() == []

@@ -64,7 +64,7 @@ def test_the_jobs_of_a_process_that_ends_for_a_stuck_one_are_delivered_again(
     assert process.wait(30) == STUCK_EXIT_CODE, application.log.read_text()
     assert application.lines() == {"neighbour begins": 1, "stuck begins": 1}
     log = application.log.read_text()
-    assert log.count("The job stuck (message") == 1
+    assert log.count("Job stuck (message") == 1
     assert "time.sleep(3600)" in log
 
     if isinstance(place, RedisPlace):
