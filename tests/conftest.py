@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import dramatiq.worker
 import pytest
@@ -56,3 +57,24 @@ def no_known_passwords(monkeypatch):
     """The passwords that one test makes known mask no words of the next one."""
     monkeypatch.setattr(credentials, "_known", frozenset())
     monkeypatch.setattr(credentials, "_pattern", None)
+
+
+@pytest.fixture(autouse=True)
+def connections_to_sqlite_are_closed():
+    """Close what the engines of a test have left in their pools: Python 3.13 warns of an unclosed connection."""
+    if "sqlalchemy" not in sys.modules:
+        yield
+        return
+    from sqlalchemy import Engine, event
+
+    pools = set()
+
+    def note(connection):
+        if connection.dialect.driver == "pysqlite":
+            pools.add(connection.engine.pool)
+
+    event.listen(Engine, "engine_connect", note)
+    yield
+    event.remove(Engine, "engine_connect", note)
+    for pool in pools:
+        pool.dispose()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import sys
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -55,7 +56,7 @@ dramatiq.set_broker(broker)
         table = self.outbox.table
         self.outbox.database.run(lambda connection: table.insert(connection, row, owner or "nobody", due=not owner))
         if failures or age:
-            with sqlite3.connect(self.file) as connection:
+            with closing(sqlite3.connect(self.file)) as connection, connection:
                 connection.execute(
                     f"UPDATE {OUTBOX} SET failures = ?, error = ?, owner = '', due_at = due_at + 60000,"
                     " created_at = created_at - ? WHERE message_id = ?",
@@ -63,13 +64,16 @@ dramatiq.set_broker(broker)
                 )
 
     def ids(self):
-        with sqlite3.connect(self.file) as connection:
+        with closing(sqlite3.connect(self.file)) as connection, connection:
             return [one for (one,) in connection.execute(f"SELECT message_id FROM {OUTBOX} ORDER BY id")]
 
 
 @pytest.fixture
 def shop(command, tmp_path):
-    return Shop(command, tmp_path)
+    shop = Shop(command, tmp_path)
+    yield shop
+    shop.outbox.database.close()
+    shop.engine.dispose()
 
 
 def test_the_oldest_message_is_listed_first_with_what_stopped_it(command, shop):

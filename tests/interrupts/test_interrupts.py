@@ -1082,7 +1082,7 @@ def test_a_coroutine_that_blocks_the_loop_is_reported_with_the_loop_s_stack(even
     async def blocks():
         watching.told.wait(10)
 
-    call_async(blocks, deadline=in_ms(10), stuck_listener=watching)
+    call_async(blocks, deadline=in_ms(250), stuck_listener=watching)
     ((_, stack),) = watching.seen
     assert "in run_forever\n" in stack
     assert "in blocks\n" in stack
