@@ -45,6 +45,7 @@ class ThreadCalls:
     def __init__(self, engine: Engine, connections: int) -> None:
         self.engine = engine
         self._threads = DatabaseThreads("dramatiq-policies-sql", connections)
+        self._is_closed = False
 
     def call(self, work: Work[T], deadline: float) -> T:
         return self._threads.call(lambda call: self._run(work, call), deadline)
@@ -58,10 +59,14 @@ class ThreadCalls:
             # The rollback of the pool may hang, too. If the next call gets a severed connection, the call takes another.
             connection.close()
             call.severed_by(None)
+            if self._is_closed:
+                self.engine.pool.dispose()
 
     def close(self) -> None:
+        """Close the connections; a call that still runs closes its own."""
+        self._is_closed = True
         self._threads.close()
-        self.engine.dispose()
+        self.engine.pool.dispose()
 
 
 class LoopCalls:

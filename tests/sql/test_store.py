@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+import time
 
 import dramatiq
 import pytest
@@ -16,6 +18,7 @@ from dramatiq_policies import ConfigurationError, Idempotency, install
 from dramatiq_policies.errors import MissingTable
 from dramatiq_policies.idempotency.services import place_of
 from dramatiq_policies.sql import SqlStore, create_tables, metadata
+from dramatiq_policies.sql.database import SqlDatabase
 from dramatiq_policies.stores import Entry, IdempotencyStore
 from dramatiq_policies.testing import IdempotencyStoreContract, drain, stub
 from dramatiq_policies.transactions.database import KEYS
@@ -108,6 +111,36 @@ def test_a_store_may_be_made_before_its_table(tmp_path):
     assert store.get("k") == Entry(None, 0)
     store.database.close()
     engine.dispose()
+
+
+def test_a_call_that_still_runs_at_the_close_closes_its_connection(engine):
+    database = SqlDatabase(engine)
+    begun, go_on, used = threading.Event(), threading.Event(), []
+
+    def work(connection):
+        used.append(connection.connection.connection.driver_connection)
+        begun.set()
+        assert go_on.wait(10)
+
+    caller = threading.Thread(target=database.run, args=(work,))
+    caller.start()
+    assert begun.wait(10)
+    database.close()
+    go_on.set()
+    caller.join(10)
+    (connection,) = used
+    deadline = time.monotonic() + 10
+    while not is_closed(connection) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert is_closed(connection)
+
+
+def is_closed(connection):
+    try:
+        connection.execute("SELECT 1")
+    except sqlite3.ProgrammingError as error:
+        return "closed" in str(error)
+    return False
 
 
 def test_a_swap_within_a_transaction_of_the_application_is_undone_with_it(engine, store):
