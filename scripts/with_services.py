@@ -481,7 +481,13 @@ def docker_answers() -> bool:
 def container(wanted: Service) -> Iterator[int]:
     """The service of docker-compose.yml, in a Compose project of its own, which is removed with its volumes."""
     port = free_port()
-    environment = {**os.environ, wanted.container_port: str(port), "RABBITMQ_MANAGEMENT_PORT": str(free_port())}
+    environment = {
+        **os.environ,
+        wanted.container_port: str(port),
+        "RABBITMQ_MANAGEMENT_PORT": str(free_port()),
+        # `up` starts a named service without its profile, but `down` leaves it running.
+        "COMPOSE_PROFILES": "databases",
+    }
     project = f"dp-{wanted.name}-{uuid.uuid4().hex[:12]}"
     compose = ["docker", "compose", "--project-name", project, "--file", str(ROOT / "docker-compose.yml")]
     try:

@@ -238,7 +238,11 @@ def test_then_root_installs_it_without_starting_the_service(
 def test_then_docker_starts_one_on_a_free_port_and_removes_it_with_its_volumes(
     script: ModuleType, fake: Fake, on_path
 ) -> None:
-    calls = on_path("docker", 'case "$*" in *" up "*) echo "port $FAKE_PORT" >> "$0".port;; esac')
+    calls = on_path(
+        "docker",
+        'case "$*" in *" up "*) echo "port $FAKE_PORT" >> "$0".port;;'
+        ' *" down "*) echo "$COMPOSE_PROFILES" > "$0".profiles;; esac',
+    )
     with script.service(fake.service) as url:
         port = url.rpartition(":")[2]
     assert (calls.parent / "bin" / "docker.port").read_text() == f"port {port}\n"
@@ -247,6 +251,8 @@ def test_then_docker_starts_one_on_a_free_port_and_removes_it_with_its_volumes(
     assert up.endswith(" up --detach --wait fake")
     assert down.endswith(" down --volumes")
     assert up.split()[:3] == down.split()[:3]  # one project, of its own
+    # Without its profile a database would go on running.
+    assert (calls.parent / "bin" / "docker.profiles").read_text() == "databases\n"
 
 
 def test_then_it_says_in_one_sentence_what_to_install(script: ModuleType, fake: Fake, on_path) -> None:
