@@ -51,26 +51,8 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 
 @contextmanager
-def server_that_answers(*replies: bytes) -> Iterator[int]:
-    """One connection; each reply is sent after something was received, then it is closed."""
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            for reply in replies:
-                connection.recv(1_024)
-                connection.sendall(reply)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield listener.getsockname()[1]
-        thread.join()
-
-
-@contextmanager
-def server_that_greets(greeting: bytes, *replies: bytes) -> Iterator[int]:
-    """As `server_that_answers`, but it speaks first."""
+def server_that_answers(*replies: bytes, greeting: bytes = b"") -> Iterator[int]:
+    """Takes one connection. Sends the greeting, then each reply after it has received something, and closes the connection."""
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -154,12 +136,12 @@ def test_a_postgresql_that_wants_a_password_does_not_count(script: ModuleType) -
 def test_mariadb_answers_when_root_may_log_in(script: ModuleType, asks_again: bool) -> None:
     ok = bytes.fromhex("07 00 00 02 00 00 00 02 00 00 00")
     other = bytes.fromhex("03 00 00 02 fe 61 00")
-    with server_that_greets(HANDSHAKE, *([other] if asks_again else []), ok) as port:
+    with server_that_answers(*([other] if asks_again else []), ok, greeting=HANDSHAKE) as port:
         assert script.mariadb_answers(port)
 
 
 def test_a_mariadb_that_refuses_root_does_not_count(script: ModuleType) -> None:
-    with server_that_greets(HANDSHAKE, bytes.fromhex("03 00 00 02 ff 15 04")) as port:
+    with server_that_answers(bytes.fromhex("03 00 00 02 ff 15 04"), greeting=HANDSHAKE) as port:
         assert not script.mariadb_answers(port)
 
 
@@ -167,7 +149,7 @@ def test_something_else_on_the_port_does_not_count(script: ModuleType) -> None:
     for answers in (script.rabbitmq_answers, script.postgresql_answers):
         with server_that_answers(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
             assert not answers(port)
-    with server_that_greets(b"SSH-2.0-OpenSSH_9.2\r\n") as port:
+    with server_that_answers(greeting=b"SSH-2.0-OpenSSH_9.2\r\n") as port:
         assert not script.mariadb_answers(port)
 
 
@@ -289,7 +271,7 @@ def with_services(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_gets_the_urls_and_its_exit_code_is_published() -> None:
+def test_the_command_gets_the_urls_and_its_exit_code_is_the_script_s() -> None:
     done = with_services("sh", "-c", 'echo "$REDIS_URL $RABBITMQ_URL $POSTGRESQL_URL $MARIADB_URL"; exit 7')
     assert done.returncode == 7
     assert done.stdout.split() == list(SOMEWHERE.values())
