@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from dramatiq import Message, group, pipeline
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import QueueNotFound
-from dramatiq.middleware import Middleware
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
@@ -23,6 +22,8 @@ from sqlalchemy.pool import StaticPool
 from dramatiq_policies import ConfigurationError, install
 from dramatiq_policies.sql import SqlOutbox, create_tables, metadata
 from dramatiq_policies.testing import drain, stub
+
+from ..transactions.stub_shop import StubShop
 
 
 class Base(DeclarativeBase):
@@ -34,44 +35,12 @@ class Order(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
-class Hooks(Middleware):
-    """Notes what is about to be enqueued, and what was."""
-
-    def __init__(self):
-        self.before, self.after = [], []
-
-    def before_enqueue(self, broker, message, delay):
-        message.options["caller"] = "known"
-        self.before.append((message.message_id, delay))
-
-    def after_enqueue(self, broker, message, delay):
-        self.after.append((message.message_id, delay, message.options["caller"]))
-
-
-class Shop:
-    """An application with an outbox on a StubBroker."""
+class Shop(StubShop):
+    """An application with a SqlOutbox."""
 
     def __init__(self, engine, **options):
         self.engine = engine
-        self.hooks = Hooks()
-        self.broker = StubBroker()
-        self.broker.add_middleware(self.hooks)
-        self.outbox = SqlOutbox(engine, **options)
-        install(self.broker, outbox=self.outbox)
-        self.confirm = dramatiq.actor(self.do, broker=self.broker, actor_name="confirm", queue_name="mail")
-        self.at_once = dramatiq.actor(
-            self.do, broker=self.broker, actor_name="at_once", queue_name="mail", outbox=False
-        )
-        self.done = []
-
-    def do(self, *args):
-        self.done.append(args)
-
-    def queued(self, queue="mail"):
-        return [Message.decode(body).args for body in self.broker.queues[queue].queue]
-
-    def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        super().__init__(SqlOutbox(engine, **options))
 
 
 def prepared(url, **options):

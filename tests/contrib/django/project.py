@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
+import unittest
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import django
 from django.apps import apps
 from django.conf import settings
+from django.core import mail
 from django.core.management import call_command
 from django.db import connections
 from django_dramatiq.middleware import DbConnectionsMiddleware as DbConnectionsMiddleware  # noqa: PLC0414 - for the tests
@@ -91,3 +93,13 @@ def options_of(url):
         "HOST": parts.hostname,
         "PORT": parts.port,
     }
+
+
+def run_case(case):
+    """Run the tests of a class of Django's, in this process and on this database."""
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    vars(mail).pop("outbox", None)  # Django 4.2 leaves it.
+    assert result.testsRun
+    for _, trace in (*result.errors, *result.failures):
+        raise AssertionError(trace)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import unittest
-
 import dramatiq
 import pytest
-from django.core import mail
 from django.db import transaction
 from django.test import TestCase, TransactionTestCase
 
@@ -52,15 +49,6 @@ def orders(request, monkeypatch):
     orders.close()
 
 
-def run(case):
-    result = unittest.TestResult()
-    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
-    vars(mail).pop("outbox", None)  # Django 4.2 leaves it.
-    assert result.testsRun
-    for _, trace in (*result.errors, *result.failures):
-        raise AssertionError(trace)
-
-
 def cases_of(test):
     """A case of each kind with one test; the flush of the first would not find the tables of other apps."""
 
@@ -82,7 +70,7 @@ def cases_of(test):
 
 def test_a_transactional_job_is_crash_safe_in_a_transaction_test_case_and_in_a_test_case(orders):
     for case in cases_of(lambda self: orders.assert_crash_safe()):
-        run(case)
+        project.run_case(case)
     assert orders.pending() == 0
 
 
@@ -92,7 +80,7 @@ def test_the_same_job_without_its_transaction_is_not(orders):
         with pytest.raises(AssertionError, match="place is not crash-safe"):
             orders.assert_crash_safe()
 
-    run(cases_of(test)[0])
+    project.run_case(cases_of(test)[0])
 
 
 @pytest.mark.parametrize("orders", [{"transactional": False}], indirect=True)
@@ -105,7 +93,7 @@ def test_a_crash_leaves_no_block_of_the_dead_worker_open(orders):
     for case in cases_of(test):
         case.blocks = lambda self: len(transaction.get_connection().atomic_blocks)
         case.setUp = lambda self, up=case.setUp: (up(self), setattr(self, "before", self.blocks()))
-        run(case)
+        project.run_case(case)
 
 
 def test_a_drain_runs_what_a_test_case_commits_and_captures(orders):
@@ -118,7 +106,7 @@ def test_a_drain_runs_what_a_test_case_commits_and_captures(orders):
             raise ZeroDivisionError
         assert self.drain().events == []
 
-    run(cases_of(test)[1])
+    project.run_case(cases_of(test)[1])
     assert orders.told == [("ada",)]
 
 

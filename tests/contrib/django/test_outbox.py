@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import unittest
 from datetime import timedelta
 
 import dramatiq
 import dramatiq.broker
 import pytest
 from asgiref.sync import sync_to_async
-from django.core import mail
 from django.db import connection, connections, transaction
 from django.test import Client, TestCase, TransactionTestCase
 from dramatiq import Message, group, pipeline
-from dramatiq.brokers.stub import StubBroker
-from dramatiq.middleware import Middleware
 
-from dramatiq_policies import ConfigurationError, install
+from dramatiq_policies import ConfigurationError
 from dramatiq_policies.contrib.django import DjangoOutbox, WarnInsideAtomic
 from dramatiq_policies.testing import drain, stub
 from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
 
+from ...transactions.stub_shop import StubShop
 from . import project
 from .shop.models import Order
 
@@ -31,44 +28,11 @@ class Undo(Exception):
     pass
 
 
-class Hooks(Middleware):
-    """Notes the messages about to be enqueued, and those that were."""
-
-    def __init__(self):
-        self.before, self.after = [], []
-
-    def before_enqueue(self, broker, message, delay):
-        message.options["caller"] = "known"
-        self.before.append((message.message_id, delay))
-
-    def after_enqueue(self, broker, message, delay):
-        self.after.append((message.message_id, delay, message.options["caller"]))
-
-
-class Shop:
-    """An application with a DjangoOutbox on a StubBroker."""
+class Shop(StubShop):
+    """An application with a DjangoOutbox."""
 
     def __init__(self, *middleware, **options):
-        self.hooks = Hooks()
-        self.broker = StubBroker()
-        for one in (self.hooks, *middleware):
-            self.broker.add_middleware(one)
-        self.outbox = DjangoOutbox(**options)
-        install(self.broker, outbox=self.outbox)
-        self.confirm = dramatiq.actor(self.do, broker=self.broker, actor_name="confirm", queue_name="mail")
-        self.at_once = dramatiq.actor(
-            self.do, broker=self.broker, actor_name="at_once", queue_name="mail", outbox=False
-        )
-        self.done = []
-
-    def do(self, *args):
-        self.done.append(args)
-
-    def queued(self, queue="mail"):
-        return [Message.decode(body).args for body in self.broker.queues[queue].queue]
-
-    def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        super().__init__(DjangoOutbox(**options), *middleware)
 
     def close(self):
         if "database" in vars(self.outbox):
@@ -231,16 +195,6 @@ def test_sync_code_with_a_transaction_that_async_code_calls_sends_with_the_trans
     assert shop.queued() == [("ada",), ("from the loop, at once",)]
 
 
-def run(case):
-    """Run the tests of a class of Django's, in this process and on this database."""
-    result = unittest.TestResult()
-    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
-    vars(mail).pop("outbox", None)  # Django 4.2 leaves it.
-    assert result.testsRun
-    for _, trace in (*result.errors, *result.failures):
-        raise AssertionError(trace)
-
-
 def test_in_a_test_case_the_blocks_of_the_application_count_and_captured_callbacks_send(shop):
     class Case(TestCase):
         def test(self):
@@ -263,7 +217,7 @@ def test_in_a_test_case_the_blocks_of_the_application_count_and_captured_callbac
                 shop.confirm.send("captured later")
             assert shop.queued() == [("captured later",)]
 
-    run(Case)
+    project.run_case(Case)
     assert shop.pending() == 0
     assert not Order.objects.exists()
 
@@ -280,7 +234,7 @@ def test_in_a_transaction_test_case_a_commit_sends(shop, monkeypatch):
 
     # Its flush at the end would not find the tables of other apps.
     monkeypatch.setattr(Case, "_fixture_teardown", lambda self: None)
-    run(Case)
+    project.run_case(Case)
 
 
 def test_a_missing_table_is_an_error_with_the_command_that_makes_it(shop):
