@@ -234,7 +234,7 @@ def enqueue_down(
         return exception("enqueue_down()") if isinstance(exception, type) else exception
 
     def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        if (outbox is None or not outbox.takes(message)) and (error := refusal()) is not None:
+        if (outbox is None or outbox.scope_of(message) is None) and (error := refusal()) is not None:
             raise error
         return accept(message, delay=delay)
 

@@ -134,7 +134,7 @@ class Outbox(PolicyMiddleware):
 
         @functools.wraps(enqueue_now)
         def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-            scope = self._scope_of(message)
+            scope = self.scope_of(message)
             if scope is None:
                 return enqueue_now(message, delay=delay)
             return self.add(scope, message, delay)
@@ -152,11 +152,8 @@ class Outbox(PolicyMiddleware):
         after_fork(stub)
         return stub
 
-    def takes(self, message: Message[Any]) -> bool:
-        """Return whether a send of this message here becomes a row."""
-        return self._scope_of(message) is not None
-
-    def _scope_of(self, message: Message[Any]) -> Scope | None:
+    def scope_of(self, message: Message[Any]) -> Scope | None:
+        """Return the transaction in which a send of this message here becomes a row; None for a send at once."""
         scope = self.find_scope()
         return None if scope is None or is_direct() or self._is_exempt(message) else scope
 

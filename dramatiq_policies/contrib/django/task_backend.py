@@ -117,7 +117,7 @@ class DramatiqBackend(BaseTaskBackend):  # type: ignore[misc]
         if task.run_after is not None:
             # By the real time, as `run_after` is.
             delay = max(0, math.ceil((task.run_after.timestamp() - time.time()) * 1_000)) or None
-        runs.save_new(result, delay or 0)
+        runs.save_new(result, message, delay or 0)
         broker.enqueue(
             message.copy(queue_name=task.queue_name, args=tuple(result.args), kwargs=result.kwargs), delay=delay
         )

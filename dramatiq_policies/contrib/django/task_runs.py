@@ -31,7 +31,7 @@ from .task_policy import OPTIONS
 from .task_records import TaskRecords, error_of, result_of
 
 if TYPE_CHECKING:
-    from dramatiq import Actor
+    from dramatiq import Actor, Message
     from dramatiq.broker import Broker, MessageProxy
 
     from ...delivery.delivery import Delivery
@@ -93,7 +93,7 @@ class TaskRuns:
         self._tasks.setdefault(name, task)
         return actor
 
-    def save_new(self, result: TaskResult, delay: int) -> None:
+    def save_new(self, result: TaskResult, message: Message[Any], delay: int) -> None:
         """Store the result of a message that is about to be sent. In a transaction of the outbox the result is stored at the commit.
 
         Call it before the send: then Django runs this callback before the outbox publishes the message.
@@ -101,11 +101,10 @@ class TaskRuns:
         Parameters:
           delay: The delay of the message, in milliseconds.
         """
-        task = result.task
-        if not self.records.are_kept_for(task):
+        if not self.records.are_kept_for(result.task):
             return
         outbox = outbox_on(self.state)
-        scope = None if outbox is None or self.actor_of(task).options.get("outbox") is False else outbox.find_scope()
+        scope = None if outbox is None else outbox.scope_of(message)
         if isinstance(scope, AtomicScope):
             scope.connection.on_commit(functools.partial(self._save_if_absent, result, delay), robust=True)
         else:
