@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import connections
 
 from ...common.safe_logger import SafeLogger
 
-__all__ = ["close_struck_connections", "in_atomic_of_the_app", "is_of_a_test_case"]
+__all__ = ["close_struck_connections", "in_atomic_of_the_app", "is_of_a_test_case", "leave_innermost_block"]
 
 logger = SafeLogger("dramatiq_policies.django")
 
@@ -28,11 +30,16 @@ def close_struck_connections() -> None:
             del connections[connection.alias]
 
 
-def is_of_a_test_case(connection: object) -> bool:
+def is_of_a_test_case(connection: Any) -> bool:
     """Whether a ``TestCase`` has begun the transaction of a connection."""
-    return any(block._from_testcase for block in connection.atomic_blocks)  # type: ignore[attr-defined]  # noqa: SLF001
+    return any(block._from_testcase for block in connection.atomic_blocks)  # noqa: SLF001
 
 
-def in_atomic_of_the_app(connection: object) -> bool:
+def in_atomic_of_the_app(connection: Any) -> bool:
     """Whether a connection is inside of an ``atomic`` block. The blocks of a ``TestCase`` don't count."""
-    return any(not block._from_testcase for block in connection.atomic_blocks)  # type: ignore[attr-defined]  # noqa: SLF001
+    return any(not block._from_testcase for block in connection.atomic_blocks)  # noqa: SLF001
+
+
+def leave_innermost_block(connection: Any) -> None:
+    """Roll back the innermost ``atomic`` block of a connection, and end the block."""
+    connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)

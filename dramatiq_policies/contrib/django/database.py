@@ -15,7 +15,7 @@ from django.db.utils import load_backend
 
 from ...common.forks import after_fork
 from ...errors import ConfigurationError
-from ...transactions.database import Connection, Result
+from ...transactions.database import DIALECTS, Connection, Result
 from ...transactions.session import in_transaction, repeated, session_settings, sever
 from ...transactions.threads import Call, DatabaseThreads
 from .connections import is_of_a_test_case
@@ -24,8 +24,6 @@ __all__ = ["DjangoConnection", "DjangoDatabase", "ThreadConnection", "checked_us
 
 T = TypeVar("T")
 
-#: Django's names of the databases; MariaDB's is mysql.
-_VENDORS = ("postgresql", "mysql", "sqlite")
 _PARAMETER = re.compile(r"(?<![:\w]):(\w+)")
 #: Connections of a parent process: a child neither uses nor closes them.
 _inherited: list[object] = []
@@ -54,8 +52,8 @@ def dialect_of(connection: Any) -> str:
     Raises:
       ConfigurationError: The database is of another kind.
     """
-    vendor: str = connection.vendor
-    if vendor not in _VENDORS:
+    vendor: str = connection.vendor  # Of MariaDB, too, "mysql".
+    if vendor not in DIALECTS:
         raise ConfigurationError(
             f"The database {connection.alias!r} is {connection.display_name}: use PostgreSQL, MariaDB, MySQL or SQLite."
         )

@@ -9,7 +9,7 @@ from django.db import connections
 
 from ...transactions.outbox import Outbox, Scope
 from ...transactions.transactional import TransactionalJobs
-from .connections import in_atomic_of_the_app
+from .connections import in_atomic_of_the_app, leave_innermost_block
 from .database import DjangoDatabase, checked_using, how_to_migrate
 from .outbox_scope import AtomicScope
 from .unit_of_work import DjangoUnitsOfWork
@@ -85,21 +85,22 @@ class DjangoOutbox(Outbox):
         return DjangoDatabase(self.using, limit=_CONNECTIONS)
 
     def before_job(self) -> tuple[object, int]:
-        return super().before_job(), sum(len(one.atomic_blocks) for one in self._connections())
+        connection = self._connection()
+        return super().before_job(), 0 if connection is None else len(connection.atomic_blocks)
 
     def forget_job(self, before: Any) -> None:
         inner, blocks = before
         super().forget_job(inner)
-        for connection in self._connections():
-            while len(connection.atomic_blocks) > blocks:
-                connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)
+        connection = self._connection()
+        while connection is not None and len(connection.atomic_blocks) > blocks:
+            leave_innermost_block(connection)
 
-    def _connections(self) -> list[Any]:
-        """Return the connection of this thread to the outbox's database, if there is one."""
+    def _connection(self) -> Any:
+        """Return this thread's connection to the outbox's database, or None."""
         # Not `connections[using]`, which would make a connection where none is needed.
-        return [one for one in connections.all(initialized_only=True) if one.alias == self.using]
+        return next((one for one in connections.all(initialized_only=True) if one.alias == self.using), None)
 
     def find_scope(self) -> Scope | None:
         """Return the ``atomic`` block of this thread; None outside of one."""
-        found = [one for one in self._connections() if in_atomic_of_the_app(one)]
-        return AtomicScope(found[0]) if found else None
+        connection = self._connection()
+        return AtomicScope(connection) if connection is not None and in_atomic_of_the_app(connection) else None

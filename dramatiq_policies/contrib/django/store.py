@@ -38,9 +38,5 @@ class DjangoStore(KeyTable):
 
     def __init__(self, using: str = "default", *, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.using = checked_using("DjangoStore", using)
+        self.how_to_create = how_to_migrate(self.using)
         super().__init__(DjangoDatabase(self.using), namespace)
-
-    @property
-    def how_to_create(self) -> str:  # type: ignore[override]
-        """The command in the error of a missing table."""
-        return how_to_migrate(self.using)

@@ -8,7 +8,12 @@ from django.db import connections, transaction
 
 from ...common.safe_logger import SafeLogger
 from ...errors import ConfigurationError
-from .connections import close_struck_connections, in_atomic_of_the_app, is_of_a_test_case
+from .connections import (
+    close_struck_connections,
+    in_atomic_of_the_app,
+    is_of_a_test_case,
+    leave_innermost_block,
+)
 from .database import DjangoConnection
 from .outbox_scope import AtomicScope, publish
 from .store import DjangoStore
@@ -166,7 +171,7 @@ class DjangoUnitOfWork:
     def _leave(self, connection: Any, block: Any) -> None:
         """Roll back the block, and blocks left open by the job."""
         while block in connection.atomic_blocks:
-            connection.atomic_blocks[-1].__exit__(RuntimeError, RuntimeError(), None)
+            leave_innermost_block(connection)
 
     def _error(self, text: str) -> ConfigurationError:
         return ConfigurationError(text.format(alias=self._using))
