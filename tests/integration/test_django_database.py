@@ -122,6 +122,15 @@ def test_a_connection_that_the_server_has_closed_is_replaced_unnoticed(database,
     assert after not in ids
 
 
+def test_a_new_connection_whose_settings_fail_is_not_used(database, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("dramatiq_policies.contrib.django.database.session_settings", lambda *_: ["SELECT nothing"])
+        for _ in range(2):
+            with pytest.raises(DatabaseError, match="nothing"):
+                count(database)
+    assert count(database) == 0
+
+
 def test_a_forked_child_has_connections_of_its_own(database):
     database.run(lambda connection: insert("a", connection))
     child = os.fork()

@@ -169,9 +169,11 @@ class DjangoDatabase:
     def _run(self, work: Callable[[Connection], T], call: Call) -> T:
         """Call ``work`` in one of the threads."""
         connection = self._take()
+        is_ready = connection.connection is not None
         try:
-            if connection.connection is None:
+            if not is_ready:
                 self._connect(connection)
+                is_ready = True
             call.severed_by(partial(sever, connection.connection))
             answer = work(DjangoConnection(connection))
         except Exception as error:
@@ -183,7 +185,7 @@ class DjangoDatabase:
             raise
         finally:
             call.severed_by(None)
-            self._give_back(connection)
+            self._give_back(connection, is_ready=is_ready)
         return answer
 
     def _take(self) -> Any:
@@ -209,10 +211,11 @@ class DjangoDatabase:
             for statement in session_settings(connection.vendor, self._patience):
                 cursor.execute(statement)
 
-    def _give_back(self, connection: Any) -> None:
+    def _give_back(self, connection: Any, *, is_ready: bool) -> None:
         if connection.connection is None:
             return
-        if hasattr(mail, "outbox"):  # Django's test environment
+        # No call may use a connection without its settings. Django's test environment has `mail.outbox`: no connection stays open there.
+        if not is_ready or hasattr(mail, "outbox"):
             connection.close()
         else:
             self._idle.append(connection)
