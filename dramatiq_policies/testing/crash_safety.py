@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
+from ..delivery.broker_state import state_of
 from ..interrupts.coroutines import is_async
 from ..middleware.ordering import order_middleware
+from ..transactions.outbox import outbox_on
 from .draining import WorkerDied, drain, drain_in_progress
 from .faults import die_in_job, redeliver
-from .outboxes import AfterCommit, Unpublished, after_commits, outbox_of
+from .outboxes import AfterCommit, Unpublished, after_commits
 from .patching import in_place_of
 from .stub_environment import environment_of
 from .stubbing import stub
@@ -200,7 +202,7 @@ class _Scene:
 @contextmanager
 def _noting_commits(broker: StubBroker, come_by: Callable[[int], None]) -> Iterator[None]:
     """Call ``come_by`` after each commit with messages of a drain. If it raises, a relay publishes the messages."""
-    outbox = outbox_of(broker)
+    outbox = outbox_on(state_of(broker))
     if outbox is None:
         yield
         return

@@ -215,9 +215,10 @@ class Drain:
 
     def _publish_rows(self) -> bool:
         """Publish committed rows of the outbox, as a relay does. Returns whether all rows of a commit were published."""
-        before = self.environment.unpublished
-        self.environment.unpublished = [rows for rows in before if not rows.publish()]
-        was_published = len(self.environment.unpublished) < len(before)
+        unpublished = self.environment.unpublished
+        before = len(unpublished)
+        unpublished[:] = [rows for rows in unpublished if not rows.publish()]
+        was_published = len(unpublished) < before
         self._refusals = 0 if was_published else self._refusals + 1
         return was_published
 

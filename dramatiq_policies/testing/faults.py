@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
@@ -15,15 +15,17 @@ from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
+from ..delivery.broker_state import state_of
 from ..delivery.delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import Idempotency
 from ..middleware.ordering import order_middleware
+from ..transactions.outbox import outbox_on
 from .draining import WorkerDied, drain_in_progress
-from .outboxes import Unpublished, outbox_of, refusing
+from .outboxes import refusing
 from .patching import around, in_place_of
-from .stub_environment import environment_of
+from .stub_environment import environment_of, find_environment
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
@@ -224,9 +226,11 @@ def enqueue_down(
     the job's message is back on its queue.
     """
     counted = _Times("enqueue_down()", times)
+    # First, because a new environment wraps `broker.enqueue` too, and its wrapper stays.
+    environment = find_environment(broker)
+    outbox = outbox_on(state_of(broker))
     own = vars(broker).get("enqueue")
     accept = broker.enqueue
-    outbox = outbox_of(broker)
 
     def refusal() -> BaseException | None:
         if not counted.take():
@@ -242,19 +246,14 @@ def enqueue_down(
     try:
         with ExitStack() as stack:
             if outbox is not None:
-                stack.enter_context(refusing(outbox, refusal, _note_on(broker)))
+                unpublished = [] if environment is None else environment.unpublished
+                stack.enter_context(refusing(outbox, refusal, unpublished))
             yield
     finally:
         if own is None:
             del vars(broker)["enqueue"]
         else:
             broker.enqueue = own  # type: ignore[method-assign]
-
-
-def _note_on(broker: Broker) -> Callable[[Unpublished], None]:
-    """Return what notes rows that `drain` has to publish: nothing for a broker that only real workers use."""
-    order_middleware(broker)
-    return environment_of(broker).unpublished.append if isinstance(broker, StubBroker) else lambda _: None
 
 
 @contextmanager

@@ -15,12 +15,10 @@ from ..transactions.outbox import Outbox
 from ..transactions.scope import Written
 
 if TYPE_CHECKING:
-    from dramatiq.broker import Broker
-
     from ..transactions.database import Connection
     from ..transactions.publisher import Ticket
 
-__all__ = ["AfterCommit", "Unpublished", "after_commits", "outbox_of", "refusing"]
+__all__ = ["AfterCommit", "Unpublished", "after_commits", "refusing"]
 
 AfterCommit = Callable[["Written", "Connection | None"], "Ticket | None"]
 
@@ -46,11 +44,6 @@ class Unpublished(NamedTuple):
         return not run(lambda connection: outbox.table.take(connection, ids, owners))
 
 
-def outbox_of(broker: Broker) -> Outbox | None:
-    """Return the outbox of a broker; None without one."""
-    return next((one for one in broker.middleware if isinstance(one, Outbox)), None)
-
-
 @contextmanager
 def after_commits(outbox: Outbox, replace: Callable[[AfterCommit], AfterCommit]) -> Iterator[None]:
     """Call a replacement of `Outbox.after_commit` after each commit."""
@@ -69,13 +62,13 @@ def after_commits(outbox: Outbox, replace: Callable[[AfterCommit], AfterCommit])
 
 @contextmanager
 def refusing(
-    outbox: Outbox, refusal: Callable[[], BaseException | None], note: Callable[[Unpublished], None]
+    outbox: Outbox, refusal: Callable[[], BaseException | None], unpublished: list[Unpublished]
 ) -> Iterator[None]:
     """Let the broker refuse messages of an outbox.
 
     Parameters:
       refusal: Returns the error for the next message; None to accept the message.
-      note: Called with refused rows.
+      unpublished: Gets the refused rows.
     """
     batch, refused = outbox.batch, [0]
     before, stock = vars(batch).get("publish"), batch.publish
@@ -100,7 +93,7 @@ def refusing(
                 return after_commit(written, connection)
             finally:
                 if refused[0] > count:
-                    note(rows)
+                    unpublished.append(rows)
 
         return call
 

@@ -14,10 +14,11 @@ from ..idempotency.store_client import StoreDown
 from ..middleware.base import PolicyMiddleware
 from ..middleware.idempotency import guard_on
 from ..middleware.ordering import order_middleware
-from .outboxes import Unpublished, outbox_of
+from ..transactions.outbox import outbox_on
+from .outboxes import Unpublished
 from .virtual_time import VirtualClock, clock_in_force
 
-__all__ = ["StubEnvironment", "environment_of"]
+__all__ = ["StubEnvironment", "environment_of", "find_environment"]
 
 _ATTRIBUTE = "dramatiq_policies_environment"
 
@@ -30,10 +31,10 @@ class StubEnvironment:
         self.state = state
         self.clock = VirtualClock(self._renew_leases)
         self.draining = False
-        self.outbox = outbox_of(broker)
+        self.outbox = outbox_on(state)
         #: Whether the idempotency store stays down: `drain` must not wait for the store.
         self.store_is_down = False
-        #: Rows of the outbox that are committed and not published.
+        #: Rows of the outbox that are committed and not published. Faults add to this list: change it in place.
         self.unpublished: list[Unpublished] = []
         stock, began = broker.enqueue, self.clock.now
         clock = self.clock
@@ -78,10 +79,19 @@ def environment_of(broker: Broker) -> StubEnvironment:
                 f"The test kit runs the messages of a StubBroker, got a {type(broker).__name__}. Use `with "
                 "stub() as broker:`: it lends the actors to a StubBroker."
             )
-        if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+        if not _has_policies(broker):
             raise ConfigurationError(
                 "The broker has no middleware of dramatiq_policies, so its messages have no outcomes. "
                 "Call install(broker) before you declare actors."
             )
         environment = vars(broker)[_ATTRIBUTE] = StubEnvironment(broker, order_middleware(broker))
     return environment
+
+
+def find_environment(broker: Broker) -> StubEnvironment | None:
+    """Return the environment of the broker, made at the first call; None for a broker that `drain` refuses."""
+    return environment_of(broker) if isinstance(broker, StubBroker) and _has_policies(broker) else None
+
+
+def _has_policies(broker: Broker) -> bool:
+    return any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware)

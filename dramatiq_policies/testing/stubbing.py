@@ -21,7 +21,7 @@ from ..bundle import install
 from ..common.callables import unwrapped
 from ..middleware.base import PolicyMiddleware
 from ..middleware.ordering import order_middleware
-from .stub_environment import environment_of
+from .stub_environment import find_environment
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -72,8 +72,8 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
             undo.append(_redirect(real, stand_in, lend))
             for actor in list(real.actors.values()):
                 lend(actor)
-        if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
-            environment_of(stand_in)
+        # Before the first message, which gets the virtual time.
+        find_environment(stand_in)
         yield stand_in
     finally:
         for actor, own, fn in reversed(saved):

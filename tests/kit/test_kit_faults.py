@@ -347,6 +347,14 @@ def test_a_broker_that_stays_down_leaves_the_message_on_its_queue(broker, job):
     drain(broker).assert_outcomes(job, "succeeded")
 
 
+def test_a_first_drain_while_the_broker_is_down_leaves_later_sends_in_virtual_time(broker, job):
+    with enqueue_down(broker, times=0):
+        drain(broker)
+    drain(broker, until=600_000)
+    job.send_with_options(args=(1,), delay=60_000)
+    assert drain(broker).elapsed == 60_000
+
+
 def test_a_publish_that_is_refused_for_another_reason_ends_in_the_dead_letters(broker, job):
     job.send(1)
     with fail(job, Flaky), enqueue_down(broker, ValueError("no")):

@@ -194,6 +194,15 @@ def test_a_drain_until_a_time_does_not_pass_it_for_the_outbox(shop):
     assert drain(shop.broker, until=500).outcomes(shop.confirm) == ["succeeded"]
 
 
+def test_what_is_committed_after_a_drain_while_the_broker_is_down_is_published_too(shop):
+    with enqueue_down(shop.broker):
+        shop.order(1)
+        drain(shop.broker, until=0)
+        shop.order(2)
+    drain(shop.broker).assert_outcomes(shop.confirm, "succeeded", "succeeded")
+    assert (sorted(shop.confirmed), shop.rows()) == ([1, 2], 0)
+
+
 def test_the_faults_end_with_their_block(shop):
     with enqueue_down(shop.broker), enqueue_down(shop.broker, times=0):
         pass
