@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from copy import copy
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Unpublished(NamedTuple):
         outbox, ids = self.outbox, self.written.ids
         # A refused row belongs to nobody.
         owners = [self.written.owner, ""]
-        run: Any = outbox.database.run if self.connection is None else partial(_call, self.connection)
+        run = outbox.run_over(self.connection)
         outbox.publisher.publish_part(run, ids, owners, monotonic())
         return not run(lambda connection: outbox.table.take(connection, ids, owners))
 
@@ -87,7 +87,8 @@ def refusing(
 
     def noting(after_commit: AfterCommit) -> AfterCommit:
         def call(written: Written, connection: Connection | None) -> Ticket | None:
-            rows = Unpublished(outbox, _copy(written), connection)
+            # `after_commit` takes the ids from ``written``.
+            rows = Unpublished(outbox, copy(written), connection)
             count = refused[0]
             try:
                 return after_commit(written, connection)
@@ -111,13 +112,3 @@ def _put_back(holder: object, name: str, before: Any) -> None:
         del vars(holder)[name]
     else:
         vars(holder)[name] = before
-
-
-def _copy(written: Written) -> Written:
-    copied = Written()
-    copied.owner, copied.since, copied.ids = written.owner, written.since, list(written.ids)
-    return copied
-
-
-def _call(connection: Connection, work: Callable[[Connection], Any]) -> Any:
-    return work(connection)

@@ -25,7 +25,7 @@ from ..middleware.background_thread import BackgroundThread
 from ..middleware.base import PolicyMiddleware, arrangement_of
 from .database import Connection, Database, is_missing_table
 from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxStats, OutboxTable
-from .publication import Publication
+from .publication import Publication, Run
 from .publisher import Publisher, Ticket
 from .relay import Relay
 from .scope import Written, entered_scope, innermost, leave_since
@@ -203,13 +203,17 @@ class Outbox(PolicyMiddleware):
         try:
             written = written.taken()
             if self.is_inline:
-                run: Any = self.database.run if connection is None else partial(_call, connection)
+                run = self.run_over(connection)
                 self.publisher.publish_part(run, written.ids, [written.owner], written.since or 0.0)
                 return None
             return self.publisher.submit(written)
         except Exception:
             logger.exception("Committed messages could not be published at once, and are left to the relay.")
             return None
+
+    def run_over(self, connection: Connection | None) -> Run:
+        """Return a function that calls work with ``connection``, or with a connection of the library's own for None."""
+        return self.database.run if connection is None else partial(_call, connection)
 
     def wait_for(self, ticket: Ticket | None) -> None:
         """Wait for the publication of rows, at most ``wait`` milliseconds. Never raises."""
