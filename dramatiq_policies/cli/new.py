@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..common.durations import seconds_hint
+from ..common.durations import looks_like_seconds
 from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
 from ..ops.app import extend_path
 from ..ops.checks.gate import read_toml
@@ -44,8 +44,9 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     except IncompleteDesign as error:
         click.echo(printable_text(error, lines=True), err=True)
         return 1
-    if (hint := seconds_hint("job.timeout", parsed.timeout)) is not None:
-        click.echo(hint.partition(" For seconds")[0] + " For seconds write thousands: 30000.", err=True)
+    if looks_like_seconds("timeout", parsed.timeout):
+        hint = f"job.timeout={parsed.timeout} is {parsed.timeout} milliseconds. For seconds write thousands: 30000."
+        click.echo(hint, err=True)
     for written in scaffold(parsed, file, tests):
         click.echo(printable_text(f"wrote {written}"))
     click.echo(

@@ -8,7 +8,16 @@ from typing import Any
 
 from .safe_logger import SafeLogger
 
-__all__ = ["CENTURY_MS", "WEEK_MS", "Duration", "clamped_wait", "seconds_hint", "to_ms", "warn_of_seconds"]
+__all__ = [
+    "CENTURY_MS",
+    "WEEK_MS",
+    "Duration",
+    "clamped_wait",
+    "looks_like_seconds",
+    "seconds_hint",
+    "to_ms",
+    "warn_of_seconds",
+]
 
 logger = SafeLogger("dramatiq_policies.backoff")
 rules_logger = SafeLogger("dramatiq_policies.rules")
@@ -38,14 +47,19 @@ SECONDS_BELOW_MS = {
 SECOND_MS = 1_000
 
 
-def seconds_hint(option: str, value: Any) -> str | None:
-    """Return a sentence if a declared number looks like seconds where milliseconds are expected; else None.
+def looks_like_seconds(option: str, value: Any) -> bool:
+    """Tell whether a declared number looks like seconds where milliseconds are expected.
 
     A ``timedelta`` has its unit, and 0 has none: both are taken as declared.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not 0 < value < SECONDS_BELOW_MS.get(option, SECOND_MS):
+        return False
+    return 0 < value < SECONDS_BELOW_MS.get(option, SECOND_MS)
+
+
+def seconds_hint(option: str, value: Any) -> str | None:
+    """Return a sentence if a declared number `looks_like_seconds`; else None."""
+    if not looks_like_seconds(option, value):
         return None
     return (
         f"{option}={value!r} is {value} milliseconds. "
