@@ -85,7 +85,9 @@ def show(
     if watch:
         _watch(broker, names, interval, form)
         return 0
-    states = _read(broker, names)
+    states, error = _read(broker, names)
+    if error is not None:
+        click.echo(error, err=True)
     with ignore_broken_pipe():
         if form == "json":
             print_json([state.asdict() for state in states])
@@ -94,18 +96,24 @@ def show(
             for state in states:
                 for breach in state.breaches:
                     click.echo(printable_text(breach), err=True)
-    return 1 if fail_on_breach and any(state.breaches for state in states) else 0
+    if not fail_on_breach:
+        return 0
+    if any(state.breaches for state in states):
+        return 1
+    return 0 if error is None else 2
 
 
-def _read(broker: Any, names: tuple[str, ...], reader: Any = None) -> list[ops.QueueState]:
-    """Read the queues, and the outbox unless queues are named. A database that can't be read hides no queue."""
+def _read(broker: Any, names: tuple[str, ...], reader: Any = None) -> tuple[list[ops.QueueState], str | None]:
+    """Read the queues, and the outbox unless queues are named.
+
+    Returns the error of a database that can't be read beside the queues, because it hides no queue.
+    """
     states = ops.read_queues(broker, names, reader=reader)
     try:
         outbox = None if names else ops.read_outbox_row(broker)
     except ops.OperationError as error:
-        click.echo(printable_text(error), err=True)
-        outbox = None
-    return states if outbox is None else [*states, outbox]
+        return states, printable_text(error)
+    return (states if outbox is None else [*states, outbox]), None
 
 
 def _row(state: ops.QueueState) -> list[Any]:
@@ -129,7 +137,9 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
             out.screen(hide_cursor=True) if out.is_terminal and form == "human" else contextlib.nullcontext() as screen
         ):
             while True:
-                states = _read(broker, names, reader)
+                states, error = _read(broker, names, reader)
+                if error is not None and screen is None:
+                    click.echo(error, err=True)
                 changes = {state.reading.queue: _change(before, state.reading) for state in states}
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 if form == "json":
@@ -143,7 +153,8 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
                         print_table(columns, rows, right=columns[1:])
                         sys.stdout.flush()
                     else:
-                        screen.update(make_table(columns, rows, right=columns[1:]))
+                        below = () if error is None else (Text(error),)
+                        screen.update(make_table(columns, rows, right=columns[1:]), *below)
                 time.sleep(interval / 1_000)
     except KeyboardInterrupt:
         pass

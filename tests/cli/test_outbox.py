@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -237,6 +238,30 @@ def test_a_database_that_can_t_be_read_hides_no_queue(command, shop):
     assert result.exit_code == 0
     assert "mail" in result.stdout
     assert result.stderr == f"The outbox has no table: {SqlOutbox.missing_table}.\n"
+
+
+def test_fail_on_breach_exits_with_2_if_the_outbox_can_t_be_read(command, shop):
+    app = shop.declare(monitored("outbox=Threshold(ready=2)"))
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
+    assert command("queues", app, "--fail-on-breach").exit_code == 2
+    assert command("queues", app, "--fail-on-breach", "-q", "mail").exit_code == 0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_watch_shows_that_the_database_can_t_be_read(command, shop, monkeypatch, terminal):
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    result = command("queues", "--watch", shop.app, env={"FORCE_COLOR": "1"} if terminal else None)
+    assert "mail" in result.stdout
+    # On a terminal the table fills the screen: the sentence is below the table.
+    assert "The outbox has no table" in (result.stdout if terminal else result.stderr)
+    assert ("The outbox has no table" in result.stderr) is not terminal
 
 
 def codes(report):
