@@ -142,7 +142,10 @@ def retry(form: str, message_ids: tuple[str, ...], **given: Any) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @format_option()
 def purge(form: str, dry_run: bool, yes: bool, message_ids: tuple[str, ...], **given: Any) -> None:
-    """Delete messages of the outbox permanently. They are never sent, although their transaction has committed."""
+    """Delete messages of the outbox permanently. They are never sent, although their transaction has committed.
+
+    A message that a process is publishing at this moment may still be sent.
+    """
     broker, where = _select(message_ids=message_ids, **given)
     count = 0
     if dry_run or not yes:

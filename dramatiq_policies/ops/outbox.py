@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..delivery.broker_state import state_of
-from ..errors import MissingTable, how_to_add
+from ..errors import how_to_add
 from ..transactions.database import Connection, is_missing_table
 from ..transactions.outbox import Outbox, outbox_on
 from ..transactions.outbox_table import OutboxGroup, OutboxRow, OutboxStats, Selection
-from .app import OperationError, did_you_mean, one_line
+from .app import OperationError, did_you_mean, known_queues, one_line
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
 __all__ = [
+    "NoOutboxTable",
     "OutboxGroup",
     "OutboxRow",
     "OutboxStats",
     "Selection",
+    "ask_database",
     "count_outbox",
     "explain_no_match",
     "list_outbox",
@@ -35,6 +37,10 @@ __all__ = [
 T = TypeVar("T")
 #: How many ids an ambiguous beginning lists.
 _SHOWN = 3
+
+
+class NoOutboxTable(OperationError):
+    """The database has no table of the outbox."""
 
 
 def outbox_of(broker: Broker) -> Outbox:
@@ -60,7 +66,7 @@ def read_outbox(broker: Broker) -> OutboxStats | None:
       OperationError: The database can't be read, or has no table.
     """
     outbox = outbox_on(state_of(broker))
-    return None if outbox is None else _ask(outbox, outbox.table.stats)
+    return None if outbox is None else ask_database(outbox, outbox.table.stats)
 
 
 def select_outbox(
@@ -76,7 +82,7 @@ def select_outbox(
 
 
 def _whole_id(outbox: Outbox, given: str) -> str:
-    found = _ask(outbox, lambda connection: outbox.table.ids_with_prefix(connection, given, _SHOWN + 1))
+    found = ask_database(outbox, lambda connection: outbox.table.ids_with_prefix(connection, given, _SHOWN + 1))
     if given in found or not found:
         return given
     if len(found) > 1:
@@ -95,28 +101,31 @@ def list_outbox(broker: Broker, where: Selection | None = None, *, limit: int = 
       OperationError: The broker has no outbox, or the database can't be read.
     """
     outbox = outbox_of(broker)
-    return _ask(outbox, lambda connection: outbox.table.list(connection, where, limit))
+    return ask_database(outbox, lambda connection: outbox.table.list(connection, where, limit))
 
 
 def count_outbox(broker: Broker, where: Selection | None = None) -> list[OutboxGroup]:
     """Count messages of the outbox by actor and queue, the most frequent first. Errors as `list_outbox`."""
     outbox = outbox_of(broker)
-    return _ask(outbox, lambda connection: outbox.table.count(connection, where))
+    return ask_database(outbox, lambda connection: outbox.table.count(connection, where))
 
 
 def retry_outbox(broker: Broker, where: Selection | None = None) -> int:
     """Make messages due at once, however often they have failed; return how many. Errors as `list_outbox`.
 
-    A message that a process is publishing is left to the process.
+    A message that a process is publishing stays with the process.
     """
     outbox = outbox_of(broker)
-    return _ask(outbox, lambda connection: outbox.table.retry(connection, where))
+    return ask_database(outbox, lambda connection: outbox.table.retry(connection, where))
 
 
 def purge_outbox(broker: Broker, where: Selection | None = None) -> int:
-    """Delete messages, which are then never sent; return how many. Errors as `list_outbox`."""
+    """Delete messages, which are then never sent; return how many. Errors as `list_outbox`.
+
+    A message that a process is publishing is deleted too, but may be sent.
+    """
     outbox = outbox_of(broker)
-    return _ask(outbox, lambda connection: outbox.table.purge(connection, where))
+    return ask_database(outbox, lambda connection: outbox.table.purge(connection, where))
 
 
 def relay_outbox(broker: Broker, stop: threading.Event) -> None:
@@ -140,7 +149,7 @@ def explain_no_match(broker: Broker, where: Selection, given_ids: Iterable[str] 
     given, hint = [], ""
     for name, value, known in (
         ("actor", where.actor, {*broker.actors, *(group.actor for group in groups)}),
-        ("queue", where.queue, {group.queue for group in groups}),
+        ("queue", where.queue, {*known_queues(broker), *(group.queue for group in groups)}),
     ):
         if value is not None:
             given.append(f"--{name} {value}")
@@ -152,11 +161,16 @@ def explain_no_match(broker: Broker, where: Selection, given_ids: Iterable[str] 
     return f"Nothing in the outbox matches {' '.join(given)}: 0 of {total}{hint or '.'}"
 
 
-def _ask(outbox: Outbox, work: Callable[[Connection], T]) -> T:
+def ask_database(outbox: Outbox, work: Callable[[Connection], T]) -> T:
+    """Return the result of ``work`` on a connection of the outbox.
+
+    Raises:
+      NoOutboxTable: The database has no table of the outbox.
+      OperationError: The database can't be read.
+    """
     try:
-        result: Any = outbox.database.run(work)
+        return outbox.database.run(work)
     except Exception as error:
-        if isinstance(error, MissingTable) or is_missing_table(error):
-            raise OperationError(f"The outbox has no table: {outbox.missing_table}.") from None
+        if is_missing_table(error):
+            raise NoOutboxTable(f"The outbox has no table: {outbox.missing_table}.") from None
         raise OperationError(f"The database of the outbox can't be read ({one_line(error).rstrip('.')}).") from None
-    return result  # type: ignore[no-any-return]

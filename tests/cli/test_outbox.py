@@ -131,6 +131,7 @@ def test_an_empty_outbox_is_no_finding(command, shop, command_name):
         ("--actor", "send_mial", "; did you mean 'send_mail'?"),
         ("--actor", "load", "."),
         ("--queue", "mial", "; did you mean 'mail'?"),
+        ("--queue", "imprt", "; did you mean 'import'?"),
         ("--id", "zzz", "."),
     ],
 )

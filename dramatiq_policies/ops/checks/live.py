@@ -15,10 +15,10 @@ from ...delivery.broker_state import state_of
 from ...errors import MissingTable
 from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
-from ...transactions.database import is_missing_table
 from ...transactions.outbox import outbox_on
 from ..app import OperationError, known_queues, one_line
 from ..durations import format_duration
+from ..outbox import NoOutboxTable, ask_database
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -44,20 +44,18 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
       OperationError: The server can't be reached.
     """
     facts: dict[str, Any] = {"server": None, "unknown": []}
-    check: Callable[[Any, dict[str, Any]], Found] | None = None
+    checks: list[Callable[[Any, dict[str, Any]], Found]] = [_outbox]
     kind = kind_of(broker)
     if kind == "redis":
-        check = _redis
+        checks = [_redis, _store, _outbox]
     elif kind == "rabbitmq":
-        check = _rabbitmq
-    if check is None:
-        facts["unknown"].append(f"a {type(broker).__name__} has no server to check")
-        found = [*_outbox(broker, facts)]
+        checks = [_rabbitmq, _store, _outbox]
     else:
-        found = [*check(broker, facts), *_store(broker, facts), *_outbox(broker, facts)]
+        facts["unknown"].append(f"a {type(broker).__name__} has no server to check")
     findings = [
         Finding(code=code, severity=CODES[code].severity, actor=None, message=text, fix=CODES[code].fix)
-        for code, text in found
+        for check in checks
+        for code, text in check(broker, facts)
     ]
     return tuple(findings), facts
 
@@ -159,12 +157,10 @@ def _outbox(broker: Broker, facts: dict[str, Any]) -> Found:
     if outbox is None:
         return
     try:
-        found = outbox.database.run(outbox.table.stats)
-    except Exception as error:
-        if is_missing_table(error):
-            yield "DP112", f"The outbox has no table: {outbox.missing_table}"
-            return
-        raise OperationError(f"The database of the outbox can't be read ({one_line(error).rstrip('.')}).") from None
+        found = ask_database(outbox, outbox.table.stats)
+    except NoOutboxTable as error:
+        yield "DP112", str(error).removesuffix(".")
+        return
     facts["outbox"] = type(outbox).__name__
     facts["outbox_pending"], facts["outbox_oldest_ms"] = found.pending, found.oldest_ms
     if found.oldest_ms > outbox.lease + _RELAYED_WITHIN:
