@@ -172,8 +172,9 @@ class TaskRuns:
             self.records.save(result, event.delay_ms or 0)
             return
         if event.outcome is Outcome.DUPLICATE:
-            if result.is_finished:
-                return  # A redelivery of a task that has finished.
+            # A finished task stays finished. After a "stale" message another run stores the end: the retry, or the run that took over.
+            if result.is_finished or event.reason == "stale":
+                return
             status = TaskResultStatus.SUCCESSFUL
         else:
             status = TaskResultStatus.FAILED

@@ -93,6 +93,25 @@ def test_a_task_whose_rule_retries_it_is_ready_again_and_finishes_once(broker, t
     assert [name for name, _, _ in signals] == ["enqueued", "started", "started", "started", "finished"]
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_copy_of_a_run_whose_retry_waits_does_not_finish_the_task(set_broker, results, signals, stored):
+    broker = stub_broker(Results(backend=results, store_results=stored))
+    tasks = set_broker(broker)
+    tasks.notice.enqueue(1, fail=1)
+    (first,) = queued(broker)
+    drain(broker, until=timedelta(seconds=0.5))
+    broker.enqueue(first)
+    drain(broker, until=timedelta(seconds=0.1)).assert_outcomes(tasks.notice.module_path, "duplicate")
+    if stored:
+        assert default_task_backend.get_result(first.message_id).status == READY
+    drain(broker)
+    assert [(name, attempt) for name, _, attempt in signals if name != "enqueued"] == [
+        ("started", 1),
+        ("started", 2),
+        ("finished", 2),
+    ]
+
+
 def test_without_stored_results_a_task_still_knows_its_attempt_and_finishes_once(set_broker, signals):
     broker = stub_broker()
     tasks = set_broker(broker)
