@@ -164,10 +164,10 @@ class Proxy:
         self._thread.start()
 
     @classmethod
-    def before(cls, url: str, default_port: int | None = None) -> Proxy:
+    def before(cls, url: str) -> Proxy:
         """A proxy in front of the server that ``url`` names; its own ``url`` differs in host and port alone."""
         parts = urlsplit(url)
-        port = parts.port or default_port or {"redis": 6379, "amqp": 5672}[parts.scheme]
+        port = parts.port or {"redis": 6379, "amqp": 5672, "postgresql": 5432, "mariadb": 3306}[parts.scheme]
         proxy = cls(parts.hostname or "127.0.0.1", port)
         user = parts.netloc.rpartition("@")[0]
         proxy.url = parts._replace(netloc=f"{user}{'@' if user else ''}{proxy.host}:{proxy.port}").geturl()

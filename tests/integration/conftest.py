@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 on_it = callspec is not None and server in (
                     callspec.params.get("place"),
                     callspec.params.get("database_url"),
+                    callspec.params.get("server_url"),
                 )
                 if on_it or f"{server}_url" in getattr(item, "fixturenames", ()):
                     item.add_marker(server)
@@ -89,6 +90,14 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """One database of each kind in turn, with the tables of dramatiq_policies, which are empty."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    make_empty_tables(url)
+    return url
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    """`database_url` on the servers, without SQLite."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     make_empty_tables(url)
     return url

@@ -11,19 +11,17 @@ from django.core.management import call_command
 from dramatiq_policies.sql import create_tables, metadata
 
 from ..contrib.django import project
-from .conftest import url_from_environment
 from .databases import own_database, with_driver
 
 project.set_up()
 
 
-@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
-def two_databases(request, tmp_path):
-    if request.param == "sqlite":
+@pytest.fixture
+def two_databases(database_url, tmp_path):
+    if database_url.startswith("sqlite"):
         yield f"sqlite:///{tmp_path}/one.sqlite3", f"sqlite:///{tmp_path}/two.sqlite3"
         return
-    server = url_from_environment(f"{request.param}_url".upper())
-    with own_database(server) as one, own_database(server) as two:
+    with own_database(database_url) as one, own_database(database_url) as two:
         yield one, two
 
 

@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from .databases import ASYNC, own_database, with_driver
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
-def shop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture
+def shop(server_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The example on a database of its own and a StubBroker."""
-    with own_database(request.getfixturevalue(f"{request.param}_url")) as url:
+    with own_database(server_url) as url:
         monkeypatch.setattr(dramatiq.broker, "global_broker", None)
         monkeypatch.setenv("BROKER_URL", "stub://")
         monkeypatch.setenv("DATABASE_URL", with_driver(url, ASYNC))

@@ -56,27 +56,6 @@ def make_store() -> Iterator[Stores]:
         store.database.close()
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
-def server_url(request: pytest.FixtureRequest) -> str:
-    """`database_url` on the servers, without SQLite."""
-    from .databases import make_empty_tables
-
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    make_empty_tables(url)
-    return url
-
-
-def through(proxy: Proxy, url: str) -> str:
-    return sa.make_url(url).set(port=proxy.port).render_as_string(hide_password=False)
-
-
-def before(url: str) -> Proxy:
-    parts = sa.make_url(url)
-    assert parts.host is not None
-    assert parts.port is not None
-    return Proxy(parts.host, parts.port)
-
-
 # Servers that fail.
 
 
@@ -84,8 +63,8 @@ def before(url: str) -> Proxy:
 def test_a_server_that_hangs_fails_each_call_in_time_and_serves_again_when_it_is_back(
     server_url: str, drivers: dict[str, str], make_store: Stores
 ) -> None:
-    with before(server_url) as proxy:
-        store = make_store(through(proxy, server_url), drivers, patience=700)
+    with Proxy.before(server_url) as proxy:
+        store = make_store(proxy.url, drivers, patience=700)
         store.put("k", b"one", LONG)
         proxy.stall()
         began = time.monotonic()
@@ -110,8 +89,8 @@ def answers(store: SqlStore, key: str) -> bytes | None:
 def test_a_server_that_is_away_is_an_error_at_once(
     server_url: str, drivers: dict[str, str], make_store: Stores
 ) -> None:
-    with before(server_url) as proxy:
-        store = make_store(through(proxy, server_url), drivers)
+    with Proxy.before(server_url) as proxy:
+        store = make_store(proxy.url, drivers)
         store.put("k", b"one", LONG)
         proxy.refuse()
         proxy.cut()
@@ -127,8 +106,8 @@ def test_a_server_that_is_away_is_an_error_at_once(
 def test_connections_that_the_server_has_closed_fail_no_call(
     server_url: str, drivers: dict[str, str], make_store: Stores
 ) -> None:
-    with before(server_url) as proxy:
-        store = make_store(through(proxy, server_url), drivers)
+    with Proxy.before(server_url) as proxy:
+        store = make_store(proxy.url, drivers)
         for number in range(3):
             run_concurrently(lambda thread, number=number: store.put(f"k{thread % 8}", b"%d" % number, LONG))  # type: ignore[misc]
             assert proxy.cut() > 0
@@ -139,8 +118,8 @@ def test_connections_that_the_server_has_closed_fail_no_call(
 def test_a_claim_whose_answer_is_lost_is_found_by_the_repeated_call(
     server_url: str, drivers: dict[str, str], make_store: Stores
 ) -> None:
-    with before(server_url) as proxy:
-        store = make_store(through(proxy, server_url), drivers)
+    with Proxy.before(server_url) as proxy:
+        store = make_store(proxy.url, drivers)
         store.put("other", b"one", LONG)
         lost = proxy.cut_when(store.name_of("k").encode(), after=True)
         found = store.swap("k", None, b"mine", LONG)
@@ -357,13 +336,13 @@ def test_a_store_that_is_dropped_leaves_neither_threads_nor_connections(
 ) -> None:
     def use() -> list[threading.Thread]:
         before = set(threading.enumerate())
-        engine: Any = sa.create_engine(with_driver(through(proxy, server_url), drivers))
+        engine: Any = sa.create_engine(with_driver(proxy.url, drivers))
         store = SqlStore(AsyncEngine(engine) if drivers is ASYNC else engine)
         store.put("k", b"one", LONG)
         assert proxy.connections == 1
         return [thread for thread in threading.enumerate() if thread not in before]
 
-    with before(server_url) as proxy:
+    with Proxy.before(server_url) as proxy:
         threads = use()
         gc.collect()
         for thread in threads:
@@ -515,8 +494,8 @@ for turn in range(5):
 def test_an_interrupt_of_the_waiting_thread_leaves_the_connection_whole(server_url: str, make_store: Stores) -> None:
     import ctypes
 
-    with before(server_url) as proxy:
-        store = make_store(through(proxy, server_url), pool_size=1, max_overflow=0)
+    with Proxy.before(server_url) as proxy:
+        store = make_store(proxy.url, pool_size=1, max_overflow=0)
         store.put("k", b"one", LONG)
 
         class Interrupt(BaseException):

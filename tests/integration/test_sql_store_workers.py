@@ -58,11 +58,8 @@ def test_of_messages_with_one_key_one_runs_each(place: Place, store: SqlStore) -
 
 def test_a_database_that_is_away_lets_jobs_with_keys_wait(place: Place, postgresql_url: str) -> None:
     make_empty_tables(postgresql_url)
-    parts = sa.make_url(postgresql_url)
-    assert parts.host is not None
-    assert parts.port is not None
-    with Proxy(parts.host, parts.port) as proxy:
-        engine = sa.create_engine(with_driver(parts.set(port=proxy.port).render_as_string()))
+    with Proxy.before(postgresql_url) as proxy:
+        engine = sa.create_engine(with_driver(proxy.url))
         store = SqlStore(engine, namespace="away")
         app = place.app(idempotency=Idempotency(store))
         ran = threading.Event()

@@ -16,7 +16,7 @@ from dramatiq import Message, pipeline
 
 import dramatiq_policies
 
-from .databases import make_empty_tables, with_driver
+from .databases import with_driver
 from .places import Place, RedisPlace, until
 
 #: The orders of which the worker is killed once, and where.
@@ -208,19 +208,12 @@ class Shop:
         self.engine.dispose()
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
-def url(request: pytest.FixtureRequest) -> str:
-    found: str = request.getfixturevalue(f"{request.param}_url")
-    make_empty_tables(found)
-    return found
-
-
 @pytest.fixture
-def open_shop(place: Place, url: str, tmp_path: Path) -> Iterator[Any]:
+def open_shop(place: Place, server_url: str, tmp_path: Path) -> Iterator[Any]:
     shops = []
 
     def make(**options: bool) -> Shop:
-        shops.append(Shop(place, url, tmp_path, **options))
+        shops.append(Shop(place, server_url, tmp_path, **options))
         return shops[-1]
 
     yield make
@@ -281,7 +274,7 @@ def test_a_worker_that_is_frozen_with_its_key_completed_and_not_committed_keeps_
     assert shop.rows() == {table: [FROZEN_AT_COMMIT, 11] for table in TABLES}
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("server_url", ["postgresql"], indirect=True)
 def test_the_same_job_with_a_commit_of_its_own_doubles_its_effect(open_shop):
     shop = open_shop(transactional=False)
     shop.send(IN_JOB)
@@ -290,7 +283,7 @@ def test_the_same_job_with_a_commit_of_its_own_doubles_its_effect(open_shop):
     assert shop.rows()["paid"] == [IN_JOB, IN_JOB]
 
 
-@pytest.mark.parametrize("url", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("server_url", ["mariadb"], indirect=True)
 def test_under_gevent_a_timeout_rolls_back_and_the_retry_commits(open_shop):
     shop = open_shop()
     shop.producer.enqueue(Message(shop.place.queue, "slow", (20,), {}, {}))
