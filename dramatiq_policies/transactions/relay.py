@@ -43,6 +43,8 @@ class Relay:
         self._missing_table = missing_table
         self._logged_missing_table = False
         self._failures = 0
+        #: Whether the broker was unreachable at the last failure.
+        self._broker_failed = False
         self._limit = _FIRST
         #: Rows taken before the batch before was confirmed.
         self._ahead: Lease | None = None
@@ -62,10 +64,13 @@ class Relay:
         try:
             taken, lost = self.relay(ahead=ahead)
         except Exception as error:
+            self._broker_failed = False
             return self._failed(error)
         if lost is not None:
+            self._broker_failed = True
             return self._failed(lost)
-        if self._failures:
+        # While no row is due, the broker may still be unreachable.
+        if self._failures and (taken or not self._broker_failed):
             self._failures = 0
             logger.info("The relay of the outbox works again.")
         if not taken:

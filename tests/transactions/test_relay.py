@@ -141,6 +141,28 @@ def test_a_database_that_is_down_is_logged_once_and_so_is_its_return(office, rel
     ]
 
 
+def test_a_broker_that_is_down_is_logged_once_though_no_row_is_due_between_two_tries(
+    office, relay, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    office.insert(1, due=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(office.outbox.batch, "publish", lambda messages: [ConnectionClosed("down")] * len(messages))
+        for _ in range(3):
+            relay._step()
+            assert relay._step() == 1.0
+            office.end_leases()
+    assert [row.failures for row in office.rows()] == [3]
+    for _ in range(3):
+        relay._step()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "The relay of the outbox can't publish (ConnectionClosed: down). The relay tries again.",
+        "The relay of the outbox works again.",
+    ]
+    assert office.queued() == [1]
+
+
 # Members of groups.
 
 
