@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
@@ -12,6 +11,7 @@ from django.db.utils import DatabaseError
 from dramatiq_policies.contrib.django import DjangoStore
 from dramatiq_policies.contrib.django.database import DjangoConnection, DjangoDatabase
 from dramatiq_policies.errors import MissingTable
+from dramatiq_policies.testing.concurrency import in_a_child
 from dramatiq_policies.transactions import key_table
 from dramatiq_policies.transactions.database import KEYS, NOW
 
@@ -133,15 +133,7 @@ def test_a_new_connection_whose_settings_fail_is_not_used(database, monkeypatch)
 
 def test_a_forked_child_has_connections_of_its_own(database):
     database.run(lambda connection: insert("a", connection))
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            database.run(lambda connection: insert("b", connection))
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    in_a_child(lambda: database.run(lambda connection: insert("b", connection)))
     database.run(lambda connection: insert("c", connection))
     assert count(database) == 3
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
-import dramatiq
 import pytest
 from django.db import connections, transaction
-from dramatiq import Worker, group
+from dramatiq import group
 
-from dramatiq_policies import install
 from dramatiq_policies.contrib.django import DjangoOutbox
+from dramatiq_policies.testing.concurrency import in_a_child
 
 from ..contrib.django import project
 from .places import until
+from .shops import AnyShop
 
 project.set_up()
 pytestmark = pytest.mark.usefixtures("quick_restarts")
@@ -23,34 +21,14 @@ class Undo(Exception):
     pass
 
 
-class Shop:
-    """A broker with an outbox on a database of Django's."""
-
-    def __init__(self, place, **options):
-        self.place = place
-        self.broker = place.broker()
-        self.outbox = DjangoOutbox("shop", **{"namespace": place.queue[-12:], **options})
-        install(self.broker, outbox=self.outbox)
-        self.done = []
-        self.confirm = dramatiq.actor(
-            self.done.append, broker=self.broker, queue_name=place.queue, actor_name="confirm"
-        )
-        self.broker.declare_queue(place.queue, **({"ensure": True} if place.kind == "rabbitmq" else {}))
-
-    def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
-
-    def left(self):
-        return sorted(message.args[0] for message in self.place.left())
-
-
 @pytest.fixture
 def make_shop(place, database_url):
     with project.database("shop", **project.options_of(database_url)):
         made = []
 
         def make(**options):
-            made.append(Shop(place, **options))
+            outbox = DjangoOutbox("shop", **{"namespace": place.queue[-12:], **options})
+            made.append(AnyShop(place, outbox))
             return made[-1]
 
         yield make
@@ -83,12 +61,8 @@ def test_a_group_and_a_delayed_message_run(make_shop):
     with transaction.atomic(using="shop"):
         group([shop.confirm.message(1), shop.confirm.message(2)], broker=shop.broker).run()
         shop.confirm.send_with_options(args=(3,), delay=300)
-    worker = Worker(shop.broker, worker_timeout=100, worker_threads=1)
-    worker.start()
-    try:
+    with shop.working():
         until(lambda: len(shop.done) == 3, describe=lambda: shop.done)
-    finally:
-        worker.stop()
     assert sorted(shop.done) == [1, 2, 3]
     assert shop.done[-1] == 3
 
@@ -98,12 +72,8 @@ def test_with_wait_0_a_worker_s_relay_sends_all(make_shop):
     with transaction.atomic(using="shop"):
         shop.confirm.send(1)
     assert (shop.place.ready(), shop.pending()) == (0, 1)
-    worker = Worker(shop.broker, worker_timeout=100, worker_threads=1)
-    worker.start()
-    try:
+    with shop.working():
         until(lambda: shop.done == [1])
-    finally:
-        worker.stop()
     assert shop.pending() == 0
 
 
@@ -113,16 +83,13 @@ def test_a_forked_web_process_sends_over_connections_of_its_own(make_shop):
         shop.confirm.send(1)
     # Before it forks, a server closes the application's connections. Those of the library stay open.
     connections["shop"].close()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with transaction.atomic(using="shop"):
-                shop.confirm.send(2)
-            code = 0 if shop.pending() == 0 else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def in_child():
+        with transaction.atomic(using="shop"):
+            shop.confirm.send(2)
+        assert shop.pending() == 0
+
+    in_a_child(in_child)
     with transaction.atomic(using="shop"):
         shop.confirm.send(3)
     assert shop.pending() == 0

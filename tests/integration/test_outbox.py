@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 
 import pytest
 import sqlalchemy as sa
-from dramatiq import Worker, group, pipeline
+from dramatiq import group, pipeline
 from dramatiq.middleware import GroupCallbacks
 from dramatiq.rate_limits.backends import StubBackend
 from sqlalchemy.orm import Session
@@ -23,16 +22,6 @@ pytestmark = pytest.mark.usefixtures("quick_restarts")
 
 class Undo(Exception):
     pass
-
-
-@contextlib.contextmanager
-def working(shop):
-    worker = Worker(shop.broker, worker_timeout=100, worker_threads=1)
-    worker.start()
-    try:
-        yield
-    finally:
-        worker.stop()
 
 
 @pytest.fixture
@@ -74,7 +63,7 @@ def test_the_worker_runs_what_was_sent_a_delayed_message_too(shop):
     with shop.order():
         shop.confirm.send_with_options(args=(1,), delay=300)
         shop.confirm.send(2)
-    with working(shop):
+    with shop.working():
         until(lambda: shop.done == [2, 1], describe=lambda: shop.done)
 
 
@@ -148,7 +137,7 @@ def test_a_worker_relays_what_a_dead_process_has_left(place, database_engine):
     shop = Shop(place, database_engine, wait=0)
     with shop.order():
         shop.confirm.send(1)
-    with working(shop):
+    with shop.working():
         assert len(relays()) == 1
         until(lambda: shop.done == [1])
     assert relays() == []
@@ -156,7 +145,7 @@ def test_a_worker_relays_what_a_dead_process_has_left(place, database_engine):
 
 
 def test_without_a_relay_a_worker_has_no_thread(place, database_engine):
-    with working(Shop(place, database_engine, relay=False)):
+    with Shop(place, database_engine, relay=False).working():
         assert relays() == []
 
 

@@ -162,17 +162,16 @@ def test_a_commit_that_is_cancelled_while_it_waits_has_committed(place, database
 def test_the_outbox_and_the_session_may_have_different_drivers(place, database_url, database_engine, kind):
     sessions = async_engine(database_url)
     shop = Shop(place, database_engine if kind == "sync engine" else sessions)
-    engine, shop.engine = shop.engine, sessions
 
     async def order():
         async with AsyncSession(sessions) as session, session.begin(), shop.outbox.within(session):
             shop.confirm.send(1)
 
+    shop.engine = sessions
     run(shop, order())
     shop.engine = database_engine
     with shop.order():
         shop.confirm.send(2)
     assert shop.pending() == 0
     assert shop.left() == [1, 2]
-    assert engine is not None
     shop.outbox.database.close()
