@@ -27,9 +27,8 @@ def make_effect(number: int) -> None:
     time.sleep(random.uniform(0, 0.05))
 
 
-@dramatiq.actor(**once)
-def plain(number: int) -> None:
-    make_effect(number)
+for name in ("plain", "child", "never", "second", "member", "together"):
+    dramatiq.actor(make_effect, actor_name=name, **once)
 
 
 @dramatiq.actor(**once)
@@ -58,31 +57,6 @@ def parent(number: int) -> None:
 
 
 @dramatiq.actor(**once)
-def child(number: int) -> None:
-    make_effect(number)
-
-
-@dramatiq.actor(**once)
-def never(number: int) -> None:
-    make_effect(number)
-
-
-@dramatiq.actor(**once)
 def first(number: int) -> int:
     make_effect(number)
     return number
-
-
-@dramatiq.actor(**once)
-def second(number: int) -> None:
-    make_effect(number)
-
-
-@dramatiq.actor(**once)
-def member(number: int) -> None:
-    make_effect(number)
-
-
-@dramatiq.actor(**once)
-def together(number: int) -> None:
-    make_effect(number)

@@ -29,9 +29,8 @@ async def make_effect(number: int) -> None:
     await asyncio.sleep(random.uniform(0, 0.05))
 
 
-@dramatiq.actor(**once)
-async def plain(number: int) -> None:
-    await make_effect(number)
+for name in ("plain", "child", "never", "second", "member", "together"):
+    dramatiq.actor(make_effect, actor_name=name, **once)
 
 
 @dramatiq.actor(**once)
@@ -60,31 +59,6 @@ async def parent(number: int) -> None:
 
 
 @dramatiq.actor(**once)
-async def child(number: int) -> None:
-    await make_effect(number)
-
-
-@dramatiq.actor(**once)
-async def never(number: int) -> None:
-    await make_effect(number)
-
-
-@dramatiq.actor(**once)
 async def first(number: int) -> int:
     await make_effect(number)
     return number
-
-
-@dramatiq.actor(**once)
-async def second(number: int) -> None:
-    await make_effect(number)
-
-
-@dramatiq.actor(**once)
-async def member(number: int) -> None:
-    await make_effect(number)
-
-
-@dramatiq.actor(**once)
-async def together(number: int) -> None:
-    await make_effect(number)
