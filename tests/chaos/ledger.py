@@ -137,7 +137,7 @@ def judge(
     Parameters:
       expected: The keys whose effect must have been made.
       doomed: The message ids that must be dead letters.
-      dead letters: The dead letters.
+      letters: The dead letters.
       freezes: Processes that were stopped for longer than a lease; what they ran may run a second time.
     """
 
