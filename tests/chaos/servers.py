@@ -246,25 +246,47 @@ class RabbitmqServer(RabbitmqQueues, Server):
         self.control("set_disk_free_limit", "1MB")
 
 
-class PostgresqlServer(Server):
-    """A PostgreSQL of its own, in a folder that its user may enter."""
+class DatabaseServer(Server):
+    """A database server of its own, in a folder that its user may enter."""
 
-    service = with_services.POSTGRESQL
+    #: The user of its package.
+    owner: str
 
     def __init__(self) -> None:
-        super().__init__(Path(tempfile.mkdtemp(prefix="dp-chaos-postgresql-")) / "server")
-        self.user = with_services.user_of_databases("postgres", self.folder.parent)
-        initialise = Path(os.path.realpath(self.binary)).with_name("initdb")
-        command = [str(initialise), *with_services.INITDB, str(self.data)]
-        with_services.prepare(command, self.folder, self.user)
+        home = Path(tempfile.mkdtemp(prefix=f"dp-chaos-{self.service.name}-"))
+        super().__init__(home / "server")
+        self.data = home / "data"
+        self.user = with_services.user_of_databases(self.owner, home)
+        with_services.prepare(self.initialise(), home, self.user)
 
-    @property
-    def data(self) -> Path:
-        return self.folder.parent / "data"
-
-    def command(self) -> tuple[list[str], Mapping[str, str]]:
-        return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
+    def initialise(self) -> list[str]:
+        """The command that makes the data."""
+        raise NotImplementedError
 
     def close(self) -> None:
         super().close()
         shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+
+class PostgresqlServer(DatabaseServer):
+    service = with_services.POSTGRESQL
+    owner = "postgres"
+
+    def initialise(self) -> list[str]:
+        initdb = Path(os.path.realpath(self.binary)).with_name("initdb")
+        return [str(initdb), *with_services.INITDB, str(self.data)]
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
+
+
+class MariadbServer(DatabaseServer):
+    service = with_services.MARIADB
+    owner = "mysql"
+
+    def initialise(self) -> list[str]:
+        return ["mariadb-install-db", *with_services.MARIADB_INSTALL, f"--datadir={self.data}"]
+
+    def command(self) -> tuple[list[str], Mapping[str, str]]:
+        environment = {**os.environ, "TMPDIR": str(self.folder.parent)}
+        return [self.binary, *with_services.mariadb_options(self.data, self.port)], environment

@@ -10,9 +10,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import sqlalchemy as sa
@@ -20,7 +19,7 @@ from dramatiq import Message
 
 from dramatiq_policies import Idempotency
 from dramatiq_policies.sql import SqlStore, create_tables
-from scripts import with_services
+from tests.chaos.servers import DatabaseServer, MariadbServer, PostgresqlServer
 
 from ..proxy import Proxy
 from .databases import make_empty_tables, with_driver
@@ -169,74 +168,18 @@ def test_the_job_of_a_killed_worker_is_taken_over_and_no_other_runs_twice(
 # A server that is killed.
 
 
-@contextmanager
-def private(name: str) -> Iterator[Server]:
-    with TemporaryDirectory(prefix="dp-test-") as folder:
-        Path(folder).chmod(0o711)
-        server = Server(name, Path(folder))
-        try:
-            yield server
-        finally:
-            server.kill()
-
-
-class Server:
-    """A private server that can be killed and started again on its data."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.port = with_services.free_port()
-        self.folder = folder / "server"
-        self.folder.mkdir()
-        self.service = {"postgresql": with_services.POSTGRESQL, "mariadb": with_services.MARIADB}[name]
-        binary = self.service.binary()
-        assert binary is not None
-        data = self.folder / "data"
-        if name == "postgresql":
-            self.user = with_services.user_of_databases("postgres", self.folder)
-            initdb = str(Path(os.path.realpath(binary)).with_name("initdb"))
-            with_services.prepare([initdb, *with_services.INITDB, str(data)], self.folder, self.user)
-            self.command = [binary, *with_services.postgresql_options(data, self.port)]
-        else:
-            self.user = with_services.user_of_databases("mysql", self.folder)
-            install = ["mariadb-install-db", *with_services.MARIADB_INSTALL, f"--datadir={data}"]
-            with_services.prepare(install, self.folder, self.user)
-            self.command = [binary, *with_services.mariadb_options(data, self.port)]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return with_driver(self.service.at(self.port))
-
-    def start(self) -> None:
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env={**os.environ, "TMPDIR": str(self.folder)},
-                stdout=log,
-                stderr=log,
-                user=self.user,
-                start_new_session=True,
-            )
-        until(lambda: self.service.answers(self.port), 60, (self.folder / "log").read_text)
-
-    def kill(self) -> None:
-        """End the server as a crash does. PostgreSQL's first process passes the signal on to those of its connections."""
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGQUIT if self.service.name == "postgresql" else signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param("postgresql", marks=pytest.mark.postgresql), pytest.param("mariadb", marks=pytest.mark.mariadb)],
+    "kind",
+    [
+        pytest.param(PostgresqlServer, marks=pytest.mark.postgresql, id="postgresql"),
+        pytest.param(MariadbServer, marks=pytest.mark.mariadb, id="mariadb"),
+    ],
 )
-def test_a_server_that_is_killed_and_comes_back_has_lost_no_key(name: str) -> None:
-    with private(name) as server:
+def test_a_server_that_is_killed_and_comes_back_has_lost_no_key(kind: type[DatabaseServer]) -> None:
+    assert kind.service.binary() is not None
+    with closing(kind()) as server:
         server.start()
-        engine = sa.create_engine(server.url)
+        engine = sa.create_engine(with_driver(server.url))
         create_tables(engine)
         store = SqlStore(engine)
         taken = [key for key in map(str, range(50)) if store.swap(key, None, b"one", 600_000) is None]
