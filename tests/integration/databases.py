@@ -1,4 +1,4 @@
-"""Databases of a test's own on the servers of POSTGRESQL_URL and MARIADB_URL."""
+"""Databases of a test's own on the servers of POSTGRESQL_URL and MARIADB_URL, and the contract of a store on a database."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from dramatiq_policies.sql import metadata
+from dramatiq_policies.testing import IdempotencyStoreContract
 
 SYNC = {"postgresql": "psycopg", "mariadb": "pymysql", "mysql": "pymysql", "sqlite": "pysqlite"}
 ASYNC = {"postgresql": "asyncpg", "mariadb": "asyncmy", "mysql": "asyncmy", "sqlite": "aiosqlite"}
@@ -24,6 +25,18 @@ def with_driver(url: str, drivers: dict[str, str] = SYNC) -> str:
 
 def async_engine(url: str, **options: Any) -> AsyncEngine:
     return create_async_engine(with_driver(url, ASYNC), **options)
+
+
+class OnADatabase(IdempotencyStoreContract):
+    busy = 4
+    # A hundred threads share four connections.
+    short = 600
+    rivals = 25
+
+
+class OnSQLite(OnADatabase):
+    # SQLite keeps its locks per process: a child takes those of a thread that was busy for its own.
+    busy = 0
 
 
 @contextmanager

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from dramatiq_policies.contrib.django import DjangoStore
-from dramatiq_policies.testing import IdempotencyStoreContract
 
 from ..contrib.django import project
-from .databases import make_empty_tables
+from .databases import OnADatabase, OnSQLite, make_empty_tables
 
 project.set_up()
 
@@ -21,13 +20,6 @@ def store_on(url: str) -> Iterator[DjangoStore]:
         store = DjangoStore("contract", namespace="contract")
         yield store
         store.database.close()  # type: ignore[attr-defined]
-
-
-class OnADatabase(IdempotencyStoreContract):
-    busy = 4
-    # A hundred threads share four connections.
-    short = 600
-    rivals = 25
 
 
 class TestOnPostgreSQL(OnADatabase):
@@ -42,10 +34,7 @@ class TestOnMariaDB(OnADatabase):
         yield from store_on(mariadb_url)
 
 
-class TestOnSQLite(OnADatabase):
-    # SQLite keeps its locks per process: a child takes those of a thread that was busy for its own.
-    busy = 0
-
+class TestOnSQLite(OnSQLite):
     @pytest.fixture
     def store(self, sqlite_url: str) -> Iterator[DjangoStore]:
         yield from store_on(sqlite_url)

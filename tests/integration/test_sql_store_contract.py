@@ -10,9 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from dramatiq_policies.sql import SqlStore
-from dramatiq_policies.testing import IdempotencyStoreContract
 
-from .databases import ASYNC, SYNC, make_empty_tables, with_driver
+from .databases import ASYNC, SYNC, OnADatabase, OnSQLite, make_empty_tables, with_driver
 
 
 def store_on(url: str, drivers: dict[str, str], **options: Any) -> Iterator[SqlStore]:
@@ -23,13 +22,6 @@ def store_on(url: str, drivers: dict[str, str], **options: Any) -> Iterator[SqlS
     store = SqlStore(engine, namespace="contract")
     yield store
     store.database.close()
-
-
-class OnADatabase(IdempotencyStoreContract):
-    busy = 4
-    # A hundred threads share four connections.
-    short = 600
-    rivals = 25
 
 
 class TestOnPostgreSQL(OnADatabase):
@@ -54,11 +46,6 @@ class TestOnMariaDBAsync(OnADatabase):
     @pytest.fixture
     def store(self, mariadb_url: str) -> Iterator[SqlStore]:
         yield from store_on(mariadb_url, ASYNC)
-
-
-class OnSQLite(OnADatabase):
-    # SQLite keeps its locks per process: a child takes those of a thread that was busy for its own.
-    busy = 0
 
 
 class TestOnSQLite(OnSQLite):
