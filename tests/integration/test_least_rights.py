@@ -69,6 +69,26 @@ def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_logged(
     broker.close()
 
 
+def test_a_user_that_may_not_read_single_keys_works_and_is_not_told_of_lost_data(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = install(RedisBroker(url=set_user(server, f"{LINE} -get")))
+    ran = threading.Event()
+
+    @dramatiq.actor(broker=broker)
+    def job() -> None:
+        ran.set()
+
+    job.send()
+    worker = Worker(broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    began = ran.wait(10)
+    worker.stop(10_000)
+    broker.close()
+    assert began, caplog.text
+    assert "refuses this worker" not in caplog.text
+
+
 def test_a_user_that_may_not_use_the_store_is_told_once(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     broker = install(RedisBroker(url=set_user(server, LINE.replace("~idem:*", "~idem:no"))))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -58,8 +59,10 @@ class DataLoss:
     def remember(self) -> None:
         """Remember the mark of the namespace, and write a mark if there is none. Free after the first call."""
         if self._mark is None:
-            # Two consumers may do so at the same time: SET with NX makes both read the same mark.
-            self._mark = self._read()
+            # A user with few rights works without the mark: a loss stays unknown.
+            with suppress(redis.exceptions.NoPermissionError):
+                # Two consumers may do so at the same time: SET with NX makes both read the same mark.
+                self._mark = self._read()
 
     def _read(self) -> bytes:
         name = f"{self._namespace}:__data__"
