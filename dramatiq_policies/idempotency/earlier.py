@@ -44,6 +44,8 @@ class EarlierRecords:
         self.store = store
         self.call_store = call_store
         self._takes_companions: bool = getattr(store, "takes_companions", False)
+        #: False for a store that no worker of 0.1.0 shares.
+        self._is_shared: bool = getattr(store, "may_hold_earlier_records", True)
         #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
         #: The first message and its fingerprint, by register.
@@ -51,6 +53,8 @@ class EarlierRecords:
 
     def mark(self) -> None:
         """Leave the mark, unless another worker has."""
+        if not self._is_shared:
+            return
         found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
         self._saw(CENTURY_MS if found is None else found.left)
 
@@ -64,7 +68,7 @@ class EarlierRecords:
           name: The register.
           record: The record of the run.
         """
-        if not getattr(self.store, "may_hold_earlier_records", True):
+        if not self._is_shared:
             return records.completed_by(record.message_id, record.args)
         if len(self._arguments) >= _REMEMBERED:
             self._arguments.clear()
@@ -88,7 +92,7 @@ class EarlierRecords:
         Raises:
           StoreDown: The store is down.
         """
-        if record.args or not getattr(self.store, "may_hold_earlier_records", True):
+        if record.args or not self._is_shared:
             return record
         message_id, args = self._arguments.get(name, ("", ""))
         if message_id == record.message_id:
@@ -110,6 +114,8 @@ class EarlierRecords:
           StoreDown: The store is down.
           UnknownRecord: This version can't read the record in the register.
         """
+        if not self._is_shared:
+            return None
         if self.marked is None:
             self._saw(self.call_store(partial(self.store.get, _MARK)).left)
         age = None if self.marked is None else clock.monotonic() * 1_000 - self.marked

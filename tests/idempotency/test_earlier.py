@@ -17,10 +17,16 @@ DAY = 86_400_000
 TEXT = "7"
 
 
+class Shared(MemoryStore):
+    """As Redis: workers of 0.1.0 share it."""
+
+    may_hold_earlier_records = True
+
+
 class App:
     def __init__(self):
         self.now = 1_000.0
-        self.store = MemoryStore(lambda: self.now)
+        self.store = Shared(lambda: self.now)
         self.stage = Stage(bundle={"idempotency": Idempotency(self.store)})
         self.runs = []
 
@@ -146,3 +152,26 @@ def test_nobody_looks_once_all_that_0_1_0_wrote_has_expired(app):
     assert app.earlier.find("job\x007", DAY) is not None
     app.now += 16 * DAY / 1_000
     assert app.earlier.find("job\x007", DAY) is None
+
+
+def test_a_store_that_0_1_0_never_used_is_not_asked_for_its_records():
+    class Counting(MemoryStore):
+        calls = 0
+
+        def get(self, key):
+            self.calls += 1
+            return super().get(key)
+
+        def swap(self, *args):
+            self.calls += 1
+            return super().swap(*args)
+
+    store = Counting()
+    claims = Claims(store, 60_000)
+    claims.earlier.mark()
+    assert claims.earlier.find("job\x007", DAY) is None
+    assert store.calls == 0
+    asked = records.Request("mine", 0, lambda record: False)
+    claims.drop(claims.claim("new", asked, keyed=True, retention=DAY, earlier="job\x007"))
+    claims.close()
+    assert store.calls == 1
