@@ -131,9 +131,9 @@ class IdempotencyGuard:
         else:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
-        request = records.Request(message.message_id, run_of(message.options), is_dead, guard.max_crashes, starts)
-        if key is not None and guard.fingerprint is not None:
-            request = request._replace(args=guard.fingerprint(message.args, message.kwargs))
+        args = "" if key is None or guard.fingerprint is None else guard.fingerprint(message.args, message.kwargs)
+        run = run_of(message.options)
+        request = records.Request(message.message_id, run, is_dead, guard.max_crashes, starts, args=args)
         claim = partial(self.claims.claim, name, keyed=key is not None, retention=guard.ttl, earlier=earlier)
         try:
             self._claim(delivery, name, request, claim)
@@ -177,7 +177,9 @@ class IdempotencyGuard:
                 self._defer(delivery, "running", name, answer)
             case records.RepublishRetry():
                 self._republish(delivery, answer.retry)
-            case records.SkipDuplicate():
+            case _:
+                # Any other answer must not let the job run without a claim.
+                assert isinstance(answer, records.SkipDuplicate)
                 self._skip(delivery, answer)
 
     def _known(self, delivery: Delivery, name: str, *, counted: bool) -> records.WaitForOwner | None:

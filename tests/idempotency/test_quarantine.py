@@ -574,3 +574,12 @@ def test_a_retry_of_a_job_that_went_on_through_the_shutdown_is_counted_from_the_
     stage.run()
     assert starts == [1, 1]
     assert stage.outcomes() == ["retried", "succeeded"]
+
+
+def test_an_answer_that_the_guard_does_not_know_never_lets_a_job_run(monkeypatch):
+    app = Crashing(**GUARDED, max_retries=0)
+    monkeypatch.setattr("dramatiq_policies.idempotency.claims.Claims.claim", lambda *args, **options: records.Start(1))
+    app.job.send(7)
+    app.stage.run()
+    assert app.stage.outcomes() == ["dead"]
+    assert app.runs == []
