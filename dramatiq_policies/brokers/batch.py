@@ -13,9 +13,26 @@ from ..delivery.direct import enqueue_directly
 from ..delivery.history import now_ms
 
 if TYPE_CHECKING:
+    from dramatiq.broker import Broker
+
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["Batch", "Encoded", "KnownBatch"]
+__all__ = ["Batch", "Encoded", "KnownBatch", "prepared"]
+
+
+def prepared(broker: Broker, message: Message[Any], delay: int | None, **options: Any) -> Message[Any]:
+    """Return a message as the ``enqueue`` of a known broker publishes it. Runs the before-hooks of enqueue.
+
+    Parameters:
+      options: The broker's additional options of the message.
+    """
+    if delay is not None:
+        options["eta"] = now_ms() + delay
+        message = message.copy(queue_name=dq_name(message.queue_name), options=options)
+    elif options:
+        message = message.copy(options=options)
+    broker.emit_before("enqueue", message, delay)
+    return message
 
 
 class Encoded(NamedTuple):
@@ -76,13 +93,7 @@ class KnownBatch(Batch):
     """A batch of a broker with a known ``enqueue``."""
 
     def prepare(self, message: Message[Any], delay: int | None) -> Message[Any]:
-        options, queue = self.options_of(message), message.queue_name
-        if delay is not None:
-            queue = dq_name(queue)
-            options["eta"] = now_ms() + delay
-        message = message.copy(queue_name=queue, options=options)
-        self.broker.emit_before("enqueue", message, delay)
-        return message
+        return prepared(self.broker, message, delay, **self.options_of(message))
 
     def options_of(self, message: Message[Any]) -> dict[str, Any]:
         """Return the broker's additional options of a message.

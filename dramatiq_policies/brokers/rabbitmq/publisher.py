@@ -9,13 +9,13 @@ import pika
 import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import Broker
-from dramatiq.common import dq_name, q_name
+from dramatiq.common import q_name
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from ... import _dramatiq
 from ...common.connections import discard
-from ...delivery.history import now_ms
 from ...delivery.outgoing import OutgoingMessage
+from ..batch import prepared
 
 __all__ = ["LOST", "REFUSED", "ConfirmedPublisher"]
 
@@ -74,10 +74,7 @@ class ConfirmedPublisher:
     def prepare(self, step: OutgoingMessage) -> None:
         """Encode a message once, with the queue and the due time of its delay. Runs the before-hooks of enqueue."""
         if step.encoded is None:
-            message, delay = step.message, step.delay
-            if delay is not None:
-                message = message.copy(queue_name=dq_name(message.queue_name), options={"eta": now_ms() + delay})
-            self.broker.emit_before("enqueue", message, delay)
+            message = prepared(self.broker, step.message, step.delay)
             step.message, step.encoded = message, self.encode(message)
 
     def drop_connection(self) -> None:

@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
-from dramatiq.common import compute_backoff, dq_name
+from dramatiq.common import compute_backoff
 from dramatiq.errors import BrokerConnectionError
 
 from ..._redis import RAW, CommandBatcher, Script
@@ -26,12 +26,13 @@ from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
 from ...delivery.delivery import Delivery, DeliveryReassigned, EarlierRun
-from ...delivery.history import FAILURE, now_ms
+from ...delivery.history import FAILURE
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 from ...idempotency.claim import claim_of
+from ..batch import prepared
 from ..ended_runs import EndedRuns, is_keyed, rest_of
 from .calls import RedisCalls
 from .data_loss import DataLoss
@@ -235,17 +236,10 @@ class RedisTransport(Transport):
 
     def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
         """Return queue, id and body as ``RedisBroker.enqueue`` would send them. Runs the before-hooks of enqueue."""
-        message, delay = step.message, step.delay
         redis_id = str(uuid4())
-        queue = message.queue_name
-        options: dict[str, Any] = {"redis_message_id": redis_id}
-        if delay is not None:
-            queue = dq_name(queue)
-            options["eta"] = now_ms() + delay
-        self.broker.declare_queue(message.queue_name)
-        step.message = message = message.copy(queue_name=queue, options=options)
-        self.broker.emit_before("enqueue", message, delay)
-        return queue, redis_id, self.encoded(message)
+        self.broker.declare_queue(step.message.queue_name)
+        step.message = message = prepared(self.broker, step.message, step.delay, redis_message_id=redis_id)
+        return message.queue_name, redis_id, self.encoded(message)
 
     def completes(self, delivery: Delivery) -> bool:
         return self.settling.completes(delivery)
