@@ -1,7 +1,8 @@
 """Run a job in a greenlet, and interrupt the job at the deadline or at shutdown: `threads.run` for gevent.
 
 The hub throws the exception into the greenlet. The hub runs only while the greenlet waits: no exception is ever pending.
-The hub checks that the job is running, and throws without a switch of greenlets: no interrupt comes after the end of the job. (``Greenlet.kill(block=False)``, which Dramatiq uses at shutdown, throws later, when the job may have ended.)
+The hub checks that the job is running, and throws without a switch of greenlets: no interrupt comes after the end of the job.
+(``Greenlet.kill(block=False)``, which Dramatiq uses at shutdown, throws later, when the job may have ended.)
 
 A job that never waits can't be interrupted and blocks the whole process; no code in the process could report it.
 """

@@ -54,8 +54,8 @@ class QueueMonitor(PolicyMiddleware):
     The monitor alerts once per breach, and again only after the value has fallen to 80 % of the threshold.
 
     The gauges for StatsD are ``queues.<queue>.ready``, ``.delayed``, ``.dead``, ``.oldest_ms``, ``workers.busy``,
-    ``workers.threads``, and with an outbox ``outbox.pending`` and ``outbox.oldest_ms``. With DogStatsD they are ``queues.ready`` and so on, with the tag ``queue``. The ``workers`` gauges are sums
-    over the processes of the command, with Redis over all hosts.
+    ``workers.threads``, and with an outbox ``outbox.pending`` and ``outbox.oldest_ms``. With DogStatsD they are ``queues.ready``
+    and so on, with the tag ``queue``. The ``workers`` gauges are sums over the processes of the command, with Redis over all hosts.
 
     Parameters:
       interval: The time between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.

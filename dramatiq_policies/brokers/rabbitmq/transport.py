@@ -1,8 +1,8 @@
 """The transport on RabbitMQ.
 
-The follow-up messages are published mandatory and confirmed, over a channel of ours on the calling thread's own connection. A dead letter
-is published to the dead-letter queue, confirmed, and then the message is acknowledged: a crash in between leaves two copies,
-never none. After this consumer's channel is closed, the server redelivers its messages, so nothing is published for them.
+The follow-up messages are published mandatory and confirmed, over a channel of ours on the calling thread's own connection. A
+dead letter is published to the dead-letter queue, confirmed, and then the message is acknowledged: a crash in between leaves two
+copies, never none. After this consumer's channel is closed, the server redelivers its messages, so nothing is published for them.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class RabbitmqTransport(Transport):
         try:
             method, properties, body = next(self.channel.deliveries)
         except StopIteration:
-            # The server cancelled this consumer. A job that ends before the reason is known publishes its follow-up messages: a duplicate
-            # is better than a loss.
+            # The server cancelled this consumer. A job that ends before the reason is known publishes its follow-up messages:
+            # a duplicate is better than a loss.
             self.deleted = True
             self.channel.closed = True
             self.deleted = self._is_queue_deleted()

@@ -1,7 +1,7 @@
 """The transport on Redis.
 
-A single script publishes the follow-up messages and acknowledges, so no crash or lost reply falls between the two. A message's id is the
-id under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. If Redis
+A single script publishes the follow-up messages and acknowledges, so no crash or lost reply falls between the two. A message's
+id is the id under which Redis stores the body; an id inside the body is ignored. The transport knows every id in hand. If Redis
 assigns further ids to this process, a reply was lost, and the transport requeues those messages. Any error of Redis counts
 as a lost connection, except permanent errors (see `calls`).
 """
