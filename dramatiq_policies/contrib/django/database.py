@@ -80,7 +80,7 @@ class DjangoConnection:
 
 
 class ThreadConnection:
-    """The connection that the calling thread has at the time of a call. After an interrupt that is another one than before."""
+    """The calling thread's connection at the time of a call. An interrupt replaces the connection."""
 
     __slots__ = ("using",)
 

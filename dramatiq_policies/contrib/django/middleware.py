@@ -37,8 +37,8 @@ class SentInsideAtomic(ConfigurationError):
 class WarnInsideAtomic(Middleware):
     """Warns when a message is sent inside ``transaction.atomic()``: once per actor and line of code in each process.
 
-    The blocks of Django's ``TestCase`` around each test don't count; ``on_commit`` callbacks don't either, nor does the database of
-    a `DjangoOutbox`.
+    Three places don't count: the blocks of Django's ``TestCase`` around each test, ``on_commit`` callbacks, and transactions on the
+    database of a `DjangoOutbox`.
     The record is on the logger ``dramatiq_policies.django``, with ``actor``, ``call_site`` ("file:line") and
     ``database`` as ``extra``.
 
@@ -59,9 +59,9 @@ class WarnInsideAtomic(Middleware):
     def _tell(self, actor: str, database: str) -> None:
         call_site = _call_site()
         text = (
-            f"Actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run the "
-            f"message before the transaction on database {database!r} commits, or after a rollback. Write "
-            f"transaction.on_commit(partial({actor}.send, ...))."
+            f"A message of actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run the job "
+            f"before the transaction on database {database!r} commits, or after a rollback. "
+            f"Write transaction.on_commit(partial({actor}.send, ...))."
         )
         if self.strict:
             raise SentInsideAtomic(text)
