@@ -137,7 +137,7 @@ class TaskRuns:
             result = result_of(task, message, q_name(message.queue_name))
             # The workers of the attempts before are not known.
             result.worker_ids.extend([""] * (attempt_of(message.options) - 1))
-        result.worker_ids.append(f"{socket.gethostname()}:{os.getpid()}")
+        result.worker_ids.append(_worker_id())
         first = result.started_at or now
         _set(result, status=TaskResultStatus.RUNNING, started_at=first, last_attempted_at=now, finished_at=None)
         self.records.save(result)
@@ -163,7 +163,7 @@ class TaskRuns:
                 began = ended - timedelta(milliseconds=event.duration_ms)
                 _set(result, started_at=began, last_attempted_at=began)
                 result.worker_ids.extend([""] * ((event.attempt or 1) - 1))
-                result.worker_ids.append(f"{socket.gethostname()}:{os.getpid()}")
+                result.worker_ids.append(_worker_id())
         error = event.exception
         if error is not None and (event.outcome in BAD_ENDINGS or event.outcome is Outcome.RETRIED):
             result.errors.append(error_of(error))
@@ -212,6 +212,10 @@ def _function_of(task: Task) -> Any:
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     run.__signature__ = signature
     return run
+
+
+def _worker_id() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def _set(result: TaskResult, **values: Any) -> None:
