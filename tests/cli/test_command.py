@@ -79,7 +79,7 @@ def test_the_example_passes_its_own_gate(monkeypatch):
         (7 * 86_400_000, "7 d"),
     ],
 )
-def test_a_length_of_time_is_logged_as_a_person_would(ms, said):
+def test_a_length_of_time_is_written_as_a_person_would(ms, said):
     assert format_duration(ms) == said
 
 

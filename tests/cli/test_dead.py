@@ -157,7 +157,7 @@ NOTHING = [
 @pytest.mark.parametrize(("options", "sentence"), NOTHING)
 @pytest.mark.parametrize("form", ["human", "json"])
 @pytest.mark.parametrize("act", [("summary",), ("list",), ("replay", "--yes"), ("purge", "--dry-run")], ids=" ".join)
-def test_a_filter_that_matches_nothing_is_logged_with_the_nearest_name(command, app, act, form, options, sentence):
+def test_a_filter_that_matches_nothing_is_answered_with_the_nearest_name(command, app, act, form, options, sentence):
     result = command("dead", act[0], app, *act[1:], *options, "--format", form)
     assert result.exit_code == 1
     assert result.stderr.startswith(sentence)

@@ -96,7 +96,7 @@ def test_what_no_rule_names_goes_by_dramatiq_s_options(command, app):
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3, 6, 40])
-def test_dramatiq_s_own_waits_are_within_what_is_logged(retries):
+def test_dramatiq_s_own_waits_are_within_the_bounds(retries):
     least, most = stock_bounds(retries, 1_000, 10_000)
     found = [compute_backoff(retries, factor=1_000, max_backoff=10_000)[1] for _ in range(2_000)]
     assert least <= min(found)

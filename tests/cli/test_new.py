@@ -432,7 +432,7 @@ def test_a_folder_src_is_no_part_of_the_module(command, shop):
     assert "from shop.jobs.send_confirmation import send_confirmation" in (shop / TESTS).read_text()
 
 
-def test_a_timeout_that_looks_like_seconds_is_logged(command, shop):
+def test_a_timeout_that_looks_like_seconds_is_reported(command, shop):
     (shop / "design.toml").write_text(DESIGN.replace("30_000", "30"))
     result = command("new", FILE, "--design", "design.toml")
     assert result.exit_code == 0

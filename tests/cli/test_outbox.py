@@ -190,7 +190,7 @@ def test_an_app_without_an_outbox_is_told_how_to_have_one(command, words, monkey
 
 
 @pytest.mark.parametrize("words", [("list",), ("retry",), ("purge", "--yes")])
-def test_a_missing_table_is_logged_with_what_makes_it(command, shop, words):
+def test_a_missing_table_is_an_error_that_names_what_makes_it(command, shop, words):
     with shop.engine.begin() as connection:
         connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
     assert command.refuses("outbox", *words, shop.app) == f"Error: The outbox has no table: {SqlOutbox.missing_table}."

@@ -133,7 +133,7 @@ def test_queues_alone_shows_queues_and_asks_for_what_it_needs(command, app):
     assert "Missing argument 'APP'" in command.refuses("queues")
 
 
-def test_what_can_t_be_read_is_not_moved_and_logged(command, app):
+def test_what_can_t_be_read_is_not_moved_and_is_reported(command, app):
     broker = ops.load_broker(app)
     broker.queues["mail"].put(b"{no json")
     told = command("queues", "move", app, "mail", "--to", "urgent", "--yes")

@@ -119,7 +119,7 @@ def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
     mine.resign()
 
 
-def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_logged(monkeypatch, caplog):
+def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_logs_it(monkeypatch, caplog):
     def fails(client):
         raise TypeError("an unexpected argument")
 

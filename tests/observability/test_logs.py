@@ -104,7 +104,7 @@ def test_a_queue_that_is_late_is_a_warning_that_somebody_must_hear(on_alert, sai
     assert ("reach no handler" in caplog.text) is said
 
 
-def test_where_nobody_hears_anything_it_is_logged_on_stderr(silent, monkeypatch, capsys):
+def test_where_nobody_hears_anything_it_is_written_on_stderr(silent, monkeypatch, capsys):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.NullHandler()])
     failing()

@@ -1,4 +1,4 @@
-"""The log lines of outcomes that are no failure for good."""
+"""The log lines of outcomes other than permanent failures."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def test_a_line_names_the_rule_if_one_decided(rule: str | None, part: str) -> No
     assert bool(named) is bool(rule)
 
 
-def test_a_failure_permanently_is_left_to_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_permanent_failure_is_left_to_others(caplog: pytest.LogCaptureFixture) -> None:
     OutcomeLog(alert_interval=0).record(OutcomeEvent(outcome=Outcome.DEAD, exception=ValueError()), None)
     assert caplog.records == []

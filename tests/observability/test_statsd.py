@@ -415,7 +415,7 @@ def test_what_a_socket_will_not_take_is_left_out(server, errors, said):
     assert client._sock.sent == ([b"a:1|c"] if len(errors) == said == 1 else []) + [b"b:1|c"]
 
 
-def test_where_no_thread_can_be_started_values_are_left_out_and_logged_once(server, monkeypatch, caplog):
+def test_where_no_thread_can_be_started_values_are_left_out_and_that_is_logged_once(server, monkeypatch, caplog):
     def start(thread):
         raise RuntimeError("can't start new thread")
 
