@@ -16,7 +16,7 @@ from .app_command import AppCommand, load_app
 from .base import confirm, format_option, path_option, print_json, print_table, printable_text
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
-from .process import run_until_stopped
+from .process import prepare_long_run
 
 __all__ = ["outbox"]
 
@@ -179,7 +179,7 @@ def relay(app: str, path: tuple[str, ...]) -> None:
     """
     broker = load_app(app, path)
     ops.outbox_of(broker)
-    stop = run_until_stopped()
+    stop = prepare_long_run()
     logger.info("Publishing the messages of the outbox.")
     ops.relay_outbox(broker, stop)
     logger.info("The relay has stopped.")

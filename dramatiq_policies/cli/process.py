@@ -1,4 +1,4 @@
-"""Commands that run until they are stopped: ``monitor`` and ``outbox relay``."""
+"""Commands that run until a signal stops them: ``monitor`` and ``outbox relay``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import signal
 import threading
 
-__all__ = ["run_until_stopped"]
+__all__ = ["prepare_long_run"]
 
 
-def run_until_stopped() -> threading.Event:
-    """Return an event that SIGTERM and Ctrl-C set, and write log records to stderr unless the application does so."""
+def prepare_long_run() -> threading.Event:
+    """Write log records to stderr unless the application has handlers, and return an event that SIGTERM and Ctrl-C set."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(message)s")
     stop = threading.Event()

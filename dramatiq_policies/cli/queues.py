@@ -36,7 +36,7 @@ from .base import (
 from .base import table as make_table
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
-from .process import run_until_stopped
+from .process import prepare_long_run
 
 __all__ = ["monitor", "queues"]
 
@@ -247,7 +247,7 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
             + how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
             + "."
         )
-    stop = run_until_stopped()
+    stop = prepare_long_run()
     SafeLogger("dramatiq_policies.monitor").info(
         "Watching %s every %d ms.", ", ".join(ops.known_queues(broker)) or "no queue", found.interval
     )

@@ -74,9 +74,9 @@ class _Job:
     @property
     def classifier(self) -> ErrorClassifier:
         """The broker's ErrorClassifier. `order_middleware` adds one if necessary."""
-        return next(
-            middleware for middleware in self.state.broker.middleware if isinstance(middleware, ErrorClassifier)
-        )
+        found = self.one(ErrorClassifier)
+        assert found is not None
+        return found
 
     def one(self, kind: type[M]) -> M | None:
         return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)

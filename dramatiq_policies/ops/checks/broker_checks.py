@@ -95,7 +95,7 @@ def _durations(broker: Broker) -> Found:
         elif isinstance(middleware, Idempotency):
             declared += [("lease", middleware.lease), ("ttl", middleware.ttl)]
         elif isinstance(middleware, QueueMonitor):
-            declared += [("interval", middleware.interval), *monitor_durations(middleware)]
+            declared += [("interval", middleware.interval), *_threshold_durations(middleware)]
         elif isinstance(middleware, ErrorClassifier):
             declared.append(("alert_interval", middleware.alert_interval))
             for policy in (middleware.unclassified, *(rule.policy for rule in middleware.rules)):
@@ -104,7 +104,7 @@ def _durations(broker: Broker) -> Found:
     yield from seconds_found(dict.fromkeys(declared))
 
 
-def monitor_durations(monitor: QueueMonitor) -> list[tuple[str, Any]]:
+def _threshold_durations(monitor: QueueMonitor) -> list[tuple[str, Any]]:
     """Return the durations of a monitor's thresholds, by name."""
     return [(name, getattr(one, name)) for one in monitor.thresholds for name in ("oldest", "stalled")]
 
