@@ -42,9 +42,13 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_crash_safe"]
 
-#: Stand for moments without a line: after the last line; after a commit, before the outbox publishes the messages; after the commit of
-#: a transactional job, before the ack.
-_END, _COMMITTED, _DONE = 0, -1, -2
+# Moments without a line, in the place of a line's number.
+#: After the last line, before the ack.
+_END = 0
+#: After a commit, before the outbox publishes the messages.
+_COMMITTED = -1
+#: After the commit of a transactional job, before the ack.
+_DONE = -2
 
 
 class Point(NamedTuple):
@@ -66,11 +70,11 @@ def assert_crash_safe(
         def test_a_crash_at_any_line_sends_no_second_mail():
             assert_crash_safe(send_confirmation, 42, "ada@example.com", effects=lambda: list(outbox), reset=outbox.clear)
 
-    The job runs undisturbed first. Then, for each line of the job, a worker dies just before the line (in a loop: at the first,
-    second and last pass), and the broker delivers the message again. Two more runs: a crash after the last line, before the
-    ack, and a message that is delivered twice. With an outbox, the worker also dies after each commit, before the messages of the
-    commit are published; and after the commit of a transactional job, before the ack. Each run ends with empty queues, on a fresh StubBroker with an empty
-    idempotency store.
+    The job runs without a crash first. Then, for each line of the job, a worker dies just before the line (in a loop: at the
+    first, second and last pass), and the broker delivers the message again. Two more runs: a crash after the last line, before
+    the ack, and a message that is delivered twice. With an outbox, the worker also dies after each commit, before the messages of
+    the commit are published, and after the commit of a transactional job, before the ack. Each run ends with empty queues, on a
+    fresh StubBroker with an empty idempotency store.
 
     Parameters:
       args, kwargs: The arguments of the message.
