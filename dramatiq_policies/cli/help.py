@@ -11,18 +11,22 @@ _EXAMPLES = {
     "check": "dramatiq-policies check shop.jobs --live",
     "new": "dramatiq-policies new shop/jobs/send_confirmation.py --design design.toml",
     "explain": "dramatiq-policies explain shop.jobs:send_confirmation EmailTimeout",
+    "dead": "dramatiq-policies dead summary shop.jobs",
     "dead summary": "dramatiq-policies dead summary shop.jobs --newer-than 2h",
-    "dead list": "dramatiq-policies dead list shop.jobs --error EmailTimeout --where order_id=7",
+    "dead list": "dramatiq-policies dead list shop.jobs --actor charge --where order_id=7",
     "dead show": "dramatiq-policies dead show shop.jobs 81e1c967",
-    "dead replay": "dramatiq-policies dead replay shop.jobs --error EmailTimeout --rate 10 --dry-run",
+    "dead replay": "dramatiq-policies dead replay shop.jobs --actor charge --rate 10 --dry-run",
     "dead purge": "dramatiq-policies dead purge shop.jobs --older-than 30d --dry-run",
+    "queues": "dramatiq-policies queues shop.jobs",
     "queues show": "dramatiq-policies queues shop.jobs --watch",
-    "queues move": "dramatiq-policies queues move shop.jobs mail --to urgent --actor send_confirmation --limit 100",
+    "queues move": "dramatiq-policies queues move shop.jobs mail --to urgent --limit 100",
+    "outbox": "dramatiq-policies outbox list shop.jobs",
     "outbox list": "dramatiq-policies outbox list shop.jobs --actor send_confirmation",
     "outbox retry": "dramatiq-policies outbox retry shop.jobs --id 81e1c967",
     "outbox purge": "dramatiq-policies outbox purge shop.jobs --actor send_confirmation --dry-run",
     "outbox relay": "dramatiq-policies outbox relay shop.jobs",
     "monitor": "dramatiq-policies monitor shop.jobs",
+    "keys": "dramatiq-policies keys show shop.jobs:charge 7 12.50",
     "keys show": "dramatiq-policies keys show shop.jobs:charge 7 12.50",
     "keys forget": "dramatiq-policies keys forget shop.jobs:charge 7 12.50",
 }
@@ -39,7 +43,7 @@ class WholeSummaries(click.Group):
 
 
 def add_examples(command: click.Command, words: str = "") -> None:
-    """Add the examples of a command's subcommands."""
+    """Add its example to a command and to each of its subcommands."""
     if words in _EXAMPLES:
         command.epilog = f"\b\nExample:\n  {_EXAMPLES[words]}"
     if isinstance(command, click.Group):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from dramatiq_policies import ops
+from dramatiq_policies.cli import main
 from dramatiq_policies.ops.durations import format_duration
 
 from .test_check import PREPARED
@@ -39,6 +42,20 @@ def test_it_exits_with_0_1_and_2(command):
 def test_a_group_without_a_command_says_which_there_are(command):
     failed = run(command.folder, "keys")
     assert (failed.returncode, failed.stderr) == (2, "Error: Missing command: forget, show.\n")
+
+
+def _commands(group, words=()):
+    for name, command in group.commands.items():
+        yield (*words, name), command
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*words, name))
+
+
+def test_each_help_has_an_example_and_fits_80_columns():
+    for words, _ in _commands(main):
+        shown = CliRunner().invoke(main, [*words, "--help"], terminal_width=80).output
+        assert "Example:\n  " in shown, words
+        assert [line for line in shown.splitlines() if len(line) > 80] == [], words
 
 
 def test_without_its_extra_it_says_what_to_install(command):
