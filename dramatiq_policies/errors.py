@@ -57,6 +57,7 @@ __all__ = [
     "checked_duration",
     "checked_wait",
     "how_to_add",
+    "how_to_add_once",
 ]
 
 
@@ -96,6 +97,13 @@ def how_to_add(middleware: str, call: str) -> str:
     if "django_dramatiq" in sys.modules:
         return f"Add {middleware} to MIDDLEWARE of DRAMATIQ_BROKER in your Django settings"
     return f"Pass one to install(): {call}"
+
+
+def how_to_add_once() -> str:
+    """Return a sentence against a second middleware of one kind: on Django's settings if django_dramatiq makes the broker."""
+    if "django_dramatiq" in sys.modules:
+        return "List each once in MIDDLEWARE of DRAMATIQ_BROKER in your Django settings"
+    return "Add each once, or call install() once"
 
 
 def checked_duration(where: str, option: str, value: Any, *, least: int = 0, most: float = math.inf) -> int:

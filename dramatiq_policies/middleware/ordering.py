@@ -25,7 +25,7 @@ from ..delivery.actor_policy import ActorPolicy
 from ..delivery.broker_state import BrokerState, state_of
 from ..delivery.executor import wrap_actor
 from ..delivery.limits import validate
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, how_to_add_once
 from ..idempotency.options import resolve_idempotency
 from .base import Installer, PolicyMiddleware, arrangement_of, register_installer
 from .composition import Callbacks, GroupCallbacks, Pipelines, storing
@@ -61,9 +61,7 @@ def order_middleware(broker: Broker) -> BrokerState:
             if isinstance(middleware, PolicyMiddleware):
                 kind = kind_of_ours(middleware)
                 if kind in ours and not ours[kind].auto_added:
-                    raise ConfigurationError(
-                        f"The broker has two {kind} middleware. Add each once, or call install() once."
-                    )
+                    raise ConfigurationError(f"The broker has two {kind} middleware. {how_to_add_once()}.")
                 if kind in ours:
                     _replace_auto_added(state, ours[kind], middleware)
                 ours[kind] = middleware

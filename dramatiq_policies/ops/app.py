@@ -128,8 +128,8 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
       OperationError: There is no such actor; the text has the nearest names.
     """
     app, _, name = target.rpartition(":")
-    if not app and dramatiq.broker.global_broker is not None and target in dramatiq.broker.global_broker.actors:
-        app = "django"  # Django is set up, and its settings' broker has the actor.
+    if not app and os.environ.get("DJANGO_SETTINGS_MODULE") and dramatiq.broker.global_broker is not None:
+        app = "django"  # Django is set up, and its settings' broker has the actors.
     if not app:
         raise OperationError(f"{target!r} names no actor; write it as app:actor.")
     broker = load_broker(app, path, stand_in=stand_in)
@@ -141,7 +141,8 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
                 return actor  # type: ignore[no-any-return]
     if name in broker.actors:
         return broker.actors[name]
-    raise OperationError(f"{app} has no actor {name!r}{_suggest_actors(name, broker.actors)}")
+    whose = "Django's broker" if app == "django" else app
+    raise OperationError(f"{whose} has no actor {name!r}{_suggest_actors(name, broker.actors)}")
 
 
 def _is_actor(value: Any) -> bool:

@@ -87,6 +87,25 @@ def test_a_missing_idempotency_names_middleware_where_there_is_no_install():
     assert "MIDDLEWARE of DRAMATIQ_BROKER in your Django settings" in done.stderr
 
 
+def test_a_second_middleware_of_a_kind_names_middleware_where_there_is_no_install():
+    code = (
+        "import django\ndjango.setup()\nimport dramatiq\nfrom dramatiq_policies import ErrorClassifier\n"
+        "dramatiq.get_broker().middleware.append(ErrorClassifier())\ndramatiq.actor(lambda: None)"
+    )
+    done = run([sys.executable, "-c", code])
+    assert "two ErrorClassifier middleware. List each once in MIDDLEWARE of DRAMATIQ_BROKER" in done.stderr
+    assert "install()" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [COMMAND, MANAGE], ids=["dramatiq-policies", "manage.py policies"])
+def test_an_actor_that_is_misspelt_without_its_module_gets_the_nearest_name(command):
+    done = run(command, "explain", "send_confirmatoin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: Django's broker has no actor 'send_confirmatoin'; did you mean 'send_confirmation'?\n"
+    )
+
+
 SETTINGS_WITH_OUTBOX = """
 SECRET_KEY = "of a test"
 USE_TZ = True
