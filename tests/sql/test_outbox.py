@@ -13,6 +13,7 @@ import dramatiq
 import pytest
 import sqlalchemy as sa
 from dramatiq import Message, group, pipeline
+from dramatiq.broker import MessageProxy
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import QueueNotFound
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
@@ -20,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scop
 from sqlalchemy.pool import StaticPool
 
 from dramatiq_policies import ConfigurationError, install
+from dramatiq_policies.ops.dead_letters.commands import replay
 from dramatiq_policies.sql import SqlOutbox, create_tables, metadata
 from dramatiq_policies.testing import drain, stub
 
@@ -183,6 +185,15 @@ def test_an_actor_with_outbox_false_is_always_sent_at_once(shop):
     with Session(shop.engine) as session, session.begin(), shop.outbox.within(session):
         shop.at_once.send(1)
         assert shop.queued() == [(1,)]
+
+
+def test_a_replay_sends_at_once_as_on_a_server(shop):
+    message = shop.confirm.message(1)
+    shop.broker.dead_letters_by_queue["mail"].append(MessageProxy(message))
+    with pytest.raises(Undo), Session(shop.engine) as session, session.begin(), shop.outbox.within(session):
+        assert replay(shop.broker).count == 1
+        raise Undo
+    assert shop.queued() == [(1,)]
 
 
 def test_hooks_run_before_at_the_send_and_after_at_the_publication(shop):

@@ -10,6 +10,7 @@ from typing import Any
 
 from dramatiq import Message
 
+from ...delivery.direct import enqueue_directly
 from ..browser import Item
 
 __all__ = ["browse"]
@@ -54,7 +55,8 @@ class StubBrowser:
         return iter(self)
 
     def send(self, item: Item, message: Message[Any]) -> bool:
-        self.broker.enqueue(message)
+        # At once, as on a server: the item goes at once, too, and a rollback would lose the message.
+        enqueue_directly(self.broker, message)
         return self.drop(item)
 
     def drop(self, item: Item) -> bool:
