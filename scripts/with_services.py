@@ -204,11 +204,18 @@ def private_postgresql(binary: str) -> Iterator[int]:
         user = user_of_databases("postgres", folder)
         prepare([str(Path(os.path.realpath(binary)).with_name("initdb")), *INITDB, str(folder / "data")], folder, user)
         command = [binary, *postgresql_options(folder / "data", port)]
-        with _server(command, os.environ, folder, lambda: postgresql_answers(port), user):
+        with _server(command, os.environ, folder, lambda: postgresql_answers(port), user, end_postgresql):
             yield port
 
 
 INITDB = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--pgdata"]
+
+
+def end_postgresql(server: subprocess.Popen[bytes]) -> None:
+    """Shut down at once. SIGKILL would leave shared memory in the machine, with each run."""
+    server.send_signal(signal.SIGQUIT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(PATIENCE)
 
 
 def postgresql_options(data: Path, port: int) -> list[str]:
@@ -278,6 +285,7 @@ def _server(
     folder: Path,
     answers: Callable[[], bool],
     user: str | None = None,
+    end: Callable[[subprocess.Popen[bytes]], object] | None = None,
 ) -> Iterator[None]:
     output = folder / "output"
     with output.open("wb") as log:
@@ -302,6 +310,8 @@ def _server(
             time.sleep(0.1)
         yield
     finally:
+        if end is not None:
+            end(server)
         # Its data goes with it, so there is nothing to be polite about.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)

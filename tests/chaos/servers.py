@@ -279,6 +279,11 @@ class PostgresqlServer(DatabaseServer):
     def command(self) -> tuple[list[str], Mapping[str, str]]:
         return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
 
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with_services.end_postgresql(self.process)
+        super().close()
+
 
 class MariadbServer(DatabaseServer):
     service = with_services.MARIADB

@@ -182,6 +182,15 @@ def test_then_a_private_one_which_is_stopped_at_the_end(script: ModuleType, fake
     assert fake.events == ["started", "stopped"]
 
 
+def test_a_postgresql_is_shut_down_because_a_kill_would_leave_its_shared_memory(script: ModuleType) -> None:
+    code = "import signal; signal.signal(signal.SIGQUIT, lambda *_: exit(3)); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        script.end_postgresql(server)
+        assert server.returncode == 3
+
+
 def test_of_several_versions_the_newest_is_taken(script: ModuleType, fake: Fake, tmp_path: Path) -> None:
     for version in ("9", "10", "8.4"):
         binary = tmp_path / version / "fake-server"
