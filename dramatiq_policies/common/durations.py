@@ -17,6 +17,7 @@ __all__ = [
     "seconds_hint",
     "to_ms",
     "warn_of_seconds",
+    "was_declared_like_seconds",
 ]
 
 logger = SafeLogger("dramatiq_policies.backoff")
@@ -46,6 +47,9 @@ SECONDS_BELOW_MS = {
 #: The threshold for all other durations.
 SECOND_MS = 1_000
 
+#: The numbers that `warn_of_seconds` has warned of. What keeps a duration in milliseconds no longer tells a number from a timedelta.
+_warned_of: set[float] = set()
+
 
 def looks_like_seconds(option: str, value: Any) -> bool:
     """Tell whether a declared number looks like seconds where milliseconds are expected.
@@ -71,7 +75,13 @@ def warn_of_seconds(where: str, option: str, value: Any) -> None:
     """Log a warning if a declared duration looks like seconds."""
     hint = seconds_hint(option, value)
     if hint is not None:
+        _warned_of.update((value, round(value)))
         rules_logger.warning("%s: %s", where, hint)
+
+
+def was_declared_like_seconds(value: float) -> bool:
+    """Tell whether a kept number of milliseconds was declared as a number that looks like seconds, and not as a ``timedelta``."""
+    return value in _warned_of
 
 
 def to_ms(value: Any) -> int:

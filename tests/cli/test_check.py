@@ -639,3 +639,17 @@ def test_a_broker_s_duration_that_looks_like_seconds_is_found(command, argument,
     (finding,) = found(command.json("check", command.app(job(), broker=broker)), "DP027")
     assert finding["message"].startswith(f"{option} is ")
     assert finding["actor"] is None
+
+
+def test_a_short_timedelta_is_meant_as_it_is_written(command):
+    # Numbers of its own: another test's number of the same size would count.
+    rule = "RetryPolicy(attempts=3, wait=constant(ms(773)), max_elapsed=ms(3_773))"
+    installed = (
+        "timeout=Timeout(default=ms(771)), "
+        "queue_monitor=QueueMonitor(interval=ms(772), thresholds={'mail': Threshold(oldest=ms(2_771))})"
+    )
+    broker = "from datetime import timedelta\n\ndef ms(n): return timedelta(milliseconds=n)\n\n" + BOUNDED.replace(
+        "install(broker,", f"install(broker, {installed},"
+    )
+    app = command.app(job(retry_on=f"{{OSError: {rule}}}", timeout="ms(774)"), broker=broker)
+    assert found(command.json("check", app), "DP027") == []

@@ -12,7 +12,7 @@ from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..._dramatiq import kind_of
-from ...common.durations import seconds_hint
+from ...common.durations import seconds_hint, was_declared_like_seconds
 from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
@@ -122,7 +122,7 @@ def seconds_found(declared: Iterable[tuple[str, Any]]) -> Found:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # noqa: PLW2901 - Timeout keeps floats
         hint = seconds_hint(option, value)
-        if hint is not None:
+        if hint is not None and was_declared_like_seconds(value):
             yield "DP027", hint.partition(". ")[0]
 
 
