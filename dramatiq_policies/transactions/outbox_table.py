@@ -102,8 +102,6 @@ class OutboxTable:
         self.lease = lease
         self._dialect = dialect
         self._now = NOW[dialect]
-        # PostgreSQL uses no index for a comparison with a volatile function, but for a subquery.
-        self._due = f"(SELECT {self._now})" if dialect == "postgresql" else self._now
         #: The locking clause of a SELECT; None until the version of the server is known.
         self._locking: str | None = None
 
@@ -150,7 +148,7 @@ class OutboxTable:
 
         On PostgreSQL one statement does all, and may commit by itself.
         """
-        due = f"namespace = :namespace AND due_at <= {self._due} ORDER BY due_at, id LIMIT :limit"
+        due = f"namespace = :namespace AND due_at <= {self._now} ORDER BY due_at, id LIMIT :limit"
         if self._dialect == "postgresql":
             found = connection.execute(
                 f"WITH due AS (SELECT id FROM {OUTBOX} WHERE {due} FOR UPDATE SKIP LOCKED) "  # noqa: S608
@@ -190,7 +188,7 @@ class OutboxTable:
     def has_due(self, connection: Connection) -> bool:
         """Return whether any row is due, without a lock."""
         found = connection.execute(
-            f"SELECT 1 FROM {OUTBOX} WHERE namespace = :namespace AND due_at <= {self._due} LIMIT 1",  # noqa: S608
+            f"SELECT 1 FROM {OUTBOX} WHERE namespace = :namespace AND due_at <= {self._now} LIMIT 1",  # noqa: S608
             namespace=self.namespace,
         )
         return bool(found.rows)
