@@ -22,10 +22,13 @@ __all__ = [
     "is_duplicate",
     "is_missing_table",
     "is_transient",
+    "list_params",
 ]
 
 T = TypeVar("T")
 
+#: The lengths of lists in statements.
+_LENGTHS = (1, 10, 100, 500, 1_000)
 #: The tables' names.
 KEYS = "dramatiq_policies_keys"
 OUTBOX = "dramatiq_policies_outbox"
@@ -93,6 +96,17 @@ def for_update_skip_locked(connection: Connection) -> str:
     numbers = text.removeprefix("5.5.5-").split("-")[0].split(".")
     can = tuple(int(number) for number in numbers[:2]) >= ((10, 6) if "mariadb" in text.lower() else (8, 0))
     return " FOR UPDATE SKIP LOCKED" if can else " FOR UPDATE"
+
+
+def list_params(prefix: str, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    """Return the parameters of a list: their names for the statement, and their values.
+
+    The last value is repeated up to one of a few lengths, because adapters cache statements by their text.
+    """
+    length = next((length for length in _LENGTHS if length >= len(values)), len(values))
+    padded = [*values, *[values[-1]] * (length - len(values))]
+    params = {f"{prefix}{number}": value for number, value in enumerate(padded)}
+    return ", ".join(f":{name}" for name in params), params
 
 
 #: SQLSTATEs of PostgreSQL: serialization failure, deadlock.

@@ -22,7 +22,7 @@ from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, MissingTable
 from ..stores import Entry, Renewal
-from .database import KEYS, NOW, Connection, Database, is_duplicate, is_missing_table
+from .database import KEYS, NOW, Connection, Database, is_duplicate, is_missing_table, list_params
 from .durability import durability_warnings
 
 if TYPE_CHECKING:
@@ -213,10 +213,7 @@ class _Rows:
         # By the primary key: a deletion by another index locks in another order than the writes of keys.
         names = [row[0] for row in connection.execute(sql["expired"], **self._params).rows]
         if names:
-            # As many names each time: the text of the statement stays the same, and is compiled once.
-            names += names[-1:] * (_BATCH - len(names))
-            params = {f"name{number}": name for number, name in enumerate(names)}
-            listed = ", ".join(f":{name}" for name in params)
+            listed, params = list_params("name", names)
             connection.execute(f"{sql['delete_listed']} AND name IN ({listed})", **params, **self._params)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .database import NOW, OUTBOX, Connection, for_update_skip_locked
+from .database import NOW, OUTBOX, Connection, for_update_skip_locked, list_params
 
 __all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxStats", "OutboxTable", "Row", "Selection"]
 
@@ -18,7 +18,6 @@ __all__ = ["MEMBER", "MESSAGE", "NewRow", "OutboxGroup", "OutboxRow", "OutboxSta
 MESSAGE, MEMBER = "message", "member"
 
 _TEXT = 255
-_LENGTHS = (1, 10, 100, 500, 1_000)
 _ERROR = 1_000
 
 
@@ -172,7 +171,7 @@ class OutboxTable:
         rows = sorted(_row(one) for one in found.rows)
         if not rows:
             return []
-        named, params = _names("id", [row.id for row in rows])
+        named, params = list_params("id", [row.id for row in rows])
         taken = connection.execute(
             f"UPDATE {OUTBOX} SET owner = :owner, due_at = {self._now} + :lease"  # noqa: S608
             f" WHERE id IN ({named}) AND due_at <= {self._now}",
@@ -285,7 +284,7 @@ class OutboxTable:
         message_ids, actor, queue = selection or Selection()
         parts, params = ["namespace = :namespace"], {"namespace": self.namespace}
         if message_ids:
-            named, ids = _names("message_id", message_ids)
+            named, ids = list_params("message_id", message_ids)
             parts.append(f"message_id IN ({named})")
             params.update(ids)
         for name, value in (("actor", actor), ("queue", queue)):
@@ -295,20 +294,9 @@ class OutboxTable:
         return " AND ".join(parts), params
 
 
-def _names(prefix: str, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-    """Return the parameters of a list: their names for the statement, and their values.
-
-    The last value is repeated up to one of a few lengths, because adapters cache statements by their text.
-    """
-    length = next((length for length in _LENGTHS if length >= len(values)), len(values))
-    padded = [*values, *[values[-1]] * (length - len(values))]
-    params = {f"{prefix}{number}": value for number, value in enumerate(padded)}
-    return ", ".join(f":{name}" for name in params), params
-
-
 def _owned(ids: Sequence[int], owners: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    named_ids, params = _names("id", ids)
-    named_owners, more = _names("owner", owners)
+    named_ids, params = list_params("id", ids)
+    named_owners, more = list_params("owner", owners)
     return f"id IN ({named_ids}) AND owner IN ({named_owners})", {**params, **more}
 
 
