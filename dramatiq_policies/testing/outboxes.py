@@ -40,7 +40,7 @@ class Unpublished(NamedTuple):
         # A refused row belongs to nobody.
         owners = [self.written.owner, ""]
         run = outbox.run_over(self.connection)
-        outbox.publisher.publish_part(run, ids, owners, monotonic())
+        outbox.publication.publish_committed(run, ids, owners, monotonic())
         return not run(lambda connection: outbox.table.take(connection, ids, owners))
 
 

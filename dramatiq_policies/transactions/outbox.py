@@ -204,7 +204,7 @@ class Outbox(PolicyMiddleware):
             written = written.taken()
             if self.is_inline:
                 run = self.run_over(connection)
-                self.publisher.publish_part(run, written.ids, [written.owner], written.since or 0.0)
+                self.publication.publish_committed(run, written.ids, [written.owner], written.since or 0.0)
                 return None
             return self.publisher.submit(written)
         except Exception:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .database import Connection
     from .outbox_table import OutboxTable, Row
 
-__all__ = ["Lease", "Publication", "Run", "is_half_over"]
+__all__ = ["Lease", "Publication", "Run"]
 
 logger = SafeLogger("dramatiq_policies.outbox")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -66,6 +66,11 @@ class Publication:
         self.batch = batch
         self._outage_alerts = Throttle()
 
+    def publish_committed(self, run: Run, ids: Sequence[int], owners: Sequence[str], since: float) -> Exception | None:
+        """Publish the committed rows with these ids and owners, leased since ``since``: see `publish`."""
+        rows = run(lambda connection: self.table.take(connection, ids, owners))
+        return self.publish(run, Lease(rows, owners, since)) if rows else None
+
     def publish(self, run: Run, lease: Lease, meanwhile: Callable[[], object] | None = None) -> Exception | None:
         """Publish and delete rows. Returns the error of an unreachable broker, or None.
 
@@ -75,7 +80,7 @@ class Publication:
           Exception: The error of the database. A relay tries the rows again after the lease.
         """
         table = self.table
-        if is_half_over(table, lease.since):
+        if (monotonic() - lease.since) * 1_000 > table.lease / 2:
             ids = [row.id for row in lease.rows]
             began = monotonic()
             run(lambda connection: table.renew(connection, ids, lease.owners))
@@ -138,11 +143,6 @@ class Publication:
 
 def _failures_of(row: Row) -> int:
     return row.failures
-
-
-def is_half_over(table: OutboxTable, since: float) -> bool:
-    """Return whether half of a lease has passed."""
-    return (monotonic() - since) * 1_000 > table.lease / 2
 
 
 def _publish(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], object] | None) -> _Result:

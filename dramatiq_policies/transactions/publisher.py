@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
-from .publication import Lease, Publication, is_half_over
+from .publication import Publication
 from .scope import Written
 
 if TYPE_CHECKING:
@@ -161,16 +161,7 @@ class Publisher:
         since = min(one.since for one in written if one.since is not None)
         for start in range(0, len(ids), _PART):
             part = ids[start : start + _PART]
-            lost = self.publish_part(self._database.run, part, owners, since)
+            lost = self._publication.publish_committed(self._database.run, part, owners, since)
             if lost is not None:
                 logger.info("The broker is unreachable; committed messages wait in the outbox: %s", lost)
                 return
-
-    def publish_part(self, run: Any, ids: list[int], owners: list[str], since: float) -> Exception | None:
-        """Publish the committed rows with these ids and owners. Returns the error of an unreachable broker, or None."""
-        table = self._publication.table
-        if is_half_over(table, since):
-            since = monotonic()
-            run(lambda connection: table.renew(connection, ids, owners))
-        rows = run(lambda connection: table.take(connection, ids, owners))
-        return self._publication.publish(run, Lease(rows, owners, since)) if rows else None
