@@ -49,12 +49,12 @@ class SessionScope(Scope):
         else:
             self.session.close()
 
-    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+    def add(self, outbox: Outbox, row: NewRow) -> None:
         watches: dict[Outbox, _SessionWatch] = self.session.info.setdefault(_KEY, {})
         watch = watches.get(outbox)
         if watch is None:
             watch = watches[outbox] = _SessionWatch(outbox, self.session)
-        watch.add(self.session, rows)
+        watch.add(self.session, row)
 
 
 class ConnectionScope(Scope):
@@ -66,10 +66,9 @@ class ConnectionScope(Scope):
     def abandon(self) -> None:
         self.connection.close()
 
-    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
+    def add(self, outbox: Outbox, row: NewRow) -> None:
         written = _written_on(self.connection, outbox) or Written()
-        for row in rows:
-            outbox.insert(SqlConnection(self.connection), row, written)
+        outbox.insert(SqlConnection(self.connection), row, written)
         # After the first statement: the statement may have begun the transaction.
         _watch(self.connection, outbox, written)
 
@@ -92,7 +91,7 @@ class _SessionWatch:
         for name in ("before_commit", "after_commit", "after_transaction_end"):
             event.listen(session, name, getattr(self, name))
 
-    def add(self, session: Session, rows: Sequence[NewRow]) -> None:
+    def add(self, session: Session, row: NewRow) -> None:
         self.is_async = session.get_bind(clause=table.insert()).dialect.is_async
         if self.is_async:
             # Otherwise the session may have no transaction, and the commit would do nothing.
@@ -102,10 +101,9 @@ class _SessionWatch:
                         "Autobegin is disabled on this Session: call session.begin() before you send."
                     )
                 session.begin()
-            savepoint = session.get_nested_transaction()
-            self.waiting += [(savepoint, row) for row in rows]
+            self.waiting.append((session.get_nested_transaction(), row))
         else:
-            self._insert(session, rows)
+            self._insert(session, [row])
 
     def _insert(self, session: Session, rows: Sequence[NewRow]) -> None:
         self.connection = connection = session.connection(bind_arguments={"clause": table.insert()})

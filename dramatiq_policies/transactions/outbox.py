@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -170,12 +170,12 @@ class Outbox(PolicyMiddleware):
         ``before_enqueue`` hooks run now, ``after_enqueue`` hooks when the message is published.
         """
         message = self.batch.prepare(message, delay)
-        scope.add(self, [_row(MESSAGE, message, delay)])
+        scope.add(self, _row(MESSAGE, message, delay))
         return message
 
     def add_member(self, scope: Scope, message: Message[Any]) -> None:
         """Write in a transaction that a group's member has completed. ``message`` has the options of the group."""
-        scope.add(self, [_row(MEMBER, message, None)])
+        scope.add(self, _row(MEMBER, message, None))
 
     def insert(self, connection: Connection, row: NewRow, written: Written) -> None:
         """Insert a row over the caller's connection.
@@ -268,8 +268,8 @@ class Scope:
     def abandon(self) -> None:
         """Roll back a transaction whose job is dead. For the test kit."""
 
-    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
-        """Write rows in the transaction, and arrange a call of `Outbox.after_commit` after the commit.
+    def add(self, outbox: Outbox, row: NewRow) -> None:
+        """Write a row in the transaction, and arrange a call of `Outbox.after_commit` after the commit.
 
         Raises:
           ConfigurationError: The table is missing.

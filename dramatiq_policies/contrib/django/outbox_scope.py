@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,9 @@ class AtomicScope(Scope):
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def add(self, outbox: Outbox, rows: Sequence[NewRow]) -> None:
-        adapter = DjangoConnection(self.connection)
+    def add(self, outbox: Outbox, row: NewRow) -> None:
         written = self.written(outbox)
-        for row in rows:
-            outbox.insert(adapter, row, written)
+        outbox.insert(DjangoConnection(self.connection), row, written)
         # At each send: Django drops the callbacks of a rolled-back savepoint. The first callback publishes all rows.
         self.connection.on_commit(partial(publish, outbox, written, self.connection.alias), robust=True)
 
