@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ..errors import ConfigurationError
 from ..transactions.database import Result
 
-__all__ = ["DriverConnection", "SqlConnection", "checked_engine", "dialect_of"]
+__all__ = ["DriverConnection", "SqlConnection", "checked_engine", "dialect_of", "isolation_level_of", "sync_engine_of"]
 
 _DIALECTS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 _TYPES: dict[type, Any] = {int: sa.BigInteger(), str: sa.String(), bytes: sa.LargeBinary()}
@@ -38,6 +38,17 @@ def checked_engine(where: str, engine: Any) -> Engine | AsyncEngine:
 def dialect_of(bind: Engine | AsyncEngine | sa.Connection) -> str:
     """Return ``"postgresql"``, ``"mysql"`` (MariaDB too) or ``"sqlite"``."""
     return _DIALECTS[bind.dialect.name]
+
+
+def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
+    """Return the sync engine: of an async engine the engine below."""
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+def isolation_level_of(bind: Engine | sa.Connection) -> str | None:
+    """Return the isolation level that the application has chosen; None for the server's default."""
+    level: str | None = bind.get_execution_options().get("isolation_level")
+    return getattr(bind.dialect, "_on_connect_isolation_level", None) if level is None else level
 
 
 class SqlConnection:

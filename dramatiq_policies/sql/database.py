@@ -16,9 +16,9 @@ from ..common.forks import after_fork
 from ..transactions.database import Connection
 from ..transactions.session import in_transaction, repeated, session_settings
 from .calls import AsyncMemoryCalls, LoopCalls, MemoryCalls, ThreadCalls
-from .connection import SqlConnection, checked_engine, dialect_of
+from .connection import SqlConnection, dialect_of, sync_engine_of
 
-__all__ = ["SqlConnection", "SqlDatabase", "checked_engine", "dialect_of"]
+__all__ = ["SqlDatabase"]
 
 T = TypeVar("T")
 
@@ -54,15 +54,15 @@ class SqlDatabase:
 
     def _open(self) -> None:
         engine = self.engine
-        is_async = isinstance(engine, AsyncEngine)
-        sync_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self._calls: ThreadCalls | LoopCalls | MemoryCalls
         if self.in_memory:
             self._calls = AsyncMemoryCalls(engine) if isinstance(engine, AsyncEngine) else MemoryCalls(engine)
         else:
-            own = _beside(sync_engine, self._patience)
-            calls = LoopCalls(AsyncEngine(own), self._connections) if is_async else ThreadCalls(own, self._connections)
-            self._calls = calls
+            own = _beside(sync_engine_of(engine), self._patience)
+            if isinstance(engine, AsyncEngine):
+                self._calls = LoopCalls(AsyncEngine(own), self._connections)
+            else:
+                self._calls = ThreadCalls(own, self._connections)
         self._end = finalize(self, self._calls.close)
 
     def reset_after_fork(self) -> None:
@@ -71,7 +71,7 @@ class SqlDatabase:
             self._end.detach()
         _inherited.append(self._calls)
         if not self.in_memory:
-            sync_engine = self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine
+            sync_engine = sync_engine_of(self.engine)
             _inherited.append(sync_engine.pool)
             sync_engine.dispose(close=False)
         self._open()

@@ -17,7 +17,8 @@ from ..transactions.database import Database
 from ..transactions.outbox import Outbox, Scope
 from ..transactions.scope import Entered
 from ..transactions.transactional import TransactionalJobs
-from .database import SqlDatabase, checked_engine
+from .connection import checked_engine, sync_engine_of
+from .database import SqlDatabase
 from .scopes import ConnectionScope, SessionScope, is_autocommit
 from .tables import outbox as table
 from .unit_of_work import SqlUnitsOfWork
@@ -30,7 +31,7 @@ __all__ = ["SqlOutbox"]
 #: How many connections the outbox of a process uses: the publisher's and the relay's.
 _CONNECTIONS = 2
 _HERE = frozenset({None, "", "localhost", "127.0.0.1", "::1"})
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
+_PORTS = {"postgresql": 5432, "mysql": 3306}
 
 
 class SqlOutbox(Outbox):
@@ -96,7 +97,7 @@ class SqlOutbox(Outbox):
 
     def is_same_database(self, engine: Engine | AsyncEngine) -> bool:
         """Tell whether another engine is of the outbox's database."""
-        own, other = _sync(self.engine), _sync(engine)
+        own, other = sync_engine_of(self.engine), sync_engine_of(engine)
         return other is own or other.pool is own.pool or _address(other) == _address(own)
 
     def within(self, session: Session | AsyncSession | sa.Connection) -> Entered[Scope]:
@@ -146,15 +147,11 @@ class SqlOutbox(Outbox):
 
     def _check_database(self, where: str, engine: Engine) -> None:
         if not self.is_same_database(engine):
-            own = _sync(self.engine)
+            own = sync_engine_of(self.engine)
             raise ConfigurationError(
                 f"{where}: the session is on another database ({_shown(engine)}) than the outbox ({_shown(own)}). "
                 "Rows of the outbox must be committed with yours: make a SqlOutbox for each database."
             )
-
-
-def _sync(engine: Engine | AsyncEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 def _bind_of(session: Session) -> Engine | sa.Connection:

@@ -26,7 +26,7 @@ from ..transactions.outbox import Outbox, Scope
 from ..transactions.outbox_table import NewRow
 from ..transactions.publisher import Ticket
 from ..transactions.scope import Written
-from .database import SqlConnection
+from .connection import SqlConnection, isolation_level_of
 from .tables import outbox as table
 
 __all__ = ["ConnectionScope", "SessionScope", "is_autocommit"]
@@ -240,7 +240,4 @@ async def _wait_in_loop(ticket: Ticket, seconds: float) -> None:
 
 def is_autocommit(bind: Engine | sa.Connection) -> bool:
     """Return whether each statement of an engine or connection commits by itself."""
-    level = bind.get_execution_options().get("isolation_level")
-    if level is None:
-        level = getattr(bind.dialect, "_on_connect_isolation_level", None)
-    return level == "AUTOCOMMIT"
+    return isolation_level_of(bind) == "AUTOCOMMIT"

@@ -6,7 +6,8 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..transactions.key_table import DEFAULT_NAMESPACE, KeyTable
-from .database import SqlDatabase, checked_engine
+from .connection import checked_engine
+from .database import SqlDatabase
 
 __all__ = ["SqlStore"]
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
 from ..transactions.key_table import KeyTable
-from .connection import SqlConnection, dialect_of
+from .connection import SqlConnection, dialect_of, isolation_level_of, sync_engine_of
 from .scopes import is_autocommit
 from .store import SqlStore
 
@@ -58,7 +58,7 @@ class SqlUnitsOfWork:
     ) -> None:
         # The connections come from the pool of the engine; the events concern transactional jobs only.
         self.engine = engine.execution_options(dramatiq_policies_job=True)
-        event.listen(_sync(self.engine), "commit", _before_connection_commit)
+        event.listen(sync_engine_of(self.engine), "commit", _before_connection_commit)
         self.within = within
         self.is_same = is_same
 
@@ -73,7 +73,7 @@ class SqlUnitsOfWork:
                 f"{where}: transactional=True needs keys and outbox in one database, and the keys are in another. Pass the same "
                 "engine to SqlStore and SqlOutbox."
             )
-        if is_autocommit(_sync(self.engine)):
+        if is_autocommit(sync_engine_of(self.engine)):
             raise ConfigurationError(
                 f"{where}: transactional=True needs transactions, and the engine has the isolation level AUTOCOMMIT. Pass SqlOutbox and "
                 "SqlStore an engine without it."
@@ -256,19 +256,12 @@ def _guard_of(session: Session) -> _CommitGuard:
     return guard
 
 
-def _sync(engine: Engine | AsyncEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-
-
 def _isolate(connection: sa.Connection) -> None:
     """On MariaDB and MySQL run the transaction as READ COMMITTED, unless the application has chosen a level.
 
     Under their default, REPEATABLE READ, a later MariaDB refuses the completion of a key whose lease was renewed meanwhile.
     """
-    if dialect_of(connection) != "mysql":
-        return
-    chosen = connection.get_execution_options().get("isolation_level")
-    if chosen is None and getattr(connection.dialect, "_on_connect_isolation_level", None) is None:
+    if dialect_of(connection) == "mysql" and isolation_level_of(connection) is None:
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
 
