@@ -30,7 +30,9 @@ class Call:
     def __init__(self, work: Callable[[Call], Any]) -> None:
         self._work = work
         self._lock = threading.Lock()
-        self._done = threading.Event()
+        # A lock, not an Event: cheaper, and an interrupt in `Event.wait` may leave the Event locked.
+        self._latch = threading.Lock()
+        self._latch.acquire()
         self._answers: list[Any] = []
         self._error: BaseException | None = None
         self._sever: Callable[[], object] | None = None
@@ -42,7 +44,7 @@ class Call:
                 self._answers.append(self._work(self))
             except BaseException as error:
                 self._error = error
-        self._done.set()
+        self._latch.release()
 
     def severed_by(self, sever: Callable[[], object] | None) -> None:
         """Set the function to end the driver's wait. Another thread calls the function when the caller gives up."""
@@ -57,7 +59,7 @@ class Call:
         Raises:
           NoAnswer: There is none by ``deadline`` of ``time.monotonic()``.
         """
-        if not self._done.wait(max(0.0, deadline - time.monotonic())):
+        if not self._latch.acquire(timeout=max(0.0, deadline - time.monotonic())):
             with self._lock:
                 self._abandoned = True
                 if self._sever is not None:
