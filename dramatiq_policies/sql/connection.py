@@ -52,7 +52,7 @@ def isolation_level_of(bind: Engine | sa.Connection) -> str | None:
 
 
 class SqlConnection:
-    """A connection of SQLAlchemy, in whatever transaction it is."""
+    """A connection of SQLAlchemy. The caller begins and ends the transaction."""
 
     __slots__ = ("connection", "dialect")
 

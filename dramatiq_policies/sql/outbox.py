@@ -35,7 +35,7 @@ _PORTS = {"postgresql": 5432, "mysql": 3306}
 
 
 class SqlOutbox(Outbox):
-    """Send messages with the transaction that they belong to: no message without its row, no row without its message::
+    """Send messages within a database transaction: no message without its row, no row without its message::
 
         engine = create_engine("postgresql+psycopg://localhost/shop")
         outbox = SqlOutbox(engine)

@@ -156,7 +156,7 @@ def is_missing_table(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and the errors below: the driver's, and what an adapter has wrapped around it."""
+    """Yield the error and its causes, down to the error of the driver."""
     seen = 0
     while error is not None and seen < 10:
         yield error

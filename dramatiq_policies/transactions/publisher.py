@@ -53,7 +53,7 @@ class Ticket:
             self._latch.release()
 
     def call_when_done(self, callback: Callable[[], object]) -> None:
-        """Call ``callback`` once, on another thread, or at once if the rows are published. Perhaps twice."""
+        """Call ``callback`` on another thread after the publication, or here if the rows are published. Rarely both."""
         self._callbacks.append(callback)
         if self.is_done:
             callback()
