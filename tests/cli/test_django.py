@@ -106,6 +106,21 @@ def test_an_actor_that_is_misspelt_without_its_module_gets_the_nearest_name(comm
     )
 
 
+def test_a_project_with_the_guide_s_settings_passes_check(tmp_path):
+    settings = (ROOT / "docs/frameworks.md").read_text().partition("```python\n# settings.py\n")[2].partition("```")[0]
+    (tmp_path / "guide_settings.py").write_text(f'SECRET_KEY = "of a test"\n{settings}')
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").touch()
+    (tmp_path / "shop" / "tasks.py").write_text(
+        "import dramatiq\n\n"
+        "@dramatiq.actor(queue_name='mail', retry_on=OSError, discard_on=(), timeout=30_000, idempotent=True)\n"
+        "def send_mail():\n    'Mail.'\n"
+    )
+    place = {"settings": "guide_settings", "cwd": tmp_path, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = run(COMMAND, "check", **place)
+    assert done.stdout.splitlines()[-1] == "Ready: 1 actor, 0 errors, 1 warning, 0 exempt."
+
+
 SETTINGS_WITH_OUTBOX = """
 SECRET_KEY = "of a test"
 USE_TZ = True
