@@ -66,7 +66,9 @@ class SqlConnection:
         if found.returns_rows:
             rows = [tuple(row) for row in found]
             return Result(rows, len(rows))
-        return Result((), found.rowcount)
+        # Cursors of psycopg have no such attribute.
+        last_id = None if self.dialect == "postgresql" else found.lastrowid
+        return Result((), found.rowcount, last_id)
 
 
 @lru_cache(maxsize=256)
@@ -92,6 +94,6 @@ class DriverConnection:
             if cursor.description is not None:
                 rows = [tuple(row) for row in cursor.fetchall()]
                 return Result(rows, len(rows))
-            return Result((), cursor.rowcount)
+            return Result((), cursor.rowcount, cursor.lastrowid)
         finally:
             cursor.close()

@@ -44,10 +44,14 @@ NOW = {
 
 
 class Result(NamedTuple):
-    """The rows of a query (none for a write), and the number of rows that a write has matched."""
+    """The rows of a query (none for a write), the number of rows that a write has matched, and the id of an inserted row.
+
+    PostgreSQL and some drivers report no id.
+    """
 
     rows: Sequence[Sequence[Any]]
     rowcount: int
+    last_id: int | None = None
 
 
 class Connection(Protocol):

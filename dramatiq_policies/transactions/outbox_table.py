@@ -123,7 +123,10 @@ class OutboxTable:
             lease=0 if due else self.lease,
             owner="" if due else owner,
         )
+        if found.last_id:
+            return found.last_id
         if not returning:
+            # Not every driver reports the id.
             function = "last_insert_rowid()" if self._dialect == "sqlite" else "LAST_INSERT_ID()"
             found = connection.execute(f"SELECT {function}")
         return int(found.rows[0][0])

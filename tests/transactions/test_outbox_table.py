@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from dramatiq_policies.transactions.outbox_table import OutboxTable, Selection
+import pytest
+
+from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow, OutboxTable, Selection
+
+
+class Statements:
+    """A connection that counts its statements, with or without the ids that the driver reports."""
+
+    def __init__(self, connection, *, reports_ids):
+        self.connection, self.reports_ids, self.count = connection, reports_ids, 0
+        self.dialect = connection.dialect
+
+    def execute(self, sql, /, **params):
+        self.count += 1
+        result = self.connection.execute(sql, **params)
+        return result if self.reports_ids else result._replace(last_id=None)
+
+
+@pytest.mark.parametrize(("reports_ids", "statements"), [(True, 1), (False, 2)])
+def test_an_inserted_row_is_known_by_its_id_whether_or_not_the_driver_reports_the_id(office, reports_ids, statements):
+    office.insert()
+
+    def insert(connection):
+        counting = Statements(connection, reports_ids=reports_ids)
+        return office.table.insert(counting, NewRow(MESSAGE, "second", "mail", "mail", b"body"), "me"), counting.count
+
+    row_id, count = office.outbox.database.run(insert)
+    assert [row.message_id for row in office.run(office.table.take, [row_id], ["me"])] == ["second"]
+    assert count == statements
 
 
 def test_a_row_belongs_to_its_owner_until_its_lease_ends(office):

@@ -73,7 +73,9 @@ class DjangoConnection:
         with self.connection.cursor() as cursor:
             cursor.execute(_with_django_s_parameters(sql), params)
             if cursor.description is None:
-                return Result((), cursor.rowcount)
+                # Cursors of psycopg have no such attribute.
+                last_id = None if self.dialect == "postgresql" else cursor.lastrowid
+                return Result((), cursor.rowcount, last_id)
             # psycopg2 reads bytes as a memoryview.
             rows = [tuple(bytes(one) if isinstance(one, memoryview) else one for one in row) for row in cursor]
             return Result(rows, len(rows))
