@@ -14,8 +14,8 @@ Failures that may happen between any two lines:
 - The process dies after the COMMIT. A redelivery finds the key completed and skips the job; the relay publishes the rows.
 - The process stands still until another run has taken over the claim. The UPDATE finds other bytes: the run rolls back and ends
   as a duplicate. A takeover during the UPDATE waits for the row's lock, and then finds the key completed.
-- The reply to the COMMIT is lost. The register tells whether the COMMIT took effect. If the database can't be reached, the rules
-  decide on the error, and the next run finds out.
+- The reply to the COMMIT is lost, or a listener of the application fails after the COMMIT. The register tells whether the COMMIT
+  took effect. If the database can't be reached, the rules decide on the error, and the next run finds out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from ..interrupts import coroutines
 from ..interrupts.slots import noop
 from ..middleware.composition import Callbacks, CountMember, GroupCallbacks, Pipelines
 from ..middleware.idempotency import guard_on
-from ..outcomes import Outcome
-from .database import is_disconnect
+from ..outcomes import Outcome, text_of
 from .key_table import KeyTable
 
 if TYPE_CHECKING:
@@ -177,12 +176,14 @@ class TransactionalJobs:
             self._give_way(delivery, claim)
         except BaseException as error:
             unit.roll_back(struck=interrupts.struck)
-            if not (claim.committing and is_disconnect(error) and self._is_completed(claim)):
+            if not (claim.committing and self._is_completed(claim)):
                 claim.over = claim.committing = False
                 raise
             logger.warning(
-                "The connection was lost during the COMMIT for message %s. The COMMIT took effect.",
+                "The COMMIT for message %s took effect, although an error followed: %s: %s",
                 claim.record.message_id,
+                type(error).__name__,
+                text_of(error),
             )
         delivery.transaction.is_committed = True
         self._drop(delivery, claim)

@@ -14,6 +14,7 @@ from dramatiq.middleware import AsyncIO, CurrentMessage, GroupCallbacks
 from dramatiq.rate_limits.backends import StubBackend
 from dramatiq.results import Results
 from dramatiq.results.backends import StubBackend as StubResults
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -535,6 +536,22 @@ class TransactionalJobs:
         assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
         assert shop.results.get_result(message) is None
         assert shop.pending() == 1  # Its relay's, once the lease of the row has ended.
+
+    def test_a_listener_of_the_application_that_fails_after_the_commit_does_not_fail_the_job(self, shop):
+        def fails(session):
+            if shop.idempotency.claims.leases._held:
+                raise RuntimeError("of the listener")
+
+        async def body(job, order):
+            await job.add(Payment(order=order))
+
+        shop.actor(body, max_retries=0).send(7)
+        event.listen(Session, "after_commit", fails)
+        try:
+            shop.drain()
+        finally:
+            event.remove(Session, "after_commit", fails)
+        assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
 
     def test_a_connection_that_is_lost_before_the_commit_leaves_nothing(self, shop):
         async def body(job, order):
