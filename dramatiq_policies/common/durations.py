@@ -52,7 +52,7 @@ _warned_of: set[float] = set()
 
 
 def looks_like_seconds(option: str, value: Any) -> bool:
-    """Tell whether a declared number looks like seconds where milliseconds are expected.
+    """Return whether a declared number looks like seconds where milliseconds are expected.
 
     A ``timedelta`` has its unit, and 0 has none: both are taken as declared.
     """
@@ -80,7 +80,7 @@ def warn_of_seconds(where: str, option: str, value: Any) -> None:
 
 
 def was_declared_like_seconds(value: float) -> bool:
-    """Tell whether a kept number of milliseconds was declared as a number that looks like seconds, and not as a ``timedelta``."""
+    """Return whether a kept number of milliseconds was declared as a number that looks like seconds, and not as a ``timedelta``."""
     return value in _warned_of
 
 

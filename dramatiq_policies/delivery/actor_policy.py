@@ -103,22 +103,24 @@ class IdempotencyOptions:
     Attributes:
       enabled: Whether the actor asks for any of them.
       keyed: Whether its messages have keys. Without keys only ``done_when`` and the count of crashes remain.
-      key_of: Makes the key; None for the message id. With ``call_key`` it takes the actor's arguments.
+      key_of: Makes the key from the actor's arguments; None for the message id. The user's callable takes the arguments as the
+        actor does, a template takes them as (args, kwargs).
       key_runs_no_user_code: Whether the key is known without a call of the user's code.
-      call_key: Calls a ``key_of`` of the user's; None for a template.
-      job, call: The actor's function with ``done_when`` before it, and what calls it; None without ``done_when``.
+      key_runner: Runs the user's callable for the key; None for a template.
+      job_with_done_when: Calls ``done_when``, and then the actor's function; None without ``done_when``.
+      job_runner: Runs ``job_with_done_when``; None without ``done_when``.
       fingerprint: Makes the fingerprint of the arguments that the key leaves out; None if the key contains all of them.
       ttl: How long a completed key is remembered, in milliseconds.
       max_crashes: See `Idempotency`.
     """
 
     __slots__ = (
-        "call",
-        "call_key",
         "enabled",
         "fingerprint",
-        "job",
+        "job_runner",
+        "job_with_done_when",
         "key_of",
+        "key_runner",
         "key_runs_no_user_code",
         "keyed",
         "max_crashes",
@@ -133,10 +135,10 @@ class IdempotencyOptions:
 
     def __init__(self) -> None:
         self.key_of: Callable[..., Any] | None = None
-        self.call_key: Runner | None = None
+        self.key_runner: Runner | None = None
         self.fingerprint: Callable[[Sequence[Any], Mapping[str, Any]], str] | None = None
-        self.job: Callable[..., Any] | None = None
-        self.call: Runner | None = None
+        self.job_with_done_when: Callable[..., Any] | None = None
+        self.job_runner: Runner | None = None
 
 
 class ActorPolicy:

@@ -61,7 +61,7 @@ class ClaimKeeper(Protocol):
     def completed_record(self, claim: Any) -> bytes:
         """Return the bytes that the store holds for the completed key."""
 
-    def conclude(self, claim: Any, decision: Decision) -> None:
+    def finish(self, claim: Any, decision: Decision) -> None:
         """Record the end of the run: after the follow-up messages are published, before the message is acked."""
 
     def drop(self, claim: Any) -> None:
@@ -84,7 +84,7 @@ class TimeLimits(StuckListener, Protocol):
 class TransactionalActors(Protocol):
     """The part of an outbox that runs jobs in transactions."""
 
-    def add(self, where: str, actor: Actor[..., Any], guard: IdempotencyOptions | None) -> None:
+    def add(self, where: str, actor: Actor[..., Any], options: IdempotencyOptions | None) -> None:
         """Run the jobs of an actor with ``transactional=True`` in transactions.
 
         Raises:

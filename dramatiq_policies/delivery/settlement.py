@@ -62,7 +62,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
         delivery.restore(message)
     delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:
-        state.idempotency.claims.conclude(delivery.claim, decision)
+        state.idempotency.claims.finish(delivery.claim, decision)
     delivery.settled = True
     if decision.outcome is Outcome.SUCCEEDED:
         state.outcomes.notify_success(delivery)

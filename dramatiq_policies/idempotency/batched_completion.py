@@ -40,9 +40,9 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 #: Hooks that may delay a thread between two jobs, or rely on a confirmed ack.
 _HOOKS = ("before_process_message", "after_ack")
 #: Packages with hooks that do neither.
-_KNOWN = ("dramatiq", "dramatiq_policies", "sentry_sdk")
+_HARMLESS = ("dramatiq", "dramatiq_policies", "sentry_sdk")
 #: Seconds before a thread tries again to ack another thread's message. As in Dramatiq.
-_AGAIN = 5.0
+_ACK_AGAIN_AFTER = 5.0
 
 
 class BatchedCompletions:
@@ -65,10 +65,10 @@ class BatchedCompletions:
 
     @staticmethod
     def is_safe(state: BrokerState) -> bool:
-        """Tell whether no foreign hook runs between the end of a job and the begin of the next job."""
+        """Return whether no foreign hook runs between the end of a job and the begin of the next job."""
         return not any(
             getattr(type(middleware), hook) is not getattr(Middleware, hook)
-            and type(middleware).__module__.partition(".")[0] not in _KNOWN
+            and type(middleware).__module__.partition(".")[0] not in _HARMLESS
             for middleware in state.broker.middleware
             for hook in _HOOKS
         )
@@ -105,7 +105,7 @@ class BatchedCompletions:
                 return
             except BrokerConnectionError as error:
                 logger.warning("Message %s can't be acknowledged yet: %s", message.message_id, error)
-                self.state.stopping.wait(_AGAIN)
+                self.state.stopping.wait(_ACK_AGAIN_AFTER)
             except Exception:
                 logger.exception("Message %s could not be acknowledged and will be redelivered.", message.message_id)
                 return
@@ -123,6 +123,6 @@ class BatchedCompletions:
 
 
 def _has_more(thread: Any) -> bool:
-    """Tell whether a message waits in the work queue, and this worker thread keeps running."""
+    """Return whether a message waits in the work queue, and this worker thread keeps running."""
     # Not by empty(): all worker threads wait for the queue's lock.
     return getattr(thread, "running", False) and not thread.paused and bool(thread.work_queue.queue)

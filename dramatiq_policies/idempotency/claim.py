@@ -23,7 +23,7 @@ class Claim:
       retention: For how long the store remembers the completion, in milliseconds.
       over: The end of the run is being written.
       committing: A transaction is writing the end of the run, and is about to commit: don't renew the lease.
-      excused: The start does not count as a crash.
+      start_uncounted: The start no longer counts towards ``max_crashes``.
       has_earlier_name: Whether 0.1.0 names the register alike, and may read the record.
     """
 
@@ -34,12 +34,12 @@ class Claim:
     retention: int
     over: bool = False
     committing: bool = False
-    excused: bool = False
+    start_uncounted: bool = False
     has_earlier_name: bool = True
 
 
 class Quarantined(NamedTuple):
-    """The claim of a run that began too often and never ended, still to be concluded, and the number of starts."""
+    """The claim of a run that began too often and never ended, still to be finished, and the number of starts."""
 
     claim: Claim
     starts: int

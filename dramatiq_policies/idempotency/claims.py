@@ -1,4 +1,4 @@
-"""Claims on keys: made before a job begins, renewed while the job runs, concluded when the message is settled.
+"""Claims on keys: made before a job begins, renewed while the job runs, finished when the message is settled.
 
 Failures that may happen between any two lines, and how the claim survives them:
 
@@ -48,11 +48,11 @@ __all__ = ["Claims"]
 alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: Seconds between the tries to write a completion. After the last try the thread of the leases writes the completion.
-_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
-_TRIES = 20
+_COMPLETION_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
+_MAX_SWAPS = 20
 #: For how long, in milliseconds, the store remembers that a start without a key does not count. The message may come back
 #: long after the end of its worker.
-_EXCUSED_FOR = 86_400_000
+_UNCOUNTED_FOR = 86_400_000
 
 
 #: Large options that the record leaves out: the same in every run of a message, or not worth their space.
@@ -82,7 +82,7 @@ class Claims:
         """Start without claims: no job runs in a new process."""
         #: Held while a thread changes a claim's record or decides its end.
         self.rewriting = threading.Lock()
-        self.exclusive = ExclusiveRuns(self._expose)
+        self.exclusive = ExclusiveRuns(self._record_beside)
         #: Whether the worker shuts down: its supervisor may kill the process soon.
         self.stopping = False
 
@@ -112,16 +112,16 @@ class Claims:
                 if isinstance(action, records.Quarantine):
                     return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, retention)
             expected: bytes | None = None
-            for _ in range(_TRIES):
+            for _ in range(_MAX_SWAPS):
                 if not isinstance(action, Start) or action.alone:
                     return action
-                record = records.taken(
+                record = records.claimed(
                     action, request, owner=owner, token=token, started_at=now_ms(), retention=retention
                 )
                 value = record.encode()
-                asked = clock.monotonic()
+                called_at = clock.monotonic()
                 found = self.call_store(partial(self.store.swap, name, expected, value, self.lease + retention))
-                if (found is None or found.value == value) and clock.monotonic() - asked > self.lease / 2_000:
+                if (found is None or found.value == value) and clock.monotonic() - called_at > self.lease / 2_000:
                     # After a late reply (slow store, stopped process) the lease may be over: claim again.
                     expected = value
                     continue
@@ -167,7 +167,7 @@ class Claims:
             return record._replace(starts=record.starts - 1)
         return record
 
-    def _expose(self, delivery: Delivery) -> bool:
+    def _record_beside(self, delivery: Delivery) -> bool:
         """Record that a job no longer runs alone: from now on a crash is no proof against the job."""
         claim = claim_of(delivery)
         # Without a claim the job is about to make one: return False, and the caller tries again.
@@ -181,24 +181,24 @@ class Claims:
         """
         claim = claim_of(delivery)
         if claim is not None:
-            if claim.excused:
+            if claim.start_uncounted:
                 return True
-            claim.excused = self.rewrite(claim, starts=claim.record.starts - 1, beside=True)
-            return claim.excused
+            claim.start_uncounted = self.rewrite(claim, starts=claim.record.starts - 1, beside=True)
+            return claim.start_uncounted
         # Without a key the job holds nothing: the record's lease is over as soon as the store has the record.
         message = delivery.message
         request = Request(message.message_id, run_of(message.options), is_dead)
-        record = records.taken(
-            Start(0), request, owner=owners.this_process(), token="", started_at=now_ms(), retention=_EXCUSED_FOR
+        record = records.claimed(
+            Start(0), request, owner=owners.this_process(), token="", started_at=now_ms(), retention=_UNCOUNTED_FOR
         )
         name = crash_counter_name(message.message_id)
         try:
-            self.call_store(partial(self.store.swap, name, None, record.encode(), _EXCUSED_FOR))
+            self.call_store(partial(self.store.swap, name, None, record.encode(), _UNCOUNTED_FOR))
         except StoreDown:
             return False
         return True
 
-    def excuse_all(self) -> None:
+    def uncount_running_starts(self) -> None:
         """Uncount the starts of all running jobs: the worker shuts down, so the end of the process is no crash."""
         self.stopping = True
         for delivery in list(self.exclusive.running):
@@ -256,7 +256,7 @@ class Claims:
             return self.earlier.companion(claim.name, claim.record, claim.retention)
         return ()
 
-    def conclude(self, claim: Claim, decision: Decision) -> None:
+    def finish(self, claim: Claim, decision: Decision) -> None:
         """Record how the run of a claim has ended: after the follow-up messages are published, before the message is acked."""
         store, outcome = self.store, decision.outcome
         if outcome is Outcome.INTERRUPTED and claim.record.state == records.ENDING:
@@ -279,7 +279,7 @@ class Claims:
             record = records.released(claim.record, state, ended=ended, retention=claim.retention)
             value = None if record is None else record.encode()
             write = partial(store.swap, claim.name, claim.value, value, lease + claim.retention)
-        pauses = _PAUSES if claim.keyed and outcome in COMPLETING else ()
+        pauses = _COMPLETION_PAUSES if claim.keyed and outcome in COMPLETING else ()
         if not self._written(write, pauses):
             if pauses:
                 alerts.critical(

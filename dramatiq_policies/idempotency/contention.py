@@ -31,9 +31,9 @@ WAITS_FOR = "waits_for"
 _FIRST_WAIT = 1_000
 _LEAST_WAIT = 20
 #: From how many waiting messages on, in one process, a key is contended.
-_MANY = 16
-#: For how long, in seconds, the other messages trust the store's last answer.
-_FRESH = 1.0
+_CONTENDED_FROM = 16
+#: For how long, in seconds, the store's last answer is fresh: the other messages trust the answer.
+_FRESH_FOR = 1.0
 #: The random share of the longest wait, so that waits do not all end at the same time.
 _JITTER = 0.2
 #: Random waits end at multiples of this, in milliseconds: a delay queue wakes up ten times a second, not for each message.
@@ -42,34 +42,34 @@ _GRID = 100
 _PACE = 0.002
 _BURST = 0.1
 #: How many keys are remembered.
-_KEYS = 1_000
+_MAX_KEYS = 1_000
 
 
 class ContendedKey:
     """This process' knowledge of one key.
 
     Attributes:
-      began: When the current count began, in monotonic seconds.
+      counting_since: When the current count began, in monotonic seconds.
       number: How many messages were counted since then.
       before: How many messages were counted in the previous window.
-      asked: When the store was last asked, in monotonic seconds.
+      asked_at: When the store was last asked, in monotonic seconds.
       owner: The store's answer; None if the key was free.
       next_move: When the next message may move from the delay queue to the work queue.
     """
 
-    __slots__ = ("asked", "before", "began", "next_move", "number", "owner")
+    __slots__ = ("asked_at", "before", "counting_since", "next_move", "number", "owner")
 
-    def __init__(self, began: float) -> None:
-        self.began = began
+    def __init__(self, now: float) -> None:
+        self.counting_since = now
         self.number = 0
         self.before = 0
-        self.asked = -inf
+        self.asked_at = -inf
         self.owner: WaitForOwner | None = None
         self.next_move = 0.0
 
     @property
     def is_contended(self) -> bool:
-        return max(self.number, self.before) >= _MANY
+        return max(self.number, self.before) >= _CONTENDED_FROM
 
 
 class Contention:
@@ -80,8 +80,8 @@ class Contention:
     """
 
     def __init__(self, lease: int) -> None:
-        self.at_most = lease // 4
-        self.fresh = min(_FRESH, self.at_most / 1_000)
+        self.longest_wait = lease // 4
+        self.fresh_for = min(_FRESH_FOR, self.longest_wait / 1_000)
         #: Changed without a lock: a lost update only costs one more call of the store.
         self.keys: dict[str, ContendedKey] = {}
         self._random = random.Random()  # noqa: S311 - only spreads waits
@@ -91,7 +91,7 @@ class Contention:
         key = self.keys.get(name)
         if key is None or not key.is_contended:
             return None
-        owner = self._owner(key, clock.monotonic())
+        owner = self._fresh_owner(key, clock.monotonic())
         return None if owner is None or owner.message_id == message_id else owner
 
     def observe(self, name: str, answer: object, *, counted: bool = False) -> None:
@@ -105,18 +105,18 @@ class Contention:
             if key is not None:
                 # A message that starts now owns the key: the next message asks the store.
                 is_free = isinstance(answer, SkipDuplicate)
-                key.asked, key.owner = clock.monotonic() if is_free else -inf, None
-                key.next_move = min(key.next_move, key.asked) if is_free else key.next_move
+                key.asked_at, key.owner = clock.monotonic() if is_free else -inf, None
+                key.next_move = min(key.next_move, key.asked_at) if is_free else key.next_move
             return
         key = self._key(name) if counted else self.count(name)
-        key.asked, key.owner = clock.monotonic(), answer
+        key.asked_at, key.owner = clock.monotonic(), answer
 
     def count(self, name: str) -> ContendedKey:
         """Count one more waiting message of a key."""
-        key, now, window = self._key(name), clock.monotonic(), self.at_most / 1_000
-        elapsed = now - key.began
+        key, now, window = self._key(name), clock.monotonic(), self.longest_wait / 1_000
+        elapsed = now - key.counting_since
         if elapsed > window:
-            key.began, key.before, key.number = now, key.number if elapsed <= 2 * window else 0, 0
+            key.counting_since, key.before, key.number = now, key.number if elapsed <= 2 * window else 0, 0
         key.number += 1
         return key
 
@@ -130,11 +130,11 @@ class Contention:
           deferrals: How often the message was deferred before.
           owner: The store's answer; None if the store was not asked or is down.
         """
-        wait = min(_FIRST_WAIT << min(deferrals, 20), self.at_most)
+        wait = min(_FIRST_WAIT << min(deferrals, 20), self.longest_wait)
         if owner is None:
             return max(_LEAST_WAIT, wait)
         if owner.started_at:
-            wait = max(wait, min(now_ms() - owner.started_at, self.at_most))
+            wait = max(wait, min(now_ms() - owner.started_at, self.longest_wait))
         key = self.keys.get(name)
         if key is not None and key.is_contended:
             return self._spread(owner.left)
@@ -149,35 +149,35 @@ class Contention:
         key, now = self.count(name), clock.monotonic()
         if not key.is_contended:
             return None
-        owner = self._owner(key, now)
+        owner = self._fresh_owner(key, now)
         if owner is not None:
             return None if owner.message_id == message.message_id else self._spread(owner.left)
         if key.next_move > now:
-            return round(self.fresh * 1_000 * self._random.uniform(0.5, 1))
-        is_free = key.owner is None and now - key.asked <= self.fresh
+            return round(self.fresh_for * 1_000 * self._random.uniform(0.5, 1))
+        is_free = key.owner is None and now - key.asked_at <= self.fresh_for
         # While nothing is known, one message asks for all.
-        key.next_move = max(key.next_move, now - _BURST) + _PACE if is_free else now + self.fresh
+        key.next_move = max(key.next_move, now - _BURST) + _PACE if is_free else now + self.fresh_for
         return None
 
     def _key(self, name: str) -> ContendedKey:
         key = self.keys.get(name)
         if key is None:
             now = clock.monotonic()
-            if len(self.keys) >= _KEYS:
-                self.keys = {name: key for name, key in list(self.keys.items()) if now - key.asked < self.fresh}
+            if len(self.keys) >= _MAX_KEYS:
+                self.keys = {name: key for name, key in list(self.keys.items()) if now - key.asked_at < self.fresh_for}
             key = self.keys[name] = ContendedKey(now)
         return key
 
-    def _owner(self, key: ContendedKey, now: float) -> WaitForOwner | None:
+    def _fresh_owner(self, key: ContendedKey, now: float) -> WaitForOwner | None:
         """Return the holder of the key, if the store's answer is fresh enough."""
-        owner, elapsed = key.owner, now - key.asked
-        if owner is None or elapsed > self.fresh:
+        owner, elapsed = key.owner, now - key.asked_at
+        if owner is None or elapsed > self.fresh_for:
             return None
         left = owner.left - round(elapsed * 1_000)
         return WaitForOwner(left, owner.started_at, owner.message_id) if left > 0 else None
 
     def _spread(self, left: int) -> int:
-        drawn = self._random.uniform(0, self.at_most * _JITTER)
+        drawn = self._random.uniform(0, self.longest_wait * _JITTER)
         # No wait ends before the lease does; when the lease ends, the messages still come one after the other.
-        wait = round(min(self.at_most - drawn, left + drawn))
-        return max(_LEAST_WAIT, wait - (now_ms() + wait) % min(_GRID, max(1, self.at_most // 10)))
+        wait = round(min(self.longest_wait - drawn, left + drawn))
+        return max(_LEAST_WAIT, wait - (now_ms() + wait) % min(_GRID, max(1, self.longest_wait // 10)))

@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 __all__ = ["ExclusiveRuns"]
 
 #: How long, in seconds, the job waits for the end of other jobs.
-_OTHERS_MAY_TAKE = 10.0
+_WAIT_FOR_OTHERS = 10.0
 #: How long, in seconds, other jobs wait while a job runs alone. The time doubles with each start that proved nothing.
-_ALONE_AT_MOST = 30.0
+_ALONE_FOR = 30.0
 #: The upper bound of the doubled time, in seconds.
-_ALONE_AT_THE_VERY_MOST = 600.0
+_MAX_ALONE_FOR = 600.0
 #: Seconds before the next try to record in the store that a job no longer runs alone.
-_EXPOSE_AGAIN = 1.0
+_RECORD_AGAIN_AFTER = 1.0
 
 
 class ExclusiveRuns:
     """The running jobs of this process, and the job that must run alone.
 
     Parameters:
-      expose: Records in the store that a delivery's job no longer runs alone; returns False if the store is down.
+      record_beside: Records in the store that a delivery's job no longer runs alone; returns False if the store is down.
 
     Attributes:
       running: The deliveries whose jobs run.
     """
 
-    def __init__(self, expose: Callable[[Delivery], bool] = lambda delivery: True) -> None:
+    def __init__(self, record_beside: Callable[[Delivery], bool] = lambda delivery: True) -> None:
         self.running: set[Delivery] = set()
-        self._expose = expose
+        self._record_beside = record_beside
         self._alone: Delivery | None = None
         #: Until when, in monotonic seconds, other jobs wait for the job that runs alone. None while the job itself waits for
         #: the others to end.
-        self._until: float | None = None
+        self._alone_until: float | None = None
         self._changed = Condition()
 
     @property
@@ -67,7 +67,7 @@ class ExclusiveRuns:
             self._changed.notify_all()
             alone = self._alone
             while alone is not None and self._alone is alone:
-                left = None if self._until is None else self._until - monotonic()
+                left = None if self._alone_until is None else self._alone_until - monotonic()
                 if left is not None and left <= 0:
                     break
                 self._changed.wait(left)
@@ -75,13 +75,13 @@ class ExclusiveRuns:
                 self.running.add(delivery)
                 return
         # Outside the lock: the store may be slow.
-        exposed = self._expose(alone)
+        recorded = self._record_beside(alone)
         with self._changed:
             if self._alone is alone:
-                if exposed:
+                if recorded:
                     self._alone = None
                 else:
-                    self._until = monotonic() + _EXPOSE_AGAIN
+                    self._alone_until = monotonic() + _RECORD_AGAIN_AFTER
                 self._changed.notify_all()
             self.running.add(delivery)
 
@@ -105,14 +105,14 @@ class ExclusiveRuns:
         with self._changed:
             self.running.discard(delivery)
             self._changed.notify_all()
-            ends = monotonic() + _OTHERS_MAY_TAKE
-            alone = self._changed.wait_for(lambda: self._alone is None, _OTHERS_MAY_TAKE)
+            ends = monotonic() + _WAIT_FOR_OTHERS
+            alone = self._changed.wait_for(lambda: self._alone is None, _WAIT_FOR_OTHERS)
             if alone:
-                self._alone, self._until = delivery, None
+                self._alone, self._alone_until = delivery, None
                 alone = self._changed.wait_for(lambda: not self.running, max(0.0, ends - monotonic()))
                 if alone:
-                    at_most = min(_ALONE_AT_MOST * 2 ** min(unproven, 10), _ALONE_AT_THE_VERY_MOST)
-                    self._until = monotonic() + at_most
+                    at_most = min(_ALONE_FOR * 2 ** min(unproven, 10), _MAX_ALONE_FOR)
+                    self._alone_until = monotonic() + at_most
                 else:
                     self._alone = None
             self.running.add(delivery)

@@ -25,7 +25,7 @@ _NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def covers_all(template: str, signature: Signature) -> bool:
-    """Tell whether a key template contains every argument of the actor as a whole."""
+    """Return whether a key template contains every argument of the actor as a whole."""
     whole = {field for _, field, form, conversion in Formatter().parse(template) if field and not (form or conversion)}
     parameters = signature.parameters.values()
     return whole >= {p.name for p in parameters} and not any(

@@ -51,23 +51,23 @@ class IdempotencyGuard:
       state: The state of the broker.
       claims: The claims on keys.
       run_without_store: Whether a job runs unguarded while the store is down; otherwise the message waits.
-      place: Separates this service's keys from other services in the store; None if the store's namespace does.
+      scope: Separates this service's keys from other services in the store; None if the store's namespace does.
     """
 
     def __init__(
-        self, state: BrokerState, claims: Claims, *, run_without_store: bool, place: str | None = None
+        self, state: BrokerState, claims: Claims, *, run_without_store: bool, scope: str | None = None
     ) -> None:
         self.state = state
-        self.place = place
+        self.scope = scope
         self.claims = claims
         self.contention = Contention(claims.lease)
         self.run_without_store = run_without_store
 
     def register_of(self, actor_name: str, key: str) -> Register:
         """Return the register of an actor's key."""
-        if self.place is None:
+        if self.scope is None:
             return register_of(actor_name, key)
-        return register_of(actor_name, key, (self.place, self.state.broker.get_actor(actor_name).queue_name))
+        return register_of(actor_name, key, (self.scope, self.state.broker.get_actor(actor_name).queue_name))
 
     def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
         """Run a job once: wait for a job that runs alone, claim the key, and run the job if no other worker does."""
@@ -90,22 +90,22 @@ class IdempotencyGuard:
 
     def _run_once(self, delivery: Delivery, options: IdempotencyOptions, proceed: Proceed) -> Any:
         _, _, args, kwargs = delivery.job
-        call_key = options.call_key
-        if call_key is None:
+        key_runner = options.key_runner
+        if key_runner is None:
             delivery.key = key_of(delivery.message, options)
         else:
             # User code, so within the timeout.
             delivery.key = key_of(
-                delivery.message, options, lambda make_key: run_job(delivery, (call_key, make_key, args, kwargs))
+                delivery.message, options, lambda make_key: run_job(delivery, (key_runner, make_key, args, kwargs))
             )
         # Reset: only the key's callable has run, not the job.
         delivery.started = delivery.ended = None
         if delivery.key is not None or delivery.redelivered:
             # Outside the timeout: an interrupt would break the store's client.
             self.admit(delivery, options, delivery.key)
-        if options.job is None or options.call is None:
+        if options.job_with_done_when is None or options.job_runner is None:
             return proceed(delivery)
-        delivery.job = (options.call, options.job, args, kwargs)
+        delivery.job = (options.job_runner, options.job_with_done_when, args, kwargs)
         try:
             return proceed(delivery)
         except AlreadyDone:
@@ -113,7 +113,7 @@ class IdempotencyGuard:
             self.done(delivery)
             raise
 
-    def admit(self, delivery: Delivery, guard: IdempotencyOptions, key: str | None) -> None:
+    def admit(self, delivery: Delivery, options: IdempotencyOptions, key: str | None) -> None:
         """Claim the key. For a redelivered message without a key, count the start.
 
         Raises:
@@ -124,17 +124,17 @@ class IdempotencyGuard:
             time.sleep(left)
         earlier = None
         if key is None:
-            if not delivery.redelivered or guard.max_crashes is None:
+            if not delivery.redelivered or options.max_crashes is None:
                 return
             # A redelivery implies an uncounted start: begin at 2. The cap always allows at least one more start.
-            name, starts = crash_counter_name(message.message_id), min(2, guard.max_crashes)
+            name, starts = crash_counter_name(message.message_id), min(2, options.max_crashes)
         else:
             name, earlier = self.register_of(message.actor_name, key)
             starts = 1
-        args = "" if key is None or guard.fingerprint is None else guard.fingerprint(message.args, message.kwargs)
+        args = "" if key is None or options.fingerprint is None else options.fingerprint(message.args, message.kwargs)
         run = run_of(message.options)
-        request = records.Request(message.message_id, run, is_dead, guard.max_crashes, starts, args=args)
-        claim = partial(self.claims.claim, name, keyed=key is not None, retention=guard.ttl, earlier=earlier)
+        request = records.Request(message.message_id, run, is_dead, options.max_crashes, starts, args=args)
+        claim = partial(self.claims.claim, name, keyed=key is not None, retention=options.ttl, earlier=earlier)
         try:
             self._claim(delivery, name, request, claim)
         except UnknownRecord as error:

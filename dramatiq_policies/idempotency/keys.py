@@ -189,7 +189,7 @@ class _Template:
 
 
 def _looks_like_text(text: str) -> bool:
-    """Tell whether no int has this text."""
+    """Return whether no int has this text."""
     return not (text[-1:].isdigit() and _INT.fullmatch(text))
 
 

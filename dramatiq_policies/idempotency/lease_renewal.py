@@ -23,9 +23,9 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 alerts = SafeLogger("dramatiq_policies.alerts")
 
 #: After this many failures in a row and no success, the store counts as down.
-_IN_A_ROW = 3
+_DOWN_AFTER = 3
 #: After this many refusals a pending write is given up.
-_REFUSALS = 20
+_MAX_REFUSALS = 20
 
 
 class Leases:
@@ -68,7 +68,7 @@ class Leases:
         discard_token(claim.record.token)
 
     def write_later(self, claim: Claim, write: Callable[[], object]) -> None:
-        """Queue the write that concludes a claim until the store is back. The claim stays held."""
+        """Queue the write that finishes a claim, until the store is back. The claim stays held."""
         with self._lock:
             self._pending_writes.append((claim, write))
 
@@ -111,18 +111,18 @@ class Leases:
             return
         renewals = [Renewal(claim.name, claim.value, self.lease + claim.retention) for claim in held]
         try:
-            kept: list[bool | None] = list(self.call_store(partial(self.store.renew, renewals)))
+            renewed: list[bool | None] = list(self.call_store(partial(self.store.renew, renewals)))
         except StoreDown:
-            kept = self._each_alone(renewals)
-            if not any(answer is not None for answer in kept):
+            renewed = self._renew_one_by_one(renewals)
+            if not any(answer is not None for answer in renewed):
                 self._answers = answers
                 raise
         self._answers = True
-        for claim, renewal, ok in zip(held, renewals, kept, strict=True):
+        for claim, renewal, ok in zip(held, renewals, renewed, strict=True):
             if ok or claim.value != renewal.value or self._held.get(claim.name) is not claim:
                 continue
             try:
-                self._take_back(claim)
+                self._reclaim(claim)
             except Exception as error:
                 logger.warning(
                     "The claim of message %s can't be renewed (%s): the lease may expire while the job runs.",
@@ -130,20 +130,20 @@ class Leases:
                     type(error).__name__,
                 )
 
-    def _each_alone(self, renewals: list[Renewal]) -> list[bool | None]:
+    def _renew_one_by_one(self, renewals: list[Renewal]) -> list[bool | None]:
         """Renew one lease after the other. Stop after three failures in a row: the store is down."""
-        kept: list[bool | None] = []
+        renewed: list[bool | None] = []
         for renewal in renewals:
-            if kept[-_IN_A_ROW:] == [None] * _IN_A_ROW:
-                kept.append(None)
+            if renewed[-_DOWN_AFTER:] == [None] * _DOWN_AFTER:
+                renewed.append(None)
                 continue
             try:
-                kept += self.store.renew([renewal])
+                renewed += self.store.renew([renewal])
             except Exception:
-                kept.append(None)
-        return kept
+                renewed.append(None)
+        return renewed
 
-    def _take_back(self, claim: Claim) -> None:
+    def _reclaim(self, claim: Claim) -> None:
         """Write a lost claim again, if no other worker holds the key."""
         found = self.store.swap(claim.name, None, claim.value, self.lease + claim.retention)
         if found is None and claim.over:
@@ -180,7 +180,7 @@ class Leases:
                 with self._lock:
                     self._pending_writes = [*(one for one in self._pending_writes if one is not entry), entry]
                 refused.append((claim, error))
-                if len(refused) == _IN_A_ROW and not taken:
+                if len(refused) == _DOWN_AFTER and not taken:
                     break
             else:
                 taken = True
@@ -188,7 +188,7 @@ class Leases:
         for claim, refusal in refused:
             tries = self._refusals.get(claim, 0) + (taken or answers)
             self._refusals[claim] = tries
-            if tries >= _REFUSALS:
+            if tries >= _MAX_REFUSALS:
                 self._forget_write(claim)
                 alerts.critical(
                     "The idempotency store refuses the record for message %s and accepts others (%s: %s). "
@@ -219,6 +219,6 @@ class Leases:
 
 
 def _is_completed_by(value: bytes | None, message_id: str) -> bool:
-    """Tell whether a record says that the message has completed the key. The fingerprint may be missing."""
+    """Return whether a record says that the message has completed the key. The fingerprint may be missing."""
     completed = records.completed_by(message_id)
     return value is not None and value[: len(completed)] == completed

@@ -87,7 +87,7 @@ def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Registe
     return Register(name, encodable(f"{actor_name}\0{key}"))
 
 
-def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any], Any] | None = None) -> str | None:
+def key_of(message: Message[Any], options: IdempotencyOptions, call: Callable[[Any], Any] | None = None) -> str | None:
     """Return the key of a message: the message's own key, or the actor's key for the arguments; None without a key.
 
     Parameters:
@@ -96,13 +96,13 @@ def key_of(message: Message[Any], guard: IdempotencyOptions, call: Callable[[Any
     own = message.options.get("idempotency_key")
     if own is not None:
         return checked_key(own)
-    if not guard.keyed:
+    if not options.keyed:
         return None
-    if guard.key_of is None:
+    if options.key_of is None:
         return text_key(message.message_id)
-    if guard.call_key is not None and call is not None:
-        return checked_key(call(guard.key_of))
-    key: str = guard.key_of(message.args, message.kwargs)
+    if options.key_runner is not None and call is not None:
+        return checked_key(call(options.key_of))
+    key: str = options.key_of(message.args, message.kwargs)
     return key or checked_key(key)
 
 
@@ -121,43 +121,49 @@ def resolve_idempotency(
     if defaults is None:
         _refuse_any(where, options)
         return None
-    guard = IdempotencyOptions()
-    fn: Any = unwrapped(actor.fn)
     idempotent = options.get("idempotent")
     if not (idempotent is None or isinstance(idempotent, bool)):
         raise ConfigurationError.of_option(where, "idempotent", "True or False", idempotent)
+    fn: Any = unwrapped(actor.fn)
     given, done_when = options.get("idempotency_key"), options.get("done_when")
     takes = None if given is None and done_when is None else _signature_of(fn)
+    resolved = IdempotencyOptions()
     if given is not None:
-        if isinstance(given, str):
-            if takes is None:
-                raise ConfigurationError.of_option(
-                    where, "idempotency_key", "a callable: the actor has no readable signature", given
-                )
-            guard.key_of = template_key(where, given, takes)
-            if not covers_all(given, takes):
-                guard.fingerprint = fingerprint_of(takes)
-        else:
-            _check_callable(where, "idempotency_key", "a template or a callable", given, fn, takes)
-            guard.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
-            guard.call_key = runner_for(guard.key_of)
-            guard.fingerprint = fingerprint_of(takes)
-    guard.keyed = bool(idempotent) or given is not None
-    guard.key_runs_no_user_code = guard.keyed and guard.call_key is None
-    guard.enabled = guard.keyed or done_when is not None
+        _resolve_key(where, resolved, given, fn, takes)
+    resolved.keyed = bool(idempotent) or given is not None
+    resolved.key_runs_no_user_code = resolved.keyed and resolved.key_runner is None
+    resolved.enabled = resolved.keyed or done_when is not None
     if done_when is not None:
         _check_callable(where, "done_when", "a callable", done_when, fn, takes)
-        guard.job = _with_done_when(fn, done_when)
-        guard.call = runner_for(guard.job)
+        resolved.job_with_done_when = _with_done_when(fn, done_when)
+        resolved.job_runner = runner_for(resolved.job_with_done_when)
     ttl, max_crashes = defaults
     declared = options.get("idempotency_ttl")
     if declared is not None:
         ttl = checked_duration(where, "idempotency_ttl", declared, least=1, most=CENTURY_MS)
-    guard.ttl = max(ttl, _longest_wait(rules))
+    resolved.ttl = max(ttl, _longest_wait(rules))
     if "max_crashes" in options:
         max_crashes = checked_crashes(where, options["max_crashes"])
-    guard.max_crashes = max_crashes
-    return guard
+    resolved.max_crashes = max_crashes
+    return resolved
+
+
+def _resolve_key(
+    where: str, resolved: IdempotencyOptions, given: Any, fn: Any, takes: inspect.Signature | None
+) -> None:
+    """Resolve ``idempotency_key``, a template or a callable. ``takes`` is the signature of the actor; None if unknown."""
+    option = "idempotency_key"
+    if not isinstance(given, str):
+        _check_callable(where, option, "a template or a callable", given, fn, takes)
+        resolved.key_of = async_to_sync(given) if is_coroutine_callable(given) else given
+        resolved.key_runner = runner_for(resolved.key_of)
+        resolved.fingerprint = fingerprint_of(takes)
+        return
+    if takes is None:
+        raise ConfigurationError.of_option(where, option, "a callable: the actor has no readable signature", given)
+    resolved.key_of = template_key(where, given, takes)
+    if not covers_all(given, takes):
+        resolved.fingerprint = fingerprint_of(takes)
 
 
 def _refuse_any(where: str, options: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ def this_process() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Tell whether an owner's process has certainly died. False if unknown."""
+    """Return whether an owner's process has certainly died. False if unknown."""
     parts = owner.rsplit(":", 3)
     if len(parts) != 4 or not parts[3] or not parts[1].isdecimal() or parts[2] != this_process().rsplit(":", 3)[2]:
         return False

@@ -241,7 +241,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
       left: How much longer the store keeps the record, in milliseconds.
     """
     if record is None:
-        return _take(request.starts, (), request)
+        return _start(request.starts, (), request)
     mine = record.message_id == request.message_id
     differs = not mine and "" not in (record.args, request.args) and record.args != request.args
     if record.state == COMPLETED:
@@ -250,17 +250,17 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
         return SkipDuplicate("stale")
     left = left - record.retention
     if record.state == FREE:
-        return _take(request.starts, record.ended, request)
+        return _start(request.starts, record.ended, request)
     if mine and request.run > record.run and not _copy_runs(record, left, request):
         # A later run of the same message exists, so the recorded run has ended.
-        return _take(request.starts, record.having_ended(), request)
+        return _start(request.starts, record.having_ended(), request)
     if mine and request.run < record.run:
         return SkipDuplicate("stale")
     if not mine or record.state == WAITING:
         if left > 0:
             return WaitForOwner(left, record.started_at, record.message_id, differs)
         if record.state != RUNNING:
-            return _take(request.starts, record.ended, request)
+            return _start(request.starts, record.ended, request)
         # Another message with the same job may kill the worker too, but gets one start.
         return _after_a_crash(record, request, 1)
     # The same run again: the message was redelivered, or copied.
@@ -272,7 +272,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
 
 
 def _copy_runs(record: Record, left: int, request: Request) -> bool:
-    """Tell whether a copy of the message has taken over, after a crash between the publish of the retry and its record."""
+    """Return whether a copy of the message has taken over, after a crash between the publish of the retry and its record."""
     return record.state == RUNNING and record.starts > 1 and left > 0 and not request.is_dead(record)
 
 
@@ -282,16 +282,16 @@ def _after_a_crash(record: Record, request: Request, more: int) -> Action:
     is_proof = not record.beside or limit == 1
     if limit is not None and record.starts >= limit + more and is_proof:
         return Quarantine(record.starts)
-    return _take(record.starts + 1, record.ended, request)
+    return _start(record.starts + 1, record.ended, request)
 
 
-def _take(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Start:
+def _start(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Start:
     # The last allowed start is made alone. A job that only ran beside a killer survives its own last start.
     last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
     return Start(starts, ended, alone=last and not (request.alone or request.beside))
 
 
-def taken(action: Start, request: Request, *, owner: str, token: str, started_at: int, retention: int) -> Record:
+def claimed(action: Start, request: Request, *, owner: str, token: str, started_at: int, retention: int) -> Record:
     """Build the record of a claim."""
     return Record(
         RUNNING,

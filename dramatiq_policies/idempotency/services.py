@@ -25,17 +25,17 @@ from .keys import typed_name
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-__all__ = ["Neighbour", "neighbours", "place_of", "record_service", "server_of"]
+__all__ = ["Neighbour", "neighbours", "record_service", "server_of", "service_scope_of"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: The register in which workers record their service.
 _SERVICES = typed_name(("#", "services"))
 #: For how long after the last start of a worker, in milliseconds, a service counts as running.
-_LATELY = WEEK_MS
+_RECENTLY = WEEK_MS
 _TRIES = 20
 #: Seconds to wait for RabbitMQ's name.
-_PATIENCE = 2.0
+_ANSWER_WITHIN = 2.0
 
 
 class Neighbour(NamedTuple):
@@ -60,7 +60,7 @@ class Neighbour(NamedTuple):
         )
 
 
-def place_of(broker: Broker, store: IdempotencyStore) -> str | None:
+def service_scope_of(broker: Broker, store: IdempotencyStore) -> str | None:
     """Return the part of a register's name that separates services; None if the store's namespace does."""
     kind = kind_of(broker)
     if kind == "stub" or getattr(store, "is_namespaced", True):
@@ -102,7 +102,7 @@ def _cluster_of(broker: Any) -> str:
     several = broker.parameters if isinstance(broker.parameters, (list, tuple)) else [broker.parameters]
     copies = [copy(one) for one in several]
     for one in copies:
-        one.socket_timeout = one.stack_timeout = _PATIENCE
+        one.socket_timeout = one.stack_timeout = _ANSWER_WITHIN
         one.connection_attempts = 1
     connection = pika.BlockingConnection(copies)
     try:
@@ -122,14 +122,14 @@ def _id_of(broker: Any) -> str:
 
 
 def record_service(
-    store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
+    store: IdempotencyStore, server: str, scope: str | None, queues: Iterable[tuple[str, str]]
 ) -> list[Neighbour]:
     """Record the actors of a service, and return the services that have recorded the same keys.
 
     Parameters:
       store: The store of the keys.
       server: See `server_of`.
-      place: See `place_of`.
+      scope: See `service_scope_of`.
       queues: The actors with keys, each with the name of the queue.
     """
     queues = list(queues)
@@ -137,11 +137,11 @@ def record_service(
     for _ in range(_TRIES):
         known = _read(held)
         now = now_ms()
-        found = list(_others(known, server, place, queues, now))
+        found = list(_others(known, server, scope, queues, now))
         for actor, queue in queues:
-            of_actor = known.setdefault(_key(place, actor, queue), {})
+            of_actor = known.setdefault(_key(scope, actor, queue), {})
             of_actor[_name(server, queue)] = now
-        value = json.dumps({actor: _lately(seen, now) for actor, seen in known.items() if _lately(seen, now)})
+        value = json.dumps({actor: _recent(seen, now) for actor, seen in known.items() if _recent(seen, now)})
         entry = store.swap(_SERVICES, held, value.encode(), 4 * WEEK_MS)
         if entry is None:
             return found
@@ -150,32 +150,32 @@ def record_service(
 
 
 def neighbours(
-    store: IdempotencyStore, server: str, place: str | None, queues: Iterable[tuple[str, str]]
+    store: IdempotencyStore, server: str, scope: str | None, queues: Iterable[tuple[str, str]]
 ) -> list[Neighbour]:
     """Return the services that have recorded the same keys, and write nothing. Parameters as for `record_service`."""
-    return list(_others(_read(store.get(_SERVICES).value), server, place, queues, now_ms()))
+    return list(_others(_read(store.get(_SERVICES).value), server, scope, queues, now_ms()))
 
 
 def _others(
-    known: dict[str, dict[str, int]], server: str, place: str | None, queues: Iterable[tuple[str, str]], now: int
+    known: dict[str, dict[str, int]], server: str, scope: str | None, queues: Iterable[tuple[str, str]], now: int
 ) -> Iterator[Neighbour]:
     for actor, queue in queues:
-        for other, seen in _lately(known.get(_key(place, actor, queue), {}), now).items():
+        for other, seen in _recent(known.get(_key(scope, actor, queue), {}), now).items():
             if other != _name(server, queue):
                 yield Neighbour(actor, other, seen)
 
 
-def _key(place: str | None, actor: str, queue: str) -> str:
-    return actor if place is None else json.dumps([place, queue, actor])
+def _key(scope: str | None, actor: str, queue: str) -> str:
+    return actor if scope is None else json.dumps([scope, queue, actor])
 
 
 def _name(server: str, queue: str) -> str:
     return f"queue {queue!r} ({server})"
 
 
-def _lately(seen: dict[str, int], now: int) -> dict[str, int]:
+def _recent(seen: dict[str, int], now: int) -> dict[str, int]:
     latest = sorted(seen.items(), key=lambda item: item[1])[-10:]
-    return {name: at for name, at in latest if now - at < _LATELY}
+    return {name: at for name, at in latest if now - at < _RECENTLY}
 
 
 def _read(value: bytes | None) -> dict[str, dict[str, int]]:

@@ -39,12 +39,12 @@ def add_unconfirmed(token: str) -> None:
 
 
 def is_unconfirmed(record: Record) -> bool:
-    """Tell whether a record is a claim of this process whose run never began."""
+    """Return whether a record is a claim of this process whose run never began."""
     return record.token in _unconfirmed_tokens and record.owner == owners.this_process()
 
 
 def is_dead(record: Record) -> bool:
-    """Tell whether the run of a record has certainly died without recording its end."""
+    """Return whether the run of a record has certainly died without recording its end."""
     if record.owner == owners.this_process():
         return record.token not in _active_tokens
     return owners.is_dead(record.owner)

@@ -17,7 +17,7 @@ from ..idempotency.claims import Claims
 from ..idempotency.guard import IdempotencyGuard
 from ..idempotency.key_state import KeyedJob, KeyState, job_of_arguments, job_of_message
 from ..idempotency.options import OPTIONS, checked_crashes
-from ..idempotency.services import place_of, record_service, server_of
+from ..idempotency.services import record_service, server_of, service_scope_of
 from ..idempotency.store_client import StoreDown
 from ..stores import IdempotencyStore
 from .base import PolicyMiddleware, arrangement_of, order_middleware
@@ -116,7 +116,7 @@ class Idempotency(PolicyMiddleware):
 
     @staticmethod
     def has_default_store(broker: Broker) -> bool:
-        """Tell whether Idempotency has a default store on this broker."""
+        """Return whether Idempotency has a default store on this broker."""
         return kind_of(broker) in ("stub", "redis")
 
     def attach(self, state: BrokerState) -> None:
@@ -128,7 +128,7 @@ class Idempotency(PolicyMiddleware):
             state,
             self.claims,
             run_without_store=self.on_store_error == "run",
-            place=place_of(state.broker, store),
+            scope=service_scope_of(state.broker, store),
         )
         state.idempotency.postpone = guard.contention.postpone
         state.add_around_job(guard.around_job, order=1)
@@ -171,12 +171,12 @@ class Idempotency(PolicyMiddleware):
         queues, server = keyed_queues(state), server_of(broker, claims.store)
         if server is None or not queues:
             return
-        for found in claims.call_store(partial(record_service, claims.store, server, self.guard.place, queues)):
+        for found in claims.call_store(partial(record_service, claims.store, server, self.guard.scope, queues)):
             alerts.warning("%s.", found)
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         if self.claims is not None:
-            self.claims.excuse_all()
+            self.claims.uncount_running_starts()
 
     def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
         batched = None if self.attached_to is None else self.attached_to.idempotency.batched_completions

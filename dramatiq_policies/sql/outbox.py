@@ -96,7 +96,7 @@ class SqlOutbox(Outbox):
         )
 
     def is_same_database(self, engine: Engine | AsyncEngine) -> bool:
-        """Tell whether another engine is of the outbox's database."""
+        """Return whether another engine is of the outbox's database."""
         own, other = sync_engine_of(self.engine), sync_engine_of(engine)
         return other is own or other.pool is own.pool or _address(other) == _address(own)
 

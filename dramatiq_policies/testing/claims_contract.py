@@ -38,7 +38,7 @@ class ClaimsContract:
             assert len(winners) == 1
             assert all(0 < answer.left <= _LONG for answer in answers if isinstance(answer, WaitForOwner))
             assert sum(isinstance(answer, WaitForOwner) for answer in answers) == THREADS - 1
-            claim.conclude(winners[0], _SUCCEEDED)
+            claim.finish(winners[0], _SUCCEEDED)
             winner = winners[0].record.message_id
             assert set(run_concurrently(lambda number: claim(f"m{number}"))) == {
                 SkipDuplicate("completed", winner),
@@ -57,7 +57,7 @@ class ClaimsContract:
             (taken,) = [answer for answer in answers if isinstance(answer, Claim)]
             assert taken.record.starts == 2
             # The first claim's conclusion comes too late.
-            claim.conclude(first, _DEAD)
+            claim.finish(first, _DEAD)
             assert store.get("key").value == taken.value
 
     def test_a_claim_is_another_messages_once_its_lease_has_ended(self, store: IdempotencyStore) -> None:
@@ -69,7 +69,7 @@ class ClaimsContract:
             self.pass_time(store, self.short + 50)
             second = claim.unrenewed("other")
             assert isinstance(second, Claim)
-            claim.conclude(first, _DEAD)
+            claim.finish(first, _DEAD)
             assert store.get("key").value == second.value
 
     def test_a_claim_lasts_as_long_as_it_is_renewed(self, store: IdempotencyStore) -> None:
@@ -90,13 +90,13 @@ class ClaimsContract:
         with _claims(store, _LONG) as claim:
             first = claim("m")
             assert isinstance(first, Claim)
-            claim.conclude(first, Decision(Outcome.RETRIED, delay_ms=1_000))
+            claim.finish(first, Decision(Outcome.RETRIED, delay_ms=1_000))
             assert claim("m") == SkipDuplicate("stale")
             assert isinstance(claim("other"), WaitForOwner)
             retry = claim("m", run=1)
             assert isinstance(retry, Claim)
             assert claim("m") == SkipDuplicate("stale")
-            claim.conclude(retry, _DEAD)
+            claim.finish(retry, _DEAD)
             assert [claim("m"), claim("m", run=1)] == [SkipDuplicate("stale")] * 2
             assert isinstance(claim("other"), Claim)
 
@@ -108,8 +108,8 @@ class _Claiming:
     def __call__(self, message_id: str, run: int = 0, is_dead: Callable[[Record], bool] = lambda record: False) -> Any:
         return self.claims.claim("key", Request(message_id, run, is_dead), keyed=True, retention=10 * _LONG)
 
-    def conclude(self, claim: Claim, decision: Decision) -> None:
-        self.claims.conclude(claim, decision)
+    def finish(self, claim: Claim, decision: Decision) -> None:
+        self.claims.finish(claim, decision)
 
     def unrenewed(self, message_id: str) -> Any:
         answer = self(message_id)

@@ -122,7 +122,7 @@ _DISCONNECT_NUMBERS = {1053, 1077, 1079, 1158, 1159, 1160, 1161, 1927, 2006, 201
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether a deadlock, a serialization failure or a lock stopped the work: repeated, it may succeed."""
+    """Return whether a deadlock, a serialization failure or a lock stopped the work: repeated, it may succeed."""
     return any(
         _state(one) in _TRANSIENT_STATES
         or _number(one) in _TRANSIENT_NUMBERS
@@ -132,7 +132,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_disconnect(error: BaseException) -> bool:
-    """Tell whether the connection is lost: on a new one, the work may succeed."""
+    """Return whether the connection is lost: on a new one, the work may succeed."""
     for one in _chain(error):
         state = _state(one) or ""
         # 08: connection exception; 57P01 to 57P03: the server shuts down or starts.
@@ -144,7 +144,7 @@ def is_disconnect(error: BaseException) -> bool:
 
 
 def is_duplicate(error: BaseException) -> bool:
-    """Tell whether a row with this primary key exists."""
+    """Return whether a row with this primary key exists."""
     return any(
         _state(one) == "23505" or _number(one) == 1062 or (_is_sqlite(one) and "UNIQUE constraint" in str(one))
         for one in _chain(error)
@@ -152,7 +152,7 @@ def is_duplicate(error: BaseException) -> bool:
 
 
 def is_missing_table(error: BaseException) -> bool:
-    """Tell whether the database has no such table."""
+    """Return whether the database has no such table."""
     return any(
         _state(one) in ("42P01", "42S02") or _number(one) == 1146 or (_is_sqlite(one) and "no such table" in str(one))
         for one in _chain(error)

@@ -132,13 +132,13 @@ class TransactionalJobs:
         self._store: KeyTable
         self._is_around_jobs = False
 
-    def add(self, where: str, actor: Actor[..., Any], guard: IdempotencyOptions | None) -> None:
+    def add(self, where: str, actor: Actor[..., Any], options: IdempotencyOptions | None) -> None:
         """Run the jobs of an actor with ``transactional=True`` in transactions.
 
         Raises:
           ConfigurationError: The actor has no key, or the keys are not in the outbox's database.
         """
-        store = None if guard is None else self._claims().store
+        store = None if options is None else self._claims().store
         if not isinstance(store, KeyTable):
             found = "no Idempotency with a store" if store is None else f"a {type(store).__name__}"
             raise ConfigurationError(
@@ -146,7 +146,7 @@ class TransactionalJobs:
                 "Call install(broker, outbox=SqlOutbox(engine), idempotency=Idempotency(SqlStore(engine))), or with Django "
                 "DjangoOutbox() and DjangoStore()."
             )
-        if guard is None or not guard.keyed:
+        if options is None or not options.keyed:
             raise ConfigurationError(
                 f"{where}: transactional=True needs a key. Add idempotent=True, or an idempotency_key."
             )
@@ -205,7 +205,7 @@ class TransactionalJobs:
         self._complete(connection, claim)
 
     def _follow_ups(self, delivery: Delivery, result: Any) -> list[Any]:
-        """Return the follow-up messages that the hooks of a success would leave: the pipeline's next stage, the group, ``on_success``."""
+        """Return the follow-up messages that the hooks of a success would leave: the pipeline's next step, the group, ``on_success``."""
         broker, proxy = self.state.broker, delivery.proxy
         assert proxy is not None  # From the before-hooks to the after-hooks.
         try:

@@ -142,7 +142,7 @@ def test_where_its_name_still_leads_to_it_the_call_fails_and_the_next_one_connec
 @pytest.fixture
 def settling(monkeypatch):
     """A Piggyback, and what it does with a message whose ack fails in these ways one after the other."""
-    monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion._AGAIN", 0)
+    monkeypatch.setattr("dramatiq_policies.idempotency.batched_completion._ACK_AGAIN_AFTER", 0)
     batched_completions = BatchedCompletions(SimpleNamespace(stopping=threading.Event()), None)
 
     def settle(*errors):

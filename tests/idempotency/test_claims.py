@@ -120,14 +120,14 @@ def test_the_run_that_was_taken_over_can_write_its_failure_no_more(claims, store
     first = ask(claims)
     ask(claims, dead=died)
     held = store.get("k").value
-    claims.conclude(first, DEAD)
+    claims.finish(first, DEAD)
     assert store.get("k").value == held
 
 
 def test_a_run_that_was_taken_over_and_yet_succeeds_completes_the_key(claims, store):
     first = ask(claims)
     ask(claims, dead=died)
-    claims.conclude(first, SUCCEEDED)
+    claims.finish(first, SUCCEEDED)
     assert ask(claims) == SkipDuplicate("completed", None)
 
 
@@ -138,7 +138,7 @@ def test_a_quarantine_leaves_the_claims_of_this_process_alone(claims, store):
     store.put("k", theirs.encode(), LEASE + KEEP)
     quarantined = ask(claims, dead=died)
     assert isinstance(quarantined, Quarantined)
-    claims.conclude(quarantined.claim, Decision(Outcome.DEAD, "crashed"))
+    claims.finish(quarantined.claim, Decision(Outcome.DEAD, "crashed"))
     assert not is_dead(running.record)
     assert ask(claims, "runs here", name="other") == WaitForOwner(LEASE)
 
@@ -151,7 +151,7 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
         if isinstance(answer, Start) and answer.alone:
             answer = ask(claims, running[0], alone=True)
         if isinstance(answer, Quarantined):
-            claims.conclude(answer.claim, Decision(Outcome.DEAD, "crashed"))
+            claims.finish(answer.claim, Decision(Outcome.DEAD, "crashed"))
             running.pop(0)
             continue
         assert isinstance(answer, Claim)
@@ -167,45 +167,45 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
 
 
 def test_the_register_of_each_ending_says_what_the_next_message_needs(claims, store):
-    claims.conclude(ask(claims), SUCCEEDED)
+    claims.finish(ask(claims), SUCCEEDED)
     assert store.record("k").state == "completed"
     assert store.get("k").left == KEEP
     store.delete("k")
 
-    claims.conclude(ask(claims), RETRIED)
+    claims.finish(ask(claims), RETRIED)
     waiting = store.record("k")
     assert (waiting.state, waiting.ended) == ("waiting", (("m", 0),))
     assert store.get("k").left == 5_000 + LEASE + KEEP
     assert ask(claims, "other") == WaitForOwner(5_000 + LEASE)
     assert ask(claims) == SkipDuplicate("stale")
 
-    claims.conclude(ask(claims, run=1), DEAD)
+    claims.finish(ask(claims, run=1), DEAD)
     assert store.record("k").state == "free"
     assert ask(claims) == ask(claims, run=1) == SkipDuplicate("stale")
     assert isinstance(ask(claims, "other"), Claim)
 
 
 def test_an_interrupted_run_frees_the_key_and_may_begin_again(claims, store):
-    claims.conclude(ask(claims), Decision(Outcome.INTERRUPTED))
+    claims.finish(ask(claims), Decision(Outcome.INTERRUPTED))
     assert store.get("k").value is None
     assert isinstance(ask(claims), Claim)
 
 
 def test_a_run_that_was_requeued_unrun_has_not_ended(claims, store):
     """`done_when` said so, and then the result that its pipeline needs could not be read."""
-    claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "store_down", delay_ms=1_000))
+    claims.finish(ask(claims), Decision(Outcome.DEFERRED, "store_down", delay_ms=1_000))
     assert isinstance(ask(claims), Claim)
 
 
 def test_a_snooze_ends_its_run(claims, store):
-    claims.conclude(ask(claims), Decision(Outcome.DEFERRED, "snoozed", delay_ms=1_000))
+    claims.finish(ask(claims), Decision(Outcome.DEFERRED, "snoozed", delay_ms=1_000))
     assert ask(claims) == SkipDuplicate("stale")
     assert ask(claims, "other") == WaitForOwner(1_000 + LEASE)
     assert isinstance(ask(claims, run=1), Claim)
 
 
 def test_a_claim_without_a_key_leaves_nothing_behind(claims, store):
-    claims.conclude(ask(claims, keyed=False), SUCCEEDED)
+    claims.finish(ask(claims, keyed=False), SUCCEEDED)
     assert store.get("k").value is None
 
 
@@ -235,7 +235,7 @@ def test_what_is_to_be_published_again_is_known_but_for_what_every_run_has(claim
 
 
 def test_a_run_that_another_middleware_skipped_has_ended(claims, store):
-    claims.conclude(ask(claims), Decision(Outcome.SKIPPED))
+    claims.finish(ask(claims), Decision(Outcome.SKIPPED))
     assert ask(claims) == SkipDuplicate("stale")
 
 
@@ -243,7 +243,7 @@ def test_a_publish_that_was_given_up_half_way_is_left_to_the_redelivery(claims, 
     """The broker may have accepted the retry: the run has ended, and its end is not taken back."""
     claim = ask(claims)
     claims.record_ending(claim, OutgoingMessage(Again(retries=1), 2_000))
-    claims.conclude(claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
+    claims.finish(claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
     assert isinstance(ask(claims), records.RepublishRetry)
 
 
@@ -315,7 +315,7 @@ def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store
 
 
 def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_ended_runs(claims, store):
-    claims.conclude(ask(claims, "first"), RETRIED)
+    claims.finish(ask(claims, "first"), RETRIED)
     store.now += 66
     swap = store.swap
 
@@ -355,14 +355,14 @@ def test_a_start_is_counted_where_the_store_is_down_when_it_is_to_be_excused(cla
 def test_an_ending_that_is_no_completion_is_tried_once_and_left_to_the_renewing_thread(claims, store, slept):
     claim = ask(claims)
     store.down = True
-    claims.conclude(claim, DEAD)
+    claims.finish(claim, DEAD)
     assert slept == []
 
 
 def test_a_completion_is_tried_for_some_seconds(claims, store, slept, caplog):
     claim = ask(claims)
     store.down = True
-    claims.conclude(claim, SUCCEEDED)
+    claims.finish(claim, SUCCEEDED)
     assert sum(slept) == pytest.approx(5)
     assert "The completion of message m is not recorded yet" in caplog.text
 
@@ -370,7 +370,7 @@ def test_a_completion_is_tried_for_some_seconds(claims, store, slept, caplog):
 def test_the_end_of_a_claim_without_a_key_is_tried_once(claims, store, slept):
     claim = ask(claims, keyed=False)
     store.down = True
-    claims.conclude(claim, SUCCEEDED)
+    claims.finish(claim, SUCCEEDED)
     assert slept == []
 
 
@@ -395,7 +395,7 @@ def test_a_completion_that_was_carried_ends_the_claim(claims, store):
 def test_an_ending_that_could_not_be_written_holds_the_key_until_it_is(claims, store):
     claim = ask(claims)
     store.down = True
-    claims.conclude(claim, DEAD)
+    claims.finish(claim, DEAD)
     store.down = False
     assert ask(claims, "other") == WaitForOwner(LEASE)
     assert not is_dead(claim.record)
@@ -424,9 +424,9 @@ def test_one_ending_that_can_never_be_written_keeps_no_other_from_being_written_
     claims = failing_at_one
     odd, other, running = ask(claims, "m1", name="odd"), ask(claims, "m2", name="k2"), ask(claims, "m3", name="k3")
     store.fails = True
-    claims.conclude(odd, DEAD)
+    claims.finish(odd, DEAD)
     store.down = True
-    claims.conclude(other, DEAD)
+    claims.finish(other, DEAD)
     store.down = False
     store.now += 50
     claims.leases.renew()
@@ -446,7 +446,7 @@ def test_an_ending_that_can_be_written_again_later_is_written_and_not_given_up(f
     claims = failing_at_one
     odd = ask(claims, "m1", name="odd")
     store.fails = True
-    claims.conclude(odd, DEAD)
+    claims.finish(odd, DEAD)
     for _ in range(5):
         with pytest.raises(StoreDown):
             claims.leases.renew()
@@ -460,7 +460,7 @@ def test_while_the_store_is_down_no_ending_is_given_up_and_few_are_tried(claims,
     owed = [ask(claims, f"m{number}", name=f"k{number}") for number in range(10)]
     store.down = True
     for claim in owed:
-        claims.conclude(claim, DEAD)
+        claims.finish(claim, DEAD)
     asked = []
     find = store._find
     store._find = lambda key: asked.append(key) or find(key)
@@ -495,7 +495,7 @@ def test_for_a_claim_that_was_renewed_the_store_is_asked_nothing_more(claims, st
 
 
 def test_a_claim_that_has_ended_is_renewed_no_more(claims, store):
-    claims.conclude(ask(claims), DEAD)
+    claims.finish(ask(claims), DEAD)
     claims.leases.renew()
     assert store.renewals == []
 
@@ -536,7 +536,7 @@ def test_a_renewal_does_not_undo_an_ending_that_is_being_written(claims, store):
         return found
 
     store.swap = swap_and_renew
-    claims.conclude(claim, SUCCEEDED)
+    claims.finish(claim, SUCCEEDED)
     assert store.get("k").value is None
 
 

@@ -145,7 +145,7 @@ class Simulation:
             mock.patch.object(owners, "this_process", lambda: self.current.name),  # noqa: PT008
             *(mock.patch.object(tokens, name) for name in ("_active_tokens", "_unconfirmed_tokens", "_numbers")),
             mock.patch.object(owners, "is_dead", self._is_certainly_dead),
-            mock.patch.object(claims_module, "_PAUSES", ()),
+            mock.patch.object(claims_module, "_COMPLETION_PAUSES", ()),
             mock.patch.object(claims_module.alerts.logger, "disabled", new=True),
             mock.patch.object(leases.logger.logger, "disabled", new=True),
         ]
@@ -348,7 +348,7 @@ class Simulation:
         held.stage = ANNOUNCED
 
     def _give_up(self, worker, held):
-        worker.claims.conclude(held.claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
+        worker.claims.finish(held.claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
         worker.held.remove(held)
 
     def _hand_on(self, worker, held, outcome):
@@ -373,7 +373,7 @@ class Simulation:
         claim, message = held.claim, held.message
         before = self.store.get(message.key).value
         claim_owned = before == claim.value
-        worker.claims.conclude(claim, decision)
+        worker.claims.finish(claim, decision)
         written = claim not in [one for one, _ in worker.claims.leases._pending_writes]
         if held.outcome == "succeeded":
             self.succeeded.add(claim)

@@ -8,7 +8,7 @@ from dramatiq import Message
 from dramatiq_policies import Idempotency
 from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.idempotency import contention
-from dramatiq_policies.idempotency.contention import _FRESH, _GRID, _MANY, WAITS_FOR, Contention
+from dramatiq_policies.idempotency.contention import _CONTENDED_FROM, _FRESH_FOR, _GRID, WAITS_FOR, Contention
 from dramatiq_policies.idempotency.records import SkipDuplicate, WaitForOwner
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -30,7 +30,7 @@ def clock(monkeypatch):
     return clock
 
 
-def many(waiting, answer, number=_MANY):
+def many(waiting, answer, number=_CONTENDED_FROM):
     for _ in range(number):
         waiting.observe("k", answer)
 
@@ -69,7 +69,7 @@ def test_many_wait_as_long_as_they_may_and_do_not_come_at_the_same_time(clock):
 
 def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_always(clock):
     waiting = Contention(LEASE)
-    many(waiting, WaitForOwner(LEASE, 5, "owner"), _MANY - 1)
+    many(waiting, WaitForOwner(LEASE, 5, "owner"), _CONTENDED_FROM - 1)
     assert waiting.known("k", "other") is None
     many(waiting, WaitForOwner(LEASE, 5, "owner"), 1)
     clock.now += 0.5
@@ -77,7 +77,7 @@ def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_alway
     assert (found.left, found.started_at, found.message_id) == (LEASE - 500, 5, "owner")
     assert waiting.known("k", "owner") is None
     assert waiting.known("another", "other") is None
-    clock.now += _FRESH
+    clock.now += _FRESH_FOR
     assert waiting.known("k", "other") is None
 
 
@@ -144,9 +144,9 @@ def test_any_other_due_message_moves(clock, message):
 def test_once_a_second_one_of_many_due_messages_moves_and_asks(clock):
     waiting = Contention(LEASE)
     many(waiting, WaitForOwner(LEASE, 5, "owner"))
-    clock.now += _FRESH + 0.1
+    clock.now += _FRESH_FOR + 0.1
     assert postponed(waiting, 100) == 99
-    clock.now += _FRESH + 0.1
+    clock.now += _FRESH_FOR + 0.1
     assert postponed(waiting, 100) == 99
     waiting.observe("k", WaitForOwner(LEASE, 5, "owner"), counted=True)
     assert postponed(waiting, 100) == 100
@@ -154,12 +154,12 @@ def test_once_a_second_one_of_many_due_messages_moves_and_asks(clock):
 
 def test_few_due_messages_move_at_once(clock):
     waiting = Contention(LEASE)
-    assert postponed(waiting, _MANY - 1) == 0
+    assert postponed(waiting, _CONTENDED_FROM - 1) == 0
 
 
 def test_in_a_process_that_knows_nothing_of_a_key_many_do_not_move_at_once_either(clock):
     waiting = Contention(LEASE)
-    assert postponed(waiting, 1_000) == 1_000 - _MANY
+    assert postponed(waiting, 1_000) == 1_000 - _CONTENDED_FROM
     assert waiting.postpone(due()) <= 1_000
 
 

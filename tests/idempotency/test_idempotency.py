@@ -1032,7 +1032,7 @@ def test_an_actor_that_asked_for_nothing_runs_while_the_store_is_down(flaky):
 
 
 def test_a_completion_is_written_when_the_store_is_back(flaky, monkeypatch):
-    monkeypatch.setattr(claims, "_PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(claims, "_COMPLETION_PAUSES", (0.05, 0.1))
     stage = Stage(bundle={"idempotency": Idempotency(flaky, lease=300)})
 
     @stage.actor(idempotency_key="{order_id}")

@@ -424,7 +424,7 @@ def long_beside(app):
 
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
 def test_a_last_start_is_requeued_while_another_job_runs_and_made_alone_then(monkeypatch, options):
-    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._OTHERS_MAY_TAKE", 0.01)
+    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._WAIT_FOR_OTHERS", 0.01)
     monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
     app = Crashing(**options)
     long, entered, go_on = long_beside(app)
@@ -444,7 +444,7 @@ def test_a_last_start_is_requeued_while_another_job_runs_and_made_alone_then(mon
 
 
 def test_a_last_start_beside_a_job_that_never_ends_is_no_proof(monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._OTHERS_MAY_TAKE", 0.01)
+    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._WAIT_FOR_OTHERS", 0.01)
     monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
     monkeypatch.setattr("dramatiq_policies.idempotency.guard._RETURNS", 2)
     app = Crashing(**GUARDED)
@@ -474,7 +474,7 @@ class Watching(list):
 
 
 def test_a_last_start_is_exposed_before_another_job_begins_beside_it(monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._ALONE_AT_MOST", 0.05)
+    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._ALONE_FOR", 0.05)
     app = Crashing(**GUARDED)
     alone, go_on = threading.Event(), threading.Event()
     seen = []

@@ -22,10 +22,10 @@ from dramatiq_policies.idempotency.records import (
     SkipDuplicate,
     Start,
     WaitForOwner,
+    claimed,
     completed_by,
     next_action,
     released,
-    taken,
 )
 
 ID = "6f1c7a52-3a35-4a5e-9d0e-2f4a0c3b1f10"
@@ -241,7 +241,7 @@ def test_a_run_that_ended_is_stale_from_then_on(record, retention):
     after = released(record, FREE, ended=True, retention=retention)
     request = Request(record.message_id, record.run, GONE)
     assert next_action(after, 0, request) == SkipDuplicate("stale")
-    claim = taken(
+    claim = claimed(
         Start(1, after.ended),
         request._replace(message_id="next"),
         owner="o",
@@ -300,6 +300,6 @@ def test_a_limit_of_one_counts_every_start_for_none_is_made_alone():
 def test_a_claim_says_whether_it_was_made_beside_others():
     request = Request("m", 1, GONE, max_crashes=3)
     for asked, beside in [({}, True), ({"alone": True}, False), ({"beside": True}, True)]:
-        claim = taken(Start(3), request._replace(**asked), owner="o", token="t", started_at=0, retention=1)
+        claim = claimed(Start(3), request._replace(**asked), owner="o", token="t", started_at=0, retention=1)
         assert claim.beside is beside
         assert Record.decode(claim.encode()) == claim

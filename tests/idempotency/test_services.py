@@ -13,7 +13,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies.idempotency import services
 from dramatiq_policies.idempotency.options import register_of
-from dramatiq_policies.idempotency.services import neighbours, place_of, record_service, server_of
+from dramatiq_policies.idempotency.services import neighbours, record_service, server_of, service_scope_of
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
 
@@ -34,17 +34,19 @@ def redis_broker(**options):
 
 def test_a_namespace_that_was_given_tells_services_apart_by_itself():
     for broker in (rabbitmq(), redis_broker(), StubBroker()):
-        assert place_of(broker, RedisStore(namespace="shop")) is None
-        assert place_of(broker, RedisStore(namespace="idem")) is None
-        assert place_of(broker, RedisStore.from_url("redis://", namespace="shop")) is None
+        assert service_scope_of(broker, RedisStore(namespace="shop")) is None
+        assert service_scope_of(broker, RedisStore(namespace="idem")) is None
+        assert service_scope_of(broker, RedisStore.from_url("redis://", namespace="shop")) is None
 
 
 def test_without_one_the_virtual_host_or_the_brokers_namespace_does():
     store = RedisStore.from_url("redis://127.0.0.1:1")
     assert store.namespace == "idem"
-    assert place_of(rabbitmq(), store) == place_of(rabbitmq(["amqp://127.0.0.1:1/shop", "amqp://other/shop"]), store)
+    assert service_scope_of(rabbitmq(), store) == service_scope_of(
+        rabbitmq(["amqp://127.0.0.1:1/shop", "amqp://other/shop"]), store
+    )
     places = [
-        place_of(broker, store)
+        service_scope_of(broker, store)
         for broker in (rabbitmq(), rabbitmq("amqp://127.0.0.1:1"), redis_broker(), redis_broker(namespace="shop"))
     ]
     assert len(set(places)) == 4
@@ -52,8 +54,8 @@ def test_without_one_the_virtual_host_or_the_brokers_namespace_does():
 
 
 def test_on_a_stub_broker_and_in_a_store_of_somebody_elses_nothing_is_added():
-    assert place_of(StubBroker(), RedisStore()) is None
-    assert place_of(rabbitmq(), MemoryStore()) is None
+    assert service_scope_of(StubBroker(), RedisStore()) is None
+    assert service_scope_of(rabbitmq(), MemoryStore()) is None
 
 
 def test_the_names_of_two_services_differ_and_each_knows_where_0_1_0_looked():

@@ -140,7 +140,7 @@ def completes_and_dies(number):
     if once("complete"):
         from dramatiq_policies.idempotency.claims import Claims
         stock = Claims.conclude
-        def conclude(self, claim, decided):
+        def finish(self, claim, decided):
             stock(self, claim, decided)
             die()
         Claims.conclude = conclude

@@ -16,7 +16,7 @@ from sqlalchemy.pool import StaticPool
 
 from dramatiq_policies import ConfigurationError, Idempotency, install
 from dramatiq_policies.errors import MissingTable
-from dramatiq_policies.idempotency.services import place_of
+from dramatiq_policies.idempotency.services import service_scope_of
 from dramatiq_policies.sql import SqlStore, create_tables, metadata
 from dramatiq_policies.sql.database import SqlDatabase
 from dramatiq_policies.stores import Entry, IdempotencyStore
@@ -73,7 +73,7 @@ def test_a_namespace_of_the_user_separates_services_and_the_default_leaves_it_to
     broker = StubBroker()
     assert SqlStore(engine).is_namespaced is False
     assert SqlStore(engine, namespace="idem").is_namespaced is True
-    assert place_of(broker, SqlStore(engine, namespace="shop")) is None
+    assert service_scope_of(broker, SqlStore(engine, namespace="shop")) is None
 
 
 def test_two_namespaces_share_no_key(engine, store):

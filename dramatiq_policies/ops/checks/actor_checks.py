@@ -179,15 +179,15 @@ def _seconds(job: _Job) -> Found:
 
 
 def _memory(job: _Job) -> Found:
-    idempotency, guard, timeout = job.one(Idempotency), job.policy.idempotency, job.policy.timeout_ms
-    if idempotency is None or guard is None or not guard.keyed:
+    idempotency, keys, timeout = job.one(Idempotency), job.policy.idempotency, job.policy.timeout_ms
+    if idempotency is None or keys is None or not keys.keyed:
         return
     # The lease is renewed while the job runs, but not during a call that blocks all other threads.
     if timeout is not None and idempotency.lease < min(timeout, _LEASE):
         yield "DP009", f"The lease is {format_duration(idempotency.lease)}, the timeout {format_duration(timeout)}"
     horizon = max((retry_horizon(rule.policy) for rule in job.policy.rules.rules if rule.policy), default=0)
-    if guard.ttl < horizon:
-        lasts, kept = format_duration(horizon), format_duration(guard.ttl)
+    if keys.ttl < horizon:
+        lasts, kept = format_duration(horizon), format_duration(keys.ttl)
         yield "DP010", f"Retries may go on for {lasts}, and the record of a completed key is kept for {kept}"
 
 

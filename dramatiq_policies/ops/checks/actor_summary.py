@@ -90,22 +90,22 @@ def _facts(actor: Actor[..., Any], policy: ActorPolicy) -> dict[str, str]:
         facts["tags"] = ", ".join(f"{name}={value}" for name, value in policy.tags.items())
     if policy.exempt:
         facts["exempt"] = "; ".join(f"{code}: {reason}" for code, reason in policy.exempt.items())
-    facts["a duplicate"], facts["a crash"] = _again(actor, policy)
+    facts["a duplicate"], facts["a crash"] = _rerun_facts(actor, policy)
     return facts
 
 
-def _again(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
+def _rerun_facts(actor: Actor[..., Any], policy: ActorPolicy) -> tuple[str, str]:
     """Describe a second message of the same job, and a crash of the worker during a job."""
-    guard = policy.idempotency
+    keys = policy.idempotency
     again = "the message is redelivered and the job runs again from the start"
     crash = (
         again
-        if guard is None or guard.max_crashes is None
-        else f"{again}; dead (crashed) after {guard.max_crashes} such runs"
+        if keys is None or keys.max_crashes is None
+        else f"{again}; dead (crashed) after {keys.max_crashes} such runs"
     )
-    if guard is not None and guard.keyed:
-        kept = f"skipped for {format_duration(guard.ttl)} after the job has completed, deferred while it runs"
-        return (kept if guard.key_of is not None else f"{kept}; a duplicate is only the same message id"), crash
+    if keys is not None and keys.keyed:
+        kept = f"skipped for {format_duration(keys.ttl)} after the job has completed, deferred while it runs"
+        return (kept if keys.key_of is not None else f"{kept}; a duplicate is only the same message id"), crash
     if "done_when" in actor.options:
         return "runs, unless done_when returns true", crash
     return "runs again: no option of the actor prevents the second run", crash

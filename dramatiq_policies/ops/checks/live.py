@@ -135,11 +135,11 @@ def _store(broker: Broker, facts: dict[str, Any]) -> Found:
     state = state_of(broker)
     if idempotency is None or idempotency.store is None or idempotency.guard is None:
         return
-    store, place = idempotency.store, idempotency.guard.place
+    store, scope = idempotency.store, idempotency.guard.scope
     warnings, server = getattr(store, "warnings", None), server_of(broker, store)
     try:
         found = warnings() if callable(warnings) else []
-        others = [] if server is None else neighbours(store, server, place, keyed_queues(state))
+        others = [] if server is None else neighbours(store, server, scope, keyed_queues(state))
     except MissingTable as error:
         yield "DP112", str(error).removesuffix(".")
         return

@@ -85,8 +85,8 @@ def solitude_of(exclusive):
 
 
 def test_nobody_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
-    monkeypatch.setattr(module, "_ALONE_AT_MOST", 0.05)
+    monkeypatch.setattr(module, "_WAIT_FOR_OTHERS", 0.05)
+    monkeypatch.setattr(module, "_ALONE_FOR", 0.05)
     exclusive = ExclusiveRuns()
     long = Job(exclusive)
     assert begins(long)
@@ -117,7 +117,7 @@ def test_a_job_that_fails_leaves_too(alone):
 
 
 def test_a_job_that_can_not_be_alone_in_time_is_marked_so_and_keeps_nobody_out(monkeypatch):
-    monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
+    monkeypatch.setattr(module, "_WAIT_FOR_OTHERS", 0.05)
     exclusive = ExclusiveRuns()
     long, wanting = object(), object()
     exclusive.enter(long)
@@ -129,7 +129,7 @@ def test_a_job_that_can_not_be_alone_in_time_is_marked_so_and_keeps_nobody_out(m
 
 
 def test_a_second_job_that_must_be_alone_does_not_begin_beside_the_first(monkeypatch):
-    monkeypatch.setattr(module, "_OTHERS_MAY_TAKE", 0.05)
+    monkeypatch.setattr(module, "_WAIT_FOR_OTHERS", 0.05)
     exclusive = ExclusiveRuns()
     first, second = object(), object()
     exclusive.enter(first)
@@ -139,8 +139,8 @@ def test_a_second_job_that_must_be_alone_does_not_begin_beside_the_first(monkeyp
 
 
 def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypatch):
-    monkeypatch.setattr(module, "_ALONE_AT_MOST", 0.05)
-    monkeypatch.setattr(module, "_EXPOSE_AGAIN", 0.01)
+    monkeypatch.setattr(module, "_ALONE_FOR", 0.05)
+    monkeypatch.setattr(module, "_RECORD_AGAIN_AFTER", 0.01)
     answers, asked = [True, False, False], []
 
     def expose(delivery):
@@ -159,10 +159,10 @@ def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypa
 
 
 def test_each_start_that_proved_nothing_gives_the_next_one_twice_the_time(monkeypatch):
-    monkeypatch.setattr(module, "_ALONE_AT_MOST", 30)
+    monkeypatch.setattr(module, "_ALONE_FOR", 30)
     now = 1_000.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
     for unproven, seconds in [(0, 30), (1, 60), (3, 240), (5, 600), (10**6, 600)]:
         exclusive = ExclusiveRuns()
         assert exclusive.make_alone(object(), unproven)
-        assert exclusive._until == now + seconds
+        assert exclusive._alone_until == now + seconds
