@@ -36,7 +36,7 @@ from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
 from .common.credentials import redact, redacted_repr
 from .common.current import running_job
-from .common.durations import clamped_wait, to_ms, warn_of_seconds
+from .common.durations import clamped_wait, declared_ms, warn_of_seconds
 
 __all__ = [
     "ConfigurationError",
@@ -113,7 +113,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
       ConfigurationError: The value is no duration, or not between ``least`` and ``most`` milliseconds.
     """
     try:
-        duration = to_ms(value)
+        duration = declared_ms(option, value)
     except Exception:
         duration = -1
     if not least <= duration <= most:
@@ -199,7 +199,7 @@ class Snooze(Verdict):
 
     def __init__(self, delay: int | timedelta, reason: str = "") -> None:
         super().__init__(delay, reason)
-        self.delay = to_ms(delay)
+        self.delay = declared_ms("delay", delay)
         self.reason = reason
 
     def __str__(self) -> str:

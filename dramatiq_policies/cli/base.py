@@ -21,6 +21,7 @@ from rich.text import Text
 
 from .. import ops
 from ..common.credentials import is_secret_name
+from ..common.durations import looks_like_seconds
 from ..common.plurals import counted
 from ..common.texts import UNPRINTABLE, printable
 from ..ops import MoveResult, OperationError, durations
@@ -226,9 +227,12 @@ def parse_duration(ctx: click.Context, param: click.Parameter, value: str | None
     if value is None:
         return None
     try:
-        return durations.parse_duration(value)
+        duration = durations.parse_duration(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a duration; write 90s, 30m, 2h or 7d.", ctx, param) from None
+    if value.strip()[-1:].isdigit() and looks_like_seconds(param.opts[0], duration):
+        click.echo(f"{param.opts[0]} {value} is {value} milliseconds. For seconds write {value}s.", err=True)
+    return duration
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:

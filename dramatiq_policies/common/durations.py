@@ -12,12 +12,14 @@ __all__ = [
     "CENTURY_MS",
     "WEEK_MS",
     "Duration",
+    "LikelySeconds",
     "clamped_wait",
+    "declared_ms",
     "looks_like_seconds",
     "seconds_hint",
     "to_ms",
     "warn_of_seconds",
-    "was_declared_like_seconds",
+    "warn_of_seconds_once",
 ]
 
 logger = SafeLogger("dramatiq_policies.backoff")
@@ -43,12 +45,14 @@ SECONDS_BELOW_MS = {
     "oldest": 5_000,
     "stalled": 5_000,
     "alert_interval": 5_000,
+    "result_ttl": 5_000,
 }
 #: The threshold for all other durations.
 SECOND_MS = 1_000
 
-#: The numbers that `warn_of_seconds` has warned of. What keeps a duration in milliseconds no longer tells a number from a timedelta.
-_warned_of: set[float] = set()
+
+class LikelySeconds(int):
+    """Milliseconds, declared as a number that looks like seconds. ``check`` reports such a number, and no equal ``timedelta``."""
 
 
 def looks_like_seconds(option: str, value: Any) -> bool:
@@ -75,13 +79,28 @@ def warn_of_seconds(where: str, option: str, value: Any) -> None:
     """Log a warning if a declared duration looks like seconds."""
     hint = seconds_hint(option, value)
     if hint is not None:
-        _warned_of.update((value, round(value)))
         rules_logger.warning("%s: %s", where, hint)
 
 
-def was_declared_like_seconds(value: float) -> bool:
-    """Return whether a kept number of milliseconds was declared as a number that looks like seconds, and not as a ``timedelta``."""
-    return value in _warned_of
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_of_seconds_once(where: str, option: str, value: Any) -> None:
+    """Log a warning if the duration of a message or an error looks like seconds; once per process and place."""
+    if looks_like_seconds(option, value) and (where, option) not in _warned and len(_warned) < 1_000:
+        _warned.add((where, option))
+        warn_of_seconds(where, option, value)
+
+
+def declared_ms(option: str, value: Any) -> int:
+    """Return a declared duration in whole milliseconds, as `LikelySeconds` if the number looks like seconds.
+
+    Raises:
+      TypeError, ValueError: As `to_ms`.
+    """
+    ms = to_ms(value)
+    # At least 1: 0 has a meaning of its own.
+    return LikelySeconds(max(1, ms)) if looks_like_seconds(option, value) else ms
 
 
 def to_ms(value: Any) -> int:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..common.callables import is_coroutine_callable, is_sync_callable
+from ..common.durations import LikelySeconds
 from ..errors import ConfigurationError, checked_duration, checked_wait
 from ..rules.matching import RuleSet
 from ..rules.parsing import parse_rules
@@ -224,6 +225,14 @@ def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
         raise ConfigurationError.of_option(where, option, f"a plain callable({takes})", value, do)
 
 
+_STOCK_DURATIONS: tuple[tuple[str, Callable[[str, str, Any], int]], ...] = (
+    ("min_backoff", checked_wait),
+    ("max_backoff", checked_wait),
+    ("max_age", checked_duration),
+    ("result_ttl", checked_duration),
+)
+
+
 def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Check Dramatiq's options on retries and age; return those given, a ``timedelta`` as milliseconds.
 
@@ -233,11 +242,11 @@ def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, A
       ConfigurationError: An option is wrong.
     """
     checked = {}
-    for option in ("min_backoff", "max_backoff", "max_age"):
+    for option, check in _STOCK_DURATIONS:
         value = options.get(option)
-        if option in options and not (option == "max_age" and value is None):
-            ms = (checked_duration if option == "max_age" else checked_wait)(where, option, value)
-            checked[option] = ms if isinstance(value, timedelta) else value
+        if option in options and not (value is None and option in ("max_age", "result_ttl")):
+            ms = check(where, option, value)
+            checked[option] = ms if isinstance(value, timedelta) or isinstance(ms, LikelySeconds) else value
     retries = options.get("max_retries")
     endless = isinstance(retries, float) and retries == math.inf
     if isinstance(retries, bool) or not (retries is None or endless or isinstance(retries, int)):

@@ -12,7 +12,7 @@ from dramatiq.middleware import Retries, Shutdown
 
 from .. import _dramatiq
 from .._job_errors import is_a, quietly
-from ..common.durations import clamped_wait
+from ..common.durations import LikelySeconds, clamped_wait, warn_of_seconds_once
 from ..common.texts import encodable
 from ..errors import Snooze, Verdict
 from ..outcomes import Outcome, logger, text_of
@@ -129,9 +129,15 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
 
 def _requested_delay(message: MessageProxy, request: Retry | Snooze) -> int | None:
     """Return the delay of a job's ``Retry`` or `Snooze` in milliseconds; log a warning and return None for other values."""
-    what = f"The delay of the {'Snooze' if is_a(request, Snooze) else 'Retry'} in message {message.message_id}"
+    snoozed = is_a(request, Snooze)
+    kind = "Snooze" if snoozed else "Retry"
+    what = f"The delay of the {kind} in message {message.message_id}"
     try:
-        return clamped_wait(request.delay, what)
+        delay = request.delay
+        # A Snooze keeps its delay in milliseconds, a Retry as given.
+        if not snoozed or isinstance(delay, LikelySeconds):
+            warn_of_seconds_once(f"actor {message.actor_name!r}: {kind}", "delay", delay)
+        return clamped_wait(delay, what)
     except BaseException as error:  # The delay may be a property of the user's class.
         logger.warning("%s is ignored: %s", what, text_of(error))
         return None

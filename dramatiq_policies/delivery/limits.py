@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from ..common.durations import WEEK_MS, warn_of_seconds
+from ..common.durations import WEEK_MS, declared_ms, looks_like_seconds, warn_of_seconds
 from ..errors import ConfigurationError
 from ..outcomes import logger
 from .delivery import READY_AT, Delivery
@@ -170,4 +170,4 @@ def checked(where: str, option: str, value: Any, most: int | None) -> float | No
     if limit is None:
         raise ConfigurationError.of_option(where, option, _expected(most), value)
     warn_of_seconds(where, option, value)
-    return limit
+    return declared_ms(option, value) if looks_like_seconds(option, value) else limit

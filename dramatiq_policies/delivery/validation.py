@@ -9,7 +9,7 @@ from typing import Any
 
 from dramatiq import Message
 
-from ..common.durations import WEEK_MS
+from ..common.durations import WEEK_MS, warn_of_seconds_once
 from ..common.safe_logger import SafeLogger
 from ..errors import MalformedMessage
 
@@ -150,11 +150,22 @@ def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
         logger.warning("A message for actor %r: the option %s=%s %s.", actor_name, option, redacted_repr(value), what)
 
 
-def timedeltas_to_ms(options: dict[str, Any]) -> None:
-    """Turn each ``timedelta`` in a message's options into milliseconds, since a message is JSON."""
+#: The options of a message that hold milliseconds.
+_DURATIONS = frozenset({"timeout", "time_limit", "max_age", "min_backoff", "max_backoff", "result_ttl"})
+
+
+def timedeltas_to_ms(message: Message[Any]) -> None:
+    """Turn each ``timedelta`` in a message's options into milliseconds, since a message is JSON.
+
+    Logs a warning if another duration looks like seconds: once per actor and option. A ``delay`` is not checked: Dramatiq has
+    turned a ``timedelta`` into a number before.
+    """
+    options = message.options
     for name, value in options.items():
         if isinstance(value, timedelta):
             options[name] = round(value.total_seconds() * 1_000)
+        elif name in _DURATIONS:
+            warn_of_seconds_once(f"A message for actor {message.actor_name!r}", name, value)
 
 
 def without_stack(error: MalformedMessage) -> MalformedMessage:

@@ -141,7 +141,7 @@ def resolve_idempotency(
     declared = options.get("idempotency_ttl")
     if declared is not None:
         ttl = checked_duration(where, "idempotency_ttl", declared, least=1, most=CENTURY_MS)
-    resolved.ttl = max(ttl, _longest_wait(rules))
+    resolved.ttl = int(max(ttl, _longest_wait(rules)))
     if "max_crashes" in options:
         max_crashes = checked_crashes(where, options["max_crashes"])
     resolved.max_crashes = max_crashes

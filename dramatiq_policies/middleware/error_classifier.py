@@ -175,9 +175,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if getattr(state.moving_delayed, "on", False):
             # Moved out of the delay queue: it became ready at its time, not now.
             return
-        options = message.options
-        options[READY_AT] = now_ms() if delay is None else _ready_at(message, delay)
-        timedeltas_to_ms(options)
+        message.options[READY_AT] = now_ms() if delay is None else _ready_at(message, delay)
+        timedeltas_to_ms(message)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)

@@ -123,7 +123,7 @@ class Idempotency(PolicyMiddleware):
         store = self.store = _default_store(state.broker) if self.store is None else self.store
         if store is None:
             return
-        self.claims = state.idempotency.keeper = Claims(store, self.lease)
+        self.claims = state.idempotency.keeper = Claims(store, int(self.lease))
         self.guard = guard = IdempotencyGuard(
             state,
             self.claims,
@@ -132,7 +132,7 @@ class Idempotency(PolicyMiddleware):
         )
         state.idempotency.postpone = guard.contention.postpone
         state.add_around_job(guard.around_job, order=1)
-        state.idempotency.defaults = (self.ttl, self.max_crashes)
+        state.idempotency.defaults = (int(self.ttl), self.max_crashes)
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         state = order_middleware(broker)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -27,7 +26,7 @@ from ..delivery.limits import (
     milliseconds,
     warn_if_close,
 )
-from ..errors import ConfigurationError, QueueTimeoutExceeded
+from ..errors import ConfigurationError, QueueTimeoutExceeded, checked_duration
 from ..interrupts import supported
 from ..outcomes import Outcome, StuckJob
 from .base import PolicyMiddleware
@@ -112,9 +111,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.queue_default: float | None = None
         if queue_default is not None:
             self.queue_default = finite(_argument("queue_default", queue_default, WEEK_MS, 0))
-        grace_ms = milliseconds(grace)
-        if grace_ms is None or not 0 <= grace_ms < math.inf:
-            raise ConfigurationError.of_option("Timeout", "grace", "milliseconds, 0 or more, or a timedelta", grace)
+        self.grace_ms = checked_duration("Timeout", "grace", grace)
         if on_stuck not in ("log", "exit") and not is_sync_callable(on_stuck, 1):
             raise ConfigurationError.of_option(
                 "Timeout", "on_stuck", "'log', 'exit' or a callable(stuck_job) that is no coroutine function", on_stuck
@@ -127,7 +124,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         #: The reported jobs that still ran when `still_stuck` last looked.
         self.stuck_jobs: list[Delivery] = []
         #: Time between deadline and report, in seconds. `interrupts.threads.run` reads ``grace`` and calls `stuck`.
-        self.grace = grace_ms / 1_000
+        self.grace = self.grace_ms / 1_000
 
     replaces = (TimeLimit, "interrupt each job")
 

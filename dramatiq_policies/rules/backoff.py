@@ -17,7 +17,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
 
 from ..common.callables import is_sync_callable
-from ..common.durations import WEEK_MS, Duration, clamped_wait, to_ms
+from ..common.durations import WEEK_MS, Duration, clamped_wait, to_ms, warn_of_seconds_once
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_wait
 from .retry_after import parse_retry_after
@@ -308,12 +308,15 @@ def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
 
 
 def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
-    """Call a wait, and return whole milliseconds, at most seven days; log a longer wait.
+    """Call a wait, and return whole milliseconds, at most seven days; log a longer wait, and a user's that looks like seconds.
 
     If the wait raises or returns no duration, log the error and use `exponential`.
     """
     try:
-        return clamped_wait(to_ms(wait(attempt, exception)), f"The wait {wait!r} at attempt {attempt}")
+        chosen = wait(attempt, exception)
+        if not isinstance(wait, _Declared):
+            warn_of_seconds_once(f"The wait {wait!r}", "wait", chosen)
+        return clamped_wait(to_ms(chosen), f"The wait {wait!r} at attempt {attempt}")
     except BaseException:  # User code may raise SystemExit; see `_job_errors`.
         logger.exception("The wait %r raised an error at attempt %d; exponential() replaces it.", wait, attempt)
         return _FALLBACK(attempt, exception)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dramatiq_policies import Timeout, constant
 from dramatiq_policies.ops import CODES, check_actor, find_actor, load_broker
 from dramatiq_policies.testing import assert_job_ready
 
@@ -632,6 +633,10 @@ def test_a_duration_that_looks_like_seconds_is_found(command, changed, option):
         ("queue_monitor=QueueMonitor(interval=15)", "interval=15"),
         ("queue_monitor=QueueMonitor(thresholds={'mail': Threshold(oldest=300)})", "oldest=300"),
         ("queue_monitor=QueueMonitor(thresholds={'*': Threshold(stalled=3600)})", "stalled=3600"),
+        ("timeout=Timeout(grace=5)", "grace=5"),
+        ("timeout=Timeout(queue_default=600)", "queue_default=600"),
+        ("heartbeat=Heartbeat(interval=10)", "interval=10"),
+        ("idempotency=Idempotency(lease=60)", "lease=60"),
     ],
 )
 def test_a_broker_s_duration_that_looks_like_seconds_is_found(command, argument, option):
@@ -642,14 +647,16 @@ def test_a_broker_s_duration_that_looks_like_seconds_is_found(command, argument,
 
 
 def test_a_short_timedelta_is_meant_as_it_is_written(command):
-    # Numbers of its own: another test's number of the same size would count.
-    rule = "RetryPolicy(attempts=3, wait=constant(ms(773)), max_elapsed=ms(3_773))"
+    for number in (20, 2_000):  # As plain numbers these look like seconds.
+        constant(number)
+        Timeout(queue_default=number)
+    rule = "RetryPolicy(attempts=3, wait=constant(ms(20)), max_elapsed=ms(2_000))"
     installed = (
-        "timeout=Timeout(default=ms(771)), "
-        "queue_monitor=QueueMonitor(interval=ms(772), thresholds={'mail': Threshold(oldest=ms(2_771))})"
+        "timeout=Timeout(default=ms(20), grace=ms(20)), "
+        "queue_monitor=QueueMonitor(interval=ms(20), thresholds={'mail': Threshold(oldest=ms(2_000))})"
     )
     broker = "from datetime import timedelta\n\ndef ms(n): return timedelta(milliseconds=n)\n\n" + BOUNDED.replace(
         "install(broker,", f"install(broker, {installed},"
     )
-    app = command.app(job(retry_on=f"{{OSError: {rule}}}", timeout="ms(774)"), broker=broker)
+    app = command.app(job(retry_on=f"{{OSError: {rule}}}", timeout="ms(20)"), broker=broker)
     assert found(command.json("check", app), "DP027") == []

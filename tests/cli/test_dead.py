@@ -378,6 +378,14 @@ def test_a_wrong_name_is_one_sentence_that_helps(command, app):
     assert "did you mean 'mail'" in command.refuses("dead", "replay", app, "--yes", "--to-queue", "mails")
 
 
+@pytest.mark.parametrize(
+    ("given", "warned"), [("60", True), ("60s", False), ("60ms", False), ("60000", False), ("0", False)]
+)
+def test_a_time_without_a_unit_that_looks_like_seconds_is_a_warning(command, app, given, warned):
+    said = command("dead", "list", app, "--older-than", given).stderr
+    assert ("--older-than 60 is 60 milliseconds. For seconds write 60s." in said) is warned
+
+
 def test_a_broker_that_stores_messages_in_its_own_way_is_refused(command):
     broker = """
 class Other(dramatiq.Broker):

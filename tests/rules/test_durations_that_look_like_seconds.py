@@ -6,19 +6,33 @@ import logging
 from datetime import timedelta
 
 import pytest
+from dramatiq.errors import Retry
+from dramatiq.results import Results
+from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import (
     ErrorClassifier,
+    Heartbeat,
     Idempotency,
+    QueueMonitor,
     RetryPolicy,
+    Snooze,
+    Threshold,
     Timeout,
     constant,
     exponential,
     polynomial,
     retry_after,
 )
+from dramatiq_policies.common import durations
+from dramatiq_policies.testing import drain
 
 from ..support import Stage
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_of_before(monkeypatch):
+    monkeypatch.setattr(durations, "_warned", set())
 
 
 def warnings(caplog):
@@ -36,10 +50,11 @@ def warnings(caplog):
         {"max_age": 3_600},
         {"min_backoff": 15},
         {"max_backoff": 600},
+        {"result_ttl": 3_600},
     ],
 )
 def test_an_actors_option_that_looks_like_seconds_is_a_warning_that_names_it(options, caplog):
-    stage = Stage(bundle={"idempotency": Idempotency()})
+    stage = Stage(middleware=[Results(backend=StubBackend())], bundle={"idempotency": Idempotency()})
     stage.actor(lambda: None, actor_name="pay", **options)
     option, value = next((name, value) for name, value in options.items() if name != "idempotent")
     (warning,) = warnings(caplog)
@@ -60,6 +75,10 @@ def test_an_actors_option_that_looks_like_seconds_is_a_warning_that_names_it(opt
         (lambda: Timeout(default=30, queue_default=3_600), 2),
         (lambda: ErrorClassifier(alert_interval=300, max_snooze=3_600), 2),
         (lambda: Idempotency(ttl=86_400), 1),
+        (lambda: Timeout(grace=5), 1),
+        (lambda: Heartbeat(interval=10, silence=60), 2),
+        (lambda: QueueMonitor(interval=15), 1),
+        (lambda: Threshold(oldest=300, stalled=60), 2),
     ],
 )
 def test_so_is_an_argument_of_a_wait_a_policy_or_a_middleware(declare, count, caplog):
@@ -82,4 +101,68 @@ def test_a_timedelta_nothing_and_what_is_plausible_is_taken_as_declared(caplog):
         idempotent=True,
         idempotency_ttl=timedelta(seconds=5),
     )
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("option", ["timeout", "time_limit", "max_age", "min_backoff", "max_backoff", "result_ttl"])
+def test_so_is_an_option_of_a_message_once_per_actor(option, caplog):
+    stage = Stage(middleware=[Results(backend=StubBackend())])
+    pay = stage.actor(lambda: None, actor_name="pay")
+    pay.send_with_options(**{option: 30})
+    pay.send_with_options(**{option: 30})
+    pay.send_with_options(**{option: timedelta(milliseconds=30)})
+    (warning,) = warnings(caplog)
+    assert warning.startswith(
+        f"A message for actor 'pay': {option}=30 is 30 milliseconds. For seconds write timedelta("
+    )
+
+
+@pytest.mark.parametrize("option", ["timeout", "max_backoff"])
+def test_a_timedelta_of_a_message_is_taken_as_sent(option, caplog):
+    stage = Stage()
+    stage.actor(lambda: None, actor_name="pay").send_with_options(**{option: timedelta(milliseconds=30)})
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("verdict", [Snooze, lambda delay: Retry(delay=delay)], ids=["Snooze", "Retry"])
+def test_so_is_the_delay_of_a_snooze_or_a_retry_once_per_actor(verdict, caplog):
+    stage = Stage()
+
+    def wait_for_the_bank(delays=[60, 60]):  # noqa: B006 - the runs share the list
+        if delays:
+            raise verdict(delays.pop())
+
+    stage.actor(wait_for_the_bank).send()
+    drain(stage.broker)
+    (warning,) = warnings(caplog)
+    assert warning.startswith("actor 'wait_for_the_bank': ")
+    assert "delay=60 is 60 milliseconds. For seconds write timedelta(seconds=60)" in warning
+
+
+def test_a_snooze_of_a_timedelta_is_taken_as_raised(caplog):
+    stage = Stage()
+
+    def wait_for_the_bank(delays=[timedelta(milliseconds=60)]):  # noqa: B006 - the runs share the list
+        if delays:
+            raise Snooze(delays.pop())
+
+    stage.actor(wait_for_the_bank).send()
+    drain(stage.broker)
+    assert (stage.outcomes(), warnings(caplog)) == (["deferred", "succeeded"], [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"), [(lambda attempt: 2**attempt, 1), (lambda attempt: timedelta(milliseconds=2**attempt), 0)]
+)
+def test_so_is_the_answer_of_a_wait_of_your_own_once_per_wait(answer, count, caplog):
+    stage = Stage(unclassified=RetryPolicy(attempts=4, wait=lambda attempt, error: answer(attempt)))
+    stage.actor(lambda: 1 / 0, actor_name="pay").send()
+    drain(stage.broker)
+    assert len(warnings(caplog)) == count
+
+
+def test_the_jitter_of_a_declared_wait_is_no_answer_of_yours(caplog):
+    stage = Stage(unclassified=RetryPolicy(attempts=3, wait=exponential(initial=timedelta(milliseconds=20))))
+    stage.actor(lambda: 1 / 0, actor_name="pay").send()
+    drain(stage.broker)
     assert warnings(caplog) == []

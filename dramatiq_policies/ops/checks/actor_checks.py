@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dramatiq.middleware import AsyncIO
 
 from ..._dramatiq import kind_of
-from ...common.durations import to_ms
+from ...common.durations import declared_ms, looks_like_seconds, to_ms
 from ...common.plurals import counted
 from ...common.safe_logger import ALERTS, is_heard
 from ...delivery.broker_state import BrokerState, state_of
@@ -170,12 +170,13 @@ def _horizon(job: _Job) -> Found:
 
 
 def _seconds(job: _Job) -> Found:
-    declared = [(name, job.options.get(name)) for name in _DURATIONS]
+    given = [(name, job.options.get(name)) for name in _DURATIONS]
+    declared: list[tuple[str, Any]] = [(n, declared_ms(n, value)) for n, value in given if looks_like_seconds(n, value)]
     for rule in job.policy.rules.rules:
         if rule.owner == "actor" and rule.policy is not None:
             declared.append(("max_elapsed", rule.policy.max_elapsed))
             declared += wait_durations(rule.policy.wait)
-    yield from seconds_found(dict.fromkeys(declared))
+    yield from seconds_found(declared)
 
 
 def _memory(job: _Job) -> Found:
@@ -192,7 +193,10 @@ def _memory(job: _Job) -> Found:
 
 
 #: The options of an actor that are durations.
-_DURATIONS = ("timeout", "time_limit", "queue_timeout", "idempotency_ttl", "min_backoff", "max_backoff", "max_age")
+_DURATIONS = (
+    *("timeout", "time_limit", "queue_timeout", "idempotency_ttl"),
+    *("min_backoff", "max_backoff", "max_age", "result_ttl"),
+)
 #: The default lease of Idempotency, in ms.
 _LEASE = 60_000
 _DAY = 86_400_000

@@ -12,7 +12,7 @@ from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
 from ..._dramatiq import kind_of
-from ...common.durations import seconds_hint, was_declared_like_seconds
+from ...common.durations import LikelySeconds
 from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines
@@ -87,21 +87,25 @@ def _memory_store(broker: Broker) -> Found:
         yield "DP024", "Idempotency has a MemoryStore"
 
 
+#: The attributes of middleware that hold milliseconds, named as the arguments.
+_DURATIONS = (
+    *("default", "queue_default", "grace_ms", "lease", "ttl", "wait", "interval", "silence"),
+    *("alert_interval", "max_snooze", "min_backoff", "max_backoff"),
+)
+
+
 def _durations(broker: Broker) -> Found:
     declared: list[tuple[str, Any]] = []
     for middleware in broker.middleware:
-        if isinstance(middleware, Timeout):
-            declared += [("default", middleware.default), ("queue_default", middleware.queue_default)]
-        elif isinstance(middleware, Idempotency):
-            declared += [("lease", middleware.lease), ("ttl", middleware.ttl)]
-        elif isinstance(middleware, QueueMonitor):
-            declared += [("interval", middleware.interval), *_threshold_durations(middleware)]
+        if isinstance(middleware, PolicyMiddleware):
+            declared += [(name.removesuffix("_ms"), vars(middleware).get(name)) for name in _DURATIONS]
+        if isinstance(middleware, QueueMonitor):
+            declared += _threshold_durations(middleware)
         elif isinstance(middleware, ErrorClassifier):
-            declared.append(("alert_interval", middleware.alert_interval))
             for policy in (middleware.unclassified, *(rule.policy for rule in middleware.rules)):
                 if policy is not None:
                     declared += [("max_elapsed", policy.max_elapsed), *wait_durations(policy.wait)]
-    yield from seconds_found(dict.fromkeys(declared))
+    yield from seconds_found(declared)
 
 
 def _threshold_durations(monitor: QueueMonitor) -> list[tuple[str, Any]]:
@@ -117,13 +121,9 @@ def wait_durations(wait: Any) -> list[tuple[str, Any]]:
 
 
 def seconds_found(declared: Iterable[tuple[str, Any]]) -> Found:
-    """Yield a finding for each duration that looks like seconds."""
-    for option, value in declared:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # noqa: PLW2901 - Timeout keeps floats
-        hint = seconds_hint(option, value)
-        if hint is not None and was_declared_like_seconds(value):
-            yield "DP027", hint.partition(". ")[0]
+    """Yield a finding for each duration that was declared as a number that looks like seconds."""
+    for option, value in dict.fromkeys(one for one in declared if isinstance(one[1], LikelySeconds)):
+        yield "DP027", f"{option}={value} is {value} milliseconds"
 
 
 OF_BROKERS: tuple[Callable[[Broker], Found], ...] = (
