@@ -10,6 +10,7 @@ from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware, MiddlewareError
 
 from ..common.safe_logger import SafeLogger
+from ..delivery.actor_policy import ACTOR_OPTIONS
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ class PolicyMiddleware(Middleware):
     attached_to: BrokerState | None = None
     #: Whether `ordering` added this middleware automatically.
     auto_added = False
+
+    @property
+    def actor_options(self) -> set[str]:
+        # The options of ErrorClassifier, too: `ordering` adds one, but only after Dramatiq has refused unknown options.
+        return {*super().actor_options, *ACTOR_OPTIONS}
 
     def attach(self, state: BrokerState) -> None:
         """Connect to the broker's state. Called once, after the middleware is in order."""

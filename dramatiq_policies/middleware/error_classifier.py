@@ -10,7 +10,7 @@ from dramatiq.middleware import Retries
 
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
-from ..delivery.actor_policy import ACTOR_OPTIONS, checked_stock_options, expect_callable
+from ..delivery.actor_policy import checked_stock_options, expect_callable
 from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
@@ -142,10 +142,6 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         self._defaults: BrokerDefaults | None = None
 
     replaces = (Retries, "retry each message")
-
-    @property
-    def actor_options(self) -> set[str]:
-        return {*super().actor_options, *ACTOR_OPTIONS}
 
     def inherit_settings(self, stock: Retries) -> None:
         """Take over the settings of the broker's Retries that were not passed to this middleware."""

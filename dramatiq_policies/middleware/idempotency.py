@@ -16,7 +16,7 @@ from ..errors import ConfigurationError, checked_duration
 from ..idempotency.claims import Claims
 from ..idempotency.guard import IdempotencyGuard
 from ..idempotency.key_state import KeyedJob, KeyState, job_of_arguments, job_of_message
-from ..idempotency.options import OPTIONS, checked_crashes
+from ..idempotency.options import checked_crashes
 from ..idempotency.services import record_service, server_of, service_scope_of
 from ..idempotency.store_client import StoreDown
 from ..stores import IdempotencyStore
@@ -99,10 +99,6 @@ class Idempotency(PolicyMiddleware):
         self.max_crashes = checked_crashes(where, max_crashes)
         self.claims: Claims | None = None
         self.guard: IdempotencyGuard | None = None
-
-    @property
-    def actor_options(self) -> set[str]:
-        return set(OPTIONS)
 
     def for_stub(self) -> Self:
         from ..stores.memory import MemoryStore

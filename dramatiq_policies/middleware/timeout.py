@@ -135,7 +135,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     @property
     def actor_options(self) -> set[str]:
-        return {"time_limit", "timeout", "queue_timeout"}
+        return {*super().actor_options, "timeout", "queue_timeout"}
 
     def attach(self, state: BrokerState) -> None:
         state.timeout = self

@@ -22,11 +22,14 @@ from dramatiq_policies import (
     ErrorClassifier,
     Heartbeat,
     Idempotency,
+    Metrics,
+    QueueMonitor,
     RetryPolicy,
     Timeout,
     exponential,
     install,
 )
+from dramatiq_policies.testing import fail, perform
 
 from ..support import Stage
 from .scenarios import (
@@ -120,6 +123,18 @@ def one_at_a_time_after_an_actor(order):
         broker.add_middleware(kind())
     dramatiq.actor(lambda: None, actor_name="pay", broker=broker, retry_on=PaymentError)
     assert kinds(broker) == kinds(install(StubBroker()))
+
+
+@pytest.mark.parametrize("declared_before", [False, True], ids=["the first actor", "a later actor"])
+@pytest.mark.parametrize("kind", [Timeout, Idempotency, DiscardLogger, Metrics, QueueMonitor, Heartbeat])
+def test_a_middleware_without_a_classifier_gives_every_actor_its_rules(kind, declared_before):
+    broker = StubBroker()
+    broker.add_middleware(kind())
+    if declared_before:
+        dramatiq.actor(lambda: None, actor_name="early", broker=broker)
+    pay = dramatiq.actor(lambda: None, actor_name="pay", broker=broker, discard_on=PaymentError, tags={"team": "shop"})
+    with fail(pay, PaymentError):
+        assert perform(pay).outcome == "discarded"
 
 
 def test_the_settings_of_the_stock_middleware_are_kept():
