@@ -16,6 +16,7 @@ from dramatiq import worker as _worker
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers import stub as _stub
 from dramatiq.middleware import Middleware
+from dramatiq.results import Results
 
 #: The logger of worker threads, and the lines for failed and skipped messages.
 WORKER_LOGGER = "dramatiq.worker.WorkerThread"
@@ -204,6 +205,11 @@ def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:
 def add_options(broker: Broker, middleware: Middleware) -> None:
     """Allow the actor options of a middleware added without ``add_middleware``."""
     broker.actor_options |= middleware.actor_options
+
+
+def results_options(results: Results, broker: Broker, message: Message[Any]) -> tuple[bool, int]:
+    """Return whether the result of a message is stored, and for how many milliseconds."""
+    return cast("tuple[bool, int]", results._lookup_options(broker, message))
 
 
 def clock_places() -> list[tuple[Any, str]]:

@@ -20,8 +20,9 @@ def reader_of(broker: Broker) -> QueueReader:
     kind = kind_of(broker)
     if kind is None:
         return QueueReader(broker)
-    made: QueueReader = import_module(f"{__package__}.{kind}.queue_reader").Reader(broker)
-    return made
+    module = import_module(f"{__package__}.{kind}.queue_reader")
+    reader: QueueReader = getattr(module, f"{kind.capitalize()}QueueReader")(broker)
+    return reader
 
 
 def browse(broker: Broker, queue: str, *, dead: bool) -> AbstractContextManager[QueueBrowser]:

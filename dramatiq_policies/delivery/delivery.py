@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..interrupts import Runner
     from ..interrupts.slots import StuckListener
     from .actor_policy import ActorPolicy
-    from .outgoing import OutgoingMessage
+    from .outgoing import FollowUp
 
 __all__ = [
     "DeliveringTransport",
@@ -97,7 +97,7 @@ class EarlierRun(NamedTuple):
     """
 
     decision: Decision
-    follow_ups: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None
+    follow_ups: list[FollowUp] | None
 
 
 class KeyClaim(Protocol):
@@ -143,8 +143,8 @@ class Delivery:
       started, ended: When the call of the actor began and ended, in monotonic seconds; None before.
       timeout_ms: The timeout of this run in milliseconds; None without a timeout.
       decision: How the delivery ends; None until the decision is made.
-      follow_ups: The messages to publish before the acknowledgement, in order; also callables that return such messages.
-        Each message accepted by the broker is removed. None if there is nothing to publish.
+      follow_ups: The messages to publish before the acknowledgement, in order; also calls that return such messages. Each
+        message accepted by the broker is removed. None if there is nothing to publish.
       settled: Everything but the acknowledgement is done and must not be done again.
       acked: The publish of the follow-up messages has also acknowledged the message.
       redelivered: Another worker may have begun the message before, and not finished.
@@ -191,7 +191,7 @@ class Delivery:
         self.ended: float | None = None
         self.timeout_ms: float | None = None
         self.decision: Decision | None = None
-        self.follow_ups: list[OutgoingMessage | Callable[[], list[OutgoingMessage]]] | None = None
+        self.follow_ups: list[FollowUp] | None = None
         self.settled = False
         self.acked = False
         self.redelivered = False
@@ -202,11 +202,11 @@ class Delivery:
         self.transaction: JobTransaction | None = None
         self.abandoned = False
 
-    def add_follow_up(self, step: OutgoingMessage | Callable[[], list[OutgoingMessage]]) -> None:
-        """Publish a message, or the messages returned by a callable, before this delivery is acknowledged."""
+    def add_follow_up(self, follow_up: FollowUp) -> None:
+        """Publish a message, or the messages that a call returns, before this delivery is acknowledged."""
         if self.follow_ups is None:
             self.follow_ups = []
-        self.follow_ups.append(step)
+        self.follow_ups.append(follow_up)
 
     def skip(self, decision: Decision, why: str = "") -> NoReturn:
         """Decide not to run the job now. Called inside the wrapper of the actor's function.

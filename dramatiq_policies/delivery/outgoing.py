@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import Broker
 
-__all__ = ["OutgoingMessage", "Recorder"]
+__all__ = ["FollowUp", "OutgoingMessage", "Recorder"]
 
 
 class OutgoingMessage:
@@ -21,6 +22,10 @@ class OutgoingMessage:
         self.delay = delay
         #: The encoded form, chosen by the transport. Encoded once: a repeated publish sends the same bytes.
         self.encoded: Any = None
+
+
+#: A message to publish before the acknowledgement, or a call that returns such messages.
+FollowUp: TypeAlias = OutgoingMessage | Callable[[], list[OutgoingMessage]]
 
 
 class Recorder:

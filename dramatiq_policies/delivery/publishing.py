@@ -110,7 +110,7 @@ class FollowUpPublisher:
         transport, delivery = self.transport, self.delivery
         if self.decision.dead_letter and self.dead is None:
             self.dead = self._dead_letter()
-        if delivery.follow_ups or self.dead is not None or transport.completes(delivery):
+        if delivery.follow_ups or self.dead is not None or transport.completes_with_publish(delivery):
             _resolve(delivery)
             self._mark_retry_pending()
             transport.publish_follow_ups(self.message, delivery, self.dead)
@@ -158,7 +158,8 @@ class FollowUpPublisher:
     def _is_dead_letter_at_fault(self, permanent: bool) -> bool:
         """Whether the dead letter, and no follow-up message, can never be sent."""
         encoded = all(
-            isinstance(step, OutgoingMessage) and step.encoded is not None for step in self.delivery.follow_ups or ()
+            isinstance(follow_up, OutgoingMessage) and follow_up.encoded is not None
+            for follow_up in self.delivery.follow_ups or ()
         )
         # On other brokers the dead letter is published after the follow-up messages.
         return permanent and encoded and self.transport.acks_with_follow_ups and not isinstance(self.dead, bytes)
@@ -264,9 +265,9 @@ class FollowUpPublisher:
         message_id = self.message.message_id
         again = next(
             (
-                step
-                for step in follow_ups
-                if isinstance(step, OutgoingMessage) and step.message.message_id == message_id
+                follow_up
+                for follow_up in follow_ups
+                if isinstance(follow_up, OutgoingMessage) and follow_up.message.message_id == message_id
             ),
             None,
         )
@@ -303,9 +304,9 @@ def _resolve(delivery: Delivery) -> None:
     follow_ups = delivery.follow_ups
     if follow_ups is None:
         return
-    for index, step in enumerate(follow_ups):
-        if not isinstance(step, OutgoingMessage):
+    for index, follow_up in enumerate(follow_ups):
+        if not isinstance(follow_up, OutgoingMessage):
             # Replaced at once: after an error later, a second call would count a group's barrier again.
-            follow_ups[index : index + 1] = step()
+            follow_ups[index : index + 1] = follow_up()
             _resolve(delivery)
             return

@@ -56,6 +56,7 @@ class Transport:
         self.state = state
         self.broker = state.broker
         self.inner = inner
+        #: The queue to read; `queue_name` is the work queue, also for a delay queue.
         self.source = queue_name
         self.queue_name = q_name(queue_name)
         self.is_delay_queue = self.source != self.queue_name
@@ -73,7 +74,11 @@ class Transport:
     # Taking messages.
 
     def take(self) -> MessageProxy | None:
-        """Return the next readable message, or None if none arrived for a while."""
+        """Return the next readable message, or None if none arrived for a while.
+
+        A subclass may set three attributes of the message, which `PolicyConsumer` moves to the `Delivery`: ``body`` (the bytes as
+        received), ``redelivered`` (another worker may have begun the message) and ``earlier_run`` (an `EarlierRun`).
+        """
         try:
             message: MessageProxy | None = next(self.inner)
         except Exception as error:
@@ -143,7 +148,7 @@ class Transport:
             self.dead_letter(message, dead)
             delivery.acked = True
 
-    def completes(self, delivery: Delivery) -> bool:
+    def completes_with_publish(self, delivery: Delivery) -> bool:
         """Whether `publish_follow_ups` also completes the idempotency key and acknowledges, in a single step."""
         return False
 

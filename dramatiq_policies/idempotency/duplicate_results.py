@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.broker import MessageProxy
-from dramatiq.middleware import GroupCallbacks, Pipelines
+from dramatiq.middleware import GroupCallbacks, Middleware, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
+from .. import _dramatiq
 from ..delivery.decision import Decision
 from ..errors import NoResult
 from ..outcomes import Outcome, logger
@@ -41,7 +41,7 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
     results = next((m for m in broker.middleware if isinstance(m, Results)), None)
     result, found, missed = None, False, False
     if results is not None:
-        stored, ttl = results._lookup_options(broker, message)  # noqa: SLF001
+        stored, ttl = _dramatiq.results_options(results, broker, message)
         if stored:
             origin = message.copy(message_id=first_message_id)
             try:
@@ -62,11 +62,11 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
         delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
     if missed:
         _settle_result(results, message, first_message_id, ttl)
-    proxy: Any = MessageProxy(message)
-    proxy.delivery = delivery
-    movers: list[Any] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
-    for middleware in movers:
-        middleware.after_process_message(broker, proxy, result=result)
+    assert delivery.proxy is not None  # Inside the wrapper of the actor's function.
+    continuing: list[Middleware] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
+    for middleware in continuing:
+        # Adds the follow-up messages of a success to the delivery.
+        middleware.after_process_message(broker, delivery.proxy, result=result)
 
 
 def _ignores_result(broker: Broker, target: Any, actor_name: str) -> bool:

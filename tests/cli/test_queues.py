@@ -16,7 +16,7 @@ from dramatiq import Message
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ops
-from dramatiq_policies.brokers.stub.queue_reader import Reader
+from dramatiq_policies.brokers.stub.queue_reader import StubQueueReader
 
 ROOT = Path(__file__).parents[2]
 BROKER = """
@@ -187,7 +187,7 @@ def test_a_broker_that_can_not_be_read_is_one_sentence(command, app, monkeypatch
     def lost(*args):
         raise ConnectionClosed("no route to redis://user:secret@host/")
 
-    monkeypatch.setattr(Reader, "read_all", lost)
+    monkeypatch.setattr(StubQueueReader, "read_all", lost)
     line = command.refuses("queues", app)
     assert line.startswith("Error: The broker can't be reached (ConnectionClosed: no route to redis://")
     assert "secret" not in line

@@ -514,7 +514,7 @@ def test_a_claim_that_ends_while_it_is_renewed_is_not_written_again(claims, stor
     drop = claims.drop
 
     def renew_late(renewals):
-        store.swap("k", claim.value, None, 1)  # what conclude() has written; its thread comes to let go only later
+        store.swap("k", claim.value, None, 1)  # what finish() has written; its thread comes to let go only later
         claim.over = True
         concluded.set()
         return renew(renewals)

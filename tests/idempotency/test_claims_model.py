@@ -285,7 +285,7 @@ class Simulation:
             RUNNING: self._run,
             DECIDED: self._announce,
             ANNOUNCED: self._hand_on,
-            HANDED: self._conclude,
+            HANDED: self._finish,
             CONCLUDED: self._ack,
             PUT_BACK: self._ack,
         }[held.stage](worker, held, outcome)
@@ -336,7 +336,7 @@ class Simulation:
     def _announce(self, worker, held, outcome):
         if held.outcome == "succeeded":
             # What follows from a success is the broker's to accept; the completion comes after that.
-            self._conclude(worker, held, outcome)
+            self._finish(worker, held, outcome)
             return
         if held.gone:
             self._give_up(worker, held)
@@ -364,7 +364,7 @@ class Simulation:
             held.gone = True  # Acked in the same step.
         held.stage = HANDED
 
-    def _conclude(self, worker, held, outcome):
+    def _finish(self, worker, held, outcome):
         decision = {
             "succeeded": Decision(Outcome.SUCCEEDED),
             "retried": Decision(Outcome.RETRIED, delay_ms=DELAY),

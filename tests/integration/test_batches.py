@@ -95,7 +95,7 @@ def test_a_broker_that_is_down_is_told_from_one_that_refuses(place):
 
 
 def test_a_frozen_rabbitmq_counts_as_down_after_a_while(rabbitmq_place, monkeypatch):
-    monkeypatch.setattr("dramatiq_policies.brokers.rabbitmq.batch._PATIENCE", 0.5)
+    monkeypatch.setattr("dramatiq_policies.brokers.rabbitmq.batch._CONFIRM_WITHIN", 0.5)
     with Proxy.before(rabbitmq_place.url) as proxy:
         batch = batch_on(rabbitmq_place, proxy.url)
         batch.publish([encoded(batch, 0)])

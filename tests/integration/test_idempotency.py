@@ -139,11 +139,11 @@ def completes_and_dies(number):
     note("effect", number)
     if once("complete"):
         from dramatiq_policies.idempotency.claims import Claims
-        stock = Claims.conclude
+        stock = Claims.finish
         def finish(self, claim, decided):
             stock(self, claim, decided)
             die()
-        Claims.conclude = conclude
+        Claims.finish = finish
 
 @dramatiq.actor(queue_name="{queue}")
 def killer(number):
@@ -584,7 +584,7 @@ def test_what_a_kept_message_hands_on_is_enqueued_once_however_often_the_call_is
     transport: Any = consumer.transport
     for _ in range(2):
         redis_id = message.options["redis_message_id"]
-        transport.settling.run(redis_id, b"", [redis_place.queue, "next", message.encode()], keep=True)
+        transport.settling.run(redis_id, b"", [redis_place.queue, "next", message.encode()], keep_unacked=True)
     queued = redis_place.client.lrange(f"{redis_place.namespace}:{redis_place.queue}", 0, -1)
     assert queued == [b"next"]
     consumer.requeue([message])

@@ -20,7 +20,7 @@ from .publisher import LOST
 __all__ = ["RabbitmqBatch"]
 
 #: Seconds to wait for confirms.
-_PATIENCE = 10.0
+_CONFIRM_WITHIN = 10.0
 #: Reply codes of a closed channel that blame a message or a queue: too large, no rights, other arguments.
 _BLAME = frozenset({311, 403, 404, 405, 406})
 _ATTRIBUTE = "dramatiq_policies_confirms"
@@ -117,14 +117,14 @@ class RabbitmqBatch(KnownBatch):
             return RuntimeError(confirms.refused[index])
         if lost is None:
             self._drop_connection()
-            return ConnectionClosed(f"RabbitMQ did not confirm within {_PATIENCE:g} s")
+            return ConnectionClosed(f"RabbitMQ did not confirm within {_CONFIRM_WITHIN:g} s")
         if _is_blame(lost):
             return lost
         self._drop_connection()
         return _lost(lost, again=True)
 
     def _wait(self, confirms: PipelinedConfirms) -> None:
-        until = monotonic() + _PATIENCE
+        until = monotonic() + _CONFIRM_WITHIN
         while confirms.waiting and confirms.channel.is_open and (left := until - monotonic()) > 0:
             confirms.connection.process_data_events(min(left, 0.5))
 

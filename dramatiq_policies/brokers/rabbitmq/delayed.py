@@ -43,7 +43,7 @@ _FEWEST = 100
 #: Seconds between two heartbeats on this thread's connection for publishing.
 _SERVE_EVERY = 5.0
 #: Seconds that a stopping worker waits for confirms.
-_PATIENCE = 5.0
+_CONFIRM_WHILE_STOPPING = 5.0
 
 
 class RabbitmqDelayTransport(RabbitmqTransport):
@@ -99,18 +99,18 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         return message
 
     def is_republished(self, tag: int, message: Message[Any]) -> bool:
-        step = OutgoingMessage(message)
+        outgoing = OutgoingMessage(message)
         try:
-            step.encoded = self.encoded(message)
+            outgoing.encoded = self.encoded(message)
         except Unsendable:
             return False
         # In batches: after a restart this may be the whole delay queue.
-        self.to_republish.append((tag, step))
+        self.to_republish.append((tag, outgoing))
         return True
 
     def _republish(self) -> None:
         renewed, self.to_republish = self.to_republish, []
-        accepted = self._publish_all(self.source, [step for _, step in renewed])
+        accepted = self._publish_all(self.source, [outgoing for _, outgoing in renewed])
         self.channel.call(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])
         for number, (tag, _) in enumerate(renewed):
             if number not in accepted:
@@ -151,7 +151,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         if now - self.served < _SERVE_EVERY:
             return
         self.served = now
-        connection = getattr(self.broker.state, "connection", None)  # type: ignore[attr-defined]
+        connection = getattr(self.broker.state, "connection", None)
         if connection is not None:
             try:
                 connection.process_data_events(0)
@@ -163,37 +163,37 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         discard(_dramatiq.take_rabbitmq_connection(self.broker))
 
     def move(self, moves: list[Move]) -> None:
-        steps = []
+        prepared = []
         for move in moves:
-            step = OutgoingMessage(move.moved)
+            outgoing = OutgoingMessage(move.moved)
             try:
-                self.publisher.prepare(step)
+                self.publisher.prepare(outgoing)
             except Exception as error:
                 move.error = error
             else:
-                steps.append((move, step))
-        accepted = self._publish_all(self.queue_name, [step for _, step in steps])
-        done = [(move, step) for number, (move, step) in enumerate(steps) if number in accepted]
+                prepared.append((move, outgoing))
+        accepted = self._publish_all(self.queue_name, [outgoing for _, outgoing in prepared])
+        done = [(move, outgoing) for number, (move, outgoing) in enumerate(prepared) if number in accepted]
         tags = [_dramatiq.take_rabbitmq_tag(self.inner, move.message) for move, _ in done]
         self.channel.call(self.acks.send, [tag for tag in tags if tag is not None])
-        for move, step in done:
+        for move, outgoing in done:
             move.done = True
-            self.broker.emit_after("enqueue", step.message, None)
+            self.broker.emit_after("enqueue", outgoing.message, None)
         self.channel.serve(0)
-        if self.state.stopping.is_set() and len(accepted) < len(steps):
+        if self.state.stopping.is_set() and len(accepted) < len(prepared):
             # Another try may take as long. The server redelivers the messages.
             self._stop_publishing()
             raise ConnectionClosed("RabbitMQ did not confirm before the worker stopped")
-        for number, (move, step) in enumerate(steps):
+        for number, (move, outgoing) in enumerate(prepared):
             if number not in accepted:
                 # Singly, with a new declare and a new connection: an error delays only this message.
-                self.try_move(move, lambda move, step=step: self._move_single(move, step))  # type: ignore[misc]
+                self.try_move(move, lambda move, outgoing=outgoing: self._move_single(move, outgoing))  # type: ignore[misc]
 
-    def _move_single(self, move: Move, step: OutgoingMessage) -> None:
-        self.publisher.enqueue(step)
+    def _move_single(self, move: Move, outgoing: OutgoingMessage) -> None:
+        self.publisher.enqueue(outgoing)
         self.send_ack(move.message)
 
-    def _publish_all(self, queue: str, steps: list[OutgoingMessage]) -> set[int]:
+    def _publish_all(self, queue: str, messages: list[OutgoingMessage]) -> set[int]:
         """Publish to a queue, confirmed. Returns the indexes of the accepted messages."""
         broker: Any = self.broker
         try:
@@ -201,7 +201,9 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             batches = self.batches
             if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
                 batches = self.batches = PipelinedConfirms(broker.connection)
-            batches.write((queue, step.encoded, step.message.options.get("broker_priority")) for step in steps)
+            batches.write(
+                (queue, outgoing.encoded, outgoing.message.options.get("broker_priority")) for outgoing in messages
+            )
         except (*LOST, OSError, ConnectionClosed):
             self._stop_publishing()
             return set()
@@ -215,6 +217,6 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             if batches.waiting:
                 # Send heartbeats on the consumer's connection meanwhile.
                 self.channel.serve(0)
-                if self.state.stopping.is_set() and monotonic() - began > _PATIENCE:
+                if self.state.stopping.is_set() and monotonic() - began > _CONFIRM_WHILE_STOPPING:
                     break
         return batches.accepted

@@ -65,17 +65,17 @@ class ConfirmedPublisher:
             del broker.connection
             raise
 
-    def enqueue(self, step: OutgoingMessage) -> None:
+    def enqueue(self, outgoing: OutgoingMessage) -> None:
         """Enqueue as ``RabbitmqBroker.enqueue`` does, but mandatory and confirmed."""
-        self.prepare(step)
-        self.publish(step.message.queue_name, step.encoded, step.message.options.get("broker_priority"))
-        self.broker.emit_after("enqueue", step.message, step.delay)
+        self.prepare(outgoing)
+        self.publish(outgoing.message.queue_name, outgoing.encoded, outgoing.message.options.get("broker_priority"))
+        self.broker.emit_after("enqueue", outgoing.message, outgoing.delay)
 
-    def prepare(self, step: OutgoingMessage) -> None:
+    def prepare(self, outgoing: OutgoingMessage) -> None:
         """Encode a message once, with the queue and the due time of its delay. Runs the before-hooks of enqueue."""
-        if step.encoded is None:
-            message = prepared(self.broker, step.message, step.delay)
-            step.message, step.encoded = message, self.encode(message)
+        if outgoing.encoded is None:
+            message = prepared(self.broker, outgoing.message, outgoing.delay)
+            outgoing.message, outgoing.encoded = message, self.encode(message)
 
     def drop_connection(self) -> None:
         """Drop this thread's connection: an interrupted publish may wait for a confirm for ever.

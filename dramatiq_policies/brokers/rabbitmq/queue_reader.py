@@ -19,16 +19,16 @@ from ...delivery.broker_state import state_of
 from ..queue_reader import QueueReader, QueueReading, ready_at
 from .acks import UnackedCounts
 
-__all__ = ["AgeEstimate", "Reader"]
+__all__ = ["AgeEstimate", "RabbitmqQueueReader"]
 
 _LOST = (AMQPError, AMQPConnectorException, OSError)
 #: Seconds to wait for a new connection.
-_PATIENCE = 5
+_TIMEOUT = 5
 #: The limit of remembered readings per queue.
 MARKS = 1_024
 
 
-class Reader(QueueReader):
+class RabbitmqQueueReader(QueueReader):
     """Reads the counts of passive declares and estimates the age of the oldest message.
 
     RabbitMQ does not tell how many messages a consumer holds. Workers report the number (`report`). If a worker sends no report,
@@ -71,13 +71,14 @@ class Reader(QueueReader):
                 discard(self._take())
             raise
         (ready, consumers), (delayed, holders), (dead, _) = counts
-        notes = [self.report()] if self.peer_reports is None else self.peer_reports
+        reports = [self.report()] if self.peer_reports is None else self.peer_reports
         age = self._ages.setdefault(queue, AgeEstimate(now))
         age.observe(ready, now)
-        taken = [note["taken"][queue] for note in notes if queue in note.get("taken", ())]
+        taken = [report["taken"][queue] for report in reports if queue in report.get("taken", ())]
         after = [since for since in (age.after, *(since for _, since in taken)) if since is not None]
         running, ahead = (
-            [note["held"][name] for note in notes if name in note.get("held", ())] for name in (queue, dq_name(queue))
+            [report["held"][name] for report in reports if name in report.get("held", ())]
+            for name in (queue, dq_name(queue))
         )
         return QueueReading(
             queue=queue,
@@ -86,7 +87,7 @@ class Reader(QueueReader):
             running=0 if not consumers else sum(running) if len(running) == consumers else None,
             dead=dead,
             oldest_ms=self._age(age, max(after, default=None), now) if ready else 0,
-            stalled_ms=self._stalled(queue, (age.gone, frozenset(map(tuple, taken))) if ready else None, now),
+            stalled_ms=self._stalled(queue, (age.departed, frozenset(map(tuple, taken))) if ready else None, now),
         )
 
     @staticmethod
@@ -128,7 +129,7 @@ class Reader(QueueReader):
         several = broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]
         copies = [copy(one) for one in several]
         for one in copies:
-            one.socket_timeout = one.stack_timeout = _PATIENCE
+            one.socket_timeout = one.stack_timeout = _TIMEOUT
         return copies
 
     def _take(self) -> Any:
@@ -145,26 +146,26 @@ class Reader(QueueReader):
 class AgeEstimate:
     """Estimates from consecutive counts when the oldest message of a queue arrived.
 
-    ``gone`` counts the messages that have left the queue: at least the sum of all falls of the count. After a reading of n messages
-    at ``gone`` = g, all n messages have left once ``gone`` reaches g + n. The oldest message then arrived after this reading.
+    ``departed`` counts the messages that have left the queue: at least the sum of all falls of the count. After a reading of n messages
+    at ``departed`` = g, all n messages have left once ``departed`` reaches g + n. The oldest message then arrived after this reading.
     """
 
     def __init__(self, now: int) -> None:
         self.first = now
         #: The oldest message arrived after this time. None if unknown.
         self.after: int | None = None
-        self.gone = 0
+        self.departed = 0
         self._last = 0
         #: (g + n, time), both rising. Of readings with an equal sum, the latest.
         self._marks: deque[tuple[int, int]] = deque()
 
     def observe(self, count: int, now: int) -> None:
-        self.gone += max(0, self._last - count)
+        self.departed += max(0, self._last - count)
         self._last = count
-        if self._marks and self._marks[-1][0] == self.gone + count:
+        if self._marks and self._marks[-1][0] == self.departed + count:
             self._marks.pop()
-        self._marks.append((self.gone + count, now))
-        while self._marks and self._marks[0][0] <= self.gone:
+        self._marks.append((self.departed + count, now))
+        while self._marks and self._marks[0][0] <= self.departed:
             self.after = self._marks.popleft()[1]
         if len(self._marks) > MARKS:
             self._marks = deque(list(self._marks)[::2])

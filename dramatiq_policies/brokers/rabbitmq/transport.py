@@ -13,6 +13,7 @@ import pika
 import pika.exceptions
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 from dramatiq.errors import ConnectionClosed
 
@@ -25,10 +26,11 @@ from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Fault
 from ...delivery.transport import Transport
 from ...outcomes import text_of
-from ..ended_runs import EndedRuns, Runs
+from ..ended_runs import EndedRuns
 from .acks import SharedAcks, UnackedCounts
 from .channel import ConsumerChannel
 from .publisher import LOST, REFUSED, ConfirmedPublisher
+from .redeliveries import Redeliveries
 from .unreadable import UNREADABLE, UnreadableBodies
 
 __all__ = ["RabbitmqTransport"]
@@ -45,6 +47,7 @@ class RabbitmqTransport(Transport):
     """Consumes, acknowledges and dead-letters on RabbitMQ."""
 
     redelivers_on_reconnect = True
+    broker: RabbitmqBroker
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
@@ -56,7 +59,7 @@ class RabbitmqTransport(Transport):
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         self.unacked_counts = state.shared(UnackedCounts).by_queue
         self.unacked_counts[queue_name] = self.held
-        self.runs = Runs(state.shared(EndedRuns), self)
+        self.redeliveries = Redeliveries(state.shared(EndedRuns), self)
 
     def held(self) -> int:
         """How many messages were delivered and not yet acknowledged."""
@@ -65,8 +68,8 @@ class RabbitmqTransport(Transport):
     def take(self) -> MessageProxy | None:
         if self.breaker.is_pausing:
             return self.unreadable.poll_paused(self.received)
-        if self.runs.ready:
-            return self.runs.ready.popleft()
+        if self.redeliveries.ready:
+            return self.redeliveries.ready.popleft()
         try:
             method, properties, body = next(self.channel.deliveries)
         except StopIteration:
@@ -79,7 +82,7 @@ class RabbitmqTransport(Transport):
         except LOST as error:
             if getattr(error, "reply_code", None) == 404:
                 # The queue has disappeared: have it declared again.
-                self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+                self.broker.queues_pending.add(self.queue_name)
             self._lost()
             raise ConnectionClosed(error) from None
         return None if body is None else self.received(method, properties, body)
@@ -106,13 +109,13 @@ class RabbitmqTransport(Transport):
             self.state.last_received[self.queue_name] = message
         proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
         proxy.body = body  # type: ignore[attr-defined]
-        if self.is_delay_queue or self.runs.take(proxy, body, method.redelivered):
+        if self.is_delay_queue or self.redeliveries.take(proxy, body, method.redelivered):
             return proxy
         return None
 
     def _lost(self) -> None:
         self.channel.closed = True
-        self.runs.lost()
+        self.redeliveries.lost()
 
     @staticmethod
     def _returns_of(properties: Any) -> int:
@@ -147,7 +150,7 @@ class RabbitmqTransport(Transport):
         else:
             deleted = True  # Another client has declared the queue again, empty.
         if deleted:
-            self.broker.queues_pending.add(self.queue_name)  # type: ignore[attr-defined]
+            self.broker.queues_pending.add(self.queue_name)
             logger.warning(
                 "Queue %r was deleted. Running jobs continue, and the worker publishes their retries.", self.source
             )
@@ -161,12 +164,12 @@ class RabbitmqTransport(Transport):
     def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.will_redeliver() and not delivery.completes_key():
             raise ConnectionClosed("the consumer that delivered this message is closed")
-        steps = delivery.follow_ups
-        while steps:
-            step = steps[0]
-            assert isinstance(step, OutgoingMessage)
-            self.publisher.enqueue(step)
-            steps.pop(0)
+        follow_ups = delivery.follow_ups
+        while follow_ups:
+            follow_up = follow_ups[0]
+            assert isinstance(follow_up, OutgoingMessage)
+            self.publisher.enqueue(follow_up)
+            follow_ups.pop(0)
         if isinstance(dead, bytes):
             self.publisher.publish(xq_name(self.source), dead, None)
         elif dead is not None:
@@ -195,7 +198,7 @@ class RabbitmqTransport(Transport):
             return
         delivery: Delivery | None = vars(message).get("delivery")
         if delivery is not None:
-            self.runs.acked(delivery)
+            self.redeliveries.acked(delivery)
         self.acks.put(tag)
 
     def abandon(self, message: MessageProxy) -> None:
@@ -205,14 +208,14 @@ class RabbitmqTransport(Transport):
     def _not_acked(self, message: MessageProxy) -> None:
         delivery: Delivery | None = vars(message).get("delivery")
         if delivery is not None:
-            self.runs.not_acked(delivery)
+            self.redeliveries.not_acked(delivery)
 
     def requeue(self, messages: list[MessageProxy]) -> None:
         """Note the messages. The server requeues them when the consumer closes."""
         for message in messages:
             delivery = vars(message).get("delivery")
             if delivery is not None:
-                self.runs.requeued(delivery)
+                self.redeliveries.requeued(delivery)
 
     def is_revoked(self) -> bool:
         return self.channel.is_lost
@@ -235,7 +238,7 @@ class RabbitmqTransport(Transport):
             self._lost()
         super().close()
         self.channel.closed = True
-        self.runs.closed(self.state.stopping.is_set())
+        self.redeliveries.closed(self.state.stopping.is_set())
         if self.unacked_counts.get(self.source) == self.held:
             del self.unacked_counts[self.source]
         # Dramatiq's consumer leaves its connection open if the channel was closed already.

@@ -45,9 +45,11 @@ class RedisDelayTransport(RedisTransport):
     def _move_to_index(self, far: list[Any]) -> None:
         """Move messages to the index."""
         window, delayed = self.window, self.delayed
-        kept = {_dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far}
+        due_times = {
+            _dramatiq.delayed_message(item).options["redis_message_id"]: _dramatiq.eta_of(item) for item in far
+        }
         try:
-            self.call(self.index.add, kept.items())
+            self.call(self.index.add, due_times.items())
         except BrokerConnectionError:
             # If Redis has executed the command, these are no longer in our unacked set, and a move does nothing.
             for item in far:
@@ -56,7 +58,7 @@ class RedisDelayTransport(RedisTransport):
         finally:
             for _ in far:
                 delayed.task_done()
-        for redis_id in kept:
+        for redis_id in due_times:
             window.release(redis_id)
 
     def idle(self, seconds: float) -> None:
@@ -72,25 +74,25 @@ class RedisDelayTransport(RedisTransport):
         """Move messages in one round trip."""
         sent = []
         for move in moves:
-            step = OutgoingMessage(move.moved)
+            outgoing = OutgoingMessage(move.moved)
             try:
                 redis_id = move.message.options["redis_message_id"]
-                sent.append((move, step, redis_id, self.settling.command(redis_id, sends=self._encode(step))))
+                sent.append((move, outgoing, redis_id, self.settling.command(redis_id, sends=self._encode(outgoing))))
             except Exception as error:
                 move.error = error
         answers = self.call(self.batcher.answers, [command for *_, command in sent]) if sent else []
-        for (move, step, redis_id, _), answer in zip(sent, answers, strict=True):
+        for (move, outgoing, redis_id, _), answer in zip(sent, answers, strict=True):
             if isinstance(answer, Exception):
                 move.error = answer
                 continue
             move.done = True
             self.window.release(redis_id)
             if answer:
-                self.broker.emit_after("enqueue", step.message, None)
+                self.broker.emit_after("enqueue", outgoing.message, None)
 
     def dead_letter_unmoved(self, message: MessageProxy) -> None:
         redis_id = message.options["redis_message_id"]
-        self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
+        self.call(self.broker.do_nack, self.source, redis_id)
         self.window.release(redis_id)
 
     def close(self) -> None:

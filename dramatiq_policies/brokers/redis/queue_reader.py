@@ -12,13 +12,13 @@ from dramatiq.errors import ConnectionClosed
 from ...common.connections import close_when_interrupted
 from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
 
-__all__ = ["Reader", "own_client"]
+__all__ = ["RedisQueueReader", "own_client"]
 
 #: Seconds to wait for Redis.
-_PATIENCE = 5
+_TIMEOUT = 5
 
 
-class Reader(QueueReader):
+class RedisQueueReader(QueueReader):
     """Reads Dramatiq's keys over a separate connection.
 
     The age is the age of the oldest among the first and last 16 messages, by the clock of the sender. A stopping worker puts
@@ -63,7 +63,7 @@ class Reader(QueueReader):
 def own_client(client: Any) -> Any:
     """Return a client of the same server with a separate pool and timeouts. Disconnect the pool to close the client."""
     pool = client.connection_pool
-    settings = {**pool.connection_kwargs, "socket_timeout": _PATIENCE, "socket_connect_timeout": _PATIENCE}
+    settings = {**pool.connection_kwargs, "socket_timeout": _TIMEOUT, "socket_connect_timeout": _TIMEOUT}
     if hasattr(pool, "service_name"):
         # A Sentinel pool looks up the master.
         settings.pop("connection_pool", None)

@@ -44,7 +44,7 @@ class SettleScript:
         self._store: RedisStore | None = None
         self._is_beside = False
 
-    def completes(self, delivery: Delivery) -> bool:
+    def can_complete(self, delivery: Delivery) -> bool:
         """Whether the script can also complete the delivery's key: the store is on this server."""
         if not delivery.completes_key():
             return False
@@ -55,16 +55,18 @@ class SettleScript:
             self._is_beside = is_beside is not None and is_beside(self._broker.client)
         return self._is_beside
 
-    def run(self, redis_id: str, dead: bytes = b"", sends: Sequence[str | bytes] = (), keep: bool = False) -> int:
+    def run(
+        self, redis_id: str, dead: bytes = b"", sends: Sequence[str | bytes] = (), keep_unacked: bool = False
+    ) -> int:
         """Settle a message. Returns 0 if this process no longer holds the message, else 1 or `MISSING`.
 
         Parameters:
           redis_id: The id of the message.
           dead: The dead letter; empty for none.
           sends: The follow-up messages: queue, id and body of each message.
-          keep: Whether to leave the message unacknowledged.
+          keep_unacked: Whether to leave the message unacknowledged.
         """
-        return int(self._call(self._batcher.call, *self.command(redis_id, dead, sends, keep)))
+        return int(self._call(self._batcher.call, *self.command(redis_id, dead, sends, keep_unacked)))
 
     def run_with_completion(self, redis_id: str, dead: bytes, sends: Sequence[str | bytes], claim: Claim) -> int | None:
         """Settle a message and complete the key. Returns None if two steps are needed.
@@ -73,7 +75,7 @@ class SettleScript:
         connection fails.
         """
         command = self.command(redis_id, dead, sends, completes=claim)
-        assert self._store is not None  # `completes` has set it.
+        assert self._store is not None  # `can_complete` has set it.
         try:
             return int(self._store.batcher.call(*command))
         except redis.DataError:
@@ -90,7 +92,7 @@ class SettleScript:
         redis_id: str,
         dead: bytes = b"",
         sends: Sequence[str | bytes] = (),
-        keep: bool = False,
+        keep_unacked: bool = False,
         completes: Claim | None = None,
     ) -> tuple[Any, ...]:
         """Return the command that settles a message."""
@@ -104,6 +106,6 @@ class SettleScript:
             if found := claims.companion(completes):
                 keys.append(self._store.name_of(found[0]))
                 companion = found[1:]
-        args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep else "", completed, ttl, held]
+        args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep_unacked else "", completed, ttl, held]
         args += [*companion, *sends]
         return _SETTLE.command(keys, args)

@@ -17,6 +17,7 @@ from uuid import uuid4
 import redis
 from dramatiq import Message
 from dramatiq.broker import MessageProxy
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import compute_backoff
 from dramatiq.errors import BrokerConnectionError
 
@@ -54,6 +55,7 @@ class RedisTransport(Transport):
     """Fetches, acknowledges and dead-letters on Redis."""
 
     acks_with_follow_ups = True
+    broker: RedisBroker
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
@@ -103,9 +105,9 @@ class RedisTransport(Transport):
             unreadable = MalformedMessage(f"the body is unreadable: {error}")
             if self.breaker.unreadable(error):
                 # The body stays on the queue, behind the rest.
-                self.call(self.broker.do_requeue, self.source, name)  # type: ignore[attr-defined]
+                self.call(self.broker.do_requeue, self.source, name)
                 return None
-            self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+            self.call(self.broker.do_nack, self.source, name)
             self.report_malformed(unreadable)
             return None
         if self.breaker.count:
@@ -115,7 +117,7 @@ class RedisTransport(Transport):
         if recovered:
             if FAILURE in message.options:
                 # A dead letter that a worker of 0.1.0 had no time to move.
-                self.call(self.broker.do_nack, self.source, name)  # type: ignore[attr-defined]
+                self.call(self.broker.do_nack, self.source, name)
                 return None
             message.options[REDELIVERED] = True
         return message
@@ -169,7 +171,7 @@ class RedisTransport(Transport):
         try:
             if "do_ack" in vars(self.broker):
                 # An instrumentation or a test has replaced Dramatiq's method.
-                self.call(self.broker.do_ack, self.source, redis_id)  # type: ignore[attr-defined]
+                self.call(self.broker.do_ack, self.source, redis_id)
             elif (settled := self.settling.run(self._mark_finished(message))) != 1:
                 self.losses.missing(self.source, redis_id)
                 if not settled:
@@ -185,35 +187,35 @@ class RedisTransport(Transport):
 
     def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         sends: list[str | bytes] = []
-        for step in delivery.follow_ups or ():
-            assert isinstance(step, OutgoingMessage)
-            if step.encoded is None:
-                step.encoded = self._encode(step)
-            sends.extend(step.encoded)
+        for follow_up in delivery.follow_ups or ():
+            assert isinstance(follow_up, OutgoingMessage)
+            if follow_up.encoded is None:
+                follow_up.encoded = self._encode(follow_up)
+            sends.extend(follow_up.encoded)
         redis_id = self._mark_finished(message)
-        completes, keep = claim_of(delivery) if self.settling.completes(delivery) else None, False
         body = b"" if dead is None else dead if isinstance(dead, bytes) else self.encoded(dead)
-        settled = None if completes is None else self.settling.run_with_completion(redis_id, body, sends, completes)
+        claim, keep_unacked = claim_of(delivery) if self.settling.can_complete(delivery) else None, False
+        settled = None if claim is None else self.settling.run_with_completion(redis_id, body, sends, claim)
         if settled is None:
             # Two steps: the key is completed between publish and acknowledgement.
-            completes, keep = None, delivery.completes_key()
-            settled = self.settling.run(redis_id, body, sends, keep)
-        if settled != 1 and not keep:
+            claim, keep_unacked = None, delivery.completes_key()
+            settled = self.settling.run(redis_id, body, sends, keep_unacked)
+        if settled != 1 and not keep_unacked:
             self.losses.missing(self.source, redis_id)
         if not settled:
             self._handle_reassigned(redis_id, delivery, dead is not None)
         if dead is not None and "do_nack" in vars(self.broker):
             # Replaced, as in `ack`. The dead letter is in its place already.
-            self.call(self.broker.do_nack, self.source, redis_id)  # type: ignore[attr-defined]
-        if completes is not None:
-            self.state.idempotency.claims.drop(completes)
+            self.call(self.broker.do_nack, self.source, redis_id)
+        if claim is not None:
+            self.state.idempotency.claims.drop(claim)
             delivery.claim = None
-        steps, delivery.follow_ups = delivery.follow_ups, None
-        delivery.acked = not keep
-        for step in (steps or ()) if settled else ():
-            assert isinstance(step, OutgoingMessage)
-            self.broker.emit_after("enqueue", step.message, step.delay)
-        if not keep:
+        published, delivery.follow_ups = delivery.follow_ups, None
+        delivery.acked = not keep_unacked
+        for follow_up in (published or ()) if settled else ():
+            assert isinstance(follow_up, OutgoingMessage)
+            self.broker.emit_after("enqueue", follow_up.message, follow_up.delay)
+        if not keep_unacked:
             self._release(message)
 
     def _handle_reassigned(self, redis_id: str, delivery: Delivery, dead: bool) -> None:
@@ -234,18 +236,18 @@ class RedisTransport(Transport):
         if delivery is not None and not is_keyed(delivery):
             self.ended.remember(message.options["redis_message_id"], rest_of(delivery))
 
-    def _encode(self, step: OutgoingMessage) -> tuple[str, str, bytes]:
+    def _encode(self, outgoing: OutgoingMessage) -> tuple[str, str, bytes]:
         """Return queue, id and body as ``RedisBroker.enqueue`` would send them. Runs the before-hooks of enqueue."""
         redis_id = str(uuid4())
-        self.broker.declare_queue(step.message.queue_name)
-        step.message = message = prepared(self.broker, step.message, step.delay, redis_message_id=redis_id)
+        self.broker.declare_queue(outgoing.message.queue_name)
+        outgoing.message = message = prepared(self.broker, outgoing.message, outgoing.delay, redis_message_id=redis_id)
         return message.queue_name, redis_id, self.encoded(message)
 
-    def completes(self, delivery: Delivery) -> bool:
-        return self.settling.completes(delivery)
+    def completes_with_publish(self, delivery: Delivery) -> bool:
+        return self.settling.can_complete(delivery)
 
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
-        if not self.settling.completes(delivery):
+        if not self.settling.can_complete(delivery):
             return super().completion(delivery)
         return self.settling.command(self._mark_finished(delivery.message), completes=claim_of(delivery)), True
 
@@ -258,7 +260,7 @@ class RedisTransport(Transport):
     def requeue(self, messages: list[MessageProxy]) -> None:
         ids = [message.options["redis_message_id"] for message in messages]
         if ids:
-            self.call(self.broker.do_requeue, self.source, *ids)  # type: ignore[attr-defined]
+            self.call(self.broker.do_requeue, self.source, *ids)
             for redis_id in ids:
                 self.window.release(redis_id)
 

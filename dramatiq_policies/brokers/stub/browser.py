@@ -23,7 +23,7 @@ def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
     try:
         yield browser
     finally:
-        browser.put_back()
+        browser.requeue_rest()
 
 
 class StubBrowser:
@@ -67,7 +67,7 @@ class StubBrowser:
             self.dead_letters[:] = [dead_letter for dead_letter in self.dead_letters if dead_letter is not item.place]
         return True
 
-    def put_back(self) -> None:
+    def requeue_rest(self) -> None:
         """Requeue the remaining ready messages."""
         if self.dead_letters is None:
             for item in self.items:

@@ -8,10 +8,10 @@ from dramatiq.common import dq_name
 
 from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
 
-__all__ = ["Reader"]
+__all__ = ["StubQueueReader"]
 
 
-class Reader(QueueReader):
+class StubQueueReader(QueueReader):
     """Reads the queues in memory."""
 
     def _read(self, queue: str, now: int) -> QueueReading:

@@ -8,13 +8,16 @@ from typing import Any
 
 from dramatiq import Message
 from dramatiq.broker import Broker, MessageProxy
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import DramatiqError
 from dramatiq.message import get_encoder
 
 from ... import _dramatiq
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
+from ...delivery.delivery import Delivery
 from ...delivery.direct import enqueue_directly
+from ...delivery.outgoing import OutgoingMessage
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 
@@ -23,6 +26,8 @@ __all__ = ["StubTransport", "explain_unserialisable"]
 
 class StubTransport(Transport):
     """Requeues fetched messages without a run, for the next worker."""
+
+    broker: StubBroker
 
     def __init__(self, state: BrokerState, inner: Any, queue_name: str, prefetch: int) -> None:
         super().__init__(state, inner, queue_name, prefetch)
@@ -40,7 +45,7 @@ class StubTransport(Transport):
             dead_letter = _dramatiq.StubMessage(self._raw(data))
             unreadable = MalformedMessage(f"the body is unreadable: {error}")
             dead_letter.stuff_exception(unreadable)
-            self.broker.dead_letters_by_queue[self.queue_name].append(dead_letter)  # type: ignore[attr-defined]
+            self.broker.dead_letters_by_queue[self.queue_name].append(dead_letter)
             self.report_malformed(unreadable)
             _dramatiq.release_stub_slot(self.inner)
             return None
@@ -54,19 +59,20 @@ class StubTransport(Transport):
             dead = self._raw(dead)
         else:
             self.encoded(dead)  # Raises, as on a server, if the dead letter can't be encoded.
-        dead_letters = self.broker.dead_letters_by_queue  # type: ignore[attr-defined]
+        dead_letters = self.broker.dead_letters_by_queue
         dead_letters[self.queue_name].append(_dramatiq.StubDeadLetter(dead, message))
 
     def _raw(self, body: bytes) -> Message[Any]:
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
 
-    def publish_follow_ups(self, message: MessageProxy, delivery: Any, dead: Message[Any] | bytes | None) -> None:
+    def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.state.stopping.is_set() and delivery.follow_ups:
             # A thread of the stopping worker would take the message.
-            steps, delivery.follow_ups = delivery.follow_ups, None
-            for step in steps:
+            follow_ups, delivery.follow_ups = delivery.follow_ups, None
+            for follow_up in follow_ups:
+                assert isinstance(follow_up, OutgoingMessage)
                 self.state.requeue_after_shutdown.append(
-                    partial(enqueue_directly, self.broker, step.message, step.delay)
+                    partial(enqueue_directly, self.broker, follow_up.message, follow_up.delay)
                 )
         super().publish_follow_ups(message, delivery, dead)
         # After `join` a test expects the published outcome: acknowledge last.
