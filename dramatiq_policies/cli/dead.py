@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -13,6 +13,7 @@ from dramatiq.broker import Broker
 from rich.cells import cell_len
 
 from .. import ops
+from .._dramatiq import kind_of
 from ..common.plurals import counted
 from ..delivery.validation import is_number
 from ..ops.durations import format_duration
@@ -36,12 +37,15 @@ from .completion import queue_names
 from .filters import filters, parse_filters, report_nothing_found
 from .help import WholeSummaries
 
-__all__ = ["dead"]
+__all__ = ["dead", "no_dead_letters"]
 
 
 @click.group(cls=WholeSummaries)
 def dead() -> None:
-    """Show dead letters, send them again, or delete them."""
+    """Show dead letters, send them again, or delete them.
+
+    On RabbitMQ name a queue that no actor declares any more with -q: AMQP can't list queues.
+    """
 
 
 @dead.command(cls=AppCommand)
@@ -58,7 +62,7 @@ def summary(form: str, **given: Any) -> None:
     if form == "json":
         return
     if not groups:
-        click.echo("No dead letters.")
+        click.echo(no_dead_letters(broker, queues))
         return
     print_table(
         ["count", "actor", "exception", "outcome", "first seen", "last seen"],
@@ -75,6 +79,11 @@ def summary(form: str, **given: Any) -> None:
         ],
         right=["count"],
     )
+
+
+def no_dead_letters(broker: Broker, queues: Sequence[str]) -> str:
+    """Say which queues have no dead letters: AMQP can't list the queues that no actor declares."""
+    return "No dead letters." if queues or kind_of(broker) != "rabbitmq" else "No dead letters on the declared queues."
 
 
 def _outcome(outcome: str, reason: str | None) -> str:
@@ -101,7 +110,7 @@ def list_(form: str, limit: int | None, oldest: bool, **given: Any) -> None:
     if not where.matched and not where.unreadable:
         report_nothing_found(broker, where)
         if form != "json":
-            click.echo("No dead letters.", err=True)
+            click.echo(no_dead_letters(broker, queues), err=True)
 
 
 #: Characters of an id on a terminal. In a list of 10,000 random ids, the chance of a collision is 1 in 86.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from datetime import datetime, timezone
@@ -45,7 +46,9 @@ class _WithDefault(WholeSummaries):
     """``queues app`` is ``queues show app``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+        # Two words are a misspelt command with its application.
+        words = len(list(itertools.takewhile(lambda one: not one.startswith("-"), args[:2])))
+        if words < 2 and (not args or (args[0] not in self.commands and args[0] not in ("-h", "--help"))):
             args = ["show", *args]
         return super().parse_args(ctx, args)
 
@@ -77,7 +80,8 @@ def show(
 ) -> int:
     """Show ready, delayed, running and dead messages and the oldest age, for each queue of APP and the outbox.
 
-    "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading.
+    "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading. There,
+    name a queue that no actor declares any more with -q: AMQP can't list queues.
     """
     broker = load_app(app, path)
     if fail_on_breach and ops.monitor_of(broker) is None:

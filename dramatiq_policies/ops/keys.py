@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigurationError
 from ..idempotency.keys import signature_of
 from ..middleware.idempotency import Idempotency, KeyState
-from .app import OperationError, one_line
+from .app import OperationError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -43,7 +43,11 @@ def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     """Parse arguments of a command line: JSON if valid, else text; text if annotated ``str``; ``name=value`` for
-    keywords."""
+    keywords.
+
+    Raises:
+      OperationError: A keyword is near the name of a parameter, and none.
+    """
     known = signature_of(actor.fn).parameters
     parameters = list(known.values())
     args: list[Any] = []
@@ -52,6 +56,8 @@ def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[A
         name, found, value = text.partition("=")
         if found and name in known:
             kwargs[name] = _value(value, known[name].annotation)
+        elif found and name.isidentifier() and (near := did_you_mean(name, known)) != ".":
+            raise OperationError(f"{actor.actor_name} has no argument {name!r}{near}")
         else:
             at = len(args)
             args.append(_value(text, parameters[at].annotation if at < len(parameters) else None))

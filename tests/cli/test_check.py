@@ -326,6 +326,7 @@ def test_an_exemption_without_a_reason_is_no_exemption(command):
     two = ("--ignore", "DP019", "--ignore", "DP006", "--ignore", "DP005", "--reason", "x", "--reason", "y")
     assert "pass one reason for each, or one for all" in command.refuses("check", app, *two)
     assert "no finding 'DP999'" in command.refuses("check", app, "--ignore", "DP999", "--reason", "x")
+    assert "did you mean" in command.refuses("check", app, "--ignore", "DP02", "--reason", "x")
     result = command("check", app, "--strict", "--ignore", "DP019", "--reason", "watched elsewhere")
     assert result.exit_code == 0
     assert "DP019 the broker: watched elsewhere" in result.stdout

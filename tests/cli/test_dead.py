@@ -8,10 +8,13 @@ import sys
 
 import pytest
 from dramatiq import Message
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from rich.console import Console
 
 from dramatiq_policies import ops
+from dramatiq_policies._dramatiq import StubMessage
 from dramatiq_policies.brokers.stub.browser import StubBrowser
+from dramatiq_policies.cli.dead import no_dead_letters
 from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.ops import DeadLetter
 
@@ -379,11 +382,52 @@ def test_a_wrong_name_is_one_sentence_that_helps(command, app):
 
 
 @pytest.mark.parametrize(
+    ("condition", "nearest"),
+    [
+        (("--where", "ordr_id=7"), "'order_id'"),
+        (("--where", "ordr_id=7", "--actor", "send_mail"), "'order_id'"),
+        (("--where", "adress=ada@example.com"), "'address'"),
+        (("--where", "order.idd=7"), "'order.id'"),
+        (("--tag", "taem=shop"), "'team'"),
+        (("--tag", "team=shup"), "'team=shop'"),
+        (("--reason", "exhaustd"), "'exhausted'"),
+        (("--error", "MailDwn"), "'MailDown'"),
+        (("--actor", "send_mial"), "'send_mail'"),
+    ],
+)
+@pytest.mark.parametrize("what", [("list",), ("summary",), ("replay", "--yes"), ("purge", "--yes")], ids=lambda w: w[0])
+def test_a_misspelt_name_in_a_filter_gets_the_nearest_name(command, app, broker, condition, nearest, what):
+    sent = Message("mail", "send_mail", (), {"order": {"id": 7}}, {}, "m5", now_ms())
+    broker.dead_letters_by_queue["mail"].append(StubMessage(sent))
+    shown = command("dead", *what, app, *condition)
+    assert (shown.exit_code, f"did you mean {nearest}" in shown.stderr) == (1, True), shown.output
+
+
+@pytest.mark.parametrize("condition", [("--where", "order_id=9"), ("--where", "0=9"), ("--where", "zzzzz=9")])
+def test_a_name_that_is_known_or_like_none_gets_no_suggestion(command, app, condition):
+    assert "did you mean" not in command("dead", "list", app, *condition).stderr
+
+
+def test_without_dead_letters_a_name_is_compared_with_the_declared_names(command):
+    app = command.app(APP.partition("bury(send_mail")[0])
+    assert (
+        "0 of 0 dead letters; did you mean 'order_id'?" in command("dead", "list", app, "--where", "ordr_id=9").stderr
+    )
+    assert command("dead", "list", app, "--where", "order_id=9").stderr == "No dead letters.\n"
+
+
+@pytest.mark.parametrize(
     ("given", "warned"), [("60", True), ("60s", False), ("60ms", False), ("60000", False), ("0", False)]
 )
 def test_a_time_without_a_unit_that_looks_like_seconds_is_a_warning(command, app, given, warned):
     said = command("dead", "list", app, "--older-than", given).stderr
     assert ("--older-than 60 is 60 milliseconds. For seconds write 60s." in said) is warned
+
+
+def test_without_a_queue_rabbitmq_s_answer_is_about_the_declared_queues(broker):
+    rabbitmq = RabbitmqBroker(url="amqp://localhost")
+    assert no_dead_letters(rabbitmq, ()) == "No dead letters on the declared queues."
+    assert no_dead_letters(rabbitmq, ["mail"]) == no_dead_letters(broker, ()) == "No dead letters."
 
 
 def test_a_broker_that_stores_messages_in_its_own_way_is_refused(command):

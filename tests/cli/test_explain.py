@@ -180,6 +180,13 @@ def test_an_actor_or_error_that_does_not_exist_is_one_sentence(command, app):
     assert "can't be imported" in command.refuses("explain", f"{app}:plain", "no.such.Error")
 
 
+@pytest.mark.parametrize("separator", [".", ":"])
+def test_a_misspelt_error_of_a_module_gets_the_nearest_name(command, app, separator):
+    line = command.refuses("explain", f"{app}:plain", f"http.client{separator}BadStatusLin")
+    assert line == "Error: http.client has no exception class 'BadStatusLin'; did you mean 'BadStatusLine'?"
+    assert f"did you mean '{app}'" in command.refuses("explain", f"{app}:plain", f"{app}x{separator}Timeout_")
+
+
 def test_actors_of_a_factory_s_broker_go_by_their_names(command):
     factory = """
 def make():

@@ -55,6 +55,13 @@ def test_arguments_are_json_or_text_as_the_actor_says(command, app):
     )
 
 
+def test_a_misspelt_argument_is_no_value_and_gets_the_nearest_name(command, app):
+    line = command.refuses("keys", "show", f"{app}:send_mail", "ordr_id=7")
+    assert line == "Error: send_mail has no argument 'ordr_id'; did you mean 'order_id'?"
+    assert command.json("keys", "show", f"{app}:greet", "YWJj==")["key"] == "user:YWJj=="
+    assert command.json("keys", "show", f"{app}:greet", "name=nam=7")["key"] == "user:nam=7"
+
+
 def test_an_actor_without_a_key_of_its_own_goes_by_the_message_s_id(command, app):
     message, _ = send(app, "count")
     assert command.json("keys", "show", f"{app}:count", message.message_id)["state"] == "completed"

@@ -133,6 +133,10 @@ def test_queues_alone_shows_queues_and_asks_for_what_it_needs(command, app):
     assert "Missing argument 'APP'" in command.refuses("queues")
 
 
+def test_a_misspelt_move_is_no_application(command, app):
+    assert command.refuses("queues", "mov", app, "mail").startswith("Error: No such command 'mov'.")
+
+
 def test_what_can_t_be_read_is_not_moved_and_is_reported(command, app):
     broker = ops.load_broker(app)
     broker.queues["mail"].put(b"{no json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...delivery.broker_state import state_of
-from ..app import OperationError
+from ..app import OperationError, did_you_mean
 from .actor_checks import Settings, check_actor, check_broker
 from .findings import CODES, Finding
 
@@ -167,7 +167,7 @@ def checked_reason(where: str, code: str, reason: Any) -> None:
       OperationError: If not.
     """
     if code not in CODES:
-        raise OperationError(f"{where}: there is no finding {code!r}.")
+        raise OperationError(f"{where}: there is no finding {code!r}{did_you_mean(code, CODES)}")
     if not isinstance(reason, str) or not reason.strip():
         raise OperationError(f"{where}: {code}: an exemption needs a reason.")
 

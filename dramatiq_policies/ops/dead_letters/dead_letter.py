@@ -231,6 +231,14 @@ def _arguments_of(dead_letter: DeadLetter, parameters: Mapping[str, tuple[str, .
     return {**by_place, **dict(zip(names, message.args, strict=False)), **message.kwargs}
 
 
+def argument_names(dead_letter: DeadLetter, where: Filter) -> Iterator[str]:
+    """Yield the names of a dead letter's arguments, and ``order.id`` for each key of an object."""
+    for name, value in _arguments_of(dead_letter, where.parameters).items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{key}" for key in value)
+
+
 def _is_given(arguments: Mapping[str, Any], name: str, text: str) -> bool:
     value: Any = arguments
     for part in [name] if name in arguments else name.split("."):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...common.plurals import counted
 from ..app import OperationError, did_you_mean
 from .commands import dead_letters
-from .dead_letter import DeadLetter, Filter
+from .dead_letter import DeadLetter, Filter, argument_names
 
 if TYPE_CHECKING:
+    from dramatiq import Actor
     from dramatiq.broker import Broker
 
 __all__ = ["Tally", "newest", "resolve_ids"]
@@ -35,7 +36,7 @@ class Tally:
         self.unreadable = 0
         self.matched: Counter[tuple[str, str]] = Counter()
         self._values: dict[str, Counter[str]] = {
-            name: Counter() for name in ("actor", "error", "outcome", "reason", "tag")
+            name: Counter() for name in ("actor", "error", "outcome", "reason", "tag", "where")
         }
 
     def __call__(self, dead_letter: DeadLetter) -> bool:
@@ -47,6 +48,7 @@ class Tally:
             ("outcome", dead_letter.outcome),
             ("reason", dead_letter.reason),
             *(("tag", f"{name}={value}") for name, value in dead_letter.tags.items()),
+            *(("where", name) for name in (argument_names(dead_letter, self.where) if self.where.arguments else ())),
         ):
             if value:
                 self._values[name][value] += 1
@@ -67,34 +69,46 @@ class Tally:
         unreadable = count - self.matched.total()
         return ", ".join([*parts, f"{unreadable} that can't be read"] if unreadable > 0 else parts)
 
-    def no_match(self, actors: Iterable[str]) -> str | None:
-        """Return a sentence on filters without a match, with the nearest name; None if there were no dead letters.
+    def no_match(self, actors: Mapping[str, Actor[..., Any]]) -> str | None:
+        """Return a sentence on filters without a match, with the nearest name; None if there were no dead letters, and the
+        application knows all names.
 
         Parameters:
-          actors: The names of the application's actors.
+          actors: The application's actors.
         """
-        where, given = self.where, []
-        hint = ""
-        wanted = [
-            *(("actor", value) for value in (where.actor,) if value is not None),
-            *(("error", value) for value in (where.error,) if value is not None),
-            *(("outcome", value) for value in (where.outcome,) if value is not None),
-            *(("reason", value) for value in (where.reason,) if value is not None),
-            *(("tag", f"{name}={value}") for name, value in where.tags.items()),
-        ]
-        for name, value in wanted:
-            given.append(f"--{name} {value}")
-            known = {*self._values[name], *(actors if name == "actor" else ())}
-            if value not in known and not hint:
-                hint = did_you_mean(value, sorted(known)).removesuffix(".")
-        given += [f"--where {name}={value}" for name, value in where.arguments.items()]
+        where, given, hint = self.where, [], "."
+        for option, text, name, known in self._conditions(actors):
+            given.append(f"--{option} {text}")
+            if hint == "." and name not in known:
+                hint = did_you_mean(name, sorted(known))
         given += [f"--id {value}" for value in where.message_ids]
         given += ["--older-than"] if where.older_than_ms is not None else []
         given += ["--newer-than"] if where.newer_than_ms is not None else []
         misspelt = where.actor is not None and where.actor not in [*self._values["actor"], *actors]
-        if not given or not (self.seen or misspelt):
+        if not given or not (self.seen or misspelt or hint != "."):
             return None
-        return f"Nothing matches {' '.join(given)}: 0 of {counted(self.seen, 'dead letter')}{hint or '.'}"
+        return f"Nothing matches {' '.join(given)}: 0 of {counted(self.seen, 'dead letter')}{hint}"
+
+    def _conditions(self, actors: Mapping[str, Actor[..., Any]]) -> Iterator[tuple[str, str, str, set[str]]]:
+        """Yield the option and the text of each condition, and the name in the condition with all known names."""
+        where, seen = self.where, self._values
+        if where.actor is not None:
+            yield "actor", where.actor, where.actor, {*seen["actor"], *actors}
+        for option in ("error", "outcome", "reason"):
+            value = getattr(where, option)
+            if value is not None:
+                yield option, value, value, {*seen[option]}
+        declared = [actor.options.get("tags") or {} for actor in actors.values()]
+        tags = {*seen["tag"], *(f"{name}={value}" for one in declared for name, value in one.items())}
+        names = {one.partition("=")[0] for one in tags}
+        for name, value in where.tags.items():
+            text = f"{name}={value}"
+            yield ("tag", text, text, tags) if name in names else ("tag", text, name, names)
+        chosen = where.parameters.values() if where.actor is None else [where.parameters.get(where.actor, ())]
+        for name, value in where.arguments.items():
+            known = {*seen["where"], *(one for names in chosen for one in names)}
+            # A number is a position.
+            yield "where", f"{name}={value}", name, {name} if name.isdigit() else known
 
 
 def newest(letters: Iterable[DeadLetter], limit: int | None) -> list[DeadLetter]:

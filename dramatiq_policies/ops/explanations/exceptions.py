@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import builtins
-import functools
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..app import OperationError, did_you_mean
+from ..app import OperationError, did_you_mean, importing
 from .explanation import policy_of
 
 if TYPE_CHECKING:
@@ -25,10 +24,14 @@ def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
     """
     module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
     if module:
-        try:
-            found: Any = functools.reduce(getattr, attribute.split("."), import_module(module))
-        except Exception as error:
-            raise OperationError(f"{name!r} can't be imported: {error}") from None
+        found: Any
+        with importing(module):
+            found = there = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part, None)
+        known = {key: value for key, value in vars(there).items() if _is_exception(value)}
+        if found is None:
+            raise OperationError(f"{module} has no exception class {attribute!r}{did_you_mean(attribute, known)}")
     else:
         rules = {rule.resolve().__name__: rule.resolve() for rule in policy_of(actor).rules.rules}
         places = (getattr(actor.fn, "__globals__", {}), vars(import_module(actor.fn.__module__)), rules, vars(builtins))
