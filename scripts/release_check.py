@@ -88,7 +88,7 @@ def contents(wheel: Path) -> list[str]:
         metadata = archive.read(record).decode()
     failures = [f"the wheel lacks {path}" for path in sorted(known - packed)]
     failures += [f"the wheel has {path}, which is not in git" for path in sorted(packed - known)]
-    guides = ["git", "ls-files", "README.md", "docs", "examples"]
+    guides = ["git", "ls-files", "README.md", "CONTRIBUTING.md", "LICENSE", "docs", "examples"]
     missing = set(subprocess.check_output(guides, cwd=ROOT, text=True).splitlines()) - installed
     failures += [f"the wheel's share/doc lacks {path}" for path in sorted(missing)]
     if "dramatiq_policies/py.typed" not in packed:

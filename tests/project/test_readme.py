@@ -143,6 +143,28 @@ def test_every_link_leads_somewhere(page):
     assert broken(page) == []
 
 
+def shipped() -> list[Path]:
+    """The files and folders that the wheel installs in share/doc, at the same places beside each other."""
+    (table,) = re.findall(r"wheel\.shared-data\]\n((?:\".*\n)+)", (ROOT / "pyproject.toml").read_text())
+    places = re.findall(r'^"(.+)" = "share/doc/dramatiq-policies/(.+)"$', table, re.MULTILINE)
+    assert len(places) > 3
+    assert all(source == target for source, target in places)
+    return [ROOT / source for source, _ in places]
+
+
+def test_an_installed_page_links_only_to_installed_files():
+    places = shipped()
+    pages = [page for place in places for page in ([place] if place.suffix == ".md" else place.rglob("*.md"))]
+    outside = []
+    for page in pages:
+        for link in LINK.findall(page.read_text()):
+            target = (page.parent / link.partition("#")[0]).resolve()
+            if not link.startswith(("http", "#")) and not any(target.is_relative_to(place) for place in places):
+                outside.append(f"{page.relative_to(ROOT)}: {link}")
+    assert len(pages) > 20
+    assert outside == []
+
+
 def test_links_that_lead_nowhere_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
