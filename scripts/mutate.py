@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Imported once here, by no process that is forked: they take longer than most tests.
-import coverage
 import dramatiq.brokers.redis  # noqa: F401
 import hypothesis.strategies  # noqa: F401
 import pytest
@@ -250,6 +249,8 @@ class Watch:
     def __init__(self, module: Path) -> None:
         self.module = module
         self.seconds: dict[str, float] = {}
+        import coverage
+
         self.coverage = coverage.Coverage(data_file=None, include=[str(module)], config_file=False)
         self.coverage.start()
 

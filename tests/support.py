@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import dramatiq
@@ -26,6 +26,18 @@ except ImportError:  # scripts/release_check.py runs tests with one extra alone
 PATIENCE = 20.0
 #: Whether Django has tasks: Django 6, which needs Python 3.12.
 HAS_DJANGO_TASKS = importlib.util.find_spec("django") is not None and bool(importlib.util.find_spec("django.tasks"))
+
+
+def is_busy(broker):
+    """Return whether any message of a StubBroker is queued, delayed or running.
+
+    All queues are locked at once: a message that moves to another queue meanwhile would be seen in neither.
+    """
+    with ExitStack() as locks:
+        queues = list(broker.queues.values())
+        for queue in queues:
+            locks.enter_context(queue.mutex)
+        return any(queue.unfinished_tasks for queue in queues)
 
 
 class Collector:
@@ -91,7 +103,7 @@ class Stage:
 
     def drain(self):
         deadline = time.monotonic() + PATIENCE
-        while any(queue.unfinished_tasks for queue in self.broker.queues.values()):
+        while is_busy(self.broker):
             if time.monotonic() > deadline:
                 raise AssertionError(f"the queues did not become empty; so far: {self.events}")
             for queue in list(self.broker.queues):

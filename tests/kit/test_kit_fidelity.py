@@ -19,7 +19,7 @@ from dramatiq_policies import Discard, ErrorClassifier, Idempotency, RetryPolicy
 from dramatiq_policies.middleware.composition import GroupCallbacks
 from dramatiq_policies.testing import drain
 
-from ..support import Collector
+from ..support import Collector, is_busy
 
 SCENARIOS = 300
 numbers = itertools.count()
@@ -177,8 +177,7 @@ def kit():
 
 
 def settled(stage):
-    queues = [queue for name, queue in stage.broker.queues.items()]
-    while any(queue.unfinished_tasks for queue in queues):
+    while is_busy(stage.broker):
         for name in ("one", "two"):
             stage.broker.join(name, timeout=20_000, fail_fast=False)
 

@@ -17,6 +17,7 @@ SCRIPT = """
     from dramatiq.brokers.stub import StubBroker
     from dramatiq.middleware.prometheus import DB_PATH, Prometheus
     from dramatiq_policies import RetryPolicy, constant, install
+    from tests.support import is_busy
 
     broker = StubBroker()
     for step in os.environ["ORDER"].split():
@@ -41,9 +42,8 @@ SCRIPT = """
     broker.emit_after("process_boot")
     worker = Worker(broker, worker_timeout=50, worker_threads=2)
     worker.start()
-    while any(queue.unfinished_tasks for queue in broker.queues.values()):
-        for queue in ("mail",):
-            broker.join(queue, timeout=10_000, fail_fast=False)
+    while is_busy(broker):
+        broker.join("mail", timeout=10_000, fail_fast=False)
 
     from prometheus_client import CollectorRegistry, multiprocess
     registry = CollectorRegistry()

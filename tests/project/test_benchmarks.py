@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, rounds
+import benchmarks
+from benchmarks import rounds
 from benchmarks.drain import summarise
 from benchmarks.variants import deaf_server
 
-RESULTS = sorted((Path(plots.__file__).parent / "results").glob("*.json"))
+RESULTS = sorted((Path(benchmarks.__file__).parent / "results").glob("*.json"))
 
 
 def measured(number, variant, rate):
@@ -47,6 +48,8 @@ def test_each_process_and_each_call_has_a_statsd_server_of_its_own_on_this_machi
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_each_drawing_in_the_docs_is_that_of_the_figures_kept(path, tmp_path):
+    from benchmarks import plots  # Matplotlib: two seconds of CPU in each process that collects this module.
+
     drawn = plots.draw(path, tmp_path)
     kept = plots.ROOT / "docs" / "images" / drawn.name
     record = json.loads(path.read_text())

@@ -403,7 +403,7 @@ def test_many_connections_and_cuts_leave_no_thread_and_no_socket(server: EchoSer
         while not over.is_set():
             try:
                 with Client(proxy) as client:
-                    while client.ask(b"hello\n") == b"hello\n":
+                    while client.ask(b"hello\n") == b"hello\n" and not over.is_set():
                         talks.release()
             except OSError:
                 pass
