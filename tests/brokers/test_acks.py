@@ -33,7 +33,7 @@ class Connection:
         return made
 
 
-def test_what_is_put_until_the_call_comes_leaves_with_it_and_all_is_sent():
+def test_acks_put_before_the_call_leave_with_the_call():
     connection = Connection()
     for tag in (3, 1, 2):
         connection.acks.put(tag)
@@ -43,7 +43,7 @@ def test_what_is_put_until_the_call_comes_leaves_with_it_and_all_is_sent():
     assert not connection.written
 
 
-def test_what_is_put_after_the_call_leaves_with_another():
+def test_an_ack_put_after_the_call_leaves_with_the_next_call():
     connection = Connection()
     connection.acks.put(1)
     connection.work()
@@ -53,7 +53,7 @@ def test_what_is_put_after_the_call_leaves_with_another():
     assert connection.sent == [1, 2]
 
 
-def test_what_is_put_while_the_call_sends_is_sent_once():
+def test_an_ack_put_while_the_call_sends_is_sent_once():
     connection = Connection()
     send = connection.acks._send
 

@@ -207,7 +207,7 @@ def test_a_consumer_that_can_not_requeue_or_close_is_logged_and_the_worker_stops
     assert "The consumer of queue 'default' could not close cleanly: gone" in caplog.text
 
 
-def test_a_proxy_keeps_its_message_s_fields_and_what_it_says_itself(monkeypatch):
+def test_a_proxy_keeps_its_own_fields_and_those_of_its_message(monkeypatch):
     asked, ran = [], Queue()
     monkeypatch.setattr(
         MessageProxy, "__getattr__", lambda self, name: asked.append(name) or getattr(self._message, name)
@@ -303,7 +303,7 @@ def test_a_subclass_of_one_of_the_three_is_that_one(caplog):
     assert "is not known" not in caplog.text
 
 
-def test_what_another_broker_calls_its_client_is_asked_for_no_lease(caplog):
+def test_the_client_of_an_unknown_broker_is_asked_for_no_lease(caplog):
     class Client:
         connection_pool = "of something else"
 

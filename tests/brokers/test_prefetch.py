@@ -24,13 +24,13 @@ def seconds_of(call, *args):
     return time.monotonic() - started
 
 
-def test_nobody_waits_while_there_is_a_place(full):
+def test_a_fetch_does_not_wait_while_the_window_has_room(full):
     full.release("r0")
     assert full.taken == 3
     assert seconds_of(full.wait, 20) < 10
 
 
-def test_who_waits_goes_on_once_half_of_the_places_are_free(full):
+def test_a_waiting_fetch_goes_on_once_half_of_the_window_is_free(full):
     class Room(threading.Event):
         def wait(self, seconds):
             for one in ("r0", "r1"):
@@ -45,7 +45,7 @@ def test_who_waits_goes_on_once_half_of_the_places_are_free(full):
     assert full.taken == 2
 
 
-def test_one_whose_ack_is_on_its_way_takes_no_place_and_is_held(full):
+def test_a_message_whose_ack_is_under_way_takes_no_room_and_is_still_in_flight(full):
     full.job_finished("r0")
     full.job_finished("r0")
     assert full.taken == 3
@@ -54,7 +54,7 @@ def test_one_whose_ack_is_on_its_way_takes_no_place_and_is_held(full):
     assert full.taken == 3
 
 
-def test_one_that_was_held_when_it_was_fetched_is_not_taken_although_it_was_acked_since(full):
+def test_a_message_in_flight_when_fetched_is_not_taken_although_it_was_acked_since(full):
     full.about_to_fetch()
     full.release("r0")
     assert not full.take("r0")

@@ -39,7 +39,7 @@ def test_a_stub_broker_s_queue_is_read_whole(stage):
     assert (reading.queue, reading.ready, reading.delayed, reading.running, reading.dead) == ("mail", 3, 1, 0, 1)
 
 
-def test_what_was_taken_or_can_not_be_read_while_the_queue_is_looked_at_has_no_age(stage):
+def test_a_body_taken_meanwhile_or_unreadable_has_no_age(stage):
     job = stage.actor(lambda: None, actor_name="job")
     now = now_ms()
     old = job.message().copy(options={"ready_at": now - 5_000}).encode()
@@ -95,7 +95,7 @@ def test_a_delay_queue_s_name_reads_the_queue_itself_and_all_queues_are_named_on
     assert [reading.queue for reading in reader.read_all()] == ["mail"]
 
 
-def test_it_is_stalled_while_the_front_stays_and_not_when_it_is_taken(stage, monkeypatch):
+def test_a_queue_is_stalled_while_its_front_message_stays_and_not_when_that_is_taken(stage, monkeypatch):
     @stage.actor(queue_name="mail")
     def send():
         pass
@@ -171,7 +171,7 @@ def test_a_queue_seen_empty_is_no_older_than_that():
     assert queue.read() == 0
 
 
-def test_what_has_gone_since_tells_the_age_of_a_queue_that_is_never_empty():
+def test_the_messages_gone_since_bound_the_age_of_a_queue_that_is_never_empty():
     queue = Fifo()
     queue.step(arrive=10, take=0)
     queue.read()

@@ -179,7 +179,7 @@ def by_name():
     return Sentinel([("127.0.0.1", 1)]).master_for("shop", password="secret")
 
 
-def test_of_a_client_that_knows_a_name_nobody_can_say_that_it_reaches_the_same_server(by_name):
+def test_a_client_that_resolves_a_service_name_is_beside_no_other_client(by_name):
     at_hand = redis.Redis()
     assert RedisStore(redis.Redis()).is_beside(at_hand)
     assert not RedisStore(redis.Redis()).is_beside(by_name)

@@ -297,7 +297,7 @@ def test_required_tags_are_asked_for(command):
     ]
 
 
-def test_an_alert_that_nobody_hears_is_a_warning(command):
+def test_an_alert_without_a_subscriber_is_a_warning(command):
     silent = "import logging\nlogging.getLogger('dramatiq_policies.alerts').disabled = %s\n"
     app = command.app(silent % True + job(alert_on="KeyError"))
     heard = command.app(silent % False + job(alert_on="KeyError"))
@@ -358,7 +358,7 @@ def test_a_baseline_lets_the_old_pass_and_the_new_fail(command):
     assert {finding["actor"] for finding in report["baseline"]} == {"old", None}
 
 
-def test_what_is_fixed_is_reported_as_still_in_the_baseline(command):
+def test_a_fixed_finding_is_reported_as_still_in_the_baseline(command):
     command("check", command.app("@dramatiq.actor\ndef send_mail(): pass\n"), "--write-baseline")
     result = command("check", command.app(PREPARED))
     assert result.exit_code == 0
@@ -401,7 +401,7 @@ dramatiq.set_broker(broker)
     assert codes(command.json("check", command.app(long), *patience)) == []
 
 
-def test_live_says_what_can_t_be_asked(command):
+def test_live_lists_the_questions_that_a_server_can_not_answer(command):
     report = command.json("check", command.app(PREPARED), "--live")
     assert report["live"] == {"server": None, "unknown": ["a StubBroker has no server to check"]}
     shown = command("check", command.app(PREPARED), "--live").stdout
@@ -447,7 +447,7 @@ def test_the_broker_may_be_named_or_made_by_a_factory(command):
 
 
 @pytest.mark.parametrize("form", ["human", "json", "github"])
-def test_an_application_without_actors_is_never_ready_and_is_told_what_to_name(command, form):
+def test_an_application_without_actors_is_never_ready_and_the_error_says_what_to_name(command, form):
     app = command.app("")
     line = command.refuses("check", app, "--format", form)
     assert line.startswith(f"Error: {app} declares no actors. Name the module that imports your actors")
@@ -470,7 +470,7 @@ def test_modules_are_looked_for_in_the_path(command):
     assert command("check", app, "--path", "src").exit_code == 0
 
 
-def test_one_actor_can_be_checked_in_a_unit_test(command):
+def test_a_unit_test_can_check_a_single_actor(command):
     app = command.app(PREPARED + "\n@dramatiq.actor\ndef charge(): pass\n")
     assert_job_ready(find_actor(f"{app}:send_mail"))
     with pytest.raises(AssertionError, match=r"The job charge is not ready:\n  DP001 "):
@@ -479,7 +479,7 @@ def test_one_actor_can_be_checked_in_a_unit_test(command):
         assert_job_ready(find_actor(f"{app}:send_mail"), required_tags=("criticality",))
 
 
-def test_json_is_what_it_says_it_is(command):
+def test_the_json_report_has_the_documented_fields(command):
     report = json.loads(command("check", command.app(PREPARED), "--format", "json").stdout)
     assert set(report) == {"ok", "actors", "findings", "exempt", "baseline", "fixed"}
     assert set(report["exempt"][0]) == {"code", "severity", "actor", "message", "fix", "file", "line", "exempt"}
@@ -647,7 +647,7 @@ def test_a_broker_s_duration_that_looks_like_seconds_is_found(command, argument,
     assert finding["actor"] is None
 
 
-def test_a_short_timedelta_is_meant_as_it_is_written(command):
+def test_a_short_timedelta_is_taken_as_written(command):
     for number in (20, 2_000):  # As plain numbers these look like seconds.
         constant(number)
         Timeout(queue_default=number)

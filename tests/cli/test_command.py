@@ -30,7 +30,7 @@ def test_the_entry_point_is_the_module_s_main():
     assert 'dramatiq-policies = "dramatiq_policies.__main__:main"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_it_exits_with_0_1_and_2(command):
+def test_the_command_exits_with_0_1_and_2(command):
     ready, bare = command.app(PREPARED), command.app("@dramatiq.actor\ndef charge(): pass\n")
     assert run(command.folder, "check", ready).returncode == 0
     assert run(command.folder, "check", bare).returncode == 1
@@ -58,7 +58,7 @@ def test_each_help_has_an_example_and_fits_80_columns():
         assert [line for line in shown.splitlines() if len(line) > 80] == [], words
 
 
-def test_without_its_extra_it_says_what_to_install(command):
+def test_the_command_without_its_extra_says_what_to_install(command):
     for missing in ("click", "rich"):
         failed = run(command.folder, "check", "app", before=f"sys.modules[{missing!r}] = None\n")
         assert (failed.returncode, failed.stdout) == (2, "")
@@ -100,7 +100,7 @@ def test_a_length_of_time_is_written_as_a_person_would(ms, said):
     assert format_duration(ms) == said
 
 
-def test_a_reader_that_has_seen_enough_is_told_nothing_more(command):
+def test_a_closed_pipe_ends_the_command_without_a_message(command):
     bare = command.app("@dramatiq.actor\ndef charge(): pass\n")
     code = (
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\ninput()\nmain()\n"
@@ -142,7 +142,7 @@ def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch):
+def test_an_unexpected_error_is_one_line(command, monkeypatch):
     monkeypatch.setattr(ops, "load_broker", broken)
     assert command.refuses("queues", command.app(PREPARED)) == "Error: ZeroDivisionError: by nothing"
 

@@ -99,7 +99,7 @@ def test_the_summary_counts_by_actor_exception_and_outcome_the_most_frequent_fir
         (("--where", "address=ada@example.com", "--where", "order_id=7"), ["m1", "m2", "m3"]),
     ],
 )
-def test_filters_say_which_are_meant(command, app, options, meant):
+def test_a_filter_selects_dead_letters(command, app, options, meant):
     if "--where" in options:
         app = command.app(APP + 'bury(send_mail, "m5", args=(8,))\n')
         options = (*options, "--actor", "send_mail")
@@ -181,7 +181,7 @@ def test_the_beginning_of_an_id_is_enough_where_no_other_has_it(command):
     assert len(ids(command, app)) == 7
 
 
-def test_dead_letters_of_a_queue_that_no_actor_declares_any_more_are_found(command):
+def test_dead_letters_of_a_queue_no_longer_declared_are_found(command):
     app = command.app(
         APP + "gone = dramatiq.Message('old', 'gone', (), {}, {}, 'g1')\n"
         "broker.dead_letters_by_queue['old'].append(StubMessage(gone))\n"
@@ -249,7 +249,7 @@ def test_a_replay_may_get_a_new_id_and_another_queue(command, app, broker):
     assert message.queue_name == "import"
 
 
-def test_what_acts_tells_programs_what_it_did(command, app):
+def test_the_json_of_a_command_that_acts_has_its_counts(command, app):
     assert command.json("dead", "replay", app, "--dry-run") == {"count": 4, "dry_run": True, "unreadable": 0}
     assert command.json("dead", "replay", app, "--id", "m1", "--yes") == {"count": 1, "dry_run": False, "unreadable": 0}
     assert command.json("dead", "purge", app, "--dry-run") == {"count": 3, "dry_run": True, "unreadable": 0}
@@ -274,7 +274,7 @@ def test_a_dry_run_changes_nothing(command, app, broker):
     assert len(dead(broker)) == 4
 
 
-def test_it_asks_first(command, app, broker):
+def test_a_replay_asks_for_confirmation(command, app, broker):
     no = command("dead", "replay", app, answers="n\n")
     assert (no.exit_code, no.stdout) == (1, "")
     assert "Replay 4 dead letters (3 of send_mail in mail, 1 of import_batch in import)?" in no.stderr
@@ -299,7 +299,7 @@ def test_a_rate_bounds_it(command, app, monkeypatch):
     assert waits == pytest.approx([2, 4, 6], abs=0.5)
 
 
-def test_purge_deletes_what_is_meant(command, app, broker):
+def test_a_purge_deletes_the_selected_dead_letters(command, app, broker):
     assert (
         command("dead", "purge", app, "--queue", "mail", "--outcome", "dead", "--yes").stdout
         == "2 dead letters deleted.\n"
@@ -323,7 +323,7 @@ def test_an_interrupted_replay_says_how_far_it_came(command, app, broker, monkey
     assert len(dead(broker)) == 2
 
 
-def test_what_can_t_be_read_is_shown_as_such_and_stays(command, app, broker):
+def test_an_unreadable_dead_letter_is_shown_as_such_and_stays(command, app, broker):
     raw = broker.dead_letters_by_queue["mail"][0]
     raw.encode = lambda: b"{no json"
     assert command.json("dead", "list", app, "--reason", "malformed")[0]["text"] == "{no json"
@@ -339,7 +339,7 @@ def garble(broker, *places):
 
 
 @pytest.mark.parametrize("options", [(), ("--limit", "2"), ("--queue", "mail")])
-def test_a_dry_run_counts_what_the_real_one_then_replays(command, app, broker, options):
+def test_a_dry_run_counts_the_dead_letters_that_the_real_run_then_replays(command, app, broker, options):
     garble(broker, 0, 1)
     told = command.json("dead", "replay", app, *options, "--dry-run")
     assert told == {**command.json("dead", "replay", app, *options, "--yes"), "dry_run": True}
@@ -355,7 +355,7 @@ def test_a_dry_run_says_how_many_can_t_be_read(command, app, broker):
     assert len(dead(broker)) == 4
 
 
-def test_what_can_t_be_read_is_not_asked_about_but_can_be_purged(command, app, broker):
+def test_an_unreadable_dead_letter_is_not_replayed_but_can_be_purged(command, app, broker):
     garble(broker, 0, 1, 2)
     result = command("dead", "replay", app, "--queue", "mail")
     assert (result.exit_code, result.stdout) == (0, "0 dead letters replayed.\n")
@@ -365,7 +365,7 @@ def test_what_can_t_be_read_is_not_asked_about_but_can_be_purged(command, app, b
     assert command("dead", "purge", app, "--queue", "mail", "--yes").stdout == "3 dead letters deleted.\n"
 
 
-def test_a_stock_dead_letter_says_what_its_traceback_says(command, app, broker):
+def test_a_stock_dead_letter_shows_the_error_of_its_traceback(command, app, broker):
     letter = broker.dead_letters_by_queue["mail"][0]
     del letter.options["failure"]
     letter.options["traceback"] = 'Traceback (most recent call last):\n  File "x"\napp.MailDown: no answer\n'
@@ -462,7 +462,7 @@ def test_where_nothing_is_dead_it_says_so(command, app):
     assert (listed.exit_code, listed.stdout, listed.stderr) == (0, "", "No dead letters.\n")
 
 
-def test_an_actor_that_nobody_declares_is_told_where_no_dead_letter_is_there_at_all(command):
+def test_an_undeclared_actor_is_reported_even_without_any_dead_letter(command):
     app = command.app("@dramatiq.actor\ndef send_mail(): pass\n")
     for name in ("summary", "list"):
         result = command("dead", name, app, "--actor", "send_mial")
@@ -512,7 +512,7 @@ def test_on_80_columns_nothing_is_cut_ids_are_short_and_no_name_is_broken(comman
     assert command.json("dead", "show", app, "3f2a9c1e")["message_id"] == id_
 
 
-def test_a_dead_letter_without_a_past_is_shown_without_one(command, app, broker):
+def test_a_dead_letter_without_a_history_is_shown_without_one(command, app, broker):
     failure = broker.dead_letters_by_queue["import"][0].options["failure"]
     failure["history"], failure["failed_at"] = [], None
     shown = command("dead", "show", app, "i1").stdout
@@ -521,7 +521,7 @@ def test_a_dead_letter_without_a_past_is_shown_without_one(command, app, broker)
     assert "again after" in command("dead", "show", app, "m1").stdout
 
 
-def test_a_group_whose_times_nobody_knows_has_none(command, app, broker):
+def test_a_group_of_dead_letters_without_times_has_none(command, app, broker):
     broker.dead_letters_by_queue["import"][0].options["failure"]["failed_at"] = None
     (group,) = command.json("dead", "summary", app, "--actor", "import_batch")
     assert (group["count"], group["first_seen"], group["last_seen"]) == (1, None, None)
@@ -534,14 +534,14 @@ def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
     assert len(dead(broker)) == 4
 
 
-def test_a_dead_letter_that_somebody_else_took_meanwhile_is_not_counted(app, broker, monkeypatch):
+def test_a_dead_letter_taken_by_another_process_meanwhile_is_not_counted(app, broker, monkeypatch):
     stock = StubBrowser.drop
     monkeypatch.setattr(StubBrowser, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
     moved = ops.purge(broker, where=ops.Filter(actor="send_mail"))
     assert (moved.seen, moved.count) == (4, 2)
 
 
-def test_a_program_that_replays_is_told_how_far_it_is(app, broker):
+def test_a_replay_reports_its_progress_to_a_callback(app, broker):
     told = []
     moved = ops.replay(broker, where=ops.Filter(actor="send_mail"), progress=lambda *far: told.append(far))
     assert (moved.seen, moved.count) == (4, 3)

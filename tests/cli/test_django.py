@@ -38,7 +38,7 @@ def run(command, *args, settings=SETTINGS, cwd=ROOT, **env):
     ],
     ids=["by the environment", "--django", "--settings", "manage.py policies"],
 )
-def test_without_an_app_the_actors_that_rundramatiq_finds_are_checked(command, more, settings):
+def test_check_without_an_app_checks_the_actors_that_rundramatiq_finds(command, more, settings):
     done = run(command, "check", *more, settings=settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "Ready: 3 actors, 0 errors, 1 warning, 0 exempt."
@@ -51,7 +51,7 @@ def test_an_actor_is_named_alone_or_with_its_module_and_models_are_there():
         assert json.loads(done.stdout)[0]["outcome"] == "retried"
 
 
-def test_arguments_beside_the_app_stay_what_they_are():
+def test_arguments_beside_the_app_are_not_taken_for_the_app():
     done = run(COMMAND, "dead", "show", "0123", "--django")
     assert done.returncode == 2
     assert "'0123'" in done.stderr
@@ -59,7 +59,7 @@ def test_arguments_beside_the_app_stay_what_they_are():
     assert (done.returncode, done.stderr) == (0, "No dead letters.\n")
 
 
-def test_without_settings_it_says_how_to_name_them_and_finds_those_of_manage_py(tmp_path):
+def test_a_command_without_settings_names_the_option_and_finds_those_of_manage_py(tmp_path):
     done = run(COMMAND, "check", "--django", settings=None, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (

@@ -88,7 +88,7 @@ def test_alerts_and_verdicts_end_at_once(command, app):
     assert shutdown["outcome"] == "interrupted"
 
 
-def test_what_no_rule_names_goes_by_dramatiq_s_options(command, app):
+def test_an_error_that_no_rule_names_goes_by_dramatiq_s_options(command, app):
     (answer,) = explained(command, f"{app}:plain", "ValueError")
     assert times(answer) == [(1, 0, 0), (2, 1_000, 2_000), (3, 3_000, 6_000)]
     (thrown,) = explained(command, f"{app}:plain", "KeyError")
@@ -105,7 +105,7 @@ def test_dramatiq_s_own_waits_are_within_the_bounds(retries):
     assert most - max(found) < 0.1 * most
 
 
-def test_the_bounds_hold_what_the_production_waits_say(command, app):
+def test_the_waits_of_production_are_within_the_bounds(command, app):
     actor = ops.find_actor(f"{app}:send_mail")
     (answer,) = ops.explain(actor, ops.find_exception(actor, "Timeout_"))
     policy = next(rule.policy for rule in actor.broker.dramatiq_policies_wiring.policies["send_mail"].rules.rules)
@@ -130,7 +130,7 @@ def test_the_bounds_hold_what_the_production_waits_say(command, app):
         ("once", "dramatiq.middleware:Shutdown"),
     ],
 )
-def test_what_it_says_is_what_then_happens(command, app, actor, error):
+def test_an_explanation_matches_the_run_of_the_job(command, app, actor, error):
     found = ops.find_actor(f"{app}:{actor}")
     cls = ops.find_exception(found, error)
     (answer,) = ops.explain(found, cls)
@@ -231,7 +231,7 @@ def more(command):
 @pytest.mark.parametrize(
     ("actor", "why"), [("endless", "max_retries is None"), ("asks", "retry_when decides each time")]
 )
-def test_what_is_retried_without_a_known_end_is_reported_so(command, more, actor, why):
+def test_a_retry_without_a_known_end_is_reported_so(command, more, actor, why):
     (answer,) = explained(command, f"{more}:{actor}", "ValueError")
     assert (answer["outcome"], answer["complete"]) == ("retried", False)
     assert why in answer["why"]
@@ -252,7 +252,7 @@ def test_dramatiq_s_retry_is_no_error_that_a_rule_discards(command, more):
     assert explained(command, f"{more}:done", "dramatiq.errors.Retry")[0]["outcome"] == "retried"
 
 
-def test_an_actor_s_summary_shows_its_tags_and_exemptions_and_what_a_duplicate_does(command, more):
+def test_an_actor_s_summary_shows_its_tags_its_exemptions_and_the_fate_of_a_duplicate(command, more):
     facts = command.json("explain", f"{more}:thrower")["facts"]
     assert (facts["tags"], facts["exempt"]) == ("team=shop", "DP002: it is a report")
     assert facts["a duplicate"] == "runs again: no option of the actor prevents the second run"
@@ -304,14 +304,14 @@ def test_a_predicate_with_arguments_bound_goes_by_the_name_of_its_function(comma
     assert (found["outcome"], found["rule"]) == ("discarded", "builtins.OSError?is_status")
 
 
-def test_what_is_no_exception_is_refused(command):
+def test_a_class_that_is_no_exception_is_refused(command):
     app = command.app("class Plain: pass\n@dramatiq.actor\ndef get(): pass")
     assert "is not an exception class; write it as module:Class" in command.refuses(
         "explain", f"{app}:get", f"{app}:Plain"
     )
 
 
-def test_a_job_of_a_class_whose_source_nobody_has_has_no_place():
+def test_a_job_of_a_class_without_source_has_no_file_and_line():
     made = {}
     exec("class Job:\n    def __call__(self): pass", made)
     actor = dramatiq.actor(made["Job"](), actor_name="job", broker=install(StubBroker()))

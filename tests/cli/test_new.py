@@ -95,7 +95,7 @@ def pytest_in(folder):
     )
 
 
-def test_it_writes_the_job_with_its_rules_and_its_tests(command, shop):
+def test_new_writes_the_job_with_its_rules_and_its_tests(command, shop):
     result = command("new", FILE, "--design", "design.toml")
     assert result.exit_code == 0, result.output
     assert f"wrote {FILE}\nwrote {TESTS}\n" in result.stdout
@@ -135,7 +135,7 @@ def send_confirmation(order_id: int, email: str) -> None:
     assert (shop / "shop/jobs/__init__.py").exists()
 
 
-def test_what_it_writes_passes_the_gate_as_it_stands(command, shop):
+def test_the_generated_job_passes_check_as_it_stands(command, shop):
     command("new", FILE, "--design", "design.toml")
     checked = run(
         shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation", "--require-tag", "criticality"
@@ -147,7 +147,7 @@ LONG = "shop/jobs/send_confirmation_to_the_customer.py"
 
 
 @pytest.mark.parametrize(("file", "width"), [(FILE, "88"), (FILE, "120"), (LONG, "88")])
-def test_what_it_writes_is_as_ruff_writes_it(command, shop, file, width):
+def test_the_generated_files_are_formatted_as_ruff_formats(command, shop, file, width):
     long = [f"shop.mail:Err{'o' * 20}r{number}" for number in range(4)]
     (shop / "shop" / "mail.py").write_text(MAIL + "".join(f"class {one[10:]}(Exception): pass\n" for one in long))
     redesign(
@@ -194,7 +194,7 @@ def write_its_effects(shop):
 @pytest.mark.parametrize(
     "once", ['idempotency_key = "order-confirmation:{order_id}"', 'done_when = "shop.mail:is_sent"']
 )
-def test_its_tests_fail_until_the_job_and_its_effects_are_written_and_pass_then(command, shop, once):
+def test_the_generated_tests_fail_until_the_job_and_its_effects_are_written_and_pass_then(command, shop, once):
     redesign(shop, ('idempotency_key = "order-confirmation:{order_id}"', once))
     command("new", FILE, "--design", "design.toml")
     before = pytest_in(shop)
@@ -292,7 +292,7 @@ def test_an_answer_that_makes_no_sense_is_refused(command, shop, old, new, said)
         ("[errors]", "[error]", "error is unknown; did you mean 'errors'? Known names: job, errors."),
     ],
 )
-def test_an_answer_to_what_nobody_asks_is_refused(command, shop, old, new, said):
+def test_an_unknown_field_of_the_design_is_refused(command, shop, old, new, said):
     redesign(shop, (old, new))
     assert said in command.refuses("new", FILE, "--design", "design.toml")
     assert not (shop / "shop" / "jobs").exists()
@@ -323,7 +323,7 @@ def test_no_errors_is_an_answer(command, shop):
     assert run(shop, "-m", "dramatiq_policies", "check", "shop.jobs.send_confirmation").returncode == 0
 
 
-def test_answers_may_hold_what_python_takes_for_its_own(command, shop):
+def test_an_answer_may_hold_quotes_and_backslashes(command, shop):
     strange = 'a \\d, a "quoted" word, a """ and a backslash at last \\'
     old = {"purpose": "the customer learns that the order was taken", "trigger": "the checkout, after its transaction"}
     old |= {"effect": "one e-mail", "criticality": "high", "queue": "mail"}
@@ -391,7 +391,7 @@ def test_without_a_file_it_asks_with_an_example_for_each_question(command, shop)
     assert 'tags={"criticality": "normal"}' in text
 
 
-def test_where_nobody_answers_the_design_is_incomplete(command, shop):
+def test_a_design_without_answers_is_incomplete(command, shop):
     result = command("new", FILE, answers="the customer learns that the order was taken\n")
     assert result.exit_code == 1
     assert "job.trigger" in result.stderr

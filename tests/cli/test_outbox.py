@@ -77,7 +77,7 @@ def shop(command, tmp_path):
     shop.engine.dispose()
 
 
-def test_the_oldest_message_is_listed_first_with_what_stopped_it(command, shop):
+def test_the_oldest_message_of_the_outbox_is_listed_first_with_its_error(command, shop):
     shop.row("a1111111-x")
     shop.row("b2222222-x", failures=4, age=120_000)
     result = command("outbox", "list", shop.app)
@@ -162,7 +162,7 @@ def test_a_beginning_of_several_ids_is_refused(command, shop):
     )
 
 
-def test_purge_asks_what_it_deletes_and_deletes_what_was_meant(command, shop):
+def test_a_purge_of_the_outbox_asks_first_and_deletes_the_selected_messages(command, shop):
     shop.row("m-1")
     shop.row("m-2")
     shop.row("l-1", "load", "import")
@@ -179,7 +179,7 @@ def test_purge_asks_what_it_deletes_and_deletes_what_was_meant(command, shop):
 
 
 @pytest.mark.parametrize("words", [("list",), ("retry",), ("purge",), ("relay",)])
-def test_an_app_without_an_outbox_is_told_how_to_have_one(command, words, monkeypatch):
+def test_an_app_without_an_outbox_gets_an_error_that_says_how_to_add_one(command, words, monkeypatch):
     monkeypatch.delitem(sys.modules, "django_dramatiq", raising=False)
     app = command.app("@dramatiq.actor\ndef job():\n    pass\n")
     said = command.refuses("outbox", *words, app)
@@ -190,7 +190,7 @@ def test_an_app_without_an_outbox_is_told_how_to_have_one(command, words, monkey
 
 
 @pytest.mark.parametrize("words", [("list",), ("retry",), ("purge", "--yes")])
-def test_a_missing_table_is_an_error_that_names_what_makes_it(command, shop, words):
+def test_a_missing_table_is_an_error_that_names_its_migration(command, shop, words):
     with shop.engine.begin() as connection:
         connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
     assert command.refuses("outbox", *words, shop.app) == f"Error: The outbox has no table: {SqlOutbox.missing_table}."
@@ -206,7 +206,7 @@ def test_a_database_that_can_t_be_read_is_one_sentence(command, shop):
 # In other commands.
 
 
-def test_it_has_a_row_among_the_queues(command, shop):
+def test_the_outbox_has_a_row_among_the_queues(command, shop):
     shop.row("m-1", age=90_000)
     result = command("queues", shop.app)
     assert result.exit_code == 0
@@ -278,7 +278,7 @@ def test_check_finds_an_outbox_without_a_threshold_and_a_threshold_without_an_ou
     assert "DP031" in codes(command.json("check", app, code=1))
 
 
-def test_check_live_finds_a_missing_table_and_messages_that_nobody_relays(command, shop):
+def test_check_live_finds_a_missing_table_and_messages_without_a_relay(command, shop):
     found = command.json("check", "--live", shop.app, code=1)
     assert not codes(found) & {"DP112", "DP113"}
     assert found["live"]["outbox_pending"] == 0

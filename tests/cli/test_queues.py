@@ -129,7 +129,7 @@ def test_messages_of_an_actor_and_a_queue_that_are_gone_are_shown_and_can_be_mov
     )
 
 
-def test_queues_alone_shows_queues_and_asks_for_what_it_needs(command, app):
+def test_queues_without_an_app_is_refused(command, app):
     assert "Missing argument 'APP'" in command.refuses("queues")
 
 
@@ -137,7 +137,7 @@ def test_a_misspelt_move_is_no_application(command, app):
     assert command.refuses("queues", "mov", app, "mail").startswith("Error: No such command 'mov'.")
 
 
-def test_what_can_t_be_read_is_not_moved_and_is_reported(command, app):
+def test_an_unreadable_message_is_not_moved_and_is_reported(command, app):
     broker = ops.load_broker(app)
     broker.queues["mail"].put(b"{no json")
     told = command("queues", "move", app, "mail", "--to", "urgent", "--yes")
@@ -146,7 +146,7 @@ def test_what_can_t_be_read_is_not_moved_and_is_reported(command, app):
     assert broker.queues["mail"].qsize() == 1
 
 
-def test_the_help_of_a_move_says_what_moves_what_stays_and_that_nothing_is_lost(command):
+def test_the_help_of_a_move_says_which_messages_move_and_which_stay(command):
     text = " ".join(command("queues", "move", "--help").stdout.split())
     for said in ("Move ready messages", "Delayed messages, dead letters", "loses no message", "--limit COUNT"):
         assert said in text
@@ -167,7 +167,7 @@ def monitoring(command, app):
     )
 
 
-def test_the_monitor_runs_as_a_process_until_it_is_told_to_stop(command):
+def test_the_monitor_runs_as_a_process_until_a_signal_stops_it(command):
     app = command.app(APP + "send_mail.send(2)\n", broker=BROKER)
     with monitoring(command, app) as process:
         assert "Watching mail, urgent every 50 ms" in process.stderr.readline()

@@ -45,7 +45,7 @@ def test_credentials_are_masked_and_nothing_else(text, shown):
     assert ops.redact(text) == shown
 
 
-def test_a_password_in_the_url_of_a_broker_is_not_told_by_the_error_that_it_causes(command):
+def test_the_error_of_a_broker_s_url_shows_no_password(command):
     broker = (
         'from dramatiq.brokers.redis import RedisBroker\nbroker = RedisBroker(url="redis://u:s3c/r3t@127.0.0.1:1/0")\n'
     )
@@ -87,7 +87,7 @@ def test_no_message_forges_a_line_of_a_list(command):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
 @pytest.mark.parametrize("form", ["human", "json"])
-def test_a_list_is_whole_whatever_the_encoding_of_stdout_is(command, encoding, form):
+def test_a_list_is_complete_in_any_encoding_of_stdout(command, encoding, form):
     name = command.app(FORGED)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
     done = subprocess.run(
@@ -110,7 +110,7 @@ def test_a_list_is_whole_whatever_the_encoding_of_stdout_is(command, encoding, f
 @pytest.mark.parametrize(
     "args", [["dead", "list"], ["dead", "list", "--format", "json"], ["dead", "replay", "--dry-run"]]
 )
-def test_whoever_reads_only_the_beginning_ends_it_in_silence(command, args):
+def test_a_reader_of_the_first_lines_ends_the_command_in_silence(command, args):
     name = command.app(MANY)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
     with subprocess.Popen(
@@ -125,7 +125,7 @@ def test_whoever_reads_only_the_beginning_ends_it_in_silence(command, args):
     assert process.returncode == 0
 
 
-def test_a_gate_whose_output_nobody_reads_stays_shut(command):
+def test_a_failed_check_with_a_closed_stdout_still_exits_with_1(command):
     name = command.app("@dramatiq.actor\ndef charge(): pass\n")
     failed = run(
         command.folder,
@@ -156,7 +156,7 @@ def test_wrong_names_are_answered_with_those_that_come_near(command):
     assert command.refuses("explain", f"{app}:send_mail", "xyz").endswith("write it as module:Class.")
 
 
-def test_nobody_there_to_say_yes_is_a_sentence_of_its_own(command):
+def test_a_missing_confirmation_is_one_sentence(command):
     asked = command("dead", "purge", command.app(APP), answers="")
     assert asked.stderr.splitlines()[-1] == "Error: Nothing was done: no confirmation. Answer yes, or pass --yes."
 
@@ -247,7 +247,7 @@ def test_bash_offers_commands_options_queues_and_actors(command):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_are_told_the_same(command, shell):
+def test_completion_works_in_other_shells(command, shell):
     app = command.app(APP)
     assert "mail" in completions(shell, "dead", "list", app, "--queue", "m")
     script = (

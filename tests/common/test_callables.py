@@ -32,7 +32,7 @@ from dramatiq_policies.common.callables import accepts_call_of
         (lambda a: 0, min),
     ],
 )
-def test_it_is_taken_if_there_is_a_call_that_both_take(job, fn):
+def test_a_callable_that_fits_a_call_of_the_job_is_taken(job, fn):
     assert accepts_call_of(fn, inspect.signature(job))
 
 
@@ -51,5 +51,5 @@ def test_it_is_taken_if_there_is_a_call_that_both_take(job, fn):
         (lambda a, *, b: 0, lambda a, *, c: 0),
     ],
 )
-def test_it_is_not_if_there_is_none(job, fn):
+def test_a_callable_that_fits_no_call_of_the_job_is_refused(job, fn):
     assert not accepts_call_of(fn, inspect.signature(job))

@@ -113,7 +113,7 @@ def while_the_channel_was_deleted(broker):
 @pytest.mark.parametrize(
     "struck", [between_connection_and_channel, before_either_was_noted, while_the_channel_was_deleted]
 )
-def test_nothing_is_kept_of_one_that_was_struck_while_the_broker_took_note_of_it(connections, broker, struck):
+def test_a_connection_interrupted_while_the_broker_registers_it_is_forgotten(connections, broker, struck):
     struck(broker)
     assert _dramatiq.take_rabbitmq_connection(broker) is connections[0]
     assert (broker.connections, broker.channels, vars(broker.state)) == (set(), set(), {})
@@ -123,7 +123,7 @@ def test_a_thread_without_a_connection_has_none_to_give_up(broker):
     assert _dramatiq.take_rabbitmq_connection(broker) is None
 
 
-def test_what_is_dropped_has_no_socket_and_no_loop(connections, broker):
+def test_a_dropped_connection_has_no_socket_and_no_loop(connections, broker):
     connection = broker.connection
     discard(connection)
     assert connection.heard() == LEFT
@@ -135,7 +135,7 @@ def test_a_connection_that_never_came_to_be_is_dropped_too(inner):
     discard(SimpleNamespace(_impl=inner))
 
 
-def test_so_is_none_at_all():
+def test_a_missing_connection_is_dropped_without_an_error():
     discard(None)
 
 
@@ -146,7 +146,7 @@ def test_a_command_that_is_interrupted_has_no_last_conversation(connections, bro
     assert connections[0].heard() == LEFT
 
 
-def test_any_other_end_is_a_polite_one(connections, broker):
+def test_a_command_that_ends_normally_closes_its_connection(connections, broker):
     with connect(broker):
         pass
     assert connections[0].heard() == CLOSED
@@ -155,13 +155,13 @@ def test_any_other_end_is_a_polite_one(connections, broker):
 @pytest.mark.parametrize(
     ("error", "raised"), [(ValueError, ValueError), (pika.exceptions.ChannelClosed(500, "no"), OperationError)]
 )
-def test_so_is_that_by_an_error(connections, broker, error, raised):
+def test_a_command_that_ends_by_an_error_closes_its_connection(connections, broker, error, raised):
     with pytest.raises(raised), connect(broker):
         raise error
     assert connections[0].heard() == CLOSED
 
 
-def test_so_is_that_of_whoever_has_seen_enough(connections, broker):
+def test_a_generator_closed_early_closes_its_connection(connections, broker):
     def listed():
         with connect(broker):
             yield 1
@@ -227,20 +227,20 @@ def pool():
 
 
 @pytest.mark.parametrize("error", FROM_OUTSIDE)
-def test_a_pool_gets_a_connection_back_closed_if_an_exception_from_outside_has_struck(pool, error):
+def test_a_pool_gets_a_connection_back_closed_after_an_exception_from_outside(pool, error):
     one = released(pool, error)
     assert not one.connected
     assert pool.back == [one]
 
 
 @pytest.mark.parametrize("error", [None, ValueError, GeneratorExit])
-def test_and_open_otherwise(pool, error):
+def test_a_pool_gets_a_connection_back_open_after_any_other_end(pool, error):
     one = released(pool, error)
     assert one.connected
     assert pool.back == [one]
 
 
-def test_a_pool_is_told_once(pool):
+def test_a_pool_is_patched_once(pool):
     release = pool.release
     close_when_interrupted(pool)
     assert pool.release is release

@@ -226,7 +226,7 @@ def test_other_names_before_a_colon_are_masked(text):
 
 
 @pytest.mark.parametrize("holder", HOLDS)
-def test_the_password_of_a_client_in_hand_is_masked_wherever_it_stands(holder, caplog):
+def test_the_password_of_a_known_client_is_masked_wherever_it_stands(holder, caplog):
     learn_passwords(HOLDS[holder]())
     SafeLogger("dramatiq_policies.a_test").error(
         "no %s and %s", "s@crete", ValueError("it is s%40crete"), extra={"exception_text": "s@crete"}
@@ -261,7 +261,7 @@ def test_a_record_with_its_stack_shows_no_password(caplog):
     assert "%r failed" in record.msg
 
 
-def test_what_is_harmless_is_described_as_it_is():
+def test_a_harmless_value_is_described_unchanged():
     for value in (
         None,
         True,

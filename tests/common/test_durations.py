@@ -26,13 +26,13 @@ def test_milliseconds_and_timedeltas_are_whole_milliseconds(value, ms):
 
 
 @pytest.mark.parametrize("value", [-1, -0.1, timedelta(seconds=-1), float("nan"), float("inf"), -(10**400)])
-def test_what_is_negative_or_not_finite_is_a_value_error(value):
+def test_a_negative_or_infinite_duration_is_a_value_error(value):
     with pytest.raises(ValueError, match="at least 0 ms"):
         to_ms(value)
 
 
 @pytest.mark.parametrize("value", [True, None, "5", [5], 5j])
-def test_what_is_no_number_is_a_type_error(value):
+def test_a_duration_that_is_no_number_is_a_type_error(value):
     with pytest.raises(TypeError, match="expected milliseconds or a timedelta, got"):
         to_ms(value)
 

@@ -96,7 +96,7 @@ def test_every_log_call_of_the_package_goes_through_the_safe_logger():
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", ["filter", "handler", "handler's filter", "factory", "argument"])
-def test_whatever_of_logging_raises_the_call_does_not_and_the_line_is_written(error, where, heard, factory, capsys):
+def test_an_error_within_logging_reaches_no_caller_and_the_line_is_written(error, where, heard, factory, capsys):
     logger = logging.getLogger(NAME)
     handler = logger.handlers[0]
     argument = "pay"
@@ -248,7 +248,7 @@ def test_alerts_and_errors_go_to_the_root_where_logging_config_has_disabled_thei
         (lambda logger: logger.handlers[0].addFilter(Raises(ValueError)), True),
     ],
 )
-def test_heard_is_what_a_handler_would_write(change, expected, heard):
+def test_a_record_is_heard_if_a_handler_would_write_it(change, expected, heard):
     logger = logging.getLogger(NAME)
     logger.handlers[:] = [Heard()]  # pytest has put some of its own there.
     try:
@@ -258,7 +258,7 @@ def test_heard_is_what_a_handler_would_write(change, expected, heard):
         logger.setLevel("NOTSET")
 
 
-def test_what_is_disabled_for_all_loggers_is_not_heard(heard):
+def test_a_level_disabled_for_all_loggers_is_not_heard(heard):
     logging.disable(logging.ERROR)
     try:
         assert not is_heard(NAME, logging.ERROR)

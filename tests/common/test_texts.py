@@ -32,7 +32,7 @@ def test_half_a_character_is_spelt_out_and_every_other_text_is_itself():
     assert encodable_all({HALF: {"vars": {"kept": HALF}}}) == {r"\ud83d": {"vars": {"kept": HALF}}}
 
 
-def test_what_a_dead_letter_says_is_encodable_whatever_the_job_raised():
+def test_a_dead_letter_is_encodable_after_any_error():
     error = raised(ValueError(HALF))
     history = History({})
     history.failed(error, 1, None)

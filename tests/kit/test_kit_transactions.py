@@ -286,7 +286,7 @@ def test_a_transactional_job_is_crash_safe_and_sends_once(engine):
     assert till.rows() == 0
 
 
-def test_the_same_job_without_its_transaction_is_not(engine):
+def test_a_job_without_its_transaction_is_not_crash_safe(engine):
     till = Till(engine, StubBroker(), transactional=False)
     with pytest.raises(AssertionError, match="pay is not crash-safe"):
         assert_crash_safe(till.pay, 7, effects=till.effects, reset=till.reset)

@@ -75,7 +75,7 @@ def test_a_transactional_job_is_crash_safe_in_a_transaction_test_case_and_in_a_t
 
 
 @pytest.mark.parametrize("orders", [{"transactional": False}], indirect=True)
-def test_the_same_job_without_its_transaction_is_not(orders):
+def test_a_job_without_its_transaction_is_not_crash_safe(orders):
     def test(self):
         with pytest.raises(AssertionError, match="place is not crash-safe"):
             orders.assert_crash_safe()
@@ -96,7 +96,7 @@ def test_a_crash_leaves_no_block_of_the_dead_worker_open(orders):
         project.run_case(case)
 
 
-def test_a_drain_runs_what_a_test_case_commits_and_captures(orders):
+def test_a_drain_runs_the_messages_that_a_test_case_commits_and_captures(orders):
     def test(self):
         with self.captureOnCommitCallbacks(execute=True), transaction.atomic():
             orders.tell.send("ada")

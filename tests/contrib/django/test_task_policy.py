@@ -35,7 +35,7 @@ def test_policy_above_the_task_is_refused():
         policy(retry_on=ConnectionError)(partial(print))
 
 
-def test_where_django_has_no_tasks_the_module_imports_and_the_backend_says_what_it_needs():
+def test_the_backend_on_a_django_without_tasks_imports_and_names_its_requirement():
     code = (
         "import sys; sys.modules['django.tasks'] = None\n"
         "import dramatiq_policies.contrib.django.tasks as tasks\n"

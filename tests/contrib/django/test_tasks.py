@@ -338,7 +338,7 @@ def test_a_task_that_snoozes_is_ready_without_an_error(broker, tasks, signals):
     assert [name for name, _, _ in signals] == ["enqueued", "started", "started", "finished"]
 
 
-def test_a_task_sent_as_a_plain_message_runs_with_what_is_known(broker, tasks, signals):
+def test_a_task_sent_as_a_plain_message_runs_with_the_known_fields(broker, tasks, signals):
     tasks.notice.enqueue(1)
     drain(broker)
     message = broker.get_actor(tasks.notice.module_path).send(2)

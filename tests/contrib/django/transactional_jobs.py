@@ -269,7 +269,7 @@ class TransactionalJobs:
         assert shop.outcomes() == [("succeeded", None)]
         assert "the job is committed" in caplog.text
 
-    def test_it_is_crash_safe_and_would_not_be_without_the_transaction(self, shop):
+    def test_a_transactional_job_is_crash_safe_and_a_plain_one_is_not(self, shop):
         def place(email):
             shop.create(email)
             shop.tell.send(email)
@@ -345,7 +345,7 @@ class TransactionalJobs:
         assert shop.outcomes() == [("dead", "exhausted"), ("succeeded", None)]
         assert used[0] is not used[1]
 
-    def test_a_job_within_a_transaction_of_somebody_else_is_refused(self, shop):
+    def test_a_job_within_a_foreign_transaction_is_refused(self, shop):
         shop.actor(shop.create).send("ada")
         with transaction.atomic(using=shop.alias):
             shop.drain()
