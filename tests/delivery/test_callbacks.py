@@ -89,7 +89,7 @@ def test_on_failure_is_not_called_for_a_snooze_in_an_exception_group():
     assert stage.names() == ["done"]
 
 
-def test_they_get_the_arguments_that_dramatiq_passes():
+def test_a_callback_gets_the_arguments_that_dramatiq_passes():
     stage = Told()
     message = stage.job(OSError("disk"), OSError("full"), **ALL, retry_on={OSError: TWICE}).send(7)
     stage.run()
@@ -161,7 +161,7 @@ def test_a_job_with_a_callback_is_no_plain_success():
     assert plain == [False, True]
 
 
-def test_a_duplicate_and_a_redelivery_of_a_job_that_has_ended_tell_nobody():
+def test_a_duplicate_and_a_redelivery_of_an_ended_job_send_no_callback():
     stage = Told()
     message = stage.job(**ALL, idempotency_key=lambda *args: "k").send()
     stage.run()
@@ -198,7 +198,7 @@ def test_a_result_that_can_not_be_sent_to_on_success_leaves_a_dead_letter(monkey
     assert len(stage.dead) == 1
 
 
-def test_a_callbacks_middleware_of_somebody_s_own_is_left_alone():
+def test_a_custom_callbacks_middleware_is_left_alone():
     class Own(StockCallbacks):
         pass
 
@@ -257,7 +257,7 @@ def test_max_retries_counts_dramatiqs_retries_and_not_those_of_rules():
     assert [info for name, _, info in stage.told if name == "gave_up"] == [{"retries": 2, "max_retries": 2}]
 
 
-def test_the_cap_on_all_attempts_counts_what_rules_ended_and_not_dramatiqs_retries():
+def test_the_cap_on_all_attempts_counts_the_retries_of_rules_and_not_those_of_dramatiq():
     stage = Told(max_attempts=3)
     errors = [OSError(), KeyError(), KeyError(), OSError(), OSError()]
     stage.job(*errors, max_retries=9, retry_on={OSError: RetryPolicy(attempts=3, wait=1)}).send()
@@ -277,9 +277,7 @@ def test_a_message_that_0_1_0_has_retried_goes_on_where_it_was():
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["accepted at once", "at the second try"])
-def test_what_a_redelivery_does_not_publish_again_is_published_before_the_key_says_that_the_run_has_ended(
-    monkeypatch, refused
-):
+def test_callbacks_are_published_before_the_key_records_the_end_of_the_run(monkeypatch, refused):
     order, stage = [], Told()
     stage.job(OSError(), **ALL, idempotency_key=lambda *args: "k", retry_on={OSError: TWICE}).send()
     enqueue, ending, left = stage.broker.enqueue, Claims.record_ending, [1] if refused else []

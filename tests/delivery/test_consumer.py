@@ -24,7 +24,7 @@ def work_off(broker):
         worker.stop()
 
 
-def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
+def test_a_success_without_a_record_is_counted_once():
     client = PlainClient()
     broker = install(StubBroker(), metrics=Metrics(client))
     dramatiq.actor(lambda: None, actor_name="job", broker=broker).send()
@@ -32,7 +32,7 @@ def test_a_success_that_nobody_wants_a_record_of_is_counted_once():
     assert [call for call in client.calls if call[0] == "c"] == [("c", "jobs.job.success", 1)]
 
 
-def test_who_fails_when_told_of_a_success_is_logged_and_the_message_is_acked_all_the_same(caplog):
+def test_a_success_listener_that_fails_is_logged_and_the_message_is_acked(caplog):
     broker = install(StubBroker())
     told = []
     state_of(broker).outcomes.success_listeners = (lambda delivery: 1 / 0, told.append)
@@ -63,7 +63,7 @@ def test_a_message_that_our_consumer_has_given_no_delivery_is_nacked_by_dramatiq
     assert stage.events == []
 
 
-def test_what_is_sent_before_an_actor_was_declared_is_a_message_like_any_other():
+def test_a_message_sent_before_its_actor_was_declared_is_an_ordinary_message():
     collected = Collector()
     broker = StubBroker()
     broker.declare_queue("default")
@@ -96,7 +96,7 @@ def test_a_worker_is_held_whose_consumers_have_lost_their_connections():
         worker.stop()
 
 
-def test_what_follows_from_a_delivery_keeps_its_order():
+def test_follow_up_messages_keep_their_order():
     delivery = Delivery(None, Message("default", "job", (), {}, {}))
     delivery.add_follow_up(one := object())
     delivery.add_follow_up(other := object())

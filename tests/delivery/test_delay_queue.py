@@ -47,7 +47,7 @@ def test_of_many_messages_the_nearest_are_kept_and_the_others_are_cut_off():
     assert [_dramatiq.eta_of(one) for one in queue.due(1_000, 100)] == sorted(etas)[:20]
 
 
-def test_what_is_put_in_after_a_cut_comes_in_its_turn():
+def test_a_message_put_in_after_a_cut_comes_in_its_turn():
     queue = filled(range(10, 30))
     queue.cut(5)
     for eta in (3, 12, 99):
@@ -63,7 +63,7 @@ def test_due_messages_are_taken_up_to_a_limit_and_others_stay():
     assert queue.next_eta() == 50
 
 
-def test_who_joins_the_queue_waits_for_what_was_taken_and_not_done_with():
+def test_a_join_of_the_delay_queue_waits_for_messages_taken_and_not_finished():
     queue = filled([1, 2])
     (taken, _) = queue.due(10, 10)
     queue.task_done()

@@ -35,7 +35,7 @@ def test_a_replay_by_another_command_is_known_by_the_failure_that_it_left():
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH)
-def test_what_can_not_be_read_is_taken_as_absent(rubbish):
+def test_an_unreadable_counter_is_taken_as_absent(rubbish):
     for options in (
         {"policies": rubbish, "retries": rubbish},
         carried(total=rubbish, snoozes=rubbish, replays=rubbish, deferrals=rubbish, snoozed_since=rubbish),
@@ -49,7 +49,7 @@ def test_what_can_not_be_read_is_taken_as_absent(rubbish):
         assert (attempt_of(options), run_of(options), replays_of(options)) == (1, 0, 0)
 
 
-def test_what_was_written_is_read_again():
+def test_a_history_is_read_as_it_was_written():
     history = History({})
     assert history.count("rule", NOW) == (1, NOW)
     assert history.count("rule", NOW + 5) == (2, NOW)
@@ -95,7 +95,7 @@ def test_a_traceback_is_cut_at_its_beginning():
     assert text.endswith("the end\n")
 
 
-def test_one_that_fits_is_whole():
+def test_a_short_traceback_is_not_cut():
     def shown(message):
         return failure_of(Decision(Outcome.DEAD, exception=raised(ValueError(message))), {})["traceback"]
 

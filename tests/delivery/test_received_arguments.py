@@ -75,7 +75,7 @@ def test_a_key_made_from_an_argument_is_the_same_in_each_attempt():
     assert keys == ["s"] * 3
 
 
-def test_what_a_key_or_done_when_does_to_its_argument_is_not_sent_again():
+def test_a_change_of_an_argument_by_a_key_or_done_when_is_not_sent_again():
     stage, seen = Stage(), Seen()
 
     def key(order):
@@ -104,7 +104,7 @@ class Decrypts(Middleware):
         message.options["seen"] = message.options.get("seen", 0) + 1
 
 
-def test_what_a_middleware_does_to_the_arguments_is_not_sent_again_but_its_options_are():
+def test_a_middleware_s_changes_of_arguments_are_not_sent_again_and_its_options_are():
     stage = Stage(middleware=[Decrypts()])
     ran = []
 
@@ -120,7 +120,7 @@ def test_what_a_middleware_does_to_the_arguments_is_not_sent_again_but_its_optio
     assert letter.options["seen"] == 3
 
 
-def test_drain_gives_the_job_what_a_worker_would():
+def test_a_drain_gives_each_attempt_the_arguments_as_they_were_sent():
     stage, seen = Stage(), Seen()
 
     def job(order):

@@ -186,7 +186,7 @@ def test_a_message_whose_turn_has_not_come_stores_nothing():
         assert [outcome_of(message, backend) for message in (first, second)] == ["done", "done"]
 
 
-def test_a_result_that_was_seen_stays_where_what_follows_can_not_be_published():
+def test_a_result_already_read_stays_when_the_next_step_can_not_be_published():
     backend = Backend()
     stage = stage_with(backend)
     job = stage.actor(raising(), actor_name="job", on_success="nobody")

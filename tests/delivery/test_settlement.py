@@ -97,7 +97,7 @@ def taken(stage, **options):
     return consumer, next(consumer)
 
 
-def test_what_is_acked_again_after_a_lost_connection_is_settled_once(acks):
+def test_a_message_acked_again_after_a_lost_connection_is_settled_once(acks):
     stage = Stage()
     consumer, message = taken(stage)
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_at_a_shutdown_a_publish_is_tried_twice_and_then_the_message_is_redelive
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
 
 
-def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(monkeypatch, acks):
+def test_a_message_that_the_broker_has_taken_back_meanwhile_publishes_nothing(monkeypatch, acks):
     stage = Stage()
     consumer, message = taken(stage)
     handed = []
@@ -133,7 +133,7 @@ def test_a_message_that_the_broker_has_taken_back_meanwhile_hands_nothing_on(mon
 
 
 @pytest.mark.parametrize(("error", "gone"), [(DeliveryReassigned(), False), (ConnectionError(), True)], ids=repr)
-def test_of_a_message_that_it_takes_back_during_the_publish_nothing_is_tried_again(monkeypatch, acks, error, gone):
+def test_a_publish_is_not_tried_again_once_the_broker_has_taken_the_message_back(monkeypatch, acks, error, gone):
     stage = Stage()
     consumer, message = taken(stage)
     tries = []
@@ -150,7 +150,7 @@ def test_of_a_message_that_it_takes_back_during_the_publish_nothing_is_tried_aga
 
 
 @pytest.mark.parametrize("replays", [0, 2])
-def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
+def test_a_dead_letter_keeps_only_its_counter_of_replays(replays):
     stage = Stage()
     consumer, message = taken(stage, policies={"replays": replays, "total": 3})
     consumer.ack(message)
@@ -158,7 +158,7 @@ def test_a_dead_letter_keeps_of_its_counters_how_often_it_was_replayed(replays):
     assert letter.options.get("policies") == ({"replays": replays} if replays else None)
 
 
-def test_whoever_counts_successes_is_told_of_them_alone_also_where_others_want_their_records():
+def test_a_success_listener_is_called_for_successes_alone():
     stage = Stage()
     told = []
     state_of(stage.broker).outcomes.success_listeners = (told.append,)

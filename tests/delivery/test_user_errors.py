@@ -64,7 +64,7 @@ RULES = {
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("raised", RAISED)
-def test_whatever_an_error_raises_when_it_is_read_its_message_ends_and_its_worker_goes_on(raised, rules):
+def test_an_error_that_raises_when_read_ends_its_message_and_no_worker(raised, rules):
     stage = Stage(bundle={"metrics": Metrics(Nowhere())})
 
     @stage.actor(**RULES[rules])
@@ -163,7 +163,7 @@ def test_verdicts_that_can_not_be_read_are_obeyed_by_their_class(raised):
     assert sorted(stage.run().outcomes()) == ["dead", "discarded", "retried"]
 
 
-def test_texts_and_paths_are_made_of_whatever_can_be_read():
+def test_a_text_of_an_unreadable_error_names_its_readable_parts():
     assert text_of(hostile("__str__", SystemExit)) == "<Hostile: str() raised SystemExit>"
     assert type(text_of(hostile("str subclass", SystemExit))) is str
     meta = type("Meta", (type,), {"__getattribute__": lambda cls, name: {}[name]})

@@ -97,17 +97,17 @@ def test_the_completion_of_a_plain_success_is_posted(carrier):
 
 
 @pytest.mark.parametrize("way", [{"remembered": False}, {"plain": False}])
-def test_what_has_no_key_or_hands_something_on_first_is_settled_in_the_ordinary_way(carrier, way):
+def test_a_success_without_a_key_or_with_follow_up_messages_is_settled_alone(carrier, way):
     assert not carrier.post(MESSAGE, ended(**way))
     assert carrier.batcher.posted == []
 
 
-def test_so_is_a_success_that_somebody_is_told_of(carrier):
+def test_an_observed_success_is_settled_alone(carrier):
     carrier.state.outcomes.successes_observed = True
     assert not carrier.post(MESSAGE, ended())
 
 
-def test_so_is_the_last_one_for_now(carrier, monkeypatch):
+def test_the_last_success_of_the_moment_is_settled_alone(carrier, monkeypatch):
     monkeypatch.setattr(batched_completions, "_has_more", lambda thread: False)
     assert not carrier.post(MESSAGE, ended())
     assert carrier.batcher.posted == []
@@ -119,7 +119,7 @@ def test_nothing_is_sent_where_nothing_was_posted(carrier):
     assert carrier.batcher.calls == 0
 
 
-def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
+def test_a_posted_completion_is_sent_as_soon_as_no_message_waits(carrier, monkeypatch):
     carrier.post(MESSAGE, ended())
     carrier.flush_if_idle()
     assert carrier.batcher.calls == 0
@@ -128,7 +128,7 @@ def test_what_was_posted_is_sent_as_soon_as_no_message_waits(carrier, monkeypatc
     assert carrier.batcher.calls == 1
 
 
-def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_it_along(carrier):
+def test_a_thread_waits_for_its_posted_completion_when_another_thread_is_sending_it(carrier):
     carrier.post(MESSAGE, ended())
     carrier.batcher.posted.clear()  # under way, and not answered
     other = threading.Thread(target=carrier.flush)
@@ -139,7 +139,7 @@ def test_a_thread_waits_for_what_it_has_posted_also_when_another_has_just_taken_
     assert carrier.batcher.calls == 1
 
 
-def test_what_was_answered_is_not_waited_for(carrier):
+def test_an_answered_completion_is_not_waited_for(carrier):
     carrier.post(MESSAGE, ended())
     [post] = carrier.batcher.posted
     carrier.batcher.posted.clear()
@@ -148,7 +148,7 @@ def test_what_was_answered_is_not_waited_for(carrier):
     assert carrier.batcher.calls == 0
 
 
-def test_what_others_have_posted_is_sent_along(carrier):
+def test_a_flush_sends_the_completions_of_other_threads_too(carrier):
     other = threading.Thread(target=carrier.post, args=(MESSAGE, ended()))
     other.start()
     other.join()
@@ -194,7 +194,7 @@ def test_a_thread_has_more_to_do_while_it_goes_on_and_messages_wait(state, more)
     assert batched_completions._has_more(SimpleNamespace(work_queue=queue, **state)) is more
 
 
-def test_a_thread_of_somebody_elses_has_not():
+def test_a_foreign_thread_has_no_more_to_do():
     assert batched_completions._has_more(threading.current_thread()) is False
 
 
@@ -218,7 +218,7 @@ class After(Middleware):
 @pytest.mark.parametrize(
     ("middleware", "safe"), [((), True), ((Idle(),), True), ((Before(),), False), ((After(),), False)]
 )
-def test_nothing_is_posted_where_a_middleware_of_somebody_elses_acts_between_two_jobs(middleware, safe):
+def test_batching_is_off_where_a_foreign_middleware_acts_between_two_jobs(middleware, safe):
     broker = install(StubBroker())
     for one in middleware:
         broker.add_middleware(one)
@@ -226,7 +226,7 @@ def test_nothing_is_posted_where_a_middleware_of_somebody_elses_acts_between_two
 
 
 @pytest.mark.parametrize("package", ["dramatiq", "dramatiq_policies", "sentry_sdk"])
-def test_the_middleware_of_those_who_are_known_does_not_matter(package, monkeypatch):
+def test_the_middleware_of_a_known_package_leaves_batching_on(package, monkeypatch):
     monkeypatch.setattr(Before, "__module__", f"{package}.integrations")
     broker = install(StubBroker())
     broker.add_middleware(Before())

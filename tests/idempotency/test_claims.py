@@ -166,7 +166,7 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
 # Endings.
 
 
-def test_the_register_of_each_ending_says_what_the_next_message_needs(claims, store):
+def test_the_register_after_each_ending_has_the_fields_for_the_next_message(claims, store):
     claims.finish(ask(claims), SUCCEEDED)
     assert store.record("k").state == "completed"
     assert store.get("k").left == KEEP
@@ -223,7 +223,7 @@ def test_a_retry_that_is_being_published_is_published_again_by_a_redelivery(clai
     assert isinstance(ask(claims, run=1), Claim)
 
 
-def test_what_is_to_be_published_again_is_known_but_for_what_every_run_has(claims, store):
+def test_a_pending_retry_is_stored_without_the_options_that_every_run_has(claims, store):
     same = {"pipe_target": {"actor_name": "next"}, "group_completion_callbacks": [1]}
     claim = ask(claims)
     before = time.time() * 1_000
@@ -299,7 +299,7 @@ def test_a_claim_that_was_known_late_to_be_made_is_made_once_more(claims, store,
     assert calls[1][0] == calls[0][1]
 
 
-def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store):
+def test_a_claim_whose_reply_was_lost_is_no_start(claims, store):
     swap = store.swap
 
     def swap_and_fail(*args):
@@ -314,7 +314,7 @@ def test_a_claim_that_the_store_took_without_saying_so_is_no_start(claims, store
     assert ask(claims).record.starts == 1
 
 
-def test_a_claim_that_the_store_took_without_saying_so_leaves_what_it_knew_of_ended_runs(claims, store):
+def test_a_claim_whose_reply_was_lost_keeps_the_ended_runs_of_the_key(claims, store):
     claims.finish(ask(claims, "first"), RETRIED)
     store.now += 66
     swap = store.swap
@@ -418,9 +418,7 @@ def failing_at_one(claims, store):
     return claims
 
 
-def test_one_ending_that_can_never_be_written_keeps_no_other_from_being_written_and_no_lease_from_its_renewal(
-    failing_at_one, store, caplog
-):
+def test_an_ending_that_can_never_be_written_delays_no_other_ending_and_no_renewal(failing_at_one, store, caplog):
     claims = failing_at_one
     odd, other, running = ask(claims, "m1", name="odd"), ask(claims, "m2", name="k2"), ask(claims, "m3", name="k3")
     store.fails = True
@@ -668,7 +666,7 @@ def test_a_start_without_a_key_that_is_excused_does_not_count_either(claims, sto
     assert ask(claims, name=name, dead=died, keyed=False, starts=2).record.starts == 1
 
 
-def test_a_record_of_an_owner_that_nobody_can_read_is_of_nobody_certainly_dead():
+def test_an_unreadable_owner_is_never_certainly_dead():
     assert not is_dead(Record(records.RUNNING, "m", owner=""))
     assert not is_dead(Record(records.RUNNING, "m", owner="host:pid:place:start"))
     assert not is_dead(Record(records.RUNNING, "m", owner="nonsense"))

@@ -35,7 +35,7 @@ def many(waiting, answer, number=_CONTENDED_FROM):
         waiting.observe("k", answer)
 
 
-def test_one_duplicate_waits_ever_longer_and_at_most_a_quarter_of_the_lease():
+def test_a_duplicate_waits_ever_longer_and_at_most_a_quarter_of_the_lease():
     waiting = Contention(LEASE)
     answer = WaitForOwner(LEASE)
     waits = []

@@ -74,7 +74,7 @@ def request(message):
     return records.Request(message.message_id, 0, lambda record: False, 3)
 
 
-def test_what_0_1_0_counted_goes_on(app):
+def test_the_starts_counted_by_0_1_0_go_on(app):
     message = app.job.message(TEXT)
     app.old(running(message.message_id, starts=2))
     claims = app.claims
@@ -146,7 +146,7 @@ def test_the_mark_keeps_the_time_of_the_first(app):
     assert third.marked == app.earlier.marked
 
 
-def test_nobody_looks_once_all_that_0_1_0_wrote_has_expired(app):
+def test_records_of_0_1_0_are_not_looked_up_once_all_have_expired(app):
     app.earlier.mark()
     app.old(running(), 365 * DAY)
     assert app.earlier.find("job\x007", DAY) is not None

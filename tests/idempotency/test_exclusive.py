@@ -84,7 +84,7 @@ def solitude_of(exclusive):
         return set(exclusive.running)
 
 
-def test_nobody_waits_for_ever(monkeypatch):
+def test_a_wait_for_a_job_alone_ends_after_a_limit(monkeypatch):
     monkeypatch.setattr(module, "_WAIT_FOR_OTHERS", 0.05)
     monkeypatch.setattr(module, "_ALONE_FOR", 0.05)
     exclusive = ExclusiveRuns()
@@ -116,7 +116,7 @@ def test_a_job_that_fails_leaves_too(alone):
     following.finish()
 
 
-def test_a_job_that_can_not_be_alone_in_time_is_marked_so_and_keeps_nobody_out(monkeypatch):
+def test_a_job_that_can_not_be_alone_in_time_is_marked_and_keeps_no_other_out(monkeypatch):
     monkeypatch.setattr(module, "_WAIT_FOR_OTHERS", 0.05)
     exclusive = ExclusiveRuns()
     long, wanting = object(), object()
@@ -138,7 +138,7 @@ def test_a_second_job_that_must_be_alone_does_not_begin_beside_the_first(monkeyp
     assert not exclusive.is_open
 
 
-def test_who_waits_too_long_for_a_job_alone_exposes_it_before_beginning(monkeypatch):
+def test_a_job_that_waits_too_long_for_one_alone_exposes_that_one_first(monkeypatch):
     monkeypatch.setattr(module, "_ALONE_FOR", 0.05)
     monkeypatch.setattr(module, "_RECORD_AGAIN_AFTER", 0.01)
     answers, asked = [True, False, False], []

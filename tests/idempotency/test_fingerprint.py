@@ -31,7 +31,7 @@ def fingerprint(fn, *args, **kwargs):
     return fingerprint_of(inspect.signature(fn))(args, kwargs)
 
 
-def test_one_call_has_one_fingerprint_however_it_is_spelt():
+def test_a_call_has_the_same_fingerprint_however_it_is_spelt():
     calls = [((7,), {}), ((7, 5), {}), ((), {"order_id": 7}), ((), {"amount": 5, "order_id": 7, "note": None})]
     assert len({fingerprint(charge, *args, **kwargs) for args, kwargs in calls}) == 1
     assert fingerprint(many, 1, 2, x=1, y=2) == fingerprint(many, 1, 2, y=2, x=1)

@@ -142,7 +142,7 @@ def test_a_deferral_waits_at_most_a_quarter_of_the_lease():
     assert set(waits) == {200}
 
 
-def test_each_deferral_waits_twice_as_long_and_the_last_for_what_is_left_of_the_lease():
+def test_each_deferral_waits_twice_as_long_and_the_last_for_the_rest_of_the_lease():
     store = MemoryStore()
     stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
     ship = keep(stage)
@@ -390,7 +390,7 @@ def test_of_a_wait_that_grows_the_one_before_the_last_attempt_counts(attempts, r
 
 
 @pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
-def test_an_error_of_done_when_and_of_what_makes_the_key_is_the_jobs_own(option):
+def test_an_error_of_done_when_or_of_the_key_is_the_jobs_own(option):
     stage = Stage()
 
     def broken(order_id):
@@ -469,7 +469,7 @@ def test_of_an_async_and_of_a_class_based_actor_it_is_checked_too(option):
         type("Ship", (dramatiq.GenericActor,), {"Meta": meta, "perform": lambda self, order_id: None})
 
 
-def test_what_does_not_say_what_it_takes_is_taken():
+def test_a_callable_without_a_signature_is_taken():
     stage = Stage()
     stage.actor(lambda order_id: None, actor_name="by_key", idempotency_key=str)
     stage.actor(lambda order_id: None, actor_name="by_state", done_when=min)
@@ -500,7 +500,7 @@ takes_something.__signature__ = "nobody knows what", 5
 
 
 @pytest.mark.parametrize("fn", [min, takes_something])
-def test_an_actor_that_does_not_say_what_it_takes_has_a_callable_for_a_key(fn):
+def test_an_actor_without_a_signature_takes_a_callable_as_key(fn):
     stage = Stage()
     with pytest.raises(ConfigurationError, match=r"^actor 'least': idempotency_key: .*has no readable signature"):
         stage.actor(fn, actor_name="least", idempotency_key="{a}")
@@ -522,7 +522,7 @@ def test_a_job_without_arguments_may_have_a_constant_key():
     assert Idempotency.state(nightly).key == "nightly"
 
 
-def test_its_options_are_known_where_it_is_the_only_one_of_dramatiq_policies():
+def test_idempotency_s_options_are_known_without_any_other_middleware_of_ours():
     broker = StubBroker()
     broker.add_middleware(Idempotency())
     options = {
@@ -626,7 +626,7 @@ def test_a_duplicate_leaves_the_stored_result_alone():
     assert backend.get_result(other) == "shipped 7"
 
 
-def test_whoever_waits_for_a_duplicates_result_is_told_that_nobody_stored_it():
+def test_the_result_of_a_duplicate_whose_first_result_expired_says_so():
     results = StubBackend()
     stage = Stage(middleware=[Results(backend=results)])
     ship = keep(stage, store_results=True, result_ttl=1)
@@ -676,7 +676,7 @@ def test_a_duplicate_moves_its_own_pipeline_on_with_the_first_message_s_result()
     assert sorted(told) == [("ann", "shipped 7"), ("bob", "shipped 7")]
 
 
-def test_a_duplicate_whose_next_step_needs_a_result_that_nobody_stored_is_dead():
+def test_a_duplicate_whose_next_step_needs_a_result_that_was_not_stored_is_dead():
     stage = Stage()
     told = []
     ship = keep(stage)
@@ -910,7 +910,7 @@ def test_a_copy_for_tests_keeps_its_settings_and_has_a_memory_of_its_own():
     assert given.claims is not None
 
 
-def test_a_worker_starts_though_its_store_can_not_say_what_it_lacks(caplog):
+def test_a_worker_starts_though_its_store_can_not_list_its_limits(caplog):
     class Unreachable(MemoryStore):
         def warnings(self):
             raise ConnectionError("no store")
@@ -959,14 +959,14 @@ def test_a_second_worker_subscribes_to_stuck_jobs_no_second_time():
     assert subscribers.count(idempotency._uncount_other_jobs) == 1
 
 
-def test_its_durations_have_defaults_and_may_be_as_short_as_a_millisecond():
+def test_idempotency_s_durations_have_defaults_and_may_be_a_millisecond():
     assert (Idempotency().lease, Idempotency().ttl, Idempotency().max_crashes) == (60_000, 86_400_000, 3)
     assert (Idempotency(lease=1).lease, Idempotency(ttl=1).ttl) == (1, 1)
     with pytest.raises(ConfigurationError, match="ttl"):
         Idempotency(ttl=0)
 
 
-def test_a_bad_argument_is_named_with_what_may_stand_there():
+def test_a_bad_argument_is_named_with_the_expected_values():
     with pytest.raises(
         ConfigurationError, match='Idempotency: on_store_error: expected "retry" or "run", got \'ignore\''
     ):
@@ -1013,7 +1013,7 @@ def test_while_the_store_is_down_a_message_waits_and_uses_no_attempt(flaky, capl
     assert len([r for r in caplog.records if "is back" in r.message]) == 1
 
 
-def test_it_runs_while_the_store_is_down_where_that_was_asked_for(flaky, caplog):
+def test_a_job_runs_while_the_store_is_down_with_on_store_error_run(flaky, caplog):
     stage = Stage(bundle={"idempotency": Idempotency(flaky, on_store_error="run")})
     ship = keep(stage)
     Flaky.down = True
@@ -1122,7 +1122,7 @@ def test_a_record_of_an_unknown_version_makes_the_message_wait_and_never_run(cap
     assert any("this version of dramatiq_policies" in record.message for record in caplog.records)
 
 
-def test_memory_forgets_what_has_lapsed_as_it_grows():
+def test_a_memory_store_drops_expired_keys_as_it_grows():
     now = 0.0
     store = MemoryStore(clock=lambda: now)
     for number in range(1_000):
@@ -1135,7 +1135,7 @@ def test_memory_forgets_what_has_lapsed_as_it_grows():
 
 
 @pytest.mark.parametrize("client", ["redis://127.0.0.1:6379/0", 5, object(), redis.asyncio.Redis()], ids=type)
-def test_what_is_no_client_of_redis_is_refused(client):
+def test_an_object_that_is_no_client_of_redis_is_refused(client):
     with pytest.raises(ConfigurationError, match="RedisStore: client: expected a client of redis-py"):
         RedisStore(client)
     with pytest.raises(ConfigurationError, match="RedisStore: namespace: expected "):

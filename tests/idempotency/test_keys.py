@@ -102,7 +102,7 @@ def test_a_call_that_the_actor_does_not_take_makes_no_key(args, kwargs):
         key_of("{a}", lambda a: None, *args, **kwargs)
 
 
-def test_nor_does_one_by_position_where_it_takes_names_only():
+def test_a_call_by_position_of_keyword_only_arguments_makes_no_key():
     with pytest.raises(TypeError):
         key_of("{a}", lambda *, a: None, 1)
 
@@ -204,7 +204,7 @@ def test_done_when_and_the_key_of_an_async_actor_may_be_coroutine_functions(loop
 
 
 @pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
-def test_they_run_inside_the_timeout(loop_stage, option):
+def test_the_key_and_done_when_of_an_async_actor_run_inside_the_timeout(loop_stage, option):
     runs = []
 
     async def hang(order_id):
@@ -222,7 +222,7 @@ def test_they_run_inside_the_timeout(loop_stage, option):
 
 
 @pytest.mark.parametrize("option", ["done_when", "idempotency_key"])
-def test_so_do_those_of_a_plain_actor(option):
+def test_the_key_and_done_when_of_a_plain_actor_run_inside_the_timeout(option):
     import time
 
     stage = Stage()
@@ -319,7 +319,7 @@ def test_two_calls_never_share_a_register(calls, template):
 
 
 @given(VALUES, VALUES, st.sampled_from(TEMPLATES))
-def test_a_calls_text_is_what_the_template_says(a, b, template):
+def test_a_key_s_text_is_the_template_filled(a, b, template):
     key = key_of(template, two, a, b)
     assert str(key) == template.format(a=a, b=b)
     assert type(str(key)) is str

@@ -21,7 +21,7 @@ def changed(owner, *, pid=None, place=None, start=None):
     return ":".join([host, *(old if new is None else str(new) for old, new in zip(parts, given, strict=True))])
 
 
-def test_this_process_lives_and_is_the_same_all_the_time_and_in_all_threads():
+def test_the_own_process_lives_and_has_one_identity_in_all_threads():
     found = []
     thread = threading.Thread(target=lambda: found.append(owners.this_process()))
     thread.start()
@@ -80,7 +80,7 @@ def test_where_proc_can_not_be_read_nothing_is_certain(monkeypatch):
     assert not owners.is_dead(owner)
 
 
-def test_a_process_of_somebody_else_is_there(monkeypatch):
+def test_a_process_of_another_user_is_alive(monkeypatch):
     def refuse(pid, signal):
         raise PermissionError
 
@@ -116,7 +116,7 @@ def test_a_forked_child_is_another_owner():
     assert owners.is_dead(owner)
 
 
-def test_where_nothing_says_which_machine_this_is_nobody_is_certainly_dead(monkeypatch):
+def test_an_owner_on_an_unknown_machine_is_never_certainly_dead(monkeypatch):
     owner = changed(owners.this_process(), pid=2**22 + 1)
     assert owners.is_dead(owner)
 

@@ -70,7 +70,7 @@ def test_a_message_that_began_three_times_is_dead_and_says_why(options):
     assert "started 3 times" in failure["message"]
 
 
-def test_its_run_has_ended_and_a_copy_of_it_is_stale():
+def test_the_run_of_a_quarantined_message_has_ended_and_a_copy_is_stale():
     app = Crashing(**GUARDED)
     message = app.job.message(7)
     app.began(message, 3, key="7")
@@ -80,7 +80,7 @@ def test_its_run_has_ended_and_a_copy_of_it_is_stale():
 
 
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
-def test_it_runs_when_it_is_replayed(options):
+def test_a_quarantined_message_runs_when_it_is_replayed(options):
     app = Crashing(**options)
     message = app.job.message(7)
     app.began(message, 3, key="7" if options else None)
@@ -89,7 +89,7 @@ def test_it_runs_when_it_is_replayed(options):
 
 
 @pytest.mark.parametrize("options", [GUARDED, {}], ids=["with a key", "without"])
-def test_none_switches_it_off_and_an_actors_own_limit_counts(options):
+def test_max_crashes_of_none_switches_the_quarantine_off_and_an_actors_own_limit_counts(options):
     app = Crashing(max_crashes=None, **options)
     message = app.job.message(7)
     app.began(message, 50, key="7" if options else None)
@@ -136,7 +136,7 @@ def test_a_message_that_is_requeued_is_still_one_that_came_back():
     assert app.runs == []
 
 
-def test_a_message_that_was_not_begun_before_asks_nobody():
+def test_a_message_on_its_first_delivery_asks_no_store():
     app = Crashing()
     app.job.send(7)
     app.stage.run()
@@ -213,7 +213,7 @@ class Stuck:
         self.message_id = message_id
 
 
-def test_nobody_is_excused_where_a_stuck_job_is_only_logged():
+def test_no_start_is_uncounted_where_a_stuck_job_is_only_logged():
     store = MemoryStore()
     stage = Stage(bundle={"idempotency": Idempotency(store)})
     seen = []
@@ -245,7 +245,7 @@ def test_a_store_that_may_forget_is_warned_about_when_a_worker_starts(caplog):
     assert [(record.name, record.levelno) for record in said] == [("dramatiq_policies.alerts", logging.WARNING)]
 
 
-def test_a_pipeline_goes_on_though_its_result_could_not_be_read_when_done_when_said_so(monkeypatch):
+def test_a_pipeline_goes_on_after_done_when_although_its_result_could_not_be_read(monkeypatch):
     """The message is requeued without a run; it has not ended, and is no stale copy of itself."""
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
@@ -272,7 +272,7 @@ def test_a_pipeline_goes_on_though_its_result_could_not_be_read_when_done_when_s
     assert stage.reasons()[:2] == ["store_down", "done"]
 
 
-def test_what_may_have_killed_a_worker_begins_only_when_the_command_knows_that_the_next_one_has_booted(monkeypatch):
+def test_a_job_that_may_have_killed_a_worker_begins_only_once_the_command_has_booted_the_next(monkeypatch):
     """Dramatiq's command waits for ever for a worker process that dies while it says that it has booted."""
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0.3)
     app = Crashing()
@@ -340,7 +340,7 @@ def test_a_duplicate_is_done_with_though_its_result_can_not_be_settled(caplog):
     assert "No result could be stored" in caplog.text
 
 
-def test_what_done_when_answers_for_keeps_the_failure_that_an_earlier_run_has_stored():
+def test_a_message_ended_by_done_when_keeps_the_failure_stored_by_an_earlier_run():
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
     done = []
@@ -397,7 +397,7 @@ def test_a_duplicate_that_is_delivered_twice_counts_in_its_group_once(monkeypatc
     assert happened == [7, 8, "told"]
 
 
-def test_what_came_back_and_has_no_key_runs_while_its_starts_can_not_be_counted(monkeypatch, caplog):
+def test_a_redelivery_without_a_key_runs_while_the_store_can_not_count_its_start(monkeypatch, caplog):
     def fail(*args):
         raise ConnectionError("no store")
 

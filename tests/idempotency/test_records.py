@@ -53,7 +53,7 @@ def test_a_record_is_read_as_it_was_written(record):
 
 
 @given(st.text(st.characters(exclude_categories=()) | st.sampled_from("\ud800\0é")) | st.uuids().map(str))
-def test_a_completed_key_names_the_message_whatever_its_id_is(message_id):
+def test_a_completed_key_names_the_message_of_any_id(message_id):
     completed = Record("completed", message_id)
     assert completed.encode() == completed_by(message_id)
     assert Record.decode(completed.encode()) == completed
@@ -64,7 +64,7 @@ def test_a_completed_key_takes_18_bytes():
 
 
 @given(st.binary() | st.binary().map(lambda tail: b"\x01" + tail) | st.binary().map(lambda tail: b"\x01C" + tail))
-def test_whatever_else_a_store_holds_is_a_record_or_a_clear_error(data):
+def test_any_bytes_in_a_store_are_a_record_or_a_clear_error(data):
     try:
         record = Record.decode(data)
     except UnknownRecord:
@@ -87,7 +87,7 @@ def test_whatever_else_a_store_holds_is_a_record_or_a_clear_error(data):
         b"\x01" + json.dumps({**json.loads(Record(RUNNING).encode()[1:]), "e": [["m", float("inf")]]}).encode(),
     ],
 )
-def test_what_this_version_can_not_read_is_never_guessed(data):
+def test_a_record_of_an_unknown_form_is_never_guessed(data):
     with pytest.raises(UnknownRecord):
         Record.decode(data)
 
@@ -213,14 +213,14 @@ TABLE = {
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_what_becomes_of_a_message(case):
+def test_each_record_has_its_next_action(case):
     record, left, is_dead, answer = TABLE[case]
     found = next_action(record, left, Request("m", 1, is_dead, max_crashes=3))
     # They are tuples, and a number of starts equals a time that is left.
     assert (type(found), found) == (type(answer), answer)
 
 
-def test_without_a_limit_it_takes_over_for_ever():
+def test_a_message_without_a_limit_is_taken_over_for_ever():
     assert next_action(mine(starts=1_000), LEFT, Request("m", 1, GONE)) == Start(1_001)
     assert next_action(theirs(starts=1_000), OVER, Request("m", 1, GONE)) == Start(1_001)
 
@@ -267,7 +267,7 @@ def test_a_first_start_is_not_made_alone_though_a_limit_of_one_grants_no_other()
 
 
 @pytest.mark.parametrize("state", ["running", "ending", "waiting", "free"])
-def test_what_a_store_holds_is_read_by_workers_of_a_later_version(state):
+def test_a_stored_record_is_read_by_workers_of_a_later_version(state):
     held = b'\x01{"s":"%s","m":"m","n":2,"o":"host:1:place:5","t":"7","b":3,"c":4,"k":6,"e":[["x",1]]}' % state.encode()
     record = Record(state, "m", 2, "host:1:place:5", "7", 3, 4, 6, (("x", 1),))
     assert record.state in (RUNNING, ENDING, WAITING, FREE)

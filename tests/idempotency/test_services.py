@@ -39,7 +39,7 @@ def test_a_namespace_that_was_given_tells_services_apart_by_itself():
         assert service_scope_of(broker, RedisStore.from_url("redis://", namespace="shop")) is None
 
 
-def test_without_one_the_virtual_host_or_the_brokers_namespace_does():
+def test_a_default_namespace_leaves_the_distinction_to_the_virtual_host_or_the_brokers_namespace():
     store = RedisStore.from_url("redis://127.0.0.1:1")
     assert store.namespace == "idem"
     assert service_scope_of(rabbitmq(), store) == service_scope_of(
@@ -53,7 +53,7 @@ def test_without_one_the_virtual_host_or_the_brokers_namespace_does():
     assert None not in places
 
 
-def test_on_a_stub_broker_and_in_a_store_of_somebody_elses_nothing_is_added():
+def test_a_stub_broker_or_a_foreign_store_adds_nothing_to_the_name():
     assert service_scope_of(StubBroker(), RedisStore()) is None
     assert service_scope_of(rabbitmq(), MemoryStore()) is None
 
@@ -131,7 +131,7 @@ def test_of_two_workers_that_start_at_the_same_time_both_are_recorded():
 
 
 @pytest.mark.parametrize("odd", [b"\xff", b"[]", b"7", b'{"charge": 7}', b'{"charge": {"queue": "x"}}'])
-def test_what_somebody_else_wrote_there_is_left_out(odd):
+def test_a_foreign_record_among_the_services_is_left_out(odd):
     store = MemoryStore()
     store.put(services._SERVICES, odd, 60_000)
     assert record_service(store, *BILLING) == []
@@ -155,7 +155,7 @@ def test_a_server_that_can_not_be_asked_has_no_name():
     assert server_of(StubBroker(), MemoryStore()) is None
 
 
-def test_beside_the_store_the_namespace_is_enough_and_nobody_is_asked():
+def test_a_broker_beside_its_store_needs_only_the_namespace_and_asks_no_server():
     broker = redis_broker(namespace="shop")
     assert server_of(broker, RedisStore.beside(broker.client)) == "redis shop"
 
@@ -170,5 +170,5 @@ def test_a_redis_server_keeps_the_name_that_it_was_given():
     assert list(kept) == ["shop:dramatiq_policies:id"]
 
 
-def test_nothing_of_it_needs_a_client_that_is_not_in_use():
+def test_a_service_name_needs_no_client_that_is_not_in_use():
     assert "pika" not in vars(sys.modules["dramatiq_policies.idempotency.services"])
