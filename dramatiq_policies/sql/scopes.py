@@ -2,7 +2,7 @@
 
 Rows are inserted at once, over the same connection: the database removes the rows at a rollback, also of a savepoint. With an
 async engine no statement can run inside of a plain function such as ``send``: the rows wait in the session until the commit, and
-this module removes the rows of a savepoint at a rollback.
+this module removes the rows of a savepoint at a rollback. Below SQLAlchemy (in a listener or in ``run_sync``) a statement can run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ _KEY = "dramatiq_policies_outbox"
 _await: Callable[[Awaitable[None]], None] = getattr(concurrency, "await_", None) or concurrency.await_only
 
 
+def _runs_in_sqlalchemy() -> bool:
+    from greenlet import getcurrent  # type: ignore[import-untyped]
+
+    return type(getcurrent()).__name__ == "_AsyncIoGreenlet"
+
+
+#: Tells whether an async engine can run a statement here. Early releases of SQLAlchemy 2.0 have no such function.
+_in_greenlet: Callable[[], bool] = getattr(concurrency, "in_greenlet", _runs_in_sqlalchemy)
+
+
 class SessionScope(Scope):
     """The transaction of a Session."""
 
@@ -53,7 +63,7 @@ class SessionScope(Scope):
         watches: dict[Outbox, _SessionWatch] = self.session.info.setdefault(_KEY, {})
         watch = watches.get(outbox)
         if watch is None:
-            watch = watches[outbox] = _SessionWatch(outbox, self.session)
+            watch = watches[outbox] = _SessionWatch(outbox)
         watch.add(self.session, row)
 
 
@@ -76,7 +86,7 @@ class ConnectionScope(Scope):
 class _SessionWatch:
     """The rows of one session for one outbox, and the session's events."""
 
-    def __init__(self, outbox: Outbox, session: Session) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
         self.written = Written()
         self.connection: sa.Connection | None = None
@@ -88,22 +98,29 @@ class _SessionWatch:
         self.released: SessionTransaction | None = None
         #: The number of the session's transactions about to be committed.
         self.committing = 0
-        for name in ("before_commit", "after_commit", "after_transaction_end"):
-            event.listen(session, name, getattr(self, name))
+        self.heard: set[str] = set()
 
     def add(self, session: Session, row: NewRow) -> None:
         self.is_async = session.get_bind(clause=table.insert()).dialect.is_async
-        if self.is_async:
-            # Otherwise the session may have no transaction, and the commit would do nothing.
-            if not session.in_transaction():
-                if not session.autobegin:
-                    raise InvalidRequestError(
-                        "Autobegin is disabled on this Session: call session.begin() before you send."
-                    )
-                session.begin()
-            self.waiting.append((session.get_nested_transaction(), row))
-        else:
-            self._insert(session, [row])
+        if self.is_async and not _in_greenlet():
+            self._keep(session, row)
+            return
+        # Earlier messages first, unless one of them may be outside of the savepoint.
+        if self.waiting and not session.in_nested_transaction():
+            self._insert_waiting(session)
+        self._insert(session, [row])
+
+    def _keep(self, session: Session, row: NewRow) -> None:
+        """Keep a row until the commit."""
+        # Otherwise the session may have no transaction, and the commit would do nothing.
+        if not session.in_transaction():
+            if not session.autobegin:
+                raise InvalidRequestError(
+                    "Autobegin is disabled on this Session: call session.begin() before you send."
+                )
+            session.begin()
+        self._listen(session, "before_commit", "after_commit", "after_transaction_end")
+        self.waiting.append((session.get_nested_transaction(), row))
 
     def _insert(self, session: Session, rows: Sequence[NewRow]) -> None:
         self.connection = connection = session.connection(bind_arguments={"clause": table.insert()})
@@ -111,8 +128,16 @@ class _SessionWatch:
             raise ConfigurationError(
                 "The session's connection has the isolation level AUTOCOMMIT, and so no transaction for the outbox."
             )
+        self._listen(session, "after_commit", "after_transaction_end")
         for row in rows:
             self.outbox.insert(SqlConnection(connection), row, self.written)
+
+    def _listen(self, session: Session, *names: str) -> None:
+        """Listen to events of the session, as late as possible: SQLAlchemy takes no listener of an event that it is announcing."""
+        for name in names:
+            if name not in self.heard:
+                self.heard.add(name)
+                event.listen(session, name, getattr(self, name))
 
     def _insert_waiting(self, session: Session) -> None:
         rows, self.waiting = [row for _, row in self.waiting], []
@@ -128,7 +153,7 @@ class _SessionWatch:
             self._insert_waiting(session)
 
     def after_commit(self, session: Session) -> None:
-        self.committing -= 1
+        self.committing = max(0, self.committing - 1)
         if session.in_nested_transaction():
             self.released = session.get_nested_transaction()
             return
@@ -190,18 +215,21 @@ def _intercept_commit(connection: Any) -> None:
 
     SQLAlchemy has an event before the COMMIT and none after: a failed commit must publish nothing.
     """
-    commit = type(connection)._commit_impl  # noqa: SLF001 - see above
-    # The connection has the function: a strong reference would be a cycle.
+    # The connection has the functions: a strong reference would be a cycle.
     intercepted = ref(connection)
 
-    def commit_impl() -> None:
-        committing: Any = intercepted()
-        transaction = committing.get_transaction()
-        commit(committing)
-        if transaction is not None:
-            _committed(transaction, is_async=committing.dialect.is_async)
+    def followed(commit: Callable[..., None]) -> Callable[..., None]:
+        def commit_impl(*args: Any) -> None:
+            committing: Any = intercepted()
+            transaction = committing.get_transaction()
+            commit(committing, *args)
+            if transaction is not None:
+                _committed(transaction, is_async=committing.dialect.is_async)
 
-    vars(connection).update({_KEY: True, "_commit_impl": commit_impl})
+        return commit_impl
+
+    names = ("_commit_impl", "_commit_twophase_impl")
+    vars(connection).update({_KEY: True, **{name: followed(getattr(type(connection), name)) for name in names}})
 
 
 def _committed(transaction: Transaction, *, is_async: bool) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from tests.proxy import Proxy
 
+from .databases import make_empty_tables, with_driver
 from .places import until
 from .shops import Shop
 
@@ -57,6 +58,25 @@ def test_a_connection_sends_after_its_commit(shop):
         assert shop.place.ready() == 0
     assert shop.pending() == 0
     assert shop.left() == [1]
+
+
+def test_a_transaction_in_two_phases_sends_after_its_commit(place, mariadb_url):
+    # PostgreSQL takes such transactions only if configured to, SQLite never.
+    make_empty_tables(mariadb_url)
+    engine = sa.create_engine(with_driver(mariadb_url))
+    shop = Shop(place, engine)
+    with engine.connect() as connection, shop.outbox.within(connection):
+        for number, end in [(1, "rollback"), (2, "commit")]:
+            transaction = connection.begin_twophase()
+            shop.confirm.send(number)
+            transaction.prepare()
+            assert shop.place.ready() == 0
+            getattr(transaction, end)()
+    with Session(engine, twophase=True) as session, session.begin(), shop.outbox.within(session):
+        shop.confirm.send(3)
+    assert shop.pending() == 0
+    assert shop.left() == [2, 3]
+    engine.dispose()
 
 
 def test_the_worker_runs_what_was_sent_a_delayed_message_too(shop):

@@ -7,6 +7,7 @@ import contextvars
 import gc
 import threading
 import weakref
+from contextlib import contextmanager
 from datetime import timedelta
 
 import dramatiq
@@ -71,6 +72,21 @@ def async_engine(engine):
 
 class Undo(Exception):
     pass
+
+
+#: Events of a commit at which an application may send.
+LISTENERS = ["before_commit", "before_flush", "after_flush", "after_flush_postexec", "after_insert"]
+
+
+@contextmanager
+def listening(session, name, listener):
+    """Listen to an event of a sync session, or of its orders."""
+    target = Order if name == "after_insert" else session
+    sa.event.listen(target, name, listener)
+    try:
+        yield
+    finally:
+        sa.event.remove(target, name, listener)
 
 
 def test_a_message_is_sent_when_its_transaction_commits(shop):
@@ -148,6 +164,27 @@ def test_a_connection_is_a_transaction_too(shop):
         shop.confirm.send(5)
         connection.commit()
     assert (shop.queued(), shop.pending()) == ([(1,), (4,), (5,)], 0)
+
+
+def test_a_listener_of_the_session_sends_in_its_transaction(shop):
+    with Session(shop.engine) as session, shop.outbox.within(session):
+        for name in LISTENERS:
+            with listening(session, name, lambda *_: shop.confirm.send(session.get_transaction() is not None)):
+                session.add(Order())
+                session.commit()
+            assert shop.queued().pop() == (True,), name
+            shop.broker.queues["mail"].queue.clear()
+    assert shop.pending() == 0
+
+
+def test_a_listener_that_sends_after_the_commit_gets_the_error_of_sqlalchemy(shop):
+    session = Session(shop.engine)
+    sending = listening(session, "after_commit", lambda *_: shop.confirm.send(1))
+    with session, shop.outbox.within(session), sending:
+        session.add(Order(id=1))
+        with pytest.raises(sa.exc.InvalidRequestError, match="no further SQL"):
+            session.commit()
+    assert shop.queued() == []
 
 
 def test_a_commit_that_fails_sends_nothing(shop):
@@ -482,6 +519,64 @@ def test_an_async_session_runs_sync_code(shop, async_engine):
 
     asyncio.run(order())
     assert shop.queued() == [(1,)]
+
+
+@pytest.mark.parametrize("name", LISTENERS)
+@pytest.mark.parametrize("sent_before", [False, True])
+def test_a_listener_of_an_async_session_sends_in_its_transaction(shop, async_engine, name, sent_before):
+    expected = [("before",)] * sent_before + [("in the listener",)]
+
+    async def order():
+        async with AsyncSession(async_engine) as session, shop.outbox.within(session):
+            if sent_before:
+                shop.confirm.send("before")
+            with listening(session.sync_session, name, lambda *_: shop.confirm.send("in the listener")):
+                session.add(Order())
+                await session.commit()
+            assert shop.queued() == expected
+            with listening(session.sync_session, name, lambda *_: shop.confirm.send("undone")):
+                session.add(Order())
+                await session.flush()
+                await session.rollback()
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert shop.queued() == expected
+    assert shop.pending() == 0
+
+
+def test_a_listener_that_sends_after_the_commit_of_an_async_session_gets_the_error_of_sqlalchemy(shop, async_engine):
+    async def order():
+        async with AsyncSession(async_engine) as session, shop.outbox.within(session):
+            with listening(session.sync_session, "after_commit", lambda *_: shop.confirm.send(1)):
+                session.add(Order(id=1))
+                with pytest.raises(sa.exc.InvalidRequestError, match="no further SQL"):
+                    await session.commit()
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert shop.queued() == []
+
+
+def test_messages_of_an_async_session_and_of_its_sync_code_keep_their_order(shop, async_engine):
+    async def order():
+        async with AsyncSession(async_engine) as session, session.begin(), shop.outbox.within(session):
+            shop.confirm.send(1)
+            await session.run_sync(lambda _: shop.confirm.send(2))
+            shop.confirm.send(3)
+            with pytest.raises(Undo):
+                async with session.begin_nested():
+                    shop.confirm.send("undone")
+                    await session.run_sync(lambda _: shop.confirm.send("undone"))
+                    raise Undo
+            async with session.begin_nested():
+                await session.run_sync(lambda _: shop.confirm.send(4))
+            shop.confirm.send(5)
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert sorted(shop.queued()) == [(1,), (2,), (3,), (4,), (5,)]
+    assert shop.queued()[:2] == [(1,), (2,)]
 
 
 def test_tasks_that_the_block_starts_send_at_once(shop, async_engine):
