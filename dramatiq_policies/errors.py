@@ -36,7 +36,7 @@ from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
 from .common.credentials import redact, redacted_repr
 from .common.current import running_job
-from .common.durations import clamped_wait, declared_ms, warn_of_seconds
+from .common.durations import clamped_wait, declared_ms, format_duration, warn_of_seconds
 
 __all__ = [
     "ConfigurationError",
@@ -203,7 +203,7 @@ class Snooze(Verdict):
         self.reason = reason
 
     def __str__(self) -> str:
-        return self.reason or f"snoozed for {self.delay} ms"
+        return self.reason or f"snoozed for {format_duration(self.delay)}"
 
 
 class TimeoutExceeded(TimeLimitExceeded):
@@ -240,7 +240,9 @@ class TimeoutExceeded(TimeLimitExceeded):
     def __str__(self) -> str:
         if self.args or self.limit_ms is None or self.elapsed_ms is None:
             return super().__str__()
-        return f"{self.actor} ran for {self.elapsed_ms:.0f} ms; its timeout is {self.limit_ms:.0f} ms"
+        return (
+            f"{self.actor} ran for {format_duration(self.elapsed_ms)}; its timeout is {format_duration(self.limit_ms)}"
+        )
 
 
 class OperationError(PolicyError):

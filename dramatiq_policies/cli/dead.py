@@ -14,9 +14,9 @@ from rich.cells import cell_len
 
 from .. import ops
 from .._dramatiq import kind_of
+from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..delivery.validation import is_number
-from ..ops.durations import format_duration
 from .app_command import AppCommand, load_app
 from .base import (
     confirm,

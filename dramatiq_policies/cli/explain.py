@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from .. import ops
-from ..ops.durations import describe_wait, format_duration
+from ..common.durations import format_duration
+from ..ops.durations import describe_wait
 from .app_command import AppCommand
 from .base import console, format_option, path_option, print_json, print_table, printable_text
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from .. import ops
-from ..ops.durations import format_duration
+from ..common.durations import format_duration
 from .app_command import AppCommand
 from .base import confirm, format_option, path_option, print_json, print_table, printable_text, timestamp
 from .help import WholeSummaries

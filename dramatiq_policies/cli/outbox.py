@@ -9,9 +9,9 @@ import click
 from dramatiq.broker import Broker
 
 from .. import ops
+from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
-from ..ops.durations import format_duration
 from .app_command import AppCommand, load_app
 from .base import confirm, format_option, path_option, print_json, print_table, printable_text
 from .completion import actor_names, queue_names

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from .. import ops
 from ..brokers.readers import reader_of
+from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import how_to_add
-from ..ops.durations import format_duration
 from .app_command import AppCommand, load_app
 from .base import (
     as_json,
@@ -253,6 +253,6 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
         )
     stop = prepare_long_run()
     SafeLogger("dramatiq_policies.monitor").info(
-        "Watching %s every %d ms.", ", ".join(ops.known_queues(broker)) or "no queue", found.interval
+        "Watching %s every %s.", ", ".join(ops.known_queues(broker)) or "no queue", format_duration(found.interval)
     )
     found.run_forever(stop)

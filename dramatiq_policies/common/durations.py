@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from .safe_logger import SafeLogger
+from .throttle import Throttle
 
 __all__ = [
     "CENTURY_MS",
@@ -15,6 +16,7 @@ __all__ = [
     "LikelySeconds",
     "clamped_wait",
     "declared_ms",
+    "format_duration",
     "looks_like_seconds",
     "seconds_hint",
     "to_ms",
@@ -82,13 +84,12 @@ def warn_of_seconds(where: str, option: str, value: Any) -> None:
         rules_logger.warning("%s: %s", where, hint)
 
 
-_warned: set[tuple[str, str]] = set()
+_warned = Throttle()
 
 
 def warn_of_seconds_once(where: str, option: str, value: Any) -> None:
     """Log a warning if the duration of a message or an error looks like seconds; once per process and place."""
-    if looks_like_seconds(option, value) and (where, option) not in _warned and len(_warned) < 1_000:
-        _warned.add((where, option))
+    if looks_like_seconds(option, value) and _warned.admits((where, option), math.inf):
         warn_of_seconds(where, option, value)
 
 
@@ -138,3 +139,21 @@ def clamped_wait(value: Any, whose: str) -> int:
         logger.warning("%s exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", whose)
         return WEEK_MS
     return milliseconds
+
+
+def format_duration(ms: float | None) -> str:
+    """Format milliseconds for people, in logs and on the terminal: ``850 ms``, ``1.5 s``, ``2 m 5 s``, ``24 h``, ``7 d``; ``-`` for None.
+
+    Days are used from 48 hours on.
+    """
+    if ms is None:
+        return "-"
+    if round(ms) < 1_000:
+        return f"{ms:.0f} ms"
+    if ms < 60_000:
+        return f"{ms / 1_000:.3g} s"
+    seconds = round(ms / 1_000)
+    units = ((172_800, 86_400, "d", 3_600, "h"), (3_600, 3_600, "h", 60, "m"), (0, 60, "m", 1, "s"))
+    _, size, unit, smaller, name = next(row for row in units if seconds >= row[0])
+    rest = seconds % size // smaller
+    return f"{seconds // size} {unit} {rest} {name}" if rest else f"{seconds // size} {unit}"

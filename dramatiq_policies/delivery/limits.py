@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from ..common.durations import WEEK_MS, declared_ms, looks_like_seconds, warn_of_seconds
+from ..common.durations import WEEK_MS, declared_ms, format_duration, looks_like_seconds, warn_of_seconds
 from ..errors import ConfigurationError
 from ..outcomes import logger
 from .delivery import READY_AT, Delivery
@@ -112,12 +112,12 @@ def warn_if_close(delivery: Delivery) -> None:
         return
     message = delivery.message
     logger.warning(
-        "Job %s (message %s) ran for %.0f ms: %.0f %% of its timeout of %.0f ms.",
+        "Job %s (message %s) ran for %s: %.0f %% of its timeout of %s.",
         message.actor_name,
         message.message_id,
-        elapsed,
+        format_duration(elapsed),
         elapsed / limit * 100,
-        limit,
+        format_duration(limit),
         extra={
             "actor": message.actor_name,
             "queue": message.queue_name,

@@ -6,12 +6,14 @@ delivery, or puts the decision on the delivery and raises SkipMessage.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..common.plurals import counted
+from ..common.throttle import Throttle
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery
@@ -62,6 +64,7 @@ class IdempotencyGuard:
         self.claims = claims
         self.contention = Contention(claims.lease)
         self.run_without_store = run_without_store
+        self._differing = Throttle()
 
     def register_of(self, actor_name: str, key: str) -> Register:
         """Return the register of an actor's key."""
@@ -173,7 +176,7 @@ class IdempotencyGuard:
                 self._quarantine(delivery, answer)
             case records.WaitForOwner():
                 if answer.differs and not History(delivery.message.options).deferrals:
-                    _warn_of_other_arguments(delivery.message, answer.message_id)
+                    self._warn_of_other_arguments(delivery.message, answer.message_id)
                 self._defer(delivery, "running", name, answer)
             case records.RepublishRetry():
                 self._republish(delivery, answer.retry)
@@ -230,9 +233,21 @@ class IdempotencyGuard:
     def _skip(self, delivery: Delivery, duplicate: records.SkipDuplicate) -> NoReturn:
         if duplicate.first_message_id is not None:
             if duplicate.differs:
-                _warn_of_other_arguments(delivery.message, duplicate.first_message_id)
+                self._warn_of_other_arguments(delivery.message, duplicate.first_message_id)
             self._forward_first_result(delivery, duplicate.first_message_id)
         delivery.skip(Decision(Outcome.DUPLICATE, duplicate.reason))
+
+    def _warn_of_other_arguments(self, message: Message[Any], first_message_id: str) -> None:
+        """Log a duplicate with other arguments, once per message: a deferred one comes back."""
+        if not self._differing.admits(message.message_id, math.inf):
+            return
+        logger.warning(
+            "Message %s of actor %s has the idempotency key of message %s, but other arguments. It counts as a duplicate. If both "
+            "jobs must run, add the arguments that tell them apart to idempotency_key.",
+            message.message_id,
+            message.actor_name,
+            first_message_id,
+        )
 
     def done(self, delivery: Delivery) -> None:
         """After ``done_when`` returned True, move on pipeline and group as if the job had just succeeded."""
@@ -261,13 +276,3 @@ class IdempotencyGuard:
             again.options[WAITS_FOR] = name
         delivery.add_follow_up(OutgoingMessage(again, wait))
         delivery.skip(Decision(Outcome.DEFERRED, reason, delay_ms=wait))
-
-
-def _warn_of_other_arguments(message: Message[Any], first_message_id: str) -> None:
-    logger.warning(
-        "Message %s of actor %s has the idempotency key of message %s, but other arguments. It counts as a duplicate. If both "
-        "jobs must run, add the arguments that tell them apart to idempotency_key.",
-        message.message_id,
-        message.actor_name,
-        first_message_id,
-    )

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..brokers.readers import QueueReader, QueueReading, reader_of
-from ..common.durations import CENTURY_MS
+from ..common.durations import CENTURY_MS, format_duration
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
@@ -237,10 +237,10 @@ class QueueMonitor(PolicyMiddleware):
                 election.resign()
             if self._failed == 1:
                 logger.error(  # noqa: TRY400  The stack is of no use: the server is down.
-                    "The queues can't be read (%s: %s); trying again every %d ms.",
+                    "The queues can't be read (%s: %s); trying again every %s.",
                     type(error).__name__,
                     error,
-                    self.interval,
+                    format_duration(self.interval),
                 )
         else:
             if self._failed:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .. import _dramatiq
+from ..common.durations import format_duration
 from ..common.texts import encodable_all
 from ..errors import ConfigurationError
 from ..observability._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
@@ -189,7 +190,7 @@ class SentryReporter(PolicyMiddleware):
             {"filename": file, "abs_path": file, "lineno": int(line), "function": function, "in_app": True}
             for file, line, function in _FRAME.findall(job.stack)
         ]
-        text = f"stuck for {job.elapsed_ms:.0f} ms; can't be interrupted"
+        text = f"stuck for {format_duration(job.elapsed_ms)}; can't be interrupted"
         self._sdk.capture_event(
             {
                 "level": "fatal",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dramatiq.middleware import Middleware, TimeLimit
 
 from ..common.callables import is_sync_callable
-from ..common.durations import WEEK_MS
+from ..common.durations import WEEK_MS, format_duration
 from ..common.safe_logger import Lines, SafeLogger
 from ..delivery.decision import Decision
 from ..delivery.delivery import RUNNING
@@ -203,12 +203,12 @@ class Timeout(PolicyMiddleware, TimeLimit):
         for subscriber in list(self.stuck_subscribers):
             self._call(subscriber, record)
         alerts.critical(
-            "Job %s (message %s) is stuck: it has run for %.0f ms, the timeout is %s ms, and the "
+            "Job %s (message %s) is stuck: it has run for %s, the timeout is %s, and the "
             "interrupt has no effect.%s\n%s",
             record.actor,
             record.message_id,
-            record.elapsed_ms,
-            None if timeout_ms is None else round(timeout_ms),
+            format_duration(record.elapsed_ms),
+            format_duration(timeout_ms),
             " The worker process exits." if self.on_stuck == "exit" else "",
             Lines(record.stack),
             extra={
@@ -259,5 +259,7 @@ def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:
     waited = expired_after(delivery.message, queue_timeout_ms, now_ms())
     if waited is None:
         return
-    error = QueueTimeoutExceeded(f"waited {waited:.0f} ms in the queue; the queue_timeout is {queue_timeout_ms:.0f} ms")
+    error = QueueTimeoutExceeded(
+        f"waited {format_duration(waited)} in the queue; the queue_timeout is {format_duration(queue_timeout_ms)}"
+    )
     delivery.skip(Decision(Outcome.EXPIRED, exception=error, dead_letter=True), str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..brokers.readers import QueueReading
+from ..common.durations import format_duration
 from ..common.safe_logger import SafeLogger
 from ..delivery.broker_state import state_of
 from ..outcomes import text_of
@@ -39,10 +40,10 @@ class OutboxReader:
             if not self._failed:
                 self._failed = True
                 logger.error(  # noqa: TRY400  The stack is of no use: the database is down.
-                    "The outbox can't be read (%s: %s); trying again every %d ms.",
+                    "The outbox can't be read (%s: %s); trying again every %s.",
                     type(error).__name__,
                     text_of(error),
-                    interval,
+                    format_duration(interval),
                 )
             return None
         if self._failed:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .._job_errors import exc_info_of, is_a
+from ..common.durations import format_duration
 from ..common.safe_logger import SafeLogger
 from ..common.throttle import Throttle
 from ..errors import Snooze
@@ -38,15 +39,15 @@ class OutcomeLog:
         if event.outcome is Outcome.RETRIED:
             assert error is not None  # The job's error.
             logger.warning(
-                "retried: message %s of actor %s, attempt %s, again in %s ms%s: %s: %s",
+                "retried: message %s of actor %s, attempt %s, again in %s%s: %s: %s",
                 event.message_id,
                 event.actor,
                 event.attempt,
-                event.delay_ms,
+                format_duration(event.delay_ms),
                 by_rule(event),
                 type(error).__name__,
                 text_of(error),
-                extra=extra_of(event, message),
+                extra={**extra_of(event, message), "delay_ms": event.delay_ms},
             )
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(
@@ -63,9 +64,9 @@ class OutcomeLog:
                 event.message_id,
                 event.actor,
                 "" if event.reason is None else f" ({event.reason})",
-                "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
+                "" if event.delay_ms is None else f", again in {format_duration(event.delay_ms)}",
                 _snooze_reason(error),
-                extra=extra_of(event, message),
+                extra={**extra_of(event, message), "delay_ms": event.delay_ms},
             )
 
     def _alert(self, event: OutcomeEvent, error: BaseException, message: MessageProxy | None) -> None:

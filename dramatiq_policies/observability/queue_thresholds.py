@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..brokers.readers import QueueReading
 from ..common.callables import is_sync_callable
+from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
@@ -111,7 +112,7 @@ class QueueAlert:
 
     def __str__(self) -> str:
         value, limit = (
-            (f"{self.value} ms", f"{self.threshold} ms")
+            (format_duration(self.value), format_duration(self.threshold))
             if self.measure in ("oldest", "stalled")
             else (str(self.value), str(self.threshold))
         )

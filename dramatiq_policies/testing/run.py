@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..outcomes import Outcome, OutcomeEvent, text_of
 from .metrics import values_of
@@ -38,18 +39,18 @@ class Entry:
         event = self.event
         call = "?" if self.message is None else f"{self.message.actor_name}({_arguments(self.message)})"
         if event is None:
-            return f"+{self.at} ms  {call}  {self.note}"
+            return f"+{format_duration(self.at)}  {call}  {self.note}"
         error = (
             "" if event.exception is None else f": {type(event.exception).__name__}: {text_of(event.exception, 200)}"
         )
         return "".join(
             [
-                f"+{self.at} ms  {call}",
+                f"+{format_duration(self.at)}  {call}",
                 "" if event.attempt is None else f"  attempt {event.attempt}",
                 f"  {event.outcome.value}",
                 "" if event.reason is None else f" ({event.reason})",
                 error,
-                "" if event.delay_ms is None else f", again in {event.delay_ms} ms",
+                "" if event.delay_ms is None else f", again in {format_duration(event.delay_ms)}",
             ]
         )
 
@@ -179,7 +180,7 @@ class Run:
     def __repr__(self) -> str:
         lines = "".join(f"\n  {entry}" for entry in self.entries) or "\n  nothing was queued"
         count = counted(len(self.entries), "delivery", "deliveries")
-        return f"<Run: {count} in {self.elapsed} ms>{lines}"
+        return f"<Run: {count} in {format_duration(self.elapsed)}>{lines}"
 
 
 def _arguments(message: MessageProxy) -> str:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dramatiq_policies import ops
 from dramatiq_policies.cli import main
-from dramatiq_policies.ops.durations import format_duration
+from dramatiq_policies.common.durations import format_duration
 
 from .test_check import PREPARED
 

@@ -139,7 +139,7 @@ def test_a_callable_key_leaves_arguments_out_too(caplog):
     assert len(differing(caplog)) == 1
 
 
-def test_a_duplicate_of_a_running_job_is_a_warning_at_its_first_deferral_only(caplog):
+def test_a_duplicate_of_a_running_job_is_one_warning_however_often_it_comes_back(caplog):
     stage = Stage(bundle={"idempotency": Idempotency(lease=1_000)})
     entered, go_on = threading.Event(), threading.Event()
 
@@ -158,6 +158,18 @@ def test_a_duplicate_of_a_running_job_is_a_warning_at_its_first_deferral_only(ca
         go_on.set()
         stage.drain()
     assert stage.outcomes()[-1] == "duplicate"
+    assert len(differing(caplog)) == 1
+
+
+def test_a_redelivered_duplicate_is_no_second_warning_and_another_message_is_one(caplog):
+    ship = stage_on()
+    ship.send(7, note="a")
+    ship.stage.run()
+    for message in [ship.message(7, note="b")] * 2 + [ship.message(7, note="c")]:
+        ship.broker.enqueue(message)
+    ship.stage.run()
+    assert ship.stage.outcomes() == ["succeeded", "duplicate", "duplicate", "duplicate"]
+    assert len(differing(caplog)) == 2
 
 
 def test_another_process_knows_the_fingerprint(caplog):

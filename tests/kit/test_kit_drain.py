@@ -522,11 +522,11 @@ class TestRun:
 
     def test_reads_as_a_transcript(self, run):
         assert repr(run).splitlines() == [
-            "<Run: 4 deliveries in 1000 ms>",
-            "  +0 ms  job('flaky', loud=True)  attempt 1  retried: Flaky: no answer, again in 1000 ms",
+            "<Run: 4 deliveries in 1 s>",
+            "  +0 ms  job('flaky', loud=True)  attempt 1  retried: Flaky: no answer, again in 1 s",
             "  +0 ms  job('broken')  attempt 1  discarded: Broken: ",
             "  +0 ms  job('no use')  attempt 1  discarded: Discard: already done",
-            "  +1000 ms  job('flaky', loud=True)  attempt 2  succeeded",
+            "  +1 s  job('flaky', loud=True)  attempt 2  succeeded",
         ]
 
     def test_says_if_there_was_but_one_delivery_or_none(self, broker, actor):

@@ -144,7 +144,7 @@ def test_a_failed_assertion_shows_the_transcript_and_not_the_kits_own_lines(run_
         """
     )
     assert "job: expected succeeded, got retried, succeeded." in done.stdout
-    assert "attempt 1  retried: Flaky: no answer, again in 3600000 ms" in done.stdout
+    assert "attempt 1  retried: Flaky: no answer, again in 1 h" in done.stdout
     assert "testing/run.py" not in done.stdout
 
 

@@ -243,7 +243,7 @@ def test_a_job_that_used_over_four_fifths_of_its_timeout_is_warned_of_once(caplo
     warn_if_close(delivery)
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("dramatiq_policies.outcomes", "WARNING")
-    assert "ran for 8001 ms: 80 % of its timeout of 10000 ms" in record.getMessage()
+    assert "ran for 8 s: 80 % of its timeout of 10 s" in record.getMessage()
     assert (record.actor, record.queue, record.message_id) == ("mail", "default", delivery.message.message_id)
     assert record.timeout_ms == 10_000
     assert record.duration_ms == pytest.approx(8_001)

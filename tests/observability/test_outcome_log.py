@@ -15,10 +15,15 @@ def line_of(event: OutcomeEvent, caplog: pytest.LogCaptureFixture) -> str:
     return record.getMessage()
 
 
-def deferred(error: BaseException) -> OutcomeEvent:
+def deferred(error: BaseException, delay_ms: int = 500) -> OutcomeEvent:
     return OutcomeEvent(
-        outcome=Outcome.DEFERRED, reason="snoozed", actor="pay", message_id="m1", delay_ms=500, exception=error
+        outcome=Outcome.DEFERRED, reason="snoozed", actor="pay", message_id="m1", delay_ms=delay_ms, exception=error
     )
+
+
+def test_a_wait_is_a_duration_for_people_and_a_number_for_machines(caplog: pytest.LogCaptureFixture) -> None:
+    assert line_of(deferred(Snooze(600_000), 600_000), caplog).endswith("(snoozed), again in 10 m")
+    assert vars(caplog.records[-1])["delay_ms"] == 600_000
 
 
 def test_a_snooze_without_a_reason_has_none_in_its_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ from dramatiq_policies import (
     retry_after,
 )
 from dramatiq_policies.common import durations
+from dramatiq_policies.common.throttle import Throttle
 from dramatiq_policies.testing import drain
 
 from ..support import Stage
@@ -32,7 +33,7 @@ from ..support import Stage
 
 @pytest.fixture(autouse=True)
 def nothing_warned_of_before(monkeypatch):
-    monkeypatch.setattr(durations, "_warned", set())
+    monkeypatch.setattr(durations, "_warned", Throttle())
 
 
 def warnings(caplog):

@@ -16,6 +16,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.common import xq_name
 from dramatiq.errors import ConnectionClosed
 
+from ...common.durations import format_duration
 from ...common.safe_logger import SafeLogger
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import IN_A_ROW, Fault
@@ -137,7 +138,7 @@ class UnreadableBodies:
         except Exception as error:
             if self._transport.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.error("An unreadable body blocks a prefetch slot for %d ms: %s", wait, text_of(error))  # noqa: TRY400
+            logger.error("An unreadable body blocks a prefetch slot for %s: %s", format_duration(wait), text_of(error))  # noqa: TRY400
             self._transport.parked.park(wait, partial(self._channel.nack, tag))
         else:
             self._channel.ack(tag)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dramatiq.middleware import AsyncIO
 
 from ..._dramatiq import kind_of
-from ...common.durations import declared_ms, looks_like_seconds, to_ms
+from ...common.durations import declared_ms, format_duration, looks_like_seconds, to_ms
 from ...common.plurals import counted
 from ...common.safe_logger import ALERTS, is_heard
 from ...delivery.broker_state import BrokerState, state_of
@@ -24,7 +24,6 @@ from ...middleware.timeout import Timeout
 from ...outcomes import class_path
 from ...rules.backoff import bounds_of
 from ...rules.rule import RetryPolicy, Rule, Verb
-from ..durations import format_duration
 from ..explanations.explanation import unnamed
 from .actor_source import purpose_of, source_of
 from .broker_checks import OF_BROKERS, Found, named, seconds_found, wait_durations

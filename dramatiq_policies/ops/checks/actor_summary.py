@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...common.durations import to_ms
+from ...common.durations import format_duration, to_ms
 from ...outcomes import class_path
-from ..durations import format_duration
 from ..explanations.explanation import policy_of, predicate_name, unnamed
 from .actor_source import purpose_of, source_of
 

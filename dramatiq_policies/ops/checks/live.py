@@ -10,6 +10,7 @@ from dramatiq.common import dq_name, xq_name
 
 from ... import _dramatiq
 from ..._dramatiq import kind_of
+from ...common.durations import format_duration
 from ...common.plurals import counted
 from ...delivery.broker_state import state_of
 from ...errors import MissingTable
@@ -17,7 +18,6 @@ from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
 from ...transactions.outbox import outbox_on
 from ..app import OperationError, known_queues, one_line
-from ..durations import format_duration
 from ..outbox import NoOutboxTable, ask_database
 from .findings import CODES, Finding
 
