@@ -374,7 +374,7 @@ def test_a_group_s_callback_runs_once_when_all_members_are_done(place: Place) ->
     ],
     ids=["discard_on", "alert_on", "retry_on", "max_retries", "throws"],
 )
-def test_whoever_waits_for_a_result_is_told_how_it_ended(place: Place, options, outcome, text) -> None:
+def test_the_stored_failure_of_a_job_names_its_outcome(place: Place, options, outcome, text) -> None:
     app = place.app()
     backend = StubBackend()
     app.broker.add_middleware(Results(backend=backend))

@@ -378,7 +378,7 @@ def test_expired_keys_are_deleted_by_those_who_write_a_batch_at_a_time(
     assert all(store.get(f"k{number}").value == b"one" for number in range(200))
 
 
-def test_a_missing_table_is_logged_once_with_what_to_do(
+def test_a_missing_table_is_logged_once_with_advice(
     database_url: str, database_engine: sa.Engine, make_store: Stores, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, client = make_store(database_url), StoreClient()

@@ -197,7 +197,7 @@ def test_aborts_at_any_moment_end_each_job_once_and_leave_none_running(event_loo
     assert not counted["broken"]
 
 
-def test_a_sync_job_that_an_abort_ends_gives_up_what_it_may_have_struck():
+def test_a_sync_job_that_an_abort_ends_closes_the_connections_it_may_have_hit():
     given_up = []
 
     def job():

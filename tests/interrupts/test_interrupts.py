@@ -193,7 +193,7 @@ def test_an_error_leaves_no_reference_cycle_behind():
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_after_an_interrupt_what_it_may_have_struck_is_given_up_before_anybody_goes_on(swallowed):
+def test_connections_that_an_interrupt_may_have_hit_are_closed_before_the_thread_goes_on(swallowed):
     done = []
 
     def job():
@@ -209,7 +209,7 @@ def test_after_an_interrupt_what_it_may_have_struck_is_given_up_before_anybody_g
     assert done == ["interrupted", "given up"]
 
 
-def test_without_an_interrupt_nothing_is_given_up():
+def test_connections_are_kept_without_an_interrupt():
     given_up = []
 
     def fails():
@@ -222,7 +222,7 @@ def test_without_an_interrupt_nothing_is_given_up():
     assert given_up == []
 
 
-def test_near_its_deadline_too_whatever_ends_by_an_interrupt_is_given_up_once_and_that_is_not_interrupted():
+def test_connections_of_a_job_interrupted_near_its_deadline_are_closed_once_and_without_an_interrupt():
     dice = random.Random(3)
     ends = Counter()
     for _ in range(2_000):
@@ -301,7 +301,7 @@ def timer_threads():
     return [t for t in threading.enumerate() if t.name == "dramatiq-policies-timer"]
 
 
-def test_one_timer_thread_serves_all():
+def test_a_single_timer_thread_serves_all_jobs():
     run_on_threads(8, lambda _: interrupts.run(time.sleep, (0.01,), {}, deadline=in_ms(60_000)))
     assert len(timer_threads()) == 1
 
@@ -414,7 +414,7 @@ def run_script(script):
     return result.stdout
 
 
-def test_where_threads_can_t_be_interrupted_it_says_so_once_and_reports(monkeypatch, caplog):
+def test_a_runtime_whose_threads_can_t_be_interrupted_logs_once_and_reports_stuck_jobs(monkeypatch, caplog):
     monkeypatch.setattr(slots, "_set_exception", None)
     slots._log_unsupported.cache_clear()
     interrupts.reset()
@@ -578,7 +578,7 @@ def test_jobs_that_end_near_their_deadline_have_one_outcome_and_leave_nothing(qu
 
 
 @pytest.mark.untraced
-def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
+def test_jobs_that_end_near_a_shutdown_have_one_outcome_and_leave_nothing(quick_switches, shutdowns):
     calls = 1_500
     found = run_on_threads(8, lambda _: hammer(interrupts.run, near_the_deadline, calls, on_shutdown=True))
     ends = sum((ends for ends, _ in found), Counter())
@@ -588,7 +588,7 @@ def test_the_same_while_shutdowns_interrupt(quick_switches, shutdowns):
 
 
 @pytest.mark.untraced
-def test_the_same_with_async_jobs(quick_switches, shutdowns, event_loop):
+def test_async_jobs_that_end_near_their_deadline_or_a_shutdown_have_one_outcome(quick_switches, shutdowns, event_loop):
     async def job(until, result, seen):
         try:
             while monotonic() < until:  # noqa: ASYNC110 - it ends near a moment, whatever else happens
@@ -756,7 +756,7 @@ def instrumented():
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returned", "failed"])
-def test_so_are_two_interrupts_between_any_statements(instrumented, fails):
+def test_two_interrupts_between_any_statements_after_the_job_s_end_are_dropped(instrumented, fails):
     own = KeyError("mine") if fails else "result"
     slot = instrumented.slot_of_this_thread()
     both = dropped = 0
@@ -837,7 +837,7 @@ def test_a_job_that_ends_within_the_grace_is_not_reported():
     assert watching.seen == []
 
 
-def test_a_watch_that_fails_or_hangs_holds_up_nobody(caplog):
+def test_a_stuck_listener_that_fails_or_hangs_blocks_no_job(caplog):
     released = threading.Event()
 
     class Hanging(Watching):
@@ -897,7 +897,7 @@ def test_where_no_thread_can_be_started_a_job_runs_and_logged_that_no_timeout_is
         interrupts.run(spin_for_ever, (), {}, deadline=in_ms(10))
 
 
-def test_a_job_does_not_end_before_whoever_is_interrupting_it_has_done_so():
+def test_a_job_does_not_end_before_the_thread_that_interrupts_it_is_done():
     slot = slots.Slot(threading.get_ident())
     interrupting = slot.lock
     interrupting.acquire()
@@ -960,7 +960,7 @@ def test_an_async_job_returns_its_result(event_loop):
     assert call_async(job, 1, 2, deadline=in_ms(60_000)) == 3
 
 
-def test_an_async_job_is_cancelled_where_it_waits_and_nothing_is_given_up(event_loop):
+def test_an_async_job_is_cancelled_where_it_awaits_and_its_connections_are_kept(event_loop):
     given_up = []
     with pytest.raises(TimeoutExceeded):
         call_until_begun(sleep_for_ever, after_interrupt=lambda: given_up.append(1))
@@ -1010,7 +1010,7 @@ def test_a_coroutine_that_swallows_its_cancellation_has_succeeded(event_loop):
     assert call_until_begun(job) == "cleaned up"
 
 
-def test_what_clean_up_raises_is_the_job_s_error(event_loop):
+def test_an_error_of_the_clean_up_is_the_job_s_error(event_loop):
     async def job():
         try:
             await asyncio.sleep(3_600)
@@ -1242,7 +1242,7 @@ def test_under_gevent_an_interrupt_hidden_in_a_runtime_error_comes_out_and_any_o
     )
 
 
-def test_under_gevent_what_the_hub_does_to_a_job_that_has_just_ended_is_nothing():
+def test_under_gevent_the_hub_interrupts_no_job_that_has_just_ended():
     pytest.importorskip("gevent")
     run_script(
         textwrap.dedent(GEVENT)

@@ -35,7 +35,7 @@ def test_each_listener_is_called_once_and_an_error_stops_no_other(caplog):
     assert "failed after the interrupt of a job" in caplog.text
 
 
-def test_a_job_without_any_limit_that_an_abort_ends_gives_up_what_it_may_have_struck():
+def test_a_job_without_any_limit_that_an_abort_ends_closes_the_connections_it_may_have_hit():
     class Abort(BaseException):
         pass
 

@@ -261,7 +261,7 @@ def test_effects_that_see_nothing_are_warned_of_and_those_that_are_never_the_sam
         assert_crash_safe(confirm, 7, effects=lambda: shop.mails, reset=lambda: None)
 
 
-def test_who_traces_goes_on_tracing(actor, shop, check):
+def test_a_trace_function_of_the_user_goes_on(actor, shop, check):
     @actor
     def confirm(order_id):
         shop.mail_once(order_id, current_job().idempotency_key)

@@ -60,7 +60,7 @@ def actor(broker):
     return functools.partial(dramatiq.actor, broker=broker)
 
 
-def test_what_is_queued_runs_on_the_calling_thread(broker, actor):
+def test_queued_messages_run_on_the_calling_thread(broker, actor):
     ran_on = []
 
     @actor
@@ -171,7 +171,7 @@ def test_a_drain_until_a_time_stops_there_and_the_next_one_goes_on(broker, actor
     assert rest.elapsed == HOUR // 2
 
 
-def test_what_is_sent_between_two_drains_is_sent_at_the_virtual_time(broker, actor):
+def test_a_message_sent_between_two_drains_is_sent_at_the_virtual_time(broker, actor):
     @actor(max_age=2 * HOUR)
     def job():
         pass
@@ -220,12 +220,12 @@ def test_a_drain_within_a_drain_is_refused(broker, actor):
     assert "a job can't call drain()" in errors[0]
 
 
-def test_another_broker_is_refused_with_what_to_do():
+def test_a_broker_other_than_a_stub_is_refused_with_advice():
     with pytest.raises(ConfigurationError, match=r"stub\(\)"):
         drain(RedisBroker(url="redis://127.0.0.1:1/0"))
 
 
-def test_a_broker_without_dramatiq_policies_is_refused_with_what_to_do():
+def test_a_broker_without_dramatiq_policies_is_refused_with_advice():
     with pytest.raises(ConfigurationError, match=r"install\(broker\)"):
         drain(StubBroker())
 
@@ -445,7 +445,7 @@ def test_a_body_that_can_not_be_read_is_dead(broker, actor):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.fail.Exception])
-def test_what_is_meant_for_the_test_is_raised_from_a_job(broker, actor, error):
+def test_an_exception_of_the_test_framework_is_raised_from_a_job(broker, actor, error):
     @actor
     def job():
         raise error("stop")
@@ -473,7 +473,7 @@ def test_nothing_is_left_behind_after_an_error(broker, actor):
     assert drain(broker).outcomes() == []
 
 
-def test_a_real_worker_can_take_over_what_a_drain_has_left(broker, actor):
+def test_a_real_worker_takes_over_the_messages_that_a_drain_has_left(broker, actor):
     ran = []
 
     @actor(retry_on={Flaky: RetryPolicy(attempts=2, wait=constant(1))})
@@ -520,7 +520,7 @@ class TestRun:
         job.send("no use")
         return drain(broker)
 
-    def test_reads_as_a_transcript(self, run):
+    def test_a_run_reads_as_a_transcript(self, run):
         assert repr(run).splitlines() == [
             "<Run: 4 deliveries in 1 s>",
             "  +0 ms  job('flaky', loud=True)  attempt 1  retried: Flaky: no answer, again in 1 s",
@@ -529,7 +529,7 @@ class TestRun:
             "  +1 s  job('flaky', loud=True)  attempt 2  succeeded",
         ]
 
-    def test_says_if_there_was_but_one_delivery_or_none(self, broker, actor):
+    def test_a_run_of_a_single_delivery_or_none_says_so(self, broker, actor):
         @actor
         def job():
             pass
@@ -538,7 +538,7 @@ class TestRun:
         job.send()
         assert repr(drain(broker)).startswith("<Run: 1 delivery in 0 ms>\n")
 
-    def test_says_what_did_happen_when_an_assertion_fails(self, run):
+    def test_a_failed_assertion_shows_the_actual_outcomes(self, run):
         with pytest.raises(AssertionError) as error:
             run.assert_outcomes("job", "succeeded")
         assert "job: expected succeeded, got retried, discarded, discarded, succeeded." in str(error.value)
@@ -548,12 +548,12 @@ class TestRun:
         with pytest.raises(AssertionError, match=r"expected dead letters with the reasons \['exhausted'\], got \[\]"):
             run.assert_dead("job", "exhausted")
 
-    def test_has_the_log_records_of_bad_endings(self, run):
+    def test_a_run_has_the_log_records_of_bad_endings(self, run):
         assert [(record.outcome, record.actor, record.levelname) for record in run.logs] == [
             ("discarded", "job", "WARNING")
         ] * 2
 
-    def test_has_the_metrics_that_would_have_been_sent(self, run):
+    def test_a_run_has_the_metrics_that_a_worker_would_have_sent(self, run):
         assert run.metrics["jobs.job.retry"] == 1
         assert run.metrics["jobs.job.discard"] == 2
         assert run.metrics["jobs.job.success"] == 1
@@ -562,7 +562,7 @@ class TestRun:
         assert "jobs.job.dead" not in run.metrics
         assert len(run.metrics["jobs.job.duration"]) == 4
 
-    def test_knows_no_actor_that_does_not_exist(self, run):
+    def test_a_run_knows_no_actor_that_does_not_exist(self, run):
         with pytest.raises(ValueError, match="Did you mean 'job'"):
             run.outcomes("jobs")
 
@@ -573,7 +573,7 @@ class TestRun:
 
         assert drain(broker).outcomes(idle) == []
 
-    def test_holds_only_its_own_dead_letters(self, broker, actor):
+    def test_a_run_holds_only_its_own_dead_letters(self, broker, actor):
         @actor(max_retries=0)
         def job():
             raise Broken
@@ -729,7 +729,7 @@ def test_a_message_that_was_made_long_ago_keeps_its_time(broker, actor):
 
 
 class TestVirtualTime:
-    def test_it_is_seen_until_the_last_of_several_clocks_is_out_of_force(self):
+    def test_virtual_time_is_seen_until_the_last_of_several_clocks_ends(self):
         outer, inner = VirtualClock(lambda: None), VirtualClock(lambda: None)
         with outer.in_force():
             with inner.in_force():

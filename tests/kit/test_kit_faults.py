@@ -121,7 +121,7 @@ def test_fail_takes_an_instance(broker, job):
 
 
 @pytest.mark.parametrize("wrong", [RateLimited, "Flaky", int])
-def test_fail_refuses_what_it_can_not_raise(job, wrong):
+def test_fail_refuses_an_object_that_can_not_be_raised(job, wrong):
     with pytest.raises(ConfigurationError, match=r"fail\('job'\).*exception"):
         fail(job, wrong)
 
@@ -174,7 +174,7 @@ def test_a_job_that_hangs_meets_its_timeout_at_once(broker, job):
     assert job.done == [1]
 
 
-def test_a_job_hangs_in_all_runs_unless_told_how_often(broker, job):
+def test_a_job_hangs_in_all_runs_by_default(broker, job):
     job.send(1)
     with hang(job):
         drain(broker).assert_outcomes(job, "retried", "retried", "dead")
@@ -293,7 +293,7 @@ def test_a_job_that_kills_its_worker_each_time_is_quarantined(broker, job):
     assert repr(run).count("the worker died") == 3
 
 
-def test_without_the_quarantine_it_is_stopped_as_an_endless_loop():
+def test_a_job_that_kills_its_worker_each_time_is_an_endless_loop_without_the_quarantine():
     broker = install(StubBroker(), idempotency=False)
 
     @dramatiq.actor(broker=broker)
@@ -331,7 +331,7 @@ def test_a_redelivery_is_the_same_message_again(broker, actor):
         redeliver(message, RedisBroker(url="redis://127.0.0.1:1/0"))
 
 
-def test_a_retry_is_handed_off_as_soon_as_the_broker_takes_it(broker, job):
+def test_a_retry_is_published_as_soon_as_the_broker_takes_it(broker, job):
     job.send(1)
     with fail(job, Flaky), enqueue_down(broker, times=3):
         run = drain(broker)
@@ -368,7 +368,7 @@ def test_a_delayed_message_waits_for_the_broker(broker, job):
         drain(broker).assert_outcomes(job, "succeeded")
 
 
-def test_whoever_sends_is_told_that_the_broker_is_down(broker, job):
+def test_a_send_while_the_broker_is_down_raises_connection_failed(broker, job):
     with enqueue_down(broker), pytest.raises(ConnectionFailed):
         job.send(1)
     job.send(1)
@@ -475,7 +475,7 @@ class TestIdempotency:
 
 
 class TestPerform:
-    def test_is_one_run_and_leaves_nothing_queued(self, broker, job):
+    def test_a_perform_is_one_run_and_leaves_nothing_queued(self, broker, job):
         with fail(job, Flaky):
             event = perform(job, 1)
         assert (event.outcome, event.attempt, event.delay_ms) == (Outcome.RETRIED, 1, HOUR)
@@ -483,14 +483,14 @@ class TestPerform:
         assert perform(job, number=2).outcome == "succeeded"
         assert job.done == [2]
 
-    def test_leaves_what_was_queued_where_it_is(self, broker, job):
+    def test_a_perform_leaves_queued_messages_where_they_are(self, broker, job):
         job.send(1)
         perform(job, 2)
         assert job.done == [2]
         drain(broker)
         assert job.done == [2, 1]
 
-    def test_drops_what_the_job_sends_and_its_dead_letter(self, broker, actor):
+    def test_a_perform_drops_the_messages_that_the_job_sends_and_its_dead_letter(self, broker, actor):
         @actor(max_retries=0)
         def job():
             job.send()
@@ -500,11 +500,11 @@ class TestPerform:
         assert drain(broker).events == []
         assert broker.dead_letters == []
 
-    def test_names_the_argument_that_can_not_be_sent(self, job):
+    def test_a_perform_names_the_argument_that_can_not_be_sent(self, job):
         with pytest.raises(TypeError, match=r"'number' of a message for actor 'job'.*is not JSON"):
             perform(job, {1, 2})
 
-    def test_has_no_outcome_when_the_worker_dies(self, job):
+    def test_a_perform_whose_worker_dies_has_no_outcome(self, job):
         with crash(job), pytest.raises(AssertionError, match="worker died"):
             perform(job, 1)
 
@@ -514,7 +514,7 @@ def test_a_stub_broker_names_the_argument_that_can_not_be_sent_also_before_it_is
         job.send(dt.date(2024, 5, 1))
 
 
-def test_a_class_based_actor_fails_and_its_key_is_over_what_its_perform_takes(broker, monkeypatch):
+def test_a_class_based_actor_fails_and_its_key_is_over_the_arguments_of_perform(broker, monkeypatch):
     monkeypatch.setattr("dramatiq.broker.global_broker", broker)
 
     class Pay(dramatiq.GenericActor):

@@ -46,7 +46,7 @@ def follow(tmp_path):
     return run
 
 
-def test_the_tests_fail_before_there_is_a_job(follow):
+def test_the_guide_s_tests_fail_before_there_is_a_job(follow):
     out = follow(2)
     assert "No module named 'confirmation'" in out
     assert "passed" not in out
@@ -62,5 +62,5 @@ def test_a_job_with_a_fresh_key_in_each_run_is_found_out_by_the_crash_at_each_li
         assert line.strip() in plain
 
 
-def test_they_pass_once_the_job_is_written(follow):
+def test_the_guide_s_tests_pass_once_the_job_is_written(follow):
     assert "10 passed" in follow(4)

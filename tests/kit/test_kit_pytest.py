@@ -111,7 +111,7 @@ def test_a_fixture_of_the_users_with_the_same_name_is_the_one_that_is_drained(ru
     assert "1 passed" in done.stdout, done.stdout
 
 
-def test_it_does_nothing_unless_used_and_can_be_turned_off(run_pytest):
+def test_the_plugin_does_nothing_unless_used_and_can_be_turned_off(run_pytest):
     module = """
         import threading, time
         import dramatiq.broker, dramatiq.common
@@ -170,7 +170,7 @@ def test_unittest_has_a_mixin(monkeypatch):
     assert job.broker is dramatiq.get_broker()
 
 
-def test_it_works_in_the_processes_of_xdist(run_pytest):
+def test_the_plugin_works_in_the_processes_of_xdist(run_pytest):
     done = run_pytest(
         """
         import os

@@ -74,7 +74,7 @@ def add(redis_broker):
     return add
 
 
-def test_the_numbers_of_a_test_are_sent_to_nobody_and_no_heart_beats_in_it(tmp_path):
+def test_a_stub_sends_no_metrics_and_starts_no_heartbeat(tmp_path):
     client, beats = PlainClient(), tmp_path / "alive"
     broker = RedisBroker(url=UNREACHABLE)
     install(broker, metrics=Metrics(client, prefix="shop"), heartbeat=Heartbeat(beats))
@@ -151,7 +151,7 @@ def test_a_copy_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_o
             assert vars(twin)[name] == value, name
 
 
-def test_a_subclass_of_ours_may_say_what_it_is_in_a_test(redis_broker, add):
+def test_a_subclass_of_our_middleware_may_define_its_copy_for_a_test(redis_broker, add):
     class Counting(Metrics):
         def __init__(self):
             super().__init__(PlainClient())
@@ -213,7 +213,7 @@ def test_an_alert_in_one_stub_fires_again_in_the_next(add, caplog):
     assert [record.levelname for record in caplog.records if "alerted" in record.getMessage()] == ["CRITICAL"] * 2
 
 
-def test_what_the_app_sends_through_its_own_broker_goes_to_the_stub(redis_broker, add):
+def test_messages_sent_through_the_app_s_own_broker_go_to_the_stub(redis_broker, add):
     with stub() as broker:
         pipe = dramatiq.pipeline([add.message(1, 2), add.message(3)], broker=redis_broker).run()
         redis_broker.enqueue(add.message(5, 5))
@@ -362,7 +362,9 @@ def test_jobs_of_a_module_that_is_imported_meanwhile_belong_to_the_apps_broker_a
             drain(broker).assert_outcomes(jobs.job_of_a_module, "retried", "succeeded")
 
 
-def test_they_are_also_after_a_stub_within_a_stub(redis_broker, import_for_the_first_time):
+def test_jobs_of_a_module_imported_in_a_nested_stub_belong_to_the_apps_broker_afterwards(
+    redis_broker, import_for_the_first_time
+):
     with stub(), stub():
         jobs = import_for_the_first_time("jobs_of_an_app", JOBS)
     assert jobs.job_of_a_module.broker is redis_broker
@@ -407,7 +409,7 @@ def test_a_broker_without_dramatiq_policies_is_lent_as_it_is():
     assert broker.queues["default"].qsize() == 0
 
 
-def test_an_actor_that_nobody_declared_does_not_hide_what_can_not_be_sent():
+def test_an_undeclared_actor_does_not_hide_the_argument_that_can_not_be_sent():
     broker = install(StubBroker())
     broker.declare_queue("default")
     with pytest.raises(TypeError, match=r"'0' of a message for actor 'nobody'.*is not JSON"):

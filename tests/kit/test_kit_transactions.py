@@ -103,7 +103,7 @@ def real(engine):
     return Shop(engine, RedisBroker(url="redis://127.0.0.1:1/0"))
 
 
-def test_a_drain_runs_what_was_committed_and_nothing_of_what_was_rolled_back(shop):
+def test_a_drain_runs_committed_messages_and_none_of_a_rollback(shop):
     shop.order(1)
     shop.order(2, commit=False)
     run = drain(shop.broker)
@@ -151,7 +151,7 @@ def test_jobs_send_in_transactions_too_and_a_job_that_fails_sends_nothing(shop):
     assert (run.outcomes(shop.take), run.outcomes(broken), shop.confirmed) == (["succeeded"], ["dead"], [1])
 
 
-def test_perform_runs_one_job_and_drops_what_it_commits(shop):
+def test_perform_runs_one_job_and_drops_the_messages_that_it_commits(shop):
     assert perform(shop.take, 1).outcome == "succeeded"
     assert (shop.orders(), shop.confirmed, shop.rows()) == ([1], [], 0)
     assert drain(shop.broker).events == []
@@ -194,7 +194,7 @@ def test_a_drain_until_a_time_does_not_pass_it_for_the_outbox(shop):
     assert drain(shop.broker, until=500).outcomes(shop.confirm) == ["succeeded"]
 
 
-def test_what_is_committed_after_a_drain_while_the_broker_is_down_is_published_too(shop):
+def test_a_message_committed_after_a_drain_with_the_broker_down_is_published_too(shop):
     with enqueue_down(shop.broker):
         shop.order(1)
         drain(shop.broker, until=0)
@@ -221,7 +221,7 @@ def test_a_worker_that_dies_in_a_job_leaves_nothing_of_its_transaction(shop):
     assert shop.confirmed == [1]
 
 
-def test_what_a_job_sends_in_its_transaction_survives_a_crash_between_the_commit_and_the_publication(shop):
+def test_a_message_of_a_job_s_transaction_survives_a_crash_between_commit_and_publication(shop):
     # A second confirmation does no harm here, a missing one would.
     assert_crash_safe(shop.take, 1, effects=lambda: (set(shop.confirmed), shop.orders()), reset=shop.reset)
 

@@ -53,7 +53,7 @@ def test_nothing_starts_at_construction(thread: BackgroundThread, running: Runni
     assert running.threads == []
 
 
-def test_it_runs_from_the_first_worker_to_the_last(thread: BackgroundThread, running: Running) -> None:
+def test_a_background_thread_runs_from_the_first_worker_to_the_last(thread: BackgroundThread, running: Running) -> None:
     one: Any = "one worker"
     other: Any = "another worker"
     assert [thread.add_worker(one), thread.add_worker(other)] == [True, False]

@@ -90,7 +90,7 @@ def test_structlog_renders_every_field(formatted):
     assert record == expected(event)
 
 
-def test_plain_logging_says_it_in_a_sentence_and_has_the_fields_for_a_format(formatted):
+def test_a_line_of_plain_logging_is_a_sentence_and_has_the_fields_for_a_format(formatted):
     written, event = formatted(logging.Formatter("%(levelname)s [%(actor)s/%(queue)s] %(message)s"))
     assert written == (
         f"WARNING [send_mail/mails] discarded: message {event.message_id} of actor send_mail, attempt 1, "
@@ -152,11 +152,11 @@ def test_dead_and_expired_are_errors_discarded_and_thrown_are_warnings(caplog):
 
 
 @pytest.mark.parametrize("level", ["critical", "CRITICAL", logging.CRITICAL])
-def test_one_level_is_for_all_of_them(caplog, level):
+def test_a_single_level_holds_for_all_endings(caplog, level):
     assert set(levels(caplog, DiscardLogger(level=level)).values()) == {"CRITICAL"}
 
 
-def test_a_mapping_gives_some_of_them_a_level_of_their_own(caplog):
+def test_a_mapping_of_levels_holds_for_single_endings(caplog):
     caplog.set_level(logging.INFO, "dramatiq_policies")
     logger = DiscardLogger(level={Outcome.DISCARDED: "info", "expired": logging.WARNING})
     assert levels(caplog, logger) == {"dead": "ERROR", "expired": "WARNING", "discarded": "INFO", "thrown": "WARNING"}
@@ -169,7 +169,7 @@ def test_arguments_are_logged_by_nothing_but_a_plain_yes(log_args):
 
 
 @pytest.mark.parametrize("level", ["loud", True, 1.5, {"dead": "loud"}, {"retried": "info"}, {"alerted": "info"}])
-def test_what_is_no_level_or_no_such_ending_is_a_mistake(level):
+def test_an_unknown_level_or_ending_is_refused(level):
     with pytest.raises(ConfigurationError, match="DiscardLogger: level"):
         DiscardLogger(level=level)
 

@@ -82,7 +82,7 @@ def test_an_after_discard_that_raises_is_logged_and_changes_nothing(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_subscriber_that_raises_keeps_nobody_else_from_the_record(caplog):
+def test_a_subscriber_that_raises_keeps_no_other_from_the_record(caplog):
     seen = []
     broker = StubBroker()
     install(broker, error_classifier=ErrorClassifier(on_outcome=(lambda event: 1 // 0, seen.append)))
@@ -95,7 +95,7 @@ def test_a_subscriber_that_raises_keeps_nobody_else_from_the_record(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_success_needs_no_record_where_nobody_asked_for_it():
+def test_a_success_without_subscribers_makes_no_record():
     silent, told = (install(StubBroker(), error_classifier=ErrorClassifier(on_outcome=o)) for o in (None, print))
     assert not state_of(silent).outcomes.successes_observed
     assert state_of(told).outcomes.successes_observed

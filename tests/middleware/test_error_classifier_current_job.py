@@ -99,7 +99,7 @@ def test_an_actor_that_is_called_directly_says_that_no_job_runs():
         pay()
 
 
-def test_a_thread_that_a_job_starts_sees_the_job_in_the_jobs_context_or_through_what_it_is_handed():
+def test_a_thread_started_by_a_job_sees_the_job_in_its_context_or_as_an_argument():
     stage = Stage()
     seen = []
 
@@ -142,7 +142,7 @@ def test_an_async_job_is_classified_and_sees_itself():
     assert seen == [("pay", 1), ("pay", 2), ("pay", 3)]
 
 
-def test_an_actor_called_directly_raises_what_it_raises():
+def test_an_actor_called_directly_raises_its_own_error():
     pay = always(Stage(), CardDeclined(), discard_on=CardDeclined)
     with pytest.raises(CardDeclined):
         pay()

@@ -119,13 +119,13 @@ def test_stock_s_options_may_be_timedeltas_and_a_retry_without_end_stays_one():
         ("on_outcome", [lambda: 1]),
     ],
 )
-def test_so_are_those_of_the_middleware(argument, value):
+def test_a_bad_argument_of_the_middleware_is_refused(argument, value):
     with pytest.raises(ConfigurationError, match=f"ErrorClassifier: {argument}: expected .*, got "):
         ErrorClassifier(**{argument: value})
     assert ErrorClassifier(min_backoff=timedelta(seconds=1)).min_backoff == 1_000
 
 
-def test_one_class_under_two_verbs_of_one_actor_is_refused():
+def test_a_class_under_two_verbs_of_an_actor_is_refused():
     with pytest.raises(ConfigurationError, match=r"actor 'pay': alert_on: expected each class once"):
         failing(Stage(), retry_on=PaymentError, alert_on=PaymentError)
 
@@ -165,7 +165,7 @@ def test_the_defaults_are_those_that_are_documented():
     assert ours.dead_letter_discards is False
 
 
-def test_one_attempt_in_all_is_a_cap():
+def test_a_cap_of_one_attempt_allows_no_retry():
     assert ErrorClassifier(max_attempts=1).max_attempts == 1
 
 

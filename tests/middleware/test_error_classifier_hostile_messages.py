@@ -203,7 +203,7 @@ def test_a_next_step_that_is_no_message_is_malformed_before_the_job_runs(target)
     assert ran == [1]
 
 
-def test_a_next_step_for_an_actor_that_nobody_knows_is_published_where_it_is_dead(impatient):
+def test_a_next_step_for_an_unknown_actor_is_published_and_becomes_a_dead_letter(impatient):
     stage = Stage()
     failing(stage)
     target = {"queue_name": "nowhere", "actor_name": "nobody", "args": [], "kwargs": {}, "options": {}}
@@ -213,7 +213,7 @@ def test_a_next_step_for_an_actor_that_nobody_knows_is_published_where_it_is_dea
     assert sorted(stage.outcomes()) == ["dead", "succeeded"]
 
 
-def test_a_message_runs_from_the_queue_that_it_was_read_from_whatever_it_says():
+def test_a_message_runs_from_the_queue_of_its_delivery_and_not_from_the_one_in_its_body():
     stage = Stage()
     failing(stage)
     raw(stage, queue="elsewhere")

@@ -56,7 +56,7 @@ def test_a_second_middleware_of_one_kind_is_refused_at_the_latest_at_the_first_d
         dramatiq.actor(lambda: None, actor_name="pay", broker=broker)
 
 
-def test_and_at_the_latest_when_a_worker_boots():
+def test_a_second_middleware_of_one_kind_is_refused_at_the_latest_when_a_worker_boots():
     broker = StubBroker()
     broker.add_middleware(ErrorClassifier())
     broker.add_middleware(ErrorClassifier())
@@ -64,7 +64,7 @@ def test_and_at_the_latest_when_a_worker_boots():
         broker.emit_before("worker_boot", None)
 
 
-def test_a_subclass_of_one_is_of_its_kind():
+def test_a_subclass_of_a_middleware_is_of_its_kind():
     class Mine(Heartbeat):
         pass
 
@@ -74,7 +74,7 @@ def test_a_subclass_of_one_is_of_its_kind():
         dramatiq.actor(lambda: None, actor_name="pay", broker=broker)
 
 
-def test_one_middleware_on_two_brokers_is_refused():
+def test_a_middleware_on_two_brokers_is_refused():
     classifier = ErrorClassifier()
     install(StubBroker(), error_classifier=classifier)
     with pytest.raises(ConfigurationError, match="another broker"):
@@ -98,7 +98,7 @@ ORDERS = list(itertools.permutations([ErrorClassifier, Timeout, Idempotency, Dis
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_one_at_a_time_in_any_order_ends_in_the_same_list_as_install(order):
+def test_middleware_added_singly_in_any_order_ends_in_the_same_list_as_install(order):
     broker = StubBroker()
     for kind in order:
         broker.add_middleware(kind())
@@ -107,12 +107,12 @@ def test_one_at_a_time_in_any_order_ends_in_the_same_list_as_install(order):
 
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if o[0] is not ErrorClassifier])
-def test_one_at_a_time_works_after_actors_were_declared_where_the_classifier_comes_later(order):
+def test_middleware_added_singly_after_declarations_works_with_a_later_classifier(order):
     one_at_a_time_after_an_actor(order)
 
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if o[0] is ErrorClassifier])
-def test_one_at_a_time_works_after_actors_were_declared(order):
+def test_middleware_added_singly_works_after_actors_were_declared(order):
     one_at_a_time_after_an_actor(order)
 
 

@@ -60,7 +60,7 @@ def skip(middleware, broker, message):
     raise SkipMessage
 
 
-def test_what_is_requeued_or_skipped_is_a_line_at_info(caplog):
+def test_a_requeued_or_skipped_message_is_a_line_at_info(caplog):
     caplog.set_level(logging.INFO, "dramatiq_policies.outcomes")
     stage = Stage()
     snoozing = failing(stage, Snooze(0, "the bank is closed")).send()

@@ -152,7 +152,7 @@ def test_an_error_of_a_discard_rule_is_gone():
         (True, {"dead_letter_discards": False}, False),
     ],
 )
-def test_dead_letter_discards_keeps_what_is_discarded(broker_wide, options, kept):
+def test_dead_letter_discards_keeps_discarded_messages(broker_wide, options, kept):
     stage = Stage(dead_letter_discards=broker_wide)
     always(stage, CardDeclined(), discard_on=CardDeclined, **options).send()
     assert stage.run().outcomes() == ["discarded"]
@@ -206,7 +206,7 @@ def test_an_alert_says_which_message_of_whom_and_why(caplog):
     )
 
 
-def test_an_alert_of_another_actor_fires_whatever_the_first_has_said(caplog):
+def test_an_alert_of_another_actor_fires_beside_the_first(caplog):
     stage = Stage()
     for name in ("pay", "refund"):
         always(stage, MissingKey(), name=name, alert_on=MissingKey).send()
@@ -223,7 +223,7 @@ def test_an_alert_of_another_exception_of_the_actor_fires_as_well(caplog):
     assert len([r for r in caplog.records if r.name == "dramatiq_policies.alerts"]) == 2
 
 
-def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
+def test_alerts_of_generated_classes_do_not_accumulate():
     log = OutcomeLog(alert_interval=300_000)
     remembered = []
     for number in range(2_000):
@@ -236,7 +236,7 @@ def test_alerts_of_classes_made_on_the_fly_do_not_pile_up():
 @pytest.mark.parametrize(
     ("then", "outcome", "dead"), [("dead", "dead", 1), ("discard", "discarded", 0), ("alert", "alerted", 1)]
 )
-def test_then_says_what_becomes_of_a_message_whose_retries_are_used_up(then, outcome, dead):
+def test_the_then_of_a_policy_decides_on_a_message_whose_retries_are_used_up(then, outcome, dead):
     stage = outcomes_of(PaymentError(), retry_on={PaymentError: RetryPolicy(attempts=2, wait=0, then=then)})
     assert stage.outcomes() == ["retried", outcome]
     assert stage.reasons() == [None, "exhausted"]
@@ -379,7 +379,7 @@ def test_a_message_that_another_middleware_fails_is_no_success_and_is_dead_lette
         ({"discard_on": CardDeclined}, "after_ack"),
     ],
 )
-def test_other_middleware_see_a_nack_of_what_is_dead_lettered_and_an_ack_of_all_else(declared, hook):
+def test_other_middleware_see_a_nack_of_each_dead_letter_and_an_ack_of_all_else(declared, hook):
     class Noting(Middleware):
         def after_ack(self, broker, message):
             seen.append("after_ack")

@@ -45,7 +45,7 @@ def broken_enqueue(stage, error, times=10**9):
 
 
 @pytest.mark.parametrize("error", [ConnectionClosed(OSError("gone")), ConnectionResetError()])
-def test_a_retry_that_meets_a_lost_connection_is_handed_off_once_it_is_back(impatient, error, caplog):
+def test_a_retry_that_meets_a_lost_connection_is_published_once_it_is_back(impatient, error, caplog):
     stage = Stage()
     failing(stage, PaymentError(), retry_on={PaymentError: SOON}).send()
     failed = broken_enqueue(stage, error, times=20)
@@ -62,7 +62,7 @@ def test_an_error_that_is_over_before_the_patience_is_changes_nothing():
     assert stage.run().outcomes() == ["retried", "succeeded"]
 
 
-def test_so_it_is_by_a_worker_that_started_after_another_had_stopped(impatient):
+def test_a_retry_that_meets_a_lost_connection_is_published_by_a_second_worker_too(impatient):
     stage = Stage()
     pay = failing(stage, PaymentError(), retry_on={PaymentError: SOON})
     stage.run()
@@ -101,7 +101,7 @@ def test_on_retry_exhausted_with_an_unknown_actor_is_logged_and_changes_nothing(
     assert "on_retry_exhausted: this worker has no actor 'nobody'" in caplog.text
 
 
-def test_nor_does_it_where_the_stock_options_decide(caplog):
+def test_on_retry_exhausted_with_an_unknown_actor_changes_nothing_under_stock_options(caplog):
     stage = Stage()
     always(stage, PaymentError(), max_retries=0)
     raw(stage, options={"on_retry_exhausted": "nobody"})

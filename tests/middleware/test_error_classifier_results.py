@@ -39,7 +39,7 @@ from .scenarios import (
         (CardDeclined("no"), {"retry_on": {CardDeclined: RetryPolicy(attempts=2, wait=0)}}, "dead"),
     ],
 )
-def test_whoever_waits_for_a_result_is_told_how_it_ended(error, options, outcome):
+def test_the_stored_failure_of_a_job_names_its_outcome(error, options, outcome):
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
     message = always(stage, error, store_results=True, **options).send()
@@ -51,7 +51,7 @@ def test_whoever_waits_for_a_result_is_told_how_it_ended(error, options, outcome
 
 
 @pytest.mark.parametrize("options", [{"max_retries": 0}, {"throws": CardDeclined}])
-def test_where_no_rule_decided_a_failed_result_says_what_dramatiq_says(options):
+def test_the_stored_failure_without_a_rule_is_that_of_dramatiq(options):
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
     message = always(stage, CardDeclined("no"), store_results=True, **options).send()
@@ -61,7 +61,7 @@ def test_where_no_rule_decided_a_failed_result_says_what_dramatiq_says(options):
     assert (raised.value.orig_exc_type, raised.value.orig_exc_msg) == ("CardDeclined", "no")
 
 
-def test_whoever_waits_for_the_result_of_an_expired_message_is_told():
+def test_the_stored_failure_of_an_expired_message_says_so():
     backend = StubBackend()
     stage = Stage(middleware=[Results(backend=backend)])
     pay = failing(stage, store_results=True, queue_timeout=60_000)

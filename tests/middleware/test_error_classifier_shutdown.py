@@ -49,7 +49,7 @@ def test_a_job_that_shutdown_interrupts_is_requeued_and_has_used_no_attempt():
 
 
 @pytest.mark.parametrize("others", [[], [ShutdownNotifications()]])
-def test_what_a_worker_fetches_while_it_shuts_down_is_left_for_the_next(others):
+def test_a_message_fetched_during_a_shutdown_is_left_for_the_next_worker(others):
     stage = Stage(broker=StubBroker(middleware=[*others, Retries()]))
     pay = failing(stage)
     with stage.working() as worker:

@@ -52,7 +52,7 @@ def test_a_predicate_that_raises_does_not_match_and_the_next_rule_counts():
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_what_is_no_exception_is_dead_lettered_as_stock_has_it_and_the_thread_lives(error):
+def test_an_error_that_is_no_exception_is_dead_lettered_as_by_dramatiq_and_the_thread_lives(error):
     stage = Stage()
     always(stage, error, max_retries=0, retry_on=Exception).send()
     assert stage.run().outcomes() == ["dead"]

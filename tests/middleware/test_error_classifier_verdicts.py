@@ -87,9 +87,7 @@ def test_no_snooze_is_longer_than_dramatiq_can_delay():
         (Snooze(0), {}, 0),
     ],
 )
-def test_what_is_requeued_waits_for_as_long_as_its_record_says_and_without_a_wait_is_ready_at_once(
-    error, declared, delay
-):
+def test_a_requeued_message_waits_for_the_delay_of_its_record_or_is_ready_at_once(error, declared, delay):
     stage = Stage()
     actor = failing(stage, error, **declared)
     enqueue, delays = stage.broker.enqueue, []

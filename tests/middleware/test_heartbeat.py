@@ -71,7 +71,7 @@ def stuck(gate):
             continue
 
 
-def test_it_beats_while_a_worker_is_idle_and_stops_with_it(beating):
+def test_the_heartbeat_goes_on_while_a_worker_is_idle_and_stops_with_it(beating):
     beating.stage.broker.declare_queue("mail")
     assert not beating.path.exists()
     with beating.stage.working():
@@ -80,7 +80,7 @@ def test_it_beats_while_a_worker_is_idle_and_stops_with_it(beating):
     assert list(beating.path.parent.iterdir()) == [beating.path]
 
 
-def test_it_stops_when_every_thread_is_stuck_and_goes_on_when_one_is_free_again(beating):
+def test_the_heartbeat_stops_when_every_thread_is_stuck_and_goes_on_when_one_is_free(beating):
     gates = [threading.Event(), threading.Event()]
 
     @beating.stage.actor(max_retries=0)
@@ -111,7 +111,7 @@ def test_threads_that_are_busy_within_their_timeouts_are_well(beating):
         gate.set()
 
 
-def test_it_stops_when_a_consumer_is_silent(tmp_path):
+def test_the_heartbeat_stops_when_a_consumer_is_silent(tmp_path):
     beating = Beating(tmp_path, silence=300)
     gate = threading.Event()
     gate.set()
@@ -159,7 +159,7 @@ def test_a_broker_that_is_away_does_not_stop_it(tmp_path, monkeypatch):
         assert beating.beats()
 
 
-def test_it_stops_when_a_consumer_s_thread_has_died(beating):
+def test_the_heartbeat_stops_when_a_consumer_s_thread_has_died(beating):
     beating.stage.broker.declare_queue("mail")
     worker = Worker(beating.stage.broker, worker_timeout=50, worker_threads=1)
     worker.start()
@@ -230,7 +230,7 @@ def test_without_arguments_it_has_a_file_in_a_folder_that_only_this_user_enters(
     assert list(folder.iterdir()) == [heartbeat.path]
 
 
-def test_it_stops_when_every_worker_thread_has_died_and_not_before(beating):
+def test_the_heartbeat_stops_when_every_worker_thread_has_died_and_not_before(beating):
     """As after a SystemExit in somebody's middleware: the consumers go on."""
     beating.stage.broker.declare_queue("mail")
     worker = Worker(beating.stage.broker, worker_timeout=10, worker_threads=2)
@@ -269,7 +269,7 @@ def test_threads_that_have_died_and_threads_that_are_stuck_count_together(beatin
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder", "other user's"])
-def test_what_is_not_a_file_of_this_user_s_is_not_touched_and_logged_once(beating, kind, caplog, monkeypatch):
+def test_a_file_of_another_user_is_not_touched_and_logged_once(beating, kind, caplog, monkeypatch):
     target = beating.path.with_name("target")
     if kind == "link":
         beating.path.symlink_to(target)
@@ -319,7 +319,7 @@ def test_where_files_can_not_be_locked_it_is_refused_at_construction(kind, monke
         kind()
 
 
-def test_its_default_interval_is_ten_seconds():
+def test_the_default_interval_of_a_heartbeat_is_ten_seconds():
     heartbeat = Heartbeat()
     assert heartbeat.interval == 10_000
     assert not heartbeat.well()
@@ -328,12 +328,12 @@ def test_its_default_interval_is_ten_seconds():
 @pytest.mark.parametrize(
     "bad", [{"path": 5}, {"path": ""}, {"interval": 0}, {"interval": 10**15}, {"interval": "1s"}, {"silence": -1}]
 )
-def test_one_that_makes_no_sense_is_refused(bad):
+def test_a_bad_argument_of_a_heartbeat_is_refused(bad):
     with pytest.raises(ConfigurationError, match="Heartbeat"):
         Heartbeat(**{"path": Path("x"), **bad})
 
 
-def test_it_beats_until_the_last_worker_of_the_process_has_stopped(beating):
+def test_the_heartbeat_goes_on_until_the_last_worker_of_the_process_has_stopped(beating):
     beating.stage.broker.declare_queue("mail")
     second, unstarted = (Worker(beating.stage.broker, worker_timeout=50, worker_threads=1) for _ in range(2))
     with beating.stage.working():
@@ -344,7 +344,7 @@ def test_it_beats_until_the_last_worker_of_the_process_has_stopped(beating):
     assert beating.silent()
 
 
-def test_it_needs_no_timeout_beside_it(tmp_path):
+def test_the_heartbeat_needs_no_timeout_middleware(tmp_path):
     broker = StubBroker()
     heartbeat = Heartbeat(tmp_path / "alive", interval=INTERVAL)
     broker.add_middleware(heartbeat)

@@ -99,12 +99,12 @@ def test_a_run_is_timed_and_its_outcome_counted(event, counted):
         (OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", exception=ValueError()), "jobs.unknown.dead"),
     ],
 )
-def test_what_did_not_run_has_no_duration_and_is_no_failure(event, name):
+def test_a_message_that_did_not_run_has_no_duration_and_is_no_failure(event, name):
     assert names_of(event) == [name]
 
 
 @pytest.mark.parametrize("client", [PlainClient(), TaggedClient()])
-def test_so_are_those_of_a_success(client):
+def test_the_metrics_of_a_success_are_its_duration_its_wait_and_its_count(client):
     stage = stage_with(client)
     stage.actor(lambda: None, actor_name="mail").send()
     stage.run()
@@ -272,7 +272,7 @@ def test_a_client_that_hangs_holds_up_one_job_at_most():
 
 @pytest.mark.untraced
 @pytest.mark.parametrize("metrics_first", [True, False])
-def test_a_stuck_job_is_counted_whoever_came_first(metrics_first):
+def test_a_stuck_job_is_counted_in_either_order_of_metrics_and_timeout(metrics_first):
     client, timeout = PlainClient(), Timeout(default=50, grace=50)
     broker = StubBroker()
     for middleware in (Metrics(client), timeout)[:: 1 if metrics_first else -1]:
@@ -333,7 +333,7 @@ def test_a_stuck_job_is_counted_before_its_process_ends(server):
 # --- the rest -------------------------------------------------------------------------------------------------------
 
 
-def test_what_another_middleware_skips_is_counted_as_skipped():
+def test_a_message_skipped_by_another_middleware_is_counted_as_skipped():
     class Skipping(dramatiq.Middleware):
         def before_process_message(self, broker, message):
             raise SkipMessage

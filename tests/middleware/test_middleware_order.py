@@ -165,7 +165,7 @@ def a_worker_of(broker):
     worker.stop()
 
 
-def test_a_stock_middleware_of_somebody_s_own_that_works_against_ours_is_logged_when_a_worker_boots(caplog):
+def test_a_custom_stock_middleware_that_works_against_ours_is_logged_when_a_worker_boots(caplog):
     class Again(Retries):
         pass
 

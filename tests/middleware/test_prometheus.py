@@ -60,7 +60,7 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize("order", ["prometheus install", "install prometheus"])
-def test_it_counts_runs_errors_retries_and_dead_letters(tmp_path, order):
+def test_dramatiq_s_prometheus_counts_runs_errors_retries_and_dead_letters(tmp_path, order):
     environment = {**os.environ, "dramatiq_prom_db": str(tmp_path / "db"), "ORDER": order}
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT)],

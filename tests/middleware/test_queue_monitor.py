@@ -67,7 +67,7 @@ def test_a_threshold_that_is_reached_alerts_once():
     assert queue.told == [QueueAlert(queue="mail", measure="ready", value=10, threshold=10, cleared=False)]
 
 
-def test_it_alerts_again_only_after_it_has_come_down_to_four_fifths():
+def test_a_monitor_alerts_again_only_after_the_value_has_come_down_to_four_fifths():
     queue = Queue(Threshold(ready=10))
     assert [len(queue.check(count)) for count in (10, 9, 10, 8, 9, 10)] == [1, 0, 0, 0, 0, 1]
 
@@ -99,7 +99,7 @@ def test_messages_that_wait_and_are_not_taken_are_stalled():
     assert [alert.measure for alert in queue.monitor.check()] == ["stalled"]
 
 
-def test_who_is_elected_next_knows_the_reported_breaches_and_their_ends():
+def test_the_next_elected_monitor_knows_the_reported_breaches_and_their_ends():
     class Handed(Election):
         memory = None
 
@@ -122,7 +122,7 @@ def test_who_is_elected_next_knows_the_reported_breaches_and_their_ends():
     assert turn(Queue(Threshold(ready=10)), 10) == 1
 
 
-def test_what_can_t_be_known_reaches_no_threshold():
+def test_an_unknown_value_reaches_no_threshold():
     watch = ThresholdTracker({"*": Threshold(ready=1, oldest=1, stalled=1, dead=1)})
     assert watch.transitions(QueueReading(queue="mail")) == []
 
@@ -212,7 +212,7 @@ def test_by_default_an_alert_is_a_warning_with_its_fields(caplog):
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_several_are_notified_and_one_that_fails_keeps_nobody_from_it(error, caplog):
+def test_all_callbacks_are_notified_although_one_fails(error, caplog):
     def broken(alert):
         raise error("no pager")
 
@@ -224,7 +224,7 @@ def test_several_are_notified_and_one_that_fails_keeps_nobody_from_it(error, cap
     assert "1 message waits" in caplog.text
 
 
-def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):
+def test_the_error_without_sentry_sdk_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentry_sdk", None)
     with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[sentry\]"'):
         QueueMonitor(on_alert="sentry")
@@ -339,7 +339,7 @@ def monitoring():
     return [thread for thread in threading.enumerate() if thread.name == "dramatiq-policies-queue-monitor"]
 
 
-def test_it_runs_beside_a_worker_and_ends_with_it_and_runs_beside_the_next():
+def test_a_monitor_runs_beside_a_worker_ends_with_it_and_runs_beside_the_next():
     told = []
     stage = Stage(
         bundle={"queue_monitor": QueueMonitor(interval=5, thresholds={"*": Threshold(dead=1)}, on_alert=told.append)}
@@ -361,7 +361,7 @@ def test_it_runs_beside_a_worker_and_ends_with_it_and_runs_beside_the_next():
     assert monitoring() == []
 
 
-def test_one_that_is_not_for_workers_starts_nothing():
+def test_a_monitor_outside_of_workers_starts_no_thread():
     stage = Stage(bundle={"queue_monitor": QueueMonitor(interval=5, in_workers=False)})
     with stage.working():
         assert monitoring() == []
@@ -428,7 +428,7 @@ def test_while_the_app_is_on_a_stub_broker_it_reads_that():
         monitor.check()
 
 
-def test_one_thread_watches_for_all_workers_of_a_process_and_it_may_be_asked_meanwhile():
+def test_a_single_thread_monitors_for_all_workers_of_a_process():
     queue = Queue(Threshold(ready=3), interval=10)
     workers = [Worker(queue.broker, worker_timeout=50, worker_threads=1, queues={"none"}) for _ in range(2)]
     for worker in workers:

@@ -105,7 +105,7 @@ RULES = {"retry_on": {OSError: RetryPolicy(attempts=3, wait=constant(1))}, "disc
 # --- which endings --------------------------------------------------------------------------------------------------
 
 
-def test_one_event_per_bad_ending_and_not_one_per_retry(either):
+def test_a_bad_ending_is_one_event_and_a_retry_is_none(either):
     sentry = either()
     stage = stage_with(**RULES)
 
@@ -164,7 +164,7 @@ def test_the_log_lines_on_it_are_no_second_event(either, discard_logger):
     assert sorted(sentry.endings()) == [("late", "QueueTimeoutExceeded", "expired"), ("thrown", "ValueError", "dead")]
 
 
-def test_what_dramatiq_policies_logs_besides_becomes_an_event(sentry):
+def test_any_other_error_logged_by_dramatiq_policies_becomes_an_event(sentry):
     def broken(message, error):
         raise RuntimeError("the hook is broken")
 
@@ -284,7 +284,7 @@ TELLTALE = {
 
 
 @pytest.mark.parametrize("body", TELLTALE.values(), ids=TELLTALE)
-def test_what_a_malformed_message_carries_is_in_no_log_line_and_no_event(sentry, caplog, body):
+def test_the_content_of_a_malformed_message_is_in_no_log_line_and_no_event(sentry, caplog, body):
     sentry(include_local_variables=False)
     caplog.set_level(logging.INFO)  # At DEBUG Dramatiq itself logs all arguments.
     _warned.clear()
@@ -306,7 +306,7 @@ def test_what_a_malformed_message_carries_is_in_no_log_line_and_no_event(sentry,
         assert not sentry.events[0]["exception"]["values"][0].get("stacktrace")
 
 
-def test_an_actor_that_nobody_knows_is_reported_once(either):
+def test_an_unknown_actor_is_reported_once(either):
     sentry = either()
     stage = stage_with()
     stage.broker.declare_queue("default")
@@ -315,7 +315,7 @@ def test_an_actor_that_nobody_knows_is_reported_once(either):
     assert [event["tags"]["reason"] for event in sentry.events] == ["unknown_actor"]
 
 
-def test_what_the_broker_will_not_take_is_reported_once(either, monkeypatch):
+def test_a_message_that_the_broker_refuses_is_reported_once(either, monkeypatch):
     monkeypatch.setattr(publishing, "_RETRY_REFUSAL_FOR", 0.05)
     sentry = either()
     stage = stage_with(**RULES)
@@ -367,7 +367,7 @@ def test_without_a_client_nothing_happens():
 # --- what is in an event --------------------------------------------------------------------------------------------
 
 
-def test_it_says_what_happened_to_which_job(either):
+def test_an_event_names_the_job_and_its_outcome(either):
     sentry = either()
     stage = stage_with(**RULES)
 
@@ -434,7 +434,7 @@ def test_arguments_are_sent_only_where_sentry_may_have_them(either):
 
 
 @pytest.mark.parametrize("name", ["Discard", "Own"])
-def test_what_the_job_says_itself_is_reported_like_any_other_ending(sentry, name):
+def test_a_discard_raised_by_the_job_is_reported_like_any_other_ending(sentry, name):
     sentry()
     stage = stage_with()
     error = {"Discard": Discard, "Own": type("Own", (Discard,), {})}[name]
@@ -495,7 +495,7 @@ def test_jobs_at_the_same_time_keep_their_breadcrumbs_apart(either):
         assert breadcrumbs(event) == [f"Order {order}, step {step}." for step in range(3)]
 
 
-def test_what_the_app_or_another_middleware_has_set_is_in_every_event(either):
+def test_the_tags_of_the_app_and_of_other_middleware_are_in_every_event(either):
     class Tenant(dramatiq.Middleware):
         def before_process_message(self, broker, message):
             sentry_sdk.set_tag("tenant", message.kwargs["tenant"])
@@ -517,7 +517,7 @@ def test_what_the_app_or_another_middleware_has_set_is_in_every_event(either):
     ]
 
 
-def test_what_expired_has_nothing_of_the_job_before_it(either):
+def test_the_event_of_an_expired_message_has_nothing_of_the_job_before_it(either):
     sentry = either()
     stage = stage_with(discard_on=Unpaid)
 
@@ -574,7 +574,7 @@ def test_async_actors_are_reported_with_their_own_breadcrumbs(either):
 # --- beside Sentry's own integration --------------------------------------------------------------------------------
 
 
-def test_its_transactions_stay_and_say_which_failed(sentry):
+def test_the_transactions_of_sentry_stay_and_name_the_failed_jobs(sentry):
     sentry(DramatiqIntegration(), traces_sample_rate=1.0)
     stage = stage_with(discard_on=Unpaid)
 
@@ -692,7 +692,7 @@ SCRIPT = """
         pytest.param("stuck", 70, "StuckJob", id="a stuck job", marks=pytest.mark.untraced),
     ],
 )
-def test_it_reaches_a_server_before_the_process_ends(endpoint, how, code, kind):
+def test_an_event_reaches_its_server_before_the_process_ends(endpoint, how, code, kind):
     environment = {**os.environ, "SENTRY_DSN": f"http://key@127.0.0.1:{endpoint.server_port}/1", "HOW": how}
     script = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
     ended = subprocess.run(script, timeout=60, env=environment, check=False)
@@ -711,7 +711,7 @@ def test_a_report_of_another_kind_is_a_mistake(report):
         SentryReporter(report=report)
 
 
-def test_without_sentry_sdk_the_error_says_what_to_install(monkeypatch):
+def test_the_error_without_sentry_sdk_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentry_sdk", None)
     with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[sentry\]"'):
         SentryReporter()
@@ -726,7 +726,7 @@ def test_a_job_s_scope_has_no_attribute_that_sentry_s_has_not():
         scope.no_such_thing  # noqa: B018
 
 
-def test_what_a_job_has_set_on_its_scope_stays_when_the_rest_of_the_one_around_it_is_brought():
+def test_the_scope_of_a_job_keeps_its_own_fields_over_those_of_the_scope_around_it():
     class Scope:
         __slots__ = ("crumbs", "tags", "unset_in_a_copy")
 
@@ -747,7 +747,7 @@ def test_what_a_job_has_set_on_its_scope_stays_when_the_rest_of_the_one_around_i
         scope.unset_in_a_copy  # noqa: B018
 
 
-def test_without_the_integration_that_drops_what_was_seen_last_an_ending_is_reported_too(sentry):
+def test_an_ending_is_reported_without_the_dedupe_integration_too(sentry):
     sentry(default_integrations=False)
     stage = stage_with()
     pay = stage.actor(lambda: 1 / 0, actor_name="pay", max_retries=0)
@@ -793,7 +793,7 @@ def test_a_message_that_is_none_of_ours_is_reported_by_sentry_s_own():
     assert not hasattr(span, "status")
 
 
-def test_an_ending_without_an_error_is_reported_by_what_it_is(sentry):
+def test_an_ending_without_an_error_is_reported_by_its_outcome(sentry):
     sentry()
     stage = stage_with()
     state_of(stage.broker).outcomes.publish(OutcomeEvent(outcome=Outcome.DEAD, reason="malformed", actor="pay"), None)

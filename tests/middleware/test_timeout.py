@@ -41,7 +41,7 @@ def message(timestamp=1_700_000_000_000, **options):
 # --- the middleware -------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_time_limit_that_starts_nothing_and_acts_in_no_message_hook():
+def test_a_timeout_is_a_time_limit_without_a_thread_and_without_message_hooks():
     middleware = Timeout()
     assert isinstance(middleware, TimeLimit)
     assert not hasattr(middleware, "manager")
@@ -50,7 +50,7 @@ def test_it_is_a_time_limit_that_starts_nothing_and_acts_in_no_message_hook():
         assert getattr(ShutdownNotifications, hook) is getattr(Middleware, hook)
 
 
-def test_it_knows_the_stock_option_and_its_own():
+def test_a_timeout_knows_the_stock_option_and_its_own():
     assert Timeout().actor_options >= {"time_limit", "timeout", "queue_timeout"}
 
 
@@ -106,7 +106,7 @@ def test_durations_are_valid(option, value):
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit", "queue_timeout"])
 @pytest.mark.parametrize("value", NO_DURATIONS)
-def test_what_is_no_duration_is_refused_with_the_actor_s_name(option, value):
+def test_an_option_that_is_no_duration_is_refused_with_the_actor_s_name(option, value):
     with pytest.raises(ConfigurationError, match=f"^actor 'mail': {option}: expected milliseconds or a timedelta"):
         validate("actor 'mail'", {option: value})
 
@@ -166,7 +166,7 @@ def test_no_limit_survives_the_way_through_json():
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit"])
 @pytest.mark.parametrize("value", NO_DURATIONS)
-def test_what_is_no_duration_is_ignored_with_one_warning(caplog, option, value):
+def test_an_option_that_is_no_duration_is_ignored_with_one_warning(caplog, option, value):
     for _ in range(3):
         assert limit_for({option: value}, 30_000, "mail") == 30_000
     (record,) = caplog.records
@@ -198,7 +198,7 @@ def test_without_a_queue_timeout_nothing_expires():
     assert expired_after(message(ready_at=1), None, NOW) is None
 
 
-def test_what_counts_is_when_it_became_ready_and_not_when_it_was_made():
+def test_the_queue_timeout_counts_from_when_the_message_became_ready_and_not_from_when_it_was_made():
     assert expired_after(message(timestamp=NOW - 10_000, ready_at=NOW - 10), 1_000, NOW) is None
     assert expired_after(message(timestamp=NOW - 10, ready_at=NOW - 10_000), 1_000, NOW) == 10_000
 
@@ -214,7 +214,7 @@ def test_a_message_that_was_run_before_never_expires(options, ready):
     assert expired_after(message(timestamp=NOW - 10_000, **options, **ready), 1_000, NOW) is None
 
 
-def test_a_message_that_was_not_run_expires_whatever_its_counters_say_of_nothing():
+def test_a_message_that_was_not_run_expires_with_empty_counters_too():
     assert expired_after(message(retries=0, ready_at=NOW - 10_000), 1_000, NOW) == 10_000
 
 
@@ -296,7 +296,7 @@ def test_a_callable_and_the_subscribers_get_a_frozen_record_in_that_order(caplog
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_one_that_fails_is_logged_and_keeps_nobody_from_it(error, caplog):
+def test_a_stuck_subscriber_that_fails_is_logged_and_keeps_no_other_from_the_record(error, caplog):
     seen = []
 
     def fails(record):

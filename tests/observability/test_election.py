@@ -67,19 +67,19 @@ def process(tmp_path):
         one.close()
 
 
-def test_one_of_several_processes_wins_and_stays_the_one(process):
+def test_a_process_that_wins_the_election_stays_the_leader(process):
     first, second = process(), process()
     assert (first.won, second.won) == (True, False)
     assert (first.ask(), second.ask()) == (True, False)
 
 
-def test_when_it_is_killed_another_one_wins(process):
+def test_another_process_wins_when_the_leader_is_killed(process):
     first, second, third = process(), process(), process()
     first.kill()
     assert (second.ask(), third.ask()) == (True, False)
 
 
-def test_when_it_resigns_another_one_wins(process):
+def test_another_process_wins_when_the_leader_resigns(process):
     first, second = process(), process()
     first.process.stdin.write("resign\n")
     first.process.stdin.flush()
@@ -87,11 +87,11 @@ def test_when_it_resigns_another_one_wins(process):
     assert [first.answer(), second.ask()].count(True) == 1
 
 
-def test_processes_of_another_command_have_one_of_their_own(process):
+def test_processes_of_another_command_have_their_own_leader(process):
     assert (process(master=os.getpid()).won, process(master=os.getppid()).won) == (True, True)
 
 
-def test_each_learns_what_the_others_have_posted_until_it_is_stale(process, tmp_path):
+def test_each_process_reads_the_reports_of_the_others_until_they_are_stale(process, tmp_path):
     others = [process(), process()]
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     mine.publish({"me": os.getpid()})
@@ -109,7 +109,7 @@ def test_where_no_file_can_be_made_each_elects_itself_and_says_so_once(tmp_path,
     assert len(caplog.records) == 2
 
 
-def test_a_file_of_nobody_s_or_of_a_process_that_lives_is_left(tmp_path):
+def test_a_foreign_file_or_one_of_a_live_process_is_left(tmp_path):
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     left = [tmp_path / f"{mine._ours}{master}-queues" for master in ("nobody", "9" * 30, os.getppid(), 1)]
     for path in left:
@@ -129,7 +129,7 @@ def test_where_a_lease_can_not_be_asked_for_each_command_elects_one_and_logs_it(
     assert "can't hold a lease: one process per command monitors the queues" in caplog.text
 
 
-def test_a_file_that_was_removed_while_it_was_locked_elects_nobody(tmp_path, monkeypatch):
+def test_a_file_removed_while_it_was_locked_elects_no_process(tmp_path, monkeypatch):
     """As whoever resigns does it: who has the old one open must not win beside who makes the new one."""
     election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     stock = fcntl.lockf
@@ -178,7 +178,7 @@ def test_no_odd_text_is_a_note_or_an_error(odd):
     assert parse_memory(odd) in (None, [])
 
 
-def test_of_a_note_only_the_parts_that_nobody_can_use_are_left_out():
+def test_a_report_keeps_its_readable_parts():
     text = (
         '{"threads": 8, "busy": "many", "held": {"mail": 3, "odd": [], "huge": 1%s}, "me": 7, "other": {},'
         ' "taken": {"mail": ["m1", null], "late": ["m2", 5], "odd": "m", "odder": [[], 1]}}' % ("0" * 400)
@@ -253,7 +253,7 @@ def test_a_lock_file_of_another_user_elects_everybody_and_is_logged(tmp_path, mo
     assert "is a file of user" in caplog.text
 
 
-def test_a_fifo_or_a_link_in_the_place_of_a_note_is_not_read_and_hangs_nobody(tmp_path):
+def test_a_fifo_or_a_link_in_the_place_of_a_report_is_not_read_and_blocks_no_thread(tmp_path):
     mine = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     os.mkfifo(mine.path.with_name(f"{mine.path.name}.1"))
     secret = tmp_path / "secret"
@@ -271,7 +271,7 @@ def test_a_fifo_in_the_place_of_the_lock_elects_everybody(tmp_path, caplog):
     assert "not a regular file" in caplog.text
 
 
-def test_what_a_killed_command_has_left_is_removed_and_nothing_else(process, tmp_path):
+def test_the_files_of_a_killed_command_are_removed_and_no_others(process, tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     left = CommandElection("queues", gone.pid, folder=str(tmp_path))

@@ -80,7 +80,7 @@ def test_a_dead_message_is_an_error_that_a_disabled_logger_does_not_hold_up(sile
 
 
 @pytest.mark.parametrize("silence", WAYS)
-def test_what_is_not_heard_is_logged_through_a_logger_that_is(silence, silent, caplog):
+def test_a_line_that_is_not_heard_is_logged_through_a_logger_that_is(silence, silent, caplog):
     for name in (ALERTS, OUTCOMES):
         silence(logging.getLogger(name))
     failing()
@@ -98,20 +98,20 @@ def test_an_alert_of_a_disabled_logger_is_written_by_the_root(silent, caplog):
 
 
 @pytest.mark.parametrize(("on_alert", "said"), [("log", True), ([print, "log"], True), (print, False)])
-def test_a_queue_that_is_late_is_a_warning_that_somebody_must_hear(on_alert, said, silent, caplog):
+def test_a_late_queue_is_a_warning_that_must_be_heard(on_alert, said, silent, caplog):
     logging.getLogger(ALERTS).setLevel(logging.ERROR)
     failing({"queue_monitor": QueueMonitor(thresholds={"default": Threshold(ready=1)}, on_alert=on_alert)})
     assert ("reach no handler" in caplog.text) is said
 
 
-def test_where_nobody_hears_anything_it_is_written_on_stderr(silent, monkeypatch, capsys):
+def test_a_line_that_no_logger_hears_is_written_on_stderr(silent, monkeypatch, capsys):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.NullHandler()])
     failing()
     assert "reach no handler" in capsys.readouterr().err
 
 
-def test_a_level_that_is_asked_for_and_that_nobody_writes_is_not_heard(caplog):
+def test_a_level_without_a_handler_is_not_heard(caplog):
     with caplog.at_level(logging.INFO):
         failing({"discard_logger": DiscardLogger(level="DEBUG")})
     assert [record.levelname for record in lines(caplog, WORKER)][-1:] == ["ERROR"]
@@ -132,7 +132,7 @@ def test_a_line_of_dramatiqs_that_stays_has_a_stack_that_every_file_takes(caplog
     written.encode("utf-8")
 
 
-def test_without_the_discard_logger_the_workers_line_is_what_there_is(silent, caplog):
+def test_the_worker_s_line_remains_without_the_discard_logger(silent, caplog):
     logging.getLogger(OUTCOMES).disabled = True
     failing({"discard_logger": False})
     assert [record.levelname for record in lines(caplog, WORKER)] == ["ERROR"]

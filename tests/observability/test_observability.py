@@ -179,7 +179,7 @@ def test_a_name_with_dots_keeps_them_in_its_label(exporter):
 
 @pytest.mark.untraced
 @pytest.mark.parametrize(("title", "expression"), EXPRESSIONS)
-def test_every_panel_asks_for_what_is_sent(exporter, title, expression):
+def test_every_panel_queries_a_metric_that_is_sent(exporter, title, expression):
     values = {}
     for name, labels in exporter.series():
         for label, value in labels:
@@ -202,7 +202,7 @@ def test_every_panel_asks_for_what_is_sent(exporter, title, expression):
             assert set(grouped[1].split(", ")) - {"le"} <= set(values[name])
 
 
-def test_what_a_legend_names_is_left_after_grouping():
+def test_a_label_of_a_legend_is_left_after_grouping():
     for panel in PANELS:
         for target in panel["targets"]:
             grouped = re.search(r"by \(([^)]*)\)", target["expr"])

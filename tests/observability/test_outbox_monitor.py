@@ -60,7 +60,7 @@ class Shop:
         self.outbox.database.run(self.outbox.table.purge)
 
 
-def test_its_gauges_are_sent_with_those_of_the_queues(tmp_path):
+def test_the_gauges_of_the_outbox_are_sent_with_those_of_the_queues(tmp_path):
     shop = Shop(tmp_path)
     shop.monitor.check()
     assert (shop.client.gauges["outbox.pending"], shop.client.gauges["outbox.oldest_ms"]) == (0, 0)

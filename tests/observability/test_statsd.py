@@ -35,12 +35,12 @@ LINES = ["jobs.mail.duration:12.5|ms", "jobs.mail.success:1|c", "queues.mail.rea
 
 
 class TestOverUdp:
-    def test_one_call_is_one_datagram(self, server):
+    def test_a_call_is_one_datagram(self, server):
         Statsd().send(VALUES)
         assert server.packet() == LINES
         assert server.has_no_more()
 
-    def test_what_is_sent_at_about_the_same_time_shares_one(self, server):
+    def test_values_sent_at_about_the_same_time_share_a_datagram(self, server):
         statsd = Statsd()
         for _ in range(30):
             statsd.send(VALUES)
@@ -50,14 +50,14 @@ class TestOverUdp:
         assert len(packets[0]) % 3 == 0
         assert all(len("\n".join(lines)) <= 1_432 for lines in packets)
 
-    def test_a_host_by_name_gets_what_was_sent_while_it_was_looked_up(self, server, monkeypatch):
+    def test_a_host_by_name_gets_the_metrics_sent_while_it_was_looked_up(self, server, monkeypatch):
         monkeypatch.setenv("STATSD_HOST", "localhost")
         statsd = Statsd()
         statsd.send(VALUES)
         statsd.flush()
         assert server.packet() == LINES
 
-    def test_what_does_not_fit_goes_into_a_second_datagram(self, server):
+    def test_a_value_that_does_not_fit_goes_into_a_second_datagram(self, server):
         Statsd().send([("g", f"queues.{'x' * 60}_{number}.ready", number, ()) for number in range(40)])
         packets = [server.packet(), server.packet(), server.packet()]
         assert server.has_no_more()
@@ -111,7 +111,7 @@ class TestOverUdp:
         assert statsd._client._sock is sock
         moved.close()
 
-    def test_nobody_waits_for_a_name_server(self, server, monkeypatch):
+    def test_a_slow_name_server_delays_no_job(self, server, monkeypatch):
         monkeypatch.setenv("STATSD_HOST", "statsd.example.com")
         answered = threading.Event()
 
@@ -157,7 +157,7 @@ class TestOverUdp:
         with pytest.raises(ConfigurationError, match=r"STATSD_PORT.*'8125/udp'"):
             Statsd()
 
-    def test_without_the_statsd_package_the_error_says_what_to_install(self, monkeypatch):
+    def test_the_error_without_the_statsd_package_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "statsd", None)
         with pytest.raises(ImportError, match=r'pip install "dramatiq-policies\[statsd\]"'):
             Statsd()
@@ -176,7 +176,7 @@ class TestOtherClients:
         assert server.has_no_more()
         client.close()
 
-    def test_its_limit_does_not_part_the_values_of_one_call(self, server):
+    def test_the_size_limit_of_a_client_does_not_part_the_values_of_a_call(self, server):
         client = statsd_package.StatsClient("127.0.0.1", server.port, maxudpsize=64)
         Statsd(client).send(VALUES)
         assert len(server.packet()) == 3
@@ -263,7 +263,7 @@ class TestOtherClients:
         Statsd(client).send([("c", "jobs.success", 1, []), ("g", "queues.ready", 3, [])])
         assert [call[1] for call in client.calls] == ["jobs.success", "queues.ready"]
 
-    def test_a_server_that_does_not_read_its_tcp_connection_holds_nobody_up(self):
+    def test_a_server_that_does_not_read_its_tcp_connection_blocks_no_job(self):
         listening = socket.create_server(("127.0.0.1", 0))
         client = statsd_package.TCPStatsClient("127.0.0.1", listening.getsockname()[1])
         statsd = Statsd(client)
@@ -301,7 +301,7 @@ class TestOtherClients:
         accepted.close()
         listening.close()
 
-    def test_one_that_was_slow_is_waited_for_once(self, caplog):
+    def test_a_slow_client_is_waited_for_once(self, caplog):
         class Slow(PlainClient):
             def timing(self, name, value):
                 time.sleep(0.1)
@@ -320,7 +320,7 @@ class TestOtherClients:
             "The metrics client is slow; from now on a separate thread calls it. This warning is logged once."
         ]
 
-    def test_one_that_can_not_reconnect_is_asked_again_all_the_same(self, caplog):
+    def test_a_client_that_can_not_reconnect_is_used_again(self, caplog):
         class Broken(PlainClient):
             def pipeline(self):
                 self.calls.append("pipeline")
@@ -333,7 +333,7 @@ class TestOtherClients:
         assert client.calls == ["pipeline", "pipeline"]
         assert caplog.text.count("Metrics can't be sent (OSError: gone)") == 1
 
-    def test_one_that_never_answers_does_not_fill_the_memory(self, caplog):
+    def test_a_client_that_hangs_does_not_fill_the_memory(self, caplog):
         called, held = threading.Event(), threading.Event()
 
         class Stuck(PlainClient):
@@ -355,7 +355,7 @@ class TestOtherClients:
         held.set()
         statsd.flush(5)
 
-    def test_what_a_client_raises_is_logged_once_and_goes_no_further(self, caplog):
+    def test_an_error_of_a_client_is_logged_once_and_goes_no_further(self, caplog):
         class Broken(PlainClient):
             def incr(self, name, count=1):
                 raise RuntimeError("no metrics today")
@@ -403,7 +403,7 @@ class FullSocket:
     [([BlockingIOError()], 0), ([ConnectionRefusedError()], 1), ([ConnectionRefusedError(), OSError("again")], 1)],
     ids=["no room", "nobody listened to the last", "nobody listens at all"],
 )
-def test_what_a_socket_will_not_take_is_left_out(server, errors, said):
+def test_a_value_that_a_socket_refuses_is_left_out(server, errors, said):
     told = []
     client = _udp.udp_client(lambda what, text: told.append(what))
     client._look_up()

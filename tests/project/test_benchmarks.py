@@ -32,7 +32,7 @@ def test_every_variant_is_first_equally_often():
     assert sorted(order[0] for order in orders) == ["a", "a", "b", "b", "c", "c"]
 
 
-def test_what_was_measured_before_it_was_stopped_is_kept():
+def test_measurements_before_an_interrupt_are_kept():
     def stopped():
         yield {"rate": 1}
         raise KeyboardInterrupt

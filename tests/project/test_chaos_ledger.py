@@ -33,7 +33,7 @@ def run(name: str, since: float, *, process: int = 1, concluded: bool = True) ->
     return lines
 
 
-def test_one_whole_run_is_well(verdict: Any) -> None:
+def test_a_complete_run_passes(verdict: Any) -> None:
     assert verdict(*run("a", 1.0)).wrong == {}
 
 
@@ -61,7 +61,7 @@ def test_a_freeze_excuses_the_runs_of_its_process_alone(verdict: Any) -> None:
     assert verdict(*lines, freezes=(Freeze(3, 1.0, 1.2),)).wrong != {}
 
 
-def test_what_the_store_lost_excuses_the_runs_of_that_time_in_all_processes(verdict: Any) -> None:
+def test_lost_keys_of_the_store_excuse_the_runs_of_that_time_in_all_processes(verdict: Any) -> None:
     lines = [*run("a", 1.0, process=1), *run("b", 2.0, process=2)]
     assert verdict(*lines, freezes=(Freeze(None, 0.9, 1.2),)).wrong == {}
     assert verdict(*lines, freezes=(Freeze(None, 5.0, 6.0),)).wrong != {}
@@ -102,7 +102,7 @@ def test_an_effect_too_few_and_an_effect_too_many_have_no_excuse(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["never:4", "hopeless:3", "plain:11"])
-def test_an_effect_of_what_was_rolled_back_has_no_excuse(name: str) -> None:
+def test_an_effect_of_a_rollback_has_no_excuse(name: str) -> None:
     assert verdict_of(name) == {"excess": [name]}
 
 

@@ -27,7 +27,7 @@ def test_both_brokers_say_when_they_are_healthy_and_the_worker_waits_for_it(comp
         assert services["worker"]["depends_on"][broker] == {"condition": "service_healthy"}
 
 
-def test_what_the_servers_keep_is_in_named_volumes(compose: dict[str, Any]) -> None:
+def test_the_data_of_the_servers_is_in_named_volumes(compose: dict[str, Any]) -> None:
     named = set(compose["volumes"])
     for server in ("redis", "rabbitmq", "postgresql", "mariadb"):
         assert {volume.partition(":")[0] for volume in compose["services"][server]["volumes"]} <= named

@@ -8,7 +8,7 @@ from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.delivery.delivery import RUNNING, Delivery, current
 
 
-def test_a_timeout_that_somebody_makes_with_a_text_says_that_and_nothing_of_the_job():
+def test_a_timeout_exceeded_made_with_a_text_shows_only_the_text():
     delivery = Delivery(None, Message("default", "job", (), {}, {}))
     delivery.stage, delivery.started, delivery.timeout_ms = RUNNING, 0.0, 50.0
     token = current.set(delivery)

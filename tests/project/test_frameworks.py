@@ -52,7 +52,7 @@ def test_django_s_own_runner_passes_the_tests_of_the_django_example():
     assert "\nOK" in done.stderr
 
 
-def test_without_django_its_module_says_what_to_install():
+def test_the_django_module_without_django_says_what_to_install():
     code = (
         "import sys; sys.modules['django'] = None\n"
         "try:\n    import dramatiq_policies.contrib.django\n"

@@ -272,7 +272,7 @@ def test_no_body_and_no_option_ends_a_thread_and_each_delivery_has_one_outcome(p
 
 
 @fuzzed(100, carried=anything | past, retries=anything, failed=st.booleans())
-def test_what_a_message_carries_of_its_past_is_read_or_taken_as_absent(carried, retries, failed):
+def test_the_history_in_a_message_is_read_or_taken_as_absent(carried, retries, failed):
     options = {POLICIES: carried, "retries": retries, **({"failure": None} if failed else {})}
     history = History(options)
     assert attempt_of(options) == history.attempt >= 1
@@ -304,7 +304,7 @@ def records():
 
 
 @fuzzed(150, data=records() | st.binary(max_size=20), left=st.integers(), run=st.integers(0), mine=st.booleans())
-def test_a_record_of_anybody_s_is_read_and_decided_on_or_reported_as_unknown(data, left, run, mine):
+def test_any_record_is_read_and_decided_on_or_reported_as_unknown(data, left, run, mine):
     try:
         record = Record.decode(data)
     except UnknownRecord:
@@ -314,7 +314,7 @@ def test_a_record_of_anybody_s_is_read_and_decided_on_or_reported_as_unknown(dat
 
 
 @fuzzed(100, body=bodies | raw_bodies)
-def test_a_dead_letter_of_anybody_s_can_be_listed_shown_and_replayed(letters_of, body):
+def test_any_dead_letter_can_be_listed_shown_and_replayed(letters_of, body):
     letter = read_dead_letter(letters_of, "default", Item(body, 5, None))
     json.dumps([letter.row(), letter.asdict(), letter.asdict(args=True)])
     assert oldest([body], 5) >= 0
@@ -347,7 +347,7 @@ class TooMany(Exception):
 
 
 @fuzzed(150, asked=objects, headers=objects | st.builds(lambda value: {"Retry-After": value}, objects))
-def test_whatever_the_other_side_says_the_wait_is_within_its_bounds(asked, headers):
+def test_a_wait_asked_for_by_a_server_is_within_its_bounds(asked, headers):
     error = TooMany()
     error.retry_after, error.headers, error.response = asked, headers, headers
     wait = retry_after()
@@ -355,7 +355,7 @@ def test_whatever_the_other_side_says_the_wait_is_within_its_bounds(asked, heade
 
 
 @fuzzed(100, returned=objects)
-def test_whatever_a_wait_returns_dramatiq_can_wait_as_long(returned):
+def test_any_answer_of_a_wait_is_a_delay_that_dramatiq_can_wait(returned):
     assert 0 <= safe_wait(lambda attempt, exception: returned, 1, TooMany()) <= WEEK_MS
 
 
@@ -402,7 +402,7 @@ built = st.sampled_from(ARGUMENTS).flatmap(
 
 
 @fuzzed(200, one=built)
-def test_what_is_built_with_rubbish_is_a_configuration_error(one):
+def test_a_middleware_built_with_rubbish_is_a_configuration_error(one):
     what, arguments = one
     said = None
     try:

@@ -92,7 +92,7 @@ def test_the_root_holds_only_the_vocabulary_and_install():
     assert len([module for module, path in MODULES.items() if path.parent == PACKAGE]) <= 12
 
 
-def test_each_package_says_what_it_is_for():
+def test_each_package_states_its_purpose():
     packages = [path for path in MODULES.values() if path.name == "__init__.py"]
     assert [str(path) for path in packages if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
@@ -157,7 +157,7 @@ assert vars(dramatiq_policies)["Threshold"] is Threshold
 """
 
 
-def test_what_a_broker_has_not_is_not_imported_and_yet_a_name_like_any_other():
+def test_a_module_of_an_optional_client_is_imported_on_first_use_of_its_name():
     done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

@@ -248,7 +248,7 @@ def test_the_url_chooses_the_broker(app, url, kind):
     assert type(app.make_broker(url)).__name__ == kind
 
 
-def test_a_url_that_chooses_none_says_what_was_expected(app):
+def test_a_url_of_an_unknown_kind_names_the_expected_kinds(app):
     with pytest.raises(ValueError, match="expected redis://, amqp:// or stub://, got 'kafka://x'"):
         app.make_broker("kafka://x")
 

@@ -123,12 +123,12 @@ def client(proxy: Proxy) -> Iterator[Client]:
         yield client
 
 
-def test_passes_everything_both_ways(client: Client, proxy: Proxy) -> None:
+def test_a_proxy_passes_everything_both_ways(client: Client, proxy: Proxy) -> None:
     assert client.ask(b"hello\n") == b"hello\n"
     assert (proxy.connections, proxy.accepted, proxy.cuts) == (1, 1, 0)
 
 
-def test_passes_on_more_than_fits_into_any_buffer(client: Client) -> None:
+def test_a_proxy_passes_on_more_than_fits_into_any_buffer(client: Client) -> None:
     line = os.urandom(8_000_000).replace(b"\n", b"-") + b"\n"
     answers: list[bytes] = []
     reader = threading.Thread(target=lambda: answers.append(client.file.readline()))
@@ -138,7 +138,7 @@ def test_passes_on_more_than_fits_into_any_buffer(client: Client) -> None:
     assert answers == [line]
 
 
-def test_passes_on_the_end_of_one_direction_and_still_the_answers(
+def test_a_proxy_passes_on_the_end_of_one_direction_and_still_the_answers(
     client: Client, proxy: Proxy, server: EchoServer
 ) -> None:
     client.send(b"last words\n")
@@ -232,7 +232,7 @@ def test_a_client_that_gives_up_while_stalled_is_heard_of_at_resume(proxy: Proxy
     server.wait_for(heard=[b"never mind\n"], connections=0)
 
 
-def test_cut_ends_a_stalled_connection_and_drops_what_it_held(client: Client, proxy: Proxy, server: EchoServer) -> None:
+def test_cut_ends_a_stalled_connection_and_drops_its_bytes(client: Client, proxy: Proxy, server: EchoServer) -> None:
     assert client.ask(b"before\n") == b"before\n"
     proxy.stall()
     client.send(b"held\n")
@@ -310,7 +310,7 @@ def test_cut_when_cuts_only_the_connection_that_matches(client: Client, proxy: P
     assert client.ask(b"publish\n") == b"publish\n"  # once, unless told otherwise
 
 
-def test_cut_when_finds_what_is_spread_over_chunks(client: Client, proxy: Proxy) -> None:
+def test_cut_when_finds_a_match_spread_over_chunks(client: Client, proxy: Proxy) -> None:
     trap = proxy.cut_when(b"publish\n")
     for byte in b"publish":
         client.send(bytes([byte]))
@@ -320,7 +320,7 @@ def test_cut_when_finds_what_is_spread_over_chunks(client: Client, proxy: Proxy)
     client.assert_reset()
 
 
-def test_cut_when_skips_and_repeats_as_told(proxy: Proxy, server: EchoServer) -> None:
+def test_cut_when_skips_and_repeats(proxy: Proxy, server: EchoServer) -> None:
     proxy.cut_when(b"go", skip=1, times=2)
     with Client(proxy) as first, Client(proxy) as second, Client(proxy) as third:
         assert first.ask(b"go\n") == b"go\n"
@@ -437,7 +437,7 @@ def test_many_connections_and_cuts_leave_no_thread_and_no_socket(server: EchoSer
         sleep(0.01)
 
 
-def test_closing_resets_what_is_open_and_frees_the_port(server: EchoServer) -> None:
+def test_closing_resets_open_connections_and_frees_the_port(server: EchoServer) -> None:
     proxy = Proxy("127.0.0.1", server.port)
     with Client(proxy) as client:
         assert client.ask(b"hello\n") == b"hello\n"

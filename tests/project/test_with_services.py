@@ -167,14 +167,14 @@ def test_a_url_from_the_environment_comes_first(
         assert url == "fake://elsewhere"
 
 
-def test_then_the_server_on_the_standard_port(script: ModuleType, fake: Fake, on_path) -> None:
+def test_the_server_on_the_standard_port_is_taken_next(script: ModuleType, fake: Fake, on_path) -> None:
     on_path("fake-server", "")
     with script.service(fake.service._replace(answers=lambda port: port == 1)) as url:
         assert url == "fake://127.0.0.1:1"
     assert fake.events == []
 
 
-def test_then_a_private_one_which_is_stopped_at_the_end(script: ModuleType, fake: Fake, on_path) -> None:
+def test_a_private_server_is_started_next_and_stopped_at_the_end(script: ModuleType, fake: Fake, on_path) -> None:
     on_path("fake-server", "")
     with script.service(fake.service) as url:
         assert url == "fake://127.0.0.1:2"
@@ -200,7 +200,7 @@ def test_of_several_versions_the_newest_is_taken(script: ModuleType, fake: Fake,
     assert wanted.binary() == f"{tmp_path}/10/fake-server"
 
 
-def test_private_takes_nobody_elses_server(
+def test_private_takes_no_server_of_others(
     script: ModuleType, fake: Fake, on_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_path("fake-server", "")
@@ -209,7 +209,7 @@ def test_private_takes_nobody_elses_server(
         assert url == "fake://127.0.0.1:2"
 
 
-def test_then_root_installs_it_without_starting_the_service(
+def test_root_installs_a_server_next_without_starting_the_service(
     script: ModuleType, fake: Fake, on_path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy-rc.d"
@@ -226,7 +226,7 @@ def test_then_root_installs_it_without_starting_the_service(
     assert not policy.exists()
 
 
-def test_then_docker_starts_one_on_a_free_port_and_removes_it_with_its_volumes(
+def test_docker_starts_a_server_next_on_a_free_port_and_removes_it_with_its_volumes(
     script: ModuleType, fake: Fake, on_path
 ) -> None:
     calls = on_path(
@@ -246,7 +246,7 @@ def test_then_docker_starts_one_on_a_free_port_and_removes_it_with_its_volumes(
     assert (calls.parent / "bin" / "docker.profiles").read_text() == "databases\n"
 
 
-def test_then_it_says_in_one_sentence_what_to_install(script: ModuleType, fake: Fake, on_path) -> None:
+def test_the_last_resort_is_one_sentence_about_the_installation(script: ModuleType, fake: Fake, on_path) -> None:
     on_path("docker", "exit 1")
     with pytest.raises(script.Unavailable) as error, script.service(fake.service):
         pytest.fail("there is none")

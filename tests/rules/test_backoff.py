@@ -120,7 +120,7 @@ def test_nothing_is_too_large_to_be_bounded_by_a_week():
         assert bounds_of(wait, 10**6)[1] == WEEK_MS
 
 
-def test_what_is_drawn_lies_within_the_bounds():
+def test_a_drawn_wait_lies_within_the_bounds():
     for chance in (0.0, 0.5, 0.999):
         wait = exponential(initial=1_000, maximum=4_000, random=lambda: chance)  # noqa: B023
         assert [wait.bounds(attempt) for attempt in (1, 2, 3, 4)] == [
@@ -260,7 +260,7 @@ def test_the_errors_own_headers_count_where_it_has_no_response():
 
 
 @pytest.mark.parametrize("nothing", ["nan", float("nan"), float("inf"), "inf", True])
-def test_what_is_no_length_of_time_is_not_asked_for(nothing):
+def test_a_retry_after_that_is_no_length_of_time_is_ignored(nothing):
     assert retry_after(fallback=7)(1, asking(nothing)) == 7
 
 
@@ -268,7 +268,7 @@ def test_a_time_in_a_zone_that_is_none_is_not_asked_for():
     assert retry_after(fallback=7)(1, asking(NOW.replace(tzinfo=tzinfo()))) == 7
 
 
-def test_what_is_unreadable_in_one_place_is_looked_for_in_the_next():
+def test_a_retry_after_unreadable_in_one_place_is_looked_for_in_the_next():
     error = asked_by_header({"Retry-After": "3"})
     error.retry_after = "when it suits you"
     assert retry_after(jitter=0)(1, error) == 3_000
@@ -377,11 +377,11 @@ def test_a_coroutine_function_is_known_through_partials_and_objects():
 
 
 @pytest.mark.parametrize("wait", [exponential, polynomial])
-def test_waits_are_equal_whatever_their_source_of_randomness(wait):
+def test_two_waits_with_different_sources_of_randomness_are_equal(wait):
     one, other = wait(random=lambda: 0.0), wait(random=lambda: 1.0)
     assert (one, hash(one), repr(one)) == (other, hash(other), repr(other))
     assert wait(jitter=0.1) != wait(jitter=0.2)
 
 
-def test_waits_are_equal_whatever_their_clock():
+def test_two_waits_with_different_clocks_are_equal():
     assert retry_after(now=lambda: NOW) == retry_after()

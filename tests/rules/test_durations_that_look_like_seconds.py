@@ -82,12 +82,12 @@ def test_an_actors_option_that_looks_like_seconds_is_a_warning_that_names_it(opt
         (lambda: Threshold(oldest=300, stalled=60), 2),
     ],
 )
-def test_so_is_an_argument_of_a_wait_a_policy_or_a_middleware(declare, count, caplog):
+def test_an_argument_that_looks_like_seconds_is_doubted(declare, count, caplog):
     declare()
     assert len(warnings(caplog)) == count
 
 
-def test_a_timedelta_nothing_and_what_is_plausible_is_taken_as_declared(caplog):
+def test_a_timedelta_a_none_or_a_plausible_number_is_taken_as_declared(caplog):
     constant(0)
     constant(timedelta(milliseconds=5))
     exponential(initial=timedelta(milliseconds=20), maximum=timedelta(seconds=1))
@@ -106,7 +106,7 @@ def test_a_timedelta_nothing_and_what_is_plausible_is_taken_as_declared(caplog):
 
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit", "max_age", "min_backoff", "max_backoff", "result_ttl"])
-def test_so_is_an_option_of_a_message_once_per_actor(option, caplog):
+def test_an_option_of_a_message_that_looks_like_seconds_is_doubted_once_per_actor(option, caplog):
     stage = Stage(middleware=[Results(backend=StubBackend())])
     pay = stage.actor(lambda: None, actor_name="pay")
     pay.send_with_options(**{option: 30})
@@ -126,7 +126,7 @@ def test_a_timedelta_of_a_message_is_taken_as_sent(option, caplog):
 
 
 @pytest.mark.parametrize("verdict", [Snooze, lambda delay: Retry(delay=delay)], ids=["Snooze", "Retry"])
-def test_so_is_the_delay_of_a_snooze_or_a_retry_once_per_actor(verdict, caplog):
+def test_a_delay_of_a_snooze_or_a_retry_that_looks_like_seconds_is_doubted_once_per_actor(verdict, caplog):
     stage = Stage()
 
     def wait_for_the_bank(delays=[60, 60]):  # noqa: B006 - the runs share the list
@@ -155,7 +155,7 @@ def test_a_snooze_of_a_timedelta_is_taken_as_raised(caplog):
 @pytest.mark.parametrize(
     ("answer", "count"), [(lambda attempt: 2**attempt, 1), (lambda attempt: timedelta(milliseconds=2**attempt), 0)]
 )
-def test_so_is_the_answer_of_a_wait_of_your_own_once_per_wait(answer, count, caplog):
+def test_an_answer_of_a_custom_wait_that_looks_like_seconds_is_doubted_once_per_wait(answer, count, caplog):
     stage = Stage(unclassified=RetryPolicy(attempts=4, wait=lambda attempt, error: answer(attempt)))
     stage.actor(lambda: 1 / 0, actor_name="pay").send()
     drain(stage.broker)

@@ -102,7 +102,7 @@ def test_a_rules_id_is_its_class_and_stays_when_others_come_and_go():
     assert alone == among == f"{__name__}.Left"
 
 
-def test_two_lambdas_on_one_class_are_told_apart():
+def test_two_lambdas_on_one_class_are_two_rules():
     ids = [r.id for r in actor_rules(retry_on=(when(Left, lambda e: True), when(Left, lambda e: False)))]
     assert len(set(ids)) == 2
 
@@ -197,7 +197,7 @@ def test_an_actor_and_the_broker_may_name_one_class():
         (5, "subclass of Exception"),
     ],
 )
-def test_what_is_no_exception_class_is_told_what_to_write_instead(declared, advice):
+def test_the_error_of_a_rule_without_an_exception_class_shows_a_correct_rule(declared, advice):
     with pytest.raises(ConfigurationError) as caught:
         actor_rules(retry_on=declared)
     assert advice in str(caught.value)
@@ -264,7 +264,7 @@ def test_a_policy_takes_timedeltas_and_plain_milliseconds():
     assert policy.max_elapsed == 60_000
 
 
-def test_a_predicate_that_does_not_say_what_it_takes_is_taken():
+def test_a_predicate_without_a_signature_is_taken():
     class Odd:
         __signature__ = "(error)"
 
@@ -275,7 +275,7 @@ def test_a_predicate_that_does_not_say_what_it_takes_is_taken():
         when(Left, predicate)
 
 
-def test_a_predicate_is_judged_by_its_decorator_not_by_what_that_wraps():
+def test_a_predicate_is_judged_by_its_decorator_and_not_by_the_wrapped_function():
     def with_client(fn):
         @functools.wraps(fn)
         def wrapper(error):
@@ -300,7 +300,7 @@ def test_policies_are_values_that_can_be_pickled():
 # Which one wins.
 
 
-def test_an_error_that_nobody_names_has_no_rule():
+def test_an_error_without_a_declaration_has_no_rule():
     assert verb_for(KeyError(), actor_rules(retry_on=OSError)) is None
     assert verb_for(KeyError()) is None
     assert RuleSet().match_leaf(KeyError()) is None
@@ -373,7 +373,7 @@ def test_predicates_on_one_class_are_tried_in_the_order_of_their_declaration_and
     assert tried == ["first", "second", "third"]
 
 
-def test_what_is_tried_for_a_class_is_known_in_its_order_and_ends_with_a_bare_class():
+def test_the_rules_tried_for_a_class_are_in_order_and_end_with_a_bare_class():
     own = actor_rules(retry_on=Base, discard_on=when(Left, lambda e: False), alert_on=Exception)
     tried = RuleSet(own, broker_rules(retry_on=when(Left, lambda e: False))).tried(Both)
     assert [(rule.owner, rule.verb, rule.target) for rule in tried] == [
@@ -390,7 +390,7 @@ def test_the_order_for_a_class_is_worked_out_once():
     assert rules.tried(Left) is left
 
 
-def test_classes_made_on_the_fly_do_not_pile_up():
+def test_generated_classes_do_not_accumulate():
     rules = RuleSet(actor_rules(discard_on=Left))
     for number in range(2_500):
         assert rules.match(type(f"Left{number}", (Left,), {})()).verb is Verb.DISCARD
@@ -409,7 +409,7 @@ def test_rules_that_never_decide_are_known():
     ]
 
 
-def test_an_exception_rule_does_not_catch_what_is_no_exception():
+def test_an_exception_rule_does_not_catch_a_base_exception():
     assert verb_for(KeyboardInterrupt(), actor_rules(retry_on=Exception)) is None
 
 

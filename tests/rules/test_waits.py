@@ -99,7 +99,7 @@ def test_a_declared_wait_that_is_longer_than_dramatiq_can_wait_is_logged_when_it
     assert "exceeds 7 days" in caplog.text
 
 
-def test_a_wait_of_up_to_seven_days_is_not_said(caplog):
+def test_a_wait_of_up_to_seven_days_is_not_logged(caplog):
     constant(WEEK_MS)
     exponential(maximum=timedelta(days=7))
     assert clamped_wait(WEEK_MS, "This wait") == WEEK_MS

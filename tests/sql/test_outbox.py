@@ -646,7 +646,7 @@ def test_a_wrong_argument_is_refused(engine, options, expected):
         SqlOutbox(engine, **options)
 
 
-def test_what_is_no_engine_is_refused():
+def test_an_object_that_is_no_engine_is_refused():
     with pytest.raises(ConfigurationError, match="SqlOutbox: engine: expected an Engine or AsyncEngine of SQLAlchemy"):
         SqlOutbox("sqlite://")
 
@@ -667,7 +667,7 @@ def test_the_option_of_an_actor_is_checked_at_its_declaration(shop, value):
 
 
 @pytest.mark.parametrize("wrong", [None, "session", sessionmaker()])
-def test_what_is_no_session_is_refused(shop, wrong):
+def test_an_object_that_is_no_session_is_refused(shop, wrong):
     expected = r"SqlOutbox.within\(\): session: expected a Session, an AsyncSession or a Connection"
     with pytest.raises(ConfigurationError, match=expected):
         shop.outbox.within(wrong)
@@ -711,7 +711,7 @@ def test_another_engine_of_the_same_database_will_do(shop):
         ("mysql+pymysql://localhost/shop", "postgresql+psycopg://localhost/shop", False),
     ],
 )
-def test_databases_are_told_apart_by_kind_host_port_and_name(one, other, same):
+def test_databases_differ_by_kind_host_port_and_name(one, other, same):
     def engine(url):
         # Nothing connects here.
         return create_async_engine(url) if "asyncpg" in url else sa.create_engine(url)
@@ -757,7 +757,7 @@ def test_without_transactions_there_is_no_block(shop):
     assert shop.queued() == []
 
 
-def test_a_missing_table_is_logged_with_what_to_do(tmp_path):
+def test_a_missing_table_is_logged_with_advice(tmp_path):
     shop = Shop(sa.create_engine(f"sqlite:///{tmp_path}/empty.db"))
     expected = r"The outbox has no table: call create_tables\(engine\)"
     with (

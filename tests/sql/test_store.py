@@ -50,7 +50,7 @@ def count(engine):
 
 
 @pytest.mark.parametrize("wrong", [None, "sqlite://", metadata])
-def test_what_is_no_engine_is_refused(wrong):
+def test_an_object_that_is_no_engine_is_refused(wrong):
     with pytest.raises(ConfigurationError, match="SqlStore: engine: expected an Engine or AsyncEngine"):
         SqlStore(wrong)
 

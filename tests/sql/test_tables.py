@@ -37,7 +37,7 @@ def test_metadata_has_nothing_else():
 
 
 @pytest.mark.parametrize("wrong", ["sqlite:///tables.db", None, metadata])
-def test_what_is_no_engine_is_refused(wrong):
+def test_an_object_that_is_no_engine_is_refused(wrong):
     with pytest.raises(ConfigurationError, match="expected an Engine or AsyncEngine of SQLAlchemy"):
         create_tables(wrong)
 

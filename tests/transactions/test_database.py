@@ -85,7 +85,7 @@ KINDS = {
 
 @pytest.mark.parametrize("wrap", WRAPPED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_error_is_told_from_the_others_however_wrapped(kind, wrap):
+def test_each_kind_of_error_is_recognised_however_wrapped(kind, wrap):
     for other, errors in KINDS.items():
         for error in errors:
             assert kind(wrap(error)) is (kind is other), error

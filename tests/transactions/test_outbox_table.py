@@ -56,7 +56,7 @@ def test_a_lease_that_is_renewed_begins_anew(office):
     assert office.run(office.table.has_due)
 
 
-def test_a_row_that_is_due_belongs_to_nobody(office):
+def test_a_row_that_is_due_has_no_owner(office):
     office.insert(due=True)
     (row,) = office.rows()
     assert not row.is_leased

@@ -132,7 +132,7 @@ def test_a_deletion_that_fails_is_tried_again_so_that_no_message_is_published_tw
     assert (office.queued(), office.rows()) == ([1], [])
 
 
-def test_whoever_waits_is_told_once_it_is_done_or_at_once():
+def test_a_waiting_caller_is_notified_when_the_publication_is_done():
     ticket, told = Ticket(Written()), []
     ticket.call_when_done(lambda: 1 / 0)
     ticket.call_when_done(lambda: told.append("later"))
@@ -147,7 +147,7 @@ def test_owners_are_never_the_same():
     assert max(map(len, owners)) <= 64
 
 
-def test_rows_are_handed_over_once(office):
+def test_rows_are_published_once(office):
     rows = of(office, 1)
     assert office.outbox.after_commit(rows) is None  # inline, on a StubBroker
     assert office.outbox.after_commit(rows) is None
@@ -160,6 +160,6 @@ def test_a_commit_never_raises(office, monkeypatch, caplog):
     assert "could not be published at once" in caplog.text
 
 
-def test_a_scope_says_what_it_needs(office):
+def test_a_scope_states_its_requirements(office):
     with pytest.raises(NotImplementedError):
         Scope().add(office.outbox, [])

@@ -263,7 +263,7 @@ def test_a_batch_that_was_taken_ahead_is_published_at_the_shutdown(office, overl
     assert [row.is_leased for row in office.rows()] == [False, False]
 
 
-def test_one_batch_by_hand_takes_nothing_ahead(office, overlapping):
+def test_a_single_batch_by_hand_takes_nothing_ahead(office, overlapping):
     for number in range(4):
         office.insert(number, due=True)
     assert overlapping.relay() == (2, None)

@@ -99,7 +99,7 @@ def test_a_connection_that_comes_after_its_caller_has_given_up_is_severed_at_onc
     assert severed.wait(10)
 
 
-def test_work_that_nobody_waits_for_any_more_does_not_begin():
+def test_work_whose_caller_has_given_up_does_not_begin():
     threads, release, begun = DatabaseThreads("one", 1), threading.Event(), []
     blocker = threading.Thread(target=lambda: threads.call(lambda call: release.wait(10), soon()))
     blocker.start()
