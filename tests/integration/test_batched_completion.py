@@ -177,7 +177,9 @@ def test_no_job_begins_before_the_last_one_of_its_thread_is_remembered(
     assert set(found) == {"completed"}
 
 
-def test_a_worker_that_stops_with_work_in_hand_sends_what_was_posted(make_shop: Callable[..., Shop]) -> None:
+def test_a_worker_that_stops_with_prefetched_messages_sends_its_posted_completions(
+    make_shop: Callable[..., Shop],
+) -> None:
     shop = make_shop()
     ran = []
 
@@ -198,7 +200,7 @@ def test_a_worker_that_stops_with_work_in_hand_sends_what_was_posted(make_shop: 
     assert sorted(message.args[0] for message in shop.place.left()) == [2, 3]
 
 
-def test_a_thread_that_is_stopped_between_two_jobs_sends_what_it_has_posted(
+def test_a_thread_stopped_between_two_jobs_sends_its_posted_completion(
     make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = make_shop()
@@ -281,7 +283,7 @@ def test_a_connection_that_is_lost_under_a_completion(
 
 
 @pytest.mark.parametrize("hook", ["before_process_message", "after_ack"])
-def test_nothing_is_posted_past_a_hook_of_the_users(
+def test_no_completion_is_posted_past_a_hook_of_the_users(
     make_shop: Callable[..., Shop], hook: str, batcher: list[Any]
 ) -> None:
     shop = make_shop(type("Own", (dramatiq.Middleware,), {hook: lambda self, *args: None})())
@@ -290,7 +292,7 @@ def test_nothing_is_posted_past_a_hook_of_the_users(
     assert {len(trip) for trip in batcher} == {1}
 
 
-def test_who_is_told_of_successes_is_told_by_the_thread_that_had_them(
+def test_a_listener_of_successes_is_called_on_the_thread_of_the_job(
     make_shop: Callable[..., Shop], batcher: list[Any]
 ) -> None:
     shop = make_shop(on_outcome=lambda event: None)
@@ -299,7 +301,7 @@ def test_who_is_told_of_successes_is_told_by_the_thread_that_had_them(
     assert {len(trip) for trip in batcher} == {1}
 
 
-def test_on_one_redis_the_ack_rides_along(redis_place: RedisPlace, batcher: list[Any]) -> None:
+def test_a_completion_on_the_broker_s_redis_carries_the_ack(redis_place: RedisPlace, batcher: list[Any]) -> None:
     broker = redis_place.broker()
     store = RedisStore.beside(broker.client, namespace=f"{redis_place.namespace}:idem-{uuid.uuid4().hex}")
     shop = Shop(redis_place, store, [])

@@ -80,7 +80,7 @@ def test_a_lost_answer_is_asked_for_again(place):
     assert isinstance(place, RabbitmqPlace) or found == [0, 1, 2]
 
 
-def test_a_broker_that_is_down_is_told_from_one_that_refuses(place):
+def test_a_broker_that_is_down_differs_from_one_that_refuses(place):
     with Proxy.before(place.url) as proxy:
         batch = batch_on(place, proxy.url)
         batch.publish([encoded(batch, 0)])

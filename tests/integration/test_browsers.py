@@ -25,7 +25,7 @@ def args_of(items: Iterator[Item]) -> list[Any]:
 # Redis: a pile is what lay there when it was looked at first.
 
 
-def test_dead_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_place: RedisPlace) -> None:
+def test_a_browser_passes_over_dead_letters_that_others_take_or_add_meanwhile(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 4)
     letters, client = redis_place.key(f"{redis_place.queue}.XQ"), redis_place.client
@@ -39,7 +39,7 @@ def test_dead_letters_that_others_take_or_add_meanwhile_are_passed_over(redis_pl
         assert args_of(iter(pile)) == [0, 3]
 
 
-def test_dead_letters_that_others_take_all_of_meanwhile_are_none(redis_place: RedisPlace) -> None:
+def test_a_browser_lists_nothing_after_others_have_taken_all_dead_letters(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 2)
     with browse(app.broker, redis_place.queue, dead=True) as pile:
@@ -47,7 +47,7 @@ def test_dead_letters_that_others_take_all_of_meanwhile_are_none(redis_place: Re
         assert args_of(iter(pile)) == []
 
 
-def test_a_dead_letter_that_somebody_else_replays_first_is_not_sent_again(redis_place: RedisPlace) -> None:
+def test_a_dead_letter_that_another_process_replays_first_is_not_sent_again(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     app.broker.declare_queue(redis_place.queue)
     bury(redis_place, app, 1)
@@ -158,7 +158,7 @@ def test_holes_of_a_move_that_was_killed_are_no_messages(redis_place: RedisPlace
 
 
 @pytest.mark.parametrize("read", [iter, lambda pile: pile.read_all()], ids=["one by one", "all at once"])
-def test_dead_letters_that_somebody_else_has_in_hand_are_left_to_them(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
+def test_a_dead_letter_that_another_consumer_holds_is_left_to_it(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
     app = rabbitmq_place.app()
     bury(rabbitmq_place, app, 3)
     with browse(app.broker, rabbitmq_place.queue, dead=True) as pile:
@@ -168,7 +168,7 @@ def test_dead_letters_that_somebody_else_has_in_hand_are_left_to_them(rabbitmq_p
     rabbitmq_place.channel.basic_recover(requeue=True)
 
 
-def test_a_queue_that_nobody_declared_takes_no_replay_and_the_dead_letter_stays(rabbitmq_place: RabbitmqPlace) -> None:
+def test_an_undeclared_queue_takes_no_replay_and_the_dead_letter_stays(rabbitmq_place: RabbitmqPlace) -> None:
     app = rabbitmq_place.app()
     bury(rabbitmq_place, app, 1)
     with (
@@ -191,7 +191,7 @@ def exclusive(rabbitmq_place: RabbitmqPlace) -> Iterator[App]:
         yield app
 
 
-def test_what_the_server_refuses_to_show_is_one_sentence(rabbitmq_place: RabbitmqPlace, exclusive: App) -> None:
+def test_a_queue_that_the_server_refuses_to_show_is_one_sentence(rabbitmq_place: RabbitmqPlace, exclusive: App) -> None:
     with pytest.raises(
         ops.OperationError, match=r"RabbitMQ closed the connection \(ChannelClosedByBroker: RESOURCE_LOCKED"
     ):

@@ -25,7 +25,7 @@ def limited_to_one(url: str) -> redis.ConnectionPool:
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-def test_a_pool_of_one_connection_starves_nobody(redis_place: RedisPlace, keyed: bool) -> None:
+def test_a_pool_of_one_connection_starves_no_thread(redis_place: RedisPlace, keyed: bool) -> None:
     client = redis.Redis(connection_pool=pool_of_one(redis_place.url))
     store = RedisStore(redis.Redis(connection_pool=pool_of_one(redis_place.url)), namespace=f"{redis_place.queue}:idem")
     broker = RedisBroker(client=client, namespace=redis_place.namespace)

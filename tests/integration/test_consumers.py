@@ -61,7 +61,7 @@ def test_an_error_of_the_socket_is_a_lost_connection(redis_place: RedisPlace, mo
     assert redis_place.left() == []
 
 
-def test_a_worker_that_redis_refuses_permanently_outside_the_command_is_told_to_be_stopped(
+def test_a_worker_outside_the_command_that_redis_refuses_permanently_logs_that_it_must_be_stopped(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = redis_place.app()
@@ -102,7 +102,7 @@ def test_an_id_that_is_no_string_is_dead_raw(redis_place: RedisPlace) -> None:
     assert redis_place.dead_bodies() == [body]
 
 
-def test_what_can_t_be_read_returns_from_a_dead_worker_as_it_was(redis_place: RedisPlace) -> None:
+def test_an_unreadable_message_returns_from_a_dead_worker_unchanged(redis_place: RedisPlace) -> None:
     dead = redis_place.broker()
     dead.heartbeat_timeout = 1_000
     dead.declare_queue(redis_place.queue)
@@ -117,7 +117,7 @@ def test_what_can_t_be_read_returns_from_a_dead_worker_as_it_was(redis_place: Re
     assert redis_place.dead_bodies() == [b"not json"]
 
 
-def test_where_the_store_is_not_on_the_broker_s_redis_a_completion_does_not_ack(redis_place: RedisPlace) -> None:
+def test_a_completion_on_another_redis_carries_no_ack(redis_place: RedisPlace) -> None:
     app = redis_place.app(idempotency=Idempotency(MemoryStore()))
     consumer, _ = taken(app)
     keeper = SimpleNamespace(store=MemoryStore(), completion=lambda claim: ("the", claim))
@@ -174,7 +174,7 @@ def test_a_call_that_can_not_be_sent_fails_alone(
 # RabbitMQ.
 
 
-def test_a_message_that_somebody_has_failed_and_whose_ack_is_lost_is_a_dead_letter_once(
+def test_a_message_failed_by_another_middleware_whose_ack_is_lost_is_a_dead_letter_once(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = rabbitmq_place.app()

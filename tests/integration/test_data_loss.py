@@ -79,7 +79,7 @@ def test_messages_of_an_emptied_redis_are_one_error_with_their_number(
     assert f"Redis no longer has 4 messages of queue {redis_place.queue!r}" in line
 
 
-def test_an_emptied_redis_under_load_is_one_error_a_queue_and_what_comes_later_is_none(
+def test_an_emptied_redis_under_load_is_one_error_a_queue_and_later_messages_are_none(
     redis_place: RedisPlace, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = redis_place.app(idempotency=Idempotency(lease=2_000))

@@ -234,7 +234,7 @@ def test_due_messages_whose_queue_was_deleted_are_moved_to_one_declared_again(ra
     assert rabbitmq_place.left() == []
 
 
-def test_what_a_worker_holds_without_its_body_counts_as_delayed(rabbitmq_place: RabbitmqPlace) -> None:
+def test_a_message_held_without_its_body_counts_as_delayed(rabbitmq_place: RabbitmqPlace) -> None:
     app = rabbitmq_place.app()
     send_far(app, 4 * IN_HAND)
     with app.working(1):
@@ -272,7 +272,7 @@ def index_of(place: RedisPlace) -> int:
     return place.client.zcard(place.key(f"__delayed__.{place.queue}.DQ"))
 
 
-def test_any_worker_runs_what_another_has_left_to_the_index(redis_place: RedisPlace) -> None:
+def test_any_worker_runs_the_messages_that_another_has_left_to_the_index(redis_place: RedisPlace) -> None:
     killed, other = redis_place.app(), redis_place.app()
     ran = []
     for app in (killed, other):
@@ -370,7 +370,7 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch, *commands: str) -> None:
     monkeypatch.setattr(DelayIndex, "_run", losing)
 
 
-def test_what_was_flushed_out_of_the_index_never_runs(redis_place: RedisPlace) -> None:
+def test_a_message_flushed_out_of_the_index_never_runs(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     ran: list[int] = []
     job = app.actor(ran.append, actor_name="job")
@@ -384,7 +384,7 @@ def test_what_was_flushed_out_of_the_index_never_runs(redis_place: RedisPlace) -
     assert redis_place.unacked() == 0
 
 
-def test_a_time_beyond_what_redis_can_compare_waits_in_the_index(redis_place: RedisPlace) -> None:
+def test_a_due_time_beyond_the_range_of_redis_waits_in_the_index(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     app.actor(lambda: None, actor_name="job")
     app.broker.declare_queue(redis_place.queue)

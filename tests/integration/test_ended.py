@@ -213,7 +213,7 @@ def test_two_messages_alike_both_run_although_one_connection_is_lost(rabbitmq_pl
 
 
 @pytest.mark.parametrize("ending", ["succeeds", "is retried", "is dead"])
-def test_what_was_given_to_another_meanwhile_and_comes_back_does_not_run_here_again(
+def test_a_reassigned_message_that_comes_back_does_not_run_in_the_same_process_again(
     redis_place: RedisPlace, ending: str
 ) -> None:
     broker = RedisBroker(url=redis_place.url, namespace=redis_place.namespace)

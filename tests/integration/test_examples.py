@@ -40,7 +40,7 @@ def work(broker: Any) -> None:
         worker.stop()
 
 
-def test_orders_are_paid_once_and_what_is_rolled_back_leaves_nothing(shop: Any) -> None:
+def test_orders_are_paid_once_and_a_rollback_leaves_nothing(shop: Any) -> None:
     testclient = pytest.importorskip("fastapi.testclient")
     with testclient.TestClient(shop.app) as client:
         first = client.post("/orders", params={"email": "ada@example.com", "total": 12}).json()["order"]

@@ -21,7 +21,7 @@ def test_a_redis_broker_works_in_its_namespace(
     used["namespace"] = redis_namespace
 
 
-def test_and_the_next_test_finds_it_emptied_but_for_a_neighbour(redis_client: redis.Redis) -> None:
+def test_the_namespace_of_the_test_before_is_empty_but_for_a_neighbour(redis_client: redis.Redis) -> None:
     assert redis_client.keys(f"{used['namespace']}*") == [f"{used['namespace']}0".encode()]
     redis_client.delete(f"{used['namespace']}0")
 
@@ -33,7 +33,7 @@ def test_a_rabbitmq_broker_declares_a_queue_of_its_own(rabbitmq_broker: Rabbitmq
 
 
 @pytest.mark.parametrize("suffix", ["", ".DQ", ".XQ"])
-def test_and_the_next_test_finds_it_deleted(rabbitmq_url: str, suffix: str) -> None:
+def test_a_queue_of_the_test_before_is_deleted(rabbitmq_url: str, suffix: str) -> None:
     with pika.BlockingConnection(pika.URLParameters(rabbitmq_url)) as connection:
         channel = connection.channel()
         with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="NOT_FOUND"):

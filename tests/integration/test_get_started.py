@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("server", ["redis", "rabbitmq"])
-def test_the_page_does_what_it_says(server, request, tmp_path, unique_queue):
+def test_the_commands_of_the_page_work(server, request, tmp_path, unique_queue):
     (_, install), (_, jobs), (_, command), (_, sends), (_, test), (_, checks), (_, rabbitmq) = BLOCK.findall(PAGE)
     assert install.startswith("pip install")
     if server == "rabbitmq":

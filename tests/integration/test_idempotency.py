@@ -569,7 +569,7 @@ def test_a_completed_key_takes_at_most_170_bytes(redis_client: redis.Redis, redi
     assert redis_client.memory_usage(key) < 170
 
 
-def test_what_a_kept_message_hands_on_is_enqueued_once_however_often_the_call_is_repeated(
+def test_the_follow_up_messages_of_a_kept_message_are_enqueued_once_in_repeated_calls(
     redis_place: RedisPlace,
 ) -> None:
     app = redis_place.app()

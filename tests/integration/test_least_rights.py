@@ -36,7 +36,7 @@ def set_user(server: RedisServer, line: str) -> str:
 
 
 @pytest.mark.parametrize("namespace", ["dramatiq", "shop"])
-def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_logged(
+def test_a_redis_user_with_the_documented_rights_works_and_logs_nothing(
     server: RedisServer, namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = LINE if namespace == "dramatiq" else LINE.replace("~dramatiq ~dramatiq:* ~idem:*", "~shop ~shop:*")
@@ -69,7 +69,7 @@ def test_all_works_with_the_rights_that_the_page_names_and_nothing_is_logged(
     broker.close()
 
 
-def test_a_user_that_may_not_read_single_keys_works_and_is_not_told_of_lost_data(
+def test_a_redis_user_without_the_right_to_read_single_keys_works_and_reports_no_lost_data(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = install(RedisBroker(url=set_user(server, f"{LINE} -get")))
@@ -89,7 +89,9 @@ def test_a_user_that_may_not_read_single_keys_works_and_is_not_told_of_lost_data
     assert "refuses this worker" not in caplog.text
 
 
-def test_a_user_that_may_not_use_the_store_is_told_once(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_redis_user_without_rights_on_the_store_is_one_log_line(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     broker = install(RedisBroker(url=set_user(server, LINE.replace("~idem:*", "~idem:no"))))
 
     @dramatiq.actor(broker=broker, idempotent=True)

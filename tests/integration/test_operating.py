@@ -109,7 +109,7 @@ def numbers(messages):
     return [message.args[0] for message in messages]
 
 
-def test_what_a_worker_left_is_listed_in_order_and_stays_where_it_is(place, app):
+def test_dead_letters_of_a_worker_are_listed_in_order_and_stay(place, app):
     job = app.broker.actors["job"]
     job.options["retry_on"] = None
 
@@ -153,7 +153,7 @@ def test_a_replay_that_fails_again_is_a_new_dead_letter_and_not_replayed_twice(p
     assert letter.options["failure"]["attempts"] == 1
 
 
-def test_all_are_replayed_in_their_order(place, app):
+def test_dead_letters_are_replayed_in_their_order(place, app):
     bury(place, app, 1_200)
     assert ops.replay(app.broker).count == 1_200
     if isinstance(place, RedisPlace):
@@ -167,7 +167,7 @@ def test_all_are_replayed_in_their_order(place, app):
     assert count_dead(place) == 0
 
 
-def test_a_dry_run_counts_what_can_be_replayed_and_takes_no_more_than_its_limit_asks_for(place, app, monkeypatch):
+def test_a_dry_run_counts_the_replayable_dead_letters_up_to_its_limit(place, app, monkeypatch):
     letters = [Message(place.queue, "job", (number,), {}, {"redis_message_id": "r"}) for number in range(4)]
     bury_bodies(place, app, [b"{no json", *(letter.encode() for letter in letters)])
     would = ops.replay(app.broker, dry_run=True)
@@ -183,7 +183,7 @@ def test_a_dry_run_counts_what_can_be_replayed_and_takes_no_more_than_its_limit_
     assert count_dead(place) == 5
 
 
-def test_those_that_are_not_meant_keep_their_place(place, app):
+def test_dead_letters_outside_the_filter_keep_their_order(place, app):
     bury(place, app, 1_200)
     moved = ops.purge(app.broker, where=Filter(error="7"))
     kept = [number for number in range(1_200) if "7" not in str(number)]
@@ -406,14 +406,14 @@ def live_codes(findings):
     return [finding.code for finding in findings]
 
 
-def test_the_live_gate_tells_what_the_server_is(place, app):
+def test_check_live_names_the_server(place, app):
     findings, facts = ops.check_live(app.broker)
     assert facts["server"].lower() == place.kind
     assert re.match(r"\d+\.\d+", facts["version"])
     assert not {"DP104", "DP105", "DP107", "DP108", "DP109"} & set(live_codes(findings))
 
 
-def test_the_live_gate_sees_how_redis_keeps_messages(redis_place, monkeypatch):
+def test_check_live_sees_how_redis_keeps_messages(redis_place, monkeypatch):
     app = redis_place.app()
     client = app.broker.client
     real = client.info
@@ -433,7 +433,7 @@ def test_the_live_gate_sees_how_redis_keeps_messages(redis_place, monkeypatch):
     assert live_codes(ops.check_live(app.broker)[0]) == ["DP108"]
 
 
-def test_the_live_gate_sees_a_store_that_may_forget(redis_place, monkeypatch):
+def test_check_live_sees_a_store_that_may_forget(redis_place, monkeypatch):
     app = redis_place.app()
     store = guard_on(state_of(app.broker)).claims.store
     monkeypatch.setattr(store.client, "info", lambda section: {"maxmemory": 1, "maxmemory_policy": "allkeys-lru"})
@@ -442,7 +442,7 @@ def test_the_live_gate_sees_a_store_that_may_forget(redis_place, monkeypatch):
     assert facts["store"] == "RedisStore"
 
 
-def test_the_live_gate_says_what_a_managed_redis_does_not_let_it_ask(redis_place, monkeypatch):
+def test_check_live_lists_the_questions_that_a_managed_redis_refuses(redis_place, monkeypatch):
     app = redis_place.app()
     client = app.broker.client
     real = client.info
@@ -459,7 +459,7 @@ def test_the_live_gate_says_what_a_managed_redis_does_not_let_it_ask(redis_place
     assert facts["unknown"] == ["whether Redis makes snapshots (CONFIG GET is refused)"]
 
 
-def test_the_live_gate_says_that_the_store_can_t_be_asked(redis_place, monkeypatch):
+def test_check_live_says_that_the_store_can_t_be_asked(redis_place, monkeypatch):
     app = redis_place.app()
 
     def away(section):
@@ -470,7 +470,7 @@ def test_the_live_gate_says_that_the_store_can_t_be_asked(redis_place, monkeypat
         ops.check_live(app.broker)
 
 
-def test_the_live_gate_sees_what_dead_connections_and_dead_letters_cost_on_rabbitmq(rabbitmq_place, monkeypatch):
+def test_check_live_sees_the_heartbeat_and_the_dead_letter_settings_of_rabbitmq(rabbitmq_place, monkeypatch):
     broker = RabbitmqBroker(url=rabbitmq_place.url, confirm_delivery=True)
     broker.parameters.heartbeat = 0
     monkeypatch.setattr("dramatiq.brokers.rabbitmq.DEAD_MESSAGE_TTL", 1_000)
@@ -480,7 +480,7 @@ def test_the_live_gate_sees_what_dead_connections_and_dead_letters_cost_on_rabbi
     broker.close()
 
 
-def test_the_live_gate_sees_queues_that_were_declared_otherwise(rabbitmq_place):
+def test_check_live_sees_queues_that_were_declared_otherwise(rabbitmq_place):
     app = rabbitmq_place.app()
     app.broker.declare_queue(rabbitmq_place.queue)
     findings, _ = ops.check_live(app.broker)
@@ -512,7 +512,7 @@ def test_keys_are_asked_of_the_store_by_a_process(place, run):
     assert json.loads(out)["state"] == "none"
 
 
-def test_a_dead_letter_that_lies_there_twice_is_run_once_by_its_key(redis_place):
+def test_a_dead_letter_stored_twice_is_run_once_by_its_key(redis_place):
     app = redis_place.app()
 
     @app.actor(idempotency_key="n:{number}")

@@ -79,7 +79,7 @@ def test_a_transaction_in_two_phases_sends_after_its_commit(place, mariadb_url):
     engine.dispose()
 
 
-def test_the_worker_runs_what_was_sent_a_delayed_message_too(shop):
+def test_a_worker_runs_the_messages_of_a_transaction_delayed_ones_too(shop):
     with shop.order():
         shop.confirm.send_with_options(args=(1,), delay=300)
         shop.confirm.send(2)
@@ -153,7 +153,7 @@ def relays():
     return [thread for thread in threading.enumerate() if thread.name == "dramatiq-policies-outbox"]
 
 
-def test_a_worker_relays_what_a_dead_process_has_left(place, database_engine):
+def test_a_worker_relays_the_rows_that_a_dead_process_has_left(place, database_engine):
     shop = Shop(place, database_engine, wait=0)
     with shop.order():
         shop.confirm.send(1)
@@ -175,7 +175,7 @@ def proxy(place):
         yield proxy
 
 
-def test_while_the_broker_is_down_commits_go_on_and_the_relay_sends_later(place, database_engine, proxy):
+def test_commits_go_on_while_the_broker_is_down_and_the_relay_sends_later(place, database_engine, proxy):
     shop = Shop(place, database_engine, proxy.url)
     proxy.refuse()
     proxy.cut()
@@ -193,7 +193,7 @@ def test_while_the_broker_is_down_commits_go_on_and_the_relay_sends_later(place,
     assert found.message_id == message.message_id
 
 
-def test_while_the_broker_is_frozen_a_commit_waits_no_longer_than_told(place, database_engine, proxy):
+def test_a_commit_waits_for_a_frozen_broker_no_longer_than_its_limit(place, database_engine, proxy):
     shop = Shop(place, database_engine, proxy.url, wait=300)
     with shop.order():
         shop.confirm.send(0)

@@ -274,7 +274,7 @@ def test_ten_failures_are_one_critical_line(shop, poison, caplog):
     assert "'poison'" in line.getMessage()
 
 
-def test_what_redis_refuses_halfway_leaves_one_body(redis_shop, caplog):
+def test_a_publish_that_redis_refuses_halfway_leaves_one_body(redis_shop, caplog):
     shop, place = redis_shop, redis_shop.place
     place.client.set(place.key(place.queue), "of another type")
     with shop.order():
@@ -324,7 +324,7 @@ def test_children_of_a_preloading_server_send_over_connections_of_their_own(shop
     assert shop.left() == [0, 1, 2, *range(10, 40)]
 
 
-def test_a_relay_ends_at_once_when_told(shop):
+def test_a_relay_ends_at_once_when_stopped(shop):
     stop = threading.Event()
     thread = threading.Thread(target=shop.outbox.run_relay, args=(stop,))
     thread.start()

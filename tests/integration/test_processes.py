@@ -186,7 +186,7 @@ def test_a_shutdown_puts_the_job_under_way_back(place: Place, make) -> None:
     assert place.dead() == []
 
 
-def test_an_idle_thread_does_not_begin_again_what_the_shutdown_has_requeued(place: Place, make) -> None:
+def test_an_idle_thread_does_not_begin_a_job_again_that_the_shutdown_has_requeued(place: Place, make) -> None:
     application = make()
     application.send("long", 1)
     process = application.start("--threads", "8")
@@ -254,7 +254,7 @@ def test_a_key_of_the_wrong_type_ends_the_process(redis_place: RedisPlace, tmp_p
     ends_for_good(application)
 
 
-def test_a_killed_worker_loses_no_message_whatever_it_did(rabbitmq_place: RabbitmqPlace, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_no_message_at_any_moment(rabbitmq_place: RabbitmqPlace, tmp_path: Path) -> None:
     application = Application(rabbitmq_place, tmp_path)
     try:
         for n in range(200):

@@ -360,7 +360,7 @@ def test_every_connection_is_cut_again_and_again_and_no_job_is_lost(place: Place
         app.broker.close()
 
 
-def test_delayed_messages_in_hand_survive_a_cut_connection(place: Place) -> None:
+def test_prefetched_delayed_messages_survive_a_cut_connection(place: Place) -> None:
     with Proxy.before(place.url) as proxy:
         app = place.app(proxy.url)
         done: Counter[int] = Counter()
@@ -459,7 +459,7 @@ def test_bodies_that_can_t_be_read_are_dead_raw_and_their_neighbours_run(place: 
     assert place.left() == []
 
 
-def test_what_they_carry_is_in_no_log_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_content_of_messages_is_in_no_log_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     app = place.app()
 
@@ -781,7 +781,7 @@ def test_a_server_that_answers_too_late(redis_place: RedisPlace) -> None:
         app.broker.close()
 
 
-def test_a_do_ack_that_somebody_put_on_the_broker_is_the_one_called(redis_place: RedisPlace) -> None:
+def test_a_custom_do_ack_of_the_broker_is_called(redis_place: RedisPlace) -> None:
     """As instrumentations do, and Dramatiq's own suite."""
     app = redis_place.app()
     stock, acked = app.broker.do_ack, []

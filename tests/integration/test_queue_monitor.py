@@ -122,7 +122,7 @@ def lock_files(process: subprocess.Popen[bytes]) -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob(f"dramatiq-policies-{os.getuid()}/*{process.pid}-queues-*"))
 
 
-def test_one_process_of_a_command_watches_and_it_ends_with_its_command(place: Place, application: Watched) -> None:
+def test_a_single_process_of_a_command_monitors_and_ends_with_its_command(place: Place, application: Watched) -> None:
     for n in range(60):
         application.send("patient", n)
     process = application.start("--processes", "3")
@@ -139,7 +139,9 @@ def test_one_process_of_a_command_watches_and_it_ends_with_its_command(place: Pl
     assert lock_files(process) == []
 
 
-def test_on_redis_one_watches_for_the_fleet_and_another_takes_over(redis_place: RedisPlace, tmp_path: Path) -> None:
+def test_a_single_monitor_on_redis_serves_the_fleet_and_another_takes_over(
+    redis_place: RedisPlace, tmp_path: Path
+) -> None:
     application = Watched(redis_place, tmp_path)
     try:
         for n in range(80):
@@ -251,7 +253,7 @@ def test_on_redis_the_workers_of_the_whole_fleet_are_counted_and_none_when_all_a
         thread.join(PATIENCE)
 
 
-def test_one_reading_leaves_no_connection_behind(place: Place) -> None:
+def test_a_single_reading_leaves_no_connection_behind(place: Place) -> None:
     broker = install(place.broker(), queue_monitor=QueueMonitor(thresholds={"*": Threshold(ready=2)}, on_alert="log"))
     monitor = next(one for one in broker.middleware if isinstance(one, QueueMonitor))
 
@@ -268,7 +270,7 @@ def test_one_reading_leaves_no_connection_behind(place: Place) -> None:
     assert monitor.check() == []
 
 
-def test_it_reads_again_when_the_broker_is_back(place: Place, quick_restarts: None) -> None:
+def test_a_monitor_reads_again_when_the_broker_is_back(place: Place, quick_restarts: None) -> None:
     told: list[object] = []
     with Proxy.before(place.url) as proxy:
         monitor = QueueMonitor(interval=50, thresholds={"*": Threshold(ready=3)}, on_alert=told.append)
@@ -335,7 +337,7 @@ def test_on_rabbitmq_the_lease_is_on_the_redis_of_a_store(
         until(lambda: running[elected.index(False)][0]._elected)
 
 
-def test_who_has_the_lease_and_reaches_no_queue_leaves_it_to_one_who_does(
+def test_a_leader_that_reaches_no_queue_leaves_the_lease_to_a_monitor_that_does(
     rabbitmq_place: RabbitmqPlace, redis_client, redis_namespace: str
 ) -> None:
     store = RedisStore(redis_client, namespace=redis_namespace)
@@ -405,7 +407,7 @@ def test_the_heartbeat_goes_on_while_the_broker_hangs(place: Place, tmp_path: Pa
             application.close()
 
 
-def test_while_the_store_s_redis_is_away_one_of_each_command_watches(
+def test_each_command_has_a_monitor_while_the_store_s_redis_is_away(
     redis_url: str, redis_namespace: str, tmp_path: Path
 ) -> None:
 

@@ -48,7 +48,7 @@ def test_every_count_is_read(place: Place, reading) -> None:
     assert (seen.queue, seen.ready, seen.delayed, seen.running, seen.dead) == (place.queue, 3, 1, 0, 1)
 
 
-def test_a_queue_that_nobody_made_yet_is_empty(place: Place, reading) -> None:
+def test_a_queue_that_does_not_exist_yet_is_empty(place: Place, reading) -> None:
     seen = reading(place.broker()).read(place.queue)
     assert (seen.ready, seen.delayed, seen.running, seen.dead, seen.oldest_ms, seen.stalled_ms) == (0, 0, 0, 0, 0, 0)
 
@@ -110,7 +110,7 @@ def test_a_server_that_is_not_there_is_a_lost_connection(place: Place, reading) 
         reader.read(place.queue)
 
 
-def test_messages_that_nobody_takes_are_stalled(place: Place, reading) -> None:
+def test_messages_without_a_consumer_are_stalled(place: Place, reading) -> None:
     app = place.app()
 
     @app.actor
@@ -203,7 +203,7 @@ def test_on_rabbitmq_a_reader_alone_knows_no_age_at_first_and_then_for_how_long_
     reader.close()
 
 
-def test_on_rabbitmq_what_other_processes_have_taken_counts_too(rabbitmq_place: RabbitmqPlace) -> None:
+def test_messages_taken_by_other_processes_count_on_rabbitmq_too(rabbitmq_place: RabbitmqPlace) -> None:
     app = rabbitmq_place.app()
 
     @app.actor
@@ -230,7 +230,7 @@ def test_on_rabbitmq_what_other_processes_have_taken_counts_too(rabbitmq_place: 
     reader.close()
 
 
-def test_on_rabbitmq_what_workers_hold_counts_as_far_as_they_are_heard(rabbitmq_place: RabbitmqPlace) -> None:
+def test_messages_held_by_workers_count_on_rabbitmq_as_far_as_reported(rabbitmq_place: RabbitmqPlace) -> None:
     here, elsewhere, gate = rabbitmq_place.app(), rabbitmq_place.app(), Gate()
 
     @here.actor

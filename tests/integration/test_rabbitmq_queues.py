@@ -21,7 +21,7 @@ class Transient(Exception):
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed before the job ends", "not noticed"])
 @pytest.mark.parametrize("ending", ["retried", "dead"])
-def test_what_follows_a_job_is_published_although_its_queue_was_deleted_meanwhile(
+def test_a_follow_up_message_is_published_although_its_queue_was_deleted_meanwhile(
     rabbitmq_place: RabbitmqPlace, noticed: bool, ending: str
 ) -> None:
     app, gate = rabbitmq_place.app(), Gate()

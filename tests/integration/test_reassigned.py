@@ -83,7 +83,7 @@ JOBS = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["store beside the broker", "store elsewhere"])
 @JOBS
-def test_what_follows_a_job_whose_message_redis_gave_away_comes_once(
+def test_the_follow_up_of_a_job_whose_message_redis_reassigned_comes_once(
     redis_place: RedisPlace,
     monkeypatch: pytest.MonkeyPatch,
     job: str,
@@ -115,7 +115,7 @@ def test_what_follows_a_job_whose_message_redis_gave_away_comes_once(
 
 
 @JOBS
-def test_what_follows_a_job_whose_connection_to_rabbitmq_was_lost_comes_once(
+def test_the_follow_up_of_a_job_whose_connection_to_rabbitmq_was_lost_comes_once(
     rabbitmq_place: RabbitmqPlace, job: str, effects: list[str], letters: int
 ) -> None:
     shop = Shop()

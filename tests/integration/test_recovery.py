@@ -160,7 +160,7 @@ def test_a_worker_that_ends_its_message_while_recovery_looks_is_not_overruled(
         assert redis_place.left() == []
 
 
-def test_a_dead_letter_is_one_step(redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_letter_is_written_in_one_step(redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     app = app_of(redis_place)
 
     @app.actor(max_retries=0)
@@ -205,7 +205,7 @@ def test_an_instrumentation_of_dramatiqs_nack_hears_of_each_dead_letter(redis_pl
     assert redis_place.left() == []
 
 
-def test_a_message_whose_dead_letters_have_no_place_is_not_lost(redis_place: RedisPlace) -> None:
+def test_a_message_whose_dead_letter_can_not_be_written_is_not_lost(redis_place: RedisPlace) -> None:
     app = app_of(redis_place)
     redis_place.client.set(redis_place.key(f"{redis_place.queue}.XQ"), "of another program")
     app.job.send(1)
@@ -223,7 +223,9 @@ def no_command_of_dramatiqs(broker: Any, name: str) -> Any:
 # Who is dead is decided by the server's clock.
 
 
-def test_no_clock_of_a_worker_stands_in_its_heartbeat(redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_has_no_time_of_the_worker_s_clock(
+    redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("dramatiq.brokers.redis.current_millis", "dramatiq.common.current_millis"):
         monkeypatch.setattr(name, lambda: 5)
     monkeypatch.setattr("dramatiq_policies.common.clock.time", lambda: 5.0)
@@ -242,7 +244,7 @@ def test_no_clock_of_a_worker_stands_in_its_heartbeat(redis_place: RedisPlace, m
 
 
 @pytest.mark.parametrize("ahead", [-HOUR, HOUR], ids=["behind", "ahead"])
-def test_a_living_worker_of_another_version_keeps_its_messages_whatever_its_clock_says(
+def test_a_live_worker_of_another_version_keeps_its_messages_with_any_clock(
     redis_place: RedisPlace, ahead: int
 ) -> None:
     app, other = app_of(redis_place), DeadWorker(redis_place, ahead)
@@ -259,7 +261,7 @@ def test_a_living_worker_of_another_version_keeps_its_messages_whatever_its_cloc
 
 
 @pytest.mark.parametrize("ahead", [-HOUR, 0, HOUR], ids=["behind", "right", "ahead"])
-def test_a_dead_worker_s_messages_return_whatever_its_clock_said(redis_place: RedisPlace, ahead: int) -> None:
+def test_a_dead_worker_s_messages_return_with_any_clock(redis_place: RedisPlace, ahead: int) -> None:
     app, dead = app_of(redis_place), DeadWorker(redis_place, ahead)
     dead.beat()
     dead.hold(body_of(app, 1))

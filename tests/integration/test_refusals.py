@@ -155,7 +155,7 @@ def test_a_message_whose_retry_is_larger_than_the_server_takes_is_dead_as_receiv
     assert rabbitmq_place.left() == []
 
 
-def test_a_heartbeat_is_not_well_while_every_slot_is_taken_by_what_the_server_takes_in_no_form(
+def test_a_heartbeat_stops_while_refused_messages_occupy_every_slot(
     rabbitmq_place: RabbitmqPlace, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     app = rabbitmq_place.app()
@@ -224,7 +224,7 @@ def test_a_redis_that_is_full_is_waited_for_and_logged_once(
     assert redis_place.left() == []
 
 
-def test_what_can_be_read_and_not_written_is_dead_after_one_run(place: Place) -> None:
+def test_a_message_that_can_be_decoded_and_not_encoded_is_dead_after_one_run(place: Place) -> None:
     """Nested so deep that the consumer's stack has room to decode it, and a job's deeper stack none to encode it."""
     app, runs = place.app(), Counter[int]()
 

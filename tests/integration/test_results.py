@@ -24,7 +24,7 @@ def seen(message: Message[Any], backend: RedisBackend) -> str:
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["before the bundle", "behind the bundle"])
-def test_those_who_wait_get_the_final_result_first(
+def test_a_waiting_caller_gets_the_final_result_first(
     place: Place, behind: bool, redis_client: redis.Redis, redis_namespace: str
 ) -> None:
     backend = RedisBackend(client=redis_client, namespace=redis_namespace)

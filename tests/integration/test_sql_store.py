@@ -197,7 +197,7 @@ ISOLATED = {
 
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("pooled", [True, False], ids=["pool", "NullPool"])
-def test_no_swap_is_lost_whatever_the_isolation_of_the_application(
+def test_no_swap_is_lost_at_any_isolation_level_of_the_application(
     server_url: str, level: str, pooled: bool, make_store: Stores
 ) -> None:
     options: dict[str, Any] = ISOLATED[sa.make_url(server_url).drivername](level)
@@ -291,9 +291,7 @@ def test_the_application_s_own_connections_stay_as_they_are(server_url: str, mak
     engine.dispose()
 
 
-def test_what_the_application_sets_up_on_each_connection_holds_for_the_store(
-    postgresql_url: str, make_store: Stores
-) -> None:
+def test_the_application_s_connection_events_hold_for_the_store(postgresql_url: str, make_store: Stores) -> None:
     store = make_store(postgresql_url)
     engine = store.engine
     assert isinstance(engine, sa.Engine)
@@ -355,7 +353,7 @@ def test_a_store_that_is_dropped_leaves_neither_threads_nor_connections(
 # Rows.
 
 
-def test_expired_keys_are_deleted_by_those_who_write_a_batch_at_a_time(
+def test_a_write_deletes_a_batch_of_expired_keys(
     database_url: str, database_engine: sa.Engine, make_store: Stores
 ) -> None:
     store = make_store(database_url)

@@ -95,7 +95,7 @@ class TestOverAClustersClient(OnRedis):
             client.flushall()  # It is ours alone.
             yield RedisStore(client)
 
-    def test_it_can_be_asked_whether_it_evicts(self, store: RedisStore) -> None:
+    def test_a_store_warns_of_an_eviction_policy(self, store: RedisStore) -> None:
         assert store.warnings() == []
         for client in (node.redis_connection for node in store.client.get_nodes()):
             client.config_set("maxmemory", 2**30)

@@ -275,7 +275,7 @@ def test_a_worker_that_is_frozen_with_its_key_completed_and_not_committed_keeps_
 
 
 @pytest.mark.parametrize("server_url", ["postgresql"], indirect=True)
-def test_the_same_job_with_a_commit_of_its_own_doubles_its_effect(open_shop):
+def test_a_plain_job_with_its_own_commit_doubles_its_effect(open_shop):
     shop = open_shop(transactional=False)
     shop.send(IN_JOB)
     shop.start()

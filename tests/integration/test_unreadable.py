@@ -71,7 +71,9 @@ def test_a_worker_with_another_encoder_stops_and_goes_on_when_it_can_read(
     assert sorted([*ran, *(letter.args[0] for letter in place.dead())]) == list(range(40))
 
 
-def test_what_a_worker_cannot_read_is_left_to_one_that_can(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_that_a_worker_cannot_decode_is_left_to_one_that_can(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     app = place.app()
 
     @app.actor()
