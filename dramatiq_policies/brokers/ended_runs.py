@@ -42,7 +42,10 @@ def rest_of(delivery: Delivery) -> EarlierRun:
 
 def is_keyed(delivery: Delivery) -> bool:
     """Whether the store records the end of the run for all processes."""
-    return delivery.claim is not None and delivery.claim.keyed
+    if delivery.claim is not None:
+        return delivery.claim.keyed
+    # A transactional job has given way to another run. If the other run dies, this message must run.
+    return delivery.transaction is not None and not delivery.transaction.is_committed
 
 
 class EndedRuns:
