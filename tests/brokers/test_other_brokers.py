@@ -361,7 +361,7 @@ def test_a_message_that_no_consumer_of_ours_has_delivered_is_retried_by_dramatiq
     broker.emit_after("skip_message", MessageProxy(job.message()))
 
 
-def test_idempotency_without_a_store_is_there_and_says_so_where_it_is_asked_something():
+def test_idempotency_without_a_store_names_the_missing_store_on_first_use():
     broker = ListBroker()
     broker.add_middleware(Idempotency())
     done = Queue()

@@ -119,7 +119,7 @@ def test_a_queue_is_stalled_while_its_front_message_stays_and_not_when_that_is_t
     assert stalled(100) == 0
 
 
-def test_of_an_unknown_broker_nothing_is_known_and_logged_once(caplog):
+def test_an_unknown_broker_has_no_reading_and_is_logged_once(caplog):
     class Elsewhere(Broker):
         def get_declared_queues(self):
             return {"mail"}

@@ -288,7 +288,7 @@ def test_a_class_s_purpose_is_its_own_docstring_or_perform_s(command):
     assert codes(command.json("check", command.app(source % "pass"), code=1)) == ["DP007"]
 
 
-def test_required_tags_are_asked_for(command):
+def test_required_tags_are_checked(command):
     app = command.app(PREPARED)
     assert command("check", app, "--require-tag", "team").exit_code == 0
     report = command.json("check", app, "--require-tag", "team", "--require-tag", "criticality", code=1)

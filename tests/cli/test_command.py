@@ -77,7 +77,7 @@ def test_output_into_a_pipe_has_no_colour_and_breaks_no_line(command):
     assert any(len(line) > 100 for line in shown.splitlines())
 
 
-def test_the_example_passes_its_own_gate(monkeypatch):
+def test_the_example_passes_check(monkeypatch):
     monkeypatch.setenv("BROKER_URL", "stub://")
     checked = run(ROOT, "check", "examples.orders.app", "--strict", "--require-tag", "team")
     assert checked.returncode == 0, checked.stdout

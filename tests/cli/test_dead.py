@@ -209,7 +209,7 @@ def test_a_json_list_has_one_element_a_line(command, app):
     assert command.json("dead", "list", app, "--id", "nobody", code=1) == []
 
 
-def test_show_tells_all_of_one_but_its_arguments(command, app):
+def test_show_prints_a_dead_letter_without_its_arguments(command, app):
     shown = command("dead", "show", app, "m1").stdout
     assert "app.MailDown" in shown
     assert "Traceback …\nno answer" in shown

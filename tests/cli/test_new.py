@@ -407,7 +407,7 @@ def test_an_error_that_no_argument_builds_is_made_without_its_constructor(comman
     assert "Picky.__new__(Picky)" in (shop / TESTS).read_text()
 
 
-def test_of_two_errors_with_one_name_the_second_goes_by_its_module(command, shop):
+def test_the_second_of_two_errors_with_one_name_goes_by_its_module(command, shop):
     (shop / "shop" / "letters.py").write_text("class InvalidEmail(Exception): pass\n")
     redesign(shop, ('"shop.mail:RateLimited", ', '"shop.letters:InvalidEmail", '))
     assert command("new", FILE, "--design", "design.toml").exit_code == 0

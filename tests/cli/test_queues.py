@@ -72,7 +72,7 @@ def test_without_thresholds_there_is_nothing_to_fail_on(command):
     assert "no QueueMonitor" in command.refuses("queues", command.app(APP), "--fail-on-breach")
 
 
-def test_watching_reads_again_and_again_and_tells_the_change(command, app, monkeypatch):
+def test_watching_reads_repeatedly_and_shows_the_change(command, app, monkeypatch):
     turns = []
 
     def sleep(seconds):

@@ -56,7 +56,7 @@ def test_the_error_of_a_broker_s_url_shows_no_password(command):
 
 
 @pytest.mark.parametrize("form", ["human", "json"])
-def test_no_message_talks_to_the_terminal_or_tells_a_password(command, form):
+def test_no_message_controls_the_terminal_or_shows_a_password(command, form):
     app = command.app(HOSTILE)
     for args in (["list", app], ["summary", app], ["show", app, "evil\x1b[2J", "--args"]):
         shown = command("dead", *args, "--format", form)

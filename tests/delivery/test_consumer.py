@@ -107,7 +107,7 @@ def test_a_job_that_has_not_begun_has_run_for_no_time():
     assert Delivery(None, Message("default", "job", (), {}, {})).elapsed_ms() == 0.0
 
 
-def test_of_a_call_that_does_not_fit_the_actor_the_argument_that_can_not_be_sent_goes_by_its_number():
+def test_an_argument_of_a_call_that_does_not_fit_the_actor_goes_by_its_number():
     job = Stage().actor(lambda order_id: None, actor_name="job")
     with pytest.raises(TypeError, match="The argument 'order_id' of a message for actor 'job' can't be encoded"):
         job.send(object())

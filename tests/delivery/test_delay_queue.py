@@ -38,7 +38,7 @@ def filled(etas) -> DelayQueue:
     return queue
 
 
-def test_of_many_messages_the_nearest_are_kept_and_the_others_are_cut_off():
+def test_the_nearest_of_many_messages_are_kept_and_the_others_are_cut_off():
     etas = [*range(50), 7, 7, 7]
     random.Random(1).shuffle(etas)
     queue = filled(etas)

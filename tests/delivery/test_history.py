@@ -107,7 +107,7 @@ def test_a_short_traceback_is_not_cut():
     assert filled.startswith("Traceback (most recent call last):\n")
 
 
-def test_of_a_deep_stack_the_traceback_shows_where_it_was_raised():
+def test_the_traceback_of_a_deep_stack_shows_where_the_error_was_raised():
     # Two functions in turn, since a traceback folds calls of the same line.
     def ping(depth):
         pong(depth - 1)

@@ -68,7 +68,7 @@ def test_a_message_whose_dead_letter_is_refused_too_is_redelivered(impatient, mo
     assert "returned" not in stage.dead[0].options
 
 
-def test_of_a_message_that_stores_no_results_no_failure_is_stored():
+def test_a_message_that_stores_no_results_stores_no_failure():
     results = Results(backend=StubBackend())
     stage = Stage(middleware=[results])
     loud, silent = (

@@ -254,7 +254,7 @@ def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, 
     assert store.record("k").state == "running"
 
 
-def test_a_register_that_changes_at_each_look_is_asked_for_again_later(claims, store):
+def test_a_register_that_changes_at_each_look_defers_the_message(claims, store):
     asked = []
 
     def swap(*args):
@@ -484,7 +484,7 @@ def test_all_claims_are_renewed_in_one_round_trip(claims, store):
     assert {store.get(f"k{number}").left for number in range(5)} == {LEASE + KEEP}
 
 
-def test_for_a_claim_that_was_renewed_the_store_is_asked_nothing_more(claims, store, monkeypatch):
+def test_a_renewed_claim_needs_no_further_call_of_the_store(claims, store, monkeypatch):
     ask(claims)
     swaps = []
     monkeypatch.setattr(store, "swap", lambda *arguments: swaps.append(arguments))

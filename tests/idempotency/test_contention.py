@@ -67,7 +67,7 @@ def test_many_wait_as_long_as_they_may_and_do_not_come_at_the_same_time(clock):
     assert 4_700 < max(waits) <= 5_000
 
 
-def test_of_many_one_a_second_asks_and_the_message_that_holds_the_key_asks_always(clock):
+def test_a_single_duplicate_a_second_asks_the_store_and_the_owner_always(clock):
     waiting = Contention(LEASE)
     many(waiting, WaitForOwner(LEASE, 5, "owner"), _CONTENDED_FROM - 1)
     assert waiting.known("k", "other") is None

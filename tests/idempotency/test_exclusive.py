@@ -67,7 +67,7 @@ def test_a_job_waits_until_it_is_alone_and_keeps_others_out():
     after.finish()
 
 
-def test_of_several_one_at_a_time_runs_alone():
+def test_several_jobs_that_must_be_alone_run_in_turn():
     exclusive = ExclusiveRuns()
     jobs = [Job(exclusive, alone=True) for _ in range(4)]
     for _ in jobs:

@@ -381,7 +381,7 @@ def test_a_key_is_remembered_for_as_long_as_the_longest_wait_between_two_runs(da
 
 
 @pytest.mark.parametrize(("attempts", "remembered"), [(1, 1), (2, 2), (3, 4), (10_000, 5)])
-def test_of_a_wait_that_grows_the_one_before_the_last_attempt_counts(attempts, remembered):
+def test_the_wait_before_the_last_attempt_counts_where_waits_grow(attempts, remembered):
     day = 86_400_000
     policy = RetryPolicy(attempts=attempts, wait=exponential(initial=2 * day, factor=2, maximum=5 * day, jitter=0))
     stage = Stage()
@@ -456,7 +456,7 @@ def test_a_callable_that_takes_no_call_of_the_actor_s_is_refused_at_declaration(
 
 
 @pytest.mark.parametrize("option", ["idempotency_key", "done_when"])
-def test_of_an_async_and_of_a_class_based_actor_it_is_checked_too(option):
+def test_a_call_of_an_async_or_a_class_based_actor_is_checked_too(option):
     stage = Stage(middleware=[AsyncIO()])
 
     async def ship(order_id):
@@ -829,7 +829,7 @@ def test_the_state_is_asked_of_a_message_of_the_global_broker_too(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [(), (7,), ("a", "b")])
-def test_of_an_actor_that_is_idempotent_by_message_id_the_id_is_asked_for(arguments):
+def test_the_message_id_is_required_for_an_actor_that_is_idempotent_by_it(arguments):
     stage = Stage()
     job = stage.actor(lambda: None, actor_name="job", idempotent=True)
     with pytest.raises(ConfigurationError, match="pass the id, or the message"):
@@ -1023,7 +1023,7 @@ def test_a_job_runs_while_the_store_is_down_with_on_store_error_run(flaky, caplo
     assert any("without a claim" in record.message for record in caplog.records)
 
 
-def test_an_actor_that_asked_for_nothing_runs_while_the_store_is_down(flaky):
+def test_an_actor_without_idempotency_runs_while_the_store_is_down(flaky):
     stage = Stage(bundle={"idempotency": Idempotency(flaky)})
     Flaky.down = True
     stage.actor(lambda: None, actor_name="job").send()

@@ -52,12 +52,12 @@ def test_another_process_with_the_same_pid_is_not_taken_for_the_owner():
 
 
 @pytest.mark.parametrize("pid", [10**20, "9" * 5_000])
-def test_of_a_number_that_no_process_has_nothing_is_certain(pid):
+def test_a_pid_that_no_process_has_is_never_certainly_dead(pid):
     assert not owners.is_dead(changed(owners.this_process(), pid=pid))
 
 
 @pytest.mark.parametrize("pid", [2**22 - 1, os.getpid()], ids=["nobody", "ours"])
-def test_of_a_process_in_another_container_or_before_a_reboot_nothing_is_certain(pid):
+def test_a_process_in_another_container_or_before_a_reboot_is_never_certainly_dead(pid):
     assert not owners.is_dead(changed(owners.this_process(), pid=pid, place="0123456789ab", start=1))
 
 

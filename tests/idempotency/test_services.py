@@ -116,7 +116,7 @@ def test_a_queue_that_was_left_a_week_ago_is_no_service(monkeypatch):
     assert "billing" not in store.get(register).value.decode()
 
 
-def test_of_two_workers_that_start_at_the_same_time_both_are_recorded():
+def test_two_workers_that_start_at_the_same_time_are_both_recorded():
     store = MemoryStore()
     swap, others = store.swap, [BILLING]
 

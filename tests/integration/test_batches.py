@@ -65,7 +65,7 @@ def test_an_idle_connection_that_was_closed_is_no_obstacle(place):
     assert arguments(place) == [1, 2, 3]
 
 
-def test_a_lost_answer_is_asked_for_again(place):
+def test_a_batch_whose_reply_was_lost_is_sent_again(place):
     with Proxy.before(place.url) as proxy:
         batch = batch_on(place, proxy.url)
         assert batch.publish([encoded(batch, 0)]) == [None]

@@ -454,7 +454,7 @@ def test_no_swap_of_several_processes_is_lost_though_one_is_killed(database_url:
     assert int(value) - reported in (0, 1)
 
 
-def test_of_the_threads_of_several_processes_one_gets_the_register(database_url: str) -> None:
+def test_a_single_thread_of_several_processes_gets_the_register(database_url: str) -> None:
     code = """
 import sys
 from dramatiq_policies.sql import SqlStore

@@ -37,7 +37,7 @@ def store(database_url: str) -> Iterator[SqlStore]:
     engine.dispose()
 
 
-def test_of_messages_with_one_key_one_runs_each(place: Place, store: SqlStore) -> None:
+def test_messages_with_one_key_run_once(place: Place, store: SqlStore) -> None:
     app = place.app(idempotency=Idempotency(store))
     ran: Counter[int] = Counter()
 

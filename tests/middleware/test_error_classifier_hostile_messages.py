@@ -82,7 +82,7 @@ def test_no_value_of_a_message_option_ends_a_thread_or_leaves_a_message_without_
     assert len(set(firsts)) == len(ids)
 
 
-def test_of_a_time_that_is_none_dramatiq_itself_warns(caplog):
+def test_dramatiq_itself_warns_of_a_time_that_is_none(caplog):
     stage = Stage()
     failing(stage)
     raw(stage, options={"eta": "soon"})

@@ -146,7 +146,7 @@ def what_happens(order):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_no_order_changes_what_happens(seed):
+def test_no_order_of_middleware_changes_an_outcome(seed):
     names = sorted(KINDS)
     as_listed = what_happens(names)
     kinds = {outcome.value for _, outcome, _, _ in as_listed["outcomes"]}

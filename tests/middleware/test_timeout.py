@@ -155,7 +155,7 @@ def test_a_message_s_own_limit_comes_first(option):
     assert limit_for({option: None}, 30_000, "mail") == 30_000
 
 
-def test_of_two_names_in_a_message_ours_counts():
+def test_our_option_of_a_message_counts_before_dramatiq_s():
     assert limit_for({"timeout": 5, "time_limit": 7}, 30_000, "mail") == 5
     assert limit_for({"timeout": 0, "time_limit": 7}, 30_000, "mail") == 7
 

@@ -192,7 +192,7 @@ def test_a_report_keeps_its_readable_parts():
     assert parse_report('{"taken": 1, "held": [], "threads": -1}') == {}
 
 
-def test_of_a_memory_only_pairs_of_names_are_kept():
+def test_a_saved_memory_keeps_only_pairs_of_names():
     assert parse_memory('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
 
 

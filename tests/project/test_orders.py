@@ -107,7 +107,7 @@ def test_a_gateway_that_is_down_ends_in_the_dead_letters_after_five_attempts(app
     assert len(failure["history"]) == 5
 
 
-def test_a_gateway_that_limits_its_rate_is_asked_again_when_it_says(app, work):
+def test_a_gateway_that_limits_its_rate_is_called_again_after_its_delay(app, work):
     app.gateway.retry_after = 120
     app.send_confirmation.send(7, "busy@example.com", "12.50 EUR")
     run = work()

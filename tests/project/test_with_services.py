@@ -191,7 +191,7 @@ def test_a_postgresql_is_shut_down_because_a_kill_would_leave_its_shared_memory(
         assert server.returncode == 3
 
 
-def test_of_several_versions_the_newest_is_taken(script: ModuleType, fake: Fake, tmp_path: Path) -> None:
+def test_the_newest_of_several_versions_is_taken(script: ModuleType, fake: Fake, tmp_path: Path) -> None:
     for version in ("9", "10", "8.4"):
         binary = tmp_path / version / "fake-server"
         binary.parent.mkdir()

@@ -239,7 +239,7 @@ def test_an_argument_out_of_range_is_a_configuration_error_that_names_it(build, 
     ],
     ids=lambda error: re.sub(r" at 0x\w+", "", repr(vars(error))),
 )
-def test_retry_after_waits_as_long_as_it_is_asked_to_and_never_less(error):
+def test_retry_after_waits_as_long_as_the_server_asks_and_never_less(error):
     assert 7_000 - 1 <= retry_after(jitter=0, now=lambda: NOW)(1, error) <= 7_000
 
 
@@ -264,7 +264,7 @@ def test_a_retry_after_that_is_no_length_of_time_is_ignored(nothing):
     assert retry_after(fallback=7)(1, asking(nothing)) == 7
 
 
-def test_a_time_in_a_zone_that_is_none_is_not_asked_for():
+def test_a_retry_after_in_an_invalid_time_zone_is_ignored():
     assert retry_after(fallback=7)(1, asking(NOW.replace(tzinfo=tzinfo()))) == 7
 
 

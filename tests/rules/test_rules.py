@@ -469,7 +469,7 @@ def test_a_group_is_retried_by_the_leaf_that_allows_the_fewest_attempts():
     assert type(leaf) is ValueError
 
 
-def test_of_leaves_that_allow_the_same_the_first_decides():
+def test_the_first_of_equal_leaves_decides():
     rules = RuleSet(actor_rules(retry_on={OSError: 3, ValueError: 3}, discard_on=(KeyError, TypeError)))
     assert type(rules.match_leaf(group(group(ValueError()), OSError()))[1]) is ValueError
     assert type(rules.match_leaf(group(OSError(), TypeError(), KeyError()))[1]) is TypeError

@@ -92,7 +92,7 @@ def test_a_rate_limit_in_a_group_is_left_to_the_stock_options_as_it_is_alone():
     ],
     ids=str,
 )
-def test_of_several_leaves_the_gravest_decides(errors, outcome):
+def test_the_gravest_of_several_leaves_decides(errors, outcome):
     assert ended(*errors, **RULES)[0].outcome == outcome
 
 

@@ -192,7 +192,7 @@ def test_an_async_transactional_job_is_crash_safe(engine):
     assert_crash_safe(actor, 7, effects=till.effects, reset=till.reset)
 
 
-def test_the_same_job_with_a_key_and_a_commit_of_its_own_is_not(engine):
+def test_a_job_with_a_key_and_its_own_commit_is_not_crash_safe(engine):
     till = Till(engine)
     broker = broker_with(idempotency=Idempotency(SqlStore(engine)))
 

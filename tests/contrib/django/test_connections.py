@@ -99,7 +99,7 @@ def test_the_transaction_of_a_test_case_stays():
         assert one() == (1,)
 
 
-def test_a_connection_that_does_not_close_cleanly_is_given_up_all_the_same(monkeypatch, caplog):
+def test_a_connection_that_does_not_close_cleanly_is_dropped(monkeypatch, caplog):
     one()
     before = connections["default"]
     driver_connection = before.connection
