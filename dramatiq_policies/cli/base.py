@@ -242,7 +242,7 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
     return value
 
 
-def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
+def parse_tags(tags: Sequence[str], noun: str = "a tag") -> dict[str, str]:
     """Parse ``name=value`` options.
 
     Raises:
@@ -252,21 +252,21 @@ def parse_tags(tags: Sequence[str], what: str = "a tag") -> dict[str, str]:
     for tag in tags:
         name, found, value = tag.partition("=")
         if not found:
-            raise OperationError(f"{tag!r} is not {what}; write NAME=VALUE.")
+            raise OperationError(f"{tag!r} is not {noun}; write NAME=VALUE.")
         parsed[name] = value
     return parsed
 
 
 @contextlib.contextmanager
-def interruptible(moved: MoveResult, what: str, done: str) -> Iterator[None]:
+def interruptible(moved: MoveResult, noun: str, done: str) -> Iterator[None]:
     """Report the progress after an interruption or an error."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"Interrupted: {counted(moved.count, what)} {done}; the rest is unchanged.", err=True)
+        click.echo(f"Interrupted: {counted(moved.count, noun)} {done}; the rest is unchanged.", err=True)
         raise click.exceptions.Exit(130) from None
     except OperationError as error:
-        before = f" {counted(moved.count, what)} {done} before." if moved.count else ""
+        before = f" {counted(moved.count, noun)} {done} before." if moved.count else ""
         raise OperationError(f"{error}{before}") from None
 
 
@@ -278,7 +278,7 @@ def report_unreadable(moved: MoveResult) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
+def progress_bar(activity: str) -> Iterator[Callable[[int, int], object] | None]:
     """Show a progress bar on stderr, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -286,7 +286,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], object] | None]:
     from rich.progress import Progress
 
     with Progress(console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(activity, total=None)
         yield lambda seen, total: bar.update(task, completed=seen, total=max(total, seen))
 
 

@@ -240,7 +240,7 @@ class BrokerState:
         return bool(notifications.notify_shutdown if notify is None else notify)
 
 
-_ATTRIBUTE = "dramatiq_policies_wiring"
+_ATTRIBUTE = "dramatiq_policies_state"
 _lock = threading.Lock()
 
 

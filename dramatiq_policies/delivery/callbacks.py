@@ -57,7 +57,7 @@ def callback_messages(
             extra={"actor": message.actor_name, "message_id": message.message_id},
         )
         return []
-    delivery.restore(message)
+    delivery.restore_arguments(message)
     return [OutgoingMessage(actor.message(message.asdict(), details))]
 
 

@@ -65,7 +65,7 @@ class FailedRun:
     def add_next_run(self, delay_ms: int = 0) -> None:
         """Add the message of the next run to the follow-up messages."""
         self.history.deferrals = 0
-        again = self.delivery.again(**{POLICIES: self.history.option()})
+        again = self.delivery.next_message(**{POLICIES: self.history.option()})
         self.delivery.add_follow_up(OutgoingMessage(again, delay_ms or None))
 
     def record_last_failure(self) -> None:

@@ -224,7 +224,7 @@ class Delivery:
             self.proxy.fail()
         raise SkipMessage(why or f"{decision.outcome.value} ({decision.reason})")
 
-    def received(self) -> Message[Any] | None:
+    def received_message(self) -> Message[Any] | None:
         """Decode the message as received; None without a body, or if decoding fails on this thread."""
         if self.body is None:
             return None
@@ -233,14 +233,14 @@ class Delivery:
         except Exception:  # Such as RecursionError: the stack is deeper here than in the consumer.
             return None
 
-    def again(self, **options: Any) -> Message[Any]:
+    def next_message(self, **options: Any) -> Message[Any]:
         """Copy the message for the next run: the arguments as received, the current options, and the given options."""
-        sent = self.received() or self.message
+        sent = self.received_message() or self.message
         return self.message.copy(args=sent.args, kwargs=sent.kwargs, options=options)
 
-    def restore(self, proxy: MessageProxy) -> None:
+    def restore_arguments(self, proxy: MessageProxy) -> None:
         """Reset the arguments of the message and of the worker's proxy to the arguments as received."""
-        sent = self.received()
+        sent = self.received_message()
         if sent is not None:
             for name in ("args", "kwargs"):
                 value = getattr(sent, name)

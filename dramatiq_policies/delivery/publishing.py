@@ -187,7 +187,7 @@ class FollowUpPublisher:
     def _dead_letter(self) -> Message[Any]:
         message = self.message
         failure = message.options[FAILURE] if RETURNED in message.options else self._failure()
-        sent = self.delivery.received() if self.small else None
+        sent = self.delivery.received_message() if self.small else None
         # The job may have put values into the options that can't be encoded.
         dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.transport.queue_name)
         dead.options.pop(POLICIES, None)
@@ -216,7 +216,7 @@ class FollowUpPublisher:
         failure = options[FAILURE] if times else self._failure()
         if self.small:
             failure = {**failure, "traceback": None, "history": []}
-        again = self.delivery.again(**{FAILURE: failure, RETURNED: times + 1})
+        again = self.delivery.next_message(**{FAILURE: failure, RETURNED: times + 1})
         self.returning, self.dead = True, None
         self.delivery.follow_ups = [OutgoingMessage(again, wait)]
         self.decision = self.delivery.decision = Decision(

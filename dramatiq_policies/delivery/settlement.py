@@ -59,7 +59,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
         delivery.decision = decision = undecided()
     succeeded = decision.outcome is Outcome.SUCCEEDED
     if not succeeded:
-        delivery.restore(message)
+        delivery.restore_arguments(message)
     delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:
         state.idempotency.claims.finish(delivery.claim, decision)

@@ -225,7 +225,7 @@ class IdempotencyGuard:
         delivery.skip(Decision(Outcome.DEAD, "crashed", exception=error, dead_letter=True))
 
     def _republish(self, delivery: Delivery, retry: dict[str, Any]) -> NoReturn:
-        again = delivery.again(**retry.get("options", {}))
+        again = delivery.next_message(**retry.get("options", {}))
         due = retry.get("due")
         delivery.add_follow_up(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
         delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
@@ -268,7 +268,7 @@ class IdempotencyGuard:
         history = History(message.options)
         wait = self.contention.wait(name, history.deferrals, answer)
         history.deferrals += 1
-        again = delivery.again(**{POLICIES: history.option()})
+        again = delivery.next_message(**{POLICIES: history.option()})
         if delivery.redelivered:
             # Keep the mark: without a key, only redelivered messages count their starts.
             again.options[REDELIVERED] = True

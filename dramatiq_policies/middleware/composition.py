@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Callbacks", "CountMember", "GroupCallbacks", "Pipelines", "storing"]
 
 #: The pauses between attempts to store a result, in seconds.
-_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
+_STORE_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 
 
 def _recorded(
@@ -204,9 +204,9 @@ class _Store:
         self, broker: Broker, message: MessageProxy, *, result: Any = None, exception: BaseException | None = None
     ) -> None:
         delivery: Delivery | None = getattr(message, "delivery", None)
-        guarded = exception is None and delivery is not None and _is_recorded(delivery)
+        must_be_stored = exception is None and delivery is not None and _is_recorded(delivery)
         store: Any = partial(StockResults.after_process_message, self.results, broker, message, result=result)
-        for pause in _PAUSES if guarded else ():
+        for pause in _STORE_PAUSES if must_be_stored else ():
             try:
                 store()
             except Exception:

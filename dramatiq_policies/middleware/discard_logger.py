@@ -85,7 +85,7 @@ class DiscardLogger(PolicyMiddleware):
         outcome = event.outcome
         if outcome not in (Outcome.DEAD, Outcome.EXPIRED, Outcome.DISCARDED):
             return
-        what = "thrown" if event.reason == "thrown" else outcome.value
+        record = "thrown" if event.reason == "thrown" else outcome.value
         extra = extra_of(event, message)
         called = ""
         if self.log_args and message is not None:
@@ -93,7 +93,7 @@ class DiscardLogger(PolicyMiddleware):
             called = f"; called with args={message.args!r} kwargs={message.kwargs!r}"
         error = event.exception
         logger.log(
-            self.levels[what],
+            self.levels[record],
             "%s: message %s of actor %s, attempt %s%s%s%s",
             outcome.value if event.reason is None else f"{outcome.value} ({event.reason})",
             event.message_id,
@@ -103,7 +103,7 @@ class DiscardLogger(PolicyMiddleware):
             "" if error is None else f": {type(error).__name__}: {text_of(error)}",
             called,
             extra=extra,
-            exc_info=self._stack_of(event, error) if error is not None and _LEVELS[what] == logging.ERROR else None,
+            exc_info=self._stack_of(event, error) if error is not None and _LEVELS[record] == logging.ERROR else None,
         )
 
     def _stack_of(self, event: OutcomeEvent, error: BaseException) -> Any:

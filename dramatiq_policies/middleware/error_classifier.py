@@ -236,9 +236,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         state = state_of(broker)
-        later, state.requeue_after_shutdown = state.requeue_after_shutdown, []
-        for put_back in later:
-            put_back()
+        requeues, state.requeue_after_shutdown = state.requeue_after_shutdown, []
+        for requeue in requeues:
+            requeue()
         if state.fatal is not None and state.in_command:
             # Dramatiq's exit code for an unreachable broker.
             raise SystemExit(3)

@@ -165,8 +165,8 @@ class Metrics(PolicyMiddleware):
         )
         return names
 
-    def _name_of(self, actor: str | None, what: str) -> str:
-        return f"{self.prefix}.{what}" if self.statsd.tagged else f"{self.prefix}.{metric_name(actor)}.{what}"
+    def _name_of(self, actor: str | None, measure: str) -> str:
+        return f"{self.prefix}.{measure}" if self.statsd.tagged else f"{self.prefix}.{metric_name(actor)}.{measure}"
 
     def _stuck(self, job: StuckJob) -> None:
         policy = None if self._state is None else self._state.policies.get(job.actor)

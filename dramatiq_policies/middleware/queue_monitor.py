@@ -32,7 +32,7 @@ __all__ = ["QueueAlert", "QueueMonitor", "Threshold"]
 logger = SafeLogger("dramatiq_policies.alerts")
 
 #: After this many failed readings in a row, the leader resigns.
-_PATIENCE = 3
+_RESIGN_AFTER = 3
 
 
 class QueueMonitor(PolicyMiddleware):
@@ -115,7 +115,8 @@ class QueueMonitor(PolicyMiddleware):
         self._elected = False
         #: The number of failed readings in a row.
         self._failed = 0
-        self._is_follower = False
+        #: Whether this process has resigned, and leaves the next turn to the others.
+        self._skips_turn = False
         self._outbox = OutboxReader()
 
     def for_stub(self) -> Self:
@@ -202,38 +203,12 @@ class QueueMonitor(PolicyMiddleware):
 
     def _monitor_once(self, election: Election) -> None:
         try:
-            with self._reading:
-                reader = self._get_reader()
-                report: dict[str, Any] = reader.report()
-                if self._thread.workers:
-                    report["threads"] = sum(worker.worker_threads for worker in self._thread.workers)
-                    report["busy"] = sum(_busy(worker) for worker in self._thread.workers)
-                election.publish(report)
-                if self._is_follower:
-                    self._is_follower = False
-                    return
-                if not election.is_leader():
-                    self._elected = False
-                    return
-                if not self._elected:
-                    self._elected = True
-                    before = election.saved()
-                    if before is not None:
-                        self._tracker.open = {(str(queue), str(measure)) for queue, measure in before}
-                reports = election.reports()
-                reader.peer_reports = reports
-                open_before = set(self._tracker.open)
-                readings, found = self._read_and_compare()
-                if self._tracker.open != open_before:
-                    election.save(sorted(self._tracker.open))
-            # Alerts first: they are saved as sent, so no other process would send them.
-            self._notify(found)
-            self._send(readings, reports, election.hears_all or any("threads" in one for one in reports))
+            self._take_turn(election)
         except Exception as error:
             self._failed += 1
-            if self._failed % _PATIENCE == 0 and self._elected:
+            if self._failed % _RESIGN_AFTER == 0 and self._elected:
                 # Another process may reach the server: leave the next turn to the others.
-                self._elected, self._is_follower = False, True
+                self._elected, self._skips_turn = False, True
                 election.resign()
             if self._failed == 1:
                 logger.error(  # noqa: TRY400  The stack is of no use: the server is down.
@@ -246,6 +221,39 @@ class QueueMonitor(PolicyMiddleware):
             if self._failed:
                 self._failed = 0
                 logger.info("The queues can be read again.")
+
+    def _take_turn(self, election: Election) -> None:
+        """Publish the report of this process. The leader then reads the queues, and sends alerts and gauges."""
+        from ..observability.queue_gauges import worker_report
+
+        with self._reading:
+            reader = self._get_reader()
+            election.publish({**reader.report(), **worker_report(self._thread.workers)})
+            if not self._is_leader(election):
+                return
+            reader.peer_reports = reports = election.reports()
+            open_before = set(self._tracker.open)
+            readings, found = self._read_and_compare()
+            if self._tracker.open != open_before:
+                election.save(sorted(self._tracker.open))
+        # Alerts first: they are saved as sent, so no other process would send them.
+        self._notify(found)
+        self._send(readings, reports, election.hears_all or any("threads" in one for one in reports))
+
+    def _is_leader(self, election: Election) -> bool:
+        """Whether this process is the leader. A new leader continues with the open breaches of the last one."""
+        if self._skips_turn:
+            self._skips_turn = False
+            return False
+        if not election.is_leader():
+            self._elected = False
+            return False
+        if not self._elected:
+            self._elected = True
+            before = election.saved()
+            if before is not None:
+                self._tracker.open = {(str(queue), str(measure)) for queue, measure in before}
+        return True
 
     def _read_and_compare(self) -> tuple[list[QueueReading], list[QueueAlert]]:
         readings = self._get_reader().read_all()
@@ -288,8 +296,3 @@ class QueueMonitor(PolicyMiddleware):
         if self.attached_to is None:
             raise ConfigurationError("This QueueMonitor is on no broker. Did you forget to call install(broker, …)?")
         return self.attached_to
-
-
-def _busy(worker: Worker) -> int:
-    """Return how many of the worker's threads are busy: messages taken from the work queue and not done."""
-    return max(0, worker.work_queue.unfinished_tasks - worker.work_queue.qsize())

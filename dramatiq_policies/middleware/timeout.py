@@ -47,7 +47,7 @@ DEFAULT_MS: Final = 600_000
 #: The exit code of a worker process that ``on_stuck="exit"`` ends: ``EX_SOFTWARE`` of sysexits.
 STUCK_EXIT_CODE: Final = 70
 #: How long, in seconds, the reports of a stuck job may take before ``on_stuck="exit"`` ends the process anyway.
-_TOLD_WITHIN: Final = 5.0
+_NOTIFY_WITHIN: Final = 5.0
 #: How long, in seconds, the master process then has to read the log record from its pipe. After the end of its last worker
 #: process, the master reads no more.
 _READ_WITHIN: Final = 0.2
@@ -186,10 +186,12 @@ class Timeout(PolicyMiddleware, TimeLimit):
         if self.on_stuck != "exit":
             self._notify(record, job.timeout_ms)
             return
-        telling = threading.Thread(target=self._notify, args=(record, job.timeout_ms), daemon=True)
+        notifying = threading.Thread(
+            target=self._notify, args=(record, job.timeout_ms), name="dramatiq-policies-on-stuck", daemon=True
+        )
         try:
-            telling.start()
-            telling.join(_TOLD_WITHIN)
+            notifying.start()
+            notifying.join(_NOTIFY_WITHIN)
             time.sleep(_READ_WITHIN)
         finally:
             os._exit(STUCK_EXIT_CODE)

@@ -10,7 +10,7 @@ import os
 import socket
 from typing import Any
 
-__all__ = ["Twin", "can_have_twin"]
+__all__ = ["PrivateClient", "needs_private_client"]
 
 #: The settings for address, names and tags. All public except the container id.
 _COPIED = ("host", "port", "socket_path", "namespace", "constant_tags", "use_ms", "default_sample_rate", "cardinality")
@@ -18,7 +18,7 @@ _COPIED_TOO = ("_container_id", "_enabled")
 _METHODS = ("increment", "timing", "gauge", "_report")
 
 
-def can_have_twin(client: Any) -> bool:
+def needs_private_client(client: Any) -> bool:
     """Return whether this is an unmodified client of the ``datadog`` package."""
     cls = type(client)
     own = vars(client) if hasattr(client, "__dict__") else {}
@@ -31,8 +31,8 @@ def can_have_twin(client: Any) -> bool:
     )
 
 
-class Twin:
-    """The private client. Made anew after a fork, and after a change in the settings of the application's client."""
+class PrivateClient:
+    """Makes the private client: anew after a fork, and after a change in the settings of the application's client."""
 
     def __init__(self, client: Any) -> None:
         self.client = client

@@ -107,7 +107,7 @@ def _without_our_lines(event: Any, hint: Any) -> Any:
         return event
     if record.name in _OUR_LOGGERS:
         # Records of a delivery or of a stuck job.
-        told = hasattr(record, "reason") or hasattr(record, "stack")
+        already_reported = hasattr(record, "reason") or hasattr(record, "stack")
     else:
-        told = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
-    return None if told else event
+        already_reported = record.msg == _dramatiq.UNKNOWN_ACTOR_LINE
+    return None if already_reported else event

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..brokers.queue_reader import QueueReading
@@ -10,9 +10,11 @@ from .queue_thresholds import OUTBOX
 from .statsd import metric_name, tag_list
 
 if TYPE_CHECKING:
+    from dramatiq import Worker
+
     from .statsd import Value
 
-__all__ = ["gauges_of", "worker_gauges"]
+__all__ = ["gauges_of", "worker_gauges", "worker_report"]
 
 
 def gauges_of(readings: Iterable[QueueReading], prefix: str, *, tagged: bool) -> list[Value]:
@@ -37,6 +39,15 @@ def gauges_of(readings: Iterable[QueueReading], prefix: str, *, tagged: bool) ->
             if value is not None:
                 values.append(("g", f"{of_queue}.{name}", value, tags))
     return values
+
+
+def worker_report(workers: Sequence[Worker]) -> dict[str, int]:
+    """Return how many threads the workers of this process have, and how many of the threads are busy; empty without workers."""
+    if not workers:
+        return {}
+    # Messages taken from the work queue and not done.
+    busy = [worker.work_queue.unfinished_tasks - worker.work_queue.qsize() for worker in workers]
+    return {"threads": sum(worker.worker_threads for worker in workers), "busy": sum(max(0, one) for one in busy)}
 
 
 def worker_gauges(reports: Iterable[Mapping[str, Any]]) -> list[Value]:

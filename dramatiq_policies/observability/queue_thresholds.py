@@ -186,12 +186,12 @@ class ThresholdTracker:
             return []
         found = []
         for measure, value, limit in threshold.measures(reading):
-            what = (reading.queue, measure)
-            if what not in self.open and value >= limit:
-                self.open.add(what)
+            breach = (reading.queue, measure)
+            if breach not in self.open and value >= limit:
+                self.open.add(breach)
                 found.append(QueueAlert.of(reading.queue, measure, value, limit))
-            elif what in self.open and value <= limit * _DOWN:
-                self.open.discard(what)
+            elif breach in self.open and value <= limit * _DOWN:
+                self.open.discard(breach)
                 if threshold.notify_clear:
                     found.append(QueueAlert.of(reading.queue, measure, value, limit, cleared=True))
         return found

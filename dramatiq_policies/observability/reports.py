@@ -26,8 +26,8 @@ def parse_timed_report(text: str | bytes) -> tuple[float, Report] | None:
     found = _decoded(text)
     if not isinstance(found, list) or len(found) != 2 or not _is_number(found[0]):
         return None
-    note = _clean(found[1])
-    return None if note is None else (found[0], note)
+    report = _clean(found[1])
+    return None if report is None else (found[0], report)
 
 
 def parse_memory(text: str | bytes) -> list[Any] | None:
@@ -48,16 +48,16 @@ def _decoded(text: str | bytes) -> Any:
 def _clean(found: Any) -> Report | None:
     if not isinstance(found, dict):
         return None
-    note: Report = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
+    report: Report = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
     for name in ("threads", "busy"):
-        if name in note and not _is_number(note[name]):
-            del note[name]
+        if name in report and not _is_number(report[name]):
+            del report[name]
     for name, fits in (("taken", _is_taken), ("held", _is_number)):
         if isinstance(found.get(name), dict):
-            note[name] = {queue: value for queue, value in found[name].items() if fits(value)}
+            report[name] = {queue: value for queue, value in found[name].items() if fits(value)}
         else:
-            note.pop(name, None)
-    return note
+            report.pop(name, None)
+    return report
 
 
 def _is_text(value: Any) -> bool:

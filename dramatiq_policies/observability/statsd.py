@@ -14,7 +14,7 @@ from typing import Any
 from ..common.safe_logger import SafeLogger
 from ..common.texts import UNPRINTABLE
 from ..errors import ConfigurationError
-from ._datadog import Twin, can_have_twin
+from ._datadog import PrivateClient, needs_private_client
 from ._udp import MAX_BYTES, udp_client
 
 __all__ = ["Statsd", "Value", "metric_name", "tag_list"]
@@ -27,7 +27,7 @@ Value = tuple[str, str, float, Sequence[str]]
 #: The limit of queued calls. Further values are dropped.
 _WAITING = 10_000
 #: Seconds to collect values for one datagram.
-_TOGETHER = 0.05
+_COLLECT_FOR = 0.05
 #: After a call longer than this (seconds), the client moves to a background thread.
 _SLOW = 0.05
 
@@ -139,7 +139,7 @@ class Statsd:
         while True:
             batch: list[Any] = [waiting.get()]
             # Values of the next 50 ms wake no thread and share a datagram.
-            flush_now.wait(_TOGETHER)
+            flush_now.wait(_COLLECT_FOR)
             flush_now.clear()
             while not waiting.empty():
                 batch.append(waiting.get())
@@ -155,9 +155,9 @@ class Statsd:
     def _failed(self, error: Exception) -> None:
         self._log("failed", f"Metrics can't be sent ({type(error).__name__}: {error}) and are dropped.")
 
-    def _log(self, what: str, text: str) -> None:
-        if what not in self._logged:
-            self._logged.add(what)
+    def _log(self, kind: str, text: str) -> None:
+        if kind not in self._logged:
+            self._logged.add(kind)
             logger.warning("%s This warning is logged once.", text)
 
 
@@ -211,21 +211,21 @@ class _Tagged:
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        self.twin = Twin(client) if can_have_twin(client) else None
+        self.private = PrivateClient(client) if needs_private_client(client) else None
 
     def deliver_all(self, batch: Iterable[Sequence[Value]]) -> None:
         self.deliver(itertools.chain.from_iterable(batch))
 
     def deliver(self, values: Iterable[Value]) -> None:
-        if self.twin is None:
+        if self.private is None:
             self._call(self.client, values)
             return
-        own = self.twin.get()
-        own.open_buffer()
+        client = self.private.get()
+        client.open_buffer()
         try:
-            self._call(own, values)
+            self._call(client, values)
         finally:
-            own.close_buffer()
+            client.close_buffer()
 
     @staticmethod
     def _call(client: Any, values: Iterable[Value]) -> None:

@@ -13,8 +13,9 @@ from .app import (
     redact,
     require_actors,
 )
-from .checks.actor_checks import Settings, check_actor, check_broker
+from .checks.actor_checks import check_actor, check_broker
 from .checks.actor_summary import ActorSummary, describe
+from .checks.checked_job import Settings
 from .checks.findings import CODES, Code, Finding
 from .checks.gate import Report, assert_job_ready, gate, read_baseline, read_exemptions, write_baseline
 from .checks.live import check_live

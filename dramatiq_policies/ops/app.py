@@ -77,7 +77,7 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
     if app == "django":
         with importing(app):
             found: Any = get_broker()
-        return _arranged(app, found)
+        return _with_middleware_in_order(app, found)
     if stand_in and dramatiq.broker.global_broker is None:
         set_broker(install(PlaceholderBroker()))
     found = import_object(app)
@@ -92,10 +92,10 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
     if found is None:
         with importing(app):
             found = get_broker()
-    return _arranged(app, found)
+    return _with_middleware_in_order(app, found)
 
 
-def _arranged(app: str, broker: Broker) -> Broker:
+def _with_middleware_in_order(app: str, broker: Broker) -> Broker:
     if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
         with importing(app):
             order_middleware(broker)
@@ -152,9 +152,9 @@ def _is_actor(value: Any) -> bool:
 
 def _suggest_actors(name: str, actors: Iterable[str]) -> str:
     """Return the end of a sentence: the nearest names, else the first actors."""
-    near, known = did_you_mean(name, actors), sorted(actors)
-    if near != "." or not known:
-        return near
+    suggestion, known = did_you_mean(name, actors), sorted(actors)
+    if suggestion != "." or not known:
+        return suggestion
     return f"; its actors: {', '.join(known[:_LISTED])}{', …' if len(known) > _LISTED else ''}."
 
 
@@ -192,10 +192,10 @@ def import_object(path: str) -> Any:
         return functools.reduce(getattr, attributes.split("."), module)
     except AttributeError:
         public = [known for known in vars(module) if not known.startswith("_")]
-        near = did_you_mean(attributes, public)
-        if near == ".":
-            near = _suggest_actors(attributes, [known for known in public if _is_actor(vars(module)[known])])
-        raise OperationError(f"{name} has no {attributes!r}{near}") from None
+        suggestion = did_you_mean(attributes, public)
+        if suggestion == ".":
+            suggestion = _suggest_actors(attributes, [known for known in public if _is_actor(vars(module)[known])])
+        raise OperationError(f"{name} has no {attributes!r}{suggestion}") from None
 
 
 @contextlib.contextmanager
@@ -211,10 +211,12 @@ def importing(app: str) -> Any:
         own = [frame for frame in frames if not os.path.relpath(frame.filename).startswith("..")]
         where = (own or frames)[-1]
         place = "" if "importlib" in where.filename else f" ({os.path.relpath(where.filename)}, line {where.lineno})"
-        raise OperationError(f"{app!r} can't be imported: {one_line(error)}{place}{_near(app, error)}") from None
+        raise OperationError(
+            f"{app!r} can't be imported: {one_line(error)}{place}{_suggest_modules(app, error)}"
+        ) from None
 
 
-def _near(app: str, error: BaseException) -> str:
+def _suggest_modules(app: str, error: BaseException) -> str:
     """Suggest names if the application's module itself, or a package of the module, is missing."""
     module = app.partition(":")[0]
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -236,5 +238,5 @@ def extend_path(path: Iterable[str]) -> None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence: ``; did you mean 'this'?`` if a known name is near, else a full stop."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."

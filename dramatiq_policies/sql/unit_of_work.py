@@ -122,8 +122,8 @@ class SqlUnitOfWork:
             self.session.commit()
         _close(self.session)
 
-    def roll_back(self, *, struck: bool) -> None:
-        if struck or self._guard.is_unsure:
+    def roll_back(self, *, interrupted: bool) -> None:
+        if interrupted or self._guard.is_unsure:
             self._guard.invalidate()
         _close(self.session)
 
@@ -163,15 +163,15 @@ class AsyncSqlUnitOfWork:
             await session.commit()
         await session.run_sync(_close)
 
-    def roll_back(self, *, struck: bool) -> None:
+    def roll_back(self, *, interrupted: bool) -> None:
         try:
-            _run_on_loop(self._roll_back(struck or self._guard.is_unsure))
+            _run_on_loop(self._roll_back(interrupted or self._guard.is_unsure))
         except Exception:
             logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
 
-    async def _roll_back(self, struck: bool) -> None:
+    async def _roll_back(self, interrupted: bool) -> None:
         def roll_back(session: Session) -> None:
-            if struck:
+            if interrupted:
                 self._guard.invalidate()
             _close(session)
 
@@ -226,7 +226,7 @@ class _CommitGuard:
                 if not connection.closed:
                     connection.invalidate()
             except Exception:
-                logger.exception("A connection that an interrupt has struck did not close cleanly.")
+                logger.exception("A connection that an interrupt may have broken did not close cleanly.")
 
 
 class _JobSession(Session):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..ops.checks.gate import assert_job_ready
 from .crash_safety import assert_crash_safe
 from .draining import TooManyRuns, drain
-from .faults import crash, enqueue_down, fail, hang, redeliver, store_down
+from .faults import crash, fail, hang, redeliver
+from .outages import enqueue_down, store_down
 from .performing import perform
 from .run import Run
 from .store_contract import IdempotencyStoreContract

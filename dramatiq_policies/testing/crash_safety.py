@@ -129,7 +129,7 @@ class _Scene:
         __tracebackhide__ = True
         name = self.actor.actor_name
         self.reset()
-        before = self._look()
+        before = self._current_effects()
         # Once without tracing, for a coverage tool.
         expected, run = self.play(traced=False)
         if run.outcomes(self.actor)[-1:] != ["succeeded"]:
@@ -176,7 +176,7 @@ class _Scene:
         visits: Counter[int] = Counter()
         self.visited = visited = [] if die_at is None else self.visited
 
-        def come_by(line: int) -> None:
+        def reach(line: int) -> None:
             if die_at is None:
                 visited.append(line)
                 return
@@ -185,17 +185,17 @@ class _Scene:
                 die_in_job("assert_crash_safe()")
 
         def trace(fn: Any) -> Any:
-            return _traced(fn, self.code, come_by) if traced else fn
+            return _traced(fn, self.code, reach) if traced else fn
 
-        with stub(self.actor.broker) as broker, in_place_of(self.actor, trace), _noting_commits(broker, come_by):
-            order_middleware(broker).add_around_job(partial(_note_commit, self.actor, come_by), order=-1)
+        with stub(self.actor.broker) as broker, in_place_of(self.actor, trace), _commits_as_points(broker, reach):
+            order_middleware(broker).add_around_job(partial(_reach_after_commit, self.actor, reach), order=-1)
             message = self.actor.send(*self.args, **self.kwargs)
             if twice:
                 redeliver(message, broker)
             run = drain(broker)
-        return self._look(), run
+        return self._current_effects(), run
 
-    def _look(self) -> Any:
+    def _current_effects(self) -> Any:
         seen = self.effects()
         try:
             return copy.deepcopy(seen)
@@ -204,18 +204,18 @@ class _Scene:
 
 
 @contextmanager
-def _noting_commits(broker: StubBroker, come_by: Callable[[int], None]) -> Iterator[None]:
-    """Call ``come_by`` after each commit with messages of a drain. If it raises, a relay publishes the messages."""
+def _commits_as_points(broker: StubBroker, reach: Callable[[int], None]) -> Iterator[None]:
+    """Call ``reach`` after each commit with messages of a drain. If it raises, a relay publishes the messages."""
     outbox = outbox_on(state_of(broker))
     if outbox is None:
         yield
         return
 
-    def noting(after_commit: AfterCommit) -> AfterCommit:
+    def reaching(after_commit: AfterCommit) -> AfterCommit:
         def call(written: Written, connection: Connection | None) -> Ticket | None:
             if written.ids and drain_in_progress() is not None:
                 try:
-                    come_by(_COMMITTED)
+                    reach(_COMMITTED)
                 except WorkerDied:
                     environment_of(broker).unpublished.append(Unpublished(outbox, written.taken(), connection))
                     raise
@@ -223,16 +223,18 @@ def _noting_commits(broker: StubBroker, come_by: Callable[[int], None]) -> Itera
 
         return call
 
-    with after_commits(outbox, noting):
+    with after_commits(outbox, reaching):
         yield
 
 
-def _note_commit(actor: Actor[..., Any], come_by: Callable[[int], None], delivery: Delivery, proceed: Proceed) -> Any:
-    """Run a job, and call ``come_by`` if the job is transactional and was committed."""
+def _reach_after_commit(
+    actor: Actor[..., Any], reach: Callable[[int], None], delivery: Delivery, proceed: Proceed
+) -> Any:
+    """Run a job, and call ``reach`` if the job is transactional and was committed."""
     result = proceed(delivery)
     transaction = delivery.transaction
     if transaction is not None and transaction.is_committed and delivery.message.actor_name == actor.actor_name:
-        come_by(_DONE)
+        reach(_DONE)
     return result
 
 
@@ -248,8 +250,8 @@ def _code_of(fn: Any) -> CodeType:
     return code
 
 
-def _traced(fn: Any, code: CodeType, come_by: Callable[[int], None]) -> Any:
-    """Return ``fn`` with a call of ``come_by`` before each line of ``code`` and of nested functions."""
+def _traced(fn: Any, code: CodeType, reach: Callable[[int], None]) -> Any:
+    """Return ``fn`` with a call of ``reach`` before each line of ``code`` and of nested functions."""
     codes = {code, *_within(code)}
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
@@ -257,7 +259,7 @@ def _traced(fn: Any, code: CodeType, come_by: Callable[[int], None]) -> Any:
 
     def trace_lines(frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
-            come_by(frame.f_lineno)
+            reach(frame.f_lineno)
         return trace_lines
 
     if is_async(fn):
@@ -271,7 +273,7 @@ def _traced(fn: Any, code: CodeType, come_by: Callable[[int], None]) -> Any:
                 result = await coroutine(*args, **kwargs)
             finally:
                 sys.settrace(before)
-            come_by(_END)
+            reach(_END)
             return result
 
         return async_to_sync(run_async)
@@ -284,7 +286,7 @@ def _traced(fn: Any, code: CodeType, come_by: Callable[[int], None]) -> Any:
             result = fn(*args, **kwargs)
         finally:
             sys.settrace(before)
-        come_by(_END)
+        reach(_END)
         return result
 
     return run

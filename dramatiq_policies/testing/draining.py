@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Drain", "TooManyRuns", "WorkerDied", "drain", "drain_in_progress"]
 
 #: The pause of a consumer thread before it connects again, in seconds.
-_RESTART = 3.0
+_RECONNECT_AFTER = 3.0
 #: The pauses between two tries to publish rows of an outbox, in virtual ms: ten minutes in all.
 _RELAY_PAUSES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, *[60_000] * 9)
 
@@ -139,7 +139,7 @@ class Drain:
         with ExitStack() as stack:
             environment.draining = True
             stack.callback(setattr, environment, "draining", False)
-            self._wind_back()
+            self._set_clock_back()
             stack.enter_context(self.clock.in_force())
             self._began = self.clock.now
             stack.callback(_in_progress.reset, _in_progress.set(self))
@@ -150,7 +150,7 @@ class Drain:
             self._stalled = stack.enter_context(recording(self.run, environment, lambda: _in_progress.get() is self))
             stack.callback(setattr, state, "stopping", state.stopping)
             state.stopping = VirtualStop(self.clock)
-            stack.callback(self._take_worker_off)
+            stack.callback(self._remove_worker)
             stack.enter_context(connections_stay_open(self.broker))
             stack.callback(self._worker.stop)
             self._worker.start()
@@ -164,13 +164,13 @@ class Drain:
         self.run.elapsed = self.clock.now - self._began
         self.run.note_actors(self.broker.actors)
 
-    def _wind_back(self) -> None:
+    def _set_clock_back(self) -> None:
         # A few real ms pass between a test's first delayed message and its first drain.
         if self.clock.skipped == 0:
             sent = [message.message_timestamp for message in self.environment.delayed()]
             self.clock.now = min([self.clock.now, *(at for at in sent if at > self.clock.now - 60_000)])
 
-    def _take_worker_off(self) -> None:
+    def _remove_worker(self) -> None:
         # In place: dramatiq_policies has sorted this list.
         middleware = self.broker.middleware
         middleware[:] = [one for one in middleware if _dramatiq.worker_behind(one) is not self._worker]
@@ -210,7 +210,7 @@ class Drain:
                     self._worker.fetch(name)
                 except BrokerConnectionError:
                     # A consumer thread connects again after a pause.
-                    if self.environment.state.stopping.wait(_RESTART):
+                    if self.environment.state.stopping.wait(_RECONNECT_AFTER):
                         return
 
     def _publish_rows(self) -> bool:
@@ -249,7 +249,7 @@ class Drain:
             self._redeliver(message)
             return
         error = _dramatiq.exception_of(message)
-        if error is not None and not isinstance(error, _OF_JOBS):
+        if error is not None and not isinstance(error, _JOB_ERRORS):
             raise error
 
     def _redeliver(self, message: MessageProxy) -> None:
@@ -268,7 +268,7 @@ class Drain:
 
 
 #: The exceptions of jobs; other exceptions are for the test.
-_OF_JOBS = (Exception, SystemExit, GeneratorExit, Interrupt, asyncio.CancelledError)
+_JOB_ERRORS = (Exception, SystemExit, GeneratorExit, Interrupt, asyncio.CancelledError)
 
 
 def _delay_queues_first(name: str) -> tuple[bool, str]:

@@ -1,56 +1,30 @@
-"""Failures of production for tests, as context managers; you can nest them."""
+"""Failures of jobs and of workers for tests, as context managers; you can nest them. `outages` has those of servers."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from dramatiq import Message, get_broker
 from dramatiq.broker import Broker
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.errors import ConnectionFailed
 
-from ..delivery.broker_state import state_of
 from ..delivery.delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import PolicyMiddleware
-from ..middleware.idempotency import Idempotency
 from ..middleware.ordering import order_middleware
-from ..transactions.outbox import outbox_on
 from .draining import WorkerDied, drain_in_progress
-from .outboxes import refusing
-from .patching import around, in_place_of
-from .stub_environment import environment_of, find_environment
+from .patching import Times, around, in_place_of
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-    from ..stores import IdempotencyStore
 
-__all__ = ["crash", "enqueue_down", "fail", "hang", "redeliver", "store_down"]
-
-
-class _Times:
-    """A counter of failures that are left; None for always."""
-
-    def __init__(self, where: str, times: int | None) -> None:
-        if times is not None and (type(times) is not int or times < 0):
-            raise ConfigurationError.of_option(where, "times", "an int of at least 0, or None for always", times)
-        self.left = times
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        with self._lock:
-            if self.left is None:
-                return True
-            self.left -= 1
-            return self.left >= 0
+__all__ = ["crash", "die_in_job", "fail", "hang", "redeliver"]
 
 
 def fail(
@@ -70,7 +44,7 @@ def fail(
       ConfigurationError: ``exception`` is no exception, or its class needs arguments.
     """
     where = f"fail({actor.actor_name!r})"
-    counted = _Times(where, times)
+    counted = Times(where, times)
     if isinstance(exception, type) and issubclass(exception, BaseException):
         try:
             exception()
@@ -108,7 +82,7 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
       ConfigurationError: The actor has no timeout.
     """
     where = f"hang({actor.actor_name!r})"
-    counted = _Times(where, times)
+    counted = Times(where, times)
     if not any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
         raise ConfigurationError(f"{where}: the actor's broker has no Timeout. Call install(broker) first.")
     policy = order_middleware(actor.broker).policies.get(actor.actor_name)
@@ -157,7 +131,7 @@ def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool =
       after_effect: Whether the worker dies after the job's last line. Default False: before the first.
     """
     where = f"crash({actor.actor_name!r})"
-    counted = _Times(where, times)
+    counted = Times(where, times)
 
     def die() -> None:
         if counted.take():
@@ -207,101 +181,3 @@ def redeliver(message: Message[Any], broker: Broker | None = None) -> AbstractCo
         )
     broker.queues[message.queue_name].put(message.encode())
     return nullcontext()
-
-
-@contextmanager
-def enqueue_down(
-    broker: Broker, exception: type[BaseException] | BaseException = ConnectionFailed, times: int | None = None
-) -> Iterator[None]:
-    """Let a broker refuse all messages, from your code and from the worker.
-
-    A message that your code sends in a transaction with an outbox is accepted. `drain` publishes the message, as a relay does, once
-    the broker accepts messages again, and tries for ten virtual minutes.
-
-    Parameters:
-      exception: The exception to raise, an instance or a class. Default: Dramatiq's ``ConnectionFailed``.
-      times: The number of refused messages. Default None: all.
-
-    The worker publishes follow-up messages again and again until it stops. In `drain` it stops after ten virtual minutes, and
-    the job's message is back on its queue.
-    """
-    counted = _Times("enqueue_down()", times)
-    # First, because a new environment wraps `broker.enqueue` too, and its wrapper stays.
-    environment = find_environment(broker)
-    outbox = outbox_on(state_of(broker))
-    own = vars(broker).get("enqueue")
-    accept = broker.enqueue
-
-    def refusal() -> BaseException | None:
-        if not counted.take():
-            return None
-        return exception("enqueue_down()") if isinstance(exception, type) else exception
-
-    def enqueue(message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        if (outbox is None or outbox.scope_of(message) is None) and (error := refusal()) is not None:
-            raise error
-        return accept(message, delay=delay)
-
-    broker.enqueue = enqueue  # type: ignore[method-assign]
-    try:
-        with ExitStack() as stack:
-            if outbox is not None:
-                unpublished = [] if environment is None else environment.unpublished
-                stack.enter_context(refusing(outbox, refusal, unpublished))
-            yield
-    finally:
-        if own is None:
-            del vars(broker)["enqueue"]
-        else:
-            broker.enqueue = own  # type: ignore[method-assign]
-
-
-@contextmanager
-def store_down(
-    broker: Broker, exception: type[BaseException] | BaseException = ConnectionError, times: int | None = None
-) -> Iterator[None]:
-    """Let all calls of a broker's idempotency store fail.
-
-    Parameters:
-      exception: The exception to raise, an instance or a class. Default: the built-in ``ConnectionError``.
-      times: The number of failing calls. Default None: all. Without ``until=``, `drain` then ends as soon as all remaining
-        messages wait for the store; they stay queued.
-
-    Raises:
-      ConfigurationError: The broker has no Idempotency with a store.
-    """
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
-        order_middleware(broker)
-    found = [one for one in broker.middleware if isinstance(one, Idempotency) and one.claims is not None]
-    if not found:
-        raise ConfigurationError("store_down(): the broker has no Idempotency with a store.")
-    claims, counted = found[0].claims, _Times("store_down()", times)
-    assert claims is not None
-    store = claims.store
-    claims.store = cast("IdempotencyStore", _Down(store, exception, counted))
-    environment = environment_of(broker) if isinstance(broker, StubBroker) else None
-    if environment is not None:
-        before, environment.store_is_down = environment.store_is_down, times is None
-    try:
-        yield
-    finally:
-        claims.store = store
-        if environment is not None:
-            environment.store_is_down = before
-
-
-class _Down:
-    """An unreachable store."""
-
-    def __init__(self, store: object, exception: type[BaseException] | BaseException, counted: _Times) -> None:
-        self._store, self._exception, self._counted = store, exception, counted
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._store, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._counted.take():
-                raise self._exception("store_down()") if isinstance(self._exception, type) else self._exception
-            return method(*args, **kwargs)
-
-        return call

@@ -57,7 +57,7 @@ def after_commits(outbox: Outbox, replace: Callable[[AfterCommit], AfterCommit])
     try:
         yield
     finally:
-        _put_back(outbox, "after_commit", before)
+        _restore(outbox, "after_commit", before)
 
 
 @contextmanager
@@ -103,10 +103,10 @@ def refusing(
         with after_commits(outbox, noting):
             yield
     finally:
-        _put_back(batch, "publish", before)
+        _restore(batch, "publish", before)
 
 
-def _put_back(holder: object, name: str, before: Any) -> None:
+def _restore(holder: object, name: str, before: Any) -> None:
     """Undo the replacement of a method: of the class again, or of an outer fault."""
     if before is None:
         del vars(holder)[name]

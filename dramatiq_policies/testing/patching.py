@@ -1,8 +1,9 @@
-"""Replace an actor's function during a test."""
+"""Replace an actor's function during a test, for some runs or for all."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
+from ..errors import ConfigurationError
 from ..interrupts.coroutines import is_async
 from ..middleware.base import PolicyMiddleware
 from ..middleware.ordering import order_middleware, resolve_actor
@@ -17,7 +19,29 @@ from ..middleware.ordering import order_middleware, resolve_actor
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-__all__ = ["around", "in_place_of"]
+__all__ = ["Times", "around", "in_place_of"]
+
+
+class Times:
+    """Counts the failures that are left; None for always.
+
+    Raises:
+      ConfigurationError: ``times`` is no int of at least 0.
+    """
+
+    def __init__(self, where: str, times: int | None) -> None:
+        if times is not None and (type(times) is not int or times < 0):
+            raise ConfigurationError.of_option(where, "times", "an int of at least 0, or None for always", times)
+        self.left = times
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Take one failure. Returns whether one was left."""
+        with self._lock:
+            if self.left is None:
+                return True
+            self.left -= 1
+            return self.left >= 0
 
 
 @contextmanager

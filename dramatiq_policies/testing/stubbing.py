@@ -64,12 +64,12 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
         actor.broker = stand_in
         stand_in.declare_actor(actor)
 
-    undo = []
+    restores = []
     try:
         if real is None or real is dramatiq.broker.global_broker:
-            undo.append(_stand_in_globally(stand_in))
+            restores.append(_stand_in_globally(stand_in))
         if real is not None:
-            undo.append(_redirect(real, stand_in, lend))
+            restores.append(_redirect(real, stand_in, lend))
             for actor in list(real.actors.values()):
                 lend(actor)
         # Before the first message, which gets the virtual time.
@@ -78,8 +78,8 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
     finally:
         for actor, own, fn in reversed(saved):
             actor.broker, actor.fn = own, fn
-        for put_back in reversed(undo):
-            put_back()
+        for restore in reversed(restores):
+            restore()
         if real is not None:
             for actor in stand_in.actors.values():
                 if actor.broker is stand_in and _is_of_a_module(actor):
@@ -128,12 +128,12 @@ def _stand_in_globally(stand_in: StubBroker) -> Any:
     before = dramatiq.broker.global_broker
     dramatiq.broker.global_broker = stand_in
 
-    def put_back() -> None:
+    def restore() -> None:
         # An application imported meanwhile may have set its own broker.
         if dramatiq.broker.global_broker is stand_in:
             dramatiq.broker.global_broker = before
 
-    return put_back
+    return restore
 
 
 def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
@@ -153,9 +153,9 @@ def _redirect(real: Broker, stand_in: StubBroker, lend: Any) -> Any:
     own = {name: vars(real)[name] for name in names if name in vars(real)}
     vars(real).update(names, dramatiq_policies_lent_to=stand_in)
 
-    def put_back() -> None:
+    def restore() -> None:
         for name in (*names, "dramatiq_policies_lent_to"):
             del vars(real)[name]
         vars(real).update(own)
 
-    return put_back
+    return restore

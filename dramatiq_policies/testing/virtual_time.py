@@ -19,7 +19,7 @@ from ..common import clock
 __all__ = ["VirtualClock", "VirtualStop", "clock_in_force"]
 
 #: The virtual time in milliseconds after which a drain no longer retries an unreachable broker.
-_PATIENCE = 600_000
+_STOPS_AFTER = 600_000
 
 _in_force: ContextVar[VirtualClock | None] = ContextVar("dramatiq_policies_virtual_clock", default=None)
 
@@ -60,11 +60,11 @@ class VirtualClock:
     def in_force(self) -> Iterator[None]:
         """Show the virtual clock to this thread."""
         token = _in_force.set(self)
-        _put_in_place()
+        _replace_clocks()
         try:
             yield
         finally:
-            _put_back()
+            _restore_clocks()
             _in_force.reset(token)
 
 
@@ -87,7 +87,7 @@ class VirtualStop(threading.Event):
         ms = round(timeout * 1_000)
         self.clock.advance(ms)
         self.waited += ms
-        if self.waited > _PATIENCE:
+        if self.waited > _STOPS_AFTER:
             self.set()
         return self.is_set()
 
@@ -123,11 +123,11 @@ class _TimeModule:
 _lock = threading.Lock()
 _users = 0
 _saved: list[tuple[Any, str, Any]] = []
-_stand_in = _TimeModule()
+_time_module = _TimeModule()
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"time": _time, "monotonic": _monotonic, "sleep": _sleep}
 
 
-def _put_in_place() -> None:
+def _replace_clocks() -> None:
     global _users  # noqa: PLW0603 - how many drain now
     with _lock:
         _users += 1
@@ -137,10 +137,10 @@ def _put_in_place() -> None:
         for module, name in [*ours, *_dramatiq.clock_places()]:
             original = getattr(module, name)
             _saved.append((module, name, original))
-            setattr(module, name, _stand_in if original is real else _FUNCTIONS[name])
+            setattr(module, name, _time_module if original is real else _FUNCTIONS[name])
 
 
-def _put_back() -> None:
+def _restore_clocks() -> None:
     global _users  # noqa: PLW0603
     with _lock:
         _users -= 1

@@ -131,14 +131,16 @@ class Publication:
     @staticmethod
     def _report(row: Row, text: str) -> None:
         fields = {"actor": row.actor, "queue": row.queue, "message_id": row.message_id}
-        told = (row.message_id, row.actor, row.queue, row.failures + 1, text)
+        values = (row.message_id, row.actor, row.queue, row.failures + 1, text)
         line = "The outbox could not publish message %s of actor %r to queue %r, try %d (%s)."
         if row.failures + 1 == _ALERT_AT:
             alerts.critical(
-                f"{line} The relay tries again every minute; see `dramatiq-policies outbox list`.", *told, extra=fields
+                f"{line} The relay tries again every minute; see `dramatiq-policies outbox list`.",
+                *values,
+                extra=fields,
             )
         else:
-            logger.warning(line, *told, extra=fields)
+            logger.warning(line, *values, extra=fields)
 
 
 def _failures_of(row: Row) -> int:

@@ -26,8 +26,8 @@ __all__ = ["Publisher", "Ticket"]
 logger = SafeLogger("dramatiq_policies.outbox")
 
 #: Commits to publish together, and rows at a time.
-_TOGETHER = 100
-_PART = 500
+_COMMITS_AT_ONCE = 100
+_ROWS_AT_ONCE = 500
 #: Seconds without work until the thread ends.
 _IDLE = 30.0
 #: The most waiting rows. A relay publishes the others after their lease: the broker is frozen, or slow.
@@ -123,14 +123,14 @@ class Publisher:
                         return
                     self._thread = me
                     continue
-                self._publish([first, *self._more()])
+                self._publish([first, *self._waiting_tickets()])
         finally:
             self._publication.batch.close()
 
-    def _more(self) -> list[Ticket]:
-        """Take further waiting rows."""
+    def _waiting_tickets(self) -> list[Ticket]:
+        """Take the tickets that wait, to publish their rows together."""
         more: list[Ticket] = []
-        while len(more) < _TOGETHER - 1:
+        while len(more) < _COMMITS_AT_ONCE - 1:
             try:
                 more.append(self._queue.get_nowait())
             except Empty:
@@ -159,9 +159,9 @@ class Publisher:
         ids = [row_id for one in written for row_id in one.ids]
         owners = [one.owner for one in written]
         since = min(one.since for one in written if one.since is not None)
-        for start in range(0, len(ids), _PART):
-            part = ids[start : start + _PART]
-            lost = self._publication.publish_committed(self._database.run, part, owners, since)
+        for start in range(0, len(ids), _ROWS_AT_ONCE):
+            batch = ids[start : start + _ROWS_AT_ONCE]
+            lost = self._publication.publish_committed(self._database.run, batch, owners, since)
             if lost is not None:
                 logger.info("The broker is unreachable; committed messages wait in the outbox: %s", lost)
                 return

@@ -81,11 +81,11 @@ class Entered(Generic[S]):
     def __init__(self, group: object, scope: S) -> None:
         self.group = group
         self.scope = scope
-        self.place: tuple[int, object] | None = None
+        self.entered_in: tuple[int, object] | None = None
         self.outer: Entered[Any] | None = None
 
     def __enter__(self) -> S:
-        self.place, self.outer = _place(), _entered.get()
+        self.entered_in, self.outer = _thread_and_task(), _entered.get()
         _entered.set(self)
         return self.scope
 
@@ -93,7 +93,7 @@ class Entered(Generic[S]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Copies of the context may live on.
-        self.place = None
+        self.entered_in = None
         if _entered.get() is self:
             _entered.set(self.outer)
 
@@ -111,9 +111,9 @@ def entered_scope(group: object) -> Any:
     entered = _entered.get()
     if entered is None:
         return None
-    here = _place()
+    here = _thread_and_task()
     while entered is not None:
-        if entered.group is group and entered.place == here:
+        if entered.group is group and entered.entered_in == here:
             return entered.scope
         entered = entered.outer
     return None
@@ -134,7 +134,7 @@ def leave_since(before: Any) -> list[Any]:
     return left
 
 
-def _place() -> tuple[int, object]:
+def _thread_and_task() -> tuple[int, object]:
     """Return the thread and the task that run now."""
     try:
         task: object = asyncio.current_task()

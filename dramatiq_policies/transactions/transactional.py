@@ -90,11 +90,11 @@ class UnitOfWork(Protocol):
           Exception: The error of ``finish`` or of the database. `roll_back` follows.
         """
 
-    def roll_back(self, *, struck: bool) -> None:
+    def roll_back(self, *, interrupted: bool) -> None:
         """End the transaction without a trace, and release the connection. Never raises.
 
         Parameters:
-          struck: An interrupt may have struck within a statement: don't use the connection again.
+          interrupted: An interrupt may have struck within a statement: don't use the connection again.
         """
 
 
@@ -172,10 +172,10 @@ class TransactionalJobs:
             claim.over = claim.committing = True
             unit.commit(partial(self._finish, delivery, claim, result))
         except TakenOver:
-            unit.roll_back(struck=False)
+            unit.roll_back(interrupted=False)
             self._give_way(delivery, claim)
         except BaseException as error:
-            unit.roll_back(struck=interrupts.struck)
+            unit.roll_back(interrupted=interrupts.seen)
             if not (claim.committing and self._is_completed(claim)):
                 claim.over = claim.committing = False
                 raise
@@ -265,7 +265,7 @@ class _Interrupts:
     """Notes the interrupts of a delivery's job, also those that the job handles."""
 
     def __init__(self, delivery: Delivery) -> None:
-        self.struck = False
+        self.seen = False
         self._delivery = delivery
         self._call: Runner
         self._call, fn, args, kwargs = delivery.job
@@ -275,7 +275,7 @@ class _Interrupts:
         self, fn: Any, args: Any, kwargs: Any, *, after_interrupt: Callable[[], object] = noop, **more: Any
     ) -> Any:
         def note() -> None:
-            self.struck = True
+            self.seen = True
             after_interrupt()
 
         if coroutines.is_async(fn):
@@ -283,11 +283,11 @@ class _Interrupts:
         return self._call(fn, args, kwargs, after_interrupt=note, **more)
 
     def _note_cancellation(self) -> None:
-        self.struck = True
+        self.seen = True
 
     def raise_swallowed(self) -> None:
         """Raise the interrupt of a job that has returned nonetheless: its statements may be cut short."""
-        if not self.struck:
+        if not self.seen:
             return
         delivery = self._delivery
         if delivery.timeout_ms is not None and delivery.elapsed_ms() >= delivery.timeout_ms:

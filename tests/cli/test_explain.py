@@ -108,7 +108,7 @@ def test_dramatiq_s_own_waits_are_within_the_bounds(retries):
 def test_the_waits_of_production_are_within_the_bounds(command, app):
     actor = ops.find_actor(f"{app}:send_mail")
     (answer,) = ops.explain(actor, ops.find_exception(actor, "Timeout_"))
-    policy = next(rule.policy for rule in actor.broker.dramatiq_policies_wiring.policies["send_mail"].rules.rules)
+    policy = next(rule.policy for rule in actor.broker.dramatiq_policies_state.policies["send_mail"].rules.rules)
     for _ in range(500):
         start = 0
         for attempt in answer.attempts[1:]:

@@ -152,8 +152,8 @@ def test_a_body_that_cannot_be_decoded_again_leaves_the_message_as_it_is():
     delivery = Delivery(None, message)
     for body in (None, b"{"):
         delivery.body = body
-        assert delivery.again(retries=1).args == (1,)
-        delivery.restore(message)
+        assert delivery.next_message(retries=1).args == (1,)
+        delivery.restore_arguments(message)
         assert message.args == (1,)
 
 

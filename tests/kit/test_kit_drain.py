@@ -461,13 +461,13 @@ def test_nothing_is_left_behind_after_an_error(broker, actor):
     def job():
         raise KeyboardInterrupt
 
-    real, middleware, stopping = dramatiq.common.time, list(broker.middleware), broker.dramatiq_policies_wiring.stopping
+    real, middleware, stopping = dramatiq.common.time, list(broker.middleware), broker.dramatiq_policies_state.stopping
     job.send_with_options(delay=HOUR)
     with pytest.raises(KeyboardInterrupt):
         drain(broker)
     assert dramatiq.common.time is real is time.time
     assert broker.middleware == middleware
-    assert broker.dramatiq_policies_wiring.stopping is stopping
+    assert broker.dramatiq_policies_state.stopping is stopping
     assert current_job(None) is None
     assert abs(dramatiq.common.current_millis() - time.time() * 1_000) < 60_000
     assert drain(broker).outcomes() == []

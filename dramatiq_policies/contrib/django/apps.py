@@ -17,6 +17,6 @@ class PoliciesConfig(AppConfig):  # type: ignore[misc]
     verbose_name = "Dramatiq policies"
 
     def ready(self) -> None:
-        from .connections import close_struck_connections
+        from .connections import close_interrupted_connections
 
-        after_each_interrupt(close_struck_connections)
+        after_each_interrupt(close_interrupted_connections)

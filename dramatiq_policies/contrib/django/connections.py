@@ -8,12 +8,12 @@ from django.db import connections
 
 from ...common.safe_logger import SafeLogger
 
-__all__ = ["close_struck_connections", "in_atomic_of_the_app", "is_of_a_test_case", "leave_innermost_block"]
+__all__ = ["close_interrupted_connections", "in_atomic_of_the_app", "is_of_a_test_case", "leave_innermost_block"]
 
 logger = SafeLogger("dramatiq_policies.django")
 
 
-def close_struck_connections() -> None:
+def close_interrupted_connections() -> None:
     """Close the connections of this thread. Django opens new ones at the next query.
 
     An interrupt strikes anywhere, also between a query and its answer, or while a transaction ends. So the connection and its

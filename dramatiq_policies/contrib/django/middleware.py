@@ -53,10 +53,10 @@ class WarnInsideAtomic(Middleware):
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         for connection in connections.all(initialized_only=True):
             if in_atomic_of_the_app(connection) and not _covers(broker, connection.alias):
-                self._tell(message.actor_name, connection.alias)
+                self._report(message.actor_name, connection.alias)
                 return
 
-    def _tell(self, actor: str, database: str) -> None:
+    def _report(self, actor: str, database: str) -> None:
         call_site = _call_site()
         text = (
             f"A message of actor {actor!r} is sent inside transaction.atomic() at {call_site}: a worker may run the job "

@@ -102,7 +102,7 @@ class TaskRecords:
         """
         backend = self.backend()
         try:
-            record = None if backend is None else backend.get_result(_place_of(result_id))
+            record = None if backend is None else backend.get_result(_stored_at(result_id))
         except ResultMissing:
             return None
         return None if record is None else _from_record(result_id, record)
@@ -127,7 +127,7 @@ class TaskRecords:
         if result.status in _UNFINISHED:
             ttl = delay + max(ttl, _UNFINISHED_TTL)
         try:
-            backend.store_result(_place_of(result.id), _to_record(result), ttl)
+            backend.store_result(_stored_at(result.id), _to_record(result), ttl)
         except Exception as error:
             logger.warning("The result of task %s can't be stored: %s", result.id, error)
 
@@ -143,7 +143,7 @@ class TaskRecords:
         return ttl
 
 
-def _place_of(result_id: str) -> Message[Any]:
+def _stored_at(result_id: str) -> Message[Any]:
     """Return a message for Dramatiq's result backend. The record of a task is stored as the result of this message."""
     return Message("default", "django.tasks", (), {}, {}, message_id=str(result_id))
 

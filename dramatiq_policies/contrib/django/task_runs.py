@@ -43,7 +43,7 @@ __all__ = ["TaskRuns", "runs_of"]
 _running: ContextVar[TaskResult | None] = ContextVar("dramatiq_policies_django_task", default=None)
 
 #: The outcomes after which a task runs again.
-_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED, Outcome.INTERRUPTED})
+_RUNS_AGAIN = frozenset({Outcome.RETRIED, Outcome.DEFERRED, Outcome.INTERRUPTED})
 
 
 def runs_of(broker: Broker) -> TaskRuns:
@@ -167,7 +167,7 @@ class TaskRuns:
         error = event.exception
         if error is not None and (event.outcome in BAD_ENDINGS or event.outcome is Outcome.RETRIED):
             result.errors.append(error_of(error))
-        if event.outcome in _AGAIN:
+        if event.outcome in _RUNS_AGAIN:
             _set(result, status=TaskResultStatus.READY)
             self.records.save(result, event.delay_ms or 0)
             return

@@ -9,7 +9,7 @@ from django.db import connections, transaction
 from ...common.safe_logger import SafeLogger
 from ...errors import ConfigurationError
 from .connections import (
-    close_struck_connections,
+    close_interrupted_connections,
     in_atomic_of_the_app,
     is_of_a_test_case,
     leave_innermost_block,
@@ -155,18 +155,18 @@ class DjangoUnitOfWork:
             except Exception:
                 logger.exception("The on_commit callback %r of a job failed; the job is committed.", callback)
 
-    def roll_back(self, *, struck: bool) -> None:
+    def roll_back(self, *, interrupted: bool) -> None:
         connection, block = self._connection, self._block
         if connection is None:
             return
         try:
-            if struck:
-                close_struck_connections()
+            if interrupted:
+                close_interrupted_connections()
             if block is not None and any(one is connection for one in connections.all(initialized_only=True)):
                 self._leave(connection, block)
         except Exception:
             logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
-            close_struck_connections()
+            close_interrupted_connections()
 
     def _leave(self, connection: Any, block: Any) -> None:
         """Roll back the block, and blocks left open by the job."""

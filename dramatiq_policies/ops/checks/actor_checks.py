@@ -5,84 +5,31 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import AsyncIO
 
 from ..._dramatiq import kind_of
-from ...common.durations import declared_ms, format_duration, looks_like_seconds, to_ms
-from ...common.plurals import counted
+from ...common.durations import declared_ms, format_duration, looks_like_seconds
 from ...common.safe_logger import ALERTS, is_heard
-from ...delivery.broker_state import BrokerState, state_of
-from ...errors import ConfigurationError
+from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware
-from ...middleware.error_classifier import ErrorClassifier
 from ...middleware.idempotency import Idempotency
 from ...middleware.timeout import Timeout
-from ...outcomes import class_path
-from ...rules.backoff import bounds_of
-from ...rules.rule import RetryPolicy, Rule, Verb
-from ..explanations.explanation import unnamed
+from ...rules.rule import Verb
 from .actor_source import purpose_of, source_of
-from .broker_checks import OF_BROKERS, Found, named, seconds_found, wait_durations
+from .broker_checks import OF_BROKERS, Found, seconds_found, wait_durations
+from .checked_job import CheckedJob, Settings
 from .composition_checks import check_composition
 from .findings import CODES, Finding
+from .rule_checks import check_horizon, check_rules, retry_horizon
 
 if TYPE_CHECKING:
     from dramatiq import Actor
     from dramatiq.broker import Broker
 
-    from ...delivery.actor_policy import ActorPolicy
-
-__all__ = ["Settings", "check_actor", "check_broker", "retry_horizon"]
-
-
-M = TypeVar("M")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Settings of the check outside of the application.
-
-    Attributes:
-      required_tags: The tags to require of every actor.
-      shutdown_timeout_ms: The value of ``dramatiq --worker-shutdown-timeout``. Default: ten minutes, as Dramatiq's.
-      consumer_timeout_ms: RabbitMQ's ``consumer_timeout``. Default: half an hour, as RabbitMQ's.
-    """
-
-    required_tags: tuple[str, ...] = ()
-    shutdown_timeout_ms: int = 600_000
-    consumer_timeout_ms: int = 1_800_000
-
-
-@dataclass(slots=True)
-class _Job:
-    """An actor, the policy and the broker's state."""
-
-    actor: Actor[..., Any]
-    policy: ActorPolicy
-    state: BrokerState
-    settings: Settings
-    options: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.options = self.actor.options
-
-    @property
-    def classifier(self) -> ErrorClassifier:
-        """The broker's ErrorClassifier. `order_middleware` adds one if necessary."""
-        found = self.one(ErrorClassifier)
-        assert found is not None
-        return found
-
-    def one(self, kind: type[M]) -> M | None:
-        return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)
-
-    def named(self, name: str) -> Any:
-        """Find a middleware by class name, without importing its module."""
-        return named(self.state.broker, name)
+__all__ = ["check_actor", "check_broker"]
 
 
 def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
@@ -103,7 +50,7 @@ def check_actor(actor: Actor[..., Any], settings: Settings | None = None) -> lis
     policy = state_of(actor.broker).policies.get(actor.actor_name)
     if policy is None:
         return [_finding("DP022", actor, "The actor was declared on a broker without dramatiq_policies")]
-    job = _Job(actor, policy, state_of(actor.broker), settings)
+    job = CheckedJob(actor, policy, state_of(actor.broker), settings)
     return [_finding(code, actor, text) for check in _OF_ACTORS for code, text in check(job)]
 
 
@@ -120,7 +67,7 @@ def _finding(code: str, actor: Actor[..., Any] | None, text: str) -> Finding:
     )
 
 
-def _design(job: _Job) -> Found:
+def _design(job: CheckedJob) -> Found:
     declared = {rule.verb for rule in job.policy.rules.rules}
     if Verb.RETRY not in declared and "retry_on" not in job.options:
         yield "DP001", "No retry_on names the transient errors"
@@ -148,7 +95,7 @@ def _design(job: _Job) -> Found:
             yield "DP008", f"The actor has no tag {tag!r}"
 
 
-def _uncapped(job: _Job) -> Found:
+def _uncapped(job: CheckedJob) -> Found:
     classifier = job.classifier
     if classifier.unclassified is not None:
         return
@@ -158,17 +105,7 @@ def _uncapped(job: _Job) -> Found:
         yield "DP003", "max_retries is None: errors without a rule are retried forever"
 
 
-def _horizon(job: _Job) -> Found:
-    for rule in job.policy.rules.rules:
-        if rule.policy is not None and (longest := retry_horizon(rule.policy)) > _DAY:
-            yield "DP026", f"The rule for {_target(rule)} gives up after up to {format_duration(longest)}"
-    other = unnamed(job.actor)
-    if other.outcome == "retried" and other.complete and other.attempts[-1].latest_ms > _DAY:
-        runs, latest = len(other.attempts), format_duration(other.attempts[-1].latest_ms)
-        yield "DP026", f"After an error without a rule the job runs up to {counted(runs, 'time')}, over up to {latest}"
-
-
-def _seconds(job: _Job) -> Found:
+def _seconds(job: CheckedJob) -> Found:
     given = [(name, job.options.get(name)) for name in _DURATIONS]
     declared: list[tuple[str, Any]] = [(n, declared_ms(n, value)) for n, value in given if looks_like_seconds(n, value)]
     for rule in job.policy.rules.rules:
@@ -178,7 +115,7 @@ def _seconds(job: _Job) -> Found:
     yield from seconds_found(declared)
 
 
-def _memory(job: _Job) -> Found:
+def _memory(job: CheckedJob) -> Found:
     idempotency, keys, timeout = job.one(Idempotency), job.policy.idempotency, job.policy.timeout_ms
     if idempotency is None or keys is None or not keys.keyed:
         return
@@ -198,58 +135,16 @@ _DURATIONS = (
 )
 #: The default lease of Idempotency, in ms.
 _LEASE = 60_000
-_DAY = 86_400_000
 
 
-def retry_horizon(policy: RetryPolicy) -> int:
-    """Return the longest time from a rule's first failure to the start of its last attempt, without the time of the
-    runs."""
-    longest = sum(bounds_of(policy.wait, number)[1] for number in range(1, min(policy.attempts, 10_000)))
-    return longest if policy.max_elapsed is None else min(longest, to_ms(policy.max_elapsed))
-
-
-def _rules(job: _Job) -> Found:
-    rules = job.policy.rules
-    try:
-        for rule in rules.unreachable():
-            if rule.owner == "actor" or not _overridden(job, rule):
-                yield "DP011", f"The rule for {_target(rule)} ({rule.verb.value}, {rule.where}) never matches"
-        for wide, near in _beaten(rules.rules):
-            text = f"{_target(near)} is a {_target(wide)} ({wide.verb.value}, by the actor)"
-            yield "DP012", f"{text}, but the broker's rule is nearer and wins ({near.verb.value})"
-    except ConfigurationError as error:
-        yield "DP023", str(error)
-
-
-def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
-    """Yield each actor's rule with each different broker's rule for a narrower class."""
-    own = [rule for rule in rules if rule.owner == "actor" and rule.predicate is None]
-    named = {rule.resolve() for rule in own}
-    for wide in own:
-        for near in rules:
-            narrower = near.resolve() not in named and issubclass(near.resolve(), wide.resolve())
-            differs = near.verb is not wide.verb or near.policy != wide.policy
-            if near.owner == "broker" and differs and narrower:
-                yield wide, near
-
-
-def _overridden(job: _Job, rule: Any) -> bool:
-    """Whether the actor intentionally replaces a broker's rule by a rule for the same class."""
-    return any(own.owner == "actor" and own.resolve() is rule.resolve() for own in job.policy.rules.rules)
-
-
-def _target(rule: Any) -> str:
-    return rule.target if isinstance(rule.target, str) else class_path(rule.target).removeprefix("builtins.")
-
-
-def _references(job: _Job) -> Found:
+def _references(job: CheckedJob) -> Found:
     for option in ("on_retry_exhausted", "on_failure", "on_success"):
         named = job.options.get(option)
         if isinstance(named, str) and named not in job.state.broker.actors:
             yield "DP014", f"{option}: there is no actor {named!r}"
 
 
-def _clocks(job: _Job) -> Found:
+def _clocks(job: CheckedJob) -> Found:
     timeout = job.policy.timeout_ms
     if timeout is None or not math.isfinite(timeout):
         return
@@ -272,7 +167,7 @@ def _clocks(job: _Job) -> Found:
         )
 
 
-def _class_based(job: _Job) -> Found:
+def _class_based(job: CheckedJob) -> Found:
     cls = type(inspect.unwrap(job.actor.fn))
     meta = vars(cls).get("Meta")
     if meta is None:
@@ -284,7 +179,7 @@ def _class_based(job: _Job) -> Found:
         yield "DP016", f"Meta lacks the inherited {', '.join(lost)}"
 
 
-def _alerts(job: _Job) -> Found:
+def _alerts(job: CheckedJob) -> Found:
     rules = job.policy.rules.rules
     if not any(rule.verb is Verb.ALERT or (rule.policy is not None and rule.policy.then == "alert") for rule in rules):
         return
@@ -299,18 +194,18 @@ def _alerts(job: _Job) -> Found:
         )
 
 
-def _asynchronous(job: _Job) -> Found:
+def _asynchronous(job: CheckedJob) -> Found:
     fn: Any = inspect.unwrap(job.actor.fn)
     if inspect.iscoroutinefunction(fn) and job.one(AsyncIO) is None:
         yield "DP020", "The actor is a coroutine function, and the broker has no event loop to run it"
 
 
-_OF_ACTORS: tuple[Callable[[_Job], Found], ...] = (
+_OF_ACTORS: tuple[Callable[[CheckedJob], Found], ...] = (
     _design,
-    _horizon,
+    check_horizon,
     _seconds,
     _memory,
-    _rules,
+    check_rules,
     _references,
     _clocks,
     _class_based,

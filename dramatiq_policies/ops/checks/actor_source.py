@@ -22,8 +22,8 @@ def source_of(actor: Actor[..., Any]) -> tuple[str | None, int | None]:
             file, line = str(inspect.getsourcefile(type(fn))), inspect.getsourcelines(type(fn))[1]
     except (OSError, TypeError):
         return None, None
-    near = os.path.relpath(file)
-    return (file if near.startswith("..") else near), line
+    relative = os.path.relpath(file)
+    return (file if relative.startswith("..") else relative), line
 
 
 def purpose_of(actor: Actor[..., Any]) -> str | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...delivery.broker_state import state_of
 from ..app import OperationError, did_you_mean
-from .actor_checks import Settings, check_actor, check_broker
+from .actor_checks import check_actor, check_broker
+from .checked_job import Settings
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:

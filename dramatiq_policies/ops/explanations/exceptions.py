@@ -38,9 +38,9 @@ def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
         known = {key: value for place in reversed(places) for key, value in place.items() if _is_exception(value)}
         found = known.get(attribute)
         if found is None:
-            near = did_you_mean(attribute, known)
+            suggestion = did_you_mean(attribute, known)
             raise OperationError(
-                f"{name!r} is not an exception class{('; write it as module:Class.' if near == '.' else near)}"
+                f"{name!r} is not an exception class{('; write it as module:Class.' if suggestion == '.' else suggestion)}"
             )
     if not _is_exception(found):
         raise OperationError(f"{name!r} is not an exception class; write it as module:Class.")

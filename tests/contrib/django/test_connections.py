@@ -11,7 +11,7 @@ from django.db import connection, connections, transaction
 from dramatiq.brokers.stub import StubBroker
 
 from dramatiq_policies import ErrorClassifier, RetryPolicy, TimeoutExceeded, constant, install
-from dramatiq_policies.contrib.django.connections import close_struck_connections
+from dramatiq_policies.contrib.django.connections import close_interrupted_connections
 
 from .project import DbConnectionsMiddleware
 
@@ -81,7 +81,7 @@ def test_an_interrupt_while_a_transaction_ends_leaves_nothing_behind(monkeypatch
     block = transaction.atomic()
     block.__enter__()
     one()
-    close_struck_connections()
+    close_interrupted_connections()
     assert connections["default"] is not before
     assert not connections["default"].in_atomic_block
     with transaction.atomic():
@@ -94,7 +94,7 @@ def test_the_transaction_of_a_test_case_stays():
     with block:
         before = connections["default"]
         one()
-        close_struck_connections()
+        close_interrupted_connections()
         assert connections["default"] is before
         assert one() == (1,)
 
@@ -104,7 +104,7 @@ def test_a_connection_that_does_not_close_cleanly_is_dropped(monkeypatch, caplog
     before = connections["default"]
     driver_connection = before.connection
     monkeypatch.setattr(before, "_close", lambda: 1 / 0)
-    close_struck_connections()
+    close_interrupted_connections()
     assert connections["default"] is not before
     assert "did not close cleanly" in caplog.text
     driver_connection.close()

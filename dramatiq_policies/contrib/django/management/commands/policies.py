@@ -16,7 +16,7 @@ class Command(BaseCommand):  # type: ignore[misc]
 
     def run_from_argv(self, argv: list[str]) -> None:
         # All arguments are the command's, `--help` and `--format` included. `manage.py` itself has read `--settings`.
-        arguments, kept = argv[2:], []
+        arguments, forwarded = argv[2:], []
         skip = False
         for number, argument in enumerate(arguments):
             name, equals, value = argument.partition("=")
@@ -26,8 +26,8 @@ class Command(BaseCommand):  # type: ignore[misc]
                 os.environ["DJANGO_SETTINGS_MODULE"] = value if equals else arguments[number + 1]
                 skip = not equals
             else:
-                kept.append(argument)
-        self.handle(*kept)
+                forwarded.append(argument)
+        self.handle(*forwarded)
 
     def handle(self, *args: str, **options: Any) -> None:
         try:
