@@ -142,12 +142,12 @@ class IdempotencyGuard:
             self._claim(delivery, name, request, claim)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s is deferred: %s", message.message_id, message.actor_name, error)
-            self._defer(delivery, "store_down")
+            self.defer(delivery, "store_down")
         except StoreDown:
             if key is None:
                 return
             if not self.run_without_store or (delivery.policy is not None and delivery.policy.transactional):
-                self._defer(delivery, "store_down")
+                self.defer(delivery, "store_down")
             logger.warning(
                 "Message %s of actor %s runs without a claim: the idempotency store is down.",
                 message.message_id,
@@ -177,7 +177,7 @@ class IdempotencyGuard:
             case records.WaitForOwner():
                 if answer.differs and not History(delivery.message.options).deferrals:
                     self._warn_of_other_arguments(delivery.message, answer.message_id)
-                self._defer(delivery, "running", name, answer)
+                self.defer(delivery, "running", name, answer)
             case records.RepublishRetry():
                 self._republish(delivery, answer.retry)
             case _:
@@ -207,7 +207,7 @@ class IdempotencyGuard:
         if self.claims.exclusive.make_alone(delivery, unproven):
             return request._replace(alone=True)
         if History(delivery.message.options).deferrals < _RETURNS * (unproven + 1):
-            self._defer(delivery, "running")
+            self.defer(delivery, "running")
         return request._replace(beside=True)
 
     def _hold(self, delivery: Delivery, claim: Claim) -> None:
@@ -259,11 +259,21 @@ class IdempotencyGuard:
         try:
             forward_first_result(self.state.broker, delivery, first_message_id)
         except ResultsDown:
-            self._defer(delivery, "store_down")
+            self.defer(delivery, "store_down")
 
-    def _defer(
+    def defer(
         self, delivery: Delivery, reason: str, name: str = "", answer: records.WaitForOwner | None = None
     ) -> NoReturn:
+        """Enqueue the message again, without an attempt.
+
+        Parameters:
+          reason: Why, for the outcome.
+          name: The register with a running owner; empty without one.
+          answer: The store's answer about the owner.
+
+        Raises:
+          SkipMessage: Always; the decision is on the delivery.
+        """
         message = delivery.message
         history = History(message.options)
         wait = self.contention.wait(name, history.deferrals, answer)

@@ -15,7 +15,7 @@ Failures that may happen between any two lines:
 - The process stands still until another run has taken over the claim. The UPDATE finds other bytes: the run rolls back and ends
   as a duplicate. A takeover during the UPDATE waits for the row's lock, and then finds the key completed.
 - The reply to the COMMIT is lost, or a listener of the application fails after the COMMIT. The register tells whether the COMMIT
-  took effect. If the database can't be reached, the rules decide on the error, and the next run finds out.
+  took effect. If the database can't be reached, the message is deferred, and its next delivery finds out.
 """
 
 from __future__ import annotations
@@ -24,22 +24,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from dramatiq.middleware import Shutdown
-
 from ..common.callables import unwrapped
 from ..common.safe_logger import SafeLogger
 from ..delivery.decision import Decision
 from ..delivery.delivery import JobTransaction
 from ..delivery.outgoing import OutgoingMessage
-from ..errors import ConfigurationError, TimeoutExceeded, UnknownRecord
+from ..errors import ConfigurationError, UnknownRecord
 from ..idempotency import records
 from ..idempotency.claim import claim_of
 from ..idempotency.store_client import StoreDown
 from ..interrupts import coroutines
-from ..interrupts.slots import noop
 from ..middleware.composition import Callbacks, CountMember, GroupCallbacks, Pipelines
 from ..middleware.idempotency import guard_on
 from ..outcomes import Outcome, text_of
+from .interrupts import Interrupts
 from .key_table import KeyTable
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
     from ..delivery.executor import Proceed
     from ..idempotency.claim import Claim
     from ..idempotency.claims import Claims
-    from ..interrupts import Runner
+    from ..idempotency.guard import IdempotencyGuard
     from .database import Connection
     from .outbox import Outbox, Scope
 
@@ -165,7 +163,7 @@ class TransactionalJobs:
         assert claim is not None  # Without a claim the message was deferred.
         unit = self.units.make(is_async=coroutines.is_async(delivery.job[1]))
         delivery.transaction = JobTransaction(unit.session)
-        interrupts = _Interrupts(delivery)
+        interrupts = Interrupts(delivery)
         try:
             result = unit.run(delivery, proceed)
             interrupts.raise_swallowed()
@@ -176,7 +174,7 @@ class TransactionalJobs:
             self._give_way(delivery, claim)
         except BaseException as error:
             unit.roll_back(interrupted=interrupts.seen)
-            if not (claim.committing and self._is_completed(claim)):
+            if not (claim.committing and self._is_completed(delivery, claim)):
                 claim.over = claim.committing = False
                 raise
             logger.warning(
@@ -231,13 +229,19 @@ class TransactionalJobs:
             expected = found.value
         raise TakenOver
 
-    def _is_completed(self, claim: Claim) -> bool:
-        """Whether this message has completed the key."""
+    def _is_completed(self, delivery: Delivery, claim: Claim) -> bool:
+        """Whether this message has completed the key. While the database can't tell, the message waits.
+
+        Raises:
+          SkipMessage: The message is deferred: the rules must not end a run that may have taken effect.
+        """
+        guard = self._guard()
         try:
-            found = self._claims().call_store(partial(self._store.get, claim.name))
+            found = guard.claims.call_store(partial(guard.claims.store.get, claim.name))
         except StoreDown:
-            return False
-        return found.value == self._claims().completed_record(claim)
+            claim.over = claim.committing = False
+            guard.defer(delivery, "store_down")
+        return found.value == guard.claims.completed_record(claim)
 
     def _give_way(self, delivery: Delivery, claim: Claim) -> NoReturn:
         """Skip a message whose key belongs to another run."""
@@ -255,44 +259,13 @@ class TransactionalJobs:
         self._claims().drop(claim)
         delivery.claim = None
 
-    def _claims(self) -> Claims:
+    def _guard(self) -> IdempotencyGuard:
         guard = guard_on(self.state)
         assert guard is not None
-        return guard.claims
+        return guard
 
-
-class _Interrupts:
-    """Notes the interrupts of a delivery's job, also those that the job handles."""
-
-    def __init__(self, delivery: Delivery) -> None:
-        self.seen = False
-        self._delivery = delivery
-        self._call: Runner
-        self._call, fn, args, kwargs = delivery.job
-        delivery.job = (self._run, fn, args, kwargs)
-
-    def _run(
-        self, fn: Any, args: Any, kwargs: Any, *, after_interrupt: Callable[[], object] = noop, **more: Any
-    ) -> Any:
-        def note() -> None:
-            self.seen = True
-            after_interrupt()
-
-        if coroutines.is_async(fn):
-            more["on_cancel"] = self._note_cancellation
-        return self._call(fn, args, kwargs, after_interrupt=note, **more)
-
-    def _note_cancellation(self) -> None:
-        self.seen = True
-
-    def raise_swallowed(self) -> None:
-        """Raise the interrupt of a job that has returned nonetheless: its statements may be cut short."""
-        if not self.seen:
-            return
-        delivery = self._delivery
-        if delivery.timeout_ms is not None and delivery.elapsed_ms() >= delivery.timeout_ms:
-            raise TimeoutExceeded
-        raise Shutdown
+    def _claims(self) -> Claims:
+        return self._guard().claims
 
 
 def _is_of(claim: Claim, value: bytes) -> bool:

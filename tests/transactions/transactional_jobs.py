@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import sqlalchemy as sa
@@ -136,9 +136,13 @@ class Shop:
         assert self.store.swap(claim.name, claim.value, theirs, 10**9) is None
 
     @contextmanager
-    def failing_commit(self, *, after):
-        """Lose the connection at the next COMMIT of a job: before it, or after it, with its reply."""
-        dialect, left = self.engine.dialect, [1]
+    def failing_commit(self, *, after, calls_fail=0):
+        """Lose the connection at the next COMMIT of a job: before it, or after it, with its reply.
+
+        Parameters:
+          calls_fail: How many of the next calls of the store fail.
+        """
+        dialect, left, outage = self.engine.dialect, [1], ExitStack()
         do_commit = dialect.do_commit
 
         def lose(connection):
@@ -147,11 +151,14 @@ class Shop:
             left.clear()
             if after:
                 do_commit(connection)
+            if calls_fail:
+                outage.enter_context(store_down(self.broker, times=calls_fail))
             raise ConnectionResetError("lost")
 
         dialect.do_commit = lose
         try:
-            yield
+            with outage:
+                yield
         finally:
             del dialect.do_commit
         assert not left
@@ -563,6 +570,21 @@ class TransactionalJobs:
             shop.drain()
         assert (shop.payments(), shop.done) == ([7], [(7,)])
         assert shop.outcomes() == [("retried", None), ("succeeded", None)]
+
+    @pytest.mark.parametrize("after", [False, True])
+    def test_a_run_whose_commit_is_unknown_while_the_database_is_away_waits_and_uses_no_attempt(self, shop, after):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+
+        shop.actor(body, retry_on={ConnectionResetError: ONCE}).send(7)
+        # The calls: the register after the lost commit, and the release of the claim.
+        with shop.failing_commit(after=after, calls_fail=2):
+            shop.drain()
+        assert shop.payments() == [7]
+        assert shop.outcomes() == [
+            ("deferred", "store_down"),
+            ("duplicate", "completed") if after else ("succeeded", None),
+        ]
 
     def test_no_connection_of_the_engine_is_left_checked_out(self, shop):
         async def body(job, order):
