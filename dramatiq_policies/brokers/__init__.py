@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["batch_of", "prepare", "wrap_consumer"]
+__all__ = ["batch", "batch_of", "browser", "prepare", "queue_reader", "readers", "wrap_consumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 

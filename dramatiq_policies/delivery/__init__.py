@@ -1,3 +1,26 @@
 """Bring one message from the consumer to its acknowledgement."""
 
 from __future__ import annotations
+
+__all__ = [
+    "actor_policy",
+    "broker_state",
+    "callbacks",
+    "consumer",
+    "current_job",
+    "decision",
+    "decisions",
+    "delay_queue",
+    "delivery",
+    "direct",
+    "executor",
+    "groups",
+    "history",
+    "limits",
+    "outgoing",
+    "refusals",
+    "returned",
+    "settlement",
+    "transport",
+    "validation",
+]

@@ -6,4 +6,14 @@ from .dispatch import Runner, runner_for, shutdown
 from .slots import supported
 from .threads import unwrap_interrupt
 
-__all__ = ["Runner", "runner_for", "shutdown", "supported", "unwrap_interrupt"]
+__all__ = [
+    "Runner",
+    "coroutines",
+    "listeners",
+    "runner_for",
+    "shutdown",
+    "slots",
+    "supported",
+    "threads",
+    "unwrap_interrupt",
+]

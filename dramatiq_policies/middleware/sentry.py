@@ -9,7 +9,7 @@ from .. import _dramatiq
 from ..common.durations import format_duration
 from ..common.texts import encodable_all
 from ..errors import ConfigurationError
-from ..observability._sentry_sdk import drop_our_lines, forget_last_seen, job_scope, quieten
+from ..observability.sentry_patches import drop_our_lines, forget_last_seen, job_scope, quieten
 from ..outcomes import BAD_ENDINGS, Outcome, OutcomeEvent, StuckJob, class_path, traceparent_of
 from .base import PolicyMiddleware
 

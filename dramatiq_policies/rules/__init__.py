@@ -1,3 +1,5 @@
 """Which rule decides on an exception, and how long to wait before a retry."""
 
 from __future__ import annotations
+
+__all__ = ["backoff", "matching", "parsing", "rule", "verdicts"]

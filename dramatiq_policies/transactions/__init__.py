@@ -1,1 +1,15 @@
 """The outbox, keys and transactional jobs in SQL, without a driver: `dramatiq_policies.sql` and Django bring the connection."""
+
+from __future__ import annotations
+
+__all__ = [
+    "database",
+    "key_table",
+    "outbox",
+    "outbox_table",
+    "publisher",
+    "scope",
+    "session",
+    "threads",
+    "transactional",
+]

@@ -37,7 +37,7 @@ from dramatiq_policies import (
 from dramatiq_policies.delivery import limits, publishing
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.validation import _warned
-from dramatiq_policies.observability import _sentry_sdk
+from dramatiq_policies.observability import sentry_patches
 
 from ..support import Captured, SentryEndpoint, Stage
 
@@ -721,7 +721,7 @@ def test_the_error_without_sentry_sdk_says_what_to_install(monkeypatch):
 
 
 def test_a_job_s_scope_has_no_attribute_that_sentry_s_has_not():
-    scope = object.__new__(_sentry_sdk.job_scope(sentry_sdk.Scope))
+    scope = object.__new__(sentry_patches.job_scope(sentry_sdk.Scope))
     with pytest.raises(AttributeError, match="no_such_thing"):
         scope.no_such_thing  # noqa: B018
 
@@ -738,7 +738,7 @@ def test_the_scope_of_a_job_keeps_its_own_fields_over_those_of_the_scope_around_
         def clear_breadcrumbs(self):
             self.crumbs = []
 
-    scope = _sentry_sdk.job_scope(Scope)()
+    scope = sentry_patches.job_scope(Scope)()
     scope.around = Scope()
     scope.tags = {"from": "the job"}
     assert scope.crumbs == []
@@ -771,7 +771,7 @@ def processed_beside_sentry_s_own(delivery, error):
             told.append(exception)
 
     theirs = Theirs()
-    _sentry_sdk.quieten(theirs)
+    sentry_patches.quieten(theirs)
     message = MessageProxy(dramatiq.Message("default", "pay", (), {}, {}))
     message._sentry_span_ctx = Before220()
     if delivery is not None:

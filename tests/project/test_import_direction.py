@@ -97,6 +97,43 @@ def test_each_package_states_its_purpose():
     assert [str(path) for path in packages if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
+#: Django finds these packages by their names, and nothing imports them.
+FOUND_BY_DJANGO = {"contrib.django.management", "contrib.django.management.commands", "contrib.django.migrations"}
+PACKAGES = {module for module, path in MODULES.items() if module and path.name == "__init__.py"}
+
+
+def face_of(package: str) -> set[str]:
+    """The names in a package's ``__all__``: its own, and the modules that other packages import."""
+    for node in ast.parse(MODULES[package].read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{package} has no __all__")
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES - FOUND_BY_DJANGO))
+def test_other_packages_import_only_a_package_s_face(package):
+    imported = {
+        name.removeprefix(f"{package}.").partition(".")[0]
+        for module in MODULES
+        if module and not f"{module}.".startswith(f"{package}.")
+        for name in imports_of(module)
+        if name.startswith(f"{package}.")
+    }
+    inner = {name.removeprefix(f"{package}.") for name in PACKAGES}
+    assert imported - inner - face_of(package) == set()
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES - FOUND_BY_DJANGO))
+def test_a_package_s_face_names_only_what_it_has(package):
+    modules = {name.removeprefix(f"{package}.") for name in MODULES if name.startswith(f"{package}.")}
+    tree = ast.parse(MODULES[package].read_text())
+    own = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert face_of(package) - modules - own == set()
+
+
 def test_the_page_on_the_design_names_modules_that_exist():
     page = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
     named = set(re.findall(r"`([\w/]+\.(?:py|lua)|[\w/]+/)`", page))
@@ -145,7 +182,7 @@ import dramatiq_policies
 assert set(dramatiq_policies.__all__) <= set(dir(dramatiq_policies))
 broker = dramatiq_policies.install(StubBroker())
 dramatiq.actor(lambda: None, actor_name="pay", broker=broker, retry_on=OSError)
-ours = {"observability.statsd", "observability._udp", "observability._sentry_sdk", "brokers.readers", "observability.election"} | {
+ours = {"observability.statsd", "observability._udp", "observability.sentry_patches", "brokers.readers", "observability.election"} | {
     f"middleware.{name}" for name in ("heartbeat", "metrics", "queue_monitor", "sentry")
 }
 print(sorted(name for name in ours if f"dramatiq_policies.{name}" in sys.modules))

@@ -1,3 +1,5 @@
 """Redis: fetch, settle, recover, count and browse."""
 
 from __future__ import annotations
+
+__all__ = ["batch", "browser", "delayed", "queue_reader", "transport", "worker_id"]

@@ -24,4 +24,4 @@ from .middleware import SentInsideAtomic, WarnInsideAtomic
 from .outbox import DjangoOutbox
 from .store import DjangoStore
 
-__all__ = ["DjangoOutbox", "DjangoStore", "SentInsideAtomic", "WarnInsideAtomic"]
+__all__ = ["DjangoOutbox", "DjangoStore", "SentInsideAtomic", "WarnInsideAtomic", "tasks"]
