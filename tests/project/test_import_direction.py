@@ -141,6 +141,16 @@ def test_the_page_on_the_design_names_modules_that_exist():
     assert {name for name in named if not (PACKAGE / name).exists()} == set()
 
 
+def test_the_page_on_the_design_names_classes_and_functions_that_exist():
+    page = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
+    nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    defined |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    named = {name for names in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", page) for name in names.split(".")}
+    assert len(named) > 40
+    assert named - defined - {"KEYS", "SkipMessage"} == set()  # a command of Redis, and an error of Dramatiq
+
+
 def test_rules_and_backoff_know_nothing_of_dramatiq():
     for name in (
         "rules/rule",
