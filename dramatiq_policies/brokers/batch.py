@@ -50,6 +50,8 @@ class Batch:
 
     #: Whether `publish` waits for answers, and takes a ``meanwhile`` to call in that time.
     overlaps = False
+    #: The option with the broker's own id of a message; None for a broker without such ids.
+    id_option: str | None = None
 
     def __init__(self, state: BrokerState) -> None:
         self.state = state

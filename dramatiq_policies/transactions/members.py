@@ -10,8 +10,9 @@ from dramatiq.middleware import GroupCallbacks as StockGroupCallbacks
 from dramatiq.rate_limits import Barrier
 
 from ..brokers.batch import Batch, Encoded
+from ..delivery.validation import check_shape
 from ..middleware.composition import GroupCallbacks
-from .outbox_table import MEMBER, Row
+from .outbox_table import MEMBER, MESSAGE, Row
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -23,11 +24,17 @@ def messages_of(row: Row, batch: Batch) -> list[Encoded]:
     """Return the messages to publish for a row; none for a member of an incomplete group.
 
     Raises:
-      Exception: The body can't be decoded, or the member can't be counted at present.
+      Exception: The row can't be read, or the member can't be counted at present.
     """
     message = Message.decode(row.body)
+    check_shape(message)
+    if row.kind == MESSAGE:
+        if batch.id_option is None or type(message.options.get(batch.id_option)) is str:
+            return [Encoded(message, row.body)]
+        # The application had another broker when it sent the message.
+        return [_with_id(batch, f"{row.message_id} {row.id}", message)]
     if row.kind != MEMBER:
-        return [Encoded(message, row.body)]
+        raise ValueError(f"unknown kind of row: {row.kind!r}")
     if not _completes_group(batch.broker, message):
         return []
     callbacks: list[Message[Any]] = [Message(**callback) for callback in message.options["group_completion_callbacks"]]
@@ -47,8 +54,11 @@ def _completes_group(broker: Broker, message: Message[Any]) -> bool:
 
 def _prepared(batch: Batch, row: Row, number: int, callback: Message[Any]) -> Encoded:
     prepared = batch.prepare(callback, None)
-    if "redis_message_id" in prepared.options:
-        # Equal at each try: a repeated publication leaves one body.
-        again = str(uuid5(NAMESPACE_OID, f"{row.message_id} {number} {callback.message_id}"))
-        prepared = prepared.copy(options={"redis_message_id": again})
-    return Encoded(prepared, prepared.encode())
+    return _with_id(batch, f"{row.message_id} {number} {callback.message_id}", prepared)
+
+
+def _with_id(batch: Batch, seed: str, message: Message[Any]) -> Encoded:
+    """Give a message the same id of the broker at each try: a repeated publication leaves one body."""
+    if batch.id_option is not None:
+        message = message.copy(options={batch.id_option: str(uuid5(NAMESPACE_OID, seed))})
+    return Encoded(message, message.encode())

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from dramatiq_policies import install
 from dramatiq_policies.sql import SqlOutbox
 from dramatiq_policies.transactions.outbox import Outbox
+from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
 
 from .places import Place
 
@@ -65,6 +66,11 @@ class AnyShop:
 
     def rows(self) -> list[Any]:
         return self.outbox.database.run(self.outbox.table.list)
+
+    def insert(self, body: bytes, kind: str = MESSAGE) -> None:
+        """Insert a row that is due."""
+        row = NewRow(kind, "of this test", "confirm", self.place.queue, body)
+        self.outbox.database.run(lambda connection: self.outbox.table.insert(connection, row, "", due=True))
 
     def left(self) -> list[Any]:
         """The arguments of what lies in the queue, which is empty afterwards on RabbitMQ."""

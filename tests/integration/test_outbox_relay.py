@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -257,6 +258,29 @@ def test_a_row_that_the_broker_refuses_stops_no_other(shop, poison):
     (row,) = shop.rows()
     assert row.failures == 2
     assert shop.left() == [1, 3, 4]
+
+
+def test_a_row_that_is_no_message_stops_no_other(shop):
+    message = shop.confirm.message(2).asdict()
+    wrong = [{"options": None}, {"queue_name": 5}, {"queue_name": "mail\ud800"}, {"message_id": None}, {"more": 1}]
+    bodies = [*({**message, **fields} for fields in wrong), None, []]
+    for body in bodies:
+        shop.insert(json.dumps(body).encode())
+    shop.insert(shop.confirm.message(3).encode(), kind="later version")
+    shop.insert(shop.confirm.message(1).encode())
+    shop.outbox.relay_once()
+    assert [row.failures for row in shop.rows()] == [1] * (len(bodies) + 1)
+    assert shop.left() == [1]
+
+
+def test_a_row_written_for_another_broker_is_published(shop):
+    # Redis alone has an id of its own in each message.
+    message = shop.confirm.message(1)
+    shop.insert(message.encode())
+    shop.insert(message.encode())
+    shop.outbox.relay_once()
+    assert shop.rows() == []
+    assert shop.left() == [1, 1]
 
 
 def test_ten_failures_are_one_critical_line(shop, poison, caplog):

@@ -37,8 +37,10 @@ _NOT_NOW = (
 class RedisBatch(KnownBatch):
     """Publishes without a doubled message after a lost reply, as long as no worker has finished the message."""
 
+    id_option = "redis_message_id"
+
     def options_of(self, message: Message[Any]) -> dict[str, Any]:
-        return {"redis_message_id": str(uuid4())}
+        return {self.id_option: str(uuid4())}
 
     def publish(
         self, messages: Sequence[Encoded], meanwhile: Callable[[], object] | None = None
@@ -51,15 +53,14 @@ class RedisBatch(KnownBatch):
 
     def _publish_chunk(self, messages: Sequence[Encoded]) -> list[Exception | None]:
         args = [
-            part
-            for message, body in messages
-            for part in (message.queue_name, message.options["redis_message_id"], body)
+            part for message, body in messages for part in (message.queue_name, message.options[self.id_option], body)
         ]
         try:
             answers = self._call(args)
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             return [ConnectionClosed(error)] * len(messages)
-        except redis.RedisError as error:
+        # A ValueError: a text that can't be encoded.
+        except (redis.RedisError, ValueError) as error:
             if _is_for_now(str(error)):
                 return [ConnectionClosed(error)] * len(messages)
             if len(messages) == 1:
