@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
+from ..errors import PolicyError
 from ..idempotency.keys import signature_of
 from ..middleware.idempotency import Idempotency, KeyState
-from .app import OperationError, did_you_mean, one_line
+from .app import OperationError, did_you_mean
+from .unreachable import store_error
 
 if TYPE_CHECKING:
     from dramatiq import Actor
@@ -35,10 +36,14 @@ def forget_key(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> bool:
 def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         return ask(actor, *args, **kwargs)
-    except (ConfigurationError, TypeError) as error:
+    except (PolicyError, TypeError) as error:
         raise OperationError(str(error)) from None
     except Exception as error:
-        raise OperationError(f"The idempotency store can't be reached ({one_line(error).rstrip('.')}).") from None
+        raise store_error(_store_of(actor), error) from None
+
+
+def _store_of(actor: Any) -> Any:
+    return next((one.store for one in actor.broker.middleware if isinstance(one, Idempotency)), None)
 
 
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:

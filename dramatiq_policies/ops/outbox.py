@@ -11,7 +11,8 @@ from ..errors import how_to_add
 from ..transactions.database import Connection, is_missing_table
 from ..transactions.outbox import Outbox, outbox_on
 from ..transactions.outbox_table import OutboxGroup, OutboxRow, OutboxStats, Selection
-from .app import OperationError, did_you_mean, known_queues, one_line
+from .app import OperationError, did_you_mean, known_queues
+from .unreachable import database_error
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -173,4 +174,4 @@ def ask_database(outbox: Outbox, work: Callable[[Connection], T]) -> T:
     except Exception as error:
         if is_missing_table(error):
             raise NoOutboxTable(f"The outbox has no table: {outbox.missing_table}.") from None
-        raise OperationError(f"The database of the outbox can't be read ({one_line(error).rstrip('.')}).") from None
+        raise database_error(outbox.database, error) from None

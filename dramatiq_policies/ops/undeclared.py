@@ -32,6 +32,7 @@ def undeclared_queues(broker: Broker) -> list[str]:
 def _in_redis(broker: Any) -> set[str]:
     import redis
 
+    from ..brokers.redis.browser import unreachable
     from ..brokers.redis.queue_reader import own_client
 
     client = own_client(broker.client)
@@ -42,8 +43,10 @@ def _in_redis(broker: Any) -> set[str]:
             key.decode(errors="replace") if isinstance(key, bytes) else key
             for key in client.scan_iter(match=pattern, count=5_000)
         ]
-    except (redis.RedisError, OSError):
-        return set()  # The user may lack the right to scan. The next command reports a server that is down.
+    except redis.ResponseError:
+        return set()  # The user may lack the right to scan.
+    except (redis.RedisError, OSError) as error:
+        raise unreachable(client, error) from None
     finally:
         client.connection_pool.disconnect()
     return {name.removeprefix(begins).removesuffix(".msgs") for name in names if not name.startswith(f"{begins}__")}

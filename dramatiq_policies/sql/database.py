@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AssertionPool, NullPool, SingletonThreadPool, StaticPool
 
 from ..common.forks import after_fork
-from ..transactions.database import Connection
+from ..transactions.database import Connection, place_of
 from ..transactions.session import in_transaction, repeated, session_settings
 from .calls import AsyncMemoryCalls, LoopCalls, MemoryCalls, ThreadCalls
 from .connection import SqlConnection, dialect_of, sync_engine_of
@@ -51,6 +51,11 @@ class SqlDatabase:
         self._end: finalize[Any, Any] | None = None
         self._open()
         after_fork(self)
+
+    @property
+    def place(self) -> str:
+        url = self.engine.url
+        return place_of(self.dialect, url.host, url.port, url.database)
 
     def _open(self) -> None:
         engine = self.engine

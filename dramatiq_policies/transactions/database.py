@@ -23,6 +23,7 @@ __all__ = [
     "is_missing_table",
     "is_transient",
     "list_params",
+    "place_of",
 ]
 
 T = TypeVar("T")
@@ -76,6 +77,10 @@ class Database(Protocol):
     @property
     def dialect(self) -> str: ...
 
+    @property
+    def place(self) -> str:
+        """The server's host and port, or the file of SQLite: for errors."""
+
     def run(self, work: Callable[[Connection], T]) -> T:
         """Call ``work`` with a connection on which each statement commits by itself. ``work`` must be safe to repeat."""
 
@@ -84,6 +89,13 @@ class Database(Protocol):
 
     def reset_after_fork(self) -> None:
         """Start with new connections in a forked child."""
+
+
+def place_of(dialect: str, host: str | None, port: Any, file: Any) -> str:
+    """Return the `Database.place` of an address."""
+    if dialect == "sqlite":
+        return str(file or ":memory:")
+    return f"{host or 'localhost'}:{port or (5432 if dialect == 'postgresql' else 3306)}"
 
 
 def for_update_skip_locked(connection: Connection) -> str:

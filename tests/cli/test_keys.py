@@ -105,6 +105,30 @@ def test_a_store_that_is_down_is_one_sentence(command, app, monkeypatch):
     assert "refused" in line
 
 
+def test_redis_that_is_down_has_the_same_sentence_as_in_every_command(command):
+    app = command.app(
+        APP,
+        broker="""
+from dramatiq.brokers.redis import RedisBroker
+broker = RedisBroker(url="redis://:secret@localhost:1/0")
+install(broker)
+dramatiq.set_broker(broker)
+""",
+    )
+    start = "Error: Redis can't be reached at localhost:1 (ConnectionError: "
+    for words in (
+        ("keys", "show", f"{app}:send_mail", "7"),
+        ("keys", "forget", f"{app}:send_mail", "7"),
+        ("queues", app),
+        ("queues", app, "-q", "retired"),
+        ("dead", "summary", app),
+        ("dead", "list", app, "-q", "retired"),
+        ("dead", "replay", app, "--yes"),
+        ("check", app, "--live"),
+    ):
+        assert command.refuses(*words).startswith(start), words
+
+
 def test_the_key_of_a_job_that_runs_is_forgotten_only_after_a_warning(command, app):
     actor = ops.load_broker(app).actors["send_mail"]
     seen = []

@@ -200,10 +200,43 @@ def test_a_database_that_can_t_be_read_is_one_sentence(command, shop):
     shop.engine.dispose()
     shop.file.write_bytes(b"no database" * 100)
     said = command.refuses("outbox", "list", shop.app)
-    assert said.startswith("Error: The database of the outbox can't be read (")
+    assert said.startswith("Error: SQLite refuses a statement (DatabaseError: ")
 
 
 # In other commands.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("outbox", "list"), ("outbox", "retry"), ("outbox", "purge", "--yes"), ("keys", "show"), ("keys", "forget")],
+)
+@pytest.mark.parametrize(
+    ("url", "start"),
+    [
+        ("postgresql+psycopg://shop:secret@localhost:1/shop", "PostgreSQL can't be reached at localhost:1 ("),
+        ("mysql+pymysql://shop:secret@localhost:1/shop", "MariaDB can't be reached at localhost:1 ("),
+        ("sqlite:////nowhere/shop.db", "SQLite can't be reached at /nowhere/shop.db (OperationalError: unable to open"),
+    ],
+)
+def test_every_command_has_the_same_sentence_for_a_database_that_is_down(command, words, url, start):
+    app = command.app(
+        """
+        @dramatiq.actor(idempotency_key="order:{order_id}")
+        def charge(order_id): pass
+        """,
+        broker=f"""
+from sqlalchemy import create_engine
+from dramatiq_policies.sql import SqlOutbox, SqlStore
+engine = create_engine({url!r})
+broker = StubBroker()
+install(broker, outbox=SqlOutbox(engine), idempotency=Idempotency(SqlStore(engine)))
+dramatiq.set_broker(broker)
+""",
+    )
+    said = command.refuses(*words, *([f"{app}:charge", "7"] if words[0] == "keys" else [app]))
+    assert said.startswith(f"Error: {start}")
+    assert "secret" not in said
+    assert "sqlalche.me" not in said
 
 
 def test_the_outbox_has_a_row_among_the_queues(command, shop):
@@ -229,7 +262,7 @@ def test_a_breach_of_its_threshold_is_one_of_the_queues(command, shop):
     shop.row("m-1", age=90_000)
     result = command("queues", app, "--fail-on-breach")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Outbox: the oldest message has waited for 9")
+    assert result.stderr.startswith("Outbox: the oldest message has waited for 1 m 3")
 
 
 def test_a_database_that_can_t_be_read_hides_no_queue(command, shop):

@@ -466,7 +466,7 @@ def test_check_live_says_that_the_store_can_t_be_asked(redis_place, monkeypatch)
         raise redis.ConnectionError("no route")
 
     monkeypatch.setattr(guard_on(state_of(app.broker)).claims.store.client, "info", away)
-    with pytest.raises(ops.OperationError, match=r"The idempotency store can't be reached .*no route"):
+    with pytest.raises(ops.OperationError, match=r"Redis can't be reached at .*no route"):
         ops.check_live(app.broker)
 
 

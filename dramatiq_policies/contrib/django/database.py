@@ -15,7 +15,7 @@ from django.db.utils import load_backend
 
 from ...common.forks import after_fork
 from ...errors import ConfigurationError
-from ...transactions.database import DIALECTS, Connection, Result
+from ...transactions.database import DIALECTS, Connection, Result, place_of
 from ...transactions.session import in_transaction, repeated, session_settings, sever
 from ...transactions.threads import Call, DatabaseThreads
 from .connections import is_of_a_test_case
@@ -130,6 +130,11 @@ class DjangoDatabase:
     @property
     def dialect(self) -> str:
         return dialect_of(connections[self.using])
+
+    @property
+    def place(self) -> str:
+        given = connections[self.using].settings_dict
+        return place_of(self.dialect, given.get("HOST"), given.get("PORT"), given.get("NAME"))
 
     def reset_after_fork(self) -> None:
         """Start with new connections."""

@@ -17,8 +17,9 @@ from ...errors import MissingTable
 from ...idempotency.services import neighbours, server_of
 from ...middleware.idempotency import Idempotency, keyed_queues
 from ...transactions.outbox import outbox_on
-from ..app import OperationError, known_queues, one_line
+from ..app import known_queues
 from ..outbox import NoOutboxTable, ask_database
+from ..unreachable import store_error
 from .findings import CODES, Finding
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _store(broker: Broker, facts: dict[str, Any]) -> Found:
         yield "DP112", str(error).removesuffix(".")
         return
     except Exception as error:
-        raise OperationError(f"The idempotency store can't be reached ({one_line(error).rstrip('.')}).") from None
+        raise store_error(store, error) from None
     facts["store"] = type(store).__name__
     for text in found:
         yield "DP110", text.removesuffix(".")
