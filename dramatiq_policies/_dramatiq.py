@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from queue import Empty
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from dramatiq import Message
 from dramatiq import worker as _worker
@@ -103,22 +103,26 @@ def next_stub_body(consumer: Any) -> bytes | None:
         return None
 
 
-def eta_of(item: Any) -> float:
+#: An item of a delay queue: (due time, message) before Dramatiq 2.2, and then an object of a private class.
+DelayItem: TypeAlias = Any
+
+
+def eta_of(item: DelayItem) -> float:
     """Return the due time of an item of a delay queue. Before Dramatiq 2.2 an item is a tuple."""
     return cast("float", item[0] if isinstance(item, tuple) else item.priority)
 
 
-def delayed_message(item: Any) -> MessageProxy:
+def delayed_message(item: DelayItem) -> MessageProxy:
     return cast("MessageProxy", item[1] if isinstance(item, tuple) else item.message)
 
 
-def delay_item(eta: float, message: MessageProxy) -> Any:
+def delay_item(eta: float, message: MessageProxy) -> DelayItem:
     """Make an item for the delay queue of a consumer thread."""
     made = getattr(_worker, "_WorkQueueItem", None)
     return (eta, message) if made is None else made(eta, message)
 
 
-def delayed_until(item: Any, eta: int) -> Any:
+def delayed_until(item: DelayItem, eta: int) -> DelayItem:
     """Return a copy of the item with another due time."""
     return (eta, item[1]) if isinstance(item, tuple) else type(item)(eta, item.message)
 
@@ -241,7 +245,7 @@ class _NoLimit:
         pass
 
 
-def lift_stub_limit(consumer: Any) -> None:
+def lift_stub_limit(consumer: object) -> None:
     """Remove the prefetch limit of a stub consumer, as before Dramatiq 2.2."""
     if hasattr(consumer, "prefetch_semaphore"):
         consumer.prefetch_semaphore = _NoLimit()

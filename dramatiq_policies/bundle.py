@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from dramatiq.broker import Broker
 
@@ -99,11 +99,11 @@ def _idempotency(broker: Broker, given: Idempotency | Literal[False] | None) -> 
     return _checked("idempotency", given, Idempotency)
 
 
-def _checked(name: str, value: Any, kind: type[PolicyMiddleware]) -> PolicyMiddleware:
+def _checked(name: str, value: object, kind: type[PolicyMiddleware]) -> PolicyMiddleware:
     return kind() if value is None else _expected(name, value, kind.__name__)
 
 
-def _expected(name: str, value: Any, kind: str, expected: str = "") -> PolicyMiddleware:
+def _expected(name: str, value: object, kind: str, expected: str = "") -> PolicyMiddleware:
     if not isinstance(value, PolicyMiddleware) or kind_of_ours(value) != kind:
         raise ConfigurationError.of_option("install()", name, f"{expected or f'a {kind}'} or None", value, secret=True)
     return value

@@ -30,7 +30,6 @@ from __future__ import annotations
 import math
 import sys
 from datetime import timedelta
-from typing import Any
 
 from dramatiq.middleware import MiddlewareError, TimeLimitExceeded
 
@@ -80,7 +79,7 @@ class ConfigurationError(PolicyError, MiddlewareError):
 
     @classmethod
     def of_option(
-        cls, where: str, option: str, expected: str, got: Any, do: str = "", *, secret: bool = False
+        cls, where: str, option: str, expected: str, got: object, do: str = "", *, secret: bool = False
     ) -> ConfigurationError:
         """Return an error with the place (``"actor 'mail'"``), the option, the expected and the actual value, and advice.
 
@@ -106,7 +105,7 @@ def how_to_add_once() -> str:
     return "Add each once, or call install() once"
 
 
-def checked_duration(where: str, option: str, value: Any, *, least: int = 0, most: float = math.inf) -> int:
+def checked_duration(where: str, option: str, value: object, *, least: int = 0, most: float = math.inf) -> int:
     """Return a declared duration in milliseconds; log a warning if the number looks like seconds.
 
     Raises:
@@ -123,7 +122,7 @@ def checked_duration(where: str, option: str, value: Any, *, least: int = 0, mos
     return duration
 
 
-def checked_wait(where: str, option: str, value: Any) -> int:
+def checked_wait(where: str, option: str, value: object) -> int:
     """Return a declared wait in milliseconds. Logs a warning if the wait exceeds seven days: in use, seven days is the limit.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dramatiq.common import q_name
 
@@ -19,6 +19,7 @@ from .batch import Batch
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
+    from dramatiq.brokers.redis import RedisBroker
 
     from ..delivery.broker_state import BrokerState
 
@@ -80,20 +81,20 @@ def prepare(state: BrokerState) -> None:
     Raises:
       ConfigurationError: The client decodes replies, so workers could read no message.
     """
-    kind = kind_of(state.broker)
+    kind, broker = kind_of(state.broker), state.broker
     if kind == "stub":
         from .stub import transport as stub
 
-        stub.explain_unserialisable(state.broker)
+        stub.explain_unserialisable(broker)
     elif kind == "redis":
         from .redis.worker_id import WorkerId
 
-        _refuse_decoding(state.broker)
-        state.shared(WorkerId, state.broker)
+        _refuse_decoding(broker)
+        state.shared(WorkerId, cast("RedisBroker", broker))
         # A send must use neither a connection broken by an interrupt nor a connection to a demoted server.
-        close_when_interrupted(getattr(vars(state.broker).get("client"), "connection_pool", None))
+        close_when_interrupted(getattr(vars(broker).get("client"), "connection_pool", None))
     elif kind == "rabbitmq":
-        state.shared(_Connections, state.broker)
+        state.shared(_Connections, broker)
 
 
 class _UnknownBroker:

@@ -93,7 +93,7 @@ class QueueReader:
             )
         return QueueReading(queue=queue)
 
-    def _stalled(self, queue: str, front: Any, now: int) -> int:
+    def _stalled(self, queue: str, front: object, now: int) -> int:
         """Return for how many ms the front of the queue has not changed. ``front`` is None for an empty queue."""
         seen, since = self._fronts.get(queue, (None, now))
         if front is None or front != seen:

@@ -170,7 +170,7 @@ def printable_text(value: object, *, lines: bool = False) -> str:
     return printable(ops.redact(str(value)), lines=lines)
 
 
-def as_json(value: Any, indent: int | None = None) -> str:
+def as_json(value: object, indent: int | None = None) -> str:
     """Return a value as JSON without credentials; in ASCII if stdout can't encode the text."""
     text = _dumped(value, indent, ascii_only=False)
     try:
@@ -180,12 +180,12 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return text
 
 
-def _dumped(value: Any, indent: int | None, *, ascii_only: bool) -> str:
+def _dumped(value: object, indent: int | None, *, ascii_only: bool) -> str:
     text = json.dumps(_redacted(value), indent=indent, ensure_ascii=ascii_only, default=str)
     return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: object) -> Any:
     if isinstance(value, str):
         return ops.redact(value)
     if isinstance(value, Mapping):
@@ -198,7 +198,7 @@ def _redacted(value: Any) -> Any:
     return value
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a JSON document."""
     click.echo(as_json(value, 2))
 

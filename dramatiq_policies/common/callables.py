@@ -26,13 +26,13 @@ class _Mark:
 
     __slots__ = ("actor_name", "wrapped", "wrapper")
 
-    def __init__(self, wrapper: Any, wrapped: Any, actor_name: str) -> None:
+    def __init__(self, wrapper: object, wrapped: object, actor_name: str) -> None:
         self.wrapper = wrapper
         self.wrapped = wrapped
         self.actor_name = actor_name
 
 
-def mark_wrapper(wrapper: Any, wrapped: Any, actor_name: str) -> None:
+def mark_wrapper(wrapper: object, wrapped: object, actor_name: str) -> None:
     """Mark a wrapper that replaces an actor's function."""
     setattr(wrapper, _MARK, _Mark(wrapper, wrapped, actor_name))
 

@@ -132,7 +132,7 @@ def _as_text(password: str | bytes) -> str:
     return password if isinstance(password, str) else password.decode(errors="replace")
 
 
-def redacted_repr(value: Any, depth: int = 3) -> str:
+def redacted_repr(value: object, depth: int = 3) -> str:
     """Return a safe repr for errors and log records. Never shows the inside of an object that may hold a password."""
     try:
         return redact(_described(value, depth))
@@ -141,7 +141,7 @@ def redacted_repr(value: Any, depth: int = 3) -> str:
         return f"a {type(value).__name__}"
 
 
-def _described(value: Any, depth: int) -> str:
+def _described(value: object, depth: int) -> str:
     kind = type(value)
     if isinstance(value, str) and ("://" in value or redact(value) != value):
         # The end of a password in a URL is a guess, and the path of a webhook is secret too.

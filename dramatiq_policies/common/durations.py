@@ -57,7 +57,7 @@ class LikelySeconds(int):
     """Milliseconds, declared as a number that looks like seconds. ``check`` reports such a number, and no equal ``timedelta``."""
 
 
-def looks_like_seconds(option: str, value: Any) -> bool:
+def looks_like_seconds(option: str, value: object) -> bool:
     """Return whether a declared number looks like seconds where milliseconds are expected.
 
     A ``timedelta`` has its unit, and 0 has none: both are taken as declared.
@@ -67,7 +67,7 @@ def looks_like_seconds(option: str, value: Any) -> bool:
     return 0 < value < SECONDS_BELOW_MS.get(option, SECOND_MS)
 
 
-def seconds_hint(option: str, value: Any) -> str | None:
+def seconds_hint(option: str, value: object) -> str | None:
     """Return a sentence if a declared number `looks_like_seconds`; else None."""
     if not looks_like_seconds(option, value):
         return None
@@ -77,7 +77,7 @@ def seconds_hint(option: str, value: Any) -> str | None:
     )
 
 
-def warn_of_seconds(where: str, option: str, value: Any) -> None:
+def warn_of_seconds(where: str, option: str, value: object) -> None:
     """Log a warning if a declared duration looks like seconds."""
     hint = seconds_hint(option, value)
     if hint is not None:
@@ -87,13 +87,13 @@ def warn_of_seconds(where: str, option: str, value: Any) -> None:
 _warned = Throttle()
 
 
-def warn_of_seconds_once(where: str, option: str, value: Any) -> None:
+def warn_of_seconds_once(where: str, option: str, value: object) -> None:
     """Log a warning if the duration of a message or an error looks like seconds; once per process and place."""
     if looks_like_seconds(option, value) and _warned.admits((where, option), math.inf):
         warn_of_seconds(where, option, value)
 
 
-def declared_ms(option: str, value: Any) -> int:
+def declared_ms(option: str, value: object) -> int:
     """Return a declared duration in whole milliseconds, as `LikelySeconds` if the number looks like seconds.
 
     Raises:
@@ -104,7 +104,7 @@ def declared_ms(option: str, value: Any) -> int:
     return LikelySeconds(max(1, ms)) if looks_like_seconds(option, value) else ms
 
 
-def to_ms(value: Any) -> int:
+def to_ms(value: object) -> int:
     """Return a duration in whole milliseconds.
 
     Raises:

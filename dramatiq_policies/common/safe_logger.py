@@ -60,7 +60,7 @@ class _Shown(str):
 _PLAIN = (type(None), int, float, str, BaseException, list, tuple, dict, PurePath, Enum, timedelta)
 
 
-def _is_ours(value: Any) -> bool:
+def _is_ours(value: object) -> bool:
     return type(value).__module__.startswith("dramatiq_policies.")
 
 
@@ -101,7 +101,12 @@ class SafeLogger:
         return self.logger.isEnabledFor(level)
 
     def _write(
-        self, level: int, text: str, args: tuple[Any, ...], exc_info: Any = None, extra: Mapping[str, Any] | None = None
+        self,
+        level: int,
+        text: str,
+        args: tuple[Any, ...],
+        exc_info: object = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         error: BaseException
         try:
@@ -202,7 +207,7 @@ def _clean_value(value: Any, depth: int = 10) -> Any:
     return value
 
 
-def _printable(value: Any) -> Any:
+def _printable(value: object) -> Any:
     """Return a printable argument, even if its ``__str__`` raises."""
     if value is None or isinstance(value, (int, float)):
         return value

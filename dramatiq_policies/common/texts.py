@@ -22,7 +22,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def encodable_all(value: Any) -> Any:
+def encodable_all(value: object) -> Any:
     """Make all texts in a value encodable, at any depth of mappings and lists. The ``vars`` of a frame stay unchanged."""
     if isinstance(value, str):
         return encodable(value)

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from ..interrupts import Runner
 
-__all__ = ["ACTOR_OPTIONS", "ActorOptions", "ActorPolicy", "Exceptions", "RetryOn"]
+__all__ = [
+    "ACTOR_OPTIONS",
+    "ActorOptions",
+    "ActorPolicy",
+    "BrokerExceptions",
+    "BrokerRetryOn",
+    "Exceptions",
+    "RetryOn",
+]
 
 #: The options of dramatiq_policies that Dramatiq always accepts, so that our error can name a missing middleware.
 ACTOR_OPTIONS = frozenset(
@@ -48,6 +56,11 @@ ACTOR_OPTIONS = frozenset(
 Exceptions = type[BaseException] | When | Sequence[type[BaseException] | When] | AbstractSet[type[BaseException] | When]
 #: The type of ``retry_on``. Its keys are ``Any``: a mapping is invariant in its keys, and declared keys are checked at run time.
 RetryOn = Exceptions | Mapping[Any, RetryPolicy | int]
+#: The types of ``discard_on`` and ``alert_on``, and of ``retry_on``, of an ErrorClassifier: a class may be a dotted string.
+BrokerExceptions = (
+    Exceptions | str | Sequence[type[BaseException] | When | str] | AbstractSet[type[BaseException] | When | str]
+)
+BrokerRetryOn = BrokerExceptions | Mapping[Any, RetryPolicy | int]
 
 
 class ActorOptions(TypedDict, total=False):
@@ -217,7 +230,7 @@ class ActorPolicy:
         self.queue_timeout_ms: float | None = None
 
 
-def expect_callable(where: str, option: str, value: Any, takes: str) -> None:
+def expect_callable(where: str, option: str, value: object, takes: str) -> None:
     """Raise unless ``value`` is a plain function of the arguments named in ``takes``; coroutine and generator functions are not."""
     if not is_sync_callable(value, len(takes.split(", "))):
         asynchronous = callable(value) and is_coroutine_callable(value)
@@ -257,7 +270,7 @@ def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, A
     return checked
 
 
-def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseException], ...]:
+def exception_classes(where: str, option: str, value: object) -> tuple[type[BaseException], ...]:
     """Return a class, or an iterable of classes, as a tuple for ``isinstance``."""
     classes = (value,) if isinstance(value, type) else value
     if isinstance(classes, (list, set, frozenset)):
@@ -267,12 +280,12 @@ def exception_classes(where: str, option: str, value: Any) -> tuple[type[BaseExc
     return classes
 
 
-def _expect_bool(where: str, option: str, value: Any) -> None:
+def _expect_bool(where: str, option: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigurationError.of_option(where, option, "True or False", value)
 
 
-def _strings(where: str, option: str, value: Any) -> dict[str, str] | None:
+def _strings(where: str, option: str, value: object) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dramatiq import Actor, Message
     from dramatiq.broker import Broker, MessageProxy
 
+    from ..common.current import Job
     from .actor_policy import ActorPolicy, IdempotencyOptions
     from .decision import Decision
     from .delivery import Delivery
@@ -44,7 +45,11 @@ class CompletionBatcher(Protocol):
 
 
 class ClaimKeeper(Protocol):
-    """Writes the claims of deliveries to a store. The argument ``claim`` is a delivery's claim."""
+    """Writes the claims of deliveries to a store.
+
+    The argument ``claim`` is a delivery's claim. Its type is Any, because the keeper takes no other claims than its own, and this
+    package knows them only as `KeyClaim`.
+    """
 
     @property
     def store(self) -> object: ...
@@ -77,7 +82,7 @@ class TimeLimits(StuckListener, Protocol):
     def resolve(self, options: Mapping[str, Any]) -> tuple[float | None, float | None]:
         """Return an actor's timeout and queue timeout in milliseconds, None for none."""
 
-    def still_stuck(self) -> list[Delivery]:
+    def still_stuck(self) -> list[Job]:
         """Return the reported jobs that still run."""
 
 

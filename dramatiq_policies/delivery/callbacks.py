@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dramatiq.errors import ActorNotFound
 
@@ -29,7 +29,7 @@ def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | Non
 
 
 def callback_messages(
-    broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, details: Any
+    broker: Broker, delivery: Delivery, message: MessageProxy, option: str, target: str, details: object
 ) -> list[OutgoingMessage]:
     """Return the callback's message. Its arguments are the job's message as received, and ``details``.
 
@@ -62,7 +62,7 @@ def callback_messages(
 
 
 def add_exhausted_callback(
-    broker: Broker, delivery: Delivery, message: MessageProxy, retries: Any, max_retries: Any
+    broker: Broker, delivery: Delivery, message: MessageProxy, retries: int, max_retries: int | None
 ) -> None:
     """Add the callback ``on_retry_exhausted`` to the follow-up messages, if the message or the actor names one."""
     option = "on_retry_exhausted"

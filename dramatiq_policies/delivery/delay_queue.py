@@ -24,27 +24,27 @@ class DelayQueue(PriorityQueue[Any]):
     Only the consumer's own thread puts in and takes out, so the methods below take no lock (gevent's queue has none).
     """
 
-    def get_nowait(self) -> Any:
+    def get_nowait(self) -> _dramatiq.DelayItem:
         raise Empty
 
     def next_eta(self) -> float | None:
         """When the nearest message is due, in milliseconds since the epoch; None if the queue is empty."""
         return _dramatiq.eta_of(self.queue[0]) if self.queue else None
 
-    def due(self, now: float, limit: int) -> list[Any]:
+    def due(self, now: float, limit: int) -> list[_dramatiq.DelayItem]:
         """Take at most ``limit`` messages whose time has come. Call ``task_done`` for each."""
-        items: list[Any] = []
+        items: list[_dramatiq.DelayItem] = []
         while self.queue and len(items) < limit and _dramatiq.eta_of(self.queue[0]) <= now:
             items.append(self.take())
         return items
 
-    def take(self) -> Any | None:
+    def take(self) -> _dramatiq.DelayItem | None:
         try:
             return self.get(block=False)
         except Empty:
             return None
 
-    def cut(self, keep: int) -> list[Any]:
+    def cut(self, keep: int) -> list[_dramatiq.DelayItem]:
         """Take all but the ``keep`` nearest messages. Call ``task_done`` for each."""
         self.queue.sort(key=_dramatiq.eta_of)  # A sorted list is a heap.
         far = self.queue[keep:]
@@ -64,14 +64,14 @@ class Move:
       error: Why this message could not be moved. The rest of the batch is not affected.
     """
 
-    item: Any
+    item: _dramatiq.DelayItem
     message: MessageProxy
     moved: Message[Any]
     done: bool = False
     error: Exception | None = None
 
     @classmethod
-    def of(cls, item: Any, queue_name: str) -> Move:
+    def of(cls, item: _dramatiq.DelayItem, queue_name: str) -> Move:
         message = _dramatiq.delayed_message(item)
         moved = message.copy(queue_name=queue_name)
         eta = moved.options.pop("eta", None)

@@ -77,7 +77,7 @@ class DeliveringTransport(Protocol):
     def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
 
-    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+    def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
         """The command of `completion` has acknowledged the message."""
 
     def ack(self, message: MessageProxy) -> None:

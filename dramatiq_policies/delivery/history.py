@@ -48,7 +48,7 @@ def now_ms() -> int:
     return int(clock.time() * 1_000)
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
 

@@ -128,7 +128,7 @@ def warn_if_close(delivery: Delivery) -> None:
     )
 
 
-def milliseconds(value: Any) -> float | None:
+def milliseconds(value: object) -> float | None:
     """Return a duration in milliseconds, perhaps infinite; None if the value is no duration."""
     if isinstance(value, timedelta):
         return value / timedelta(milliseconds=1)
@@ -141,7 +141,7 @@ def milliseconds(value: Any) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _within(value: Any, most: int | None) -> float | None:
+def _within(value: object, most: int | None) -> float | None:
     limit = milliseconds(value)
     if limit is None or limit <= 0 or (most is not None and most < limit < math.inf):
         return None
@@ -158,7 +158,7 @@ def _expected(most: int | None) -> str:
     return f'milliseconds or a timedelta, {bound}, or float("inf") for no limit'
 
 
-def checked(where: str, option: str, value: Any, most: int | None) -> float | None:
+def checked(where: str, option: str, value: object, most: int | None) -> float | None:
     """Return a declared limit in milliseconds, None if not set; log a warning if the number looks like seconds.
 
     Raises:

@@ -6,7 +6,7 @@ Each batch is published to the work queue first, and then acknowledged on the de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
@@ -58,7 +58,9 @@ def move_due(transport: Transport) -> bool:
     return eta is not None and eta <= now
 
 
-def _postponed(delayed: DelayQueue, item: Any, now: int, postpone: Callable[[MessageProxy], int | None]) -> bool:
+def _postponed(
+    delayed: DelayQueue, item: _dramatiq.DelayItem, now: int, postpone: Callable[[MessageProxy], int | None]
+) -> bool:
     """Keep a due message in the delay queue, if the move is sure to fail."""
     message = _dramatiq.delayed_message(item)
     wait = postpone(message)

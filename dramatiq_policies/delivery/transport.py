@@ -156,7 +156,7 @@ class Transport:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
         return self.state.idempotency.claims.completion(delivery.claim), False
 
-    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+    def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
         """The command of `completion` has acknowledged the message, with this reply."""
         delivery.acked = True
 

@@ -78,7 +78,7 @@ def check_composition(options: dict[str, Any]) -> None:
             _check_nested(callback, "group_completion_callbacks")
 
 
-def _check_nested(data: Any, option: str) -> None:
+def _check_nested(data: object, option: str) -> None:
     # Each step of a pipeline contains the next. A loop, because a hostile pipeline may be deeper than the stack.
     while data is not None:
         if not isinstance(data, dict) or not _ALLOWED.keys() >= data.keys() >= _REQUIRED.keys():
@@ -89,12 +89,12 @@ def _check_nested(data: Any, option: str) -> None:
         data = data["options"].get("pipe_target")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether the value is a finite number and not a bool."""
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-def redacted_repr(value: Any) -> str:
+def redacted_repr(value: object) -> str:
     """Format a value of a message for a log: a number in full, otherwise only the type, as the value may be a secret."""
     return f"{value!r:.100}" if value is None or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
 
@@ -103,11 +103,11 @@ def _is_wait(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 10**15
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> bool:
     return value is None or type(value) is str
 
 
@@ -144,7 +144,7 @@ def clean_options(message: Message[Any]) -> None:
             _warn_once(message.actor_name, name, options[name], "exceeds 7 days: the wait is 7 days")
 
 
-def _warn_once(actor_name: str, option: str, value: Any, what: str) -> None:
+def _warn_once(actor_name: str, option: str, value: object, what: str) -> None:
     if (actor_name, option) not in _warned and len(_warned) < 1_000:
         _warned.add((actor_name, option))
         logger.warning("A message for actor %r: the option %s=%s %s.", actor_name, option, redacted_repr(value), what)

@@ -86,7 +86,7 @@ class BatchedCompletions:
         transport = delivery.transport
         command, acks = transport.completion(delivery)
 
-        def on_reply(answer: Any) -> None:
+        def on_reply(answer: object) -> None:
             if not isinstance(answer, Exception) and answer:
                 self.state.idempotency.claims.drop(delivery.claim)
                 delivery.claim = None

@@ -60,7 +60,7 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
             f"the next step of the pipeline needs the result of message {first_message_id}, which is not stored"
         )
         delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
-    if missed:
+    if missed and results is not None:
         _settle_result(results, message, first_message_id, ttl)
     assert delivery.proxy is not None  # Inside the wrapper of the actor's function.
     continuing: list[Middleware] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
@@ -69,14 +69,14 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
         middleware.after_process_message(broker, delivery.proxy, result=result)
 
 
-def _ignores_result(broker: Broker, target: Any, actor_name: str) -> bool:
+def _ignores_result(broker: Broker, target: dict[str, Any], actor_name: str) -> bool:
     actor = broker.actors.get(actor_name)
     return bool(
         target.get("options", {}).get("pipe_ignore") or (actor is not None and actor.options.get("pipe_ignore"))
     )
 
 
-def _settle_result(results: Any, message: Message[Any], first_message_id: str, ttl: int) -> None:
+def _settle_result(results: Results, message: Message[Any], first_message_id: str, ttl: int) -> None:
     """Store an outcome for a skipped message without a result, so that nobody waits for the result forever."""
     try:
         if first_message_id == message.message_id:

@@ -183,7 +183,7 @@ class _Template:
         value, _ = string.Formatter().get_field(field, (), values)
         return _TAGS.get(type(value)) or f"<{type(value).__qualname__}>", text
 
-    def _is_plain(self, value: tuple[str, str], field: Any) -> bool:
+    def _is_plain(self, value: tuple[str, str], field: tuple[str, str, bool, str]) -> bool:
         tag, text = value
         return (tag in "it" or (tag == "s" and _looks_like_text(text))) and self.between.isdisjoint(text)
 
@@ -198,7 +198,7 @@ def text_key(text: str) -> str:
     return text if _looks_like_text(text) and _can_be_encoded(text) else TypedKey.of(text, [("s", text)])
 
 
-def checked_key(key: Any) -> str:
+def checked_key(key: object) -> str:
     """Check a key from a callable or a message.
 
     Raises:

@@ -181,7 +181,7 @@ def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def checked_crashes(where: str, value: Any) -> int | None:
+def checked_crashes(where: str, value: object) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigurationError.of_option(where, "max_crashes", "an int of at least 1, or None", value)
     return value
@@ -209,7 +209,7 @@ def _is_decorated(fn: Any) -> bool:
 
 
 def _check_callable(
-    where: str, option: str, expected: str, given: Any, fn: Any, takes: inspect.Signature | None
+    where: str, option: str, expected: str, given: object, fn: Any, takes: inspect.Signature | None
 ) -> None:
     """Check that a callable takes the actor's arguments. ``takes`` is the actor's signature; None if unknown."""
     if not callable(given):

@@ -80,7 +80,7 @@ def _within(broker: Any) -> str:
     return type(broker).__name__
 
 
-def server_of(broker: Any, store: Any) -> str | None:
+def server_of(broker: Any, store: object) -> str | None:
     """Name the server of a broker and the used part, the same for each client; None if the server does not answer."""
     try:
         kind = kind_of(broker)

@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 from dramatiq.middleware import Shutdown
 
+from ..common.current import Job
 from ..errors import TimeoutExceeded
 from .slots import StuckListener, Tokens, frame_of, noop
 from .threads import arm, slot_of_this_thread
@@ -55,7 +56,7 @@ def run(
     deadline: float | None = None,
     on_shutdown: bool = False,
     stuck_listener: StuckListener | None = None,
-    job: Any = None,
+    job: Job | None = None,
     after_interrupt: Callable[[], object] = noop,
     on_cancel: Callable[[], object] = noop,
 ) -> R:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from dramatiq.threading import is_gevent_active
 
+from ..common.current import Job
 from . import coroutines, threads
 from .slots import StuckListener, noop
 
@@ -29,7 +30,7 @@ class Runner(Protocol):
         deadline: float | None = None,
         on_shutdown: bool = False,
         stuck_listener: StuckListener | None = None,
-        job: Any = None,
+        job: Job | None = None,
         after_interrupt: Callable[[], object] = noop,
     ) -> R: ...
 

@@ -19,6 +19,7 @@ import gevent
 from dramatiq.middleware import Shutdown
 
 from ..common.connections import is_async_exception
+from ..common.current import Job
 from ..errors import TimeoutExceeded
 from .slots import StuckListener, noop, report_on_thread
 from .threads import unwrap_interrupt
@@ -43,7 +44,7 @@ class _Run:
     )
 
     def __init__(
-        self, deadline: float | None, on_shutdown: bool, stuck_listener: StuckListener | None, job: Any
+        self, deadline: float | None, on_shutdown: bool, stuck_listener: StuckListener | None, job: Job | None
     ) -> None:
         self.on_shutdown = on_shutdown
         self.interrupted = False
@@ -111,7 +112,7 @@ def run(
     deadline: float | None = None,
     on_shutdown: bool = False,
     stuck_listener: StuckListener | None = None,
-    job: Any = None,
+    job: Job | None = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
     """See `threads.run`."""

@@ -17,6 +17,7 @@ from traceback import format_stack
 from types import FrameType
 from typing import Any, Protocol
 
+from ..common.current import Job
 from ..common.safe_logger import SafeLogger
 from ..errors import TimeoutExceeded
 
@@ -51,7 +52,7 @@ class StuckListener(Protocol):
 
     grace: float
 
-    def stuck(self, job: Any, stack: str) -> object:
+    def stuck(self, job: Job | None, stack: str) -> object:
         """Called at most once per run, on a separate thread, with the ``job`` and stack of the run."""
 
 
@@ -90,7 +91,7 @@ class Slot:
         self.due = inf
         self.timed_out = False
         self.stuck_listener: StuckListener | None = None
-        self.job: Any = None
+        self.job: Job | None = None
         self.target: Target | None = None
 
     def interrupt(self, tokens: Tokens, exception: type[BaseException]) -> None:
@@ -123,7 +124,7 @@ class Slot:
         report_on_thread(lambda: self.report(tokens, stuck_listener, job))
         return inf
 
-    def report(self, tokens: Tokens, stuck_listener: StuckListener, job: Any) -> None:
+    def report(self, tokens: Tokens, stuck_listener: StuckListener, job: Job | None) -> None:
         """Report the job as stuck, unless the job has ended."""
         target = self.target
         stack = "".join(format_stack(frame_of(self.thread_id))) if target is None else target.stack()

@@ -62,6 +62,7 @@ from dramatiq.middleware import Shutdown
 from dramatiq.threading import Interrupt
 
 from ..common.connections import is_async_exception
+from ..common.current import Job
 from ..errors import TimeoutExceeded
 from .slots import Slot, StuckListener, Target, Tokens, noop, supported
 from .timer import Timer
@@ -92,7 +93,7 @@ def run(
     deadline: float | None = None,
     on_shutdown: bool = False,
     stuck_listener: StuckListener | None = None,
-    job: Any = None,
+    job: Job | None = None,
     after_interrupt: Callable[[], object] = noop,
 ) -> R:
     """Run ``fn(*args, **kwargs)`` on this thread, and interrupt the call at the deadline or at shutdown.
@@ -224,7 +225,7 @@ def arm(
     *,
     due: float,
     stuck_listener: StuckListener | None,
-    job: Any,
+    job: Job | None,
 ) -> None:
     """Write a job into the slot, with interrupts going to ``target``. `run` does the same inline for jobs on this thread."""
     with slot.lock:

@@ -10,7 +10,12 @@ from dramatiq.middleware import Retries
 
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
-from ..delivery.actor_policy import checked_stock_options, expect_callable
+from ..delivery.actor_policy import (
+    BrokerExceptions,
+    BrokerRetryOn,
+    checked_stock_options,
+    expect_callable,
+)
 from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
@@ -91,9 +96,9 @@ class ErrorClassifier(PolicyMiddleware, Retries):
     def __init__(
         self,
         *,
-        retry_on: Any = None,
-        discard_on: Any = None,
-        alert_on: Any = None,
+        retry_on: BrokerRetryOn | None = None,
+        discard_on: BrokerExceptions | None = None,
+        alert_on: BrokerExceptions | None = None,
         unclassified: RetryPolicy | None = None,
         max_attempts: int = 25,
         alert_interval: int | timedelta = 300_000,

@@ -174,7 +174,7 @@ class Idempotency(PolicyMiddleware):
         if self.claims is not None:
             self.claims.uncount_running_starts()
 
-    def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
+    def before_worker_thread_shutdown(self, broker: Broker, thread: object) -> None:
         batched = None if self.attached_to is None else self.attached_to.idempotency.batched_completions
         if batched is not None:
             batched.flush()

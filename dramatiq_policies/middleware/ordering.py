@@ -194,7 +194,7 @@ def resolve_actor(state: BrokerState, actor: Actor[..., Any]) -> None:
     wrap_actor(actor)
 
 
-def _add_transactional(state: BrokerState, actor: Any, policy: ActorPolicy) -> None:
+def _add_transactional(state: BrokerState, actor: Actor[..., Any], policy: ActorPolicy) -> None:
     where = f"actor {actor.actor_name!r}"
     if state.transactional_actors is None:
         raise ConfigurationError(

@@ -15,7 +15,6 @@ from ..common.callables import is_sync_callable
 from ..common.durations import WEEK_MS, format_duration
 from ..common.safe_logger import Lines, SafeLogger
 from ..delivery.decision import Decision
-from ..delivery.delivery import RUNNING
 from ..delivery.history import now_ms
 from ..delivery.limits import (
     WARN_RATIO,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker
     from typing_extensions import Self
 
+    from ..common.current import Job
     from ..delivery.broker_state import BrokerState
     from ..delivery.delivery import Delivery
     from ..delivery.executor import Proceed
@@ -122,7 +122,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         #: Called with each `StuckJob` before ``on_stuck``. A subscriber must not take long.
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: The reported jobs that still ran when `still_stuck` last looked.
-        self.stuck_jobs: list[Delivery] = []
+        self.stuck_jobs: list[Job] = []
         #: Time between deadline and report, in seconds. `interrupts.threads.run` reads ``grace`` and calls `stuck`.
         self.grace = self.grace_ms / 1_000
 
@@ -172,8 +172,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
         waiting = options.get("queue_timeout")
         return finite(limit), self.queue_default if waiting is None else finite(milliseconds(waiting))
 
-    def stuck(self, job: Delivery, stack: str) -> None:
+    def stuck(self, job: Job | None, stack: str) -> None:
         """Report a job that still runs after timeout and grace. Called on a separate thread."""
+        assert job is not None  # `run_job` names the job of each run.
         self.stuck_jobs = [*self.still_stuck(), job]
         message = job.message
         record = StuckJob(
@@ -196,9 +197,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
         finally:
             os._exit(STUCK_EXIT_CODE)
 
-    def still_stuck(self) -> list[Delivery]:
+    def still_stuck(self) -> list[Job]:
         """Return the reported jobs that still run."""
-        return [job for job in self.stuck_jobs if job.stage == RUNNING]
+        return [job for job in self.stuck_jobs if job.is_running]
 
     def _notify(self, record: StuckJob, timeout_ms: float | None) -> None:
         # Subscribers come first: Idempotency uncounts the starts of the other jobs before the process may exit.
@@ -232,7 +233,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
             alerts.exception("%r raised an error when called with a stuck job.", subscriber)
 
 
-def _argument(option: str, value: Any, most: int | None, default: float) -> float:
+def _argument(option: str, value: object, most: int | None, default: float) -> float:
     limit = checked("Timeout", option, value, most)
     return default if limit is None else limit
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +58,10 @@ class Election:
         """Return the fresh reports of all processes, including this process."""
         return [] if self._report is None else [self._report]
 
-    def save(self, memory: list[Any]) -> None:
+    def save(self, memory: Sequence[Sequence[str]]) -> None:
         """Save state for the next leader. Best effort."""
 
-    def saved(self) -> list[Any] | None:
+    def saved(self) -> list[list[str]] | None:
         """Return the state of the last leader, or None."""
         return None
 
@@ -227,13 +228,13 @@ class FleetElection(Election):
             return self.fallback.reports()
         return found
 
-    def save(self, memory: list[Any]) -> None:
+    def save(self, memory: Sequence[Sequence[str]]) -> None:
         from redis import RedisError
 
         with suppress(RedisError, OSError):
             self.client.set(f"{self.key}:memory", json.dumps(memory), px=max(3_600_000, 10 * self.fresh_ms))
 
-    def saved(self) -> list[Any] | None:
+    def saved(self) -> list[list[str]] | None:
         from redis import RedisError
 
         try:

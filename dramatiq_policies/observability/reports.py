@@ -30,7 +30,7 @@ def parse_timed_report(text: str | bytes) -> tuple[float, Report] | None:
     return None if report is None else (found[0], report)
 
 
-def parse_memory(text: str | bytes) -> list[Any] | None:
+def parse_memory(text: str | bytes) -> list[list[str]] | None:
     """Parse a list of name pairs and drop invalid pairs. None if the text is no list."""
     found = _decoded(text)
     if not isinstance(found, list):
@@ -45,7 +45,7 @@ def _decoded(text: str | bytes) -> Any:
     return None
 
 
-def _clean(found: Any) -> Report | None:
+def _clean(found: object) -> Report | None:
     if not isinstance(found, dict):
         return None
     report: Report = {name: value for name, value in found.items() if _is_text(value) or _is_number(value)}
@@ -60,7 +60,7 @@ def _clean(found: Any) -> Report | None:
     return report
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -68,7 +68,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**63  # Not NaN either.
 
 
-def _is_taken(value: Any) -> bool:
+def _is_taken(value: object) -> bool:
     """Return whether the value is [message id, ready time or None]."""
     return (
         isinstance(value, list)

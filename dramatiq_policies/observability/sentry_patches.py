@@ -45,7 +45,7 @@ def job_scope(scope_class: Any) -> Any:
     return JobScope
 
 
-def _is_set(scope: Any, slot: str) -> bool:
+def _is_set(scope: object, slot: str) -> bool:
     try:
         object.__getattribute__(scope, slot)
     except AttributeError:

@@ -145,7 +145,7 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
     raise OperationError(f"{whose} has no actor {name!r}{_suggest_actors(name, broker.actors)}")
 
 
-def _is_actor(value: Any) -> bool:
+def _is_actor(value: object) -> bool:
     actor = getattr(value, "__actor__", value)
     return hasattr(actor, "send_with_options") and hasattr(actor, "broker")
 

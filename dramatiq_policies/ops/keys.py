@@ -69,7 +69,7 @@ def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[A
     return args, kwargs
 
 
-def _value(text: str, annotation: Any) -> Any:
+def _value(text: str, annotation: object) -> Any:
     if annotation in (str, "str"):
         return text
     try:

@@ -88,7 +88,7 @@ def read_outbox_row(broker: Broker) -> QueueState | None:
     return QueueState(reading, _breaches(monitor_of(broker), reading), is_outbox=True)
 
 
-def _unreachable(broker: Broker, error: ConnectionClosed) -> OperationError:
+def _unreachable(broker: Any, error: ConnectionClosed) -> OperationError:
     cause = error.__cause__ or error.__context__ or error
     if kind_of(broker) == "rabbitmq":
         from ..brokers.rabbitmq import browser as rabbitmq

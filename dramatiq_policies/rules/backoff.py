@@ -302,7 +302,7 @@ def as_wait(where: str, option: str, value: Any) -> Wait:
     return wait
 
 
-def bounds_of(wait: Any, attempt: int) -> tuple[int, int]:
+def bounds_of(wait: object, attempt: int) -> tuple[int, int]:
     """Return the shortest and the longest wait at this attempt, in milliseconds; a user's callable may return any wait."""
     return wait.bounds(attempt) if isinstance(wait, (_Growing, _Constant, _RetryAfter)) else (0, WEEK_MS)
 
@@ -322,14 +322,14 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
         return _FALLBACK(attempt, exception)
 
 
-def _number(where: str, name: str, value: Any, least: float) -> float:
+def _number(where: str, name: str, value: object, least: float) -> float:
     # An int can be finite and beyond what a float holds.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= sys.float_info.max:
         raise ConfigurationError.of_option(where, name, f"a number of at least {least}", value)
     return value
 
 
-def _share(where: str, value: Any) -> float:
+def _share(where: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ConfigurationError.of_option(where, "jitter", "a share from 0 to 1", value)
     return value

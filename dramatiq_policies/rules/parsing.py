@@ -15,7 +15,7 @@ __all__ = ["parse_rules", "readable_rule"]
 
 
 def parse_rules(
-    where: str, owner: Owner, *, retry_on: Any = None, discard_on: Any = None, alert_on: Any = None
+    where: str, owner: Owner, *, retry_on: object = None, discard_on: object = None, alert_on: object = None
 ) -> tuple[Rule, ...]:
     """Return the rules of an actor or a broker.
 
@@ -44,7 +44,7 @@ def parse_rules(
     return tuple(rules)
 
 
-def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tuple[Any, RetryPolicy | None]]:
+def _entries(where: str, option: str, verb: Verb, declared: object) -> Iterator[tuple[Any, RetryPolicy | None]]:
     if declared is None:
         return
     if isinstance(declared, Mapping):
@@ -66,7 +66,7 @@ def _entries(where: str, option: str, verb: Verb, declared: Any) -> Iterator[tup
 
 
 def _flatten(
-    where: str, option: str, declared: Any, owner: Owner
+    where: str, option: str, declared: object, owner: Owner
 ) -> Iterator[tuple[type[BaseException] | str, Callable[[Any], object] | None]]:
     if isinstance(declared, (tuple, list, set, frozenset)):
         for one in declared:
@@ -93,7 +93,7 @@ def _flatten(
         )
 
 
-def _advice(got: Any) -> str:
+def _advice(got: object) -> str:
     if isinstance(got, BaseException):
         return f"Name the class {type(got).__name__}, not an instance of it"
     if isinstance(got, str):

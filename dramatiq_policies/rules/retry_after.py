@@ -52,7 +52,7 @@ def _header(headers: Any) -> Any:
     return None
 
 
-def _seconds(value: Any, now: Callable[[], datetime]) -> float | None:
+def _seconds(value: object, now: Callable[[], datetime]) -> float | None:
     if isinstance(value, bytes):
         value = value.decode("latin-1")
     if isinstance(value, str):

@@ -6,7 +6,7 @@ Pure: no messages, no brokers. `matching` chooses among several rules.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -89,11 +89,13 @@ class RetryPolicy:
 class When:
     """Exception classes narrowed by a predicate; made by `when`."""
 
-    exceptions: Any
+    exceptions: type[BaseException] | str | Collection[type[BaseException] | str]
     predicate: Callable[[Any], object]
 
 
-def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
+def when(
+    exceptions: type[BaseException] | str | Collection[type[BaseException] | str], predicate: Callable[[Any], object]
+) -> When:
     """Narrow exception classes by a condition. Use it in place of a class in any rule::
 
         def is_rate_limited(error):
@@ -105,7 +107,7 @@ def when(exceptions: Any, predicate: Callable[[Any], object]) -> When:
     A rule with a condition goes before a rule for the bare class. Errors that fail the condition go on to the next rule.
 
     Parameters:
-      exceptions: An exception class, or a tuple of classes.
+      exceptions: An exception class, or a tuple of classes. In the rules of an `ErrorClassifier` also a dotted string.
       predicate: ``callable(exception) -> bool``. If the predicate raises, the error is logged and the rule does not match.
 
     Raises:

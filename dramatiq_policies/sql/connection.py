@@ -18,7 +18,7 @@ _DIALECTS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "
 _TYPES: dict[type, Any] = {int: sa.BigInteger(), str: sa.String(), bytes: sa.LargeBinary()}
 
 
-def checked_engine(where: str, engine: Any) -> Engine | AsyncEngine:
+def checked_engine(where: str, engine: object) -> Engine | AsyncEngine:
     """Return the engine of an argument.
 
     Raises:

@@ -234,7 +234,7 @@ class _JobSession(Session):
 
 
 @event.listens_for(_JobSession, "after_begin")
-def _after_begin(session: Session, _transaction: Any, connection: sa.Connection) -> None:
+def _after_begin(session: Session, _transaction: object, connection: sa.Connection) -> None:
     _guard_of(session).add(connection)
 
 

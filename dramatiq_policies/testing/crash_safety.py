@@ -254,10 +254,10 @@ def _traced(fn: Any, code: CodeType, reach: Callable[[int], None]) -> Any:
     """Return ``fn`` with a call of ``reach`` before each line of ``code`` and of nested functions."""
     codes = {code, *_within(code)}
 
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
         return trace_lines if frame.f_code in codes else None
 
-    def trace_lines(frame: FrameType, event: str, arg: Any) -> Any:
+    def trace_lines(frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
             reach(frame.f_lineno)
         return trace_lines

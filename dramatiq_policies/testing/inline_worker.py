@@ -25,7 +25,7 @@ class _InOrder(PriorityQueue[Any]):
         super()._init(maxsize)
         self._numbers = itertools.count()
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, item: object, block: bool = True, timeout: float | None = None) -> None:
         heappush(self.queue, (_dramatiq.eta_of(item), next(self._numbers), item))
 
     def get_nowait(self) -> Any:

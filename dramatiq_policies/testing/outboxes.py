@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
@@ -106,7 +106,7 @@ def refusing(
         _restore(batch, "publish", before)
 
 
-def _restore(holder: object, name: str, before: Any) -> None:
+def _restore(holder: object, name: str, before: object) -> None:
     """Undo the replacement of a method: of the class again, or of an outer fault."""
     if before is None:
         del vars(holder)[name]

@@ -226,7 +226,7 @@ class Outbox(PolicyMiddleware):
         """Return the state before a job, for `forget_job`. For the test kit."""
         return innermost()
 
-    def forget_job(self, before: Any) -> None:
+    def forget_job(self, before: object) -> None:
         """End the transactions left open by a job with a dead worker. For the test kit."""
         for scope in leave_since(before):
             scope.abandon()

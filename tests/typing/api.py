@@ -219,6 +219,10 @@ def page(alert: QueueAlert) -> None:
     alert.value = 0  # type: ignore[misc]
 
 
+def is_late(error: BaseException) -> bool:
+    return True
+
+
 def told(message: Any, error: BaseException) -> None: ...
 
 
@@ -246,6 +250,13 @@ broker: StubBroker = install(
     heartbeat=Heartbeat("/tmp/alive", interval=10_000),
 )
 alerts: list[QueueAlert] = QueueMonitor(on_alert=page).check()
+ErrorClassifier(
+    retry_on=when("requests.HTTPError", is_late),
+    discard_on=["shop.errors.OrderNotFound", KeyError],
+    alert_on={MemoryError, when(OSError, is_late)},
+)
+ErrorClassifier(retry_on=3)  # type: ignore[arg-type]
+when(3, is_late)  # type: ignore[arg-type]
 QueueMonitor(on_alert="mail")  # type: ignore[arg-type]
 QueueMonitor(thresholds={"mail": 5})  # type: ignore[dict-item]
 Threshold(ready="many")  # type: ignore[arg-type]

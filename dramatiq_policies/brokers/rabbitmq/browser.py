@@ -14,6 +14,7 @@ from typing import Any
 import pika
 import pika.exceptions
 from dramatiq import Message
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 
 from ...common.connections import discard, is_async_exception
@@ -27,7 +28,7 @@ _SILENCE = 1.0
 
 
 @contextmanager
-def connect(broker: Any) -> Iterator[Any]:
+def connect(broker: RabbitmqBroker) -> Iterator[Any]:
     """Open a separate connection to the server of the broker.
 
     Raises:
@@ -57,9 +58,9 @@ def _close(connection: Any) -> None:
         connection.close()
 
 
-def unreachable(broker: Any, error: BaseException | None) -> OperationError:
+def unreachable(broker: RabbitmqBroker, error: BaseException | None) -> OperationError:
     """Return the error for an unreachable server, with the reason."""
-    parameters = broker.parameters
+    parameters: Any = broker.parameters  # A tuple, too, in spite of Dramatiq's annotation.
     first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
     return OperationError(f"RabbitMQ can't be reached at {first.host}:{first.port} ({_reason(error)}).")
 
@@ -74,7 +75,7 @@ def _reason(error: Any) -> str:
 
 
 @contextmanager
-def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqBrowser]:
+def browse(broker: RabbitmqBroker, queue: str, *, dead: bool) -> Iterator[RabbitmqBrowser]:
     """Open the dead letters of a queue, or its ready messages."""
     with connect(broker) as connection:
         yield RabbitmqBrowser(broker, connection, xq_name(queue) if dead else queue)
@@ -83,7 +84,7 @@ def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[RabbitmqBrowser]:
 class RabbitmqBrowser:
     """The messages of one queue."""
 
-    def __init__(self, broker: Any, connection: Any, name: str) -> None:
+    def __init__(self, broker: RabbitmqBroker, connection: Any, name: str) -> None:
         self.broker = broker
         self.connection = connection
         self.name = name

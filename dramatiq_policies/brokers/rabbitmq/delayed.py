@@ -195,7 +195,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
 
     def _publish_all(self, queue: str, messages: list[OutgoingMessage]) -> set[int]:
         """Publish to a queue, confirmed. Returns the indexes of the accepted messages."""
-        broker: Any = self.broker
+        broker = self.broker
         try:
             broker.declare_queue(self.queue_name, ensure=True)
             batches = self.batches

@@ -8,7 +8,7 @@ from typing import Any
 import pika
 import pika.exceptions
 from dramatiq import Message
-from dramatiq.broker import Broker
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import q_name
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
@@ -39,8 +39,8 @@ class ConfirmedPublisher:
       encode: Encodes a message, or raises `Unsendable`.
     """
 
-    def __init__(self, broker: Broker, encode: Callable[[Message[Any]], bytes]) -> None:
-        self.broker: Any = broker
+    def __init__(self, broker: RabbitmqBroker, encode: Callable[[Message[Any]], bytes]) -> None:
+        self.broker: RabbitmqBroker = broker
         self.encode = encode
 
     def publish(self, queue: str, body: bytes, priority: int | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pika
 from dramatiq.broker import Broker
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import dq_name, xq_name
 from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
@@ -45,6 +46,8 @@ class RabbitmqQueueReader(QueueReader):
     long as the queue only grows. At the first reading the age may be None; afterwards, without other knowledge, the age is the time
     since the first reading. Queues with priorities (``x-max-priority``) are not first in, first out, so older messages may wait.
     """
+
+    broker: RabbitmqBroker
 
     def __init__(self, broker: Broker) -> None:
         super().__init__(broker)
@@ -125,8 +128,8 @@ class RabbitmqQueueReader(QueueReader):
 
     def _parameters(self) -> Any:
         """Return the parameters of the broker, with our timeouts."""
-        broker: Any = self.broker
-        several = broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]
+        parameters: Any = self.broker.parameters  # One set, or a list of them, in spite of Dramatiq's annotation.
+        several = parameters if isinstance(parameters, list) else [parameters]
         copies = [copy(one) for one in several]
         for one in copies:
             one.socket_timeout = one.stack_timeout = _TIMEOUT

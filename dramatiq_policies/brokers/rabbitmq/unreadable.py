@@ -54,7 +54,7 @@ class UnreadableBodies:
         self._channel = channel
         self._publisher = publisher
 
-    def settle(self, tag: int, properties: Any, body: bytes, error: Exception) -> None:
+    def settle(self, tag: int, properties: object, body: bytes, error: Exception) -> None:
         """Dead-letter an unreadable body, or leave the body on its queue during a pause."""
         was_pausing = self._breaker.is_pausing
         if self._breaker.unreadable(error):

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import redis
 from dramatiq import Message
+from dramatiq.brokers.redis import RedisBroker
 
 from ...common.credentials import redact
 from ...errors import OperationError
@@ -29,7 +30,7 @@ _HOLE = b"dramatiq_policies.moved"
 
 
 @contextmanager
-def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[DeadLetters | ReadyMessages]:
+def browse(broker: RedisBroker, queue: str, *, dead: bool) -> Iterator[DeadLetters | ReadyMessages]:
     """Open the dead letters of a queue, or its ready messages."""
     browser = (DeadLetters if dead else ReadyMessages)(broker, queue)
     try:
@@ -56,10 +57,10 @@ def unreachable(client: Any, error: BaseException) -> OperationError:
 class _RedisBrowser:
     kind: str
 
-    def __init__(self, broker: Any, queue: str) -> None:
+    def __init__(self, broker: RedisBroker, queue: str) -> None:
         self.broker = broker
         self.queue = queue
-        self.client = broker.client
+        self.client: Any = broker.client  # The annotations of redis-py allow each reply to be a coroutine.
         self.script = self.client.register_script(_MOVE)
         self.key = f"{broker.namespace}:{queue}"
         self.size = 0
@@ -189,7 +190,7 @@ class ReadyMessages(_RedisBrowser):
                 if seen >= self.size:
                     return
 
-    def _page(self, previous: Any, kept: Any) -> list[Any]:
+    def _page(self, previous: object, kept: object) -> list[Any]:
         """Read the next messages. Scans the queue only if its positions have changed."""
         if self.position:
             before = self.client.lindex(self.key, self.position - 1)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Any
 
+from dramatiq.brokers.redis import RedisBroker
+
 from ..._redis import Script
 from ...delivery.history import now_ms
 
@@ -33,7 +35,7 @@ class DelayIndex:
       call: Sends one command to Redis and returns the answer.
     """
 
-    def __init__(self, broker: Any, queue: str, call: Callable[..., Any]) -> None:
+    def __init__(self, broker: RedisBroker, queue: str, call: Callable[..., Any]) -> None:
         self.broker = broker
         self.queue = queue
         self._call = call

@@ -6,6 +6,7 @@ from typing import Any
 
 import redis
 from dramatiq.broker import Broker
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import dq_name, xq_name
 from dramatiq.errors import ConnectionClosed
 
@@ -25,12 +26,14 @@ class RedisQueueReader(QueueReader):
     messages back at the end of the list. Between the two ends, their age is not seen.
     """
 
+    broker: RedisBroker
+
     def __init__(self, broker: Broker) -> None:
         super().__init__(broker)
         self._client: Any = None
 
     def _read(self, queue: str, now: int) -> QueueReading:
-        broker: Any = self.broker
+        broker = self.broker
         key, later = f"{broker.namespace}:{queue}", f"{broker.namespace}:{dq_name(queue)}"
         if self._client is None:
             self._client = own_client(broker.client)

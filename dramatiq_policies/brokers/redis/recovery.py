@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 import redis
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import q_name
 
 from ..._redis import RAW, Script
@@ -53,7 +54,7 @@ _SEARCH_ALONE, _SEARCH_AGAIN = 60_000, 10_000
 class Recovery:
     """Recovers the messages of one queue."""
 
-    def __init__(self, broker: Any, queue_name: str) -> None:
+    def __init__(self, broker: RedisBroker, queue_name: str) -> None:
         self.broker = broker
         self.client = broker.client
         self.queue = queue_name

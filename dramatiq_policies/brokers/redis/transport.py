@@ -162,7 +162,7 @@ class RedisTransport(Transport):
         return self.window.prefetch - self.outstanding_message_count
 
     def _take_off(self, most: int) -> list[bytes]:
-        broker: Any = self.broker
+        broker = self.broker
         taken: list[bytes] = _FETCH.call(self.client, [broker.namespace], [broker.broker_id, self.source, most])
         return taken
 
@@ -251,7 +251,7 @@ class RedisTransport(Transport):
             return super().completion(delivery)
         return self.settling.command(self._mark_finished(delivery.message), completes=claim_of(delivery)), True
 
-    def acked_by_completion(self, delivery: Delivery, reply: Any) -> None:
+    def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
         super().acked_by_completion(delivery, reply)
         if reply == MISSING:
             self.losses.missing(self.source, delivery.message.options["redis_message_id"])
@@ -288,7 +288,7 @@ class RedisTransport(Transport):
 
     def _requeue_orphans(self) -> None:
         """Requeue messages delivered to this process in a lost reply."""
-        broker: Any = self.broker
+        broker = self.broker
         unacked = f"{broker.namespace}:__acks__.{broker.broker_id}.{self.source}"
         # Read before and after: a message acknowledged in between is not lost.
         held = frozenset(self.window.held)

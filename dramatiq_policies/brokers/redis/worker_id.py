@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from dramatiq.brokers.redis import RedisBroker
+
 from ...common.forks import after_fork
 
 __all__ = ["BY_SERVER_CLOCK", "WorkerId"]
@@ -29,9 +31,9 @@ class WorkerId:
     Switches off Dramatiq's maintenance, which calls ``KEYS``. `recovery.Recovery` does the same work.
     """
 
-    def __init__(self, broker: Any) -> None:
+    def __init__(self, broker: RedisBroker) -> None:
         self.broker = broker
-        script = broker.scripts["dispatch"].script
+        script: Any = broker.scripts["dispatch"].script
         text = script if isinstance(script, bytes) else script.encode()
         broker.scripts["dispatch"] = broker.client.register_script(_SERVER_CLOCK + text)
         broker.maintenance_chance = 0

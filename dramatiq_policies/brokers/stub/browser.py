@@ -9,6 +9,7 @@ from queue import Empty
 from typing import Any
 
 from dramatiq import Message
+from dramatiq.brokers.stub import StubBroker
 
 from ...delivery.direct import enqueue_directly
 from ..browser import Item
@@ -17,7 +18,7 @@ __all__ = ["browse"]
 
 
 @contextmanager
-def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
+def browse(broker: StubBroker, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
     """Open the dead letters of a queue, or its ready messages."""
     browser = StubBrowser(broker, queue, dead=dead)
     try:
@@ -29,7 +30,7 @@ def browse(broker: Any, queue: str, *, dead: bool) -> Iterator[StubBrowser]:
 class StubBrowser:
     """The dead letters, or the ready messages, of one queue."""
 
-    def __init__(self, broker: Any, queue: str, *, dead: bool) -> None:
+    def __init__(self, broker: StubBroker, queue: str, *, dead: bool) -> None:
         self.broker = broker
         self.queue: Any = broker.queues[queue] if queue in broker.queues or not dead else None
         self.dead_letters = broker.dead_letters_by_queue[queue] if dead else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from dramatiq.brokers.stub import StubBroker
 from dramatiq.common import dq_name
 
 from ..queue_reader import ENDS, QueueReader, QueueReading, oldest
@@ -14,8 +13,10 @@ __all__ = ["StubQueueReader"]
 class StubQueueReader(QueueReader):
     """Reads the queues in memory."""
 
+    broker: StubBroker
+
     def _read(self, queue: str, now: int) -> QueueReading:
-        broker: Any = self.broker
+        broker = self.broker
         work, later = broker.queues.get(queue), broker.queues.get(dq_name(queue))
         bodies = [] if work is None else list(work.queue)
         return QueueReading(

@@ -29,7 +29,7 @@ _PARAMETER = re.compile(r"(?<![:\w]):(\w+)")
 _inherited: list[object] = []
 
 
-def checked_using(where: str, using: Any) -> str:
+def checked_using(where: str, using: object) -> str:
     """Return the alias of a database.
 
     Raises:

@@ -168,7 +168,7 @@ class DjangoUnitOfWork:
             logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
             close_interrupted_connections()
 
-    def _leave(self, connection: Any, block: Any) -> None:
+    def _leave(self, connection: Any, block: object) -> None:
         """Roll back the block, and blocks left open by the job."""
         while block in connection.atomic_blocks:
             leave_innermost_block(connection)

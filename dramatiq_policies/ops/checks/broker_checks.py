@@ -113,7 +113,7 @@ def _threshold_durations(monitor: QueueMonitor) -> list[tuple[str, Any]]:
     return [(name, getattr(one, name)) for one in monitor.thresholds for name in ("oldest", "stalled")]
 
 
-def wait_durations(wait: Any) -> list[tuple[str, Any]]:
+def wait_durations(wait: object) -> list[tuple[str, Any]]:
     """Return the durations of a wait, by name."""
     fields = vars(wait) if hasattr(type(wait), "declared_as") else {}
     found = [(name, fields[name]) for name in ("initial", "maximum", "scale", "ms") if name in fields]

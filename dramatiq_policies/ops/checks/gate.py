@@ -161,7 +161,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     return found
 
 
-def checked_reason(where: str, code: str, reason: Any) -> None:
+def checked_reason(where: str, code: str, reason: object) -> None:
     """Check that an exemption has a known code and a reason.
 
     Raises:

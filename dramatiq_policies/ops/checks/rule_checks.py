@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ...common.durations import format_duration, to_ms
 from ...common.plurals import counted
@@ -62,10 +61,10 @@ def _beaten(rules: tuple[Rule, ...]) -> Iterator[tuple[Rule, Rule]]:
                 yield wide, near
 
 
-def _overridden(job: CheckedJob, rule: Any) -> bool:
+def _overridden(job: CheckedJob, rule: Rule) -> bool:
     """Whether the actor intentionally replaces a broker's rule by a rule for the same class."""
     return any(own.owner == "actor" and own.resolve() is rule.resolve() for own in job.policy.rules.rules)
 
 
-def _target(rule: Any) -> str:
+def _target(rule: Rule) -> str:
     return rule.target if isinstance(rule.target, str) else class_path(rule.target).removeprefix("builtins.")

@@ -87,11 +87,11 @@ class DeadLetter:
         return {**self.row(), "group": self.group, "traceback": self.traceback, "history": list(self.history), **shown}
 
 
-def _itself(value: Any) -> Any:
+def _itself(value: object) -> Any:
     return value
 
 
-def _type_of(value: Any) -> str:
+def _type_of(value: object) -> str:
     return f"<{type(value).__name__}>"
 
 
@@ -150,7 +150,7 @@ def _stock_failure(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 

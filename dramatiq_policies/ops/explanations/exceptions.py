@@ -47,5 +47,5 @@ def find_exception(actor: Actor[..., Any], name: str) -> type[BaseException]:
     return found  # type: ignore[no-any-return]
 
 
-def _is_exception(value: Any) -> bool:
+def _is_exception(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, BaseException)

@@ -142,7 +142,7 @@ def _refuse_unknown(table: str, given: Mapping[str, Any], known: Iterable[str]) 
             raise OperationError(f"{table}{name} is unknown{did_you_mean(name, known)} Known names: {there}.")
 
 
-def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:
+def _arguments(given: object, problems: list[str]) -> tuple[Argument, ...]:
     what = 'the arguments, ids and plain values: ["order_id: int", …]; [] for no arguments'
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         problems.append(f"job.input: {what}")
@@ -161,7 +161,7 @@ def _arguments(given: Any, problems: list[str]) -> tuple[Argument, ...]:
     )
 
 
-def _exceptions(name: str, given: Any, what: str, problems: list[str]) -> Iterator[Named]:
+def _exceptions(name: str, given: object, what: str, problems: list[str]) -> Iterator[Named]:
     if not isinstance(given, list):
         problems.append(f"errors.{name}: {what}")
         return
@@ -213,7 +213,7 @@ def _signature_of(arguments: tuple[Argument, ...]) -> inspect.Signature:
     return inspect.Signature([inspect.Parameter(argument.name, kind) for argument in arguments])
 
 
-def _import(where: str, path: Any, problems: list[str]) -> Named | None:
+def _import(where: str, path: object, problems: list[str]) -> Named | None:
     if not isinstance(path, str) or not path:
         problems.append(f'{where}: expected "module:Name", got {path!r}')
         return None
