@@ -15,13 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .run import FAKETIME, Chaos, Report, Scenario
+from .run import Chaos, Report, Scenario
 from .transactional import TransactionalChaos
 
 KILLS = ("kill_worker", "kill_group")
 NETWORK = ("slow_network", "cut_network")
-#: Only where the package `faketime` is installed.
-CLOCK = () if FAKETIME is None else ("step_clock",)
 ANYWHERE = (
     Scenario("kill", KILLS),
     Scenario("terminate", ("terminate",)),
@@ -35,14 +33,18 @@ ANYWHERE = (
     Scenario("evict", ("evict_from_store",), loses="maxmemory-policy allkeys-lru"),
     Scenario("slow", ("slow_network",)),
     Scenario("cut", ("cut_network",)),
-    *(Scenario("clock", CLOCK) for _ in CLOCK),
+    Scenario("clock", ("step_clock",)),
 )
-MIXED = (*KILLS, "terminate", "pause", "freeze", "restart_broker", "hang_store", *NETWORK, *CLOCK)
+MIXED = (*KILLS, "terminate", "pause", "freeze", "restart_broker", "hang_store", *NETWORK, "step_clock")
 #: The broker's data lies on a disk that is mounted for it.
 DISK = (Scenario("disk", ("fill_disk",)),) if os.geteuid() == 0 else ()
+INTERRUPTIONS = (*KILLS, "terminate", "pause", "freeze", "kill_sender")
+RESTARTS = ("restart_broker", "restart_database", "kill_sender")
 TRANSACTIONS = (
-    Scenario("transactions", (*KILLS, "terminate", "pause", "freeze", "kill_sender"), transactional=True),
-    Scenario("transactions-restart", ("restart_broker", "restart_database", "kill_sender"), transactional=True),
+    Scenario("transactions", INTERRUPTIONS, database="postgresql"),
+    Scenario("transactions-restart", RESTARTS, database="postgresql"),
+    Scenario("mariadb", INTERRUPTIONS, database="mariadb"),
+    Scenario("mariadb-restart", RESTARTS, database="mariadb"),
 )
 SCENARIOS = {
     "redis": (
@@ -87,7 +89,7 @@ def main() -> int:
             if only is not None and f"{broker}/{scenario.name}" not in only:
                 continue
             folder = Path(tempfile.mkdtemp(prefix=f"dp-chaos-{broker}-{scenario.name}-"))
-            kind = TransactionalChaos if scenario.transactional else Chaos
+            kind = TransactionalChaos if scenario.database else Chaos
             report = kind(broker, folder / "run", seed, processes=2).run(scenario, jobs)
             print(report.row(), flush=True)
             if scenario.loses:

@@ -72,8 +72,10 @@ def make_broker() -> Any:
         from dramatiq.brokers.redis import RedisBroker
 
         broker = RedisBroker(client=redis_client(url), heartbeat_timeout=int(os.environ["CHAOS_HEARTBEAT_TIMEOUT"]))
-    broker.add_middleware(Results(backend=RedisBackend(client=redis_client(STORE))))
-    broker.add_middleware(GroupCallbacks(Barriers(client=redis_client(STORE))))
+    # One client: an idle connection of another would still lead to a master that has a successor.
+    client = getattr(broker, "client", None) or redis_client(STORE)
+    broker.add_middleware(Results(backend=RedisBackend(client=client)))
+    broker.add_middleware(GroupCallbacks(Barriers(client=client)))
     # Where successes are subscribed to, completions don't ride on the claims of the next jobs: half of the workers do either.
     posts = os.getpid() % 2 == 0
     install(

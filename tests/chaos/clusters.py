@@ -131,7 +131,8 @@ class RedisBehindSentinel(RedisQueues):
         (self.sentinel.folder / "sentinel.conf").write_text(
             f"port {self.sentinel.port}\nbind {LOCALHOST}\ndir {self.sentinel.folder}\n"
             f"sentinel monitor chaos {LOCALHOST} {master.port} 1\n"
-            "sentinel down-after-milliseconds chaos 500\nsentinel failover-timeout chaos 1500\n"
+            # Less, and on a busy machine the sentinel replaces a master that is alive: then two take messages.
+            "sentinel down-after-milliseconds chaos 2000\nsentinel failover-timeout chaos 3000\n"
         )
         self.sentinel.start()
         self._until(lambda: len(self._ask().discover_slaves("chaos")) == NODES - 1)

@@ -26,8 +26,8 @@ from .sender import PATIENCE, Sender
 from .servers import RabbitmqServer, RedisServer
 
 HEARTBEAT_TIMEOUT = 2_000
-#: Of Debian's package `faketime`.
-FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+#: Of processes whose clock is wrong.
+WRONG_CLOCK = Path(__file__).with_name("wrong_clock")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scenario:
       late: Seconds that some of the jobs take at most; a worker that is told to stop waits for one second.
       replicas: How many of Redis' replicas must have a message before it counts as sent.
       min_replicas: Without how many of them a Redis master takes no writes.
-      transactional: Whether the jobs are transactional, on PostgreSQL: then nothing excuses a doubled effect.
+      database: Of transactional jobs, ``postgresql`` or ``mariadb``: then nothing excuses a doubled effect.
       loses: What is set wrongly here, so that jobs are lost or doubled, and the docs say so; empty if nothing is.
     """
 
@@ -51,7 +51,7 @@ class Scenario:
     replicas: int = 0
     min_replicas: int = 0
     loses: str = ""
-    transactional: bool = False
+    database: str = ""
 
 
 @dataclass
@@ -151,12 +151,7 @@ class Chaos(Faults):
         wrong_clock = {}
         if "step_clock" in scenario.faults:
             self.set_clock(0)
-            wrong_clock = {
-                "LD_PRELOAD": str(FAKETIME),
-                "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-                "FAKETIME_NO_CACHE": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
+            wrong_clock = {"PYTHONPATH": str(WRONG_CLOCK), "CHAOS_CLOCK": str(self.clock)}
         options = ["--worker-shutdown-timeout", "1000"] if scenario.late else []
         for number, own in enumerate(({}, wrong_clock)):
             log = self.folder / f"workers-{number}.log"

@@ -15,7 +15,9 @@ SHORT = {
     "redis": Scenario("mixed", ("kill_worker", "kill_group", "terminate", "pause", "restart_broker"), (0.4, 1.0)),
     "rabbitmq": Scenario("mixed", ("kill_worker", "kill_group", "terminate", "pause", "restart_store"), (0.4, 1.0)),
 }
-TRANSACTIONS = Scenario("transactions", ("kill_worker", "kill_group", "freeze", "kill_sender"), (0.3, 0.8))
+TRANSACTIONS = Scenario(
+    "transactions", ("kill_worker", "kill_group", "freeze", "kill_sender"), (0.3, 0.8), database="postgresql"
+)
 SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
 
 

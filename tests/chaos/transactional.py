@@ -1,4 +1,4 @@
-"""Transactional jobs on PostgreSQL while workers and the sending process are killed and stopped: each effect once, exactly."""
+"""Transactional jobs on PostgreSQL or MariaDB while workers and the sending process are killed and stopped: each effect once, exactly."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from dramatiq_policies.sql import create_tables
+from tests.integration.databases import with_driver
 
 from .faults import LEASE, until
 from .fleet import Group, workers_of
@@ -20,7 +21,9 @@ from .ledger import Ledger
 from .orders import effects_of, judge
 from .run import HEARTBEAT_TIMEOUT, Chaos, Report, Scenario
 from .sender import PATIENCE
-from .servers import PostgresqlServer
+from .servers import DatabaseServer, MariadbServer, PostgresqlServer
+
+DATABASES: dict[str, type[DatabaseServer]] = {"postgresql": PostgresqlServer, "mariadb": MariadbServer}
 
 
 class TransactionalChaos(Chaos):
@@ -29,12 +32,11 @@ class TransactionalChaos(Chaos):
     @contextlib.contextmanager
     def servers(self, scenario: Scenario) -> Iterator[None]:
         with super().servers(scenario):
-            self.database = PostgresqlServer()
+            self.database = DATABASES[scenario.database]()
             try:
                 self.database.start()
-                url = sa.make_url(self.database.url).set(drivername="postgresql+psycopg")
                 # A connection of each call: the server may have been restarted.
-                self.engine = sa.create_engine(url, poolclass=NullPool)
+                self.engine = sa.create_engine(with_driver(self.database.url), poolclass=NullPool)
                 yield
             finally:
                 self.database.close()
@@ -49,7 +51,7 @@ class TransactionalChaos(Chaos):
                 **os.environ,
                 "CHAOS_URL": self.broker.url,
                 "CHAOS_STORE": self.store.url,
-                "CHAOS_DATABASE": self.engine.url.render_as_string(hide_password=False),
+                "CHAOS_DATABASE": self.database.url,
                 "CHAOS_LEDGER": str(self.ledger),
                 "CHAOS_LEASE": str(LEASE),
                 "CHAOS_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT),

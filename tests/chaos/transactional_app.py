@@ -10,11 +10,12 @@ import dramatiq
 import sqlalchemy as sa
 
 from dramatiq_policies import current_job
+from tests.integration.databases import with_driver
 
 from .orders import message
 from .transactional_worker import POOL, Permanent, Transient, begin, effects, make_broker, once
 
-engine = sa.create_engine(os.environ["CHAOS_DATABASE"], **POOL)
+engine = sa.create_engine(with_driver(os.environ["CHAOS_DATABASE"]), **POOL)
 broker, outbox = make_broker(engine)
 dramatiq.set_broker(broker)
 

@@ -7,16 +7,14 @@ import os
 import random
 
 import dramatiq
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from dramatiq_policies import current_job
+from tests.integration.databases import async_engine
 
 from .orders import message
 from .transactional_worker import POOL, Permanent, Transient, begin, effects, make_broker, once
 
-url = sa.make_url(os.environ["CHAOS_DATABASE"]).set(drivername="postgresql+asyncpg")
-engine = create_async_engine(url, **POOL)
+engine = async_engine(os.environ["CHAOS_DATABASE"], **POOL)
 broker, outbox = make_broker(engine)
 dramatiq.set_broker(broker)
 
