@@ -5,7 +5,8 @@
     python scripts/mutate.py --only rules/rule:41:2                 # one again, as the list of survivors names it
     python scripts/mutate.py --verbose rules/rule                   # and which test noticed each
 
-Works on copies of the checkout. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
+Works on copies of the checkout. Modules of one package are measured together: `transactions/scope transactions/relay` run
+their tests once without a change. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
 killed when one of them fails or hangs. What survives is either a change that means the same, or a test that is missing:
 read each. What only a process started by a test runs counts as run by none.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import itertools
 import json
 import os
 import random
@@ -36,7 +38,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dramatiq_policies"
-#: The tests of each module, the quick ones first: files of `tests`, or folders.
+#: The tests of each module or of each module of a package, the quick ones first: files of `tests`, or folders.
 TESTS = {
     "common/callables": [
         "common/test_callables",
@@ -67,6 +69,19 @@ TESTS = {
     ],
     "delivery/limits": ["middleware/test_timeout", "middleware/test_error_classifier*"],
     "delivery/settlement": ["delivery", "middleware/test_error_classifier*", "idempotency"],
+    "delivery/publishing": ["delivery", "middleware/test_error_classifier_publishing", "integration/test_refusals"],
+    "brokers/redis": [
+        "brokers",
+        "integration/test_recovery",
+        "integration/test_batches",
+        "integration/test_browsers",
+        "integration/test_data_loss",
+    ],
+    "transactions": ["transactions", "sql", "kit/test_kit_transactions"],
+    "sql": ["sql", "transactions", "kit/test_kit_transactions"],
+    "contrib/django": ["contrib/django"],
+    "ops/outbox": ["cli/test_outbox", "observability/test_outbox_monitor"],
+    "idempotency/fingerprint": ["idempotency/test_fingerprint", "idempotency/test_idempotency"],
     "idempotency/batched_completion": ["idempotency", "integration/test_batched_completion"],
     "idempotency/claims": ["idempotency"],
     "idempotency/guard": ["idempotency"],
@@ -244,14 +259,17 @@ def _shown(node: ast.AST) -> str:
 
 
 class Watch:
-    """A plugin of pytest that notes how long each test takes, and which lines of a module it runs."""
+    """A plugin of pytest that notes how long each test takes, and which lines of the modules it runs."""
 
-    def __init__(self, module: Path) -> None:
-        self.module = module
+    def __init__(self, modules: list[Path]) -> None:
+        self.modules = modules
         self.seconds: dict[str, float] = {}
         import coverage
 
-        self.coverage = coverage.Coverage(data_file=None, include=[str(module)], config_file=False)
+        # SQLAlchemy runs the statements of an async engine in greenlets.
+        self.coverage = coverage.Coverage(
+            data_file=None, include=list(map(str, modules)), concurrency=["thread", "greenlet"], config_file=False
+        )
         self.coverage.start()
 
     @pytest.hookimpl(tryfirst=True)
@@ -264,7 +282,8 @@ class Watch:
 
     def write(self, path: Path) -> None:
         self.coverage.stop()
-        lines = self.coverage.get_data().contexts_by_lineno(str(self.module))
+        data = self.coverage.get_data()
+        lines = {str(module): data.contexts_by_lineno(str(module)) for module in self.modules}
         path.write_text(json.dumps([self.seconds, lines]))
 
 
@@ -278,10 +297,10 @@ class Run:
 
     Parameters:
       patience: After how many seconds it hangs.
-      watched: The module of which it is noted who runs which line. Then compiled modules are kept for later runs.
+      watched: The modules of which it is noted who runs which line. Then compiled modules are kept for later runs.
     """
 
-    def __init__(self, copied: Path, tests: list[str], patience: float, *, watched: Path | None = None) -> None:
+    def __init__(self, copied: Path, tests: list[str], patience: float, *, watched: list[Path] | None = None) -> None:
         self.output = copied / "output.txt"
         self.notes = copied / "notes.json"
         self.hung = False
@@ -291,7 +310,7 @@ class Run:
         if self._pid == 0:
             self._child(copied, tests, watched)
 
-    def _child(self, copied: Path, tests: list[str], watched: Path | None) -> None:
+    def _child(self, copied: Path, tests: list[str], watched: list[Path] | None) -> None:
         try:
             os.setsid()
             os.chdir(copied)
@@ -355,44 +374,70 @@ def files_of(names: list[str]) -> list[str]:
 
 
 class Tests:
-    """The tests of a module that pass while nothing is changed, and who of them runs which line."""
+    """The tests of some modules that pass while nothing is changed, and who of them runs which line."""
 
-    def __init__(self, copied: Path, inside: Path, names: list[str]) -> None:
-        path = copied / inside
-        run = Run(copied, files_of(names), 900, watched=path)
+    def __init__(self, copied: Path, modules: list[str], names: list[str]) -> None:
+        paths = {module: copied / file_of(module) for module in modules}
+        run = Run(copied, files_of(names), 1_800, watched=list(paths.values()))
         if not run.passes():
-            raise SystemExit(f"{inside}: its tests fail without any change: {run.noticed_by()}")
-        # A change of the same length within the same second would not be seen.
-        for compiled in path.parent.glob(f"__pycache__/{inside.stem}.*"):
-            compiled.unlink()
-        self._seconds, self._lines = json.loads(run.notes.read_text())
-        path.write_text(ast.unparse(ast.parse(path.read_text())))
-        run = Run(copied, *self.of(None))
+            raise SystemExit(f"{', '.join(modules)}: tests fail without any change: {run.noticed_by()}")
+        self._seconds, lines = json.loads(run.notes.read_text())
+        self._lines = {module: lines[str(path)] for module, path in paths.items()}
+        for path in paths.values():
+            # A change of the same length within the same second would not be seen.
+            for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+                compiled.unlink()
+            path.write_text(ast.unparse(ast.parse(path.read_text())))
+        run = Run(copied, *self.of(modules[0], None))
         if not run.passes():
-            raise SystemExit(f"{inside}: its tests fail when the quickest come first: {run.noticed_by()}")
+            raise SystemExit(f"{', '.join(modules)}: tests fail when the quickest come first: {run.noticed_by()}")
 
-    def of(self, lines: range | None) -> tuple[list[str], float]:
+    def of(self, module: str, lines: range | None) -> tuple[list[str], float]:
         """The tests that run these lines, the quickest first, and after how many seconds they hang."""
         if lines is None:
             tests = set(self._seconds)
         else:
-            tests = {test for line in lines for test in self._lines.get(str(line), ()) if test}
+            tests = {test for line in lines for test in self._lines[module].get(str(line), ()) if test}
         return sorted(tests, key=self._seconds.__getitem__), 5 * sum(self._seconds[test] for test in tests) + 60
 
 
-def sabotage(module: str, scratch: Path, options: argparse.Namespace) -> None:
+def file_of(module: str) -> Path:
+    return Path(PACKAGE, f"{module}.py")
+
+
+def row_of(module: str) -> list[str]:
+    """The row of a module in `TESTS`, or else of its package."""
+    return TESTS.get(module) or TESTS[module.rpartition("/")[0]]
+
+
+def modules_of(name: str) -> list[str]:
+    """The module of this name, or the modules of a package in `TESTS`, but for those with a row of their own."""
+    folder = ROOT / PACKAGE / name
+    if not folder.is_dir():
+        return [name]
+    found = (f"{name}/{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
+    return [module for module in found if module not in TESTS]
+
+
+def measured(modules: list[str], scratch: Path, options: argparse.Namespace) -> tuple[Tests, list[Path]]:
+    """The tests that these modules have in common, and the copies of the checkout to sabotage."""
+    copies = [scratch / modules[0] / str(number) for number in range(options.jobs)]
+    shutil.copytree(ROOT, copies[0], ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__"))
+    tests = Tests(copies[0], modules, row_of(modules[0]))
+    for copied in copies[1:]:
+        shutil.copytree(copies[0], copied)
+    return tests, copies
+
+
+def sabotage(module: str, tests: Tests, copies: list[Path], options: argparse.Namespace) -> None:
     """Try a module's mutants, one at a time on each copy of the checkout."""
-    inside = Path(PACKAGE, f"{module}.py")
+    inside = file_of(module)
+    unchanged = (copies[0] / inside).read_text()
     every = mutants((ROOT / inside).read_text())
     names = random.Random(options.seed).sample(sorted(every), min(options.count, len(every)))
     if options.only:
         names = [options.only.split(":", 1)[1]]
-    copies = [scratch / module / str(number) for number in range(options.jobs)]
-    shutil.copytree(ROOT, copies[0], ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__"))
-    tests = Tests(copies[0], inside, TESTS[module])
-    for copied in copies[1:]:
-        shutil.copytree(copies[0], copied)
-    unseen = [name for name in names if not tests.of(every[name].lines)[0]]
+    unseen = [name for name in names if not tests.of(module, every[name].lines)[0]]
     for name in unseen:
         print(f"  {module}:{name}  {every[name].change}  survived: no test runs it", flush=True)
     tried = survived = len(unseen)
@@ -404,7 +449,7 @@ def sabotage(module: str, scratch: Path, options: argparse.Namespace) -> None:
             for copied in copies:
                 if copied not in running and _cpu() < options.cpu and (name := next(waiting, None)):
                     (copied / inside).write_text(every[name].source)
-                    running[copied] = name, Run(copied, *tests.of(every[name].lines))
+                    running[copied] = name, Run(copied, *tests.of(module, every[name].lines))
             if not running:
                 break
             time.sleep(0.01)
@@ -418,6 +463,8 @@ def sabotage(module: str, scratch: Path, options: argparse.Namespace) -> None:
     finally:
         for _, run in running.values():
             run.kill()
+        for copied in copies:
+            (copied / inside).write_text(unchanged)
     print(f"{module}: {tried} of {len(every)} mutants tried, {survived} survived, {hung} hung", flush=True)
 
 
@@ -428,7 +475,7 @@ def _cpu() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; default all")
+    parser.add_argument("modules", nargs="*", help=f"or packages, of {', '.join(TESTS)}; default all")
     parser.add_argument("--count", type=int, default=25, help="mutants of each module, drawn at random")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="how many at the same time")
@@ -440,8 +487,12 @@ def main() -> None:
     if options.only:
         chosen = [options.only.split(":", 1)[0]]
     with tempfile.TemporaryDirectory() as scratch:
-        for module in chosen:
-            sabotage(module, Path(scratch), options)
+        modules = sorted((module for name in chosen for module in modules_of(name)), key=row_of)
+        for _, alike in itertools.groupby(modules, row_of):
+            together = list(alike)
+            tests, copies = measured(together, Path(scratch), options)
+            for module in together:
+                sabotage(module, tests, copies, options)
     print(f"{_cpu():.0f} s of CPU")
 
 
