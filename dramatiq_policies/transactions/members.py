@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_OID, uuid5
 
@@ -17,7 +18,9 @@ from .outbox_table import MEMBER, MESSAGE, Row
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
 
-__all__ = ["messages_of"]
+__all__ = ["messages_of", "without"]
+
+_CALLBACKS = "group_completion_callbacks"
 
 
 def messages_of(row: Row, batch: Batch) -> list[Encoded]:
@@ -37,8 +40,24 @@ def messages_of(row: Row, batch: Batch) -> list[Encoded]:
         raise ValueError(f"unknown kind of row: {row.kind!r}")
     if not _completes_group(batch.broker, message):
         return []
-    callbacks: list[Message[Any]] = [Message(**callback) for callback in message.options["group_completion_callbacks"]]
-    return [_prepared(batch, row, number, callback) for number, callback in enumerate(callbacks)]
+    callbacks = message.options[_CALLBACKS]
+    return [_prepared(batch, row, number, Message(**callbacks[number])) for number in _waiting(callbacks)]
+
+
+def without(row: Row, accepted: Sequence[int]) -> bytes:
+    """Return the body of a member row without the accepted ones of its `messages_of`: only the rest is published again."""
+    message = Message.decode(row.body)
+    callbacks = list(message.options[_CALLBACKS])
+    waiting = _waiting(callbacks)
+    for position in accepted:
+        # The others keep their numbers, and with them their ids.
+        callbacks[waiting[position]] = None
+    return message.copy(options={_CALLBACKS: callbacks}).encode()
+
+
+def _waiting(callbacks: Sequence[Any]) -> list[int]:
+    """Return the numbers of the callbacks that the broker has not accepted."""
+    return [number for number, callback in enumerate(callbacks) if callback is not None]
 
 
 def _completes_group(broker: Broker, message: Message[Any]) -> bool:

@@ -200,12 +200,22 @@ class OutboxTable:
         where, params = _owned(ids, owners)
         connection.execute(f"DELETE FROM {OUTBOX} WHERE {where}", **params)  # noqa: S608
 
-    def fail(self, connection: Connection, ids: Sequence[int], owners: Sequence[str], wait: int, error: str) -> None:
-        """Release rows for another try after ``wait`` milliseconds."""
+    def fail(
+        self,
+        connection: Connection,
+        ids: Sequence[int],
+        owners: Sequence[str],
+        wait: int,
+        error: str,
+        body: bytes | None = None,
+    ) -> None:
+        """Release rows for another try after ``wait`` milliseconds, with a new body if one is given."""
         where, params = _owned(ids, owners)
+        if body is not None:
+            params["body"] = body
         connection.execute(
             f"UPDATE {OUTBOX} SET failures = failures + 1, error = :error, owner = '', due_at = {self._now} + :wait"  # noqa: S608
-            f" WHERE {where}",
+            f"{'' if body is None else ', body = :body'} WHERE {where}",
             error=error.replace("\0", "")[:_ERROR],
             wait=wait,
             **params,

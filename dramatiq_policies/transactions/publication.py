@@ -19,7 +19,7 @@ from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..common.throttle import Throttle
 from ..outcomes import text_of
-from .members import messages_of
+from .members import messages_of, without
 
 if TYPE_CHECKING:
     from .database import Connection
@@ -50,9 +50,17 @@ class Lease(NamedTuple):
     since: float
 
 
+class _Refused(NamedTuple):
+    """A refused row, and the positions of its accepted messages: a row of a group may have several callbacks."""
+
+    row: Row
+    error: Exception
+    accepted: list[int]
+
+
 class _Result(NamedTuple):
     published: list[Row]
-    refused: list[tuple[Row, Exception]]
+    refused: list[_Refused]
     #: Not tried, or not confirmed: the broker is unreachable.
     lost: list[Row]
     error: Exception | None
@@ -88,8 +96,9 @@ class Publication:
         result = _publish(self.batch, lease.rows, meanwhile if self.batch.overlaps else None)
         if result.published:
             self._delete(run, lease, [row.id for row in result.published])
-        for row, error in result.refused:
-            text = self._fail(run, lease, [row], error, _LONGEST_WAIT)
+        for row, error, accepted in result.refused:
+            rest = without(row, accepted) if accepted else None
+            text = self._fail(run, lease, [row], error, _LONGEST_WAIT, rest)
             self._report(row, text)
         # The fewest failures first: rows with equal failures are together.
         by_failures = sorted(result.lost, key=_failures_of)
@@ -121,11 +130,13 @@ class Publication:
             clock.sleep(pause)
             pause = min(pause * 2, 2.0)
 
-    def _fail(self, run: Run, lease: Lease, rows: Sequence[Row], error: Exception, longest: int) -> str:
+    def _fail(
+        self, run: Run, lease: Lease, rows: Sequence[Row], error: Exception, longest: int, body: bytes | None = None
+    ) -> str:
         text = f"{type(error).__name__}: {text_of(error)}"
         wait = min(longest, 1_000 * 2 ** min(rows[0].failures, 6))
         ids = [row.id for row in rows]
-        run(lambda connection: self.table.fail(connection, ids, lease.owners, wait, text))
+        run(lambda connection: self.table.fail(connection, ids, lease.owners, wait, text, body))
         return text
 
     @staticmethod
@@ -183,12 +194,14 @@ def _publish_group(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], ob
     lost: Exception | None = None
     for row, size in zip(rows, sizes, strict=True):
         if isinstance(size, Exception):
-            result.refused.append((row, size))
+            result.refused.append(_Refused(row, size, []))
             continue
         refusal: Exception | None = None
-        for _ in range(size):
+        accepted: list[int] = []
+        for position in range(size):
             message, answer = next(sent), next(answers)
             if answer is None:
+                accepted.append(position)
                 batch.published(message.message, row.delay)
             refusal = refusal or answer
         if refusal is None:
@@ -197,5 +210,5 @@ def _publish_group(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], ob
             lost = refusal
             result.lost.append(row)
         else:
-            result.refused.append((row, refusal))
+            result.refused.append(_Refused(row, refusal, accepted))
     return result._replace(error=lost)

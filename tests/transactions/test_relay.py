@@ -212,6 +212,28 @@ def test_a_member_that_cannot_be_counted_is_counted_later(office, relay):
     assert "GroupCallbacks" in office.rows()[0].error
 
 
+def test_a_group_with_a_refused_callback_brings_the_accepted_ones_once(office, relay, monkeypatch):
+    batch = office.outbox.batch
+    publish, tried = batch.publish, []
+
+    def refusing(messages):
+        tried.append([message.args[0] for message, _ in messages])
+        refused = {"second", "last"} if len(tried) == 1 else {"last"} if len(tried) == 2 else set()
+        accepted = [one for one in messages if one.message.args[0] not in refused]
+        publish(accepted)
+        return [None if one in accepted else OSError("no") for one in messages]
+
+    monkeypatch.setattr(batch, "publish", refusing)
+    callbacks = [office.actor.message(name).asdict() for name in ("first", "second", "third", "last")]
+    member(office, 1, group_completion_uuid="group", group_completion_callbacks=callbacks)
+    for _ in range(3):
+        relay.relay()
+        office.end_leases()
+    assert tried == [["first", "second", "third", "last"], ["second", "last"], ["last"]]
+    assert office.queued() == ["first", "third", "second", "last"]
+    assert office.rows() == []
+
+
 # While RabbitMQ confirms a batch, the relay takes the next one.
 
 
