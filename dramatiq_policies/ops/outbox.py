@@ -173,5 +173,5 @@ def ask_database(outbox: Outbox, work: Callable[[Connection], T]) -> T:
         return outbox.database.run(work)
     except Exception as error:
         if is_missing_table(error):
-            raise NoOutboxTable(f"The outbox has no table: {outbox.missing_table}.") from None
+            raise NoOutboxTable(f"The outbox has no table: {outbox.how_to_create}.") from None
         raise database_error(outbox.database, error) from None

@@ -20,6 +20,7 @@ from ..transactions.transactional import TransactionalJobs
 from .connection import checked_engine, sync_engine_of
 from .database import SqlDatabase
 from .scopes import ConnectionScope, SessionScope, is_autocommit
+from .tables import HOW_TO_CREATE
 from .tables import outbox as table
 from .unit_of_work import SqlUnitsOfWork
 
@@ -70,7 +71,7 @@ class SqlOutbox(Outbox):
       ConfigurationError: An argument is invalid.
     """
 
-    missing_table = "call create_tables(engine), or add `metadata` to your migrations"
+    how_to_create = HOW_TO_CREATE
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ..transactions.key_table import DEFAULT_NAMESPACE, KeyTable
 from .connection import checked_engine
 from .database import SqlDatabase
+from .tables import HOW_TO_CREATE
 
 __all__ = ["SqlStore"]
 
@@ -44,10 +45,7 @@ class SqlStore(KeyTable):
       ConfigurationError: An argument is invalid.
     """
 
-    how_to_create = (
-        "call dramatiq_policies.sql.create_tables(engine) when you deploy, or let Alembic create the tables of "
-        "dramatiq_policies.sql.metadata"
-    )
+    how_to_create = HOW_TO_CREATE
 
     def __init__(self, engine: Engine | AsyncEngine, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.engine = checked_engine("SqlStore", engine)

@@ -16,7 +16,13 @@ from ..transactions.database import KEYS, OUTBOX, Connection
 from .connection import SqlConnection, checked_engine
 from .database import SqlDatabase
 
-__all__ = ["create_tables", "keys", "metadata", "outbox"]
+__all__ = ["HOW_TO_CREATE", "create_tables", "keys", "metadata", "outbox"]
+
+#: The advice for a missing table.
+HOW_TO_CREATE = (
+    "call dramatiq_policies.sql.create_tables(engine) when you deploy, or let Alembic create the tables of "
+    "dramatiq_policies.sql.metadata"
+)
 
 #: Both tables: ``target_metadata = [Base.metadata, metadata]`` in Alembic's ``env.py``.
 metadata = MetaData()

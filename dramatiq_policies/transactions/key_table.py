@@ -63,7 +63,7 @@ class KeyTable:
 
     #: 0.1.0 has no such store, so every record may have the form of today.
     may_hold_earlier_records = False
-    #: Advice on creating a missing table, for the error.
+    #: The advice for a missing table.
     how_to_create = ""
 
     def __init__(self, database: Database, namespace: str = DEFAULT_NAMESPACE) -> None:

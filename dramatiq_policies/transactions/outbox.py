@@ -54,7 +54,7 @@ class Outbox(PolicyMiddleware):
     """
 
     #: The advice for a missing table.
-    missing_table = ""
+    how_to_create = ""
 
     def __init__(
         self, where: str, *, wait: int | timedelta, lease: int | timedelta, relay: bool, namespace: str
@@ -187,7 +187,7 @@ class Outbox(PolicyMiddleware):
             written.add(self.table.insert(connection, row, written.owner, due=self.wait == 0 and not self.is_inline))
         except Exception as error:
             if is_missing_table(error):
-                raise ConfigurationError(f"The outbox has no table: {self.missing_table}.") from error
+                raise ConfigurationError(f"The outbox has no table: {self.how_to_create}.") from error
             raise
 
     def after_commit(self, written: Written, connection: Connection | None = None) -> Ticket | None:
@@ -250,7 +250,7 @@ class Outbox(PolicyMiddleware):
         return self._make_relay()
 
     def _make_relay(self) -> Relay:
-        return Relay(self.database, self.publication, self.missing_table)
+        return Relay(self.database, self.publication, self.how_to_create)
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         if not self.relay or self.is_inline:

@@ -34,13 +34,13 @@ class Relay:
     Parameters:
       database: The library's own connections.
       publication: Publishes rows.
-      missing_table: The advice for a missing table, for the log.
+      how_to_create: The advice for a missing table, for the log.
     """
 
-    def __init__(self, database: Database, publication: Publication, missing_table: str) -> None:
+    def __init__(self, database: Database, publication: Publication, how_to_create: str) -> None:
         self._database = database
         self._publication = publication
-        self._missing_table = missing_table
+        self._how_to_create = how_to_create
         self._logged_missing_table = False
         self._failures = 0
         #: Whether the broker was unreachable at the last failure.
@@ -120,7 +120,7 @@ class Relay:
             if not self._logged_missing_table:
                 self._logged_missing_table = True
                 alerts.error(
-                    "The outbox has no table: %s. The relay publishes nothing until then.", self._missing_table
+                    "The outbox has no table: %s. The relay publishes nothing until then.", self._how_to_create
                 )
         elif self._failures == 1:
             logger.warning(

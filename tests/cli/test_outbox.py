@@ -193,7 +193,7 @@ def test_an_app_without_an_outbox_gets_an_error_that_says_how_to_add_one(command
 def test_a_missing_table_is_an_error_that_names_its_migration(command, shop, words):
     with shop.engine.begin() as connection:
         connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
-    assert command.refuses("outbox", *words, shop.app) == f"Error: The outbox has no table: {SqlOutbox.missing_table}."
+    assert command.refuses("outbox", *words, shop.app) == f"Error: The outbox has no table: {SqlOutbox.how_to_create}."
 
 
 def test_a_database_that_can_t_be_read_is_one_sentence(command, shop):
@@ -271,7 +271,7 @@ def test_a_database_that_can_t_be_read_hides_no_queue(command, shop):
     result = command("queues", shop.app)
     assert result.exit_code == 0
     assert "mail" in result.stdout
-    assert result.stderr == f"The outbox has no table: {SqlOutbox.missing_table}.\n"
+    assert result.stderr == f"The outbox has no table: {SqlOutbox.how_to_create}.\n"
 
 
 def test_fail_on_breach_exits_with_2_if_the_outbox_can_t_be_read(command, shop):
@@ -325,7 +325,7 @@ def test_check_live_finds_a_missing_table_and_messages_without_a_relay(command, 
     (finding,) = [
         one for one in command.json("check", "--live", shop.app, code=1)["findings"] if one["code"] == "DP112"
     ]
-    assert finding["message"] == f"The outbox has no table: {SqlOutbox.missing_table}"
+    assert finding["message"] == f"The outbox has no table: {SqlOutbox.how_to_create}"
 
 
 def test_the_functions_work_without_the_command(command, shop):

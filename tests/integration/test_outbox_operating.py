@@ -88,7 +88,9 @@ def test_a_missing_table_is_a_sentence_and_a_finding(shop: Shop, database_url: s
     with engine.begin() as connection:
         connection.execute(sa.text(f"DROP TABLE {OUTBOX}"))
     engine.dispose()
-    with pytest.raises(ops.OperationError, match="The outbox has no table: call create_tables"):
+    with pytest.raises(
+        ops.OperationError, match=r"The outbox has no table: call dramatiq_policies\.sql\.create_tables"
+    ):
         ops.list_outbox(shop.broker)
     findings, _ = ops.check_live(shop.broker)
     assert "DP112" in [finding.code for finding in findings]

@@ -318,7 +318,7 @@ def test_a_publish_that_redis_refuses_halfway_leaves_one_body(redis_shop, caplog
 def test_a_missing_table_is_logged_once(place, tmp_path, caplog):
     engine = sa.create_engine(f"sqlite:///{tmp_path}/empty.db")
     shop = Shop(place, engine)
-    relay = Relay(shop.outbox.database, shop.outbox.publication, shop.outbox.missing_table)
+    relay = Relay(shop.outbox.database, shop.outbox.publication, shop.outbox.how_to_create)
     pauses = [relay._step() for _ in range(5)]
     assert pauses[0] < pauses[-1] <= 5
     (line,) = [record for record in caplog.records if "table" in record.getMessage()]

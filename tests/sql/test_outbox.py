@@ -759,7 +759,7 @@ def test_without_transactions_there_is_no_block(shop):
 
 def test_a_missing_table_is_logged_with_advice(tmp_path):
     shop = Shop(sa.create_engine(f"sqlite:///{tmp_path}/empty.db"))
-    expected = r"The outbox has no table: call create_tables\(engine\)"
+    expected = r"The outbox has no table: call dramatiq_policies.sql.create_tables\(engine\)"
     with (
         Session(shop.engine) as session,
         shop.outbox.within(session),

@@ -75,7 +75,7 @@ class DjangoOutbox(Outbox):
     ) -> None:
         super().__init__("DjangoOutbox", wait=wait, lease=lease, relay=relay, namespace=namespace)
         self.using = checked_using("DjangoOutbox", using)
-        self.missing_table = how_to_migrate(self.using)
+        self.how_to_create = how_to_migrate(self.using)
 
     def attach(self, state: BrokerState) -> None:
         super().attach(state)
