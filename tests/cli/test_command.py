@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,17 @@ from dramatiq_policies import ops
 from dramatiq_policies.cli import main
 from dramatiq_policies.common.durations import format_duration
 
+from ..forked import run_forked
 from .test_check import PREPARED
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(folder, *args, before=""):
+    """Run the command as a process. Code ``before`` the first import of the package needs a new process."""
+    if not before:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return run_forked(["-m", "dramatiq_policies", *args], cwd=folder, env=env)
     code = (
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{before}from dramatiq_policies.__main__ import main\nmain()\n"
     )

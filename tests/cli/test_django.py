@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from ..forked import run_forked
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = "examples.django_shop.settings"
-COMMAND = [sys.executable, "-m", "dramatiq_policies"]
-MANAGE = [sys.executable, str(ROOT / "examples/django_shop/manage.py"), "policies"]
+COMMAND = ["-m", "dramatiq_policies"]
+MANAGE = [str(ROOT / "examples/django_shop/manage.py"), "policies"]
 
 pytest.importorskip("django_dramatiq")
 
@@ -23,9 +23,7 @@ def run(command, *args, settings=SETTINGS, cwd=ROOT, **env):
     environment.update({"PYTHONPATH": str(ROOT), "BROKER_URL": "stub://", **env})
     if settings is not None:
         environment["DJANGO_SETTINGS_MODULE"] = settings
-    return subprocess.run(
-        [*command, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
+    return run_forked([*command, *args], cwd=cwd, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,7 @@ def test_a_missing_idempotency_names_middleware_where_there_is_no_install():
         "broker.middleware = [one for one in broker.middleware if not isinstance(one, Idempotency)]\n"
         "dramatiq.actor(idempotency_key='x')(lambda: None)"
     )
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     assert "MIDDLEWARE of DRAMATIQ_BROKER in your Django settings" in done.stderr
 
 
@@ -92,7 +90,7 @@ def test_a_second_middleware_of_a_kind_names_middleware_where_there_is_no_instal
         "import django\ndjango.setup()\nimport dramatiq\nfrom dramatiq_policies import ErrorClassifier\n"
         "dramatiq.get_broker().middleware.append(ErrorClassifier())\ndramatiq.actor(lambda: None)"
     )
-    done = run([sys.executable, "-c", code])
+    done = run(["-c", code])
     assert "two ErrorClassifier middleware. List each once in MIDDLEWARE of DRAMATIQ_BROKER" in done.stderr
     assert "install()" not in done.stderr
 
@@ -140,7 +138,7 @@ def test_the_outbox_of_a_project_is_listed_once_its_table_is_migrated(tmp_path):
     (tmp_path / "mailer").mkdir()
     (tmp_path / "mailer" / "__init__.py").touch()
     (tmp_path / "mailer" / "tasks.py").write_text("import dramatiq\n\n@dramatiq.actor\ndef send_mail():\n    pass\n")
-    manage = [sys.executable, "-m", "django"]
+    manage = ["-m", "django"]
     place = {"settings": "shop_settings", "cwd": tmp_path, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     before = run(manage, "policies", "outbox", "list", **place)
     assert before.returncode == 2

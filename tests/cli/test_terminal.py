@@ -89,17 +89,10 @@ def test_no_message_forges_a_line_of_a_list(command):
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_a_list_is_complete_in_any_encoding_of_stdout(command, encoding, form):
     name = command.app(FORGED)
-    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "dead", "list", name, "--format", form],
-        cwd=command.folder,
-        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"},
-        capture_output=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = CliRunner(charset=encoding).invoke(main, ["dead", "list", name, "--format", form])
+    assert (done.exit_code, done.stderr_bytes) == (0, b"")
     # Click takes a stdout in ASCII for one in UTF-8 that nobody has configured.
-    text = done.stdout.decode("utf-8" if encoding == "ascii" else encoding)
+    text = done.stdout_bytes.decode("utf-8" if encoding == "ascii" else encoding)
     assert not set("\u202e\u2066\ud83d") & set(text)
     if form == "json":
         assert any("東京" in str(letter["text"]) for letter in json.loads(text))

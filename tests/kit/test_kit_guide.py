@@ -35,6 +35,7 @@ def follow(tmp_path):
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(Path(dramatiq_policies.__file__).parents[1]), str(tmp_path)]),
                 "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             },
             capture_output=True,
             text=True,

@@ -51,7 +51,20 @@ def run_pytest(tmp_path):
             [str(info.parent), str(Path(dramatiq_policies_root())), str(tmp_path), os.environ.get("PYTHONPATH", "")]
         )
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *args, str(tmp_path)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:hypothesispytest",
+                "-c",
+                os.devnull,
+                *args,
+                str(tmp_path),
+            ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
