@@ -44,9 +44,9 @@ class Payment(models.Model):
 
 
 @pytest.fixture
-def database(request: pytest.FixtureRequest) -> Iterator[str]:
+def database(postgresql_url: str) -> Iterator[str]:
     """The page creates tables, so a database without any."""
-    with own_database(os.environ["POSTGRESQL_URL"]) as url:
+    with own_database(postgresql_url) as url:
         yield url
 
 
