@@ -177,7 +177,13 @@ class Verdict(Exception):
 
 
 class Discard(Verdict):
-    """Raise this in a job to drop the message permanently: ``raise Discard("already refunded")``."""
+    """Raise this in a job to drop the message permanently::
+
+        if order.is_refunded:
+            raise Discard("already refunded")
+
+    The outcome is ``discarded``, as by ``discard_on``. The text goes to the log, and with ``dead_letter_discards`` to the dead letter.
+    """
 
 
 class Snooze(Verdict):
@@ -206,9 +212,16 @@ class Snooze(Verdict):
 
 
 class TimeoutExceeded(TimeLimitExceeded):
-    """Raised in a job at its ``timeout``.
+    """Raised in a job at its ``timeout``. Catch it to clean up, and raise it again::
 
-    Like Dramatiq's interrupts, the class derives from ``BaseException``: ``except Exception`` in a job does not catch it.
+        try:
+            render(report_id)
+        except TimeoutExceeded:
+            remove_parts(report_id)
+            raise
+
+    Like Dramatiq's interrupts, the class derives from ``BaseException``: ``except Exception`` in a job does not catch it. Without a
+    rule for the class, ``unclassified`` or Dramatiq's options decide whether the job runs again.
 
     Attributes:
       limit_ms: The exceeded timeout, in milliseconds.

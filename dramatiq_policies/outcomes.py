@@ -21,7 +21,23 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 
 class Outcome(str, Enum):
-    """The end of one delivery. Derives from ``str``: compares, formats and serialises as its value."""
+    """The end of one delivery. Derives from ``str``: compares, formats and serialises as its value::
+
+        if event.outcome in (Outcome.DEAD, Outcome.EXPIRED):
+            pages.send(f"{event.actor}: {event.outcome}")
+
+    Attributes:
+      SUCCEEDED: The actor returned.
+      RETRIED: The actor failed; a rule runs the message again after a wait.
+      DISCARDED: The actor failed; a rule drops the message.
+      ALERTED: The actor failed; a rule alerts, and the message is a dead letter.
+      DEAD: The message is a dead letter. The reason says why.
+      DUPLICATE: The key or the work is done already; the actor did not run.
+      DEFERRED: The message waits, without a used attempt: its key runs elsewhere, the store is down, or the job snoozed.
+      EXPIRED: The message waited longer than its ``queue_timeout``, and is a dead letter.
+      INTERRUPTED: The worker shut down; the message is back on its queue, without a used attempt.
+      SKIPPED: Another middleware skipped or failed the message.
+    """
 
     SUCCEEDED = "succeeded"
     RETRIED = "retried"
@@ -44,7 +60,10 @@ BAD_ENDINGS = frozenset({Outcome.DISCARDED, Outcome.ALERTED, Outcome.DEAD, Outco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StuckJob:
-    """A job beyond timeout and grace, still running.
+    """A job beyond timeout and grace, still running. ``Timeout(on_stuck=…)`` calls your function with it::
+
+        def page(job: StuckJob) -> None:
+            pages.send(f"{job.actor} {job.message_id} has run for {job.elapsed_ms:.0f} ms\\n{job.stack}")
 
     Attributes:
       actor: The actor's name.

@@ -69,7 +69,7 @@ class ActorOptions(TypedDict, total=False):
     MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
 
     @actor(**MAIL)
-    def send_mail(...): ...
+    def send_mail(user_id): ...
     """
 
     # Dramatiq's own.

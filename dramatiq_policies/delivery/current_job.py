@@ -14,7 +14,12 @@ T = TypeVar("T")
 
 
 class CurrentJob:
-    """The running job: message, attempt, idempotency key and remaining time. See :func:`current_job`."""
+    """The running job: message, attempt, idempotency key and remaining time. `current_job` returns it::
+
+    def charge(order_id, amount):
+        job = current_job()
+        payments.charge(amount, idempotency_key=job.idempotency_key, attempt=job.attempt)
+    """
 
     __slots__ = ("_delivery",)
 

@@ -27,7 +27,9 @@ __all__ = ["KeyState", "KeyedJob", "job_of_arguments", "job_of_message"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyState:
-    """The state of a job's key, from `Idempotency.state`.
+    """The state of a job's key, from `Idempotency.state`::
+
+        Idempotency.state(charge, 42, 100).state  # "completed"
 
     Attributes:
       state: ``completed``, ``running``, ``waiting`` (the job failed and a retry is due), or ``none``.

@@ -80,7 +80,10 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueAlert:
-    """A queue has reached a threshold, or the breach has ended.
+    """A queue has reached a threshold, or the breach has ended. ``QueueMonitor(on_alert=…)`` calls your function with it::
+
+        def page(alert: QueueAlert) -> None:
+            pages.send(str(alert))  # Queue mail: 1200 messages wait (threshold 1000)
 
     Attributes:
       queue: The name of the queue.

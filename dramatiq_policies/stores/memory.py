@@ -20,6 +20,10 @@ def _now() -> float:
 class MemoryStore:
     """Keeps keys in the memory of this process. Other processes see none of the keys, and a restart forgets all keys.
 
+    Example::
+
+        install(broker, idempotency=Idempotency(MemoryStore()))
+
     Parameters:
       clock: A callable that returns the time in seconds. Default (None): the monotonic clock.
     """

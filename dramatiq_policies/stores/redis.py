@@ -83,7 +83,14 @@ class RedisStore:
 
     @classmethod
     def from_url(cls, url: str, *, namespace: str = _DERIVED, **arguments: Any) -> RedisStore:
-        """Make a store with a new client. ``arguments`` go to ``redis.Redis.from_url``; default socket timeout: 1 s.
+        """Make a store with a new client::
+
+            RedisStore.from_url("redis://cache:6379/0", namespace="billing", socket_timeout=0.5)
+
+        Parameters:
+          url: As for ``redis.Redis.from_url``.
+          namespace: See `RedisStore`.
+          arguments: For ``redis.Redis.from_url``. Default: ``socket_timeout=1``, in seconds.
 
         Raises:
           ConfigurationError: redis-py can't parse the URL, or the password is not percent-encoded.

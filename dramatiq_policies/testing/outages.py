@@ -31,7 +31,12 @@ __all__ = ["enqueue_down", "store_down"]
 def enqueue_down(
     broker: Broker, exception: type[BaseException] | BaseException = ConnectionFailed, times: int | None = None
 ) -> Iterator[None]:
-    """Let a broker refuse all messages, from your code and from the worker.
+    """Let a broker refuse all messages, from your code and from the worker::
+
+        send_confirmation.send(42, "ada@example.com")
+        with enqueue_down(broker, times=2), fail(send_confirmation, EmailTimeout):
+            # The worker publishes the retry at the third try.
+            drain(broker).assert_outcomes(send_confirmation, "retried", "succeeded")
 
     A message that your code sends in a transaction with an outbox is accepted. `drain` publishes the message, as a relay does, once
     the broker accepts messages again, and tries for ten virtual minutes.
@@ -39,6 +44,9 @@ def enqueue_down(
     Parameters:
       exception: The exception to raise, an instance or a class. Default: Dramatiq's ``ConnectionFailed``.
       times: The number of refused messages. Default None: all.
+
+    Raises:
+      ConfigurationError: ``times`` is no int of at least 0.
 
     The worker publishes follow-up messages again and again until it stops. In `drain` it stops after ten virtual minutes, and
     the job's message is back on its queue.
@@ -78,7 +86,13 @@ def enqueue_down(
 def store_down(
     broker: Broker, exception: type[BaseException] | BaseException = ConnectionError, times: int | None = None
 ) -> Iterator[None]:
-    """Let all calls of a broker's idempotency store fail.
+    """Let all calls of a broker's idempotency store fail::
+
+        charge.send(42)
+        with store_down(broker):
+            drain(broker, until=timedelta(minutes=1))
+        assert gateway.charges == []  # The message waits for the store.
+        drain(broker).assert_outcomes(charge, "succeeded")
 
     Parameters:
       exception: The exception to raise, an instance or a class. Default: the built-in ``ConnectionError``.

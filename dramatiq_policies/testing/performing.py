@@ -22,10 +22,17 @@ __all__ = ["perform"]
 
 
 def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
-    """Run one message of an actor once, with all middleware, and return the outcome.
+    """Run one message of an actor once, with all middleware, and return the outcome::
+
+        def test_a_missing_order_is_discarded():
+            event = perform(send_confirmation, 404, "ada@example.com")
+            assert event.outcome == "discarded"
 
     Follow-up messages (a retry, the next step of a pipeline, a dead letter, messages sent by the job) are accepted and dropped.
     Earlier messages stay in their queues and don't run. An actor of a real broker is lent to a StubBroker.
+
+    Parameters:
+      args, kwargs: The arguments of the message.
 
     Raises:
       TypeError: An argument can't be encoded.

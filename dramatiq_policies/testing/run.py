@@ -56,7 +56,13 @@ class Entry:
 
 
 class Run:
-    """The record of a `drain`. Its ``repr`` is a transcript with a line for each delivery.
+    """The record of a `drain`. Its ``repr`` is a transcript with a line for each delivery::
+
+        with fail(send_confirmation, EmailTimeout):
+            send_confirmation.send(42, "ada@example.com")
+            run = drain(broker)
+        run.assert_outcomes(send_confirmation, "retried", "succeeded")
+        run.assert_nothing_dead()
 
     Methods accept an actor or its name; None means all actors.
 

@@ -18,7 +18,7 @@ __all__ = ["StubBrokerMixin"]
 class StubBrokerMixin(unittest.TestCase):
     """Replace the global broker by a fresh StubBroker in each test; combine it with any test case::
 
-    class OrderTests(StubBrokerMixin, TransactionTestCase): ...
+        class OrderTests(StubBrokerMixin, TransactionTestCase): ...
 
     Attributes:
       stub_broker: The StubBroker of the running test.

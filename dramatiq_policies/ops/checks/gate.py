@@ -109,7 +109,16 @@ def _reason(broker: Broker, finding: Finding, reasons: Exemptions) -> str | None
 
 
 def assert_job_ready(actor: Actor[..., Any], *, required_tags: tuple[str, ...] = ()) -> None:
-    """Check an actor in a unit test.
+    """Check an actor in a unit test, as ``dramatiq-policies check`` does::
+
+        def test_the_job_is_ready_for_production():
+            assert_job_ready(send_confirmation, required_tags=("team",))
+
+    Warnings, and findings with a reason in ``policy_exempt``, don't count.
+
+    Parameters:
+      actor: The actor.
+      required_tags: The tags to require. Default: none.
 
     Raises:
       AssertionError: The actor has errors without an exemption; the text lists them.
