@@ -80,7 +80,7 @@ class MissingCredentials(Exception):
 # The broker. `unclassified` is the rule for errors without a rule. Each outcome goes to a queue, for the transcript below.
 
 events: queue.Queue[OutcomeEvent] = queue.Queue()
-unclassified = RetryPolicy(attempts=3, wait=constant(ms(50)))
+unclassified = RetryPolicy(attempts=5, wait=constant(ms(50)))
 broker = install(StubBroker(), error_classifier=ErrorClassifier(unclassified=unclassified, on_outcome=events.put))
 dramatiq.set_broker(broker)
 
@@ -91,7 +91,7 @@ dramatiq.set_broker(broker)
 @dramatiq.actor(
     retry_on={
         MailTimeout: RetryPolicy(attempts=3, wait=exponential(initial=ms(100), maximum=ms(1_000))),
-        RateLimited: RetryPolicy(attempts=3, wait=retry_after(fallback=exponential())),
+        RateLimited: RetryPolicy(attempts=100, max_elapsed=timedelta(hours=1), wait=retry_after()),
         OrderNotFound: RetryPolicy(attempts=3, wait=constant(ms(80)), then="discard"),
     },
     discard_on=InvalidEmail,
@@ -151,7 +151,7 @@ JOBS: list[tuple[str, Message[object]]] = [
     ("Decides itself: raise Discard(...)", refund.message(8)),
     ("Puts itself off: raise Snooze(150)", pick_order.message(9)),
     ("Runs into its timeout, then works", render_invoice.message(10)),
-    ("Fails as no rule names: unclassified=RetryPolicy(attempts=3)", sync_stock.message("KB-11")),
+    ("Fails as no rule names: unclassified=RetryPolicy(attempts=5)", sync_stock.message("KB-11")),
 ]
 
 

@@ -32,6 +32,6 @@ def test_the_demo_shows_every_ending_and_why_the_dead_letters_died():
         assert f"  {end}" in ran.stdout
     # Jitter makes the wait of 300 ms longer by at most 15 %.
     assert re.search(r"attempt 1  retried     again in 3[0-4]\d ms, RateLimited", ran.stdout)
-    assert "dead, exhausted after 3 x: builtins.KeyError: 'KB-11'" in ran.stdout
+    assert "dead, exhausted after 5 x: builtins.KeyError: 'KB-11'" in ran.stdout
     assert "dead, exhausted after 3 x: __main__.MailTimeout: no answer within 5 s" in ran.stdout
     assert "\033" not in ran.stdout
