@@ -2,7 +2,7 @@
 
 PATH ?= /usr/local/bin:/usr/bin:/bin
 export PATH
-# The processes of a test run share compiled code, also where the environment says that none is written.
+# The processes of a test run share compiled code, even if the environment forbids compiled files.
 export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 VENV := .venv
@@ -16,18 +16,18 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite django-suite docs release-check clean
 
-demo: $(DEMO_VENV)/installed  ## a dozen jobs and what became of each; needs no server
+demo: $(DEMO_VENV)/installed  ## a dozen jobs and their outcomes; needs no server
 	$(DEMO_VENV)/bin/python examples/quickstart.py
 
-test: $(VENV)/installed  ## everything, with real servers; ARGS="-k name" narrows it down
+test: $(VENV)/installed  ## all tests, with real servers; ARGS="-k name" for some
 	$(WITH_SERVICES) $(PYTEST) $(ARGS)
 
-unit: $(VENV)/installed  ## what needs no server
+unit: $(VENV)/installed  ## the tests without servers
 	$(PYTEST) -m "not integration" $(ARGS)
 
-# A traced test of real processes now and then starves. As in .ci/run, what failed is run once more, by itself.
+# Tracing sometimes starves a test of real processes. As in .ci/run, failed tests run once more, alone.
 TRACED_TESTS = $(BIN)/python -m coverage run -m pytest -q -m "not untraced" $(ARGS)
-coverage: $(VENV)/installed  ## of branches, by all tests but those that no tracer may watch; fails below 95 %
+coverage: $(VENV)/installed  ## branches covered by all tests that allow a tracer; fails below 95 %
 	$(BIN)/python -m coverage erase
 	$(WITH_SERVICES) $(TRACED_TESTS) || $(WITH_SERVICES) $(TRACED_TESTS) --last-failed --last-failed-no-failures=none
 	$(BIN)/python -m coverage combine --quiet
@@ -36,10 +36,10 @@ coverage: $(VENV)/installed  ## of branches, by all tests but those that no trac
 	$(BIN)/python scripts/branch_coverage.py build/coverage.json
 
 fuzz: export FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/installed  ## rubbish of every kind for ten minutes; FUZZ_SECONDS=60 for less
+fuzz: $(VENV)/installed  ## random input of every kind for ten minutes; FUZZ_SECONDS=60 for less
 	$(BIN)/python -m pytest -q tests/project/test_fuzz.py $(ARGS)
 
-mutants: $(VENV)/installed  ## small sabotage that the tests should notice: ARGS="--count 100 rules" for more of one module
+mutants: $(VENV)/installed  ## small changes of the code that must fail a test: ARGS="--count 100 rules" for more of one package
 	$(WITH_SERVICES) $(BIN)/python scripts/mutate.py $(ARGS)
 
 lint: $(VENV)/installed
@@ -47,13 +47,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed  ## beside bare and stock Dramatiq, Celery and Sidekiq, in minutes: ARGS=--long for an hour
+bench: $(VENV)/installed  ## speed beside bare and stock Dramatiq, Celery and Sidekiq, in minutes: ARGS=--long for an hour
 	$(WITH_SERVICES) $(BIN)/python -m benchmarks.drain $(ARGS)
 
 bench-curves: $(VENV)/installed  ## threads, processes, queue, payload, keys, memory, …: ARGS="threads keys" for a few
 	$(WITH_SERVICES) $(BIN)/python -m benchmarks.curves $(ARGS)
 
-chaos: $(VENV)/installed  ## workers and servers killed at random: CHAOS_JOBS=20000 for longer, CHAOS_SEED=1 for the same again
+chaos: $(VENV)/installed  ## workers and servers killed at random: CHAOS_JOBS=20000 for longer, CHAOS_SEED=1 to repeat a run
 	$(BIN)/python -m tests.chaos
 
 dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make dramatiq-suite CHECKOUT=../dramatiq
@@ -63,7 +63,7 @@ dramatiq-suite: $(VENV)/installed  ## Dramatiq's own tests with our bundle: make
 django-suite: $(VENV)/installed  ## Django's own tests of task backends with ours, on Python 3.12: make django-suite SOURCE=../django
 	$(BIN)/python scripts/django_suite.py "$(SOURCE)" $(ARGS)
 
-release-check:  ## what is built, each extra alone, import time, vulnerabilities
+release-check:  ## the built package, each extra alone, import time, vulnerabilities
 	$(PYTHON) scripts/release_check.py
 
 docs: $(DOCS_VENV)/installed  ## the site, to build/docs; a warning is an error

@@ -1,6 +1,6 @@
-"""Say how much of the code was covered, by the file that `coverage json` wrote, and fail below 95 % of the branches alone.
+"""Print the coverage from the file of `coverage json`, and fail below 95 % of the branches alone.
 
-`coverage report --fail-under` knows only statements and branches together, which is nearly always more.
+`coverage report --fail-under` counts statements and branches together, and the sum is nearly always higher.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ WANTED = 0.95
 
 
 def main(path: str) -> str | None:
-    """What is to be complained of; None if enough was covered."""
+    """Return the complaint; None if enough is covered."""
     totals = json.loads(Path(path).read_text())["totals"]
     for what, covered, of in (
         ("statements", totals["covered_lines"], totals["num_statements"]),

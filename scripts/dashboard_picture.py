@@ -1,12 +1,11 @@
-"""Draws docs/images/dashboard.png: what the dashboard of examples/observability shows of a real run.
+"""Draws docs/images/dashboard.png: the dashboard of examples/observability after a real run.
 
     pip install matplotlib && apt-get install prometheus
     REDIS_URL=redis://127.0.0.1:6379/9 python scripts/dashboard_picture.py
 
-The run is real: ``examples/orders`` on Redis, under the ``dramatiq`` command, for about three minutes, in which the mail
-gateway's key is forgotten for a while and then no worker runs for a while; and so is Prometheus, which answers the very
-queries of the dashboard. Two parts are stand-ins, for they are in no package of Debian's: ``tests/exporter.py`` for the
-StatsD exporter, and matplotlib for Grafana.
+``examples/orders`` runs on Redis for about three minutes, under the ``dramatiq`` command: for a while without the mail gateway's
+key, then for a while without a worker. A real Prometheus answers the queries of the dashboard. Debian has no package of the StatsD
+exporter and of Grafana: ``tests/exporter.py`` and matplotlib replace the two.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from dramatiq_policies import QueueMonitor
 from examples.orders.app import broker
 next(one for one in broker.middleware if isinstance(one, QueueMonitor)).run_forever()
 """
-#: Seconds with a worker, with one that has no key for the gateway, with none, and with one again.
+#: Seconds with a worker, with a worker without the gateway's key, without a worker, and with a worker again.
 PHASES = ((60, "key"), (25, "no key"), (30, "none"), (75, "key"))
 
 
 def serve(exporter: Exporter) -> int:
-    """Serve what the exporter knows over HTTP, and return the port."""
+    """Serve the metrics of the exporter over HTTP, and return the port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

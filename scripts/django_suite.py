@@ -2,10 +2,10 @@
 
 python scripts/django_suite.py SOURCE [ARGUMENTS OF DJANGO'S test COMMAND...]
 
-SOURCE is Django's source with its tests: a checkout, or an unpacked sdist. Its folder tests/tasks is copied and run against the
-installed Django, which must be 6.0 or newer, on a StubBroker. DummyBackend is replaced by a DramatiqBackend without a worker,
-ImmediateBackend by a DramatiqBackend whose `enqueue` has a worker run the task. scripts/django_suite/ has both, and the list of
-tests that are left out, with a reason for each.
+SOURCE is Django's source with its tests: a checkout, or an unpacked sdist. The script copies the folder tests/tasks and runs the tests
+against the installed Django 6.0 or newer, on a StubBroker. A DramatiqBackend without a worker replaces DummyBackend. A
+DramatiqBackend whose `enqueue` has a worker run the task replaces ImmediateBackend. scripts/django_suite/ has both backends, and the
+list of tests left out, each with a reason.
 """
 
 from __future__ import annotations

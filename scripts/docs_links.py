@@ -1,4 +1,4 @@
-"""A hook of MkDocs: each file of the repository that a page links to gets a page on the site, under `files/`.
+"""A hook of MkDocs: each linked file of the repository gets a page on the site, under `files/`.
 
 So a reader of the built site reaches the examples without a checkout. The address of the repository comes from
 `[project.urls]` in pyproject.toml, once somebody has filled it in.

@@ -1,11 +1,11 @@
-"""Run Dramatiq's own tests with our bundle in the place of its default middleware.
+"""Run Dramatiq's own tests with our bundle in place of the default middleware.
 
 python3 scripts/with_services.py --private python scripts/dramatiq_suite.py [--stock] CHECKOUT [PYTEST ARGUMENTS...]
 
-CHECKOUT is one of github.com/Bogdanp/dramatiq; its tests are copied and run against the installed dramatiq. `--stock`
-leaves Dramatiq as it is: what fails then is none of our doing. The suite calls FLUSHALL and thinks that its servers
-are on the standard ports, so it only runs on the private ones of with_services.py. scripts/dramatiq_suite/ is on the
-path of every Python process of the run: it redirects those ports, installs the bundle, and stands in for memcached.
+CHECKOUT is a checkout of github.com/Bogdanp/dramatiq. The script copies the tests and runs them against the installed dramatiq.
+`--stock` changes nothing in Dramatiq: a failure is then Dramatiq's own. The suite calls FLUSHALL and expects servers on the
+standard ports, so the script requires the private servers of with_services.py. Every Python process of the run has
+scripts/dramatiq_suite/ on its path, which redirects the ports, installs the bundle, and replaces memcached.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
         (folder / "pytest.ini").write_text("[pytest]\n")
         report = folder / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={report}", "--timeout=120", "tests"]
-        # This one calls rabbitmqctl, which would stop the machine's own RabbitMQ and not the private one.
+        # The test calls rabbitmqctl and would stop the machine's own RabbitMQ.
         command.append("--deselect=tests/test_rabbitmq.py::test_rabbitmq_workers_handle_rabbit_failures_gracefully")
         code = subprocess.run([*command, *pytest_arguments], cwd=folder, env=environment, check=False).returncode
         print(f"dramatiq_suite: {summary(report)}; {environment['DP_SUITE_MIDDLEWARE']} middleware", end=", ")

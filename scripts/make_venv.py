@@ -1,4 +1,4 @@
-"""Make a virtual environment with this project in it, once, however many ask for it at the same time.
+"""Make a virtual environment with this project, once, also for several calls at the same time.
 
 python3 scripts/make_venv.py .venv ".[dev]"
 """

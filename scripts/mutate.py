@@ -1,14 +1,14 @@
-"""Sabotage the package, one small change at a time, and see whether its tests notice: which changes survive them.
+"""Sabotage the package, one small change at a time, and list the changes that survive the tests.
 
     python scripts/mutate.py --count 25 --seed 1                    # 25 mutants of each module, about ten minutes
     python scripts/mutate.py --count 1000 rules/rule rules/backoff  # all of two
-    python scripts/mutate.py --only rules/rule:41:2                 # one again, as the list of survivors names it
+    python scripts/mutate.py --only rules/rule:41:2                 # a survivor of the list again
     python scripts/mutate.py --verbose rules/rule                   # and which test noticed each
 
 Works on copies of the checkout. Modules of one package are measured together: `transactions/scope transactions/relay` run
-their tests once without a change. Each mutant is shown to the tests that run its lines, the quickest first, and counts as
-killed when one of them fails or hangs. What survives is either a change that means the same, or a test that is missing:
-read each. What only a process started by a test runs counts as run by none.
+their tests once without a change. Each mutant is run by the tests of its lines, the quickest first, and counts as killed when
+a test fails or hangs. Read each survivor: the change means the same, or a test is missing. Lines run only by processes of a
+test count as run by no test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Imported once here, by no process that is forked: they take longer than most tests.
+# Imported here, and not again in each forked process: the imports take longer than most tests.
 import dramatiq.brokers.redis  # noqa: F401
 import hypothesis.strategies  # noqa: F401
 import pytest
@@ -117,7 +117,7 @@ _ARITHMETIC = {
     ast.LShift: ast.RShift,
 }
 _DELETED = (ast.Assign, ast.AugAssign, ast.Delete, ast.Raise, ast.Continue, ast.Break)
-#: A text that means something to the program: an option, a reason, a verb.
+#: A text with a meaning for the program: an option, a reason, a verb.
 _NAME = re.compile("[a-z_]+")
 _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
@@ -191,7 +191,7 @@ def _is_plain(node: ast.expr) -> bool:
 
 
 def _uninteresting(node: ast.AST) -> bool:
-    """What runs for type checkers or for readers of logs only."""
+    """Return whether the node serves only type checkers or readers of logs."""
     text = ast.unparse(node) if isinstance(node, (ast.Expr, ast.Assign, ast.If)) else ""
     return text.startswith(("logger", "alerts", "__all__", "__slots__", "if TYPE_CHECKING"))
 
@@ -199,16 +199,16 @@ def _uninteresting(node: ast.AST) -> bool:
 class Mutant(NamedTuple):
     source: str
     change: str
-    #: What tells the tests that run it; None if it is run by an import.
+    #: The lines whose tests run the mutant; None if an import runs the mutant.
     lines: range | None
 
 
 def places(
     node: ast.AST, lines: range | None = None, *, called: bool = False
 ) -> Iterator[tuple[ast.AST, str, int | None, range | None]]:
-    """Every place in a tree where a node stands, but for annotations: its parent, the field, its index there.
+    """Yield every place of a node in a tree, without annotations: the parent, the field, the index.
 
-    And the lines of its statement, without the body of that; None outside functions.
+    The last item has the lines of the statement without its body; None outside of functions.
     """
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or (
@@ -259,7 +259,7 @@ def _shown(node: ast.AST) -> str:
 
 
 class Watch:
-    """A plugin of pytest that notes how long each test takes, and which lines of the modules it runs."""
+    """A plugin of pytest: measure the time of each test, and record the lines of the modules run by each."""
 
     def __init__(self, modules: list[Path]) -> None:
         self.modules = modules
@@ -293,11 +293,11 @@ def _test_of(nodeid: str) -> str:
 
 
 class Run:
-    """A run of some tests on a copy, in a process that was forked from this one: what does not change is imported already.
+    """A run of some tests on a copy, in a process forked from the script, with all other modules already imported.
 
     Parameters:
-      patience: After how many seconds it hangs.
-      watched: The modules of which it is noted who runs which line. Then compiled modules are kept for later runs.
+      patience: Seconds until the run counts as hanging.
+      watched: Modules whose lines are recorded by test. Compiled modules are then kept for later runs.
     """
 
     def __init__(self, copied: Path, tests: list[str], patience: float, *, watched: list[Path] | None = None) -> None:
@@ -363,7 +363,7 @@ class Run:
 
 
 def files_of(names: list[str]) -> list[str]:
-    """The files of tests that a row of `TESTS` names."""
+    """Return the test files of a row of `TESTS`."""
     files: dict[str, None] = {}
     for name in names:
         found = sorted((ROOT / "tests").glob(f"{name}.py")) or sorted((ROOT / "tests" / name).glob("test_*.py"))
@@ -374,7 +374,7 @@ def files_of(names: list[str]) -> list[str]:
 
 
 class Tests:
-    """The tests of some modules that pass while nothing is changed, and who of them runs which line."""
+    """The tests of some modules, all passing without a change, and the lines run by each test."""
 
     def __init__(self, copied: Path, modules: list[str], names: list[str]) -> None:
         paths = {module: copied / file_of(module) for module in modules}
@@ -384,7 +384,7 @@ class Tests:
         self._seconds, lines = json.loads(run.notes.read_text())
         self._lines = {module: lines[str(path)] for module, path in paths.items()}
         for path in paths.values():
-            # A change of the same length within the same second would not be seen.
+            # Python would not notice a change of the same length within the same second.
             for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 compiled.unlink()
             path.write_text(ast.unparse(ast.parse(path.read_text())))
@@ -393,7 +393,7 @@ class Tests:
             raise SystemExit(f"{', '.join(modules)}: tests fail when the quickest come first: {run.noticed_by()}")
 
     def of(self, module: str, lines: range | None) -> tuple[list[str], float]:
-        """The tests that run these lines, the quickest first, and after how many seconds they hang."""
+        """Return the tests of the lines, the quickest first, and the seconds until these tests count as hanging."""
         if lines is None:
             tests = set(self._seconds)
         else:
@@ -406,12 +406,12 @@ def file_of(module: str) -> Path:
 
 
 def row_of(module: str) -> list[str]:
-    """The row of a module in `TESTS`, or else of its package."""
+    """Return the row of a module in `TESTS`, or else of its package."""
     return TESTS.get(module) or TESTS[module.rpartition("/")[0]]
 
 
 def modules_of(name: str) -> list[str]:
-    """The module of this name, or the modules of a package in `TESTS`, but for those with a row of their own."""
+    """Return the module of the name, or the modules of a package in `TESTS` without a row for the module alone."""
     folder = ROOT / PACKAGE / name
     if not folder.is_dir():
         return [name]
@@ -420,7 +420,7 @@ def modules_of(name: str) -> list[str]:
 
 
 def measured(modules: list[str], scratch: Path, options: argparse.Namespace) -> tuple[Tests, list[Path]]:
-    """The tests that these modules have in common, and the copies of the checkout to sabotage."""
+    """Return the common tests of the modules, and the copies of the checkout to sabotage."""
     copies = [scratch / modules[0] / str(number) for number in range(options.jobs)]
     shutil.copytree(ROOT, copies[0], ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__"))
     tests = Tests(copies[0], modules, row_of(modules[0]))

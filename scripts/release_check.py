@@ -1,4 +1,4 @@
-"""Is this tree fit to be released? Builds it, looks at what was built, and installs each extra alone.
+"""Build the sdist and the wheel, check both, and install each extra alone.
 
 python3 scripts/release_check.py      (or make release-check; about three minutes, with a package index)
 
@@ -6,10 +6,10 @@ python3 scripts/release_check.py      (or make release-check; about three minute
 2. The wheel holds the files of the package that git knows, py.typed among them, and nothing else; and
    the guides and examples, in share/doc.
 3. Importing dramatiq_policies takes under 30 ms of CPU more than importing dramatiq.
-4. Each extra alone, in an empty environment: what it is for can be imported, what it is not for says what to install, and the
-   tests that need no more than it pass.
-5. CHANGELOG.md names the Dramatiq that `all` installs, which is the newest, as one that the release is tested with.
-6. pip-audit knows no vulnerability of what `all` installs. Without its database this is said, and does not fail.
+4. Each extra alone, in an empty environment: the modules of the extra can be imported, the others name the missing extra, and
+   the tests for the extra pass.
+5. CHANGELOG.md names the newest Dramatiq, as installed by `all`, among the tested versions.
+6. pip-audit knows no vulnerability of the packages installed by `all`. Without its database the check prints a line and passes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORT_MS = 30
 TEST_TOOLS = ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 
-#: What must be there with an extra: a module of ours that needs it.
+#: A module of each extra.
 NEEDS = {
     "": "dramatiq_policies.testing",
     "redis": "dramatiq_policies.stores.redis",
@@ -35,7 +35,7 @@ NEEDS = {
     "cli": "dramatiq_policies.cli",
     "watch": "watchdog",
 }
-#: What must not be there without one, and the line that says so.
+#: Code whose error must name the missing extra.
 MISSING = {
     "redis": "from dramatiq_policies.stores.redis import RedisStore; RedisStore()",
     "cli": "from dramatiq_policies.__main__ import main; main()",
@@ -145,7 +145,7 @@ def import_time(python: str) -> list[str]:
         "import dramatiq, time; began = time.process_time(); import dramatiq_policies; "
         "print((time.process_time() - began) * 1_000)"
     )
-    # The least of many: what is on top of it is the machine's.
+    # The minimum: anything above comes from other load on the machine.
     took = min(float(attempt(python, "-c", code).stdout) for _ in range(15))
     say(f"import: {took:.1f} ms of CPU over dramatiq's own")
     return [] if took < IMPORT_MS else [f"the import takes {took:.1f} ms over dramatiq's own; at most {IMPORT_MS}"]

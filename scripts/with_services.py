@@ -1,16 +1,16 @@
-"""Run a command with a real Redis, RabbitMQ, PostgreSQL and MariaDB, wherever they come from.
+"""Run a command with a real Redis, RabbitMQ, PostgreSQL and MariaDB.
 
 python3 scripts/with_services.py [--private] COMMAND...
 
-Each of the four is, in this order:
-1. the one that REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL or MARIADB_URL names;
-2. the one that answers on the standard local port (RabbitMQ: to guest; the databases: to postgres and root, without a password);
-3. a private one on a free port, from an installed binary;
-4. the same, after installing it with apt, when run as root;
-5. one that `docker compose` starts on a free port.
-The command gets these four URLs, and its exit code is the script's. What was started is stopped again,
-whatever happens but SIGKILL. Any number of these may run at the same time. `--private` skips 1 and 2, for commands
-that empty their servers, and tells them so by DP_PRIVATE_SERVICES=1.
+The script looks for each server in this order:
+1. the URL in REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL or MARIADB_URL;
+2. the standard local port (RabbitMQ as guest; the databases as postgres and root, without a password);
+3. a private server on a free port, from an installed binary;
+4. as 3, after an installation with apt, if you are root;
+5. a server started by `docker compose` on a free port.
+The command gets the four URLs, and the script exits with the command's code. The script stops all servers that the script has
+started, unless SIGKILL ends the script. Several runs at the same time do not disturb each other. `--private` skips 1 and 2 and
+sets DP_PRIVATE_SERVICES=1, for commands that empty their servers.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCALHOST = "127.0.0.1"
-STARTUP = 90  # seconds that a server may take until it answers
-PATIENCE = 10  # seconds that a process may take to end
-POLICY = Path("/usr/sbin/policy-rc.d")  # asked by Debian packages before they start what they install
+STARTUP = 90  # seconds until a server must answer
+PATIENCE = 10  # seconds until a process must have ended
+POLICY = Path("/usr/sbin/policy-rc.d")  # Debian packages ask this script before they start a service
 APT_LOCK = Path(tempfile.gettempdir()) / "dramatiq-policies-apt.lock"
 
 
 class Unavailable(Exception):
-    """There is no way to get a server here; says why in one sentence."""
+    """No server can be found or started on this machine. The text gives the reason in one sentence."""
 
 
 class Interrupted(Exception):
@@ -53,7 +53,7 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-signals: list[int] = []  # that came. They are only noted, so that nothing is started and then forgotten
+signals: list[int] = []  # Received signals: handled only when every started process is known.
 
 
 def raise_if_interrupted() -> None:
@@ -72,7 +72,7 @@ def redis_answers(port: int) -> bool:
 
 
 def rabbitmq_answers(port: int) -> bool:
-    """Whether guest may log in: AMQP 0-9-1 up to the server's connection.tune."""
+    """Return whether guest may log in: AMQP 0-9-1 up to the server's connection.tune."""
     with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=5) as connection:
         connection.sendall(b"AMQP\x00\x00\x09\x01")
         if _amqp_method(connection) != (10, 10):  # connection.start
@@ -110,7 +110,7 @@ def mariadb_answers(port: int) -> bool:
         login = struct.pack("<IIB23x", 0x8200, 1 << 24, 45) + b"root\x00\x00"
         connection.sendall(struct.pack("<I", len(login) | 1 << 24) + login)
         number, answer = _mysql_packet(connection)
-        if answer[:1] == b"\xfe":  # It asks for another authentication: there is no password in that either.
+        if answer[:1] == b"\xfe":  # A switch to another authentication, also without a password.
             connection.sendall(struct.pack("<I", (number + 1) << 24))
             answer = _mysql_packet(connection)[1]
         return answer[:1] == b"\x00"
@@ -164,7 +164,7 @@ def private_rabbitmq(binary: str) -> Iterator[int]:
 
 
 def rabbitmq_environment(folder: Path, port: int, epmd_port: int) -> dict[str, str]:
-    """What a node of its own needs, with all its files in a folder of its own: data, logs, cookie, settings."""
+    """Return the environment of a private node. The folder holds its data, logs, cookie and settings."""
     (folder / "rabbitmq.conf").write_text(
         f"listeners.tcp.default = {LOCALHOST}:{port}\ndisk_free_limit.absolute = 1MB\n"
     )
@@ -173,7 +173,7 @@ def rabbitmq_environment(folder: Path, port: int, epmd_port: int) -> dict[str, s
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_"))},
         "HOME": str(folder),  # the Erlang cookie
-        "ERL_EPMD_PORT": str(epmd_port),  # a name server of its own, so that it can be stopped
+        "ERL_EPMD_PORT": str(epmd_port),  # a private name server, which the script can stop
         "ERL_EPMD_ADDRESS": LOCALHOST,
         "ERL_EPMD_RELAXED_COMMAND_CHECK": "1",
         "RABBITMQ_NODENAME": f"dp-{uuid.uuid4().hex[:12]}@{LOCALHOST}",
@@ -190,7 +190,7 @@ def rabbitmq_environment(folder: Path, port: int, epmd_port: int) -> dict[str, s
 
 
 def stop_epmd(port: int) -> None:
-    """End the Erlang name server that a node has started."""
+    """Stop the Erlang name server started by a node."""
     with contextlib.suppress(OSError), socket.create_connection((LOCALHOST, port), timeout=2) as epmd:
         epmd.sendall(b"\x00\x01k")  # kill
         epmd.recv(2)
@@ -219,7 +219,7 @@ def end_postgresql(server: subprocess.Popen[bytes]) -> None:
 
 
 def postgresql_options(data: Path, port: int) -> list[str]:
-    # A server that is killed loses nothing without fsync; only a machine does.
+    # Without fsync a killed server loses nothing; a crashed machine would.
     settings = {"listen_addresses": LOCALHOST, "port": port, "unix_socket_directories": "", "fsync": "off"}
     return ["-D", str(data), *(part for name, value in settings.items() for part in ("-c", f"{name}={value}"))]
 
@@ -250,7 +250,7 @@ def mariadb_options(data: Path, port: int) -> list[str]:
 
 
 def user_of_databases(name: str, folder: Path) -> str | None:
-    """Whom to run a database as, for it refuses root: the user of its Debian package or nobody. The folder becomes theirs."""
+    """Return the user for a database, which refuses root: the user of its Debian package, or nobody. The user gets the folder."""
     if os.geteuid() != 0:
         return None
     user = name
@@ -289,7 +289,7 @@ def _server(
 ) -> Iterator[None]:
     output = folder / "output"
     with output.open("wb") as log:
-        # A session of its own: the terminal's Ctrl-C is for the command, and all its processes can be stopped at once.
+        # In a separate session: Ctrl-C in the terminal reaches only the command, and one signal stops all processes of the server.
         server = subprocess.Popen(
             command,
             env=environment,
@@ -312,7 +312,7 @@ def _server(
     finally:
         if end is not None:
             end(server)
-        # Its data goes with it, so there is nothing to be polite about.
+        # The data is deleted, too: the server may be killed.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -327,10 +327,10 @@ class Service(NamedTuple):
     url: str  # {port} stands for its port
     port: int  # the standard one
     answers: Callable[[int], bool]
-    binaries: tuple[str, ...]  # the first one there is; of several versions the newest
+    binaries: tuple[str, ...]  # the first installed binary, in its newest version
     package: str  # in Debian
     private: Callable[[str], contextlib.AbstractContextManager[int]]
-    container_port: str  # the variable that docker-compose.yml takes its port from
+    container_port: str  # the variable of docker-compose.yml for the port
 
     def binary(self) -> str | None:
         candidates = (found for name in self.binaries for found in (_versions(name) if "*" in name else [name]))
@@ -363,7 +363,7 @@ RABBITMQ = Service(
     url="amqp://guest:guest@127.0.0.1:{port}",
     port=5672,
     answers=rabbitmq_answers,
-    # The one on the PATH of Debian and Red Hat is a wrapper that insists on a user and a folder of its own.
+    # On the PATH of Debian and Red Hat is a wrapper, which requires a certain user and folder.
     binaries=("/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server", "/usr/sbin/rabbitmq-server"),
     package="rabbitmq-server",
     private=private_rabbitmq,
@@ -375,7 +375,7 @@ POSTGRESQL = Service(
     url="postgresql://postgres@127.0.0.1:{port}/postgres",
     port=5432,
     answers=postgresql_answers,
-    # Debian and Red Hat keep it off the PATH.
+    # Not on the PATH of Debian and Red Hat.
     binaries=("postgres", "/usr/lib/postgresql/*/bin/postgres", "/usr/pgsql-*/bin/postgres"),
     package="postgresql",
     private=private_postgresql,
@@ -397,7 +397,7 @@ SERVICES = (REDIS, RABBITMQ, POSTGRESQL, MARIADB)
 
 @contextlib.contextmanager
 def service(wanted: Service, *, private: bool = False) -> Iterator[str]:
-    """The URL of a server that works while this lasts."""
+    """Yield the URL of a server; stop the server afterwards if the script has started it."""
     with contextlib.ExitStack() as stack:
         raise_if_interrupted()
         if not private and os.environ.get(wanted.variable):
@@ -419,7 +419,7 @@ def service(wanted: Service, *, private: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def started(wanted: Service) -> Iterator[int]:
-    """A private server; tried again on other ports, for someone may have been faster with the free ones."""
+    """Start a private server. Try other ports if another process has taken the free ports first."""
     binary = wanted.binary()
     if binary is None:
         raise Unavailable(f"{wanted.package} was installed, but none of {', '.join(wanted.binaries)} is there.")
@@ -435,7 +435,7 @@ def started(wanted: Service) -> Iterator[int]:
 
 
 def install(wanted: Service) -> bool:
-    """Install the server's Debian package without starting its service. False where that can't be done."""
+    """Install the server's Debian package without starting its service. Return False where there is no apt."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return False
     with APT_LOCK.open("w") as lock:
@@ -464,7 +464,7 @@ def install(wanted: Service) -> bool:
 
 @contextlib.contextmanager
 def services_not_started() -> Iterator[None]:
-    """While this lasts, Debian packages don't start what they install."""
+    """Keep Debian packages from starting their services meanwhile."""
     if POLICY.exists():
         yield  # the machine has its own say
         return
@@ -489,7 +489,7 @@ def docker_answers() -> bool:
 
 @contextlib.contextmanager
 def container(wanted: Service) -> Iterator[int]:
-    """The service of docker-compose.yml, in a Compose project of its own, which is removed with its volumes."""
+    """Start the service of docker-compose.yml in a separate Compose project; remove the project and its volumes afterwards."""
     port = free_port()
     environment = {
         **os.environ,
@@ -513,7 +513,7 @@ def container(wanted: Service) -> Iterator[int]:
 
 
 def run(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run it to its end and return its exit code, as a shell would put it; when interrupted, so is the command."""
+    """Run the command and return its exit code, as a shell would. An interrupt interrupts the command, too."""
     try:
         child = subprocess.Popen(command, env=environment)
     except OSError as error:
@@ -525,7 +525,7 @@ def run(command: list[str], environment: Mapping[str, str]) -> int:
                 return code if code >= 0 else 128 - code
             raise_if_interrupted()
     except Interrupted as interrupted:
-        if interrupted.signum != signal.SIGINT:  # a terminal sends that one to the command as well
+        if interrupted.signum != signal.SIGINT:  # The terminal has sent SIGINT to the command as well.
             child.terminate()
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Runs what applies of Django's tests of task backends, and lists the rest with a reason."""
+"""Runs the applicable tests of Django's task backends, and lists the others with a reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unittest import TestSuite
 from django.test.runner import DiscoverRunner
 
 DUMMY, IMMEDIATE = "test_dummy_backend.DummyBackendTestCase", "test_immediate_backend.ImmediateBackendTestCase"
-#: By the test's name: why it is left out. docs/frameworks.md has the same list for readers.
+#: The reason for each test left out, by the test's name. docs/frameworks.md has the same list for readers.
 LEFT_OUT = {
     f"{DUMMY}.test_refresh_result": "writes into the dummy's list, which is where it keeps its results",
     f"{DUMMY}.test_refresh_result_async": "writes into the dummy's list, which is where it keeps its results",
@@ -17,7 +17,7 @@ LEFT_OUT = {
     f"{IMMEDIATE}.test_cannot_refresh_result": "ours can",
     f"{IMMEDIATE}.test_cannot_pass_run_after": "ours can",
 }
-#: Tests of a backend that the tests themselves define.
+#: Tests of a backend defined by the tests themselves.
 OF_NO_BACKEND = "test_custom_backend."
 
 

@@ -1,4 +1,4 @@
-"""As much of pylibmc as Dramatiq uses, on a dict: the suite wants memcached for tests that are not about it."""
+"""The part of pylibmc used by Dramatiq, on a dict: the suite requires memcached for tests of other things."""
 
 from __future__ import annotations
 

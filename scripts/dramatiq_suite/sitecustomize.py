@@ -1,4 +1,4 @@
-"""Imported by every Python process of scripts/dramatiq_suite.py as it starts, those of the command line included."""
+"""Every Python process of scripts/dramatiq_suite.py imports this module at its start, commands included."""
 
 from __future__ import annotations
 
