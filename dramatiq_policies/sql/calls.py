@@ -30,8 +30,8 @@ __all__ = ["AsyncMemoryCalls", "LoopCalls", "MemoryCalls", "ThreadCalls"]
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
-#: Seconds to wait for the close of async connections.
-_CLOSES_WITHIN = 5.0
+#: Seconds that running calls get at the close of async connections, and seconds that the whole close may take.
+_CALLS_END_WITHIN, _CLOSES_WITHIN = 4.0, 5.0
 
 
 class ThreadCalls:
@@ -85,7 +85,9 @@ class LoopCalls:
         self._thread: threading.Thread | None = None
 
     def call(self, work: Work[T], deadline: float) -> T:
-        future = asyncio.run_coroutine_threadsafe(self._run(work, deadline), self._running_loop())
+        with self._lock:
+            # `close` then finds the call on its loop.
+            future = asyncio.run_coroutine_threadsafe(self._run(work, deadline), self._running_loop())
         try:
             # The loop gives up first, unless a driver blocks the loop.
             return future.result(max(0.0, deadline - time.monotonic()) + 1)
@@ -101,17 +103,19 @@ class LoopCalls:
             return await connection.run_sync(lambda sync: work(SqlConnection(sync)))
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_serve, args=(self._loop,), name="dramatiq-policies-sql", daemon=True
-                )
-                self._thread.start()
-            return self._loop
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=_serve, args=(self._loop,), name="dramatiq-policies-sql", daemon=True
+            )
+            self._thread.start()
+        return self._loop
 
     def close(self) -> None:
-        """Close the connections and end the thread. The garbage collector may be the caller, even on the loop's thread."""
+        """Close the connections after the running calls, and end the thread.
+
+        The garbage collector may be the caller, even on the loop's thread.
+        """
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -121,10 +125,16 @@ class LoopCalls:
                 thread.join(_CLOSES_WITHIN)
 
     def _end(self, loop: asyncio.AbstractEventLoop) -> None:
-        closing = loop.create_task(self._close_connections())
+        closing = loop.create_task(self._close())
         # A hanging server must not keep the thread.
         loop.call_later(_CLOSES_WITHIN, loop.stop)
         closing.add_done_callback(lambda _: loop.stop())
+
+    async def _close(self) -> None:
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls, timeout=_CALLS_END_WITHIN)
+        await self._close_connections()
 
     async def _close_connections(self) -> None:
         await self.engine.dispose()

@@ -135,6 +135,31 @@ def test_a_call_that_still_runs_at_the_close_closes_its_connection(engine):
     assert is_closed(connection)
 
 
+def test_a_call_over_an_async_engine_that_still_runs_at_the_close_gets_its_answer(engine, tmp_path):
+    database = SqlDatabase(create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/keys.db"))
+    begun, answers = threading.Event(), []
+
+    def work(connection):
+        begun.set()
+        connection.execute(f"DELETE FROM {KEYS}")
+        return "done"
+
+    caller = threading.Thread(target=lambda: answers.append(database.run(work)))
+    writer = sqlite3.connect(f"{tmp_path}/keys.db", isolation_level=None, check_same_thread=False)
+    writer.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, writer.execute, ["ROLLBACK"])
+    try:
+        caller.start()
+        assert begun.wait(10)
+        release.start()
+        database.close()
+        caller.join(10)
+    finally:
+        release.join()
+        writer.close()
+    assert answers == ["done"]
+
+
 def is_closed(connection):
     try:
         connection.execute("SELECT 1")
