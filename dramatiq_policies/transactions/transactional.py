@@ -37,6 +37,7 @@ from ..interrupts import coroutines
 from ..middleware.composition import Callbacks, CountMember, GroupCallbacks, Pipelines
 from ..middleware.idempotency import guard_on
 from ..outcomes import Outcome, text_of
+from .database import is_transient
 from .interrupts import Interrupts
 from .key_table import KeyTable
 
@@ -174,8 +175,7 @@ class TransactionalJobs:
             self._give_way(delivery, claim)
         except BaseException as error:
             unit.roll_back(interrupted=interrupts.seen)
-            if not (claim.committing and self._is_completed(delivery, claim)):
-                claim.over = claim.committing = False
+            if not (claim.committing and self._took_effect(delivery, claim, error)):
                 raise
             logger.warning(
                 "The COMMIT for message %s took effect, although an error followed: %s: %s",
@@ -229,19 +229,33 @@ class TransactionalJobs:
             expected = found.value
         raise TakenOver
 
-    def _is_completed(self, delivery: Delivery, claim: Claim) -> bool:
-        """Whether this message has completed the key. While the database can't tell, the message waits.
+    def _took_effect(self, delivery: Delivery, claim: Claim, error: BaseException) -> bool:
+        """Whether the commit of a run took effect, although an error followed.
 
         Raises:
-          SkipMessage: The message is deferred: the rules must not end a run that may have taken effect.
+          SkipMessage: The database can't tell, so the message waits: the rules must not end a run that may have taken effect. Or
+            another run has taken over the key.
         """
         guard = self._guard()
         try:
-            found = guard.claims.call_store(partial(guard.claims.store.get, claim.name))
+            found = guard.claims.call_store(partial(guard.claims.store.get, claim.name)).value
         except StoreDown:
             claim.over = claim.committing = False
             guard.defer(delivery, "store_down")
-        return found.value == guard.claims.completed_record(claim)
+        if found == guard.claims.completed_record(claim):
+            return True
+        if found is not None and not _is_of(claim, found):
+            # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.
+            self._give_way(delivery, claim)
+        claim.over = claim.committing = False
+        if is_transient(error) and delivery.elapsed_ms() > guard.claims.lease / 3:
+            logger.warning(
+                "The lease of message %s of actor %s was renewed during the run, and its transaction sees an older state: above READ "
+                "COMMITTED, a job must end within a third of its lease. Set a longer Idempotency(lease=…), or use READ COMMITTED.",
+                delivery.message.message_id,
+                delivery.message.actor_name,
+            )
+        return False
 
     def _give_way(self, delivery: Delivery, claim: Claim) -> NoReturn:
         """Skip a message whose key belongs to another run."""

@@ -14,6 +14,7 @@ from dramatiq_policies import TimeoutExceeded, current_job
 
 from ..transactions.transactional_jobs import TWICE, Base, Payment, Shop, TransactionalJobs
 from .databases import async_engine, make_empty_tables, with_driver
+from .places import until
 
 
 class TestOnServers(TransactionalJobs):
@@ -50,6 +51,52 @@ def test_under_a_stricter_isolation_a_conflict_goes_by_the_rules_and_the_effect_
     assert (shop.payments(), shop.done) == ([7], [(attempts,)])
     assert shop.outcomes()[-1] == ("succeeded", None)
     assert engine.dialect.name == "mariadb" or attempts == 2
+    shop.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_under_a_stricter_isolation_a_run_whose_key_was_taken_over_is_stale(server_url: str, level: str) -> None:
+    engine = sa.create_engine(with_driver(server_url), isolation_level=level)
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    shop = Shop(engine, engine)
+
+    async def body(job: Any, order: int) -> None:
+        await job.call("execute", sa.select(Payment))
+        shop.take_over()
+        await job.add(Payment(order=order))
+
+    shop.actor(body, retry_on={DBAPIError: TWICE}).send(7)
+    shop.drain()
+    assert (shop.payments(), shop.outcomes()) == ([], [("duplicate", "stale")])
+    shop.close()
+    engine.dispose()
+
+
+def test_above_read_committed_a_job_longer_than_a_third_of_its_lease_says_how_it_can_succeed(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_empty_tables(postgresql_url)
+    engine = sa.create_engine(with_driver(postgresql_url), isolation_level="SERIALIZABLE")
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    shop = Shop(engine, engine, lease=1_000)
+
+    async def body(job: Any, order: int) -> None:
+        await job.call("execute", sa.select(Payment))
+        name = shop.claim().name
+        before = shop.store.get(name).left
+        until(lambda: shop.store.get(name).left < before)
+        # Renewed.
+        until(lambda: shop.store.get(name).left >= before)
+        await job.add(Payment(order=order))
+
+    shop.actor(body, retry_on={DBAPIError: TWICE}).send(7)
+    shop.drain()
+    assert (shop.payments(), shop.outcomes()) == ([], [("retried", None), ("dead", "exhausted")])
+    lines = [record.getMessage() for record in caplog.records if "Idempotency(lease=…)" in record.getMessage()]
+    assert len(lines) == 2
     shop.close()
     engine.dispose()
 
