@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import date, datetime, timedelta
 from pathlib import PurePath
+from types import MemberDescriptorType
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -114,18 +115,23 @@ def _passwords_of(client: Any, depth: int = 6) -> Iterator[str]:
             yield _as_text(client["password"])
         yield from _passwords_of(client.get("credential_provider"), depth - 1)
         return
-    own = getattr(client, "__dict__", {})
-    # No ``getattr``: a RedisBroker turns each unknown name into a command. Some attributes hide behind a property.
-    # pika's parameters use slots.
-    in_slots = type(client).__module__.startswith("pika.")
-    held = {
-        name: getattr(client, name, None) if in_slots else own.get(name, own.get(f"_{name}"))
-        for name in (*_HOLDERS, "password")
-    }
+    held = {name: _attribute(client, name) for name in (*_HOLDERS, "password")}
     if isinstance(held["password"], (str, bytes)):
         yield _as_text(held["password"])
     for name in _HOLDERS:
         yield from _passwords_of(held[name], depth - 1)
+
+
+def _attribute(owner: object, name: str) -> Any:
+    """Return a plain attribute, perhaps one behind a property; None without one."""
+    for spelling in (name, f"_{name}"):
+        declared = inspect.getattr_static(type(owner), spelling, None)
+        if isinstance(declared, MemberDescriptorType) or not hasattr(type(declared), "__get__"):
+            with suppress(AttributeError):
+                # Neither getattr(): a RedisBroker turns each unknown name into a command, and a property may connect.
+                # Nor vars(): before CPython 3.13 each later look-up on the object, such as of a hook, would be slower.
+                return object.__getattribute__(owner, spelling)
+    return None
 
 
 def _as_text(password: str | bytes) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 from ..common.forks import after_fork
@@ -225,7 +224,7 @@ class BrokerState:
         self._around_jobs = sorted([*self._around_jobs, (order, around)], key=lambda entry: entry[0])
         chain: Proceed = run_job
         for _, inner in reversed(self._around_jobs):
-            chain = partial(inner, proceed=chain)
+            chain = _around(inner, chain)
         self.run_around_job = chain
 
     def shared(self, kind: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -243,6 +242,11 @@ class BrokerState:
         if notify is None:
             notify = delivery.policy.options.get("notify_shutdown")
         return bool(notifications.notify_shutdown if notify is None else notify)
+
+
+def _around(around: AroundJob, proceed: Proceed) -> Proceed:
+    # A partial with a keyword costs several times as much per call.
+    return lambda delivery: around(delivery, proceed)
 
 
 _ATTRIBUTE = "dramatiq_policies_state"

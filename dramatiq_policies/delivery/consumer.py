@@ -80,13 +80,11 @@ class PolicyConsumer(Consumer):
         message.delivery = delivery = Delivery(self.transport, plain)  # type: ignore[attr-defined]
         options = plain.options
         clean_options(plain)
-        _dramatiq.cache_fields(message, plain)
-        # Not by getattr(), since a proxy forwards unknown names to its message.
-        own = vars(message)
-        delivery.body = own.get("body") or _body_of(plain)
-        if options.pop(REDELIVERED, None) is not None or own.get("redelivered"):
+        received: Any = message  # With the attributes of `Transport.take`.
+        delivery.body = received.body or _body_of(plain)
+        if options.pop(REDELIVERED, None) is not None or received.redelivered:
             delivery.redelivered = True
-            delivery.earlier_run = own.get("earlier_run")
+            delivery.earlier_run = received.earlier_run
         if RETURNED in options and (decision := decision_of_returned(options)) is not None:
             self._settle_without_run(message, delivery, decision)
             return None

@@ -76,8 +76,9 @@ class Transport:
     def take(self) -> MessageProxy | None:
         """Return the next readable message, or None if none arrived for a while.
 
-        A subclass may set three attributes of the message, which `PolicyConsumer` moves to the `Delivery`: ``body`` (the bytes as
-        received), ``redelivered`` (another worker may have begun the message) and ``earlier_run`` (an `EarlierRun`).
+        The proxy has the message's fields as attributes, and three others, which `PolicyConsumer` moves to the `Delivery`: ``body``
+        (the bytes as received), ``redelivered`` (another worker may have begun the message) and ``earlier_run`` (an
+        `EarlierRun`). `_dramatiq.cache_fields` sets them.
         """
         try:
             message: MessageProxy | None = next(self.inner)
@@ -87,12 +88,14 @@ class Transport:
             raise
         if message is None:
             return None
+        plain = _dramatiq.message_of(message)
         try:
-            self.validate(_dramatiq.message_of(message))
+            self.validate(plain)
         except MalformedMessage as error:
             self.inner.nack(message)
             self.report_malformed(error)
             return None
+        _dramatiq.cache_missing_fields(message, plain)
         return message
 
     def has_received(self) -> bool:

@@ -59,7 +59,7 @@ class Pipelines(StockPipelines):
         if delivery is None:
             StockPipelines.after_process_message(self, broker, message, result=result)
         elif not delivery.is_committed:
-            delivery.add_follow_up(lambda: _recorded(StockPipelines, self, broker, message, result))
+            delivery.add_follow_up(partial(_recorded, StockPipelines, self, broker, message, result))
 
 
 class Callbacks(StockCallbacks):
@@ -77,23 +77,27 @@ class Callbacks(StockCallbacks):
             return
         option = "on_success" if exception is None else "on_failure"
         target = callback_of(broker, message, option)
-        if not target:
+        if target is None:
             return
-        if exception is None:
-            if delivery.is_committed:
-                return
-            delivery.add_follow_up(lambda: callback_messages(broker, delivery, message, option, target, result))
-            return
-        error = unwrap_interrupt(exception)
-        details = {"type": type(error).__name__, "message": text_of(error)}
+        if exception is not None:
+            delivery.add_follow_up(_failure_callback(broker, delivery, message, target, unwrap_interrupt(exception)))
+        elif not delivery.is_committed:
+            delivery.add_follow_up(partial(callback_messages, broker, delivery, message, option, target, result))
 
-        def failure_messages() -> list[OutgoingMessage]:
-            decision = delivery.decision
-            if decision is not None and decision.outcome in _NO_FAILURES:
-                return []
-            return callback_messages(broker, delivery, message, option, target, details)
 
-        delivery.add_follow_up(failure_messages)
+def _failure_callback(
+    broker: Broker, delivery: Delivery, message: MessageProxy, target: str, error: BaseException
+) -> Callable[[], list[OutgoingMessage]]:
+    """Return a function that returns the message of ``on_failure``, once the decision is made."""
+    details = {"type": type(error).__name__, "message": text_of(error)}
+
+    def failure_messages() -> list[OutgoingMessage]:
+        decision = delivery.decision
+        if decision is not None and decision.outcome in _NO_FAILURES:
+            return []
+        return callback_messages(broker, delivery, message, "on_failure", target, details)
+
+    return failure_messages
 
 
 #: The outcomes of runs that raised but did not fail.

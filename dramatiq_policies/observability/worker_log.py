@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dramatiq.broker import MessageProxy
 
 from .. import _dramatiq
+from .._job_errors import quietly
 from ..common.safe_logger import ALERTS, OUTCOMES, SafeLogger, clean_stack, is_heard, make_safe, write_to_stderr
 
 if TYPE_CHECKING:
@@ -57,10 +58,15 @@ def make_stock_loggers_safe(broker: Broker) -> None:
     """Patch the loggers of Dramatiq's worker, broker, middleware and actors so that they never raise. Add the filter."""
     of_worker = [logging.getLogger(name) for name in (_dramatiq.WORKER_LOGGER, *_dramatiq.OTHER_LOGGERS)]
     filter_worker_lines()
-    used = (vars(one).get("logger") for one in (broker, *broker.middleware, *broker.actors.values()))
+    used = [_logger_of(one) for one in (broker, *broker.middleware, *broker.actors.values())]
     for logger in (*of_worker, *used):
         if isinstance(logger, logging.Logger):
             make_safe(logger)
+
+
+def _logger_of(owner: object) -> object:
+    # Not vars(): CPython before 3.13 then looks up each attribute and each hook of the object more slowly, for good.
+    return quietly(lambda: getattr(owner, "logger", None))
 
 
 def stock_lines_logger() -> logging.Logger:

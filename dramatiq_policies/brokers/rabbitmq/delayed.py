@@ -93,8 +93,8 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         if message is None:
             self.returned = 0
             return None
-        vars(message).pop("body", None)
-        if self.returned and vars(message)["redelivered"]:
+        message.body = None  # type: ignore[attr-defined]
+        if self.returned and message.redelivered:
             self.returned -= 1
         return message
 

@@ -107,8 +107,7 @@ class RabbitmqTransport(Transport):
             return None
         if self.state.last_received is not None and not self.is_delay_queue and not method.redelivered:
             self.state.last_received[self.queue_name] = message
-        proxy = _dramatiq.rabbitmq_message(self.inner, method, message)
-        proxy.body = body  # type: ignore[attr-defined]
+        proxy = _dramatiq.rabbitmq_message(self.inner, method, message, body)
         if self.is_delay_queue or self.redeliveries.take(proxy, body, method.redelivered):
             return proxy
         return None
@@ -196,7 +195,7 @@ class RabbitmqTransport(Transport):
         if tag is None:
             logger.warning("Message %s is already acknowledged.", message.message_id)
             return
-        delivery: Delivery | None = vars(message).get("delivery")
+        delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is not None:
             self.redeliveries.acked(delivery)
         self.acks.put(tag)
@@ -206,14 +205,14 @@ class RabbitmqTransport(Transport):
             self._not_acked(message)
 
     def _not_acked(self, message: MessageProxy) -> None:
-        delivery: Delivery | None = vars(message).get("delivery")
+        delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is not None:
             self.redeliveries.not_acked(delivery)
 
     def requeue(self, messages: list[MessageProxy]) -> None:
         """Note the messages. The server requeues them when the consumer closes."""
         for message in messages:
-            delivery = vars(message).get("delivery")
+            delivery = getattr(message, "delivery", None)
             if delivery is not None:
                 self.redeliveries.requeued(delivery)
 

@@ -21,6 +21,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.common import compute_backoff
 from dramatiq.errors import BrokerConnectionError
 
+from ... import _dramatiq
 from ..._redis import RAW, CommandBatcher, Script
 from ...common.plurals import counted
 from ...common.safe_logger import SafeLogger
@@ -84,7 +85,7 @@ class RedisTransport(Transport):
             if message is not None and self.window.take(message.options["redis_message_id"]):
                 proxy = MessageProxy(message)
                 if not self.is_delay_queue:
-                    proxy.body = data  # type: ignore[attr-defined]
+                    _dramatiq.cache_fields(proxy, message, data)
                     if self.ended.known:
                         self._recall(proxy)
                 return proxy
@@ -232,7 +233,7 @@ class RedisTransport(Transport):
             raise DeliveryReassigned
 
     def _not_acked(self, message: MessageProxy) -> None:
-        delivery: Delivery | None = vars(message).get("delivery")
+        delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is not None and not is_keyed(delivery):
             self.ended.remember(message.options["redis_message_id"], rest_of(delivery))
 

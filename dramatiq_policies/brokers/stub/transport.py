@@ -50,8 +50,8 @@ class StubTransport(Transport):
             _dramatiq.release_stub_slot(self.inner)
             return None
         proxy = _dramatiq.StubMessage(message)
-        # As received: for a requeue, and for the redelivery after a crash in the test kit.
-        proxy.body = data  # type: ignore[attr-defined]
+        # The body as received: for a requeue, and for the redelivery after a crash in the test kit.
+        _dramatiq.cache_fields(proxy, message, data)
         return proxy
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:
