@@ -14,6 +14,7 @@ from dramatiq_policies.transactions.database import (
     is_duplicate,
     is_missing_table,
     is_transient,
+    list_params,
 )
 
 
@@ -99,6 +100,30 @@ def test_other_errors_are_none_of_them(kind, error):
     if isinstance(error, ValueError):
         error.args = ("1213",)
     assert not kind(error)
+
+
+def test_an_error_by_which_sqlalchemy_gave_up_the_connection_is_a_lost_connection():
+    error = sa.exc.DBAPIError("SELECT 1", {}, OfMariaDB(1205), connection_invalidated=True)
+    assert is_disconnect(error)
+
+
+def test_an_error_that_is_its_own_cause_is_of_no_kind():
+    error = RuntimeError("round and round")
+    error.orig = error
+    assert not is_disconnect(error)
+
+
+def test_lists_of_like_lengths_make_one_statement():
+    nine, ten, eleven = (list_params("id", list(range(length))) for length in (9, 10, 11))
+    assert nine[0] == ten[0] != eleven[0]
+    assert list(nine[1].values()) == [*range(9), 8]
+    assert list(ten[1].values()) == [*range(10)]
+    assert set(eleven[1].values()) == {*range(11)}
+
+
+def test_a_list_longer_than_all_lengths_is_taken_whole():
+    names, values = list_params("id", list(range(1_001)))
+    assert names.count(":id") == len(values) == 1_001
 
 
 class Server:
