@@ -1,7 +1,7 @@
 """Publish the follow-up messages and the dead letter of a delivery, until the broker has accepted all of them.
 
-Each try fails in one of three ways (see `Fault`). After a lost connection the worker tries again until the broker is back.
-A refusal escalates, after five seconds or at once if the refusal is permanent:
+Each try fails in one of three ways (see `Fault`). After a lost connection the worker tries again until the broker is back, and
+accepts the messages. Other refusals escalate, after five seconds or at once if the refusal is permanent:
 
 1. Drop the follow-up messages (a retry, a next step). The message becomes a dead letter, reason ``handoff_failed``.
 2. Make the dead letter small: no traceback, no history.
@@ -124,7 +124,8 @@ class FollowUpPublisher:
     def _is_futile(self, error: Exception) -> bool:
         """Whether to escalate, and not to repeat the same try."""
         fault = self.transport.fault_of(error)
-        if fault is Fault.LOST:
+        if fault is Fault.LOST or (fault is Fault.REFUSED and self.transport.will_redeliver()):
+            # A dead letter cannot replace a message that the broker has taken back, and another run would double the effect.
             return False
         now = clock.monotonic()
         if self.first_refusal is None:

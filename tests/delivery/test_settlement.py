@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from dramatiq import Message, Middleware
+from dramatiq import Message, Middleware, pipeline
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
+from dramatiq_policies.brokers.stub.transport import StubTransport
 from dramatiq_policies.delivery import publishing, returned
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.delivery import DeliveryReassigned
@@ -147,6 +148,29 @@ def test_a_publish_is_not_tried_again_once_the_broker_has_taken_the_message_back
     consumer.ack(message)
     assert len(tries) == 1
     assert (stage.outcomes(), stage.reasons(), acks) == (["interrupted"], ["handoff_failed"], [])
+
+
+def test_a_success_with_a_key_that_the_broker_has_taken_back_is_published_until_its_next_step_is_accepted(monkeypatch):
+    # A cluster without a leader refuses for longer than five seconds. Another run would double the effect.
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_REFUSAL_FOR", 0.0)
+    monkeypatch.setattr("dramatiq_policies.delivery.publishing._RETRY_PAUSES", (0.0,))
+    stage = Stage()
+    ran, answers = [], [RuntimeError("no leader")] * 3 + ["accepted"]
+    charge = stage.actor(lambda order: ran.append(f"charge {order}"), actor_name="charge", idempotency_key="{order}")
+    receipt = stage.actor(lambda charged: ran.append("receipt"), actor_name="receipt")
+    publish = StubTransport.publish_follow_ups
+
+    def refuse_at_first(transport, *args):
+        if answers and isinstance(answer := answers.pop(0), RuntimeError):
+            raise answer
+        publish(transport, *args)
+
+    # Accepted at last over a new connection.
+    monkeypatch.setattr(StubTransport, "is_revoked", lambda transport: 0 < len(answers) < 4)
+    monkeypatch.setattr(StubTransport, "publish_follow_ups", refuse_at_first)
+    pipeline([charge.message(7), receipt.message()], broker=stage.broker).run()
+    assert stage.run().outcomes() == ["succeeded", "succeeded"]
+    assert (ran, answers, stage.dead) == (["charge 7", "receipt"], [], [])
 
 
 @pytest.mark.parametrize("replays", [0, 2])
