@@ -49,7 +49,8 @@ class QueueMonitor(PolicyMiddleware):
     One worker process of each ``dramatiq`` command monitors the queues. With Redis (a RedisBroker, or Idempotency with a
     RedisStore) one process across all hosts does; another takes over within four intervals. All workers with the same queues in
     the same namespace elect the process together. A process that fails to read the queues three times in a row resigns. The
-    monitor runs on a thread of its own while the worker runs. Readings take no message, and an outage of the broker does no harm.
+    monitor runs on a thread of its own while the worker runs. Readings take no message, and an outage of the broker does no harm:
+    the outbox, where messages pile up meanwhile, is still read.
 
     The monitor alerts once per breach, and again only after the value has fallen to 80 % of the threshold.
 
@@ -190,15 +191,14 @@ class QueueMonitor(PolicyMiddleware):
 
         Raises:
           ConfigurationError: The monitor is on no broker.
-          dramatiq.errors.ConnectionClosed: The server does not answer.
+          dramatiq.errors.ConnectionClosed: The server does not answer. Gauges and alerts of the outbox have been sent.
         """
         with self._reading:
-            readings, found = self._read_and_compare()
+            readings, found, error = self._read_and_compare()
             if not self._watching:
                 # No thread of this monitor closes the reader later.
                 self._get_reader().close()
-        self._send(readings, [], False)
-        self._notify(found)
+        self._tell(found, error, readings, [], False)
         return found
 
     def _monitor_once(self, election: Election) -> None:
@@ -218,7 +218,8 @@ class QueueMonitor(PolicyMiddleware):
                     format_duration(self.interval),
                 )
         else:
-            if self._failed:
+            # A process that left its turn to the others has read nothing.
+            if self._failed and self._elected:
                 self._failed = 0
                 logger.info("The queues can be read again.")
 
@@ -233,12 +234,11 @@ class QueueMonitor(PolicyMiddleware):
                 return
             reader.peer_reports = reports = election.reports()
             open_before = set(self._tracker.open)
-            readings, found = self._read_and_compare()
+            readings, found, error = self._read_and_compare()
             if self._tracker.open != open_before:
                 election.save(sorted(self._tracker.open))
-        # Alerts first: they are saved as sent, so no other process would send them.
-        self._notify(found)
-        self._send(readings, reports, election.hears_all or any("threads" in one for one in reports))
+        workers_known = election.hears_all or any("threads" in one for one in reports)
+        self._tell(found, error, readings, reports, workers_known)
 
     def _is_leader(self, election: Election) -> bool:
         """Whether this process is the leader. A new leader continues with the open breaches of the last one."""
@@ -255,17 +255,27 @@ class QueueMonitor(PolicyMiddleware):
                 self._tracker.open = {(str(queue), str(measure)) for queue, measure in before}
         return True
 
-    def _read_and_compare(self) -> tuple[list[QueueReading], list[QueueAlert]]:
-        readings = self._get_reader().read_all()
-        outbox = self._outbox.read(self._get_reader().broker, self.interval)
+    def _read_and_compare(self) -> tuple[list[QueueReading], list[QueueAlert], Exception | None]:
+        """Read the queues and the outbox. If the queues can't be read, returns the outbox's reading and the error."""
+        reader = self._get_reader()
+        error: Exception | None = None
+        try:
+            readings = reader.read_all()
+        except Exception as failure:
+            readings, error = [], failure
+        outbox = self._outbox.read(reader.broker, self.interval)
         if outbox is not None:
             readings.append(outbox)
-        return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)]
+        return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)], error
 
-    def _notify(self, found: list[QueueAlert]) -> None:
+    def _tell(self, found: list[QueueAlert], error: Exception | None, *gauges: Any) -> None:
+        # Alerts first: they are saved as sent, so no other process would send them.
         for alert in found:
             for notify in self._notifiers:
                 notify(alert)
+        self._send(*gauges)
+        if error is not None:
+            raise error
 
     def _send(self, readings: list[QueueReading], reports: list[dict[str, Any]], workers_known: bool) -> None:
         from ..observability.queue_gauges import gauges_of, worker_gauges

@@ -44,6 +44,8 @@ class Election:
 
     def __init__(self, fresh_ms: int = 60_000) -> None:
         self.fresh_ms = fresh_ms
+        #: The lifetime of saved state.
+        self.memory_ms = max(3_600_000, 10 * fresh_ms)
         self._report: Report | None = None
 
     def is_leader(self) -> bool:
@@ -89,6 +91,7 @@ class CommandElection(Election):
         self._private = folder is None
         self.path = Path(folder or private_folder(), file)
         self._own = self.path.with_name(f"{file}.{os.getpid()}")
+        self._memory = self.path.with_name(f"{file}-memory")
         self._lock: int | None = None
         self._logged = False
 
@@ -138,11 +141,14 @@ class CommandElection(Election):
 
     def publish(self, report: Report) -> None:
         super().publish(report)
+        self._write(self._own, report)
+
+    def _write(self, path: Path, value: Any) -> None:
         with suppress(OSError):
-            new = self._own.with_suffix(f"{self._own.suffix}-new")
+            new = path.with_name(f"{path.name}-new")
             with os.fdopen(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-                json.dump(report, file)
-            new.replace(self._own)
+                json.dump(value, file)
+            new.replace(path)
 
     def reports(self) -> list[Report]:
         found = super().reports()
@@ -155,6 +161,19 @@ class CommandElection(Election):
                         report = parse_report(file.read())
                     found += [] if report is None else [report]
         return found
+
+    def save(self, memory: Sequence[Sequence[str]]) -> None:
+        if memory:
+            self._write(self._memory, memory)
+        else:
+            with suppress(OSError):
+                self._memory.unlink()
+
+    def saved(self) -> list[list[str]] | None:
+        with suppress(OSError), os.fdopen(open_own(self._memory, os.O_RDONLY), "rb") as file:
+            if now_ms() - os.fstat(file.fileno()).st_mtime * 1_000 <= self.memory_ms:
+                return parse_memory(file.read())
+        return None
 
     def resign(self) -> None:
         with suppress(OSError):
@@ -188,32 +207,29 @@ class FleetElection(Election):
         self.me = f"{socket.gethostname()}:{os.getpid()}:{uuid4()}"
         from importlib import resources
 
+        from redis import RedisError
+
+        self._outage = (RedisError, OSError)
         self._lease = client.register_script(resources.files(__package__).joinpath("lease.lua").read_text())
 
     def is_leader(self) -> bool:
-        from redis import RedisError
-
         try:
             won = bool(self._lease(keys=[self.key], args=[self.me, self.fresh_ms]))
-        except (RedisError, OSError):
+        except self._outage:
             return self.fallback.is_leader()
         if not won:
             self.fallback.resign()
         return won
 
     def publish(self, report: Report) -> None:
-        from redis import RedisError
-
         try:
             with self.client.pipeline() as both:
                 both.hset(f"{self.key}:notes", self.me, json.dumps([now_ms(), report]))
                 both.pexpire(f"{self.key}:notes", self.fresh_ms).execute()
-        except (RedisError, OSError):
+        except self._outage:
             self.fallback.publish(report)
 
     def reports(self) -> list[Report]:
-        from redis import RedisError
-
         try:
             found = []
             for worker, text in self.client.hgetall(f"{self.key}:notes").items():
@@ -224,30 +240,25 @@ class FleetElection(Election):
                     found.append(timed[1])
                 else:
                     self.client.hdel(f"{self.key}:notes", worker)
-        except (RedisError, OSError, ValueError):
+        except (*self._outage, ValueError):
             return self.fallback.reports()
         return found
 
     def save(self, memory: Sequence[Sequence[str]]) -> None:
-        from redis import RedisError
-
-        with suppress(RedisError, OSError):
-            self.client.set(f"{self.key}:memory", json.dumps(memory), px=max(3_600_000, 10 * self.fresh_ms))
+        self.fallback.save(memory)
+        with suppress(*self._outage):
+            self.client.set(f"{self.key}:memory", json.dumps(memory), px=self.memory_ms)
 
     def saved(self) -> list[list[str]] | None:
-        from redis import RedisError
-
         try:
             text = self.client.get(f"{self.key}:memory")
             return None if text is None else parse_memory(text)
-        except (RedisError, OSError, ValueError):
-            return None
+        except (*self._outage, ValueError):
+            return self.fallback.saved()
 
     def resign(self) -> None:
-        from redis import RedisError
-
         self.fallback.resign()
-        with suppress(RedisError, OSError):
+        with suppress(*self._outage):
             self.client.hdel(f"{self.key}:notes", self.me)
             self._lease(keys=[self.key], args=[self.me, 0])
         self.client.connection_pool.disconnect()

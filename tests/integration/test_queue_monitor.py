@@ -17,11 +17,13 @@ from typing import Any
 import dramatiq
 import pytest
 import redis
+import sqlalchemy as sa
 from dramatiq import Worker
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import Idempotency, QueueAlert, QueueMonitor, Threshold, install
 from dramatiq_policies.observability.election import CommandElection, FleetElection
+from dramatiq_policies.sql import SqlOutbox, create_tables
 from dramatiq_policies.stores.redis import RedisStore
 from tests.proxy import Proxy
 
@@ -303,6 +305,38 @@ def test_a_monitor_reads_again_when_the_broker_is_back(place: Place, quick_resta
     assert "dramatiq-policies-queue-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_the_outbox_alerts_while_the_broker_is_away(place: Place, tmp_path: Path) -> None:
+    told: list[QueueAlert] = []
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/outbox.db")
+    create_tables(engine)
+    outbox = SqlOutbox(engine, wait=0)
+    with Proxy.before(place.url) as proxy:
+        monitor = QueueMonitor(interval=50, outbox=Threshold(ready=3), on_alert=told.append)
+        broker = place.broker(proxy.url)
+        install(broker, outbox=outbox, queue_monitor=monitor)
+        job = dramatiq.actor(print, broker=broker, actor_name="job", queue_name=place.queue)
+        stop = threading.Event()
+        thread = threading.Thread(target=monitor.run_forever, args=(stop,))
+        thread.start()
+        try:
+            until(lambda: monitor._elected)
+            proxy.refuse()
+            proxy.cut()
+            with engine.begin() as connection, outbox.within(connection):
+                for number in range(3):
+                    job.send(number)
+            until(lambda: told)
+            # Also after it has left its turn to others, and come back.
+            failed = monitor._failed
+            until(lambda: monitor._failed >= failed + 5)
+        finally:
+            stop.set()
+            thread.join(PATIENCE)
+            broker.close()
+            engine.dispose()
+    assert [(alert.queue, alert.measure, alert.value) for alert in told] == [("outbox", "ready", 3)]
+
+
 @contextmanager
 def watching(*brokers: Any, store: RedisStore, queue: str) -> Iterator[list[tuple[QueueMonitor, threading.Event]]]:
     """A monitor for each broker, on a thread of its own, with its lease on the store's Redis."""
@@ -428,7 +462,8 @@ def test_each_command_has_a_monitor_while_the_store_s_redis_is_away(
         # Two of one process share its lock; that one of several has it is shown in tests/observability/test_election.py.
         assert first.is_leader()
         assert first.reports() == [{"threads": 8}]
-        assert second.saved() is None
+        # Of the last leader of this command.
+        assert second.saved() == [["mail", "ready"]]
         proxy.accept()
         assert (first.is_leader(), second.is_leader()) == (True, False)
         first.resign()

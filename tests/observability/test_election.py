@@ -196,6 +196,20 @@ def test_a_saved_memory_keeps_only_pairs_of_names():
     assert parse_memory('[["mail", "ready"], 5, ["mail"], ["mail", 1], {"a": 1}]') == [["mail", "ready"]]
 
 
+def test_the_next_leader_has_the_saved_memory_for_an_hour(tmp_path):
+    leader, follower = (CommandElection("queues", os.getpid(), folder=str(tmp_path)) for _ in range(2))
+    assert follower.saved() is None
+    leader.save([["mail", "ready"]])
+    leader.resign()
+    assert follower.saved() == [["mail", "ready"]]
+    long_ago = time.time() - 3_700
+    (file,) = tmp_path.iterdir()
+    os.utime(file, (long_ago, long_ago))
+    assert follower.saved() is None
+    leader.save([])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):
     election = CommandElection("queues", os.getpid(), folder=str(tmp_path))
     target = tmp_path / "somebody's"

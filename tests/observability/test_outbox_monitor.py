@@ -9,9 +9,11 @@ import dramatiq
 import pytest
 import sqlalchemy as sa
 from dramatiq.brokers.stub import StubBroker
+from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies import ConfigurationError, QueueMonitor, Threshold, install
 from dramatiq_policies.brokers.readers import QueueReading
+from dramatiq_policies.observability.election import CommandElection
 from dramatiq_policies.observability.queue_thresholds import OUTBOX, ThresholdTracker
 from dramatiq_policies.sql import SqlOutbox, create_tables
 from dramatiq_policies.testing import stub
@@ -143,6 +145,41 @@ def test_a_stub_reads_the_rows_of_its_own_namespace(tmp_path):
     with stub(shop.broker) as stand_in:
         (monitor,) = [one for one in stand_in.middleware if isinstance(one, QueueMonitor)]
         assert monitor.check() == []
+
+
+def unreachable(*_):
+    raise ConnectionClosed("refused")
+
+
+def test_while_the_broker_is_unreachable_the_outbox_alerts(tmp_path):
+    shop = Shop(tmp_path, outbox=Threshold(ready=2))
+    shop.monitor._get_reader().read_all = unreachable
+    shop.add(2)
+    for _ in range(2):
+        with pytest.raises(ConnectionClosed, match="refused"):
+            shop.monitor.check()
+    assert [alert.value for alert in shop.told] == [2]
+    assert shop.client.gauges["outbox.pending"] == 2
+
+
+def test_leaders_that_cannot_reach_the_broker_take_turns_and_alert_once(tmp_path):
+    """Two processes of one command."""
+    shops = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        shops.append(Shop(tmp_path / name, outbox=Threshold(ready=2)))
+        shops[-1].add(2)
+        shops[-1].monitor._get_reader().read_all = unreachable
+    elections = [CommandElection("queues", 1, folder=str(tmp_path)) for _ in shops]
+    led = set()
+    for _ in range(12):
+        for shop, election in zip(shops, elections, strict=True):
+            shop.monitor._monitor_once(election)
+            led |= {shop for shop in shops if shop.monitor._elected}
+    assert len(led) == 2
+    assert [alert.value for shop in shops for alert in shop.told] == [2]
+    for election in elections:
+        election.resign()
 
 
 @pytest.mark.parametrize("wrong", [Threshold(dead=1), Threshold(ready=1, stalled=5_000), {"ready": 1}, 5])
