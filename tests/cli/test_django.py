@@ -104,17 +104,27 @@ def test_an_actor_that_is_misspelt_without_its_module_gets_the_nearest_name(comm
     )
 
 
-def test_a_project_with_the_guide_s_settings_passes_check(tmp_path):
-    settings = (ROOT / "docs/frameworks.md").read_text().partition("```python\n# settings.py\n")[2].partition("```")[0]
-    (tmp_path / "guide_settings.py").write_text(f'SECRET_KEY = "of a test"\n{settings}')
+_OF_THE_GUIDE = ("shop/tasks.py", "shop/tests.py")
+_OF_STARTPROJECT = """
+SECRET_KEY = "of a test"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+"""
+
+
+def test_a_project_copied_from_the_guide_passes_check_and_its_own_tests(tmp_path):
+    page = (ROOT / "docs/frameworks.md").read_text()
+    copied = {name: page.partition(f"# {name}\n")[2].partition("```")[0] for name in ("settings.py", *_OF_THE_GUIDE)}
+    (tmp_path / "guide_settings.py").write_text(f"{_OF_STARTPROJECT}{copied.pop('settings.py')}")
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "__init__.py").touch()
-    (tmp_path / "shop" / "tasks.py").write_text(
-        "import dramatiq\n\n"
-        "@dramatiq.actor(queue_name='mail', retry_on=OSError, discard_on=(), timeout=30_000, idempotent=True)\n"
-        "def send_mail():\n    'Mail.'\n"
-    )
+    for name, source in copied.items():
+        (tmp_path / name).write_text(source)
     place = {"settings": "guide_settings", "cwd": tmp_path, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    tested = run(["-m", "django"], "test", "shop", **place)
+    assert "Ran 1 test" in tested.stderr, tested.stderr
+    assert tested.returncode == 0, tested.stderr
     done = run(COMMAND, "check", **place)
     assert done.stdout.splitlines()[-1] == "Ready: 1 actor, 0 errors, 1 warning, 0 exempt."
 
