@@ -1,1 +1,1 @@
-"""What the library costs, measured beside bare and stock Dramatiq. See README.md."""
+"""The costs of the library beside bare and stock Dramatiq. See README.md."""

@@ -18,7 +18,7 @@ from . import rounds
 from .measurement import measure, queue_of_its_own, server_versions
 from .rounds import Spread
 
-#: Enough that a worker on Redis need not wait for its next poll.
+#: Enough messages to spare a worker on Redis the wait for its next poll.
 AHEAD: dict[str, Any] = {"prefetch": 64}
 
 
@@ -27,11 +27,11 @@ class Curve:
     """One question.
 
     Attributes:
-      question: As it stands over the plot.
-      axis: What is changed.
-      points: To what; those of a curve that stands on something are in ascending order.
-      settings: Of a measurement, by the point.
-      stands_on: A task of ``measurement`` that first puts as many there as the point says, and leaves them.
+      question: The title of the plot.
+      axis: The name of the changed quantity.
+      points: Its values; in ascending order for a curve with ``stands_on``.
+      settings: The settings of a measurement, by the point.
+      stands_on: A task of ``measurement`` to prepare the number of the point, kept for later points.
     """
 
     question: str
@@ -116,7 +116,7 @@ CURVES = {
 
 
 def run(curve: Curve, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure in rounds; at each point all variants beside one another."""
+    """Measure in rounds: at each point all variants in turn."""
     points = [type(curve.points[0])(point) for point in options.points or curve.points]
     if curve.stands_on:  # is built up once
         turns = [(point, number) for point in points for number in range(options.rounds)]

@@ -1,6 +1,6 @@
-"""Delayed messages: whether near ones run on time behind 50,000 far ones, and how fast due ones are moved.
+"""Delayed messages: the delay of near messages behind 50,000 far messages, and the rate of moving due messages.
 
-``behind``: FAR messages that are due in an hour lie in the delay queue. A worker of eight threads starts. Then 20 messages
+``behind``: FAR messages in the delay queue are due in an hour. A worker of eight threads starts. Then 20 messages
 with a delay of 200 ms are sent, two a second. How late each ran, the worker's CPU and its memory.
 
 ``due``: DUE messages come due at the same moment. The rate at which they run; and once more with the worker killed in the
@@ -30,7 +30,7 @@ from .measurement import queue_of_its_own
 from .variants import RABBITMQ_URL, REDIS_URL
 
 HOUR = 3_600_000
-#: Seconds after which a message that has not run is given up.
+#: Seconds until a message without a run counts as lost.
 PATIENCE = 60.0
 
 
@@ -86,7 +86,7 @@ def worker(*args: str) -> Iterator[subprocess.Popen[bytes]]:
 def runs(path: str) -> list[tuple[int, float]]:
     if not Path(path).exists():
         return []
-    # A last line that is still being written has no end.
+    # The last line may still be incomplete.
     lines = [line.split() for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [(int(number), float(at)) for number, at in lines]
 

@@ -1,4 +1,4 @@
-"""Jobs per second: jobs that do nothing, enqueued, then drained by one process with eight threads.
+"""Jobs per second: empty jobs, enqueued, then drained by a process with eight threads.
 
 python -m benchmarks.drain
 python -m benchmarks.drain --brokers redis --variants stock bundle --prefetch 64 --json drain.json
@@ -23,7 +23,7 @@ SCENARIO = ("broker", "failures", "prefetch", "log")
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure everything, round by round; what fails is said and left out."""
+    """Measure everything, round by round; print and leave out failures."""
     scenarios = [
         dict(zip(SCENARIO, values, strict=True))
         for values in itertools.product(

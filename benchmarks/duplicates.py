@@ -1,9 +1,9 @@
-"""Many duplicates of one running job: how often they are put back, at which cost, and how long other jobs wait for them.
+"""Many duplicates of a running job: the number of deferrals, their CPU cost, and the delay of other jobs.
 
     python -m benchmarks.duplicates [--duplicates 10000] [--seconds 60]
 
-Starts a private Redis server, one worker process of eight threads, and one job that runs for the whole time. Then it sends the
-duplicates of that job and, ten times a second, a job of another key to the same queue.
+Starts a private Redis server, one worker process of eight threads, and one long job. Then sends duplicates of the job
+and, ten times a second, a job of another key to the same queue.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One measurement, in a process of its own: jobs that do nothing, enqueued, then drained by a worker.
+"""One measurement in a new process: enqueue empty jobs, then have a worker drain the queue.
 
-The clock runs from the start of the first job to the end of the last one that is final, in the process that drains.
+The clock of the worker process runs from the start of the first job to the final end of the last job.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["SETTINGS", "measure", "queue_of_its_own", "server_versions"]
 
 TIMEOUT = 600.0  # seconds for one measurement
 
-#: What a measurement may be told, and what it does if it is not.
+#: The settings of a measurement, with their defaults.
 SETTINGS: dict[str, Any] = {
     "task": "drain",  # or "processes", "fill", "keys"
     "broker": "redis",
@@ -49,14 +49,14 @@ SETTINGS: dict[str, Any] = {
     "by_thousands": False,  # whether the jobs are enqueued as "fill" does
     "memory_every": 0,  # jobs between two readings of the worker's memory
     "backlog": False,  # whether other jobs stand in the queue
-    "standing": 0,  # of the jobs or keys that "fill" or "keys" is to put there, how many are there
+    "standing": 0,  # the number of jobs or keys already stored for "fill" or "keys"
 }
 
 
 def measure(**settings: Any) -> dict[str, Any] | None:
     """Measure in a new process; under a name of its own, deleted afterwards, unless ``name`` is given.
 
-    Says the rate on stderr. One that fails is said there, counted in ``rounds.failures``, and is None.
+    Prints the rate on stderr. A failed measurement is printed, counted in ``rounds.failures``, and returns None.
     """
     settings = {**SETTINGS, **settings}
     environment = {
@@ -109,7 +109,7 @@ def drain(settings: dict[str, Any]) -> dict[str, Any]:
     _work(broker, settings)
     if not over.wait(TIMEOUT - 30):
         sys.exit("the jobs did not end")
-    # Others that stand in the queue may have begun.
+    # Other queued jobs may have begun.
     if not settings["backlog"] and workload.runs != workload.expected_runs:
         sys.exit(f"expected {workload.expected_runs} runs, got {workload.runs}")
     (first, first_cpu), (last, last_cpu) = marks
@@ -180,7 +180,7 @@ def drain_in_processes(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(settings: dict[str, Any]) -> dict[str, Any]:
-    """Put messages into the queue by thousands, to stand there."""
+    """Fill the queue with waiting messages, by thousands."""
     broker: Any
     broker, send = _declare(settings, Workload(settings["jobs"], "none"))
     send(0)  # declares the queue
@@ -209,7 +209,7 @@ def fill(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def remember(settings: dict[str, Any]) -> dict[str, Any]:
-    """Put completed keys into the store, copies of one that a job has left; how many bytes each takes."""
+    """Copy the completed key of a job many times into the store; return the bytes of each copy."""
     import redis
 
     if not settings["standing"]:
@@ -274,7 +274,7 @@ def _set_up_logging(log: str) -> None:
 
 @contextmanager
 def queue_of_its_own(broker: str) -> Iterator[str]:
-    """A name that nobody else uses; what was made under it is deleted at the end, and nothing else."""
+    """Yield a unique name, and delete all data under the name at the end."""
     name = f"bench-{uuid.uuid4().hex[:12]}"
     try:
         yield name
@@ -306,7 +306,7 @@ def _delete_rabbitmq(name: str) -> None:
 
 
 def server_versions(brokers: list[str]) -> dict[str, str | None]:
-    """Ask each server; also the first to find one that does not answer."""
+    """Ask each server for its version. A missing server fails here first."""
     found: dict[str, str | None] = {}
     if "redis" in brokers:
         import redis
@@ -324,7 +324,7 @@ def server_versions(brokers: list[str]) -> dict[str, str | None]:
 
 
 def main() -> None:
-    """Measure one, print what was measured, and leave without ceremony."""
+    """Run one measurement, print the result, and exit at once."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--measure", required=True)
     settings = json.loads(parser.parse_args().measure)

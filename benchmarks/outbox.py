@@ -2,8 +2,7 @@
 
     python -m benchmarks.outbox [--rows 10000] [--rounds 3] [--brokers redis rabbitmq] [--databases postgresql mariadb sqlite]
 
-Each measurement is a process of its own, on a database or file and queues of its own. Within a process the two things that are
-compared take turns. Needs Redis, RabbitMQ, PostgreSQL and MariaDB (REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL, MARIADB_URL; by
+Each measurement has its own process, database (or file) and queues. Within a process the two compared ways take turns. Needs Redis, RabbitMQ, PostgreSQL and MariaDB (REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL, MARIADB_URL; by
 default the local servers).
 """
 
@@ -49,7 +48,7 @@ PARTS = 5
 
 @contextmanager
 def database_of_its_own(kind: str) -> Iterator[str]:
-    """The URL of a database that nobody else uses, dropped at the end."""
+    """Yield the URL of a new database, dropped at the end."""
     if kind == "sqlite":
         with tempfile.TemporaryDirectory() as folder:
             yield f"sqlite:///{Path(folder)}/bench.db"
@@ -67,7 +66,7 @@ def database_of_its_own(kind: str) -> Iterator[str]:
 
 
 class App:
-    """A broker with an outbox on a database, and one without."""
+    """Return a broker with an outbox on a database, and a broker without."""
 
     def __init__(self, settings: dict[str, Any], **options: Any) -> None:
         self.engine = sa.create_engine(settings["database_url"])
@@ -103,10 +102,10 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def relay(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rates of sending one by one and of relaying, in messages per second."""
+    """Return the rates of single sends and of the relay, in messages per second."""
     app = App(settings, wait=0, relay=False)
     rows = settings["rows"]
-    #: In turns, so that both meet the same load of the machine.
+    #: In turns: the machine has the same load for both.
     part = max(1, rows // PARTS)
 
     def send() -> None:
@@ -133,7 +132,7 @@ def relay(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def transactions(settings: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a transaction with one INSERT: alone, with a plain send after it, and with a send in it."""
+    """Return the milliseconds of a transaction with one INSERT: alone, before a plain send, and with a send inside."""
     app = App(settings, relay=False)
 
     def alone() -> None:

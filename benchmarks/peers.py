@@ -1,6 +1,6 @@
 """The same jobs on Celery and on Sidekiq with Active Job: one process, eight threads, the same servers.
 
-Each in a process of its own, beside ours in ``benchmarks.drain``. Celery comes with the extra ``bench``, Sidekiq and Active
+Each runs in a separate process, for comparison with ``benchmarks.drain``. Celery comes with the extra ``bench``, Sidekiq and Active
 Job with ``apt-get install ruby-sidekiq ruby-activejob``; Sidekiq is on Redis only.
 """
 
@@ -119,7 +119,7 @@ def drain_sidekiq(settings: dict[str, Any]) -> None:
 
 
 def _output_of(command: list[str], environment: dict[str, str]) -> str:
-    # It ends by killing itself; this version warns at every push.
+    # Sidekiq ends by a signal to its own process, and warns at every push.
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=240, check=False
     )

@@ -1,9 +1,9 @@
-"""CPU per message: one thread, no broker I/O; what the middleware, the consumer and the ack cost.
+"""CPU per message of middleware, consumer and acknowledgement: one thread, no broker I/O.
 
     python -m benchmarks.pipeline_cpu
 
-Messages are taken with ``next`` from what ``broker.consume`` returns, run by Dramatiq's own
-``WorkerThread.process_message`` and acked by its own ``ConsumerThread.post_process_message``, all on one thread.
+A single thread takes messages with ``next`` from the consumer of ``broker.consume``, runs each with Dramatiq's
+``WorkerThread.process_message`` and acknowledges with ``ConsumerThread.post_process_message``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BATCH = 50
 WARM_UP = 40 * BATCH
 TIMEOUT = 300.0
 
-#: What is reported: taking a message (its decoding included), running it with its ack, and the two together.
+#: The reported steps: take a message (with the decoding), run and acknowledge the message, and both together.
 PARTS = ("take_us", "process_us", "total_us")
 
 
 def measure_cpu(settings: dict[str, Any]) -> None:
-    """One variant's CPU per message, in µs, printed as JSON."""
+    """Print the CPU per message of a variant, in µs, as JSON."""
     logging.basicConfig(level=logging.CRITICAL)
     messages = settings["messages"]
     workload = Workload(messages + WARM_UP, settings["failures"])

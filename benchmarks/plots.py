@@ -1,4 +1,4 @@
-"""A plot per question, from what the runs have written.
+"""A plot per question, from the results of the runs.
 
 python -m benchmarks.plots                     # benchmarks/results/*.json to docs/images/
 python -m benchmarks.plots build/drain.json --to build
@@ -43,7 +43,7 @@ NAMES = {"redis": "Redis", "rabbitmq": "RabbitMQ"}
 
 
 def draw_drain(record: dict[str, Any]) -> Any:
-    """Bars: a row of panels without failures, and one with."""
+    """Draw bars: a row of panels without failures, and a row with failures."""
     measurements = record["measurements"]
     places = list(dict.fromkeys((one["broker"], one["prefetch"]) for one in measurements))
     kinds = [kind for kind in FAILURES if any(one["failures"] == kind for one in measurements)]
@@ -86,7 +86,7 @@ def draw_memory(record: dict[str, Any]) -> Any:
 
 
 def draw_curve(record: dict[str, Any]) -> Any:
-    """A panel per broker: medians, and quartiles as a band; for keys one more with the bytes that each takes."""
+    """Draw a panel per broker: medians, and quartiles as a band; for keys another panel with the bytes of a key."""
     curve = CURVES[record["benchmark"]]
     key, label = ("enqueue_rate", "messages sent/s") if record["benchmark"] == "confirms" else ("rate", "jobs/s")
     measurements = record["measurements"]

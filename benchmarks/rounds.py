@@ -34,7 +34,7 @@ REFERENCE = "stock"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-#: What went wrong, of measurements that a run goes on without.
+#: The failed measurements of a run; the run goes on.
 failures: list[str] = []
 
 
@@ -43,7 +43,7 @@ class MeasurementFailed(Exception):
 
 
 def measure(module: str, settings: Mapping[str, Any], *, env: Mapping[str, str | None], timeout: float) -> Any:
-    """Run ``python -m module --measure settings`` and return the JSON that it prints last."""
+    """Run ``python -m module --measure settings`` and return the JSON of the last line."""
     environment = dict(os.environ)
     for name, value in env.items():
         environment.pop(name, None)
@@ -62,7 +62,7 @@ def measure(module: str, settings: Mapping[str, Any], *, env: Mapping[str, str |
 
 
 def collect(measurements: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All of them, or with Ctrl-C those that there are."""
+    """Return all measurements, or after Ctrl-C the finished measurements."""
     collected = []
     try:
         for measurement in measurements:
@@ -145,7 +145,7 @@ def _cpu_model() -> str:
 
 
 def versions(**others: str | None) -> dict[str, str | None]:
-    """The versions of Python and of what takes part; ``others`` are those of servers."""
+    """Return the versions of Python and of the packages; ``others`` has the versions of servers."""
     found: dict[str, str | None] = {"python": f"{platform.python_implementation()} {platform.python_version()}"}
     for package in ("dramatiq", "dramatiq-policies", "redis", "hiredis", "pika"):
         try:
@@ -165,7 +165,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: str | Path, benchmark: str, *, measurements: Sequence[Any], **content: Any) -> None:
-    """Write what was measured, one measurement a line, with the date."""
+    """Write the measurements, one a line, with the date."""
     record = {"benchmark": benchmark, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **content}
     lines = ",\n  ".join(json.dumps(_rounded(measurement)) for measurement in measurements)
     text = json.dumps(record, indent=1).removesuffix("\n}")
@@ -186,6 +186,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def progress(text: str) -> Callable[[], None]:
-    """Say on stderr what is being measured; the function that is returned ends the line."""
+    """Print the name of the measurement on stderr; the returned function ends the line."""
     print(text, end="", file=sys.stderr, flush=True)
     return lambda: print(file=sys.stderr, flush=True)

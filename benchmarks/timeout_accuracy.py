@@ -1,8 +1,8 @@
-"""How late a timeout interrupts its job, and what a timeout costs a job that ends in time; beside stock TimeLimit's.
+"""The lateness of a timeout, and its cost for a job within the limit; beside stock TimeLimit.
 
     python -m benchmarks.timeout_accuracy
 
-Needs no server. Jobs that wait sleep a millisecond at a time; jobs that compute never give up the GIL by themselves.
+Needs no server. Waiting jobs sleep a millisecond at a time; computing jobs never release the GIL by themselves.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Stock:
 
 
 def lateness(call: Call, fn: Callable[[], None], at_once: int, rounds: int) -> list[float]:
-    """By how many milliseconds each of the jobs' ends missed its deadline."""
+    """Return the lateness of each job's end, in milliseconds."""
     late: list[float] = []
 
     def work(seed: int) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transactional [--jobs 1000] [--rounds 5] [--brokers redis rabbitmq] [--databases postgresql mariadb]
 
-Each job inserts a row. Each measurement is a process of its own with eight threads, on a database and a queue of its own. Needs
+Each job inserts a row. Each measurement has its own process with eight threads, its own database and queue. Needs
 Redis, RabbitMQ, PostgreSQL and MariaDB (REDIS_URL, RABBITMQ_URL, POSTGRESQL_URL, MARIADB_URL; by default the local servers).
 """
 

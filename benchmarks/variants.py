@@ -1,4 +1,4 @@
-"""What is compared: the same job on brokers that differ in their middleware only."""
+"""The compared variants: the same job on brokers with different middleware."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["FAILURES", "VARIANTS", "Permanent", "Transient", "Variant", "Workloa
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 RABBITMQ_URL = os.environ.get("RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672")
 
-#: Shares of jobs that fail once and are tried again, and that fail for good.
+#: Shares of jobs with one failure and a retry, and of jobs with a permanent failure.
 FAILURES: dict[str, tuple[float, float]] = {"none": (0.0, 0.0), "mixed": (0.10, 0.05)}
 
-#: Runs that a failing job may have, and the wait between two of them, equal for all who retry.
+#: The maximum of runs of a failing job, and the wait between two runs, equal for all variants with retries.
 ATTEMPTS = 6
 WAIT_MS = 1
 
@@ -31,17 +31,17 @@ class Transient(Exception):
 
 
 class Permanent(Exception):
-    """Raised by every attempt; no one is to retry it."""
+    """Raised by every attempt; no variant retries the job."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, how its broker is built, and how its actor says what to do with the two errors.
+    """A name, the builder of the broker, and the actor's options for the two errors.
 
     Attributes:
-      broker: Is given the broker's class or factory, which takes ``middleware``.
+      broker: Called with the broker's class or factory, which takes ``middleware``.
       options: The actor's options.
-      retries: Whether it can retry at all; if not it is left out where jobs fail.
+      retries: Whether the variant retries jobs. Measurements with failing jobs leave the others out.
     """
 
     broker: Callable[[Callable[..., dramatiq.Broker]], dramatiq.Broker]
@@ -70,7 +70,7 @@ def _bundle(make: Callable[..., dramatiq.Broker]) -> dramatiq.Broker:
 def _store(broker: dramatiq.Broker) -> Any:
     from dramatiq_policies.stores.redis import RedisStore
 
-    # Beside the queue's keys, which are deleted when it has been measured; RabbitMQ's expire after ten minutes.
+    # Beside the queue's keys, deleted after the measurement; on RabbitMQ the keys expire after ten minutes.
     return RedisStore.from_url(
         REDIS_URL, namespace=getattr(broker, "namespace", f"bench-{uuid.uuid4().hex[:12]}") + ":idem"
     )
@@ -93,7 +93,7 @@ def _idempotent_options() -> dict[str, Any]:
 
 
 class Naive(dramatiq.Middleware):
-    """The usual recipe: SET NX before the job, SET done after it. It loses the job of a worker that died."""
+    """The usual recipe: SET NX before the job, SET done after the job. A worker's death loses the job."""
 
     def __init__(self, url: str) -> None:
         import redis
@@ -157,13 +157,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 class Workload:
-    """``jobs`` jobs that do nothing, or fail as ``failures`` says, always the same ones.
+    """Declare an empty actor for ``jobs`` jobs. The same jobs fail in each run, by ``failures``.
 
     Parameters:
-      jobs: How many.
+      jobs: The number of jobs.
       failures: A name in FAILURES.
       on_first: Called once, when the first job starts.
-      on_last: Called once, when the last job has ended for good, on the thread that ran it.
+      on_last: Called once, after the final end of the last job, on its thread.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ settings.load_profile("untimed")
 WITH_SERVERS = [Path(__file__).parent / folder for folder in ("integration", "chaos")]
 
 if not hasattr(dramatiq.worker, "_WorkQueueItem"):
-    # Before Dramatiq 2.2 a worker takes messages of one priority in the order of their ids, which is none. These tests name
-    # the order in which they came, as in 2.2.
+    # Before Dramatiq 2.2 a worker takes messages of one priority in the random order of their ids. The tests expect the order
+    # of arrival, as in 2.2.
     arrivals = itertools.count()
     make = MessageProxy.__init__
 
@@ -70,20 +70,20 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def run_concurrently(monkeypatch):
-    """A worker of a test is in no command that could wait for it, whatever hooks were called: nothing is held back."""
+    """No job waits for the boot of the next worker: a test has no command to boot workers."""
     monkeypatch.setattr("dramatiq_policies.middleware.idempotency._BOOTING", 0)
 
 
 @pytest.fixture(autouse=True)
 def no_known_passwords(monkeypatch):
-    """The passwords that one test makes known mask no words of the next one."""
+    """Forget the known passwords of a test: words of the next test stay unmasked."""
     monkeypatch.setattr(credentials, "_known", frozenset())
     monkeypatch.setattr(credentials, "_pattern", None)
 
 
 @pytest.fixture(autouse=True)
 def connections_to_sqlite_are_closed():
-    """Close what the engines of a test have left in their pools: Python 3.13 warns of an unclosed connection."""
+    """Close the connections left in the pools of a test's engines: Python 3.13 warns of an unclosed connection."""
     if "sqlalchemy" not in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""A StubBroker with dramatiq_policies on it, a real worker, and each outcome as it is published."""
+"""A StubBroker with dramatiq_policies, a real worker, and the published outcomes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Stage:
     """Everything that a scenario needs.
 
     Parameters:
-      middleware: What stands on the broker beside the default middleware, before dramatiq_policies.
+      middleware: Added to the default middleware before dramatiq_policies.
       bundle: More arguments of `install`.
       rules: The arguments of the ErrorClassifier.
     """
@@ -80,13 +80,13 @@ class Stage:
 
     @contextmanager
     def working(self, threads=1):
-        """A worker while it lasts; at its end every thread of it must still be alive.
+        """Run a worker meanwhile. At the end all threads of the worker must still be alive.
 
         With one thread the outcomes come in order: the worker publishes outcomes after the follow-up messages.
         """
         worker = self.worker = Worker(self.broker, worker_timeout=10, worker_threads=threads)
         worker.start()
-        # A thread of Dramatiq's that is told to stop before it has begun runs on.
+        # Dramatiq's threads ignore a stop before their start.
         while not all(thread.running for thread in (*worker.workers, *worker.consumers.values())):
             time.sleep(0.001)
         try:
@@ -150,7 +150,7 @@ class StatsdServer:
             return True
 
     def end(self):
-        """Have a thread that waits for the next datagram get an error, once it has read those before."""
+        """Raise an error in the thread waiting for the next datagram, after the earlier datagrams."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"\xff", ("127.0.0.1", self.port))
 

@@ -16,7 +16,7 @@ INSTALLED_APPS = [
     "dramatiq_policies.contrib.django",  # manage.py policies, and the tables of the outbox and the store
     "examples.django_shop",
 ]
-# Its only job deletes rows of django_dramatiq's AdminMiddleware, which is not in use here.
+# The only job deletes rows of django_dramatiq's AdminMiddleware, unused here.
 DRAMATIQ_IGNORED_MODULES = ["django_dramatiq.tasks"]
 
 BROKER_URL = os.environ.get("BROKER_URL", "stub://")

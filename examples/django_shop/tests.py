@@ -33,7 +33,7 @@ class SettingsTest(TestCase):
 
 
 class CheckoutTest(TestCase):
-    """Tests inside TestCase's own atomic block, which does not count."""
+    """Tests inside of TestCase's atomic block. DjangoOutbox ignores the block."""
 
     def tearDown(self) -> None:
         dramatiq.get_broker().flush_all()
@@ -84,7 +84,7 @@ class JobTest(TransactionTestCase):
 
 
 class PaymentTest(TransactionTestCase):
-    """A transactional job: its effect, its record and its messages are committed together."""
+    """A transactional job commits the effect, the key and the messages together."""
 
     def setUp(self) -> None:
         self.order = Order.objects.create(email="ada@example.com")
@@ -99,7 +99,7 @@ class PaymentTest(TransactionTestCase):
 
     def test_a_failed_booking_leaves_nothing_and_is_tried_again(self) -> None:
         book_payment.send("T2", self.order.pk, 4200)
-        # The first run fails after it has created the payment.
+        # The first run creates the payment, and then fails.
         fails_once = patch.object(send_receipt, "send", side_effect=[Order.DoesNotExist, None])
         with fails_once, self.assertLogs("dramatiq_policies.outcomes", "WARNING"):
             run = drain(dramatiq.get_broker())

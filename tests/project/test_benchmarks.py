@@ -1,4 +1,4 @@
-"""How what was measured is put together; tests/integration/test_benchmarks.py measures."""
+"""The summaries of measurements; tests/integration/test_benchmarks.py measures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_each_process_and_each_call_has_a_statsd_server_of_its_own_on_this_machi
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_each_drawing_in_the_docs_is_that_of_the_figures_kept(path, tmp_path):
-    from benchmarks import plots  # Matplotlib: two seconds of CPU in each process that collects this module.
+    from benchmarks import plots  # Imported here: Matplotlib takes two seconds of CPU.
 
     drawn = plots.draw(path, tmp_path)
     kept = plots.ROOT / "docs" / "images" / drawn.name

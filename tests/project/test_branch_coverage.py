@@ -1,4 +1,4 @@
-"""scripts/branch_coverage.py, which is what makes `make coverage` fail."""
+"""scripts/branch_coverage.py, the last step of `make coverage`."""
 
 from __future__ import annotations
 

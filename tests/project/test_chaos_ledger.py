@@ -1,4 +1,4 @@
-"""The judges of `make chaos`: what they must not overlook, and what they must excuse."""
+"""The judges of `make chaos`: the losses to find, and the losses to excuse."""
 
 from __future__ import annotations
 

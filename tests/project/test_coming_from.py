@@ -1,4 +1,4 @@
-"""docs/coming-from.md: each name in its columns "here" exists, and what the tables say of counting is so."""
+"""docs/coming-from.md: each name in the columns "here" exists, and the tables count attempts as the code does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker-compose.yml, read as far as that goes without Docker, and by Compose itself where that is installed."""
+"""docker-compose.yml, read without Docker, and by Compose if installed."""
 
 from __future__ import annotations
 

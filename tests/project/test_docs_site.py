@@ -1,4 +1,4 @@
-"""The built site: the files that the guides link to are on it (scripts/docs_links.py)."""
+"""The built site has all files linked from the guides (scripts/docs_links.py)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ PUBLIC = {
     for name in module.__all__
     if inspect.isclass(value := getattr(module, name)) or inspect.isfunction(value)
 } | {"MemoryStore": MemoryStore, "RedisStore": RedisStore, "RedisStore.from_url": RedisStore.from_url}
-#: Dramatiq's own function, and names that no user writes: errors that are raised for him, and their base classes.
+#: Dramatiq's own function, and names never written by users: errors raised for them, and base classes.
 WITHOUT_EXAMPLE = {"actor", "TooManyRuns", *errors.__all__} - {"Discard", "Snooze", "TimeoutExceeded"}
 TAUGHT = {name: value for name, value in PUBLIC.items() if name not in WITHOUT_EXAMPLE}
 
@@ -65,7 +65,7 @@ class EmailTimeout(Exception):
 
 @pytest.fixture
 def names():
-    """The names that the examples take for granted: an application's."""
+    """Return the names used and not defined by the examples: an application's."""
     with mock.patch("dramatiq.broker.global_broker", None):
         broker, gateway = StubBroker(), SimpleNamespace(charges=[])
         dramatiq.set_broker(broker)
@@ -130,7 +130,7 @@ EXAMPLES = [
 def test_an_example_runs(code, names):
     compiled = compile(code, "example", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if compiled.co_flags & inspect.CO_COROUTINE:
-        return  # It needs a loop and a server of its own: its guide runs it.
+        return  # Requires a loop and a server: its guide runs the example.
     if "install(" not in code:
         declare_jobs(names)
     with suppress(dramatiq_policies.Verdict, dramatiq_policies.NoCurrentJob):

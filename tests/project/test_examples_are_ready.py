@@ -1,4 +1,4 @@
-"""Each example passes the gate that the guides recommend."""
+"""Each example passes `dramatiq-policies check`, as the guides recommend."""
 
 from __future__ import annotations
 

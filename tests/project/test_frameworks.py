@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports an example anew, on a StubBroker of its own."""
+    """Import an example again, on a new StubBroker."""
     loaded = []
 
     def example(name):
@@ -88,7 +88,7 @@ def test_fastapi_says_that_it_could_not_pass_an_order_on(load, monkeypatch):
 
 @pytest.fixture
 def transactions(load, monkeypatch, tmp_path):
-    """The FastAPI example with transactions, on a database of its own, and its client."""
+    """Yield the FastAPI example with transactions, on a new database, and a client."""
     testclient = pytest.importorskip("fastapi.testclient")
     pytest.importorskip("aiosqlite")
     monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/shop.db")
@@ -99,7 +99,7 @@ def transactions(load, monkeypatch, tmp_path):
 
 
 def paid(shop, client):
-    """The orders with a payment, one for each payment."""
+    """Return the order of each payment."""
 
     async def orders():
         async with shop.AsyncSession(shop.engine) as session:

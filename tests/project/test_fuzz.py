@@ -1,4 +1,4 @@
-"""Rubbish of every kind: any body and any options through a real worker, and all that reads what others wrote.
+"""Random input of every kind: bodies and options through a real worker, and all readers of foreign data.
 
 Seconds by default; `make fuzz` gives each test its share of FUZZ_SECONDS, with new examples each time.
 """
@@ -57,7 +57,7 @@ FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 
 
 def fuzzed(examples, **strategies):
-    """Run a test on a few examples, always the same, or for its share of FUZZ_SECONDS on ever new ones."""
+    """Run a test on a few fixed examples, or on new examples for its share of FUZZ_SECONDS."""
 
     def decorate(test):
         fuzzed.tests += 1
@@ -83,7 +83,7 @@ def fuzzed(examples, **strategies):
 
 fuzzed.tests = 0
 
-#: Too long to come about while these tests run, and less than the seven days that Dramatiq can wait.
+#: Too long for these tests, and within the seven days of Dramatiq's longest wait.
 DAYS = 4 * 86_400_000
 HUGE = [2**31, 2**53, 2**63, 10**18, 10**400, -1, -(2**63), 1e308, 1e-9]
 scalars = (
@@ -110,7 +110,7 @@ messages = st.fixed_dictionaries(
 
 
 def waits(least):
-    """Anything but a wait so short that a job that always fails would be tried again for ever."""
+    """Any value but a short wait: a job with permanent failures would be tried again for ever."""
     return anything.filter(lambda value: not (isinstance(value, (int, float)) and value < least))
 
 
@@ -180,7 +180,7 @@ def waits_long(queue, body):
 
 
 class Deliveries(Middleware):
-    """Counts what was put on the queues to be run within this test."""
+    """Counts the messages enqueued within the test."""
 
     def __init__(self):
         # One for each; threads append to it.
@@ -194,14 +194,14 @@ class Deliveries(Middleware):
 
 
 class Place:
-    """A worker that goes on through all examples, with an actor for each way that a job may end."""
+    """A worker for all examples, with an actor for each ending of a job."""
 
     def __init__(self):
         self.deliveries = Deliveries()
         extra = [Results(backend=ResultsBackend(), store_results=True), GroupCallbacks(LimitsBackend())]
         self.stage = Stage(
             middleware=[*extra, self.deliveries],
-            # A message that finds its key taken waits for a quarter of the lease at most.
+            # A message with a taken key waits for a quarter of the lease at most.
             bundle={"idempotency": Idempotency(lease=2_000), "metrics": Metrics(client=PlainClient())},
             retry_on={KeyError: RetryPolicy(attempts=3, wait=0)},
             discard_on=LookupError,
@@ -254,7 +254,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def places():
-    """The worker under test; a test that failed has taken it away, so that its next example begins with a new one."""
+    """Return the worker under test. After a failure the next example gets a new worker."""
     places = []
     with pytest.MonkeyPatch.context() as patch:
         # A worker on a StubBroker takes delay queues for work queues, and waiting messages would hold all its slots.
@@ -410,6 +410,6 @@ def test_a_middleware_built_with_rubbish_is_a_configuration_error(one):
     except ConfigurationError as error:
         said = str(error)
     except (TypeError, ValueError):
-        # Raised in a job, where it says what any wrong call does.
+        # Raised in a job, as by any wrong call.
         assert what is Snooze
     assert said is None or what is Threshold or any(name in said for name in arguments)

@@ -13,7 +13,7 @@ import pytest
 import dramatiq_policies
 
 PACKAGE = Path(dramatiq_policies.__file__).parent
-#: From the ground up: a package, or a module of the root, may import those of the lines above its own, and itself.
+#: From the bottom up: a package or a module of the root imports only from earlier lines, and from the same package.
 LAYERS = [
     {"common"},
     {"errors"},
@@ -73,7 +73,7 @@ def test_each_package_imports_only_from_below():
 
 
 def circles() -> list[set[str]]:
-    """Sets of modules of which each imports, perhaps by way of others, each other one."""
+    """Return sets of modules in a circle: each imports each other, perhaps indirectly."""
     reached = {module: imports_of(module) for module in MODULES if module}
     for middle, behind in reached.items():
         for found in reached.values():
@@ -97,13 +97,13 @@ def test_each_package_states_its_purpose():
     assert [str(path) for path in packages if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
-#: Django finds these packages by their names, and nothing imports them.
+#: Found by Django by name, and imported by no module.
 FOUND_BY_DJANGO = {"contrib.django.management", "contrib.django.management.commands", "contrib.django.migrations"}
 PACKAGES = {module for module, path in MODULES.items() if module and path.name == "__init__.py"}
 
 
 def face_of(package: str) -> set[str]:
-    """The names in a package's ``__all__``: its own, and the modules that other packages import."""
+    """Return the names in a package's ``__all__``: its own, and modules imported by other packages."""
     for node in ast.parse(MODULES[package].read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
             return set(ast.literal_eval(node.value))

@@ -22,7 +22,7 @@ ORDER = (7, "ada@example.com", "12.50 EUR")
 
 @pytest.fixture
 def app(monkeypatch):
-    """The app as `dramatiq examples.orders.app` imports it; there is no Redis at its URL."""
+    """Import the app as `dramatiq examples.orders.app` does; its URL leads to no Redis."""
     monkeypatch.setattr(dramatiq.broker, "global_broker", None)
     monkeypatch.setenv("BROKER_URL", "redis://127.0.0.1:1/0")
     yield from import_app()
@@ -30,7 +30,7 @@ def app(monkeypatch):
 
 @pytest.fixture
 def app_on_stub(monkeypatch):
-    """The app with the broker that its own variable chooses, for a real worker."""
+    """Import the app with the broker of its environment variable, for a real worker."""
     monkeypatch.setattr(dramatiq.broker, "global_broker", None)
     monkeypatch.setenv("BROKER_URL", "stub://")
     yield from import_app()

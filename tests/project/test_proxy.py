@@ -22,7 +22,7 @@ TIMEOUT = 10
 
 
 class EchoServer(socketserver.ThreadingTCPServer):
-    """Answers each line with the same line, and remembers what it has heard."""
+    """Answers each line with the same line, and records all lines."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -46,7 +46,7 @@ class EchoServer(socketserver.ThreadingTCPServer):
             self.changed.notify_all()
 
     def wait_for(self, *, heard: list[bytes] | None = None, connections: int | None = None) -> None:
-        """Wait until it has heard just these lines, or has so many connections."""
+        """Wait until the server has recorded exactly these lines, or has this number of connections."""
         with self.changed:
             assert self.changed.wait_for(
                 lambda: (heard is None or self.heard == heard) and (connections is None or self.open == connections),
@@ -430,7 +430,7 @@ def test_many_connections_and_cuts_leave_no_thread_and_no_socket(server: EchoSer
     for thread in threading.enumerate():
         if "process_request" in thread.name:
             thread.join(TIMEOUT)
-    # What ends of its own accord, here or from an earlier test, may take a moment, and can only make it fewer.
+    # Threads of this or an earlier test may take a moment to end, and only lower the numbers.
     ends = monotonic() + TIMEOUT
     while any(now > then for now, then in zip(_threads_and_sockets(), before, strict=True)):
         assert monotonic() < ends, (_threads_and_sockets(), before)

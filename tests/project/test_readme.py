@@ -26,7 +26,7 @@ from examples.orders.shop import OrderNotFound
 from ..forked import run_forked
 
 ROOT = Path(__file__).parents[2]
-#: Kept between runs: mypy takes four seconds without it.
+#: Kept between runs: mypy takes four seconds without a cache.
 CACHE = ROOT / ".mypy_cache" / "readme"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 #: Followed step by step in tests/kit/test_kit_guide.py.
@@ -35,7 +35,7 @@ WITH_SNIPPETS = [page for page in PAGES if page != STEP_BY_STEP and "```python" 
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]*)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
-#: Every page that somebody reads, examples and benchmarks included.
+#: Every page for readers, of examples and benchmarks, too.
 WRITTEN = sorted(
     page for where in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md") for page in ROOT.glob(where)
 )
@@ -72,7 +72,7 @@ def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog, monk
     text = (ROOT / page).read_text()
     snippets = list(SNIPPET.finditer(text))
     assert len(snippets) == text.count("```python")
-    # A module of its own, since class paths and dotted strings name it; the get-started page calls it `jobs`.
+    # A module with a name, for class paths and dotted strings; the get-started page has the name `jobs`.
     module = types.ModuleType("snippets")
     monkeypatch.setitem(sys.modules, "jobs", module)
     for snippet in snippets:
@@ -118,7 +118,7 @@ def test_the_first_job_of_a_page_passes_the_check(page, tmp_path, shop):
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub and MkDocs make them."""
+    """Return the anchors of the headings, as made by GitHub and MkDocs."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
 

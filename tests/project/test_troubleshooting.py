@@ -1,4 +1,4 @@
-"""The texts that docs/troubleshooting.md quotes are texts that the package or Dramatiq prints."""
+"""The package or Dramatiq prints every text quoted in docs/troubleshooting.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BETWEEN_LITERALS = re.compile(r"""["']\s*\n\s*f?["']""")
 
 
 def sources() -> str:
-    """The source of both packages, with literals that span lines joined."""
+    """Return the source of both packages, with literals of several lines joined."""
     files = (file for package in (dramatiq_policies, dramatiq) for file in Path(package.__file__).parent.rglob("*.py"))
     return BETWEEN_LITERALS.sub("", "\n".join(file.read_text() for file in files))
 

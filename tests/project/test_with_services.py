@@ -36,7 +36,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """Puts a shell script of this name on an otherwise empty PATH; what it is called with is in the returned file."""
+    """Put a shell script on an otherwise empty PATH. The returned file has the arguments of its calls."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -70,7 +70,7 @@ def server_that_answers(*replies: bytes, greeting: bytes = b"") -> Iterator[int]
 
 
 class Fake:
-    """A service that is nowhere, until a test says otherwise."""
+    """A service without any server, until a test provides a server."""
 
     def __init__(self, script: ModuleType) -> None:
         self.events: list[str] = []
@@ -242,7 +242,7 @@ def test_docker_starts_a_server_next_on_a_free_port_and_removes_it_with_its_volu
     assert up.endswith(" up --detach --wait fake")
     assert down.endswith(" down --volumes")
     assert up.split()[:3] == down.split()[:3]  # one project, of its own
-    # Without its profile a database would go on running.
+    # Without the profile a database would go on running.
     assert (calls.parent / "bin" / "docker.profiles").read_text() == "databases\n"
 
 
