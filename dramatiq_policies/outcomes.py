@@ -142,7 +142,7 @@ def traceparent_of(message: Message[Any] | MessageProxy | None) -> str | None:
 
 
 def extra_of(event: OutcomeEvent, message: Message[Any] | MessageProxy | None) -> dict[str, Any]:
-    """Return the fields of a log record, with the message's ``traceparent`` if it has one."""
+    """Return the fields of a log record, and the message's ``traceparent`` if there is one."""
     traceparent = traceparent_of(message)
     return event.extra() if traceparent is None else {**event.extra(), "traceparent": traceparent}
 

@@ -1,4 +1,4 @@
-"""Open a queue of any broker: `reader_of` counts messages, `browse` reads messages one by one."""
+"""Open a queue of any broker: count the messages by `reader_of`, or read the messages by `browse`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def reconnect(pool: Any) -> None:
     if queue is None:
         pool.disconnect(inuse_connections=False)
     else:
-        # Take each connection, so that no other thread gets one meanwhile.
+        # Take all connections: other threads must not get them now.
         taken = []
         with suppress(Empty):
             while True:

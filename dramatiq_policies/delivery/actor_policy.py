@@ -1,4 +1,4 @@
-"""The options of an actor: checked at its declaration, and resolved once for all its messages."""
+"""The options of an actor, checked at the declaration and resolved once for all messages."""
 
 from __future__ import annotations
 

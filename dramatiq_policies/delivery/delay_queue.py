@@ -16,7 +16,7 @@ __all__ = ["DelayQueue", "Move"]
 
 
 class DelayQueue(PriorityQueue[Any]):
-    """Dramatiq's queue of delayed messages in hand, except that only we take messages out of it.
+    """The delayed messages in hand. Dramatiq puts messages in, and only dramatiq_policies takes messages out.
 
     Dramatiq's consumer thread puts messages in, and a worker's ``join`` waits for the queue to be empty. Dramatiq would move
     due messages without a confirmation of the broker, and drop all messages when a connection is lost.

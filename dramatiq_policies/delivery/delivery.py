@@ -63,7 +63,7 @@ class RunContext(Protocol):
 
 
 class DeliveringTransport(Protocol):
-    """The part of `Transport` that a run of a job, and the reports about it, use."""
+    """The part of `Transport` for the run of a job and the reports of the run."""
 
     source: str
     queue_name: str
@@ -121,7 +121,7 @@ class JobTransaction:
     is_committed: bool = False
 
 
-#: The function to run for a delivery: what calls it, and interrupts the call at the deadline; the function; its arguments.
+#: A job to run: the runner, which also interrupts; the function; its positional and its keyword arguments.
 Job: TypeAlias = "tuple[Runner, Callable[..., Any], tuple[Any, ...], dict[str, Any]]"
 
 #: The stages of a delivery: taken from the queue; before-hooks done; job running; job finished.

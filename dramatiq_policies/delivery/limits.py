@@ -1,4 +1,4 @@
-"""The timeout and the queue timeout of a message, from its actor's options and its own."""
+"""The timeout and the queue timeout of a message: from the options of the message, else of the actor."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def expired_after(message: Message[Any] | MessageProxy, queue_timeout_ms: float 
     """Return how long an expired message has waited for its first run, in milliseconds; None if it has not expired.
 
     Parameters:
-      message: Its option ``ready_at`` is the time it became ready, in ms since the epoch. Plain Dramatiq does not set the
-        option: then the message's timestamp counts.
+      message: The option ``ready_at`` holds the time at which the message became ready, in ms since the epoch. Plain Dramatiq does
+        not set the option: then the message's timestamp counts.
       queue_timeout_ms: The actor's queue timeout, from `Timeout.resolve`.
       now_ms: The time, in ms since the epoch.
 

@@ -1,4 +1,4 @@
-"""Check received messages, which any sender may have written: reject unreadable ones, drop unusable options."""
+"""Check received messages of any sender: reject unreadable messages, and drop unusable options."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from dramatiq.middleware import GroupCallbacks, Middleware, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from .. import _dramatiq
+from .._dramatiq import find_middleware
 from ..delivery.decision import Decision
 from ..errors import NoResult
 from ..outcomes import Outcome, logger
@@ -38,7 +39,7 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
     message = delivery.message
     options = message.options
     target = options.get("pipe_target")
-    results = next((m for m in broker.middleware if isinstance(m, Results)), None)
+    results = find_middleware(broker, Results)
     result, found, missed = None, False, False
     if results is not None:
         stored, ttl = _dramatiq.results_options(results, broker, message)

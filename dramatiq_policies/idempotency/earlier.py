@@ -78,8 +78,8 @@ class EarlierRecords:
     def companion(self, name: str, record: Record, retention: int) -> tuple[str, bytes, int] | tuple[()]:
         """Return name, value and ttl of the register to write in the same step: the completed record with its fingerprint.
 
-        Empty for a store that can't write two registers in one step. The companion lives for an hour
-        at most: duplicates come soon, and a store keeps millions of completed keys.
+        Empty if the store can't write two registers in one step. The companion lives for an hour at most: duplicates come soon,
+        and a store keeps millions of completed keys.
         """
         if not self._takes_companions:
             return ()

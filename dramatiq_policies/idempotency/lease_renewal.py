@@ -97,7 +97,7 @@ class Leases:
                 logger.exception("Leases could not be renewed; the worker tries again.")
 
     def renew(self) -> None:
-        """Flush the pending writes, then renew all leases in one round trip; if the round trip fails, one by one.
+        """Flush the pending writes, and renew all leases in one round trip. After a failed round trip, renew one lease after the other.
 
         A write or a claim on which the store always fails does not block the others.
 

@@ -286,7 +286,7 @@ def _after_a_crash(record: Record, request: Request, more: int) -> Action:
 
 
 def _start(starts: int, ended: tuple[tuple[str, int], ...], request: Request) -> Start:
-    # The last allowed start is made alone. A job that only ran beside a killer survives its own last start.
+    # The last allowed start is made alone: an innocent job beside a killer then survives.
     last = starts > 1 and request.max_crashes is not None and starts >= request.max_crashes
     return Start(starts, ended, alone=last and not (request.alone or request.beside))
 

@@ -25,6 +25,7 @@ __all__ = [
     "PolicyMiddleware",
     "arrangement_of",
     "conflicting_stock",
+    "has_policies",
     "order_middleware",
     "register_installer",
 ]
@@ -36,6 +37,11 @@ def conflicting_stock(broker: Broker, stock: type[Middleware], ours: type[Middle
     """Return the names of the broker's middleware derived from ``stock``, to be replaced by ``ours``."""
     found = (middleware for middleware in broker.middleware if isinstance(middleware, stock))
     return [type(middleware).__name__ for middleware in found if not isinstance(middleware, ours)]
+
+
+def has_policies(broker: Broker) -> bool:
+    """Return whether a broker has any middleware of dramatiq_policies."""
+    return any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware)
 
 
 class Arrangement:

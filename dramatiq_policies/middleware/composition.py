@@ -41,7 +41,7 @@ _STORE_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
 def _recorded(
     stock: type[Middleware], middleware: Middleware, broker: Broker, message: MessageProxy, result: Any
 ) -> list[OutgoingMessage]:
-    """Run Dramatiq's own code, and return the messages that it enqueues."""
+    """Run Dramatiq's own code, and return the enqueued messages."""
     recorder = Recorder(broker)
     stock.after_process_message(middleware, recorder, message, result=result)  # type: ignore[arg-type]
     return recorder.sends

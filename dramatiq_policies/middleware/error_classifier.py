@@ -174,7 +174,7 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if state is None:
             state = order_middleware(broker)
         if getattr(state.moving_delayed, "on", False):
-            # Moved out of the delay queue: it became ready at its time, not now.
+            # A message from the delay queue became ready at its due time, not now.
             return
         message.options[READY_AT] = now_ms() if delay is None else _ready_at(message, delay)
         timedeltas_to_ms(message)

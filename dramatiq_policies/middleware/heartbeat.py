@@ -179,7 +179,7 @@ class Heartbeat(PolicyMiddleware):
                 os.close(shared)
 
     def _allows_touch(self, path: Path) -> bool:
-        """Return False only for the file of a living process that has not touched it lately."""
+        """Return False for an old file of a living process, and True for any other file."""
         if path == self._own_path or not _OWN_SUFFIX.fullmatch(path.suffix):
             return True
         try:

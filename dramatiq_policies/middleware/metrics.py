@@ -79,7 +79,7 @@ class Metrics(PolicyMiddleware):
       queue_prefix: The prefix of queue gauges, for a QueueMonitor. Default ``"queues"``.
 
     Attributes:
-      statsd: The `Statsd` that sends the values; you may replace it.
+      statsd: Sends the values. You may assign another `Statsd`.
 
     Raises:
       ConfigurationError: An argument is wrong.

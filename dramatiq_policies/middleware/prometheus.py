@@ -22,7 +22,7 @@ __all__ = ["count_retries_of"]
 
 def count_retries_of(middleware: Middleware, state: BrokerState) -> None:
     """Make a Prometheus middleware count each retry once; leave any other middleware alone."""
-    # Recognised by its module: importing that module would create a folder.
+    # By the name of the module: an import would create a folder.
     if type(middleware).__module__ != "dramatiq.middleware.prometheus" or "after_enqueue" in vars(middleware):
         return
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from .._dramatiq import find_middleware
 from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..common.durations import CENTURY_MS, format_duration
 from ..common.forks import after_fork
@@ -62,8 +63,8 @@ class QueueMonitor(PolicyMiddleware):
       interval: The time between two readings, in milliseconds or as a ``timedelta``. Default 15 seconds.
       thresholds: A `Threshold` by queue name or by ``fnmatch`` pattern (``"mail.*"``). A queue's own name goes first, then the
         first pattern that matches. Put ``"*"`` last for all other queues.
-      outbox: The `Threshold` of the outbox: ``ready`` for the messages that wait there, ``oldest`` for the age of the oldest one.
-        Default None: no alert.
+      outbox: A `Threshold` for the outbox: ``ready`` limits the number of waiting messages, ``oldest`` the age of the oldest
+        message. Default None: no alert.
       on_alert: The receiver of each `QueueAlert`: a callable, ``"log"`` (default: a WARNING on ``dramatiq_policies.alerts`` with
         fields in ``extra``), ``"sentry"``, or a list of these. Errors of a callable are logged.
       client: A client for the gauges, as for `Metrics`. Default None: the client of the broker's Metrics; without Metrics the
@@ -281,7 +282,7 @@ class QueueMonitor(PolicyMiddleware):
         from ..observability.queue_gauges import gauges_of, worker_gauges
         from .metrics import Metrics
 
-        metrics = next((found for found in self._state().broker.middleware if isinstance(found, Metrics)), None)
+        metrics = find_middleware(self._state().broker, Metrics)
         statsd, prefix = self._statsd, self.queue_prefix
         if metrics is not None:
             statsd = metrics.statsd if statsd is None else statsd

@@ -213,6 +213,6 @@ def _tags(own: Any, **ours: Any) -> dict[str, str]:
 
 
 def _without_arguments(event: Any, hint: Any) -> Any:
-    """Drop the message that Sentry's integration adds to each event in its scope."""
+    """Remove the message's arguments, which Sentry's integration adds to each event."""
     event.get("contexts", {}).pop("dramatiq", None)
     return event

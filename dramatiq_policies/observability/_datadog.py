@@ -1,7 +1,7 @@
 """A second client beside a client of the ``datadog`` package.
 
 ``open_buffer`` of a DogStatsD client drops the buffered values of the application (datadog 0.47), or mixes the values of the
-application with ours. So a private client batches our values. Its address, names and tags equal those of the application's client.
+application with ours. So a private client, with the address, names and tags of the application's client, batches our values.
 """
 
 from __future__ import annotations

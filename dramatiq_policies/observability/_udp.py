@@ -1,4 +1,4 @@
-"""A ``statsd`` client over UDP that resolves its server lazily."""
+"""A ``statsd`` client over UDP, with a lazy lookup of the server."""
 
 from __future__ import annotations
 

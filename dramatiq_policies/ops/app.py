@@ -21,7 +21,7 @@ from dramatiq.brokers.stub import StubBroker
 from ..bundle import install
 from ..common.credentials import learn_passwords, redact
 from ..errors import OperationError
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import has_policies
 from ..middleware.ordering import order_middleware
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_broker(app: str, path: Iterable[str] = (".",), *, stand_in: bool = Fals
 
 
 def _with_middleware_in_order(app: str, broker: Broker) -> Broker:
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+    if has_policies(broker):
         with importing(app):
             order_middleware(broker)
     learn_passwords(broker, *broker.middleware)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import ConnectionClosed
 
-from .._dramatiq import kind_of
+from .._dramatiq import find_middleware, kind_of
 from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..middleware.queue_monitor import QueueMonitor
 from ..observability.queue_thresholds import OUTBOX, QueueAlert
@@ -103,7 +103,7 @@ def _unreachable(broker: Any, error: ConnectionClosed) -> OperationError:
 
 def monitor_of(broker: Broker) -> QueueMonitor | None:
     """Return the broker's QueueMonitor, or None."""
-    return next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
+    return find_middleware(broker, QueueMonitor)
 
 
 def _breaches(monitor: QueueMonitor | None, reading: QueueReading) -> tuple[QueueAlert, ...]:

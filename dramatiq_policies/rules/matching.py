@@ -73,7 +73,7 @@ class RuleSet:
         return None if found is None else found[0]
 
     def match_leaf(self, error: BaseException) -> tuple[Rule, BaseException] | None:
-        """Return the rule and the error that matches: for an exception group, one of its leaves.
+        """Return the deciding rule and the matching error. In an exception group the error is a leaf.
 
         If a leaf alerts, alert. Else if a leaf discards, discard. Else retry by the rule with the fewest attempts. A rule for
         the group's own class counts if no leaf has a rule.

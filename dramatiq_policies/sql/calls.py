@@ -63,7 +63,7 @@ class ThreadCalls:
                 self.engine.pool.dispose()
 
     def close(self) -> None:
-        """Close the connections; a call that still runs closes its own."""
+        """Close the idle connections. A running call closes its connection at the end."""
         self._is_closed = True
         self._threads.close()
         self.engine.pool.dispose()

@@ -110,8 +110,8 @@ class SqlOutbox(Outbox):
             async with AsyncSession(engine) as session, session.begin(), outbox.within(session):
                 send_confirmation.send(order.id)
 
-        The block begins, commits and ends no transaction. The block belongs to the thread or task that has entered it: other
-        threads, and tasks that the block starts, send at once.
+        `within` neither begins nor ends a transaction. Only the thread or task of the block is inside: other threads, and tasks
+        started in the block, send at once.
 
         Parameters:
           session: A Session, an AsyncSession or a Connection.

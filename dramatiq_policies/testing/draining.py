@@ -23,6 +23,7 @@ from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
 from .. import _dramatiq
+from .._dramatiq import find_middleware
 from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current
@@ -120,7 +121,7 @@ class Drain:
         self.environment = environment
         self.broker = environment.broker
         self.clock = environment.clock
-        metrics = next((found for found in environment.broker.middleware if isinstance(found, Metrics)), None)
+        metrics = find_middleware(environment.broker, Metrics)
         self.run = Run(environment.broker.actors, metrics)
         self.died = False
         #: The ids of messages that wait for the idempotency store.

@@ -14,7 +14,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from ..delivery.delivery import Delivery, running_delivery
 from ..errors import ConfigurationError, TimeoutExceeded
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import has_policies
 from ..middleware.ordering import order_middleware
 from .draining import WorkerDied, drain_in_progress
 from .patching import Times, around, in_place_of
@@ -83,7 +83,7 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
     """
     where = f"hang({actor.actor_name!r})"
     counted = Times(where, times)
-    if not any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
+    if not has_policies(actor.broker):
         raise ConfigurationError(f"{where}: the actor's broker has no Timeout. Call install(broker) first.")
     policy = order_middleware(actor.broker).policies.get(actor.actor_name)
     if policy is None or policy.timeout_ms is None:

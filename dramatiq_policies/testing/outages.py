@@ -13,7 +13,7 @@ from dramatiq.errors import ConnectionFailed
 
 from ..delivery.broker_state import state_of
 from ..errors import ConfigurationError
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import has_policies
 from ..middleware.idempotency import Idempotency
 from ..middleware.ordering import order_middleware
 from ..transactions.outbox import outbox_on
@@ -102,7 +102,7 @@ def store_down(
     Raises:
       ConfigurationError: The broker has no Idempotency with a store.
     """
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+    if has_policies(broker):
         order_middleware(broker)
     found = [one for one in broker.middleware if isinstance(one, Idempotency) and one.claims is not None]
     if not found:

@@ -13,7 +13,7 @@ from dramatiq.asyncio import async_to_sync
 from ..common.callables import unwrapped
 from ..errors import ConfigurationError
 from ..interrupts.coroutines import is_async
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import has_policies
 from ..middleware.ordering import order_middleware, resolve_actor
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def in_place_of(actor: Actor[..., Any], make: Callable[[Any], Any]) -> Iterator[
 
 def _resolve_again(actor: Actor[..., Any]) -> None:
     """Resolve the actor's options for its new function."""
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in actor.broker.middleware):
+    if has_policies(actor.broker):
         state = order_middleware(actor.broker)
         state.policies.pop(actor.actor_name, None)
         resolve_actor(state, actor)

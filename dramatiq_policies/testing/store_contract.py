@@ -31,7 +31,7 @@ class IdempotencyStoreContract(ClaimsContract):
       shared: Whether other processes see the same registers. Default True; False for a store in memory.
       busy: The number of threads in a call during a fork. Default 0: the libraries below many stores can't bear
         more.
-      rivals: The number of threads that update one register at the same moment. Default 100. The work grows with the
+      rivals: The number of threads that update one register concurrently. Default 100. The work grows with the
         square: choose fewer for a slow store.
     """
 

@@ -11,7 +11,7 @@ from dramatiq.brokers.stub import StubBroker
 from ..delivery.broker_state import BrokerState
 from ..errors import ConfigurationError
 from ..idempotency.store_client import StoreDown
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import has_policies
 from ..middleware.idempotency import guard_on
 from ..middleware.ordering import order_middleware
 from ..transactions.outbox import outbox_on
@@ -79,7 +79,7 @@ def environment_of(broker: Broker) -> StubEnvironment:
                 f"The test kit runs the messages of a StubBroker, got a {type(broker).__name__}. Use `with "
                 "stub() as broker:`: it lends the actors to a StubBroker."
             )
-        if not _has_policies(broker):
+        if not has_policies(broker):
             raise ConfigurationError(
                 "The broker has no middleware of dramatiq_policies, so its messages have no outcomes. "
                 "Call install(broker) before you declare actors."
@@ -90,8 +90,4 @@ def environment_of(broker: Broker) -> StubEnvironment:
 
 def find_environment(broker: Broker) -> StubEnvironment | None:
     """Return the environment of the broker, made at the first call; None for a broker that `drain` refuses."""
-    return environment_of(broker) if isinstance(broker, StubBroker) and _has_policies(broker) else None
-
-
-def _has_policies(broker: Broker) -> bool:
-    return any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware)
+    return environment_of(broker) if isinstance(broker, StubBroker) and has_policies(broker) else None

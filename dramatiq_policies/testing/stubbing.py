@@ -19,7 +19,7 @@ from dramatiq.results.backends.stub import StubBackend as StubResults
 from .. import _dramatiq
 from ..bundle import install
 from ..common.callables import unwrapped
-from ..middleware.base import PolicyMiddleware
+from ..middleware.base import PolicyMiddleware, has_policies
 from ..middleware.ordering import order_middleware
 from .stub_environment import find_environment
 
@@ -50,9 +50,9 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
     Your own middleware is the same object on both brokers. Rate limiters and result backends that your code has made
     stay as they are.
 
-    Import the application before. If its first import happens inside and sets a global broker, its actors keep that
-    broker and are not lent. If the import sets no broker, its actors are lent, and belong to the global broker
-    afterwards; without a global broker they stay on the StubBroker.
+    Import the application before the block. An application first imported inside of the block keeps the global broker that the
+    import sets, and does not lend its actors. If the import sets no broker, the actors are lent, and belong to the global broker
+    afterwards; without a global broker the actors stay on the StubBroker.
     """
     real = dramatiq.broker.global_broker if broker is None else broker
     stand_in = _fresh(real)
@@ -96,7 +96,7 @@ def _is_of_a_module(actor: Actor[..., Any]) -> bool:
 def _fresh(broker: Broker | None) -> StubBroker:
     if broker is None:
         return install(StubBroker())
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+    if has_policies(broker):
         order_middleware(broker)
     stand_in = StubBroker(middleware=[])
     stand_in.middleware = [
@@ -104,7 +104,7 @@ def _fresh(broker: Broker | None) -> StubBroker:
     ]
     for middleware in stand_in.middleware:
         _dramatiq.add_options(stand_in, middleware)
-    if any(isinstance(middleware, PolicyMiddleware) for middleware in stand_in.middleware):
+    if has_policies(stand_in):
         order_middleware(stand_in)
     for name in sorted({q_name(name) for name in broker.get_declared_queues()}):
         stand_in.declare_queue(name)

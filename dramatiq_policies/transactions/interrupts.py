@@ -19,7 +19,7 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """Notes the interrupts of a delivery's job, also those that the job handles."""
+    """Records the interrupts of a job, also interrupts that the job has handled."""
 
     def __init__(self, delivery: Delivery) -> None:
         self.seen = False

@@ -1,4 +1,4 @@
-"""The channel on which RabbitMQ delivers the messages of one consumer."""
+"""The channel of one consumer."""
 
 from __future__ import annotations
 

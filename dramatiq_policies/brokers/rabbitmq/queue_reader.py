@@ -108,7 +108,7 @@ class RabbitmqQueueReader(QueueReader):
         }
 
     def _counts(self, queue: str) -> list[tuple[int, int]]:
-        """Return (ready messages, consumers) of the queue, its delay queue and its dead-letter queue."""
+        """Return (ready messages, consumers) of the work queue, the delay queue and the dead-letter queue."""
         if self._connection is None or not self._connection.is_open:
             self._connection = pika.BlockingConnection(parameters=self._parameters())
             self._channel = None

@@ -22,7 +22,7 @@ _MAX_UNCONFIRMED_ACKS = 1_000
 
 
 class Redeliveries:
-    """The redeliveries of one transport, and its runs that a redelivery may repeat.
+    """The redeliveries to one transport, and the runs of the transport's messages.
 
     Parameters:
       ended: The ended runs of the broker.

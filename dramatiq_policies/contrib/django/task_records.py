@@ -12,6 +12,7 @@ from django.utils.module_loading import import_string
 from dramatiq import Message
 from dramatiq.results import ResultBackend, ResultMissing, Results
 
+from ..._dramatiq import find_middleware
 from ...common.safe_logger import SafeLogger
 from ...delivery.history import traceback_of
 from ...outcomes import class_path, text_of
@@ -132,7 +133,7 @@ class TaskRecords:
             logger.warning("The result of task %s can't be stored: %s", result.id, error)
 
     def _results(self) -> Results | None:
-        return next((one for one in self.broker.middleware if isinstance(one, Results)), None)
+        return find_middleware(self.broker, Results)
 
     def _ttl(self, task: Task) -> int | None:
         """Return how long to keep the result of a task, in milliseconds; None for a task without stored results."""

@@ -22,7 +22,7 @@ from ...common.callables import is_coroutine_callable
 from ...delivery.broker_state import BrokerState
 from ...delivery.history import attempt_of
 from ...errors import ConfigurationError, how_to_add
-from ...middleware.base import PolicyMiddleware
+from ...middleware.base import has_policies
 from ...middleware.ordering import order_middleware
 from ...outcomes import BAD_ENDINGS, Outcome, OutcomeEvent
 from ...transactions.outbox import outbox_on
@@ -52,7 +52,7 @@ def runs_of(broker: Broker) -> TaskRuns:
     Raises:
       ConfigurationError: The broker has no middleware of dramatiq_policies.
     """
-    if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+    if not has_policies(broker):
         add = how_to_add("'dramatiq_policies.ErrorClassifier'", "install(broker)")
         raise ConfigurationError(f"DramatiqBackend: the broker has no middleware of dramatiq_policies. {add}.")
     state = order_middleware(broker)

@@ -14,7 +14,7 @@ from ..._dramatiq import kind_of
 from ...common.durations import declared_ms, format_duration, looks_like_seconds
 from ...common.safe_logger import ALERTS, is_heard
 from ...delivery.broker_state import state_of
-from ...middleware.base import PolicyMiddleware
+from ...middleware.base import has_policies
 from ...middleware.idempotency import Idempotency
 from ...middleware.timeout import Timeout
 from ...rules.rule import Verb
@@ -35,7 +35,7 @@ __all__ = ["check_actor", "check_broker"]
 def check_broker(broker: Broker, settings: Settings | None = None) -> list[Finding]:
     """Return all findings on a broker's actors and middleware, before exemptions."""
     settings = Settings() if settings is None else settings
-    if not any(isinstance(middleware, PolicyMiddleware) for middleware in broker.middleware):
+    if not has_policies(broker):
         return [_finding("DP022", None, f"The {type(broker).__name__} has no middleware of dramatiq_policies")]
     found = [_finding(code, None, text) for check in OF_BROKERS for code, text in check(broker)]
     for name in sorted(broker.actors):

@@ -11,7 +11,7 @@ from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
-from ..._dramatiq import kind_of
+from ..._dramatiq import find_middleware, kind_of
 from ...common.durations import LikelySeconds
 from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware, conflicting_stock
@@ -67,7 +67,7 @@ def _leftovers(broker: Broker) -> Found:
 
 
 def _thresholds(broker: Broker) -> Found:
-    monitor = next((middleware for middleware in broker.middleware if isinstance(middleware, QueueMonitor)), None)
+    monitor = find_middleware(broker, QueueMonitor)
     if monitor is None:
         yield "DP019", "The broker has no QueueMonitor: a backlog alerts nobody"
         return
@@ -82,7 +82,7 @@ def _thresholds(broker: Broker) -> Found:
 
 
 def _memory_store(broker: Broker) -> Found:
-    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    idempotency = find_middleware(broker, Idempotency)
     if idempotency is not None and isinstance(idempotency.store, MemoryStore) and kind_of(broker) != "stub":
         yield "DP024", "Idempotency has a MemoryStore"
 

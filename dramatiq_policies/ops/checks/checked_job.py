@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dramatiq.middleware import Middleware
+
+from ..._dramatiq import find_middleware
 from ...delivery.broker_state import BrokerState
 from ...middleware.error_classifier import ErrorClassifier
 from .broker_checks import named
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckedJob", "Settings"]
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Middleware)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class CheckedJob:
         return found
 
     def one(self, kind: type[M]) -> M | None:
-        return next((middleware for middleware in self.state.broker.middleware if isinstance(middleware, kind)), None)
+        return find_middleware(self.state.broker, kind)
 
     def named(self, name: str) -> Any:
         """Find a middleware by class name, without importing its module."""

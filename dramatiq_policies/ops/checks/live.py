@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import dq_name, xq_name
 
 from ... import _dramatiq
-from ..._dramatiq import kind_of
+from ..._dramatiq import find_middleware, kind_of
 from ...common.durations import format_duration
 from ...common.plurals import counted
 from ...delivery.broker_state import state_of
@@ -132,7 +132,7 @@ def _skew(client: Any, facts: dict[str, Any]) -> Found:
 
 
 def _store(broker: Broker, facts: dict[str, Any]) -> Found:
-    idempotency = next((middleware for middleware in broker.middleware if isinstance(middleware, Idempotency)), None)
+    idempotency = find_middleware(broker, Idempotency)
     state = state_of(broker)
     if idempotency is None or idempotency.store is None or idempotency.guard is None:
         return

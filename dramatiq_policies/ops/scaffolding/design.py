@@ -33,7 +33,7 @@ class IncompleteDesign(OperationError):
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A job's argument: its name and its annotation, or None."""
+    """An argument of a job: the name, and the annotation or None."""
 
     name: str
     annotation: str | None
