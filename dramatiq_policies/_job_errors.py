@@ -7,6 +7,7 @@ this module.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +17,12 @@ import dramatiq
 
 from .errors import UnreadableError
 
-__all__ = ["exc_info_of", "is_a", "quietly", "stand_in_for", "user_frames"]
+__all__ = ["exc_info_of", "is_a", "is_group", "quietly", "stand_in_for", "user_frames"]
 
 R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
+
+_GROUP: type[BaseException] | None = getattr(builtins, "BaseExceptionGroup", None)
 
 #: The most errors of a chain of causes that are read.
 _CHAIN = 1_000
@@ -85,9 +88,13 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(one))
         yield one
         pending += [cause for cause in (one.__cause__, one.__context__) if cause is not None]
-        if leaves := getattr(one, "exceptions", None) if _is_group(type(one)) else None:
+        if leaves := getattr(one, "exceptions", None) if is_group(type(one)) else None:
             pending += leaves
 
 
-def _is_group(cls: type[Any]) -> bool:
+def is_group(cls: type[Any]) -> bool:
+    """Whether a class of errors is an exception group."""
+    if _GROUP is not None:
+        return issubclass(cls, _GROUP)
+    # Before Python 3.11: of the package exceptiongroup.
     return any(base.__name__ == "BaseExceptionGroup" for base in cls.__mro__)

@@ -21,6 +21,7 @@ __all__ = [
     "refusals",
     "returned",
     "settlement",
+    "tracebacks",
     "transport",
     "validation",
 ]

@@ -22,8 +22,9 @@ from ..rules.verdicts import deciding
 from .callbacks import add_exhausted_callback
 from .decision import Decision
 from .delivery import Delivery
-from .history import POLICIES, History, now_ms, retries_of, traceback_of
+from .history import POLICIES, History, now_ms, retries_of
 from .outgoing import OutgoingMessage, Recorder
+from .tracebacks import traceback_of
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy

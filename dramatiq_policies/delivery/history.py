@@ -7,14 +7,13 @@ values.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._job_errors import quietly, user_frames
 from ..common import clock
-from ..common.texts import encodable, encodable_all
+from ..common.texts import encodable_all
 from ..outcomes import class_path, text_of
+from .tracebacks import traceback_of
 
 if TYPE_CHECKING:
     from .decision import Decision
@@ -29,7 +28,6 @@ __all__ = [
     "replays_of",
     "retries_of",
     "run_of",
-    "traceback_of",
 ]
 
 #: The message option with our counters.
@@ -39,8 +37,6 @@ FAILURE = "failure"
 
 _KEPT = 10
 _RUNS_OF_A_REPLAY = 1_000_000
-_TRACEBACK_LIMIT = 10_000
-_FRAMES = 30
 
 
 def now_ms() -> int:
@@ -187,17 +183,3 @@ def failure_of(decision: Decision, options: dict[str, Any], tags: Mapping[str, s
         "failed_at": now_ms(),
         **({"tags": encodable_all(tags)} if tags else {}),
     }
-
-
-def traceback_of(error: BaseException) -> str | None:
-    """Return an error's traceback from the user's code on, the last 10,000 characters; None if the error has none."""
-    stack = user_frames(quietly(lambda: error.__traceback__))
-    if stack is None:
-        return None
-    text = quietly(lambda: "".join(traceback.format_exception(type(error), error, stack, limit=-_FRAMES)))
-    if text is None:
-        frames = "".join(traceback.format_tb(stack, limit=-_FRAMES))
-        text = f"Traceback (most recent call last):\n{frames}{class_path(type(error))}: {text_of(error)}\n"
-    text = encodable(text)
-    # The end of a traceback says most.
-    return text if len(text) <= _TRACEBACK_LIMIT else "…" + text[1 - _TRACEBACK_LIMIT :]

@@ -80,62 +80,6 @@ def test_the_last_ten_failures_are_kept():
     assert [failure["attempt"] for failure in history.failures] == [*range(11, 20), 1]
 
 
-def raised(error):
-    try:
-        raise error
-    except Exception as caught:
-        return caught
-
-
-def test_a_traceback_is_cut_at_its_beginning():
-    error = raised(ValueError("x" * 20_000 + "the end"))
-    text = failure_of(Decision(Outcome.DEAD, exception=error), {})["traceback"]
-    assert len(text) == 10_000
-    assert text.startswith("…")
-    assert text.endswith("the end\n")
-
-
-def test_a_short_traceback_is_not_cut():
-    def shown(message):
-        return failure_of(Decision(Outcome.DEAD, exception=raised(ValueError(message))), {})["traceback"]
-
-    short = shown("x")
-    assert short.startswith("Traceback (most recent call last):\n")
-    assert short.endswith("in raised\n    raise error\nValueError: x\n")
-    filled = shown("x" * (10_001 - len(short)))
-    assert len(filled) == 10_000
-    assert filled.startswith("Traceback (most recent call last):\n")
-
-
-def test_the_traceback_of_a_deep_stack_shows_where_the_error_was_raised():
-    # Two functions in turn, since a traceback folds calls of the same line.
-    def ping(depth):
-        pong(depth - 1)
-
-    def pong(depth):
-        if depth == 0:
-            raise ValueError("at the bottom")
-        ping(depth - 1)
-
-    try:
-        ping(41)
-    except ValueError as error:
-        text = failure_of(Decision(Outcome.DEAD, exception=error), {})["traceback"]
-    assert 'raise ValueError("at the bottom")\n' in text
-    assert text.count("  File ") == 30
-
-
-def test_an_error_that_was_never_raised_has_no_traceback_and_that_of_one_that_can_not_be_shown_has_its_frames():
-    class Odd(Exception):
-        __cause__ = property(lambda self: 1 // 0)
-
-    assert failure_of(Decision(Outcome.DEAD, exception=ValueError()), {})["traceback"] is None
-    shown = failure_of(Decision(Outcome.DEAD, exception=raised(Odd("why"))), {})["traceback"]
-    assert shown.startswith("Traceback (most recent call last):\n")
-    assert "raise error" in shown
-    assert shown.endswith(".Odd: why\n")
-
-
 def test_a_failure_counts_the_attempts_that_were_decided_on_or_else_those_of_the_message():
     options = {"retries": 1}
     assert failure_of(Decision(Outcome.DEAD, attempt=5), options)["attempts"] == 5

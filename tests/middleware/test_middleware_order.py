@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 from contextlib import contextmanager
 
 import dramatiq
@@ -26,7 +28,16 @@ from dramatiq.rate_limits.backends import StubBackend as Counters
 from dramatiq.results import ResultFailure, ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 
-from dramatiq_policies import DiscardLogger, ErrorClassifier, Idempotency, RetryPolicy, Timeout, constant, current_job
+from dramatiq_policies import (
+    DiscardLogger,
+    ErrorClassifier,
+    Idempotency,
+    RetryPolicy,
+    Timeout,
+    constant,
+    current_job,
+    install,
+)
 from dramatiq_policies.testing import drain
 
 
@@ -184,3 +195,17 @@ def test_a_custom_stock_middleware_that_works_against_ours_is_logged_when_a_work
 def test_where_there_is_none_nothing_is_logged(caplog):
     with a_worker_of(StubBroker(middleware=[Retries(), TimeLimit(), ErrorClassifier(), Timeout()])):
         assert caplog.records == []
+
+
+def test_no_middleware_gets_a_dict_that_makes_each_look_up_of_a_hook_slower():
+    broker = StubBroker()
+    install(broker)
+    # From CPython 3.11 on, an object makes its dict at the first use of vars(), and looks up attributes more slowly from then on.
+    made = [
+        any(one is vars(middleware) for one in referents) for middleware, referents in referents_of(broker.middleware)
+    ]
+    assert any(made) == (sys.version_info < (3, 11))
+
+
+def referents_of(objects):
+    return [(one, gc.get_referents(one)) for one in objects]

@@ -14,7 +14,7 @@ from dramatiq.results import ResultBackend, ResultMissing, Results
 
 from ..._dramatiq import find_middleware
 from ...common.safe_logger import SafeLogger
-from ...delivery.history import traceback_of
+from ...delivery.tracebacks import traceback_of
 from ...outcomes import class_path, text_of
 
 if TYPE_CHECKING:
