@@ -160,6 +160,7 @@ class ActorPolicy:
 
     Attributes:
       actor_name: The actor's name.
+      declared: The options as declared. In ``actor.options`` a ``timedelta`` for Dramatiq's middleware has become a number.
       rules: The rules for exceptions, the actor's and the broker's.
       max_attempts: The highest number of attempts of its rules; 0 if no rule retries.
       tags: Constant tags.
@@ -176,6 +177,7 @@ class ActorPolicy:
         "actor_name",
         "after_discard",
         "dead_letter_discards",
+        "declared",
         "exempt",
         "idempotency",
         "idempotency_defaults",
@@ -213,7 +215,10 @@ class ActorPolicy:
         for option, takes in (("after_discard", "message, exception"), ("retry_when", "retries, exception")):
             if options.get(option) is not None:
                 expect_callable(where, option, options[option], takes)
-        options.update(checked_stock_options(where, options))
+        self.declared = dict(options)
+        for option, value in checked_stock_options(where, options).items():
+            # Results gives its ttl to Redis, and hiredis refuses a subclass of int.
+            options[option] = int(value) if isinstance(value, LikelySeconds) else value
         self.dead_letter_discards: bool | None = options.get("dead_letter_discards")
         if self.dead_letter_discards is not None:
             _expect_bool(where, "dead_letter_discards", self.dead_letter_discards)

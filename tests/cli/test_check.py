@@ -617,6 +617,8 @@ def test_a_get_result_of_something_else_is_no_finding(command):
     [
         ({"timeout": "30"}, "timeout=30"),
         ({"queue_timeout": "3600"}, "queue_timeout=3600"),
+        ({"max_age": "3600"}, "max_age=3600"),
+        ({"max_backoff": "600"}, "max_backoff=600"),
         ({"retry_on": "{OSError: RetryPolicy(attempts=3, wait=exponential(initial=2, maximum=60_000))}"}, "initial=2"),
         ({"retry_on": "{OSError: RetryPolicy(attempts=3, wait=constant(1_000), max_elapsed=60)}"}, "max_elapsed=60"),
     ],
@@ -659,5 +661,6 @@ def test_a_short_timedelta_is_taken_as_written(command):
     broker = "from datetime import timedelta\n\ndef ms(n): return timedelta(milliseconds=n)\n\n" + BOUNDED.replace(
         "install(broker,", f"install(broker, {installed},"
     )
-    app = command.app(job(retry_on=f"{{OSError: {rule}}}", timeout="ms(20)"), broker=broker)
+    short = dict.fromkeys(["timeout", "queue_timeout", "max_age", "min_backoff", "max_backoff"], "ms(20)")
+    app = command.app(job(retry_on=f"{{OSError: {rule}}}", **short), broker=broker)
     assert found(command.json("check", app), "DP027") == []

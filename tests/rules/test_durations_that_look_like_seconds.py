@@ -64,6 +64,15 @@ def test_an_actors_option_that_looks_like_seconds_is_a_warning_that_names_it(opt
     assert caplog.records[-1].levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("declared", [60, timedelta(milliseconds=60)])
+@pytest.mark.parametrize("option", ["max_age", "min_backoff", "max_backoff", "result_ttl"])
+def test_dramatiq_s_own_middleware_finds_a_plain_int(option, declared):
+    # Results gives its ttl to Redis, and hiredis refuses a subclass of int.
+    stage = Stage(middleware=[Results(backend=StubBackend())])
+    actor = stage.actor(lambda: None, actor_name="pay", **{option: declared})
+    assert (actor.options[option], type(actor.options[option])) == (60, int)
+
+
 @pytest.mark.parametrize(
     ("declare", "count"),
     [

@@ -106,7 +106,7 @@ def _uncapped(job: CheckedJob) -> Found:
 
 
 def _seconds(job: CheckedJob) -> Found:
-    given = [(name, job.options.get(name)) for name in _DURATIONS]
+    given = [(name, job.policy.declared.get(name)) for name in _DURATIONS]
     declared: list[tuple[str, Any]] = [(n, declared_ms(n, value)) for n, value in given if looks_like_seconds(n, value)]
     for rule in job.policy.rules.rules:
         if rule.owner == "actor" and rule.policy is not None:
