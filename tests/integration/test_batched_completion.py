@@ -135,6 +135,47 @@ def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..
     assert all(state(job, number) == "completed" for number in range(12))
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["store beside the broker", "store elsewhere"])
+def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_arguments(
+    redis_place: RedisPlace,
+    redis_client: redis.Redis,
+    batcher: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    beside: bool,
+) -> None:
+    namespace = f"{redis_place.namespace}:idem"
+
+    def shop_with_charge() -> tuple[Shop, Any]:
+        """A shop as another process has it: it remembers no arguments."""
+        broker = redis_place.broker()
+        store = RedisStore.beside(broker.client, namespace=namespace) if beside else None
+        shop = Shop(redis_place, store or RedisStore.from_url(redis_place.url, namespace=namespace), [])
+
+        # The key leaves the amount out.
+        @shop.actor(idempotency_key="{order}", actor_name="charge")
+        def charge(order: int, amount: int) -> None:
+            shop.ran.append(order)
+
+        return shop, charge
+
+    first, charge = shop_with_charge()
+    for order in range(12):
+        first.send(charge, order, 10)
+    first.work_until_all_are_done()
+    assert len([trip for trip in batcher if len(trip) == 2]) >= 11, batcher
+    # Each completed key, and its companion with four bytes more.
+    values = [redis_client.get(name) for name in redis_client.scan_iter(match=f"{namespace}:*", count=1_000)]
+    assert sorted(len(value) for value in values if value[:2] == b"\x01C") == [18] * 12 + [22] * 12
+
+    second, charge = shop_with_charge()
+    for order in range(12):
+        second.send(charge, order, 99 if order == 7 else 10)
+    with second.working():
+        until(lambda: second.place.ready() == 0 and second.broker.join(redis_place.queue) is None)
+    assert second.ran == []
+    assert sum("but other arguments" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_the_threads_of_a_worker_carry_for_one_another(make_shop: Callable[..., Shop]) -> None:
     shop = make_shop()
     job = shop.send_jobs(50)
