@@ -1,5 +1,6 @@
 """FastAPI (or Starlette): send from async code, and close the broker when the application ends.
 
+pip install fastapi uvicorn
 uvicorn examples.fastapi_shop:app      dramatiq examples.fastapi_shop
 """
 

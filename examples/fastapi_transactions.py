@@ -1,5 +1,6 @@
 """FastAPI with SQLAlchemy: an order and its message in one transaction, a payment and its key in another.
 
+pip install fastapi uvicorn aiosqlite
 uvicorn examples.fastapi_transactions:app      dramatiq examples.fastapi_transactions
 
 DATABASE_URL is an SQLite file by default. Another database: postgresql+asyncpg://user:password@localhost/shop, or
