@@ -184,11 +184,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _state(error: BaseException) -> str | None:
     # psycopg and asyncpg; psycopg2; SQLAlchemy's wrapper for asyncpg.
     found = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if error.args and isinstance(error.args[0], dict):  # pg8000
+        found = error.args[0].get("C")
     return found if isinstance(found, str) else None
 
 
 def _number(error: BaseException) -> int | None:
-    number = error.args[0] if error.args else None
+    # MariaDB's own driver has the number in an attribute only.
+    number = getattr(error, "errno", None) or (error.args[0] if error.args else None)
     return number if type(number) is int and not isinstance(error, OSError) else None
 
 

@@ -35,6 +35,17 @@ class OfMariaDB(Exception):
         super().__init__(number, "text of the server")
 
 
+class OfPg8000(Exception):
+    def __init__(self, state):
+        super().__init__({"S": "ERROR", "C": state, "M": "text of the server"})
+
+
+class OfMariaDBConnector(Exception):
+    def __init__(self, number, state):
+        super().__init__("text of the server")
+        self.errno, self.sqlstate = number, state
+
+
 def bare(error):
     return error
 
@@ -59,6 +70,8 @@ KINDS = {
         OfPostgreSQL("40001"),
         OfPostgreSQL("40P01"),
         OfPsycopg2("40P01"),
+        OfPg8000("40P01"),
+        OfMariaDBConnector(1213, "40001"),
         OfMariaDB(1213),
         OfMariaDB(1020),
         sqlite3.OperationalError("database is locked"),
@@ -67,17 +80,23 @@ KINDS = {
     is_disconnect: [
         OfPostgreSQL("08006"),
         OfPostgreSQL("57P01"),
+        OfPg8000("57P01"),
+        OfMariaDBConnector(2013, "HY000"),
         OfMariaDB(2006),
         OfMariaDB(2013),
         ConnectionResetError(104, "reset"),
     ],
     is_missing_table: [
         OfPostgreSQL("42P01"),
+        OfPg8000("42P01"),
+        OfMariaDBConnector(1146, "42S02"),
         OfMariaDB(1146),
         sqlite3.OperationalError("no such table: dramatiq_policies_keys"),
     ],
     is_duplicate: [
         OfPostgreSQL("23505"),
+        OfPg8000("23505"),
+        OfMariaDBConnector(1062, "23000"),
         OfMariaDB(1062),
         sqlite3.IntegrityError("UNIQUE constraint failed: dramatiq_policies_keys.name"),
     ],
