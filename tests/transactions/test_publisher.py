@@ -59,6 +59,36 @@ def test_a_lease_that_is_half_over_is_renewed_and_rows_of_others_are_left_to_the
     assert [row.id for row in office.rows()] == [taken.id]
 
 
+def test_rows_whose_lease_is_half_over_are_taken_by_nobody_while_they_are_published(office, publisher, monkeypatch):
+    rows = of(office, 1)
+    rows.since -= 3_600
+    office.end_leases()
+    batch = office.outbox.publication.batch
+    publish, taken = batch.publish, []
+
+    def meanwhile(messages):
+        taken.append(office.run(office.table.take_due, "relay", 10))
+        return publish(messages)
+
+    monkeypatch.setattr(batch, "publish", meanwhile)
+    publisher.submit(rows).wait(20)
+    assert (taken, office.queued()) == ([[]], [1])
+
+
+def test_after_a_lost_connection_the_other_rows_are_left_to_the_relay(office, publisher, monkeypatch):
+    tries = []
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 1)
+
+    def publish(run, ids, owners, since):
+        tries.append(ids)
+        return ConnectionError("refused")
+
+    monkeypatch.setattr(office.outbox.publication, "publish_committed", publish)
+    rows = of(office, 1, 2)
+    publisher.submit(rows).wait(20)
+    assert tries == [rows.ids[:1]]
+
+
 def test_many_rows_and_many_commits_at_once(office, publisher):
     tickets = [publisher.submit(of(office, *range(number, number + 3))) for number in range(0, 900, 3)]
     for ticket in tickets:
@@ -130,6 +160,16 @@ def test_a_deletion_that_fails_is_tried_again_so_that_no_message_is_published_tw
     monkeypatch.setattr(office.table, "delete", refuse_twice)
     publisher.submit(of(office, 1)).wait(20)
     assert (office.queued(), office.rows()) == ([1], [])
+
+
+def test_a_deletion_that_fails_until_the_lease_ends_says_that_the_messages_will_be_published_again(
+    office, publisher, monkeypatch, caplog
+):
+    monkeypatch.setattr(office.table, "lease", 1)
+    monkeypatch.setattr(office.table, "delete", lambda *args: 1 / 0)
+    publisher.submit(of(office, 1)).wait(20)
+    assert (office.queued(), len(office.rows())) == ([1], 1)
+    assert "1 published messages could not be deleted from the outbox, and will be published again" in caplog.text
 
 
 def test_a_waiting_caller_is_notified_when_the_publication_is_done():
