@@ -341,27 +341,29 @@ def test_a_runtime_whose_threads_can_t_be_interrupted_logs_once_and_reports_stuc
 
 
 def test_a_shutdown_interrupts_the_jobs_that_asked_for_it():
-    started = threading.Barrier(3)
+    started, over = threading.Barrier(4), threading.Event()
 
-    def job(end):
+    def job():
         started.wait()
-        spin(end)
+        while not over.is_set():
+            pass
         return "ran to its end"
 
     def work(index):
         try:
-            return interrupts.run(
-                job, (in_ms(500),), {}, deadline=in_ms(60_000) if index else None, on_shutdown=index < 2
-            )
+            return interrupts.run(job, (), {}, deadline=in_ms(60_000) if index else None, on_shutdown=index < 2)
         except Shutdown:
             return "shutdown"
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(work, index) for index in range(3)]
-        wait_for(lambda: sum(slot.tokens is not None for slot in interrupts._slots.values()) == 3)
-        time.sleep(0.05)
+        started.wait()
         shutdown()
-        assert [f.result() for f in futures] == ["shutdown", "shutdown", "ran to its end"]
+        try:
+            assert [future.result(20) for future in futures[:2]] == ["shutdown", "shutdown"]
+        finally:
+            over.set()
+        assert futures[2].result() == "ran to its end"
 
 
 def test_a_shutdown_interrupts_a_job_once():

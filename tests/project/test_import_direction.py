@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(module: str) -> set[str]:
+@functools.cache
+def imports_of(module: str) -> frozenset[str]:
     """The modules of the package that a module imports: at once, inside of functions, and for type checkers."""
     path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
@@ -54,7 +56,7 @@ def imports_of(module: str) -> set[str]:
             for alias in node.names:
                 name = ".".join([*parts, alias.name])
                 found.add(name if name in MODULES else ".".join(parts))
-    return found - {module, ""}
+    return frozenset(found - {module, ""})
 
 
 def package_of(module: str) -> str:
@@ -74,7 +76,7 @@ def test_each_package_imports_only_from_below():
 
 def circles() -> list[set[str]]:
     """Return sets of modules in a circle: each imports each other, perhaps indirectly."""
-    reached = {module: imports_of(module) for module in MODULES if module}
+    reached = {module: set(imports_of(module)) for module in MODULES if module}
     for middle, behind in reached.items():
         for found in reached.values():
             if middle in found:

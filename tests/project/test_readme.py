@@ -84,6 +84,7 @@ def test_every_snippet_runs_and_its_tests_pass(page, shop, request, caplog, monk
             test(**{fixture: request.getfixturevalue(fixture) for fixture in inspect.signature(test).parameters})
 
 
+@pytest.mark.timeout(600)  # mypy computes for four seconds, on a busy machine for minutes.
 def test_the_readmes_job_passes_strict_type_checks(tmp_path):
     (tmp_path / "app.py").write_text(SNIPPET.findall((ROOT / "README.md").read_text())[0])
     (tmp_path / "shop.py").write_text(
