@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from queue import Empty
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from dramatiq import Message
 from dramatiq import worker as _worker
@@ -17,8 +17,6 @@ from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers import stub as _stub
 from dramatiq.middleware import Middleware
 from dramatiq.results import Results
-
-M = TypeVar("M", bound=Middleware)
 
 #: The logger of worker threads, and the lines for failed and skipped messages.
 WORKER_LOGGER = "dramatiq.worker.WorkerThread"
@@ -225,11 +223,6 @@ def leave_rabbitmq_connections(broker: Any) -> object:
 def rabbitmq_queue_arguments(broker: Any, queue_name: str) -> dict[str, Any]:
     """Return the arguments for the declaration of a queue and its delay queue."""
     return cast("dict[str, Any]", broker._build_queue_arguments(queue_name))
-
-
-def find_middleware(broker: Broker, kind: type[M]) -> M | None:
-    """Return the first middleware of a class on a broker; None without one."""
-    return next((middleware for middleware in broker.middleware if isinstance(middleware, kind)), None)
 
 
 def add_options(broker: Broker, middleware: Middleware) -> None:

@@ -10,6 +10,7 @@ __all__ = [
     "current",
     "durations",
     "forks",
+    "middleware",
     "plurals",
     "safe_logger",
     "texts",

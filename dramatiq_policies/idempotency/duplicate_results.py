@@ -8,7 +8,7 @@ from dramatiq.middleware import GroupCallbacks, Middleware, Pipelines
 from dramatiq.results import ResultFailure, ResultMissing, Results
 
 from .. import _dramatiq
-from .._dramatiq import find_middleware
+from ..common.middleware import find_middleware
 from ..delivery.decision import Decision
 from ..errors import NoResult
 from ..outcomes import Outcome, logger

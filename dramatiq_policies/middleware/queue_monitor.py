@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .._dramatiq import find_middleware
 from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..common.durations import CENTURY_MS, format_duration
 from ..common.forks import after_fork
+from ..common.middleware import find_middleware
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
 from ..observability.outbox_reader import OutboxReader
@@ -155,7 +155,7 @@ class QueueMonitor(PolicyMiddleware):
           ConfigurationError: The monitor is on no broker.
         """
         stop = threading.Event() if stop is None else stop
-        from ..observability.election import elect
+        from ..observability.fleet_election import elect
 
         election = elect(self._state(), self.interval)
         with self._reading:
@@ -199,7 +199,7 @@ class QueueMonitor(PolicyMiddleware):
             if not self._watching:
                 # No thread of this monitor closes the reader later.
                 self._get_reader().close()
-        self._tell(found, error, readings, [], False)
+        self._publish_readings(found, error, readings, [], False)
         return found
 
     def _monitor_once(self, election: Election) -> None:
@@ -239,7 +239,7 @@ class QueueMonitor(PolicyMiddleware):
             if self._tracker.open != open_before:
                 election.save(sorted(self._tracker.open))
         workers_known = election.hears_all or any("threads" in one for one in reports)
-        self._tell(found, error, readings, reports, workers_known)
+        self._publish_readings(found, error, readings, reports, workers_known)
 
     def _is_leader(self, election: Election) -> bool:
         """Whether this process is the leader. A new leader continues with the open breaches of the last one."""
@@ -269,7 +269,7 @@ class QueueMonitor(PolicyMiddleware):
             readings.append(outbox)
         return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)], error
 
-    def _tell(self, found: list[QueueAlert], error: Exception | None, *gauges: Any) -> None:
+    def _publish_readings(self, found: list[QueueAlert], error: Exception | None, *gauges: Any) -> None:
         # Alerts first: they are saved as sent, so no other process would send them.
         for alert in found:
             for notify in self._notifiers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "election",
+    "fleet_election",
     "outbox_reader",
     "outcome_log",
     "private_files",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import ConnectionClosed
 
-from .._dramatiq import find_middleware, kind_of
+from .._dramatiq import kind_of
 from ..brokers.readers import QueueReader, QueueReading, reader_of
+from ..common.middleware import find_middleware
 from ..middleware.queue_monitor import QueueMonitor
 from ..observability.queue_thresholds import OUTBOX, QueueAlert
 from .app import OperationError, known_queues, one_line

@@ -23,7 +23,7 @@ from dramatiq.errors import BrokerConnectionError
 from dramatiq.threading import Interrupt
 
 from .. import _dramatiq
-from .._dramatiq import find_middleware
+from ..common.middleware import find_middleware
 from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current

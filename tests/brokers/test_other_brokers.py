@@ -17,7 +17,8 @@ from dramatiq.middleware import Pipelines
 
 from dramatiq_policies import ConfigurationError, ErrorClassifier, Idempotency, QueueMonitor, RetryPolicy, install
 from dramatiq_policies.delivery.broker_state import state_of
-from dramatiq_policies.observability.election import Election, elect
+from dramatiq_policies.observability.election import Election
+from dramatiq_policies.observability.fleet_election import elect
 
 from ..support import PlainClient
 

@@ -22,7 +22,8 @@ from dramatiq import Worker
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies import Idempotency, QueueAlert, QueueMonitor, Threshold, install
-from dramatiq_policies.observability.election import CommandElection, FleetElection
+from dramatiq_policies.observability.election import CommandElection
+from dramatiq_policies.observability.fleet_election import FleetElection
 from dramatiq_policies.sql import SqlOutbox, create_tables
 from dramatiq_policies.stores.redis import RedisStore
 from tests.proxy import Proxy

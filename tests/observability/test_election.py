@@ -13,7 +13,8 @@ import pytest
 from dramatiq.brokers.redis import RedisBroker
 
 from dramatiq_policies.delivery.broker_state import state_of
-from dramatiq_policies.observability.election import CommandElection, Election, elect
+from dramatiq_policies.observability.election import CommandElection, Election
+from dramatiq_policies.observability.fleet_election import elect
 from dramatiq_policies.observability.reports import parse_memory, parse_report, parse_timed_report
 
 PROCESS = """

@@ -194,7 +194,7 @@ import dramatiq_policies
 assert set(dramatiq_policies.__all__) <= set(dir(dramatiq_policies))
 broker = dramatiq_policies.install(StubBroker())
 dramatiq.actor(lambda: None, actor_name="pay", broker=broker, retry_on=OSError)
-ours = {"observability.statsd", "observability._udp", "observability.sentry_patches", "brokers.readers", "observability.election"} | {
+ours = {"observability.statsd", "observability._udp", "observability.sentry_patches", "brokers.readers", "observability.election", "observability.fleet_election"} | {
     f"middleware.{name}" for name in ("heartbeat", "metrics", "queue_monitor", "sentry")
 }
 print(sorted(name for name in ours if f"dramatiq_policies.{name}" in sys.modules))

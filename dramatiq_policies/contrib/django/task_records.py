@@ -12,7 +12,7 @@ from django.utils.module_loading import import_string
 from dramatiq import Message
 from dramatiq.results import ResultBackend, ResultMissing, Results
 
-from ..._dramatiq import find_middleware
+from ...common.middleware import find_middleware
 from ...common.safe_logger import SafeLogger
 from ...delivery.tracebacks import traceback_of
 from ...outcomes import class_path, text_of

@@ -11,8 +11,9 @@ from dramatiq.middleware import Middleware, Retries, TimeLimit
 from dramatiq.middleware import Pipelines as StockPipelines
 from dramatiq.middleware import ShutdownNotifications as StockShutdownNotifications
 
-from ..._dramatiq import find_middleware, kind_of
+from ..._dramatiq import kind_of
 from ...common.durations import LikelySeconds
+from ...common.middleware import find_middleware
 from ...delivery.broker_state import state_of
 from ...middleware.base import PolicyMiddleware, conflicting_stock
 from ...middleware.composition import Callbacks, GroupCallbacks, Pipelines

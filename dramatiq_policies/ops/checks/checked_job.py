@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dramatiq.middleware import Middleware
 
-from ..._dramatiq import find_middleware
+from ...common.middleware import find_middleware
 from ...delivery.broker_state import BrokerState
 from ...middleware.error_classifier import ErrorClassifier
 from .broker_checks import named

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dramatiq.common import dq_name, xq_name
 
 from ... import _dramatiq
-from ..._dramatiq import find_middleware, kind_of
+from ..._dramatiq import kind_of
 from ...common.durations import format_duration
+from ...common.middleware import find_middleware
 from ...common.plurals import counted
 from ...delivery.broker_state import state_of
 from ...errors import MissingTable
