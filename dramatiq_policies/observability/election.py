@@ -165,9 +165,15 @@ class CommandElection(Election):
                 self._memory.unlink()
 
     def saved(self) -> list[list[str]] | None:
-        with suppress(OSError), os.fdopen(open_own(self._memory, os.O_RDONLY), "rb") as file:
-            if now_ms() - os.fstat(file.fileno()).st_mtime * 1_000 <= self.memory_ms:
-                return parse_memory(file.read())
+        try:
+            with os.fdopen(open_own(self._memory, os.O_RDONLY), "rb") as file:
+                if now_ms() - os.fstat(file.fileno()).st_mtime * 1_000 <= self.memory_ms:
+                    return parse_memory(file.read())
+        except FileNotFoundError:
+            # The last leader has left nothing, unless the folder is missing.
+            return None if self._lock is None else []
+        except OSError:
+            pass
         return None
 
     def resign(self) -> None:

@@ -209,6 +209,9 @@ def test_the_next_leader_has_the_saved_memory_for_an_hour(tmp_path):
     assert follower.saved() is None
     leader.save([])
     assert list(tmp_path.iterdir()) == []
+    assert follower.is_leader()
+    assert follower.saved() == []
+    follower.resign()
 
 
 def test_a_link_put_in_its_place_is_not_followed(tmp_path, caplog):

@@ -182,6 +182,24 @@ def test_leaders_that_cannot_reach_the_broker_take_turns_and_alert_once(tmp_path
         election.resign()
 
 
+def test_a_leader_that_comes_back_alerts_for_a_breach_that_ended_under_another_leader(tmp_path):
+    shops = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        shops.append(Shop(tmp_path / name, outbox=Threshold(ready=2)))
+    first, second = shops
+    of_first, of_second = (CommandElection("queues", 1, folder=str(tmp_path)) for _ in shops)
+    first.add(2)
+    first.monitor._monitor_once(of_first)
+    of_first.resign()
+    second.monitor._monitor_once(of_second)  # Its outbox is empty: the breach is over.
+    first.monitor._elected = False
+    of_second.resign()
+    first.monitor._monitor_once(of_first)
+    of_first.resign()
+    assert [alert.value for alert in first.told] == [2, 2]
+
+
 @pytest.mark.parametrize("wrong", [Threshold(dead=1), Threshold(ready=1, stalled=5_000), {"ready": 1}, 5])
 def test_a_threshold_of_anything_else_is_refused(wrong):
     with pytest.raises(ConfigurationError, match=r"QueueMonitor.*outbox.*a Threshold of ready, oldest, or both"):
