@@ -135,21 +135,19 @@ def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..
     assert all(state(job, number) == "completed" for number in range(12))
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["store beside the broker", "store elsewhere"])
 def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_arguments(
-    redis_place: RedisPlace,
+    place: Place,
+    redis_url: str,
+    redis_namespace: str,
     redis_client: redis.Redis,
     batcher: list[Any],
     caplog: pytest.LogCaptureFixture,
-    beside: bool,
 ) -> None:
-    namespace = f"{redis_place.namespace}:idem"
+    namespace = f"{redis_namespace}:idem"
 
     def shop_with_charge() -> tuple[Shop, Any]:
         """A shop as another process has it: it remembers no arguments."""
-        broker = redis_place.broker()
-        store = RedisStore.beside(broker.client, namespace=namespace) if beside else None
-        shop = Shop(redis_place, store or RedisStore.from_url(redis_place.url, namespace=namespace), [])
+        shop = Shop(place, RedisStore.from_url(redis_url, namespace=namespace), [])
 
         # The key leaves the amount out.
         @shop.actor(idempotency_key="{order}", actor_name="charge")
@@ -171,7 +169,7 @@ def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_argum
     for order in range(12):
         second.send(charge, order, 99 if order == 7 else 10)
     with second.working():
-        until(lambda: second.place.ready() == 0 and second.broker.join(redis_place.queue) is None)
+        until(lambda: second.place.ready() == 0 and second.broker.join(place.queue) is None)
     assert second.ran == []
     assert sum("but other arguments" in record.getMessage() for record in caplog.records) == 1
 
