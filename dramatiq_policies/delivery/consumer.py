@@ -119,6 +119,7 @@ class PolicyConsumer(Consumer):
         self._settle(message, delivery)
 
     def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
+        """Settle a delivery now, or leave a plain success to the claim of the next job."""
         state = self.state
         batched_completions = state.idempotency.batched_completions
         if batched_completions is None:

@@ -80,6 +80,7 @@ class IdempotencyGuard:
         if batched is not None and not (
             options is not None and options.key_runs_no_user_code and not delivery.redelivered and exclusive.is_open
         ):
+            # No claim follows at once that would carry the deferred completions.
             batched.flush()
         if options is None:
             return proceed(delivery)
