@@ -19,13 +19,14 @@ from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
 from ..delivery.broker_state import state_of
+from ..errors import ConfigurationError
 from ..interrupts.coroutines import is_async
 from ..middleware.ordering import order_middleware
 from ..transactions.outbox import outbox_on
 from .draining import WorkerDied, drain, drain_in_progress
 from .faults import die_in_job, redeliver
 from .outboxes import AfterCommit, Unpublished, after_commits
-from .patching import in_place_of
+from .patching import expect_actor, in_place_of
 from .stub_environment import environment_of
 from .stubbing import stub
 
@@ -90,6 +91,10 @@ def assert_crash_safe(
     function of yours, counts as a single line.
     """
     __tracebackhide__ = True
+    expect_actor("assert_crash_safe()", actor)
+    for name, given in (("effects", effects), ("reset", reset)):
+        if not callable(given):
+            raise ConfigurationError.of_option("assert_crash_safe()", name, "a callable without arguments", given)
     scene = _Scene(actor, args, kwargs, effects, reset)
     expected = scene.undisturbed()
     unsafe = []

@@ -27,7 +27,7 @@ from ..common.middleware import find_middleware
 from ..common.plurals import counted
 from ..delivery.consumer import REDELIVERED
 from ..delivery.delivery import current
-from ..errors import checked_duration
+from ..errors import ConfigurationError, checked_duration
 from ..interrupts import threads as interrupts
 from ..middleware.metrics import Metrics
 from .django_connections import connections_stay_open
@@ -87,6 +87,8 @@ def drain(broker: Broker, *, until: int | timedelta | None = None, max_runs: int
     the exception of ``pytest.fail``.
     """
     environment = environment_of(broker)
+    if type(max_runs) is not int or max_runs < 0:
+        raise ConfigurationError.of_option("drain()", "max_runs", "an int of at least 0", max_runs)
     limit = None if until is None else checked_duration("drain()", "until", until)
     with Drain(environment) as work:
         if limit is not None:

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, TimeoutExceeded
 from ..middleware.base import has_policies
 from ..middleware.ordering import order_middleware
 from .draining import WorkerDied, drain_in_progress
-from .patching import Times, around, in_place_of
+from .patching import Times, around, expect_actor, in_place_of
 from .virtual_time import clock_in_force
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def fail(
     Raises:
       ConfigurationError: ``exception`` is no exception, or its class needs arguments.
     """
+    expect_actor("fail()", actor)
     where = f"fail({actor.actor_name!r})"
     counted = Times(where, times)
     if isinstance(exception, type) and issubclass(exception, BaseException):
@@ -81,6 +82,7 @@ def hang(actor: Actor[..., Any], times: int | None = None) -> AbstractContextMan
     Raises:
       ConfigurationError: The actor has no timeout.
     """
+    expect_actor("hang()", actor)
     where = f"hang({actor.actor_name!r})"
     counted = Times(where, times)
     if not has_policies(actor.broker):
@@ -130,6 +132,7 @@ def crash(actor: Actor[..., Any], times: int | None = 1, *, after_effect: bool =
       times: The number of crashes; None for all runs. Default 1.
       after_effect: Whether the worker dies after the job's last line. Default False: before the first.
     """
+    expect_actor("crash()", actor)
     where = f"crash({actor.actor_name!r})"
     counted = Times(where, times)
 

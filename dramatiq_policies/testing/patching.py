@@ -19,7 +19,7 @@ from ..middleware.ordering import order_middleware, resolve_actor
 if TYPE_CHECKING:
     from dramatiq import Actor
 
-__all__ = ["Times", "around", "in_place_of"]
+__all__ = ["Times", "around", "expect_actor", "in_place_of"]
 
 
 class Times:
@@ -42,6 +42,13 @@ class Times:
                 return True
             self.left -= 1
             return self.left >= 0
+
+
+def expect_actor(where: str, actor: Any) -> None:
+    """Raise a `ConfigurationError` unless the value is an actor, or the class of a class-based actor."""
+    declared = getattr(actor, "__actor__", actor)
+    if not (hasattr(declared, "send_with_options") and hasattr(declared, "broker")):
+        raise ConfigurationError.of_option(where, "actor", "an actor", actor, "Pass what @dramatiq.actor returns")
 
 
 @contextmanager

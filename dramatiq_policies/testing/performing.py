@@ -12,6 +12,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from ..outcomes import OutcomeEvent
 from .draining import Drain
+from .patching import expect_actor
 from .stub_environment import environment_of
 from .stubbing import stub
 
@@ -35,9 +36,11 @@ def perform(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> OutcomeEvent:
       args, kwargs: The arguments of the message.
 
     Raises:
+      ConfigurationError: ``actor`` is no actor.
       TypeError: An argument can't be encoded.
       AssertionError: The worker died during the job (`crash`), without an outcome.
     """
+    expect_actor("perform()", actor)
     with ExitStack() as stack:
         broker = actor.broker
         if not isinstance(broker, StubBroker):

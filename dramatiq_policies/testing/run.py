@@ -178,6 +178,11 @@ class Run:
         known = self._actors | {event.actor for event in self.events if event.actor is not None}
         if name not in known:
             # A reader would take an empty list for "did not run".
+            if not isinstance(actor, str):
+                raise ValueError(
+                    f"The drained broker has no actor {name!r}: it is declared on another broker. Drain that broker, or call "
+                    "set_broker() before you declare the actor."
+                )
             like = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {like[0]!r}?" if like else f" It has {', '.join(sorted(known)) or 'none'}."
             raise ValueError(f"The broker has no actor {name!r}.{hint}")

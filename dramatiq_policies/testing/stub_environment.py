@@ -72,7 +72,7 @@ def environment_of(broker: Broker) -> StubEnvironment:
     Raises:
       ConfigurationError: The broker is not a StubBroker, or has no dramatiq_policies middleware.
     """
-    environment: StubEnvironment | None = vars(broker).get(_ATTRIBUTE)
+    environment: StubEnvironment | None = getattr(broker, "__dict__", {}).get(_ATTRIBUTE)
     if environment is None:
         if not isinstance(broker, StubBroker):
             raise ConfigurationError(

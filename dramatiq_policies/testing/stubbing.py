@@ -19,6 +19,7 @@ from dramatiq.results.backends.stub import StubBackend as StubResults
 from .. import _dramatiq
 from ..bundle import install
 from ..common.callables import unwrapped
+from ..errors import ConfigurationError
 from ..middleware.base import PolicyMiddleware, has_policies
 from ..middleware.ordering import order_middleware
 from .stub_environment import find_environment
@@ -54,6 +55,8 @@ def stub(broker: Broker | None = None) -> Iterator[StubBroker]:
     import sets, and does not lend its actors. If the import sets no broker, the actors are lent, and belong to the global broker
     afterwards; without a global broker the actors stay on the StubBroker.
     """
+    if broker is not None and not isinstance(broker, Broker):
+        raise ConfigurationError.of_option("stub()", "broker", "a broker, or None for the global broker", broker)
     real = dramatiq.broker.global_broker if broker is None else broker
     stand_in = _fresh(real)
     saved: list[tuple[Actor[..., Any], Broker, Any]] = []
