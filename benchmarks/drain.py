@@ -18,7 +18,7 @@ from .peers import PEERS, available, peer_versions
 from .rounds import Spread
 from .variants import FAILURES, VARIANTS
 
-#: What a scenario is, but for its variant.
+#: The settings of a scenario, without its variant.
 SCENARIO = ("broker", "failures", "prefetch", "log")
 
 

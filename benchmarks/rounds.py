@@ -121,7 +121,7 @@ def format_ratio(ratio: Spread | None, variant: str, *, reference: str = REFEREN
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the properties of the machine."""
     found = {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),

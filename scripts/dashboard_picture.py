@@ -111,7 +111,7 @@ def run(environment: dict[str, str]) -> None:
 
 
 def query(expression: str, start: float, end: float) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
-    """What Prometheus answers to a panel's query."""
+    """Return Prometheus' answer to a panel's query."""
     expression = expression.replace("$actor", ".*").replace("$queue", ".*").replace("$__rate_interval", "15s")
     asked = urllib.parse.urlencode({"query": expression, "start": start, "end": end, "step": 2})
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/api/v1/query_range?{asked}") as answer:

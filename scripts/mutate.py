@@ -123,7 +123,7 @@ _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in a node's place."""
+    """Yield the replacements of a node."""
     if isinstance(node, ast.Constant):
         yield from _other_constants(node)
     elif isinstance(node, ast.expr):

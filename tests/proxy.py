@@ -32,7 +32,7 @@ __all__ = ["Match", "Proxy", "Trap", "amqp_method"]
 
 Direction = Literal["to_server", "to_client"]
 
-#: What to look for in the bytes that pass: a string of bytes or a pattern, found also where two chunks meet, or a
+#: The bytes to look for: a string of bytes or a pattern, found also where two chunks meet, or a
 #: callable that is given each chunk. The callable runs on the proxy's thread and may call the proxy's methods.
 Match = bytes | re.Pattern[bytes] | Callable[[bytes], bool]
 
@@ -49,7 +49,7 @@ def amqp_method(class_id: int, method_id: int) -> re.Pattern[bytes]:
 
 
 class Trap:
-    """What ``cut_when`` and ``stall_when`` set up: says whether the moment has come."""
+    """The condition of ``cut_when`` or ``stall_when``: says whether the moment has come."""
 
     def __init__(
         self,
@@ -395,7 +395,7 @@ class Proxy:
         for connection in self._connections:
             connection.held = False
 
-    # What each socket is watched for; rebuilt on each turn, since a handful of connections is all that there ever is.
+    # The events of each socket; rebuilt on each turn, since there is only a handful of connections.
 
     def _watch(self) -> None:
         wanted: dict[socket.socket, tuple[int, object]] = {}

@@ -99,7 +99,7 @@ def test_every_rule_works_and_a_dead_letter_without_a_reason_is_logged_once(capl
 
 
 def working(broker, done, count):
-    """What a worker makes of what is queued, and whether all its threads live at the end."""
+    """Run a worker for ``count`` messages, and return their outcomes. All its threads must live at the end."""
     worker = Worker(broker, worker_timeout=20, worker_threads=1)
     worker.start()
     try:

@@ -76,7 +76,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_for_its_turn_gets_none(monk
 
 
 class Server:
-    """What the name of a server leads to: at first to one that is no master any more."""
+    """Resolves a server's name: at first to a demoted master."""
 
     def __init__(self, *, replicas):
         self.said = []

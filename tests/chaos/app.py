@@ -1,4 +1,4 @@
-"""What the workers run: jobs that note in a ledger outside the broker what they do.
+"""The application of the workers: jobs that record each run in a ledger outside of the broker.
 
 A line is written by one ``write`` to a file opened for appending, so that neither a kill nor another process tears it.
 """

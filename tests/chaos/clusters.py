@@ -192,7 +192,7 @@ class RedisBehindSentinel(RedisQueues):
         old = self._current()
         old.signal(signal.SIGSTOP)
         self._until(lambda: self._master() not in (0, old.port))
-        # What was sent to it has no answer by now: a client that gets one believes it.
+        # Commands sent to the old master have no reply by now: a client would believe a reply.
         time.sleep(SOCKET_TIMEOUT + 0.5)
         old.signal(signal.SIGCONT)
         self._until(lambda: self._info_of_master()["connected_slaves"] == NODES - 1)
@@ -201,7 +201,7 @@ class RedisBehindSentinel(RedisQueues):
         return next(node for node in self.nodes if node.port == self._master())
 
     def _let_in(self, master: RedisServer, password: str) -> None:
-        """What the replicas say to their master when they connect, who knows of no password."""
+        """The replicas' first command to their master, which has no password."""
         for node in self.nodes:
             if node is not master:
                 with node.client() as client:

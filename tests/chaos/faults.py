@@ -1,4 +1,4 @@
-"""What can fail, and how that is brought about."""
+"""The faults, and how a run causes each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ledger says: which jobs were done, how often, and what has no excuse."""
+"""The judgement of the ledger: the runs of each job, and the losses without an excuse."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Ledger:
 
 @dataclass
 class Verdict:
-    """What became of the jobs.
+    """The fate of the jobs.
 
     Attributes:
       lost: Jobs whose effect was never made.
@@ -113,7 +113,7 @@ class Verdict:
 
     @property
     def wrong(self) -> dict[str, Any]:
-        """What must not be; empty if all is well."""
+        """Return the losses and repetitions without an excuse; empty if all is well."""
         wrong = {"lost": self.lost, "excess": self.excess, "beside": self.beside, "dead": self.dead}
         if self.doubled > self.bound:
             wrong["doubled"] = [f"{self.doubled} > {self.bound}"]

@@ -32,7 +32,7 @@ WRONG_CLOCK = Path(__file__).with_name("wrong_clock")
 
 @dataclass(frozen=True)
 class Scenario:
-    """What fails.
+    """The faults of a run.
 
     Attributes:
       faults: The faults, one of which happens every ``pause`` seconds or so.
@@ -207,7 +207,7 @@ class Chaos(Faults):
     def wait(self, sender: Sender, patience: float) -> None:
         """Until nothing is left to be done, or for as long as that may take."""
         give_up = time.monotonic() + patience
-        # What waits in a worker of RabbitMQ can't be counted there: a deferral, of a quarter of the lease at most.
+        # RabbitMQ doesn't count messages that wait in a worker: deferrals, for a quarter of the lease at most.
         calm = LEASE / 4_000 + 1.5 if self.broker.url.startswith("amqp") else 0.3
         since = time.monotonic()
         size = -1

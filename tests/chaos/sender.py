@@ -1,4 +1,4 @@
-"""What is sent: jobs of every kind, nearly all of them twice."""
+"""The sender: jobs of every kind, nearly all of them twice."""
 
 from __future__ import annotations
 

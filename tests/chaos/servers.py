@@ -113,7 +113,7 @@ class Server:
 
 
 class RedisQueues:
-    """What Dramatiq keeps in a Redis."""
+    """The data of Dramatiq in a Redis."""
 
     def client(self) -> redis.Redis:
         raise NotImplementedError
@@ -176,7 +176,7 @@ class RedisServer(RedisQueues, Server):
 
 
 class RabbitmqQueues:
-    """What Dramatiq keeps in a RabbitMQ.
+    """The data of Dramatiq in a RabbitMQ.
 
     Attributes:
       url: One, or one for each node, between semicolons.
@@ -231,7 +231,7 @@ class RabbitmqServer(RabbitmqQueues, Server):
         with_services.stop_epmd(self.epmd_port)
 
     def control(self, *arguments: str) -> str:
-        """What ``rabbitmqctl`` says."""
+        """Return the output of ``rabbitmqctl``."""
         tool = Path(self.binary).resolve().with_name("rabbitmqctl")
         done = subprocess.run(
             [str(tool), "--quiet", *arguments], env=self.environment, check=True, capture_output=True, text=True

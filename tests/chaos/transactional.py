@@ -108,7 +108,7 @@ class TransactionalChaos(Chaos):
     def _wait(self, patience: float) -> None:
         """Until all effects are there and no message is left, or for as long as that may take."""
         give_up = time.monotonic() + patience
-        # What waits in a worker of RabbitMQ can't be counted there: a deferral, of a quarter of the lease at most.
+        # RabbitMQ doesn't count messages that wait in a worker: deferrals, for a quarter of the lease at most.
         calm = LEASE / 4_000 + 1.5 if self.kind == "rabbitmq" else 0.5
         since, size = time.monotonic(), -1
         while time.monotonic() < give_up and time.monotonic() - since < calm:

@@ -1,4 +1,4 @@
-"""What workers with sync and with async jobs have in common: the tables, the broker, and a note of each run."""
+"""The common part of workers with sync and with async jobs: the tables, the broker, and a note of each run."""
 
 from __future__ import annotations
 

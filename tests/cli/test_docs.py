@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
 LINE = re.compile(r"^(?:\$ |- run: |\s*entry: )?(dramatiq-policies .*?)(?:  +#.*)?$", re.MULTILINE)
 SESSION = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-#: What differs from run to run.
+#: Parts that differ from run to run.
 VARIES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*|[0-9a-f]{8}-[0-9a-f-]{27}| +\d+ ms$", re.MULTILINE)
 
 

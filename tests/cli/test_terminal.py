@@ -1,4 +1,4 @@
-"""What a terminal, a pipe and a shell get: no secrets, nothing that a terminal obeys, names at a Tab."""
+"""Output to a terminal, a pipe and a shell: no secrets, no control characters, completed names."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_numbers_are_whole_however_narrow_the_terminal_is():
 
 
 def on_a_terminal(folder, *args, typed=b""):
-    """What the command shows there, and its exit code. It is typed once the command has said something."""
+    """Return the output and the exit code. ``typed`` is typed after the first output."""
     ours, theirs = pty.openpty()
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dramatiq_policies.__main__ import main\nmain()\n"
     process = subprocess.Popen(
@@ -217,7 +217,7 @@ def test_ctrl_d_among_the_questions_ends_them_with_nothing_written(command):
 
 
 def completions(shell, *words):
-    """What the command tells the script that Click has written for a shell."""
+    """Return the command's answer to Click's script for a shell."""
     line = " ".join(["dramatiq-policies", *words])
     env = {"_DRAMATIQ_POLICIES_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
     if shell == "fish":

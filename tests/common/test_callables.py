@@ -1,4 +1,4 @@
-"""What can be said of a callable before it is called."""
+"""Properties of a callable before its first call."""
 
 from __future__ import annotations
 

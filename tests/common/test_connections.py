@@ -54,7 +54,7 @@ class Connection:
         return Channel(self)
 
     def heard(self):
-        """What the server was told, and whether the socket is closed."""
+        """Return the commands that the server received, and whether the socket is closed."""
         self.server.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             return self.said, self.server.recv(1) == b""

@@ -15,7 +15,7 @@ from dramatiq_policies.common.safe_logger import ALERTS, Lines, SafeLogger, is_h
 
 PACKAGE = Path(dramatiq_policies.__file__).parent
 NAME = "dramatiq_policies.a_test"
-#: What may ask for a logger itself: it writes nothing there.
+#: Modules that may get a logger directly: they write nothing to it.
 ASKS = {
     "common/safe_logger.py",
     "observability/worker_log.py",  # puts its filter on the worker's logger

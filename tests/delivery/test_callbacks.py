@@ -206,7 +206,7 @@ def test_a_custom_callbacks_middleware_is_left_alone():
     assert own in Stage(middleware=[own]).broker.middleware
 
 
-# What a rule's retries leave in the message for others.
+# Options that a rule's retries leave in the message for others.
 
 
 class Noting(Middleware):

@@ -1,4 +1,4 @@
-"""What is known of a message on its way; what becomes of it is in test_consumer.py and test_settlement.py."""
+"""The state of a message on its way; test_consumer.py and test_settlement.py have its end."""
 
 from __future__ import annotations
 

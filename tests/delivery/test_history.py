@@ -1,4 +1,4 @@
-"""What a message carries about its own past, and what is read of it."""
+"""The history that a message carries, and how the worker reads the history."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ RULE = {ConnectionError: RetryPolicy(attempts=3, wait=constant(200))}
 
 
 class Seen(list):
-    """What each run was called with, copied as it was at that moment."""
+    """The arguments of each run, copied at its start."""
 
     def note(self, order):
         self.append({**order, "lines": [*order["lines"]]})

@@ -1,4 +1,4 @@
-"""What comes between a decision and its ack, where something fails; the rest is in tests/middleware/test_error_classifier_*.py."""
+"""Failures between a decision and its acknowledgement; the rest is in tests/middleware/test_error_classifier_*.py."""
 
 from __future__ import annotations
 

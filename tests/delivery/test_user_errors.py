@@ -48,7 +48,7 @@ PARTS = [
         "retry_after",
     ),
 ]
-#: What becomes of an error, by the rules that its actor has.
+#: The fate of an error, by the rules of its actor.
 RULES = {
     "retried": {"retry_on": {Exception: RetryPolicy(attempts=2, wait=retry_after(fallback=0))}},
     "discarded": {"discard_on": (Exception,)},

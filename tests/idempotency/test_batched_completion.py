@@ -1,4 +1,4 @@
-"""What is posted for the next claim to carry, and what becomes of it; with real servers in tests/integration/test_batched_completion.py."""
+"""Completions posted for the next claim to carry; with real servers in tests/integration/test_batched_completion.py."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Simulation:
         self.all[name] = Worker(name, host, self.store)
         return self.all[name]
 
-    # What producers and the broker do, and what goes wrong.
+    # The producers, the broker, and the faults.
 
     def happens(self, what, which, pick, key, outcome, steps):
         if what == "work":
@@ -260,7 +260,7 @@ class Simulation:
     def _last_write(self, held):
         return self.now - (LEASE + KEEP - self.store.get(held.message.key).left) / 1_000
 
-    # What workers do.
+    # The workers.
 
     def _worker(self, which):
         return self.workers[which % len(self.workers)]
@@ -335,7 +335,7 @@ class Simulation:
 
     def _announce(self, worker, held, outcome):
         if held.outcome == "succeeded":
-            # What follows from a success is the broker's to accept; the completion comes after that.
+            # The broker accepts the follow-up messages of a success before the completion.
             self._finish(worker, held, outcome)
             return
         if held.gone:
@@ -388,7 +388,7 @@ class Simulation:
             self.final[held.message.id].add("succeeded")
         worker.held.remove(held)
 
-    # What must hold.
+    # The invariants.
 
     def check_effects(self):
         """Doubled are only those of runs that were inside the job at a crash, or outlived their lease."""
@@ -456,7 +456,7 @@ TestTheModel.settings = settings(
 
 @pytest.mark.parametrize("first", range(0, WALKS, 20))
 def test_a_long_walk_leads_nowhere_else(first):
-    """What Hypothesis is too slow for: thousands of steps for each seed."""
+    """Thousands of steps for each seed: too many for Hypothesis."""
     for seed in range(first, first + 20):
         random = Random(seed)
         simulation = Simulation(

@@ -13,7 +13,7 @@ from dramatiq_policies.stores.memory import MemoryStore
 from ..support import Stage
 
 DAY = 86_400_000
-#: What made the key "7" in 0.1.0, beside the int, whose register is the same still.
+#: Values with the key "7" in 0.1.0, beside the int, whose register is still the same.
 TEXT = "7"
 
 

@@ -18,7 +18,7 @@ from dramatiq_policies.testing import drain
 
 from ..support import Stage
 
-#: What JSON brings, with texts that look like something else.
+#: Values from JSON, with texts that look like something else.
 VALUES = (
     st.text(st.sampled_from("a1:-0 \\\ud83d"))
     | st.integers(-20, 20)

@@ -228,7 +228,7 @@ def test_no_start_is_uncounted_where_a_stuck_job_is_only_logged():
     assert seen == [1]
 
 
-# What else a worker says and does.
+# Other behaviour of a worker.
 
 
 class Evicting(MemoryStore):
@@ -295,7 +295,7 @@ def test_other_jobs_begin_at_once(monkeypatch, options):
     assert time.monotonic() - began < 4.0
 
 
-# What a worker left that died while it handed a retry on, or whose results can't be had.
+# A worker died while it published a retry, or its results can't be read.
 
 
 @pytest.mark.parametrize(

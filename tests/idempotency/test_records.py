@@ -1,4 +1,4 @@
-"""What a key's record says to a message that asks."""
+"""The record of a key decides on the next action of a message."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def redis_broker(**options):
     return RedisBroker(url="redis://127.0.0.1:1/0", **options)
 
 
-# What a register's name contains.
+# The parts of a register's name.
 
 
 def test_a_namespace_that_was_given_tells_services_apart_by_itself():
@@ -67,7 +67,7 @@ def test_the_names_of_two_services_differ_and_each_knows_where_0_1_0_looked():
     assert [earlier for _, earlier in names] == [None, *["charge\0" + "7"] * 5]
 
 
-# What workers record at their start.
+# The records of workers at their start.
 
 
 def test_two_services_that_meet_are_found_by_the_second_and_from_then_on_by_both():

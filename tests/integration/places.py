@@ -1,6 +1,6 @@
 """One application on one real server: its broker with dramatiq_policies, its worker, and what lies where on the server.
 
-What lies where is read with clients of the tests' own, never through what is being tested.
+Queues are read with separate clients of the tests, never through the code under test.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Place:
         raise NotImplementedError
 
     def left(self, queue: str | None = None) -> list[Message[Any]]:
-        """What lies in the work queue and its delay queue, once no worker runs."""
+        """Return the messages of the work queue and its delay queue, while no worker runs."""
         raise NotImplementedError
 
     def dead(self, queue: str | None = None) -> list[Message[Any]]:

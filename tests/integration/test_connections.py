@@ -95,5 +95,5 @@ def test_a_timeout_in_a_job_that_asks_the_store_reaches_none_of_its_neighbours(
     assert neighbours == [Outcome.SUCCEEDED] * 400
     assert app.outcomes.count("discarded") > 20
     assert "can't be reached" not in caplog.text
-    # What an interrupted question has left unanswered is not the answer to a later one.
+    # The reply to an interrupted command is not the reply to a later command.
     assert [store.get(f"none {number}").value for number in range(20)] == [None] * 20

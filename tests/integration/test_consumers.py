@@ -1,4 +1,4 @@
-"""What the consumers on real servers make of errors that come seldom."""
+"""Rare errors of the consumers on real servers."""
 
 from __future__ import annotations
 

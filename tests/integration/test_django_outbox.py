@@ -1,4 +1,4 @@
-"""What is sent inside of `atomic`, on every database and every broker."""
+"""Sends inside of `atomic`, on every database and every broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has ended in this process and could not be acknowledged does not run here again: connections cut under running jobs."""
+"""A run that has ended without an acknowledgement is not repeated in its process: connections cut under running jobs."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_run_whose_ack_is_lost_on_its_way_does_not_run_here_again(rabbitmq_pla
             if ending == "is dead":
                 raise KeyError
 
-        # What follows goes over another connection, at once.
+        # The follow-up message goes over another connection, at once.
         with app.working(threads=1):
             job.send()
             until(lambda: runs)

@@ -1,4 +1,4 @@
-"""What tests/integration/conftest.py promises: names of one's own, and nothing left behind."""
+"""The promises of tests/integration/conftest.py: unique names, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 
 from .places import Place, RedisPlace
 
-#: What both servers' apps have in common. Each child works until all jobs are done, and then a while longer.
+#: The common part of both servers' apps. Each child works until all jobs are done, and then a while longer.
 APP = """\
 import dramatiq, logging, multiprocessing, os, sys, time
 import dramatiq_policies.brokers.redis.transport as consumer

@@ -538,7 +538,7 @@ def test_scripts_are_loaded_again_after_a_flush_also_in_a_shared_round_trip(
 
 
 def together(count: int, store: RedisStore) -> list[bytes | None]:
-    """What as many threads read at the same moment."""
+    """Return the reads of as many threads at the same moment."""
     barrier = threading.Barrier(count)
 
     def read(number: int) -> bytes | None:

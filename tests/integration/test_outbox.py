@@ -1,4 +1,4 @@
-"""What is sent in a transaction, on every database and every broker."""
+"""Sends in a transaction, on every database and every broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sent in a transaction of an AsyncSession, with the async driver of each database."""
+"""Sends in a transaction of an AsyncSession, with the async driver of each database."""
 
 from __future__ import annotations
 

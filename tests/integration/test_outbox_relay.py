@@ -1,4 +1,4 @@
-"""What nobody has published is published by a relay: once, unless a process dies or stands still in the wrong moment."""
+"""A relay publishes the rows left by others: once, unless a process dies or stands still in the wrong moment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .shops import Shop
 
 pytestmark = pytest.mark.usefixtures("quick_restarts")
 
-#: The lease in these tests, in milliseconds. What is told of a dead process's rows: they are sent within this and 5 s.
+#: The lease in these tests, in milliseconds. A dead process's rows are sent within the lease and 5 s.
 LEASE = 1_500
 
 APP = """\

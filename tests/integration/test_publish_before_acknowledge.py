@@ -64,7 +64,7 @@ class Scenario:
     """A job with something to publish; ``marker`` is in the bytes of that, and in nothing sent before it."""
 
     marker: bytes
-    #: What must have been published in the end if nothing happens twice.
+    #: The messages published in the end if nothing happens twice.
     outcomes: Mapping[str, int]
     dead = 0
     messages = 1
@@ -229,7 +229,7 @@ def check(scenario: Scenario, place: Place, *, copies: int) -> None:
     got.pop("interrupted", None)
     dead = len(place.dead())
     if copies > 1:
-        # What had ended when its connection was cut does not run here again.
+        # A run that had ended when its connection was cut does not run here again.
         got.pop("duplicate", None)
         assert got.keys() == scenario.outcomes.keys()
         for outcome, expected in scenario.outcomes.items():

@@ -157,7 +157,7 @@ def test_a_single_monitor_on_redis_serves_the_fleet_and_another_takes_over(
         dying, staying = (first, second) if os.getpgid(watcher) == first.pid else (second, first)
         os.killpg(dying.pid, signal.SIGKILL)
         dying.wait()
-        # What was told is not told again; that it is over is.
+        # A reported breach is not reported again; its end is.
         time.sleep(2)
         assert len(application.told("breach ready")) == 1
         application.open()
@@ -472,7 +472,7 @@ def test_each_command_has_a_monitor_while_the_store_s_redis_is_away(
         second.resign()
 
 
-#: What somebody else may have put among the notes of a fleet, or in the place of its memory.
+#: Texts of others among the reports of a fleet, or in the place of its memory.
 ODD = [b"{", b"5", b"[1, 2]", b"null", b"[[], {}]", b"\xff", b'[1e18, {"busy": "x", "held": 5, "taken": {"mail": 1}}]']
 
 

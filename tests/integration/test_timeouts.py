@@ -1,4 +1,4 @@
-"""What a timeout means to a real broker: a stuck job's process that ends, and a server that has a limit of its own."""
+"""Timeouts on a real broker: the end of a stuck job's process, and the limit of the server."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def put_back_what_a_dead_worker_held(place: RedisPlace) -> None:
     until(lambda: broker.do_requeue(place.queue) or place.ready() == 2)
 
 
-# RabbitMQ's ``consumer_timeout`` is set for a whole node, and looked at once a minute. What it does when it strikes can
-# be had at once: an ack of a tag that was never given makes the server close the channel with the same 406,
+# RabbitMQ's ``consumer_timeout`` is set for a whole node, and looked at once a minute. Its effect
+# can be had at once: an ack of a tag that was never given makes the server close the channel with the same 406,
 # PRECONDITION_FAILED, and requeues all that was not acknowledged.
 
 

@@ -229,7 +229,7 @@ def test_a_worker_that_is_killed_anywhere_loses_and_doubles_nothing(open_shop):
     shop.start()
     shop.work_until(lambda: all(len(rows) >= len(orders) for rows in shop.rows().values()))
     assert {path.name for path in shop.folder.glob("died*")} == {f"died{point}" for point in orders[:4]}
-    # What would come twice is there by now: behind all of them in the queue.
+    # A second copy would be there by now: the next message is behind all of them in the queue.
     shop.send(11)
     shop.work_until(lambda: all(11 in rows for rows in shop.rows().values()))
     shop.stop()

@@ -685,7 +685,7 @@ def test_a_process_under_gevent_is_drained_as_any_other():
         other.join()
         assert max(map(abs, seen)) < 60_000, seen
 
-        # What really takes too long is really interrupted.
+        # A job that really takes too long is really interrupted.
         done.clear()
         slow.send()
         drain(broker).assert_outcomes(slow, "retried", "succeeded")

@@ -376,7 +376,7 @@ def test_a_send_while_the_broker_is_down_raises_connection_failed(broker, job):
 
 
 class TestIdempotency:
-    """What the kit shows of it; tests/idempotency/test_idempotency.py has the rules."""
+    """Idempotency in the kit; tests/idempotency/test_idempotency.py has the rules."""
 
     @pytest.fixture
     def once(self, actor):

@@ -1,4 +1,4 @@
-"""What `drain` does is what a worker does: generated scenarios, run by both, end alike."""
+"""`drain` does as a worker does: generated scenarios, run by both, end alike."""
 
 from __future__ import annotations
 

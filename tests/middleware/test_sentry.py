@@ -761,7 +761,7 @@ class Before220:
 
 
 def processed_beside_sentry_s_own(delivery, error):
-    """What Sentry's own middleware is told, and the message."""
+    """Run Sentry's own middleware; return the errors passed to it, and the span of the message."""
     told = []
 
     class Theirs(Middleware):

@@ -155,7 +155,7 @@ def test_a_note_that_can_not_be_read_is_none(tmp_path):
     assert [note["me"] for note in mine.reports()] == ["here", "there"]
 
 
-#: What somebody else may have put in the place of a note.
+#: Texts of others in the place of a report.
 ODD = [
     "{",
     "",

@@ -1,4 +1,4 @@
-"""What the jobs of examples/orders must do: written before them, with the test kit, and with nothing changed in the app."""
+"""The specification of the jobs of examples/orders: written first, with the test kit, without a change in the app."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sent in a transaction of SQLAlchemy, on SQLite and a StubBroker; on servers in tests/integration."""
+"""Sends in a transaction of SQLAlchemy, on SQLite and a StubBroker; on servers in tests/integration."""
 
 from __future__ import annotations
 
@@ -623,7 +623,7 @@ def test_an_async_scoped_session_is_the_session_of_its_task(shop, async_engine):
     assert shop.queued() == [(1,)]
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(

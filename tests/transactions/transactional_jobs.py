@@ -170,7 +170,7 @@ class Shop:
 
 
 class Job:
-    """What a job does with its session, sync or async."""
+    """The operations of a job on its session, sync or async."""
 
     def __init__(self):
         self.session = current_job().session

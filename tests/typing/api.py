@@ -157,7 +157,7 @@ def with_shared_options() -> None: ...
 MISSPELT: ActorOptions = {"retryon": RateLimited}  # type: ignore[typeddict-unknown-key]
 
 
-# What is refused.
+# Refusals.
 
 
 @actor(retry_of=RateLimited)  # type: ignore[call-overload, untyped-decorator]

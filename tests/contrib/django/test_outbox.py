@@ -1,4 +1,4 @@
-"""What is sent inside of `atomic`, on SQLite and a StubBroker; on servers in tests/integration/test_django_outbox.py."""
+"""Sends inside of `atomic`, on SQLite and a StubBroker; on servers in tests/integration/test_django_outbox.py."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from django.tasks import task
 from dramatiq_policies import RetryPolicy, Snooze, constant
 from dramatiq_policies.contrib.django.tasks import policy
 
-#: What the tasks did, in order.
+#: The calls of the tasks, in order.
 done = []
 
 
