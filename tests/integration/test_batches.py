@@ -140,6 +140,23 @@ def test_a_message_that_amqp_cannot_carry_stops_no_other(rabbitmq_place):
     assert arguments(rabbitmq_place) == [1, 3]
 
 
+def test_a_message_for_which_rabbitmq_closes_the_channel_stops_no_other(rabbitmq_place, monkeypatch):
+    # As the server does for a message above its max_message_size.
+    properties = pika.BasicProperties
+
+    def of_another_user(priority, **others):
+        return properties(priority=priority, user_id="nobody" if priority == 9 else None, **others)
+
+    monkeypatch.setattr("pika.BasicProperties", of_another_user)
+    batch = batch_on(rabbitmq_place)
+    messages = [encoded(batch, 1), encoded(batch, 2, broker_priority=9), encoded(batch, 3)]
+    first, refused, last = batch.publish(messages)
+    assert (first, last) == (None, None)
+    assert isinstance(refused, pika.exceptions.ChannelClosedByBroker)
+    # The first may have arrived twice: the server confirms nothing after it has closed the channel.
+    assert set(arguments(rabbitmq_place)) == {1, 3}
+
+
 def test_a_queue_that_has_disappeared_is_declared_again(rabbitmq_place):
     batch = batch_on(rabbitmq_place)
     batch.publish([encoded(batch, 1)])

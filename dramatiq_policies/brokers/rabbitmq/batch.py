@@ -102,8 +102,9 @@ class RabbitmqBatch(KnownBatch):
             self._wait(confirms)
         except (*LOST, OSError) as error:
             lost = error
-        if lost is None and not confirms.channel.is_open:
-            lost = pika.exceptions.ChannelWrongStateError("the channel is closed")
+        if not confirms.channel.is_open:
+            # A later call only says that the channel is closed, and not why.
+            lost = confirms.closed_by or lost or pika.exceptions.ChannelWrongStateError("the channel is closed")
         return {number: self._result(confirms, index, lost, messages[number]) for index, number in enumerate(todo)}
 
     def _result(

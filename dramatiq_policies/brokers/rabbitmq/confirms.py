@@ -20,12 +20,15 @@ class PipelinedConfirms:
       waiting: Unconfirmed messages: the index in the batch by the channel's delivery tag.
       accepted: The indexes of accepted messages.
       refused: The indexes of returned and refused messages, each with the reason.
+      closed_by: The error with which the channel was closed; None while it is open.
     """
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.channel = connection.channel()
+        self.closed_by: Exception | None = None
         self._inner = _dramatiq.rabbitmq_confirmed(self.channel, self._confirmed, self._unroutable)
+        self._inner.add_on_close_callback(self._closed)
         self._published = 0
         self.forget()
 
@@ -54,6 +57,9 @@ class PipelinedConfirms:
                 continue
             self._published += 1
             self.waiting[self._published] = number
+
+    def _closed(self, _channel: Any, error: Exception) -> None:
+        self.closed_by = error
 
     def _confirmed(self, frame: Any) -> None:
         method = frame.method
