@@ -175,20 +175,22 @@ def idempotency_of(stage):
     return next(one for one in stage.broker.middleware if isinstance(one, Idempotency))
 
 
+def waiting_actors(stage, jobs):
+    """Declare an actor with a key and one without. Their jobs meet at ``all_in`` with the test, and wait for ``go_on``."""
+    all_in, go_on = threading.Barrier(jobs + 1), threading.Event()
+
+    def wait(number):
+        all_in.wait(10)
+        assert go_on.wait(10)
+
+    guarded = stage.actor(wait, actor_name="guarded", idempotency_key="{number}")
+    return guarded, stage.actor(wait, actor_name="plain"), all_in, go_on
+
+
 def test_only_the_stuck_job_is_blamed_for_the_end_of_its_process():
     store = MemoryStore()
     stage = Stage(bundle={"idempotency": Idempotency(store), "timeout": Timeout(on_stuck="exit")})
-    all_in, go_on = threading.Barrier(4), threading.Event()
-
-    @stage.actor(idempotency_key="{number}")
-    def guarded(number):
-        all_in.wait(10)
-        assert go_on.wait(10)
-
-    @stage.actor()
-    def plain(number):
-        all_in.wait(10)
-        assert go_on.wait(10)
+    guarded, plain, all_in, go_on = waiting_actors(stage, jobs=3)
 
     with stage.working(threads=3):
         stuck, neighbour, other = guarded.send(1), guarded.send(2), plain.send(3)
@@ -511,17 +513,7 @@ def test_a_last_start_is_exposed_before_another_job_begins_beside_it(monkeypatch
 def test_the_jobs_that_run_when_a_worker_begins_to_shut_down_have_not_crashed():
     store = MemoryStore()
     stage = Stage(bundle={"idempotency": Idempotency(store)})
-    all_in, go_on = threading.Barrier(3), threading.Event()
-
-    @stage.actor(idempotency_key="{number}")
-    def guarded(number):
-        all_in.wait(10)
-        assert go_on.wait(10)
-
-    @stage.actor()
-    def plain(number):
-        all_in.wait(10)
-        assert go_on.wait(10)
+    guarded, plain, all_in, go_on = waiting_actors(stage, jobs=2)
 
     with stage.working(threads=2):
         guarded.send(1)

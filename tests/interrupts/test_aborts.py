@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import threading
 from collections import Counter
@@ -12,7 +11,7 @@ from time import monotonic
 from typing import ClassVar
 
 import pytest
-from dramatiq.asyncio import EventLoopThread, async_to_sync, set_event_loop_thread
+from dramatiq.asyncio import async_to_sync
 from dramatiq.middleware import AsyncIO, Middleware
 from dramatiq.threading import Interrupt, raise_thread_exception
 
@@ -37,18 +36,6 @@ class Noting(Middleware):
 
     def before_process_message(self, broker, message):
         self.threads.append(threading.get_ident())
-
-
-@pytest.fixture
-def event_loop():
-    thread = EventLoopThread(logging.getLogger("loop"))
-    thread.start(timeout=5)
-    set_event_loop_thread(thread)
-    yield thread
-    thread.stop()
-    thread.join()
-    set_event_loop_thread(None)
-    interrupts.reset()
 
 
 def call(fn, *args, deadline=None):
