@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..common.callables import is_coroutine_callable, is_sync_callable
@@ -81,7 +82,7 @@ class ActorOptions(TypedDict, total=False):
     max_backoff: int
     retry_when: Callable[[int, BaseException], bool] | None
     throws: type[BaseException] | Iterable[type[BaseException]]
-    on_retry_exhausted: str | None
+    on_retry_exhausted: str | Actor[..., Any] | None
     on_failure: str | Actor[..., Any] | None
     on_success: str | Actor[..., Any] | None
     time_limit: float | None
@@ -247,19 +248,19 @@ _STOCK_DURATIONS: tuple[tuple[str, Callable[[str, str, Any], int]], ...] = (
     ("min_backoff", checked_wait),
     ("max_backoff", checked_wait),
     ("max_age", checked_duration),
-    ("result_ttl", checked_duration),
+    ("result_ttl", partial(checked_duration, least=1)),
 )
 
 
 def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check Dramatiq's options on retries and age; return those given, a ``timedelta`` as milliseconds.
+    """Check Dramatiq's options on retries, age, results and callbacks; return those given, a ``timedelta`` as milliseconds.
 
     Dramatiq reads them only after a job has failed, and a wrong value would then lose the decision.
 
     Raises:
       ConfigurationError: An option is wrong.
     """
-    checked = {}
+    checked: dict[str, Any] = {}
     for option, check in _STOCK_DURATIONS:
         value = options.get(option)
         if option in options and not (value is None and option in ("max_age", "result_ttl")):
@@ -269,9 +270,14 @@ def checked_stock_options(where: str, options: Mapping[str, Any]) -> dict[str, A
     endless = isinstance(retries, float) and retries == math.inf
     if isinstance(retries, bool) or not (retries is None or endless or isinstance(retries, int)):
         raise ConfigurationError.of_option(where, "max_retries", "an int, or None for no bound", retries)
-    exhausted = options.get("on_retry_exhausted")
-    if not (exhausted is None or isinstance(exhausted, str)):
-        raise ConfigurationError.of_option(where, "on_retry_exhausted", "an actor's name", exhausted)
+    for option in ("on_success", "on_failure", "on_retry_exhausted"):
+        value = options.get(option)
+        # Dramatiq takes an actor in the options of a message, and looks for a name in those of an actor.
+        name = getattr(getattr(value, "__actor__", value), "actor_name", value)
+        if not (name is None or isinstance(name, str)):
+            raise ConfigurationError.of_option(where, option, "an actor or its name", value)
+        if name is not value:
+            checked[option] = name
     return checked
 
 

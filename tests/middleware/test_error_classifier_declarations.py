@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import timedelta
+from datetime import date, timedelta
 
 import dramatiq
 import pytest
@@ -14,6 +14,8 @@ from dramatiq_policies import (
     ErrorClassifier,
     when,
 )
+from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
+from dramatiq_policies.testing import drain
 
 from ..support import Stage
 from .scenarios import (
@@ -70,6 +72,8 @@ def made_one_by_one(*args):
         ("max_backoff", "1h", "'1h'"),
         ("max_age", math.inf, "inf"),
         ("on_retry_exhausted", len, repr(len)),
+        ("on_success", len, repr(len)),
+        ("on_failure", 5, "5"),
         pytest.param("timeout", 10**5_000, "a int", id="timeout-five thousand digits"),
         ("idempotency_ttl", timedelta.max, repr(timedelta.max)),
     ],
@@ -83,6 +87,38 @@ def test_a_bad_declaration_names_actor_option_expected_and_got(option, value, go
     text = str(raised.value)
     assert text.startswith(f"actor 'send_mail': {option}: expected ")
     assert f", got {repr(value) if got is None else got}." in text
+
+
+#: The options of dramatiq_policies, and those of Dramatiq that decide about a failed job.
+_CHECKED = sorted(
+    {*ACTOR_OPTIONS, "timeout", "queue_timeout", "time_limit", "max_retries", "min_backoff", "max_backoff"}
+)
+
+
+@pytest.mark.parametrize("option", [*_CHECKED, "max_age", "retry_when", "throws", "on_success", "on_failure"])
+@pytest.mark.parametrize(
+    "garbage",
+    [object(), b"x", {1: 2}, [5], timedelta(-1), date(2026, 1, 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_garbage_in_any_option_is_an_error_that_names_actor_option_expected_and_got(option, garbage):
+    with pytest.raises(ConfigurationError, match=rf"^actor 'send_mail': {option}: expected .*, got "):
+        failing(Stage(), name="send_mail", **{option: garbage})
+
+
+@pytest.mark.parametrize("option", ["on_success", "on_failure", "on_retry_exhausted"])
+def test_a_callback_may_be_an_actor_as_in_the_options_of_a_message(option):
+    stage, called = Stage(), []
+    after = stage.actor(lambda *_: called.append(option), actor_name="after")
+
+    @stage.actor(max_retries=0, **{option: after})
+    def job():
+        if option != "on_success":
+            raise ValueError
+
+    job.send()
+    drain(stage.broker)
+    assert called == [option]
 
 
 def test_an_option_that_can_t_even_be_looked_at_is_refused_and_not_left_to_dramatiq_which_would_go_on():
