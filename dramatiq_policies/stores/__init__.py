@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["Entry", "IdempotencyStore", "Renewal", "memory", "redis"]
+__all__ = ["Entry", "IdempotencyStore", "Renewal"]
 
 
 class Entry(NamedTuple):
