@@ -29,8 +29,7 @@ from ..common.safe_logger import SafeLogger
 from ..delivery.decision import Decision
 from ..delivery.delivery import JobTransaction
 from ..delivery.outgoing import OutgoingMessage
-from ..errors import ConfigurationError, UnknownRecord
-from ..idempotency import records
+from ..errors import ConfigurationError
 from ..idempotency.claim import claim_of
 from ..idempotency.store_client import StoreDown
 from ..interrupts import coroutines
@@ -39,6 +38,7 @@ from ..middleware.idempotency import guard_on
 from ..outcomes import Outcome, text_of
 from .database import is_transient
 from .interrupts import Interrupts
+from .key_records import is_of, message_id_of
 from .key_table import KeyTable
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 
 #: A renewal or a rewrite of the claim may come between two statements of the completion.
 _TRIES = 5
+#: When a message comes again whose key another message has taken over, in milliseconds.
+_AGAIN_MS = 1_000
 
 #: Writes what follows from a job, over the connection of its transaction and in the outbox's scope.
 Finish = Callable[["Connection", "Scope"], None]
@@ -112,7 +114,7 @@ class UnitsOfWork(Protocol):
 
 
 class TakenOver(Exception):
-    """The key does not belong to this run any more."""
+    """The key does not belong to this run any more. The argument is the content of the register."""
 
 
 class TransactionalJobs:
@@ -170,9 +172,9 @@ class TransactionalJobs:
             interrupts.raise_swallowed()
             claim.over = claim.committing = True
             unit.commit(partial(self._finish, delivery, claim, result))
-        except TakenOver:
+        except TakenOver as taken:
             unit.roll_back(interrupted=False)
-            self._give_way(delivery, claim)
+            self._give_way(delivery, claim, taken.args[0])
         except BaseException as error:
             unit.roll_back(interrupted=interrupts.seen)
             if not (claim.committing and self._took_effect(delivery, claim, error)):
@@ -222,12 +224,11 @@ class TransactionalJobs:
         for _ in range(_TRIES):
             if store.swap_within(connection, claim.name, expected, completed, claim.retention):
                 return
-            found = store.get_within(connection, claim.name)
-            if found.value is not None and not _is_of(claim, found.value):
+            expected = store.get_within(connection, claim.name).value
+            if expected is not None and not is_of(claim, expected):
                 break
             # Forgotten by a user; or a rewrite of this run's record whose reply was lost.
-            expected = found.value
-        raise TakenOver
+        raise TakenOver(expected)
 
     def _took_effect(self, delivery: Delivery, claim: Claim, error: BaseException) -> bool:
         """Whether the commit of a run took effect, although an error followed.
@@ -244,9 +245,9 @@ class TransactionalJobs:
             guard.defer(delivery, "store_down")
         if found == guard.claims.completed_record(claim):
             return True
-        if found is not None and not _is_of(claim, found):
+        if found is not None and not is_of(claim, found):
             # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.
-            self._give_way(delivery, claim)
+            self._give_way(delivery, claim, found)
         claim.over = claim.committing = False
         if is_transient(error) and delivery.elapsed_ms() > guard.claims.lease / 3:
             logger.warning(
@@ -257,8 +258,12 @@ class TransactionalJobs:
             )
         return False
 
-    def _give_way(self, delivery: Delivery, claim: Claim) -> NoReturn:
-        """Skip a message whose key belongs to another run."""
+    def _give_way(self, delivery: Delivery, claim: Claim, theirs: bytes | None) -> NoReturn:
+        """Skip a message whose key belongs to another run.
+
+        Parameters:
+          theirs: The record of the other run.
+        """
         # The claim's end would be written over the other run's claim.
         self._drop(delivery, claim)
         logger.warning(
@@ -267,6 +272,11 @@ class TransactionalJobs:
             delivery.message.message_id,
             delivery.message.actor_name,
         )
+        options = delivery.message.options
+        is_awaited = "pipe_target" in options or options.get("group_completion_callbacks")
+        if is_awaited and message_id_of(theirs) != delivery.message.message_id:
+            # The other message moves only its own pipeline and group on.
+            delivery.add_follow_up(OutgoingMessage(delivery.next_message(), _AGAIN_MS))
         delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
 
     def _drop(self, delivery: Delivery, claim: Claim) -> None:
@@ -280,16 +290,6 @@ class TransactionalJobs:
 
     def _claims(self) -> Claims:
         return self._guard().claims
-
-
-def _is_of(claim: Claim, value: bytes) -> bool:
-    """Whether the bytes are a record of the claim's run."""
-    try:
-        record = records.Record.decode(value)
-    except UnknownRecord:
-        return False
-    own = claim.record
-    return (record.owner, record.token, record.message_id) == (own.owner, own.token, own.message_id)
 
 
 def _function_of(actor: Actor[..., Any]) -> Any:

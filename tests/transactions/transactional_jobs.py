@@ -28,6 +28,7 @@ from dramatiq_policies import (
     TimeoutExceeded,
     current_job,
 )
+from dramatiq_policies.idempotency import records
 from dramatiq_policies.sql import SqlOutbox, SqlStore
 from dramatiq_policies.testing import drain, store_down
 
@@ -310,6 +311,26 @@ class TransactionalJobs:
         assert (shop.payments(), shop.done, shop.pending()) == ([], [], 0)
         assert shop.outcomes() == [("duplicate", "stale")]
         assert Idempotency.state(pay, 7).owner == "elsewhere:1:place:1"
+
+    @pytest.mark.parametrize("ours", [True, False])
+    def test_a_run_whose_key_another_message_completed_still_moves_its_pipeline_on(self, shop, ours):
+        async def body(job, order):
+            claim = shop.claim()
+            message_id = claim.record.message_id if ours else "another"
+            theirs = records.completed_by(message_id, claim.record.args)
+            assert shop.store.swap(claim.name, claim.value, theirs, 10**9) is None
+            await job.add(Payment(order=order))
+
+        pay = shop.actor(body)
+        options = {"pipe_ignore": True}
+        steps = [pay.message(7), shop.note.message_with_options(args=("next",), **options)]
+        pipeline(steps, broker=shop.broker).run()
+        shop.drain()
+        assert shop.payments() == []
+        # A redelivery of the same message has sent the next step in its own transaction.
+        again = [] if ours else [("duplicate", "completed")]
+        assert shop.outcomes() == [("duplicate", "stale"), *again]
+        assert shop.done == ([] if ours else [("next",)])
 
     def test_the_lease_is_renewed_while_the_job_runs(self, shop):
         async def body(job, order):
