@@ -183,7 +183,9 @@ def import_object(path: str) -> Any:
     """
     name, _, attributes = path.partition(":")
     if name.endswith(".py"):
-        raise OperationError(f"{path!r} is a file; name the module, {name[:-3].replace(os.sep, '.')!r}.")
+        raise OperationError(
+            f"{path!r} is a file; name the module, {os.path.normpath(name)[:-3].replace(os.sep, '.')!r}."
+        )
     with importing(path):
         module = importlib.import_module(name)
     if not attributes:

@@ -36,8 +36,10 @@ def forget_key(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> bool:
 def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         return ask(actor, *args, **kwargs)
-    except (PolicyError, TypeError) as error:
+    except PolicyError as error:
         raise OperationError(str(error)) from None
+    except TypeError as error:
+        raise OperationError(f"{actor.actor_name}{signature_of(actor.fn)}: {error}.") from None
     except Exception as error:
         raise store_error(_store_of(actor), error) from None
 

@@ -155,3 +155,13 @@ def test_an_unexpected_error_is_one_line(command, monkeypatch):
 
 def broken(*args, **kwargs):
     raise ZeroDivisionError("by\nnothing")
+
+
+@pytest.mark.parametrize("given", ["./shop.py", "shop.py"])
+def test_a_file_in_place_of_a_module_gets_the_module_s_name(command, given):
+    assert command.refuses("check", given) == f"Error: {given!r} is a file; name the module, 'shop'."
+
+
+@pytest.mark.parametrize("given", ["", "."])
+def test_a_folder_in_place_of_a_new_module_is_one_sentence(command, given):
+    assert "is not a module; name a file below this folder" in command.refuses("new", given)

@@ -62,6 +62,12 @@ def test_a_misspelt_argument_is_no_value_and_gets_the_nearest_name(command, app)
     assert command.json("keys", "show", f"{app}:greet", "name=nam=7")["key"] == "user:nam=7"
 
 
+def test_arguments_that_don_t_fit_are_a_sentence_with_those_of_the_actor(command, app):
+    for given, what in (([], "missing a required argument: 'order_id'"), ([1, 2, 3], "too many positional arguments")):
+        line = command.refuses("keys", "show", f"{app}:send_mail", *given)
+        assert line == f"Error: send_mail(order_id, email='none'): {what}."
+
+
 def test_an_actor_without_a_key_of_its_own_goes_by_the_message_s_id(command, app):
     message, _ = send(app, "count")
     assert command.json("keys", "show", f"{app}:count", message.message_id)["state"] == "completed"

@@ -45,7 +45,7 @@ def module_name(file: Path) -> str:
     Raises:
       OperationError: The file is no module below the current folder.
     """
-    parts = list(file.with_suffix("").parts)
+    parts = [*file.parts[:-1], file.stem]
     if parts[:1] == ["src"]:
         parts = parts[1:]
     if file.is_absolute() or file.suffix != ".py" or not parts or not all(part.isidentifier() for part in parts):
