@@ -80,7 +80,7 @@ def cache_fields(proxy: Any, message: Message[Any], body: bytes | None) -> None:
 def cache_missing_fields(proxy: MessageProxy, message: Message[Any]) -> None:
     """Do the same for the proxy of an unknown broker, which may have attributes of these names."""
     own = vars(proxy)
-    own.update({**vars(message), "redelivered": False, **own, "body": None, "earlier_run": None})
+    own.update({**vars(message), "body": None, "redelivered": False, "earlier_run": None, **own})
 
 
 def exception_of(proxy: MessageProxy) -> BaseException | None:

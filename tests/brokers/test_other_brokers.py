@@ -218,11 +218,16 @@ def test_a_proxy_keeps_its_own_fields_and_those_of_its_message(monkeypatch):
         def __init__(self, message):
             super().__init__(message)
             self.message_id = "seven"
+            self.body = message.encode()
 
     class NumberedConsumer(ListConsumer):
         def __next__(self):
             message = super().__next__()
             return message and Numbered(message._message)
+
+        def ack(self, message):
+            assert Message.decode(message.body).actor_name == "job"
+            super().ack(message)
 
     broker = ListBroker()
     broker.consume = lambda queue_name, **options: NumberedConsumer(broker, queue_name)
