@@ -60,7 +60,8 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
     succeeded = decision.outcome is Outcome.SUCCEEDED
     if not succeeded:
         delivery.restore_arguments(message)
-    delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
+    if not delivery.is_plain_success() or transport.completes_with_publish(delivery):
+        delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:
         state.idempotency.claims.finish(delivery.claim, decision)
     delivery.settled = True
