@@ -33,7 +33,7 @@ __all__ = ["ConnectionScope", "SessionScope", "is_autocommit"]
 
 _KEY = "dramatiq_policies_outbox"
 #: Awaits in the sync code below an async engine. Named ``await_only`` before SQLAlchemy 2.1.
-_await: Callable[[Awaitable[None]], None] = getattr(concurrency, "await_", None) or concurrency.await_only
+_await: Callable[[Awaitable[Any]], Any] = getattr(concurrency, "await_", None) or concurrency.await_only
 
 
 def _runs_in_sqlalchemy() -> bool:
@@ -161,7 +161,11 @@ class _SessionWatch:
         if connection is None:
             return
         if not connection.in_transaction():
-            self.ticket = self.outbox.after_commit(self.written)
+            if self.is_async and self.outbox.is_inline:
+                # On SQLite, another task of the loop may have the lock that the publication waits for.
+                _await(asyncio.to_thread(self.outbox.after_commit, self.written))
+            else:
+                self.ticket = self.outbox.after_commit(self.written)
         elif self.outbox.is_inline:
             # A test has begun the transaction outside of the session, and never commits.
             self.outbox.after_commit(self.written, SqlConnection(connection))

@@ -579,6 +579,22 @@ def test_messages_of_an_async_session_and_of_its_sync_code_keep_their_order(shop
     assert shop.queued()[:2] == [(1,), (2,)]
 
 
+def test_tasks_that_write_at_the_same_time_send_at_their_commits(shop, async_engine):
+    async def order(number):
+        async with AsyncSession(async_engine) as session, session.begin(), shop.outbox.within(session):
+            session.add(Order(id=number))
+            await session.flush()
+            shop.confirm.send(number)
+            await asyncio.sleep(0)
+
+    async def orders():
+        await asyncio.gather(*(order(number) for number in range(6)))
+        await async_engine.dispose()
+
+    asyncio.run(orders())
+    assert sorted(shop.queued()) == [(number,) for number in range(6)]
+
+
 def test_tasks_that_the_block_starts_send_at_once(shop, async_engine):
     async def send(number):
         shop.confirm.send(number)
