@@ -67,6 +67,7 @@ class DeliveringTransport(Protocol):
 
     source: str
     queue_name: str
+    acks_with_follow_ups: bool
 
     @property
     def state(self) -> RunContext: ...

@@ -137,7 +137,10 @@ class IdempotencyGuard:
             starts = 1
         args = "" if key is None or options.fingerprint is None else options.fingerprint(message.args, message.kwargs)
         run = run_of(message.options)
-        request = records.Request(message.message_id, run, is_dead, options.max_crashes, starts, args=args)
+        two_steps = not delivery.transport.acks_with_follow_ups
+        request = records.Request(
+            message.message_id, run, is_dead, options.max_crashes, starts, args=args, ends_are_recorded=two_steps
+        )
         claim = partial(self.claims.claim, name, keyed=key is not None, retention=options.ttl, earlier=earlier)
         try:
             self._claim(delivery, name, request, claim)

@@ -170,6 +170,7 @@ class Request(NamedTuple):
       alone: Whether no other job runs in this process.
       beside: Whether the job may start beside other jobs of this process, because they did not end in time.
       args: The fingerprint of the arguments; "" if unknown.
+      ends_are_recorded: Whether the end of a run is recorded before its retry is published, as on RabbitMQ.
     """
 
     message_id: str
@@ -180,6 +181,7 @@ class Request(NamedTuple):
     alone: bool = False
     beside: bool = False
     args: str = ""
+    ends_are_recorded: bool = False
 
 
 class Start(NamedTuple):
@@ -272,8 +274,14 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
 
 
 def _copy_runs(record: Record, left: int, request: Request) -> bool:
-    """Return whether a copy of the message has taken over, after a crash between the publish of the retry and its record."""
-    return record.state == RUNNING and record.starts > 1 and left > 0 and not request.is_dead(record)
+    """Return whether a copy of the message runs, although its retry is published.
+
+    On Redis the record of the first start says nothing: the retry is published before the end is recorded. A later start is a
+    copy that took over after a crash in between. On RabbitMQ a running record is always a copy's: of a run whose recorded end
+    another message has replaced, after its lease.
+    """
+    may_be_copy = request.ends_are_recorded or record.starts > 1
+    return may_be_copy and record.state == RUNNING and left > 0 and not request.is_dead(record)
 
 
 def _after_a_crash(record: Record, request: Request, more: int) -> Action:

@@ -292,7 +292,7 @@ class Simulation:
 
     def _claim(self, worker, held, outcome):
         message = held.message
-        request = Request(message.id, message.run, is_dead, self.max_crashes)
+        request = Request(message.id, message.run, is_dead, self.max_crashes, ends_are_recorded=not self.one_step)
         try:
             answer = self._ask(worker, message, request)
             if isinstance(answer, records.Start):

@@ -120,6 +120,19 @@ def test_each_deferral_waits_twice_as_long_and_the_last_for_the_rest_of_the_leas
     assert ship.runs == [(7, 1)]
 
 
+def test_a_retry_waits_while_a_copy_of_its_earlier_run_is_running():
+    store = MemoryStore()
+    stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
+    ship = keep(stage)
+    retry = ship.send_with_options(args=(7,), retries=1)
+    copy = Record(RUNNING, retry.message_id, owner="elsewhere:1:place:1", retention=1_000).encode()
+    store.put(register_name("ship", "order:7"), copy, 40_000 + 1_000)
+    drain(stage.broker)
+    assert [event.outcome for event in stage.events if event.outcome != "deferred"] == ["succeeded"]
+    assert sum(event.delay_ms for event in stage.events if event.outcome == "deferred") > 30_000
+    assert len(ship.runs) == 1
+
+
 def test_a_messages_own_key_overrides_the_actors():
     stage = Stage()
     runs = []

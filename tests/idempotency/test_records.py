@@ -220,6 +220,15 @@ def test_each_record_has_its_next_action(case):
     assert (type(found), found) == (type(answer), answer)
 
 
+def test_a_retry_waits_for_a_copy_of_an_earlier_run_where_ends_are_recorded_before_retries_are_published():
+    """Another message has replaced the recorded end after its lease, and the redelivered run began anew."""
+    request = Request("m", 1, LIVE, max_crashes=3, ends_are_recorded=True)
+    assert next_action(mine(run=0), LEFT, request) == WaitForOwner(500)
+    assert next_action(mine(run=0), OVER, request) == Start(1, (("m", 0),))
+    assert next_action(mine(run=0), LEFT, request._replace(is_dead=GONE)) == Start(1, (("m", 0),))
+    assert next_action(mine(ENDING, run=0), LEFT, request) == Start(1, (("m", 0),))
+
+
 def test_a_message_without_a_limit_is_taken_over_for_ever():
     assert next_action(mine(starts=1_000), LEFT, Request("m", 1, GONE)) == Start(1_001)
     assert next_action(theirs(starts=1_000), OVER, Request("m", 1, GONE)) == Start(1_001)
