@@ -40,9 +40,16 @@ def run_forked(
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, "-m", "tests.forked"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    atexit.register(_end, server, os.getpid())
+    return server
+
+
+def _end(server: subprocess.Popen[str], starter: int) -> None:
+    if os.getpid() == starter:  # Not in a forked test.
+        server.communicate()  # Closes stdin, which ends the server.
 
 
 def serve() -> None:
