@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -412,7 +413,10 @@ def row_of(module: str) -> list[str]:
 
 def modules_of(name: str) -> list[str]:
     """Return the module of the name, or the modules of a package in `TESTS` without a row for the module alone."""
-    folder = ROOT / PACKAGE / name
+    spec = importlib.util.find_spec(PACKAGE)  # Not an import: the mutants' processes import their own copy.
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / name
     if not folder.is_dir():
         return [name]
     found = (f"{name}/{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
