@@ -303,7 +303,7 @@ class DownBackend(StubBackend):
 
 
 def test_a_task_runs_although_its_result_can_t_be_stored(set_broker, monkeypatch, caplog):
-    monkeypatch.setattr("dramatiq_policies.middleware.composition._PAUSES", ())
+    monkeypatch.setattr("dramatiq_policies.middleware.composition._STORE_PAUSES", ())
     broker = stub_broker(Results(backend=DownBackend(), store_results=True))
     tasks = set_broker(broker)
     tasks.add.enqueue(1, 2)
