@@ -122,7 +122,7 @@ def redis_namespace(redis_client: redis.Redis) -> Iterator[str]:
     """A namespace nobody else uses; its keys, `<namespace>:*`, are deleted after the test."""
     namespace = f"dp-test-{uuid.uuid4().hex}"
     yield namespace
-    keys = list(redis_client.scan_iter(match=f"{namespace}:*", count=1_000))
+    keys = list(redis_client.scan_iter(match=f"{namespace}:*", count=5_000))
     if keys:
         redis_client.delete(*keys)
 

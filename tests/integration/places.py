@@ -146,14 +146,14 @@ class RedisPlace(Place):
         for name in (queue or self.queue, f"{queue or self.queue}.DQ"):
             ids = self.client.lrange(self.key(name), 0, -1)
             bodies = self.client.hgetall(self.key(f"{name}.msgs"))
-            held = list(self.client.scan_iter(match=self.key(f"__acks__.*.{name}")))
+            held = list(self.client.scan_iter(match=self.key(f"__acks__.*.{name}"), count=5_000))
             unacked = [i for key in held for i in self.client.smembers(key)]
             assert sorted(ids + unacked) == sorted(bodies), f"{name}: ready {ids}, unacked {unacked}, bodies {bodies}"
             found += [Message.decode(body) for body in bodies.values()]
         return found
 
     def unacked(self) -> int:
-        return sum(self.client.scard(key) for key in self.client.scan_iter(match=self.key("__acks__.*")))
+        return sum(self.client.scard(key) for key in self.client.scan_iter(match=self.key("__acks__.*"), count=5_000))
 
     def dead_bodies(self, queue: str | None = None) -> list[bytes]:
         letters = self.key(f"{queue or self.queue}.XQ")

@@ -162,7 +162,7 @@ def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_argum
     first.work_until_all_are_done()
     assert len([trip for trip in batcher if len(trip) == 2]) >= 11, batcher
     # Each completed key, and its companion with four bytes more.
-    values = [redis_client.get(name) for name in redis_client.scan_iter(match=f"{namespace}:*", count=1_000)]
+    values = [redis_client.get(name) for name in redis_client.scan_iter(match=f"{namespace}:*", count=5_000)]
     assert sorted(len(value) for value in values if value[:2] == b"\x01C") == [18] * 12 + [22] * 12
 
     second, charge = shop_with_charge()

@@ -123,7 +123,7 @@ def test_a_message_that_another_worker_took_over_and_finished_is_no_loss(
     first.send(1)
     with app.working(threads=1):
         assert gate.entered.wait(10)
-        (acks,) = redis_place.client.scan_iter(match=redis_place.key(f"__acks__.*.{redis_place.queue}"))
+        (acks,) = redis_place.client.scan_iter(match=redis_place.key(f"__acks__.*.{redis_place.queue}"), count=5_000)
         (redis_id,) = redis_place.client.smembers(acks)
         redis_place.client.srem(acks, redis_id)
         redis_place.client.rpush(redis_place.key(redis_place.queue), redis_id)

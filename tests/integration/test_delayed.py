@@ -305,7 +305,7 @@ def test_the_last_worker_that_stops_puts_all_back_for_workers_that_know_no_index
     with app.working(1):
         until(lambda: index_of(redis_place) >= 2 * IN_HAND)
     assert redis_place.client.llen(redis_place.key(f"{redis_place.queue}.DQ")) == 4 * IN_HAND
-    assert not list(redis_place.client.scan_iter(match=redis_place.key("__delayed__*")))
+    assert not list(redis_place.client.scan_iter(match=redis_place.key("__delayed__*"), count=5_000))
     assert redis_place.unacked() == 0
 
 

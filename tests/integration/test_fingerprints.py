@@ -44,7 +44,7 @@ def test_another_process_logs_other_arguments(
         until(lambda: second.outcomes.count("duplicate") == 2)
     lines = [record.getMessage() for record in caplog.records if "but other arguments" in record.getMessage()]
     assert len(lines) == 1
-    names = list(redis_client.scan_iter(match=f"{redis_namespace}:*", count=1_000))
+    names = list(redis_client.scan_iter(match=f"{redis_namespace}:*", count=5_000))
     values = {name: redis_client.get(name) for name in names if redis_client.type(name) == b"string"}
     sizes = sorted(len(value) for value in values.values() if value[:2] == b"\x01C")
     assert sizes == [18] * 5 + [22] * 5

@@ -258,7 +258,7 @@ def application(place: Place, redis_url: str, tmp_path: Path) -> Any:
     app = Application(place, redis_url, tmp_path)
     yield app
     with redis.Redis.from_url(redis_url) as client:
-        for key in client.scan_iter(match=f"{app.namespace}:*", count=1_000):
+        for key in client.scan_iter(match=f"{app.namespace}:*", count=5_000):
             client.delete(key)
 
 
@@ -495,7 +495,7 @@ def test_a_group_counts_each_member_once_on_redis(redis_place: RedisPlace) -> No
         stock = next(m for m in broker.middleware if isinstance(m, GroupCallbacks))
         count = stock.counter()
         uuid_ = next(iter(members[0].options.values())) if members[0].options else None
-        keys = [key.decode() for key in redis_place.client.scan_iter(match="*@members")]
+        keys = [key.decode() for key in redis_place.client.scan_iter(match="*@members", count=5_000)]
         assert uuid_ is None or count is not None
         for key in keys:
             name = key.removesuffix("@members").strip("{}")
@@ -563,7 +563,7 @@ def test_a_completed_key_takes_at_most_170_bytes(redis_client: redis.Redis, redi
 
     store = RedisStore(redis_client, namespace=redis_namespace)
     store.put("job\0" + "x" * 30, completed_by(str(uuid.uuid4())), 86_400_000)
-    (key,) = redis_client.scan_iter(match=f"{redis_namespace}:*")
+    (key,) = redis_client.scan_iter(match=f"{redis_namespace}:*", count=5_000)
     usual = len("idem:") + 20
     assert len(key) - len(redis_namespace) + len("idem") == usual
     assert redis_client.memory_usage(key) < 170

@@ -64,12 +64,14 @@ def test_reading_changes_nothing(place: Place, reading) -> None:
         job.send()
     before = None
     if isinstance(place, RedisPlace):
-        before = {key: place.client.dump(key) for key in place.client.scan_iter(match=place.key("*"))}
+        before = {key: place.client.dump(key) for key in place.client.scan_iter(match=place.key("*"), count=5_000)}
     reader = reading(app.broker)
     for _ in range(30):
         reader.read(place.queue)
     if isinstance(place, RedisPlace):
-        assert before == {key: place.client.dump(key) for key in place.client.scan_iter(match=place.key("*"))}
+        assert before == {
+            key: place.client.dump(key) for key in place.client.scan_iter(match=place.key("*"), count=5_000)
+        }
     else:
         got = [place.channel.basic_get(place.queue, auto_ack=True) for _ in range(3)]
         assert [method.redelivered for method, _, _ in got] == [False] * 3

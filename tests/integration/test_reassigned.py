@@ -99,7 +99,7 @@ def test_the_follow_up_of_a_job_whose_message_redis_reassigned_comes_once(
     with app.working(threads=1):
         assert shop.gate.entered.wait(10)
         # As the recovery of any worker does with what a silent one holds.
-        (acks,) = redis_place.client.scan_iter(match=redis_place.key(f"__acks__.*.{redis_place.queue}"))
+        (acks,) = redis_place.client.scan_iter(match=redis_place.key(f"__acks__.*.{redis_place.queue}"), count=5_000)
         (redis_id,) = redis_place.client.smembers(acks)
         assert redis_place.client.srem(acks, redis_id)
         redis_place.client.rpush(redis_place.key(redis_place.queue), redis_id)

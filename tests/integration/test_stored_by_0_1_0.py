@@ -179,7 +179,7 @@ def on_redis(url: str, later: int) -> Iterator[Shop]:
             yield shop
         finally:
             broker.close()
-            client.delete(*client.scan_iter(match=f"{namespace}:*", count=1_000), group, f"{{{group}}}@members")
+            client.delete(*client.scan_iter(match=f"{namespace}:*", count=5_000), group, f"{{{group}}}@members")
 
 
 @contextlib.contextmanager
@@ -209,7 +209,7 @@ def on_rabbitmq(url: str, redis_url: str, *, derived: bool) -> Iterator[Shop]:
             for name in ("", ".DQ", ".XQ"):
                 place.channel.queue_delete(queue + name)
             place.close()
-            client.delete(*client.scan_iter(match=f"{namespace}:*", count=1_000))
+            client.delete(*client.scan_iter(match=f"{namespace}:*", count=5_000))
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +348,7 @@ def test_the_dead_workers_hold_nothing_any_more(redis_shop: Shop) -> None:
     place = redis_shop.app.place
     assert isinstance(place, RedisPlace)
     assert "__acks__" in TEXT
-    assert list(place.client.scan_iter(match=place.key("__acks__.*"))) == []
+    assert list(place.client.scan_iter(match=place.key("__acks__.*"), count=5_000)) == []
 
 
 @pytest.mark.parametrize("later", [0, HOUR], ids=["while its lease lasts", "when its lease is over"])
