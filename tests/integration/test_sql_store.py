@@ -75,7 +75,7 @@ def test_a_server_that_hangs_fails_each_call_in_time_and_serves_again_when_it_is
         assert time.monotonic() - began < 3
         proxy.resume()
         assert until(lambda: answers(store, "k")) == b"one"
-        assert proxy.connections <= 4
+        until(lambda: proxy.connections <= 4)
 
 
 def answers(store: SqlStore, key: str) -> bytes | None:
