@@ -176,8 +176,11 @@ def quiet(worker: Worker) -> None:
     """Begin no further job on a worker in shutdown. The consumers set messages aside and requeue them at the end.
 
     Consumers run on while jobs end. Otherwise an idle thread could take a message just interrupted by the shutdown and
-    requeued, and nothing would interrupt the second run.
+    requeued, and nothing would interrupt the second run. Nor may the thread of an interrupted job begin the next message in
+    hand: Dramatiq stops the threads only after the hooks of all middleware, so they are paused now.
     """
+    for worker_thread in worker.workers:
+        worker_thread.pause()
     for thread in worker.consumers.values():
         if isinstance(thread.consumer, PolicyConsumer):
             thread.consumer.transport.is_quiet = True

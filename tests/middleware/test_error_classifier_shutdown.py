@@ -6,8 +6,10 @@ import threading
 import time
 
 import pytest
+from dramatiq import Worker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import (
+    Middleware,
     Retries,
     Shutdown,
     ShutdownNotifications,
@@ -46,6 +48,41 @@ def test_a_job_that_shutdown_interrupts_is_requeued_and_has_used_no_attempt():
     stage.run()
     assert stage.outcomes() == ["interrupted", "succeeded"]
     assert [event.attempt for event in stage.events] == [1, 1]
+
+
+def test_a_message_that_waits_in_the_worker_does_not_begin_after_the_interrupt_of_the_job_before():
+    class Slow(Middleware):
+        """A hook that comes after the interrupt, and before Dramatiq stops the threads."""
+
+        def before_worker_shutdown(self, broker, worker):
+            deadline = time.monotonic() + 10
+            (thread,) = worker.workers
+            while thread.is_alive() and len(stage.events) < 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    stage = Stage(broker=StubBroker(middleware=[ShutdownNotifications(notify_shutdown=True), Retries(), Slow()]))
+    started = threading.Event()
+
+    @stage.actor
+    def slow():
+        started.set()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not stage.events:
+            time.sleep(0.001)
+
+    @stage.actor
+    def waiting():
+        pass
+
+    slow.send()
+    waiting.send()
+    worker = Worker(stage.broker, worker_timeout=10, worker_threads=1)
+    worker.start()
+    assert started.wait(10)
+    while not worker.work_queue.qsize():
+        time.sleep(0.001)
+    worker.stop()
+    assert [(event.actor, event.outcome) for event in stage.events] == [("slow", "interrupted")]
 
 
 @pytest.mark.parametrize("others", [[], [ShutdownNotifications()]])
