@@ -173,6 +173,12 @@ def rabbitmq_message(consumer: Any, method: Any, message: Message[Any], body: by
     return proxy
 
 
+def rabbitmq_parameters(broker: Any) -> list[Any]:
+    """Return the connection parameters of a RabbitmqBroker, one for each server. Dramatiq keeps a single server's without a list."""
+    given = broker.parameters
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
 def take_rabbitmq_tag(consumer: Any, message: Any) -> int | None:
     """Remove and return the delivery tag of a message. None if already removed."""
     try:

@@ -15,7 +15,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from .._dramatiq import kind_of
+from .._dramatiq import kind_of, rabbitmq_parameters
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..delivery.history import now_ms
@@ -74,9 +74,7 @@ def _within(broker: Any) -> str:
     if kind == "redis":
         return f"redis {broker.namespace}"
     if kind == "rabbitmq":
-        parameters = broker.parameters
-        first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
-        return f"rabbitmq {getattr(first, 'virtual_host', '/')}"
+        return f"rabbitmq {getattr(rabbitmq_parameters(broker)[0], 'virtual_host', '/')}"
     return type(broker).__name__
 
 
@@ -99,8 +97,7 @@ def server_of(broker: Any, store: object) -> str | None:
 def _cluster_of(broker: Any) -> str:
     import pika
 
-    several = broker.parameters if isinstance(broker.parameters, (list, tuple)) else [broker.parameters]
-    copies = [copy(one) for one in several]
+    copies = [copy(one) for one in rabbitmq_parameters(broker)]
     for one in copies:
         one.socket_timeout = one.stack_timeout = _ANSWER_WITHIN
         one.connection_attempts = 1

@@ -112,6 +112,16 @@ def test_a_server_that_is_not_there_is_a_lost_connection(place: Place, reading) 
         reader.read(place.queue)
 
 
+@pytest.mark.parametrize("several", [list, tuple])
+def test_a_broker_of_several_rabbitmq_servers_is_read(rabbitmq_place: RabbitmqPlace, several: type) -> None:
+    broker = rabbitmq_place.broker()
+    broker.declare_queue(rabbitmq_place.queue, ensure=True)
+    broker.parameters = several([broker.parameters])
+    reader = reader_of(broker)
+    assert reader.read(rabbitmq_place.queue).ready == 0
+    reader.close()
+
+
 def test_messages_without_a_consumer_are_stalled(place: Place, reading) -> None:
     app = place.app()
 

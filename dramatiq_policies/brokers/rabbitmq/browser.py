@@ -17,6 +17,7 @@ from dramatiq import Message
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.common import xq_name
 
+from ... import _dramatiq
 from ...common.connections import discard, is_async_exception
 from ...errors import OperationError
 from ..browser import Item
@@ -60,8 +61,7 @@ def _close(connection: Any) -> None:
 
 def unreachable(broker: RabbitmqBroker, error: BaseException | None) -> OperationError:
     """Return the error for an unreachable server, with the reason."""
-    parameters: Any = broker.parameters  # A tuple, too, in spite of Dramatiq's annotation.
-    first = parameters[0] if isinstance(parameters, (list, tuple)) else parameters
+    first = _dramatiq.rabbitmq_parameters(broker)[0]
     return OperationError(f"RabbitMQ can't be reached at {first.host}:{first.port} ({_reason(error)}).")
 
 

@@ -15,6 +15,7 @@ from dramatiq.errors import ConnectionClosed
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
+from ... import _dramatiq
 from ...common.connections import discard, is_async_exception
 from ...delivery.broker_state import state_of
 from ..queue_reader import QueueReader, QueueReading, ready_at
@@ -128,9 +129,7 @@ class RabbitmqQueueReader(QueueReader):
 
     def _parameters(self) -> Any:
         """Return the parameters of the broker, with our timeouts."""
-        parameters: Any = self.broker.parameters  # One set, or a list of them, in spite of Dramatiq's annotation.
-        several = parameters if isinstance(parameters, list) else [parameters]
-        copies = [copy(one) for one in several]
+        copies = [copy(one) for one in _dramatiq.rabbitmq_parameters(self.broker)]
         for one in copies:
             one.socket_timeout = one.stack_timeout = _TIMEOUT
         return copies
