@@ -65,12 +65,14 @@ BrokerRetryOn = BrokerExceptions | Mapping[Any, RetryPolicy | int]
 
 
 class ActorOptions(TypedDict, total=False):
-    """Every option of an actor with dramatiq_policies. Use it for options that actors share::
+    """Every option of an actor with dramatiq_policies: the type of options that several actors share.
 
-    MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
+    Example::
 
-    @actor(**MAIL)
-    def send_mail(user_id): ...
+        MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
+
+        @actor(**MAIL)
+        def send_mail(user_id): ...
     """
 
     # Dramatiq's own.

@@ -14,11 +14,13 @@ T = TypeVar("T")
 
 
 class CurrentJob:
-    """The running job: message, attempt, idempotency key and remaining time. `current_job` returns it::
+    """The running job, from `current_job`: message, attempt, idempotency key and remaining time.
 
-    def charge(order_id, amount):
-        job = current_job()
-        payments.charge(amount, idempotency_key=job.idempotency_key, attempt=job.attempt)
+    Example::
+
+        def charge(order_id, amount):
+            job = current_job()
+            payments.charge(amount, idempotency_key=job.idempotency_key, attempt=job.attempt)
     """
 
     __slots__ = ("_delivery",)

@@ -8,6 +8,7 @@ import re
 import textwrap
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from smtplib import SMTPException
 from types import SimpleNamespace
 from unittest import TestCase, mock
@@ -27,6 +28,8 @@ from dramatiq_policies.middleware.metrics import Nowhere
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore
 
+PACKAGE = Path(dramatiq_policies.__file__).parent
+
 PUBLIC = {
     name: value
     for module in (dramatiq_policies, testing, sql)
@@ -42,7 +45,9 @@ def examples_of(value):
     """The code blocks of a docstring: the indented lines after a line that ends with two colons."""
     text = inspect.getdoc(value)
     found = re.findall(r"::\n\n((?:(?:    .*)?\n?)+)", f"{text}\n")
-    return [textwrap.dedent(code).strip() for code in found]
+    codes = [textwrap.dedent(code).strip() for code in found]
+    assert all(codes), f"after its two colons, the code is not indented: {text}"
+    return codes
 
 
 class Base(DeclarativeBase):
@@ -117,6 +122,23 @@ def declare_jobs(names):
 @pytest.mark.parametrize("name", sorted(TAUGHT))
 def test_a_public_name_has_an_example(name):
     assert examples_of(TAUGHT[name]), f"{name} has no example"
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_the_code_in_a_docstring_is_indented(file):
+    """Otherwise it reads as prose: the formatter takes away the indentation of a block that no line of text precedes or follows."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        lines = (ast.get_docstring(node) or "").splitlines()
+        for number, line in enumerate(lines):
+            if line.endswith("::"):
+                code = next((one for one in lines[number + 1 :] if one), "")
+                assert indentation(code) > indentation(line), line
+
+
+def indentation(line):
+    return len(line) - len(line.lstrip())
 
 
 EXAMPLES = [
