@@ -199,7 +199,7 @@ class QueueMonitor(PolicyMiddleware):
             if not self._watching:
                 # No thread of this monitor closes the reader later.
                 self._get_reader().close()
-        self._publish_readings(found, error, readings, [], False)
+        self._publish_readings(readings, found, error)
         return found
 
     def _monitor_once(self, election: Election) -> None:
@@ -239,7 +239,7 @@ class QueueMonitor(PolicyMiddleware):
             if self._tracker.open != open_before:
                 election.save(sorted(self._tracker.open))
         workers_known = election.hears_all or any("threads" in one for one in reports)
-        self._publish_readings(found, error, readings, reports, workers_known)
+        self._publish_readings(readings, found, error, reports if workers_known else None)
 
     def _is_leader(self, election: Election) -> bool:
         """Whether this process is the leader. A new leader continues with the open breaches of the last one."""
@@ -269,16 +269,23 @@ class QueueMonitor(PolicyMiddleware):
             readings.append(outbox)
         return readings, [alert for reading in readings for alert in self._tracker.transitions(reading)], error
 
-    def _publish_readings(self, found: list[QueueAlert], error: Exception | None, *gauges: Any) -> None:
+    def _publish_readings(
+        self,
+        readings: list[QueueReading],
+        found: list[QueueAlert],
+        error: Exception | None,
+        reports: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Send alerts and gauges, and raise the error. ``reports`` are those of the workers; None if there may be others."""
         # Alerts first: they are saved as sent, so no other process would send them.
         for alert in found:
             for notify in self._notifiers:
                 notify(alert)
-        self._send(*gauges)
+        self._send(readings, reports)
         if error is not None:
             raise error
 
-    def _send(self, readings: list[QueueReading], reports: list[dict[str, Any]], workers_known: bool) -> None:
+    def _send(self, readings: list[QueueReading], reports: list[dict[str, Any]] | None) -> None:
         from ..observability.queue_gauges import gauges_of, worker_gauges
         from .metrics import Metrics
 
@@ -290,7 +297,7 @@ class QueueMonitor(PolicyMiddleware):
         if statsd is None:
             return
         values = gauges_of(readings, "queues" if prefix is None else prefix, tagged=statsd.tagged)
-        statsd.send([*values, *worker_gauges(reports)] if workers_known else values)
+        statsd.send(values if reports is None else [*values, *worker_gauges(reports)])
 
     def _get_reader(self) -> QueueReader:
         broker = self._state().broker

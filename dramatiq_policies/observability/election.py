@@ -12,15 +12,12 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.safe_logger import SafeLogger
 from ..delivery.history import now_ms
 from .private_files import lock, make_private, open_own, private_folder
 from .reports import Report, parse_memory, parse_report
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["CommandElection", "Election"]
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..common.middleware import find_middleware
 from ..errors import PolicyError
 from ..idempotency.keys import signature_of
 from ..middleware.idempotency import Idempotency, KeyState
@@ -45,7 +46,8 @@ def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _store_of(actor: Any) -> Any:
-    return next((one.store for one in actor.broker.middleware if isinstance(one, Idempotency)), None)
+    idempotency = find_middleware(actor.broker, Idempotency)
+    return None if idempotency is None else idempotency.store
 
 
 def read_arguments(actor: Actor[..., Any], texts: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:

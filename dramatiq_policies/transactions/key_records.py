@@ -15,17 +15,22 @@ __all__ = ["is_of", "message_id_of"]
 
 def is_of(claim: Claim, value: bytes) -> bool:
     """Whether the bytes are a record of the claim's run."""
-    try:
-        record = Record.decode(value)
-    except UnknownRecord:
-        return False
-    own = claim.record
-    return (record.owner, record.token, record.message_id) == (own.owner, own.token, own.message_id)
+    record, own = _decoded(value), claim.record
+    return record is not None and (record.owner, record.token, record.message_id) == (
+        own.owner,
+        own.token,
+        own.message_id,
+    )
 
 
 def message_id_of(value: bytes | None) -> str | None:
     """Return the id of the message that wrote a record; None without a readable record."""
+    record = None if value is None else _decoded(value)
+    return None if record is None else record.message_id
+
+
+def _decoded(value: bytes) -> Record | None:
     try:
-        return None if value is None else Record.decode(value).message_id
+        return Record.decode(value)
     except UnknownRecord:
         return None

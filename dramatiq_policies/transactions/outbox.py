@@ -103,7 +103,7 @@ class Outbox(PolicyMiddleware):
     @cached_property
     def table(self) -> OutboxTable:
         """The rows."""
-        return OutboxTable(self.namespace, int(self.lease), self.database.dialect)
+        return OutboxTable(self.namespace, self.lease, self.database.dialect)
 
     @cached_property
     def batch(self) -> Batch:
