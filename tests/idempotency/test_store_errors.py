@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import redis.asyncio
@@ -95,17 +96,20 @@ def test_a_completion_is_written_when_the_store_is_back(flaky, monkeypatch):
             time.sleep(0.02)
 
 
-def test_a_claim_whose_answer_came_when_its_lease_was_over_is_asked_for_again(monkeypatch):
-    late = 0.0
-    monotonic = clock.monotonic
-    monkeypatch.setattr(clock, "monotonic", lambda: monotonic() + late)
+@pytest.fixture
+def delay(monkeypatch):
+    """Set the clock ahead by ``delay.seconds``."""
+    delay, monotonic = SimpleNamespace(seconds=0.0), clock.monotonic
+    monkeypatch.setattr(clock, "monotonic", lambda: monotonic() + delay.seconds)
+    return delay
 
+
+def test_a_claim_whose_answer_came_when_its_lease_was_over_is_asked_for_again(delay):
     class Late(MemoryStore):
         def swap(self, key, expected, value, ttl):
-            nonlocal late
             found = super().swap(key, expected, value, ttl)
-            if not late:
-                late = 3.0
+            if not delay.seconds:
+                delay.seconds = 3.0
                 self.put(key, completed_by("another"), 10_000)
             return found
 
@@ -134,15 +138,10 @@ def test_only_a_claim_that_another_took_is_logged_as_lost(caplog, by_itself):
     assert ["was lost" in record.message for record in caplog.records].count(True) == (0 if by_itself else 1)
 
 
-def test_a_claim_whose_answer_came_late_and_that_is_ours_still_runs(monkeypatch):
-    late = 0.0
-    monotonic = clock.monotonic
-    monkeypatch.setattr(clock, "monotonic", lambda: monotonic() + late)
-
+def test_a_claim_whose_answer_came_late_and_that_is_ours_still_runs(delay):
     class Late(MemoryStore):
         def swap(self, key, expected, value, ttl):
-            nonlocal late
-            late = late or 3.0
+            delay.seconds = 3.0
             return super().swap(key, expected, value, ttl)
 
     stage = Stage(bundle={"idempotency": Idempotency(Late(), lease=2_000)})
