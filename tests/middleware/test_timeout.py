@@ -385,7 +385,7 @@ def test_shutdown_notifications_are_stock_s_but_for_the_hooks(monkeypatch):
     middleware = ShutdownNotifications(notify_shutdown=True)
     assert isinstance(middleware, StockShutdownNotifications)
     assert middleware.actor_options == {"notify_shutdown"}
-    middleware.before_worker_shutdown(None, SimpleNamespace(consumers={}))
+    middleware.before_worker_shutdown(None, SimpleNamespace(consumers={}, workers=[]))
     assert calls == [1]
 
 
