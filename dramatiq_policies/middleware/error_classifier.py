@@ -19,8 +19,8 @@ from ..delivery.actor_policy import (
 from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
-from ..delivery.decisions import BrokerDefaults, FailedRun, decide
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
+from ..delivery.failed_run import BrokerDefaults, FailedRun, decide
 from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration

@@ -13,10 +13,10 @@ from ..errors import Snooze, Verdict
 from .matching import RuleSet
 from .rule import Rule, Verb
 
-__all__ = ["deciding"]
+__all__ = ["deciding_rule"]
 
 
-def deciding(rules: RuleSet, error: BaseException) -> tuple[Rule | None, BaseException]:
+def deciding_rule(rules: RuleSet, error: BaseException) -> tuple[Rule | None, BaseException]:
     """Return the deciding rule (None: no rule) and the deciding error.
 
     A shutdown, a `Verdict` and Dramatiq's ``Retry`` need no rule. Of the leaves of a group the first of these decides: an alert;

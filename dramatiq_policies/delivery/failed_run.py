@@ -18,7 +18,7 @@ from ..errors import Snooze, Verdict
 from ..outcomes import Outcome, logger, text_of
 from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
-from ..rules.verdicts import deciding
+from ..rules.verdicts import deciding_rule
 from .callbacks import add_exhausted_callback
 from .decision import Decision
 from .delivery import Delivery
@@ -64,7 +64,7 @@ class FailedRun:
         self.history = History(message.options)
 
     def add_next_run(self, delay_ms: int = 0) -> None:
-        """Add the message of the next run to the follow-up messages."""
+        """Add the message of the next run to the follow-up messages. The next run's deferrals count from 0."""
         self.history.deferrals = 0
         again = self.delivery.next_message(**{POLICIES: self.history.option()})
         self.delivery.add_follow_up(OutgoingMessage(again, delay_ms or None))
@@ -103,7 +103,7 @@ class FailedRun:
 
 def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
     """Decide about the message of a failed run, and add the follow-up messages to the delivery."""
-    rule, cause = deciding(run.policy.rules, run.error)
+    rule, cause = deciding_rule(run.policy.rules, run.error)
     if is_a(cause, Shutdown):
         return _interrupted(defaults, run)
     if is_a(cause, Snooze):
@@ -113,19 +113,24 @@ def decide(defaults: BrokerDefaults, run: FailedRun) -> Decision:
         return _discarded(defaults, run, None)
     if is_a(cause, Retry):
         cause = _with_checked_delay(run.message, cause)
-    if rule is not None and rule.policy is not None:
-        return _retry(defaults, run, cause, rule.policy, rule.id)
-    if rule is None and _dramatiq.is_missing_middleware(run.error):
-        run.record_last_failure()
-        return run.decision(Outcome.DEAD, _UNCLASSIFIED, dead_letter=True)
     if rule is None:
-        if defaults.unclassified is None or is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(run):
-            return _by_stock_options(defaults, run, cause)
-        return _retry(defaults, run, cause, defaults.unclassified, _UNCLASSIFIED)
+        return _unclassified(defaults, run, cause)
+    if rule.policy is not None:
+        return _retry(defaults, run, cause, rule.policy, rule.id)
     run.record_last_failure()
     if rule.verb is Verb.DISCARD:
         return _discarded(defaults, run, rule.id)
     return run.decision(Outcome.ALERTED, rule=rule.id, dead_letter=True)
+
+
+def _unclassified(defaults: BrokerDefaults, run: FailedRun, cause: BaseException) -> Decision:
+    """Decide without a rule: by the policy for unclassified errors, otherwise by Dramatiq's options."""
+    if _dramatiq.is_missing_middleware(run.error):
+        run.record_last_failure()
+        return run.decision(Outcome.DEAD, _UNCLASSIFIED, dead_letter=True)
+    if defaults.unclassified is None or is_a(cause, (RateLimitExceeded, Retry)) or _is_thrown(run):
+        return _by_stock_options(defaults, run, cause)
+    return _retry(defaults, run, cause, defaults.unclassified, _UNCLASSIFIED)
 
 
 def _requested_delay(message: MessageProxy, request: Retry | Snooze) -> int | None:
