@@ -61,7 +61,7 @@ TESTS = {
     "observability/outcome_log": ["middleware/test_error_classifier*"],
     "delivery/delivery": ["delivery", "middleware/test_error_classifier*", "middleware/test_timeout", "idempotency"],
     "delivery/decision": ["delivery", "middleware/test_error_classifier*", "idempotency"],
-    "delivery/decisions": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
+    "delivery/failed_run": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
     "delivery/history": [
         "delivery/test_history",
         "kit/test_kit_stub",
@@ -88,6 +88,7 @@ TESTS = {
     "idempotency/guard": ["idempotency"],
     "idempotency/keys": ["idempotency/test_keys", "idempotency"],
     "idempotency/options": ["idempotency"],
+    "idempotency/actions": ["idempotency/test_actions", "project/test_fuzz", "idempotency"],
     "idempotency/records": ["idempotency/test_records", "project/test_fuzz", "idempotency"],
     "middleware/error_classifier": ["kit/test_kit_stub", "middleware/test_error_classifier*", "idempotency"],
     "middleware/idempotency": [

@@ -56,7 +56,7 @@ class ClaimKeeper(Protocol):
     def record_ending(self, claim: Any, send: OutgoingMessage) -> None:
         """Record, before the retry is published, that the run has ended."""
 
-    def completion(self, claim: Any) -> tuple[Any, ...]:
+    def completion_command(self, claim: Any) -> tuple[Any, ...]:
         """Return the command that completes the key, for a store with a `CommandBatcher`."""
 
     def companion(self, claim: Any) -> tuple[str, bytes, int] | tuple[()]:

@@ -75,11 +75,11 @@ class DeliveringTransport(Protocol):
     def after_interrupt(self) -> None:
         """Drop connections of this thread that an interrupt of a job may have left in an unknown state."""
 
-    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+    def completion_command(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
 
     def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
-        """The command of `completion` has acknowledged the message."""
+        """The command of `completion_command` has acknowledged the message."""
 
     def ack(self, message: MessageProxy) -> None:
         """Acknowledge a message."""

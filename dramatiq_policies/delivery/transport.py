@@ -155,12 +155,12 @@ class Transport:
         """Whether `publish_follow_ups` also completes the idempotency key and acknowledges, in a single step."""
         return False
 
-    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+    def completion_command(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         """Return the command to complete the key of a plain success, and whether the command also acknowledges."""
-        return self.state.idempotency.claims.completion(delivery.claim), False
+        return self.state.idempotency.claims.completion_command(delivery.claim), False
 
     def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
-        """The command of `completion` has acknowledged the message, with this reply."""
+        """The command of `completion_command` has acknowledged the message, with this reply."""
         delivery.acked = True
 
     def dead_letter(self, message: MessageProxy, dead: Message[Any] | bytes) -> None:

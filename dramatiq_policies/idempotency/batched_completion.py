@@ -84,7 +84,7 @@ class BatchedCompletions:
         if not _has_more(threading.current_thread()):
             return False
         transport = delivery.transport
-        command, acks = transport.completion(delivery)
+        command, acks = transport.completion_command(delivery)
 
         def on_reply(answer: object) -> None:
             if not isinstance(answer, Exception) and answer:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..delivery.delivery import Delivery
     from .records import Record
 
-__all__ = ["Claim", "Quarantined", "claim_of"]
+__all__ = ["Claim", "QuarantinedClaim", "claim_of"]
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +38,7 @@ class Claim:
     has_earlier_name: bool = True
 
 
-class Quarantined(NamedTuple):
+class QuarantinedClaim(NamedTuple):
     """The claim of a run that began too often and never ended, still to be finished, and the number of starts."""
 
     claim: Claim

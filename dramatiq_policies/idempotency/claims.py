@@ -28,14 +28,15 @@ from ..delivery.decision import COMPLETING, Decision
 from ..delivery.history import now_ms, run_of
 from ..outcomes import BAD_ENDINGS, Outcome
 from ..stores import IdempotencyStore
+from . import actions, records
 from . import owner as owners
-from . import records
-from .claim import Claim, Quarantined, claim_of
+from .actions import Request, Start
+from .claim import Claim, QuarantinedClaim, claim_of
 from .earlier import EarlierRecords
 from .exclusive import ExclusiveRuns
 from .lease_renewal import Leases
 from .options import crash_counter_name
-from .records import Record, Request, Start
+from .records import Record
 from .store_client import StoreClient, StoreDown
 from .tokens import add_unconfirmed, discard_token, is_dead, is_unconfirmed, new_token
 
@@ -88,7 +89,7 @@ class Claims:
 
     def claim(
         self, name: str, request: Request, *, keyed: bool, retention: int, earlier: str | None = None
-    ) -> Claim | Quarantined | records.Action:
+    ) -> Claim | QuarantinedClaim | actions.Action:
         """Claim a register for a run, or return the action to take instead.
 
         Parameters:
@@ -106,16 +107,16 @@ class Claims:
         token = new_token()
         claimed = False
         try:
-            action = records.next_action(None, 0, request)
+            action = actions.next_action(None, 0, request)
             if earlier is not None and (known := self.earlier.find(earlier, retention)) is not None:
-                action = records.next_action(*known, request)
-                if isinstance(action, records.Quarantine):
+                action = actions.next_action(*known, request)
+                if isinstance(action, actions.Quarantine):
                     return self._quarantined(action, earlier, known[0], known[0].encode(), request, keyed, retention)
             expected: bytes | None = None
             for _ in range(_MAX_SWAPS):
                 if not isinstance(action, Start) or action.alone:
                     return action
-                record = records.claimed(
+                record = actions.claimed(
                     action, request, owner=owner, token=token, started_at=now_ms(), retention=retention
                 )
                 value = record.encode()
@@ -131,11 +132,11 @@ class Claims:
                     self.leases.hold(held)
                     return held
                 stored = self._read(name, found.value, request)
-                action = records.next_action(stored, found.left, request)
-                if isinstance(action, records.Quarantine) and stored is not None and found.value is not None:
+                action = actions.next_action(stored, found.left, request)
+                if isinstance(action, actions.Quarantine) and stored is not None and found.value is not None:
                     return self._quarantined(action, name, stored, found.value, request, keyed, retention)
                 expected = found.value
-            return records.WaitForOwner(self.lease)
+            return actions.WaitForOwner(self.lease)
         except StoreDown:
             add_unconfirmed(token)
             raise
@@ -145,17 +146,17 @@ class Claims:
 
     def _quarantined(
         self,
-        found: records.Quarantine,
+        found: actions.Quarantine,
         name: str,
         stored: Record,
         value: bytes,
         request: Request,
         keyed: bool,
         retention: int,
-    ) -> Quarantined:
+    ) -> QuarantinedClaim:
         # A run of this process may have the same token as the other process.
         record = stored._replace(message_id=request.message_id, run=request.run, token="")
-        return Quarantined(Claim(name, record, value, keyed, retention), found.starts)
+        return QuarantinedClaim(Claim(name, record, value, keyed, retention), found.starts)
 
     def _read(self, name: str, value: bytes | None, request: Request) -> Record | None:
         if value is None:
@@ -188,7 +189,7 @@ class Claims:
         # Without a key the job holds nothing: the record's lease is over as soon as the store has the record.
         message = delivery.message
         request = Request(message.message_id, run_of(message.options), is_dead)
-        record = records.claimed(
+        record = actions.claimed(
             Start(0), request, owner=owners.this_process(), token="", started_at=now_ms(), retention=_UNCOUNTED_FOR
         )
         name = crash_counter_name(message.message_id)
@@ -236,7 +237,7 @@ class Claims:
         # If the store fails here, a crash before the ack runs the job again.
         self.rewrite(claim, state=records.ENDING, retry={"options": options, "due": due})
 
-    def completion(self, claim: Claim) -> tuple[Any, ...]:
+    def completion_command(self, claim: Claim) -> tuple[Any, ...]:
         """Return the command that writes the completion, for a store with a `CommandBatcher`."""
         store: Any = self.store
         command: tuple[Any, ...] = store.putting(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..common import clock
 from ..delivery.consumer import REDELIVERED
 from ..delivery.history import now_ms
-from .records import SkipDuplicate, WaitForOwner
+from .actions import SkipDuplicate, WaitForOwner
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy

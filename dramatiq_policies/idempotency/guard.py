@@ -22,8 +22,8 @@ from ..delivery.history import POLICIES, History, now_ms, run_of
 from ..delivery.outgoing import OutgoingMessage
 from ..errors import Crashed, UnknownRecord
 from ..outcomes import Outcome, logger
-from . import records
-from .claim import Claim, Quarantined
+from . import actions
+from .claim import Claim, QuarantinedClaim
 from .claims import Claims
 from .contention import WAITS_FOR, Contention
 from .duplicate_results import ResultsDown, forward_first_result
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["IdempotencyGuard"]
 
 #: The answer to a claim of a key.
-Answer = Claim | Quarantined | records.Action
+Answer = Claim | QuarantinedClaim | actions.Action
 #: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
 _RETURNS = 10
 
@@ -138,58 +138,83 @@ class IdempotencyGuard:
         args = "" if key is None or options.fingerprint is None else options.fingerprint(message.args, message.kwargs)
         run = run_of(message.options)
         two_steps = not delivery.transport.acks_with_follow_ups
-        request = records.Request(
+        request = actions.Request(
             message.message_id, run, is_dead, options.max_crashes, starts, args=args, ends_are_recorded=two_steps
         )
         claim = partial(self.claims.claim, name, keyed=key is not None, retention=options.ttl, earlier=earlier)
         try:
-            self._claim(delivery, name, request, claim)
+            answer = self._claim(delivery, name, request, claim)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s is deferred: %s", message.message_id, message.actor_name, error)
             self.defer(delivery, "store_down")
         except StoreDown:
-            if key is None:
-                return
-            if not self.run_without_store or (delivery.policy is not None and delivery.policy.transactional):
-                self.defer(delivery, "store_down")
-            logger.warning(
-                "Message %s of actor %s runs without a claim: the idempotency store is down.",
-                message.message_id,
-                message.actor_name,
-            )
+            self._admit_without_store(delivery, keyed=key is not None)
+        else:
+            self._act_on(delivery, name, answer)
+
+    def _admit_without_store(self, delivery: Delivery, *, keyed: bool) -> None:
+        """Let a job run without a claim, if nobody relies on the claim.
+
+        Raises:
+          SkipMessage: The message waits for the store.
+        """
+        if not keyed:
+            return
+        message = delivery.message
+        if not self.run_without_store or (delivery.policy is not None and delivery.policy.transactional):
+            self.defer(delivery, "store_down")
+        logger.warning(
+            "Message %s of actor %s runs without a claim: the idempotency store is down.",
+            message.message_id,
+            message.actor_name,
+        )
 
     def _claim(
-        self, delivery: Delivery, name: str, request: records.Request, claim: Callable[[records.Request], Answer]
-    ) -> None:
-        """Claim a register, and act on the answer.
+        self, delivery: Delivery, name: str, request: actions.Request, claim: Callable[[actions.Request], Answer]
+    ) -> Answer:
+        """Claim a register. For a contended key, return a recent answer of the store to another message.
+
+        Raises:
+          SkipMessage: The job must start alone, but other jobs run. The message is deferred.
+        """
+        is_counted = delivery.message.options.pop(WAITS_FOR, None) == name
+        known = self._known(delivery, name, counted=is_counted)
+        if known is not None:
+            return known
+        answer = claim(request)
+        if isinstance(answer, actions.Start):
+            # The last allowed start: claim again, while no other job runs.
+            answer = claim(self._alone(delivery, request, answer.starts))
+        if isinstance(answer, actions.WaitForOwner) or name in self.contention.keys:
+            self.contention.observe(name, answer, counted=is_counted)
+        return answer
+
+    def _act_on(self, delivery: Delivery, name: str, answer: Answer) -> None:
+        """Put the claim on the delivery. Any other answer ends the delivery.
 
         Raises:
           SkipMessage: The job must not run now; the decision is on the delivery.
         """
-        is_counted = delivery.message.options.pop(WAITS_FOR, None) == name
-        known = self._known(delivery, name, counted=is_counted)
-        answer = claim(request) if known is None else known
-        if isinstance(answer, records.Start):
-            answer = claim(self._alone(delivery, request, answer.starts))
-        if known is None and (isinstance(answer, records.WaitForOwner) or name in self.contention.keys):
-            self.contention.observe(name, answer, counted=is_counted)
         match answer:
             case Claim():
-                self._hold(delivery, answer)
-            case Quarantined():
+                delivery.claim = answer
+                if self.claims.stopping:
+                    # The shutdown uncounted the running jobs before this job was among them.
+                    self.claims.uncount_start(delivery)
+            case QuarantinedClaim():
                 self._quarantine(delivery, answer)
-            case records.WaitForOwner():
+            case actions.WaitForOwner():
                 if answer.differs and not History(delivery.message.options).deferrals:
                     self._warn_of_other_arguments(delivery.message, answer.message_id)
                 self.defer(delivery, "running", name, answer)
-            case records.RepublishRetry():
+            case actions.RepublishRetry():
                 self._republish(delivery, answer.retry)
             case _:
                 # Any other answer must not let the job run without a claim.
-                assert isinstance(answer, records.SkipDuplicate)
+                assert isinstance(answer, actions.SkipDuplicate)
                 self._skip(delivery, answer)
 
-    def _known(self, delivery: Delivery, name: str, *, counted: bool) -> records.WaitForOwner | None:
+    def _known(self, delivery: Delivery, name: str, *, counted: bool) -> actions.WaitForOwner | None:
         """Return the fresh answer of the store to another message of a contended key; None to ask the store."""
         if name not in self.contention.keys or delivery.redelivered:
             return None
@@ -198,7 +223,7 @@ class IdempotencyGuard:
             self.contention.count(name)
         return known
 
-    def _alone(self, delivery: Delivery, request: records.Request, starts: int) -> records.Request:
+    def _alone(self, delivery: Delivery, request: actions.Request, starts: int) -> actions.Request:
         """Return the request of a job that must start alone. While other jobs run in this process, defer the message.
 
         After ten deferrals (ten more for each start that proved nothing) the job starts beside the others, because they may
@@ -214,13 +239,7 @@ class IdempotencyGuard:
             self.defer(delivery, "running")
         return request._replace(beside=True)
 
-    def _hold(self, delivery: Delivery, claim: Claim) -> None:
-        delivery.claim = claim
-        if self.claims.stopping:
-            # The shutdown uncounted the running jobs before this job was among them.
-            self.claims.uncount_start(delivery)
-
-    def _quarantine(self, delivery: Delivery, found: Quarantined) -> NoReturn:
+    def _quarantine(self, delivery: Delivery, found: QuarantinedClaim) -> NoReturn:
         delivery.claim = found.claim
         error = Crashed(
             f"the job started {counted(found.starts, 'time')} and never finished: each time its worker "
@@ -234,7 +253,7 @@ class IdempotencyGuard:
         delivery.add_follow_up(OutgoingMessage(again, None if due is None else max(1, due - now_ms())))
         delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
 
-    def _skip(self, delivery: Delivery, duplicate: records.SkipDuplicate) -> NoReturn:
+    def _skip(self, delivery: Delivery, duplicate: actions.SkipDuplicate) -> NoReturn:
         if duplicate.first_message_id is not None:
             if duplicate.differs:
                 self._warn_of_other_arguments(delivery.message, duplicate.first_message_id)
@@ -266,7 +285,7 @@ class IdempotencyGuard:
             self.defer(delivery, "store_down")
 
     def defer(
-        self, delivery: Delivery, reason: str, name: str = "", answer: records.WaitForOwner | None = None
+        self, delivery: Delivery, reason: str, name: str = "", answer: actions.WaitForOwner | None = None
     ) -> NoReturn:
         """Enqueue the message again, without an attempt.
 

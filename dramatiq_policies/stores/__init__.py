@@ -1,7 +1,7 @@
 """The protocol of an idempotency store.
 
 A store is a set of registers, one per key, with compare-and-swap and expiry. A store does not interpret the registers: the rules
-of claims, leases and takeovers are in `dramatiq_policies.idempotency.records`. If you write a store, guarantee:
+of claims, leases and takeovers are in `dramatiq_policies.idempotency.actions`. If you write a store, guarantee:
 
 - Each call is atomic for its key. All processes see the calls for one key in one order: after `swap` wrote a value, the next call
   of any process finds this value. If a store may lose an acknowledged write (failover to a lagging replica, eviction), a job may

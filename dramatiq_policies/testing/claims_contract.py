@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..delivery.decision import Decision
+from ..idempotency.actions import Request, SkipDuplicate, WaitForOwner
 from ..idempotency.claim import Claim
 from ..idempotency.claims import Claims
-from ..idempotency.records import Record, Request, SkipDuplicate, WaitForOwner
+from ..idempotency.records import Record
 from ..outcomes import Outcome
 from ..stores import IdempotencyStore
 from .concurrency import THREADS, run_concurrently

@@ -51,7 +51,7 @@ class Transport:
         self.errors = list(errors)
         self.settled = 0
 
-    def completion(self, delivery):
+    def completion_command(self, delivery):
         return ("SET", "key", "done"), True
 
     def acked_by_completion(self, delivery, reply):

@@ -13,13 +13,14 @@ import pytest
 from dramatiq_policies import Outcome
 from dramatiq_policies.delivery.decision import Decision
 from dramatiq_policies.delivery.outgoing import OutgoingMessage
+from dramatiq_policies.idempotency import actions, records, tokens
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import owner as owners
-from dramatiq_policies.idempotency import records, tokens
-from dramatiq_policies.idempotency.claim import Claim, Quarantined
+from dramatiq_policies.idempotency.actions import Request, SkipDuplicate, Start, WaitForOwner
+from dramatiq_policies.idempotency.claim import Claim, QuarantinedClaim
 from dramatiq_policies.idempotency.claims import Claims
 from dramatiq_policies.idempotency.options import crash_counter_name, register_name
-from dramatiq_policies.idempotency.records import Record, Request, SkipDuplicate, Start, WaitForOwner
+from dramatiq_policies.idempotency.records import Record
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.idempotency.tokens import is_dead
 from dramatiq_policies.stores import Entry
@@ -137,7 +138,7 @@ def test_a_quarantine_leaves_the_claims_of_this_process_alone(claims, store):
     theirs = Record(records.RUNNING, "m", 0, "elsewhere:1:place:1", running.record.token, 0, 3, KEEP)
     store.put("k", theirs.encode(), LEASE + KEEP)
     quarantined = ask(claims, dead=died)
-    assert isinstance(quarantined, Quarantined)
+    assert isinstance(quarantined, QuarantinedClaim)
     claims.finish(quarantined.claim, Decision(Outcome.DEAD, "crashed"))
     assert not is_dead(running.record)
     assert ask(claims, "runs here", name="other") == WaitForOwner(LEASE)
@@ -150,7 +151,7 @@ def test_two_messages_with_one_key_that_kill_their_workers_by_turns_are_quaranti
         answer = ask(claims, running[0])
         if isinstance(answer, Start) and answer.alone:
             answer = ask(claims, running[0], alone=True)
-        if isinstance(answer, Quarantined):
+        if isinstance(answer, QuarantinedClaim):
             claims.finish(answer.claim, Decision(Outcome.DEAD, "crashed"))
             running.pop(0)
             continue
@@ -218,7 +219,7 @@ def test_a_retry_that_is_being_published_is_published_again_by_a_redelivery(clai
     claim = ask(claims)
     claims.record_ending(claim, OutgoingMessage(Again(retries=1, pipe_target={"large": 1}), 2_000))
     answer = ask(claims, dead=died)
-    assert isinstance(answer, records.RepublishRetry)
+    assert isinstance(answer, actions.RepublishRetry)
     assert answer.retry["options"] == {"retries": 1}
     assert isinstance(ask(claims, run=1), Claim)
 
@@ -244,7 +245,7 @@ def test_a_publish_that_was_given_up_half_way_is_left_to_the_redelivery(claims, 
     claim = ask(claims)
     claims.record_ending(claim, OutgoingMessage(Again(retries=1), 2_000))
     claims.finish(claim, Decision(Outcome.INTERRUPTED, "handoff_failed"))
-    assert isinstance(ask(claims), records.RepublishRetry)
+    assert isinstance(ask(claims), actions.RepublishRetry)
 
 
 def test_a_copy_of_the_same_run_is_no_retry_and_is_not_announced_as_one(claims, store):
@@ -380,8 +381,8 @@ def test_the_end_of_a_claim_without_a_key_is_tried_once(claims, store, slept):
 def test_a_completion_that_was_carried_ends_the_claim(claims, store):
     store.putting = lambda *arguments: arguments
     claim = ask(claims)
-    assert claims.completion(claim) == ("k", records.completed_by("m"), KEEP)
-    store.put(*claims.completion(claim))
+    assert claims.completion_command(claim) == ("k", records.completed_by("m"), KEEP)
+    store.put(*claims.completion_command(claim))
     claims.drop(claim)
     claims.leases.renew()
     assert store.renewals == []

@@ -19,13 +19,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dramatiq_policies import Outcome
 from dramatiq_policies.delivery.decision import Decision
 from dramatiq_policies.delivery.outgoing import OutgoingMessage
+from dramatiq_policies.idempotency import actions, tokens
 from dramatiq_policies.idempotency import claims as claims_module
 from dramatiq_policies.idempotency import lease_renewal as leases
 from dramatiq_policies.idempotency import owner as owners
-from dramatiq_policies.idempotency import records, tokens
-from dramatiq_policies.idempotency.claim import Claim, Quarantined
+from dramatiq_policies.idempotency.actions import Request
+from dramatiq_policies.idempotency.claim import Claim, QuarantinedClaim
 from dramatiq_policies.idempotency.claims import Claims
-from dramatiq_policies.idempotency.records import Request
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.idempotency.tokens import is_dead
 from dramatiq_policies.stores.memory import MemoryStore
@@ -139,6 +139,8 @@ class Simulation:
         self.numbers = itertools.count(1)
         self.effects, self.excused = {}, {}
         self.completed, self.ended, self.succeeded = set(), set(), set()
+        #: Claims of succeeded runs whose completion the store has not taken yet.
+        self.untold = {}
         self.final = {}
         self.messages, self.key = {}, "k"
         self.patches = [
@@ -222,7 +224,7 @@ class Simulation:
             if held.effect and held.stage == DECIDED:
                 self._excuse(held.message.key)
         for claim, _ in worker.claims.leases._pending_writes:
-            if claim in self.succeeded:
+            if self.untold.pop(claim, None) is not None:
                 # The store was never told.
                 self._excuse(claim.name)
         self.workers[which] = self._boot(worker.host)
@@ -253,7 +255,8 @@ class Simulation:
         for claim in owed:
             if claim not in left and claim in self.succeeded:
                 self.completed.add(claim.name)
-        for held in worker.held:
+                self.untold.pop(claim, None)
+        for held in [*worker.held, *(self.untold[claim] for claim in left if claim in self.untold)]:
             if held.claim is not None and self.store.get(held.message.key).value == held.claim.value:
                 held.renewed = self._last_write(held)
 
@@ -295,20 +298,20 @@ class Simulation:
         request = Request(message.id, message.run, is_dead, self.max_crashes, ends_are_recorded=not self.one_step)
         try:
             answer = self._ask(worker, message, request)
-            if isinstance(answer, records.Start):
+            if isinstance(answer, actions.Start):
                 answer = self._ask(worker, message, request._replace(alone=True))
         except StoreDown:
-            answer = records.WaitForOwner(1_000)
+            answer = actions.WaitForOwner(1_000)
         held.stage = PUT_BACK
         if isinstance(answer, Claim):
             self._check_claim(held)
             held.claim, held.stage = answer, RUNNING
             held.renewed = self.now
-        elif isinstance(answer, Quarantined):
+        elif isinstance(answer, QuarantinedClaim):
             held.claim, held.stage, held.outcome = answer.claim, ANNOUNCED, "dead"
-        elif isinstance(answer, records.WaitForOwner):
+        elif isinstance(answer, actions.WaitForOwner):
             self.queue.append(Message(message.id, message.run, message.key, self.now + 1))
-        elif isinstance(answer, records.RepublishRetry):
+        elif isinstance(answer, actions.RepublishRetry):
             self.queue.append(Message(message.id, answer.retry["options"]["retries"], message.key, self.now))
         elif answer.reason == "completed":
             assert message.key in self.completed or self.effects.get(message.key), "completed by nobody"
@@ -326,6 +329,12 @@ class Simulation:
                 if other is not held and other.message.key == message.key and other.is_active():
                     assert self.now - other.renewed >= LEASE / 1_000, f"{message} runs beside {other.message}"
                     self._excuse(message.key)
+        for claim, other in list(self.untold.items()):
+            if claim.name == message.key:
+                # The worker was silent until the end of its lease, before it could tell the store.
+                assert self.now - other.renewed >= LEASE / 1_000, f"{message} runs although {other.message} has"
+                del self.untold[claim]
+                self._excuse(message.key)
 
     def _run(self, worker, held, outcome):
         held.outcome, held.stage = outcome, DECIDED
@@ -379,6 +388,8 @@ class Simulation:
             self.succeeded.add(claim)
             if written:
                 self.completed.add(message.key)
+            else:
+                self.untold[claim] = held
         elif written and claim_owned:
             self.ended.add((message.id, message.run))
         held.stage = CONCLUDED

@@ -8,8 +8,8 @@ from dramatiq import Message
 from dramatiq_policies import Idempotency
 from dramatiq_policies.delivery.history import now_ms
 from dramatiq_policies.idempotency import contention
+from dramatiq_policies.idempotency.actions import SkipDuplicate, WaitForOwner
 from dramatiq_policies.idempotency.contention import _CONTENDED_FROM, _FRESH_FOR, _GRID, WAITS_FOR, Contention
-from dramatiq_policies.idempotency.records import SkipDuplicate, WaitForOwner
 from dramatiq_policies.stores.memory import MemoryStore
 
 from ..support import Stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dramatiq_policies import Idempotency
-from dramatiq_policies.idempotency import records
+from dramatiq_policies.idempotency import actions, records
 from dramatiq_policies.idempotency.claims import Claims
 from dramatiq_policies.idempotency.records import Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
@@ -65,13 +65,13 @@ def test_a_running_claim_of_0_1_0_is_honoured(app):
     message = app.job.message(TEXT)
     claims = app.claims
     answer = claims.claim("new", request(message), keyed=True, retention=DAY, earlier="job\x007")
-    assert answer == records.WaitForOwner(30_000)
+    assert answer == actions.WaitForOwner(30_000)
     assert Idempotency.state(app.job, TEXT).state == "running"
     assert Idempotency.state(app.job, TEXT).message_id == "theirs"
 
 
 def request(message):
-    return records.Request(message.message_id, 0, lambda record: False, 3)
+    return actions.Request(message.message_id, 0, lambda record: False, 3)
 
 
 def test_the_starts_counted_by_0_1_0_go_on(app):
@@ -80,7 +80,7 @@ def test_the_starts_counted_by_0_1_0_go_on(app):
     claims = app.claims
     dead = request(message)._replace(is_dead=lambda record: True)
     answer = claims.claim("new", dead, keyed=True, retention=DAY, earlier="job\x007")
-    assert answer == records.Start(3, alone=True)
+    assert answer == actions.Start(3, alone=True)
     app.old(running(message.message_id, starts=3))
     answer = claims.claim("new", dead, keyed=True, retention=DAY, earlier="job\x007")
     assert answer.starts == 3
@@ -171,7 +171,7 @@ def test_a_store_that_0_1_0_never_used_is_not_asked_for_its_records():
     claims.earlier.mark()
     assert claims.earlier.find("job\x007", DAY) is None
     assert store.calls == 0
-    asked = records.Request("mine", 0, lambda record: False)
+    asked = actions.Request("mine", 0, lambda record: False)
     claims.drop(claims.claim("new", asked, keyed=True, retention=DAY, earlier="job\x007"))
     claims.close()
     assert store.calls == 1

@@ -15,8 +15,8 @@ from dramatiq.results.backends import StubBackend
 
 from dramatiq_policies import Idempotency, Timeout
 from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.idempotency import actions, records
 from dramatiq_policies.idempotency import owner as owners
-from dramatiq_policies.idempotency import records
 from dramatiq_policies.idempotency.options import crash_counter_name
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -570,7 +570,7 @@ def test_a_retry_of_a_job_that_went_on_through_the_shutdown_is_counted_from_the_
 
 def test_an_answer_that_the_guard_does_not_know_never_lets_a_job_run(monkeypatch):
     app = Crashing(**GUARDED, max_retries=0)
-    monkeypatch.setattr("dramatiq_policies.idempotency.claims.Claims.claim", lambda *args, **options: records.Start(1))
+    monkeypatch.setattr("dramatiq_policies.idempotency.claims.Claims.claim", lambda *args, **options: actions.Start(1))
     app.job.send(7)
     app.stage.run()
     assert app.stage.outcomes() == ["dead"]

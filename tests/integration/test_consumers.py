@@ -120,10 +120,10 @@ def test_an_unreadable_message_returns_from_a_dead_worker_unchanged(redis_place:
 def test_a_completion_on_another_redis_carries_no_ack(redis_place: RedisPlace) -> None:
     app = redis_place.app(idempotency=Idempotency(MemoryStore()))
     consumer, _ = taken(app)
-    keeper = SimpleNamespace(store=MemoryStore(), completion=lambda claim: ("the", claim))
+    keeper = SimpleNamespace(store=MemoryStore(), completion_command=lambda claim: ("the", claim))
     state_of(app.broker).idempotency.keeper = keeper
     delivery = SimpleNamespace(completes_key=lambda: True, claim="command")
-    assert consumer.transport.completion(delivery) == (("the", "command"), False)
+    assert consumer.transport.completion_command(delivery) == (("the", "command"), False)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed by hiredis", "packed by redis-py"])

@@ -47,7 +47,8 @@ from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.history import POLICIES, History, attempt_of, replays_of, run_of
 from dramatiq_policies.delivery.validation import check_composition, check_shape, is_number
 from dramatiq_policies.errors import UnknownRecord
-from dramatiq_policies.idempotency.records import Record, Request, next_action
+from dramatiq_policies.idempotency.actions import Request, next_action
+from dramatiq_policies.idempotency.records import Record
 from dramatiq_policies.ops.dead_letters.dead_letter import for_replay, read_dead_letter
 from dramatiq_policies.rules.backoff import WEEK_MS, bounds_of, safe_wait
 

@@ -247,9 +247,9 @@ class RedisTransport(Transport):
     def completes_with_publish(self, delivery: Delivery) -> bool:
         return self.settling.can_complete(delivery)
 
-    def completion(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
+    def completion_command(self, delivery: Delivery) -> tuple[tuple[Any, ...], bool]:
         if not self.settling.can_complete(delivery):
-            return super().completion(delivery)
+            return super().completion_command(delivery)
         return self.settling.command(self._mark_finished(delivery.message), completes=claim_of(delivery)), True
 
     def acked_by_completion(self, delivery: Delivery, reply: object) -> None:
