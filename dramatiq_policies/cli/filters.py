@@ -35,7 +35,9 @@ def filters(command: F) -> F:
             ),
             click.option("--actor", shell_complete=actor_names, help="Only this actor."),
             click.option("--error", help="Only this exception: dotted path, class name, or part of the text."),
-            click.option("--outcome", type=click.Choice(["dead", "alerted", "expired", "discarded"])),
+            click.option(
+                "--outcome", type=click.Choice(["dead", "alerted", "expired", "discarded"]), help="Only this outcome."
+            ),
             click.option("--reason", help="Only this reason: exhausted, unclassified, crashed, …"),
             click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only this tag; repeatable."),
             click.option(

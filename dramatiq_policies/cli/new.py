@@ -25,7 +25,13 @@ __all__ = ["new"]
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Read the answers from this TOML file.",
 )
-@click.option("--tests", type=click.Path(path_type=Path, file_okay=False), default="tests", show_default=True)
+@click.option(
+    "--tests",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="tests",
+    show_default=True,
+    help="The folder of the tests.",
+)
 @path_option
 def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> int:
     """Design a job, and write its rules into FILE (shop/jobs/send_confirmation.py) and its tests into the tests'
@@ -37,7 +43,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     module_name(file)
     for one in (file, tests / f"test_{file.stem}.py"):
         if one.exists():
-            raise OperationError(f"{one} exists and is not overwritten.")
+            raise OperationError(f"{one} exists, and the command overwrites no file: name another file.")
     extend_path(path)
     try:
         parsed = parse_design(_ask() if design is None else read_toml(design))

@@ -64,6 +64,12 @@ def test_each_help_has_an_example_and_fits_80_columns():
         assert [line for line in shown.splitlines() if len(line) > 80] == [], words
 
 
+def test_each_option_has_a_help_text():
+    for words, command in _commands(main):
+        options = [one for one in command.params if isinstance(one, click.Option)]
+        assert [one.name for one in options if not one.help] == [], words
+
+
 def test_the_command_without_its_extra_says_what_to_install(command):
     for missing in ("click", "rich"):
         failed = run(command.folder, "check", "app", before=f"sys.modules[{missing!r}] = None\n")

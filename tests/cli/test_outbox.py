@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -15,6 +16,8 @@ from dramatiq_policies import ops
 from dramatiq_policies.sql import SqlOutbox, create_tables
 from dramatiq_policies.transactions.database import OUTBOX
 from dramatiq_policies.transactions.outbox_table import MESSAGE, NewRow
+
+ROOT = Path(__file__).parents[2]
 
 
 def monitored(outbox=""):
@@ -107,6 +110,8 @@ def test_json_has_every_field(command, shop):
         "publishing": False,
     }
     assert (publishing["publishing"], publishing["error"]) == (True, None)
+    (row,) = re.findall(r"^\| `outbox list` \| (.*) \|$", (ROOT / "docs/operating.md").read_text(), re.MULTILINE)
+    assert set(publishing) <= set(re.findall(r"\b[a-z_]+\b", row))
 
 
 def test_a_long_list_says_that_it_is_cut(command, shop):
