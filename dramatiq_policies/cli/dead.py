@@ -157,7 +157,7 @@ def show(app: str, message_id: str, path: tuple[str, ...], args: bool, form: str
     whole = ops.resolve_ids(broker, (), (message_id,))
     dead_letters = list(ops.dead_letters(broker, (), ops.Filter(message_ids=whole)))
     if not dead_letters:
-        raise ops.OperationError(f"There is no dead letter with the id {message_id!r}.")
+        raise ops.OperationError(f"There is no dead letter with the id {message_id!r}; dead list shows the ids.")
     # On RabbitMQ a message may have two dead letters.
     found = dead_letters[-1].asdict(args=args)
     if form == "json":

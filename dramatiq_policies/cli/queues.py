@@ -80,12 +80,12 @@ def show(
 ) -> int:
     """Show ready, delayed, running and dead messages and the oldest age, for each queue of APP and the outbox.
 
-    "-" means unknown: on RabbitMQ the running messages while a worker lives, and the age at the first reading. There,
-    name a queue that no actor declares any more with -q: AMQP can't list queues.
+    "-" means none, as the age in an empty queue, or unknown: on RabbitMQ the running messages while a worker lives, and the
+    age at the first reading. There, name a queue that no actor declares any more with -q: AMQP can't list queues.
     """
     broker = load_app(app, path)
     if fail_on_breach and ops.monitor_of(broker) is None:
-        raise ops.OperationError("The broker has no QueueMonitor, so there are no thresholds.")
+        raise _no_monitor()
     if watch:
         _watch(broker, names, interval, form)
         return 0
@@ -246,13 +246,14 @@ def monitor(app: str, path: tuple[str, ...]) -> None:
     broker = load_app(app, path)
     found = ops.monitor_of(broker)
     if found is None:
-        raise ops.OperationError(
-            "The broker has no QueueMonitor. "
-            + how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
-            + "."
-        )
+        raise _no_monitor()
     stop = prepare_long_run()
     SafeLogger("dramatiq_policies.monitor").info(
         "Watching %s every %s.", ", ".join(ops.known_queues(broker)) or "no queue", format_duration(found.interval)
     )
     found.run_forever(stop)
+
+
+def _no_monitor() -> ops.OperationError:
+    add = how_to_add("QueueMonitor(thresholds={…})", "install(broker, queue_monitor=QueueMonitor(…))")
+    return ops.OperationError(f"The broker has no QueueMonitor. {add}.")

@@ -18,6 +18,8 @@ __all__ = ["add_exhausted_callback", "callback_messages", "callback_of"]
 
 alerts = SafeLogger("dramatiq_policies.alerts")
 
+_HOW_TO_FIND = "import the module that declares the actor, or correct the name"
+
 
 def callback_of(broker: Broker, message: MessageProxy, option: str) -> str | None:
     """Return the callback's actor name from an option of the message, else of the actor; None without the option."""
@@ -47,13 +49,14 @@ def callback_messages(
         actor = broker.get_actor(target)
     except ActorNotFound:
         if option == "on_success":
-            raise Unsendable(f"on_success: this worker has no actor {target!r}") from None
+            raise Unsendable(f"on_success: this worker has no actor {target!r}; {_HOW_TO_FIND}") from None
         alerts.critical(
-            "%s: this worker has no actor %r; the callback for message %s of actor %s is not sent.",
+            "%s: this worker has no actor %r, and sends no callback for message %s of actor %s; %s.",
             option,
             target,
             message.message_id,
             message.actor_name,
+            _HOW_TO_FIND,
             extra={"actor": message.actor_name, "message_id": message.message_id},
         )
         return []

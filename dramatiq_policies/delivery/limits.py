@@ -112,7 +112,7 @@ def warn_if_close(delivery: Delivery) -> None:
         return
     message = delivery.message
     logger.warning(
-        "Job %s (message %s) ran for %s: %.0f %% of its timeout of %s.",
+        "Job %s (message %s) ran for %s: %.0f %% of its timeout of %s. Raise the timeout, or make the job faster.",
         message.actor_name,
         message.message_id,
         format_duration(elapsed),

@@ -79,7 +79,10 @@ def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
             transport.dead_letter_unmoved(move.message)
         except Exception:
             logger.exception(
-                "A message of %r can be neither moved nor dead-lettered; the worker tries again.", transport.source
+                "Message %s of %r is due, and the broker accepts the message neither in the work queue nor as a dead letter; the "
+                "worker tries again.",
+                move.message.message_id,
+                transport.source,
             )
             return False
         message = move.message
@@ -96,6 +99,9 @@ def _dead_lettered(transport: Transport, move: Move, error: Exception) -> bool:
         )
         return True
     logger.error(
-        "A due message could not be moved out of %r; the worker tries again.", transport.source, exc_info=error
+        "Message %s is due and could not be moved out of %r; the worker tries again.",
+        move.message.message_id,
+        transport.source,
+        exc_info=error,
     )
     return False

@@ -88,7 +88,12 @@ class FollowUpPublisher:
                     try:
                         self._escalate(error)
                     except Exception as another:
-                        logger.exception("Message %s could not be dead-lettered.", self.message.message_id)
+                        logger.exception(
+                            "The worker could make no dead letter of message %s of actor %r. The message is not acknowledged, and "
+                            "the broker redelivers the message later.",
+                            self.message.message_id,
+                            self.message.actor_name,
+                        )
                         return self._give_up(another)
                     self.first_refusal, self.tries = None, 0
                     continue
@@ -234,8 +239,8 @@ class FollowUpPublisher:
         self.delivery.follow_ups = None
         self.transport.park(self.message, self.decision.delay_ms or wait_before_return(0))
         logger.error(
-            "Message %s of actor %r can't be enqueued again either (%s: %s): it blocks a prefetch slot "
-            "until the worker requeues it.",
+            "The broker refuses message %s of actor %r in every form (%s: %s). The message holds a slot of this worker for a "
+            "while, and then runs again: make room in the queues.",
             self.message.message_id,
             self.message.actor_name,
             type(error).__name__,

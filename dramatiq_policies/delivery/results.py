@@ -49,7 +49,11 @@ def settle_results(
                 if not (succeeded and _is_stored(middleware, message)):
                     middleware.backend.store_exception(message, named(text), ttl)
             except Exception:
-                logger.exception("The result of message %s could not be stored.", message.message_id)
+                logger.exception(
+                    "The result of message %s could not be stored. Code that waits for the result of actor %s gets none.",
+                    message.message_id,
+                    message.actor_name,
+                )
                 continue
             options["store_results"] = False
 

@@ -180,7 +180,10 @@ class Transport:
                 raise
             if self.state.stopping.is_set():
                 logger.warning(
-                    "Message %s could not be acknowledged and will be redelivered: %s", message.message_id, error
+                    "Message %s of actor %s could not be acknowledged and will be redelivered: %s",
+                    message.message_id,
+                    message.actor_name,
+                    error,
                 )
                 return
             raise ConnectionClosed(error) from None
@@ -204,7 +207,10 @@ class Transport:
         except Exception as error:
             # Dramatiq calls this while it closes a consumer: an error would end the thread.
             logger.warning(
-                "%s could not be requeued on queue %r: %s", counted(len(messages), "message"), self.source, error
+                "%s could not be requeued on queue %r: %s. The broker redelivers them later.",
+                counted(len(messages), "message"),
+                self.source,
+                error,
             )
 
     def return_to_queue(self, message: MessageProxy) -> None:

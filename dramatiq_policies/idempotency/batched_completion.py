@@ -104,7 +104,9 @@ class BatchedCompletions:
                 settle_and_ack(self.state, message, delivery)
                 return
             except BrokerConnectionError as error:
-                logger.warning("Message %s can't be acknowledged yet: %s", message.message_id, error)
+                logger.warning(
+                    "Message %s can't be acknowledged yet: %s. The worker tries again.", message.message_id, error
+                )
                 self.state.stopping.wait(_ACK_AGAIN_AFTER)
             except Exception:
                 logger.exception("Message %s could not be acknowledged and will be redelivered.", message.message_id)

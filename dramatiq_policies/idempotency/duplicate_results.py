@@ -54,7 +54,14 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
             except ResultFailure:
                 pass
             except Exception as error:
-                logger.warning("The result of message %s can't be read at present: %s", first_message_id, error)
+                logger.warning(
+                    "The result of message %s can't be read: %s. The duplicate %s of actor %s waits until the result backend "
+                    "answers.",
+                    first_message_id,
+                    error,
+                    message.message_id,
+                    message.actor_name,
+                )
                 raise ResultsDown from error
     if target is not None and not found and not _ignores_result(broker, target, message.actor_name):
         missing = NoResult(
@@ -87,4 +94,9 @@ def _settle_result(results: Results, message: Message[Any], first_message_id: st
             error = NoResult(f"duplicate: the result of message {first_message_id} is not stored")
             results.backend.store_exception(message, error, ttl)
     except Exception:
-        logger.warning("No result could be stored for the duplicate %s.", message.message_id, exc_info=True)
+        logger.warning(
+            "No result could be stored for the duplicate %s of actor %s. Code that waits for the result gets none.",
+            message.message_id,
+            message.actor_name,
+            exc_info=True,
+        )

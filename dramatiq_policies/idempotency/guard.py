@@ -164,7 +164,8 @@ class IdempotencyGuard:
         if not self.run_without_store or (delivery.policy is not None and delivery.policy.transactional):
             self.defer(delivery, "store_down")
         logger.warning(
-            "Message %s of actor %s runs without a claim: the idempotency store is down.",
+            "Message %s of actor %s runs without a claim, because the idempotency store is down: a message with the same key may "
+            "run too.",
             message.message_id,
             message.actor_name,
         )

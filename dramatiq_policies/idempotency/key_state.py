@@ -135,7 +135,7 @@ def job_of_message(guard: IdempotencyGuard, options: IdempotencyOptions, message
     args, kwargs = _as_received(where, message)
     key = key_of(message.copy(args=args, kwargs=kwargs), options, lambda make: _call_key(make, args, kwargs))
     if key is None:
-        raise ConfigurationError(f"{where} has no idempotency key.")
+        raise ConfigurationError(f"{where} has no idempotency key. Declare idempotency_key=, or idempotent=True.")
     return KeyedJob(guard.claims, key, guard.register_of(message.actor_name, key), options.ttl)
 
 

@@ -94,7 +94,10 @@ class Leases:
             except StoreDown:
                 pass
             except Exception:
-                logger.exception("Leases could not be renewed; the worker tries again.")
+                logger.exception(
+                    "The leases of the running jobs could not be renewed; the worker tries again. When a lease has expired, another "
+                    "worker may run the job too."
+                )
 
     def renew(self) -> None:
         """Flush the pending writes, and renew all leases in one round trip. After a failed round trip, renew one lease after the other.
@@ -125,7 +128,7 @@ class Leases:
                 self._reclaim(claim)
             except Exception as error:
                 logger.warning(
-                    "The claim of message %s can't be renewed (%s): the lease may expire while the job runs.",
+                    "The claim of message %s can't be renewed (%s). If the lease expires, another worker may run the job too.",
                     claim.record.message_id,
                     type(error).__name__,
                 )
@@ -154,7 +157,7 @@ class Leases:
         elif self._held.get(claim.name) is claim:
             logger.warning(
                 "The claim of message %s was lost during the run: the lease expired and another worker "
-                "took the key, or somebody deleted the record.",
+                "took the key, or somebody deleted the record. The job may run twice.",
                 claim.record.message_id,
             )
 
@@ -211,7 +214,8 @@ class Leases:
         self.flush_pending_writes()
         if self._pending_writes:
             logger.warning(
-                "%s could not be written to the idempotency store.", counted(len(self._pending_writes), "ending")
+                "The ends of %s could not be written to the idempotency store: duplicates of these jobs may run again.",
+                counted(len(self._pending_writes), "job"),
             )
         if self._thread is not None:
             # If the thread waits for a silent store, the thread ends later by itself.

@@ -40,6 +40,7 @@ __all__ = [
     "register_name",
     "register_of",
     "resolve_idempotency",
+    "without_store",
 ]
 
 #: The actor options of idempotency.
@@ -171,14 +172,16 @@ def _refuse_any(where: str, options: Mapping[str, Any]) -> None:
         value = options.get(name)
         # Not by equality: 0 equals False but is a value.
         if not (value is None or value is False):
-            raise ConfigurationError(
-                f"{where}: {name}: the broker has no Idempotency with a store. "
-                + how_to_add(
-                    "Idempotency(RedisStore.from_url(…))",
-                    "on RabbitMQ install(broker, idempotency=Idempotency(RedisStore.from_url(…)))",
-                )
-                + "."
-            )
+            raise without_store(f"{where}: {name}")
+
+
+def without_store(where: str) -> ConfigurationError:
+    """Return an error for a call or an option that needs a store."""
+    add = how_to_add(
+        "Idempotency(RedisStore.from_url(…))",
+        "on RabbitMQ install(broker, idempotency=Idempotency(RedisStore.from_url(…)))",
+    )
+    return ConfigurationError(f"{where}: the broker has no Idempotency with a store. {add}.")
 
 
 def checked_crashes(where: str, value: object) -> int | None:

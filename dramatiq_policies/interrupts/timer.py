@@ -46,7 +46,9 @@ class Timer:
                 try:
                     thread.start()
                 except RuntimeError:  # No more threads, or the process is ending.
-                    logger.exception("The timer of the timeouts could not start: no timeout is enforced.")
+                    logger.exception(
+                        "The timer of the timeouts could not start: no timeout is enforced. Restart the worker."
+                    )
                 else:
                     self.thread = thread
             return self.thread is not None

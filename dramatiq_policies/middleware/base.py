@@ -142,9 +142,10 @@ class PolicyMiddleware(Middleware):
             stock, what = self.replaces
             for name in conflicting_stock(broker, stock, type(self)):
                 logger.warning(
-                    "%s (a %s) conflicts with %s: both %s. Remove it from the broker.",
+                    "%s (a %s) conflicts with %s: both %s. Remove %s from the broker.",
                     name,
                     stock.__name__,
                     type(self).__name__,
                     what,
+                    name,
                 )

@@ -207,7 +207,12 @@ class ErrorClassifier(PolicyMiddleware, Retries):
                 run = FailedRun(broker, delivery, policy, message, unwrap_interrupt(exception))
                 delivery.decision = decide(self._defaults, run)
             except BaseException as error:  # SystemExit would end the worker's thread.
-                logger.critical("Deciding on message %s raised an error.", message.message_id, exc_info=True)
+                logger.critical(
+                    "Deciding on message %s of actor %s raised an error. The message becomes a dead letter.",
+                    message.message_id,
+                    message.actor_name,
+                    exc_info=True,
+                )
                 stand_in = HandoffFailed(f"the decision raised an error: {type(error).__name__}: {text_of(error)}")
                 delivery.decision = Decision(Outcome.DEAD, "handoff_failed", exception=stand_in, dead_letter=True)
             if delivery.decision.dead_letter:

@@ -150,7 +150,11 @@ class Heartbeat(PolicyMiddleware):
                 except Exception as error:
                     if not self._failing:
                         self._failing = True
-                        logger.error("The heartbeat file %s can't be touched: %s", self.path, error)  # noqa: TRY400
+                        logger.error(  # noqa: TRY400
+                            "The heartbeat file %s can't be touched: %s. A liveness probe takes this worker for dead.",
+                            self.path,
+                            error,
+                        )
                 if stop.wait(self.interval / 1_000):
                     return
         finally:

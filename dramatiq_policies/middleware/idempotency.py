@@ -16,7 +16,7 @@ from ..errors import ConfigurationError, checked_duration
 from ..idempotency.claims import Claims
 from ..idempotency.guard import IdempotencyGuard
 from ..idempotency.key_state import KeyedJob, KeyState, job_of_arguments, job_of_message
-from ..idempotency.options import checked_crashes
+from ..idempotency.options import checked_crashes, without_store
 from ..idempotency.services import record_service, server_of, service_scope_of
 from ..idempotency.store_client import StoreDown
 from ..stores import IdempotencyStore
@@ -231,7 +231,7 @@ def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJ
     policy = state.policies.get(actor.actor_name)
     options, guard = None if policy is None else policy.idempotency, guard_on(state)
     if options is None or guard is None:
-        raise ConfigurationError(f"actor {actor.actor_name!r}: the broker has no Idempotency with a store.")
+        raise without_store(f"actor {actor.actor_name!r}")
     if message is not None:
         return job_of_message(guard, options, message)
     return job_of_arguments(guard, options, actor, args, kwargs)

@@ -106,7 +106,7 @@ def kind_of_ours(middleware: PolicyMiddleware) -> str:
 def _attach(state: BrokerState, middleware: PolicyMiddleware) -> None:
     if middleware.attached_to not in (None, state):
         raise ConfigurationError(
-            f"This {type(middleware).__name__} is on another broker already. Make one for each broker."
+            f"This {type(middleware).__name__} is on another broker already. Make a separate one for each broker."
         )
     middleware.attached_to = state
     arrangement_of(state).attached.append(middleware)

@@ -212,7 +212,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
             record.message_id,
             format_duration(record.elapsed_ms),
             format_duration(timeout_ms),
-            " The worker process exits." if self.on_stuck == "exit" else "",
+            " The worker process exits."
+            if self.on_stuck == "exit"
+            else " Give the call at the end of the stack a timeout.",
             Lines(record.stack),
             extra={
                 "actor": record.actor,

@@ -117,7 +117,10 @@ class CommandElection(Election):
     def _log(self, error: OSError) -> None:
         if not self._logged:
             self._logged = True
-            logger.warning("No process can be elected (%s): each process of this command monitors the queues.", error)
+            logger.warning(
+                "No process can be elected (%s): each process of this command monitors the queues, and alerts come several times.",
+                error,
+            )
 
     def _sweep(self) -> None:
         """Remove the files of killed commands."""

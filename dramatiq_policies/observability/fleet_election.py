@@ -127,7 +127,7 @@ def elect(state: BrokerState, interval: int) -> Election:
         return FleetElection(own_client(client), f"{namespace}:__monitor__.{name}", fallback, fresh_ms=fresh)
     except Exception:
         logger.exception(
-            "A %s can't hold a lease: one process per command monitors the queues, not one per fleet.",
+            "A %s can't hold a lease: one process per command monitors the queues, not one for all hosts.",
             type(client).__name__,
         )
         return fallback

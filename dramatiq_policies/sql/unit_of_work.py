@@ -167,7 +167,9 @@ class AsyncSqlUnitOfWork:
         try:
             _run_on_loop(self._roll_back(interrupted or self._guard.is_unsure))
         except Exception:
-            logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
+            logger.exception(
+                "The transaction of a job could not be rolled back. The worker drops the connection, and the database rolls back."
+            )
 
     async def _roll_back(self, interrupted: bool) -> None:
         def roll_back(session: Session) -> None:
@@ -270,7 +272,7 @@ def _close(session: Session) -> None:
     try:
         session.close()
     except Exception:
-        logger.exception("The session of a job did not close cleanly; its connection is given up.")
+        logger.exception("The session of a job did not close cleanly. The worker drops the connection.")
         with suppress(Exception):
             session.invalidate()
 

@@ -12,7 +12,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionFailed
 
 from ..delivery.broker_state import state_of
-from ..errors import ConfigurationError
+from ..idempotency.options import without_store
 from ..middleware.base import has_policies
 from ..middleware.idempotency import Idempotency
 from ..middleware.ordering import order_middleware
@@ -106,7 +106,7 @@ def store_down(
         order_middleware(broker)
     found = [one for one in broker.middleware if isinstance(one, Idempotency) and one.claims is not None]
     if not found:
-        raise ConfigurationError("store_down(): the broker has no Idempotency with a store.")
+        raise without_store("store_down()")
     claims, counted = found[0].claims, Times("store_down()", times)
     assert claims is not None
     store = claims.store

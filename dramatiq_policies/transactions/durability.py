@@ -11,7 +11,7 @@ def durability_warnings(connection: Connection) -> list[str]:
     """Return a warning if a crash of the server may undo commits: a job may run twice."""
     if connection.dialect == "postgresql":
         found = [name for name in ("fsync", "synchronous_commit") if _setting(connection, f"SHOW {name}") == "off"]
-        return [_warning(f"{' and '.join(found)} off")] if found else []
+        return [_warning(f"{' and '.join(found)} off", f"Turn {' and '.join(found)} on")] if found else []
     if connection.dialect == "mysql":
         engine = _setting(
             connection,
@@ -19,10 +19,18 @@ def durability_warnings(connection: Connection) -> list[str]:
             name=KEYS,
         )
         warnings = (
-            [] if engine.lower() == "innodb" else [_warning(f"a table {KEYS} of the engine {engine}, not InnoDB")]
+            []
+            if engine.lower() == "innodb"
+            else [
+                _warning(f"a table {KEYS} of the engine {engine}, not InnoDB", f"Run ALTER TABLE {KEYS} ENGINE=InnoDB")
+            ]
         )
         flush = _setting(connection, "SELECT @@innodb_flush_log_at_trx_commit")
-        return warnings if flush in ("1", "3") else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}")]
+        return (
+            warnings
+            if flush in ("1", "3")
+            else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}", "Set it to 1")]
+        )
     return []
 
 
@@ -31,5 +39,5 @@ def _setting(connection: Connection, sql: str, **params: str) -> str:
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
-def _warning(reason: str) -> str:
-    return f"The idempotency store's database may lose keys in a crash ({reason}): a job may then run twice."
+def _warning(reason: str, do: str) -> str:
+    return f"The idempotency store's database may lose keys in a crash ({reason}): a job may then run twice. {do}."

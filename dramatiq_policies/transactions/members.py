@@ -68,7 +68,9 @@ def _completes_group(broker: Broker, message: Message[Any]) -> bool:
             if count is not None:
                 return count(uuid, message.message_id)
             return bool(Barrier(middleware.rate_limiter_backend, uuid, ttl=middleware.barrier_ttl).wait(block=False))
-    raise RuntimeError("The broker has no GroupCallbacks middleware: the group can't be counted.")
+    raise RuntimeError(
+        "The broker has no GroupCallbacks middleware, so the group can't be counted. Add dramatiq.middleware.GroupCallbacks to the broker."
+    )
 
 
 def _prepared(batch: Batch, row: Row, number: int, callback: Message[Any]) -> Encoded:

@@ -208,7 +208,7 @@ class Outbox(PolicyMiddleware):
                 return None
             return self.publisher.submit(written)
         except Exception:
-            logger.exception("Committed messages could not be published at once, and are left to the relay.")
+            logger.exception("Committed messages could not be published at once. A relay publishes them.")
             return None
 
     def run_over(self, connection: Connection | None) -> Run:

@@ -190,7 +190,7 @@ def test_a_due_message_that_can_not_be_moved_is_logged_and_tried_again(monkeypat
     sent = job.send_with_options(delay=10)
     (event,) = working(broker, done, 1)
     assert (event.outcome, event.message_id) == ("succeeded", sent.message_id)
-    assert "A due message could not be moved out of 'default.DQ'" in caplog.text
+    assert f"Message {sent.message_id} is due and could not be moved out of 'default.DQ'" in caplog.text
 
 
 def test_a_consumer_that_can_not_requeue_or_close_is_logged_and_the_worker_stops(monkeypatch, caplog):
@@ -332,7 +332,7 @@ def test_while_the_worker_stops_an_ack_that_is_lost_is_logged_and_the_message_le
     consumer = lose_acks(ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.ack(MessageProxy(Message("default", "job", (), {}, {}, message_id="m1")))
-    assert "Message m1 could not be acknowledged and will be redelivered: gone" in caplog.text
+    assert "Message m1 of actor job could not be acknowledged and will be redelivered: gone" in caplog.text
 
 
 def test_an_ack_that_fails_for_another_reason_than_the_connection_raises_it():

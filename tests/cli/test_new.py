@@ -345,12 +345,12 @@ def test_an_answer_may_hold_quotes_and_backslashes(command, shop):
 def test_nothing_is_ever_overwritten(command, shop):
     (shop / "tests").mkdir()
     (shop / TESTS).write_text("mine\n")
-    assert "not overwritten" in command.refuses("new", FILE, "--design", "design.toml")
+    assert "overwrites no file" in command.refuses("new", FILE, "--design", "design.toml")
     assert (shop / TESTS).read_text() == "mine\n"
     assert not (shop / FILE).exists()
     # Nor if it was written while the questions were answered.
     sys.path.insert(0, str(shop))
-    with pytest.raises(ops.OperationError, match="not overwritten"):
+    with pytest.raises(ops.OperationError, match="overwrites no file"):
         ops.scaffold(ops.parse_design(read_toml(Path("design.toml"))), Path(FILE), Path("tests"))
     assert not (shop / FILE).exists()
     assert "is not a module" in command.refuses("new", "shop/send-mail.py", "--design", "design.toml")

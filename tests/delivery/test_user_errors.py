@@ -143,7 +143,7 @@ def test_a_predicate_a_wait_and_retry_when_that_raise_even_an_exit_leave_the_wor
     by_stock_options.send()
     assert sorted(stage.run().reasons()) == ["handoff_failed", "unclassified"]
     assert safe_wait(broken, 1, ValueError()) >= 15_000
-    assert "exponential() replaces it" in caplog.text
+    assert "the job waits by exponential()" in caplog.text
 
 
 @pytest.mark.parametrize("raised", RAISED)

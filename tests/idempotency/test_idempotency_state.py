@@ -145,5 +145,7 @@ def test_the_state_is_not_to_be_had_where_there_is_no_idempotency():
         without_store.actor(lambda order_id: None, actor_name="ship"),
         dramatiq.actor(lambda order_id: None, actor_name="ship", broker=elsewhere),
     ):
-        with pytest.raises(ConfigurationError, match="actor 'ship': the broker has no Idempotency with a store"):
+        with pytest.raises(
+            ConfigurationError, match=r"actor 'ship': the broker has no Idempotency with a store\. Pass one"
+        ):
             Idempotency.state(actor, 7)

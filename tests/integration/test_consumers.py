@@ -86,7 +86,7 @@ def test_an_ack_that_is_lost_while_the_worker_stops_is_logged_and_the_message_is
     fail_once(monkeypatch, consumer.transport.settling, "run", ConnectionClosed("gone"))
     consumer.state.stopping.set()
     consumer.transport.ack(message)
-    assert f"Message {message.message_id} could not be acknowledged and will be redelivered: gone" in caplog.text
+    assert f"Message {message.message_id} of actor {message.actor_name} could not be acknowledged" in caplog.text
     assert [left.message_id for left in redis_place.left()] == [message.message_id]
 
 

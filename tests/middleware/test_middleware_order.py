@@ -187,8 +187,8 @@ def test_a_custom_stock_middleware_that_works_against_ours_is_logged_when_a_work
     with a_worker_of(broker):
         said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "Again (a Retries) conflicts with ErrorClassifier: both retry each message. Remove it from the broker.",
-        "Slow (a TimeLimit) conflicts with Timeout: both interrupt each job. Remove it from the broker.",
+        "Again (a Retries) conflicts with ErrorClassifier: both retry each message. Remove Again from the broker.",
+        "Slow (a TimeLimit) conflicts with Timeout: both interrupt each job. Remove Slow from the broker.",
     ]
 
 

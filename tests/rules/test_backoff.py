@@ -349,7 +349,7 @@ def test_an_error_whose_attributes_raise_gets_the_fallback():
 @pytest.mark.parametrize("rubbish", [None, "5", -1, float("nan"), float("inf"), True, object()])
 def test_a_wait_that_returns_rubbish_is_logged_and_exponential_taken_instead(rubbish, caplog):
     assert 30_000 <= safe_wait(lambda attempt, exception: rubbish, 2, ERROR) <= 34_500
-    assert "exponential() replaces it" in caplog.text
+    assert "the job waits by exponential()" in caplog.text
     assert caplog.records[0].levelno == logging.ERROR
 
 

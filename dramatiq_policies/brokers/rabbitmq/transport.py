@@ -133,7 +133,13 @@ class RabbitmqTransport(Transport):
         except Exception as error:
             if self.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.warning("Message %s can't be published again: %s", message.message_id, text_of(error))
+            logger.warning(
+                "Message %s of queue %r could not be published anew (%s): after further returns, the delivery limit of the "
+                "queue removes the message.",
+                message.message_id,
+                self.source,
+                text_of(error),
+            )
             return False
         self.channel.ack(tag)
         return True
@@ -151,7 +157,9 @@ class RabbitmqTransport(Transport):
         if deleted:
             self.broker.queues_pending.add(self.queue_name)
             logger.warning(
-                "Queue %r was deleted. Running jobs continue, and the worker publishes their retries.", self.source
+                "Queue %r was deleted, with the messages that waited there. Running jobs continue, and the worker declares "
+                "the queue again.",
+                self.source,
             )
         return deleted
 
@@ -184,8 +192,10 @@ class RabbitmqTransport(Transport):
         if self.is_revoked():
             self._not_acked(message)
             logger.warning(
-                "The connection of message %s was lost before the acknowledgement: RabbitMQ redelivers the message.",
+                "The connection of message %s of actor %s was lost before the acknowledgement: RabbitMQ redelivers the message, "
+                "and another process may run the job again.",
                 message.message_id,
+                message.actor_name,
             )
             return
         super().ack(message)

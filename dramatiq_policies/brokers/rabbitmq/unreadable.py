@@ -138,7 +138,13 @@ class UnreadableBodies:
         except Exception as error:
             if self._transport.fault_of(error) is Fault.LOST:
                 raise ConnectionClosed(error) from None
-            logger.error("An unreadable body blocks a prefetch slot for %s: %s", format_duration(wait), text_of(error))  # noqa: TRY400
+            logger.error(  # noqa: TRY400
+                "RabbitMQ refuses an unreadable body of queue %r in every form (%s). The body holds a slot of this worker for %s, "
+                "and then returns to the queue: make room in the dead-letter queue.",
+                queue_name,
+                text_of(error),
+                format_duration(wait),
+            )
             self._transport.parked.park(wait, partial(self._channel.nack, tag))
         else:
             self._channel.ack(tag)

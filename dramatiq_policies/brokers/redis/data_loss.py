@@ -106,7 +106,7 @@ class DataLoss:
         alerts.error(
             "Redis no longer has %s of queue %r that this worker took: Redis was emptied (FLUSHALL, a restart without "
             "persistence) or evicts keys. Jobs that began go on to their end; their retries and follow-up messages, and the "
-            "messages that waited in Redis, may be lost.",
+            "messages that waited in Redis, may be lost: send them again. Set maxmemory-policy noeviction and appendonly yes.",
             counted(count, "message"),
             queue,
         )

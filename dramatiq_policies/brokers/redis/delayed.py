@@ -102,7 +102,7 @@ class RedisDelayTransport(RedisTransport):
                 self.index.release()
             except (redis.RedisError, OSError) as error:
                 logger.warning(
-                    "The worker could not release the later messages of queue %r; another worker recovers them: %s",
+                    "The worker could not return its delayed messages to queue %r; another worker recovers them: %s",
                     self.source,
                     error,
                 )

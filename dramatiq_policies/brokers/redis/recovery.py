@@ -118,7 +118,9 @@ class Recovery:
             )
         if total_dead_letters:
             logger.warning(
-                "Moved %s of queue %r for a dead worker.", counted(total_dead_letters, "dead letter"), self.queue
+                "Moved %s of queue %r to the dead-letter queue, for a worker that died before.",
+                counted(total_dead_letters, "dead letter"),
+                self.queue,
             )
 
     def _marked(self, body: bytes) -> bool:

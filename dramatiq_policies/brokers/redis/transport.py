@@ -182,7 +182,10 @@ class RedisTransport(Transport):
             if not self.state.stopping.is_set():
                 raise
             logger.warning(
-                "Message %s could not be acknowledged and will be redelivered: %s", message.message_id, error
+                "Message %s of actor %s could not be acknowledged and will be redelivered: %s",
+                message.message_id,
+                message.actor_name,
+                error,
             )
         self._release(message)
 

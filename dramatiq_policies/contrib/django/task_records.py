@@ -130,7 +130,9 @@ class TaskRecords:
         try:
             backend.store_result(_stored_at(result.id), _to_record(result), ttl)
         except Exception as error:
-            logger.warning("The result of task %s can't be stored: %s", result.id, error)
+            logger.warning(
+                "The state %s of task %s can't be stored: %s. The task goes on.", result.status, result.id, error
+            )
 
     def _results(self) -> Results | None:
         return find_middleware(self.broker, Results)

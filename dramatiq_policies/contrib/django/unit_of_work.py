@@ -153,7 +153,9 @@ class DjangoUnitOfWork:
             try:
                 callback()
             except Exception:
-                logger.exception("The on_commit callback %r of a job failed; the job is committed.", callback)
+                logger.exception(
+                    "The on_commit callback %r of a job raised an error. The job has committed and succeeded.", callback
+                )
 
     def roll_back(self, *, interrupted: bool) -> None:
         connection, block = self._connection, self._block
@@ -165,7 +167,9 @@ class DjangoUnitOfWork:
             if block is not None and any(one is connection for one in connections.all(initialized_only=True)):
                 self._leave(connection, block)
         except Exception:
-            logger.exception("The transaction of a job could not be rolled back; its connection is given up.")
+            logger.exception(
+                "The transaction of a job could not be rolled back. The worker drops the connection, and the database rolls back."
+            )
             close_interrupted_connections()
 
     def _leave(self, connection: Any, block: object) -> None:

@@ -61,7 +61,10 @@ def _leftovers(broker: Broker) -> Found:
                 yield "DP013", f"{name} is a {stock.__name__} and conflicts with {ours.__name__}"
     for stock, ours in _WITH_HOLES:
         for name in conflicting_stock(broker, stock, ours):
-            yield "DP025", (f"{name} is a subclass of {stock.__name__}, and keeps the weaknesses of Dramatiq's class")
+            yield (
+                "DP025",
+                f"{name} is a subclass of Dramatiq's {stock.__name__}, and install() does not replace subclasses",
+            )
     for stock in _SENDING:
         if sum(isinstance(middleware, stock) for middleware in broker.middleware) > 1:
             yield "DP013", f"The broker has two {stock.__name__}: each follow-up message is sent twice"
@@ -85,7 +88,7 @@ def _thresholds(broker: Broker) -> Found:
 def _memory_store(broker: Broker) -> Found:
     idempotency = find_middleware(broker, Idempotency)
     if idempotency is not None and isinstance(idempotency.store, MemoryStore) and kind_of(broker) != "stub":
-        yield "DP024", "Idempotency has a MemoryStore"
+        yield "DP024", "Idempotency has a MemoryStore: other processes see no records"
 
 
 #: The attributes of middleware that hold milliseconds, named as the arguments.

@@ -200,7 +200,7 @@ def move(
     find_any_queue(broker, queue)
     find_queue(broker, to_queue)
     if queue == to_queue:
-        raise OperationError(f"The messages are in {queue!r} already.")
+        raise OperationError(f"The messages are in {queue!r} already: name another target queue.")
     moved = MoveResult() if moved is None else moved
 
     def successor(dead_letter: DeadLetter) -> Message[Any] | None:

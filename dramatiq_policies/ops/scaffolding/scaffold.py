@@ -29,7 +29,7 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
     test_file, conftest = tests / f"test_{file.stem}.py", tests / "conftest.py"
     for one in (file, test_file):
         if one.exists():
-            raise OperationError(f"{one} exists and is not overwritten.")
+            raise OperationError(f"{one} exists, and the command overwrites no file: name another file.")
     texts = {file: render_job(design, file.stem), test_file: render_tests(design, module, file.stem)}
     if not conftest.exists() and not _sets_broker(file):
         texts[conftest] = render_conftest(_app_of(file))

@@ -267,7 +267,7 @@ class TransactionalJobs:
         assert seen == [["ada"]]
         assert shop.told == [("ada",)]
         assert shop.outcomes() == [("succeeded", None)]
-        assert "the job is committed" in caplog.text
+        assert "The job has committed and succeeded" in caplog.text
 
     def test_a_transactional_job_is_crash_safe_and_a_plain_one_is_not(self, shop):
         def place(email):
