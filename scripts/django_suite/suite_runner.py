@@ -8,7 +8,7 @@ from unittest import TestSuite
 from django.test.runner import DiscoverRunner
 
 DUMMY, IMMEDIATE = "test_dummy_backend.DummyBackendTestCase", "test_immediate_backend.ImmediateBackendTestCase"
-#: The reason for each test left out, by the test's name. docs/frameworks.md has the same list for readers.
+#: The reason for each test left out, by the test's name. docs/quality.md has the same list for readers.
 LEFT_OUT = {
     f"{DUMMY}.test_refresh_result": "writes into the dummy's list, which is where it keeps its results",
     f"{DUMMY}.test_refresh_result_async": "writes into the dummy's list, which is where it keeps its results",
