@@ -50,7 +50,9 @@ def stand_in_for(error: BaseException) -> UnreadableError | None:
     try:
         for one in _with_causes(error):
             bool(one), one.__class__, one.__traceback__, one.__suppress_context__
-            if quietly(lambda one=one: (getattr(one, "__notes__", None),)) is None:  # type: ignore[misc]
+            try:
+                getattr(one, "__notes__", None)
+            except BaseException:  # As in `quietly`.
                 one.__notes__ = []  # type: ignore[attr-defined]
                 getattr(one, "__notes__", None)
     except BaseException as broken:  # As in `quietly`.

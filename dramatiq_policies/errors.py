@@ -129,7 +129,7 @@ def checked_wait(where: str, option: str, value: object) -> int:
       ConfigurationError: The value is no duration.
     """
     wait = checked_duration(where, option, value)
-    clamped_wait(wait, f"{where}: {option}")
+    clamped_wait(wait, "%s: %s", where, option)
     return wait
 
 

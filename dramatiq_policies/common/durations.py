@@ -121,10 +121,10 @@ def to_ms(value: object) -> int:
     return round(value)
 
 
-def clamped_wait(value: Any, whose: str) -> int:
+def clamped_wait(value: Any, whose: str, *args: object) -> int:
     """Return a wait in whole milliseconds, clamped to 0 to 7 days.
 
-    A negative wait becomes 0, a longer or infinite wait becomes 7 days, each with a warning that begins with ``whose``.
+    A negative wait becomes 0, a longer or infinite wait becomes 7 days, each with a warning that begins with ``whose % args``.
 
     Raises:
       TypeError: The value is neither a number nor a ``timedelta``.
@@ -132,11 +132,11 @@ def clamped_wait(value: Any, whose: str) -> int:
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if (is_number and value < 0) or (isinstance(value, timedelta) and value < timedelta(0)):
-        logger.warning("%s is negative: the wait is 0 ms.", whose)
+        logger.warning(f"{whose} is negative: the wait is 0 ms.", *args)
         return 0
     milliseconds = WEEK_MS + 1 if is_number and value == math.inf else to_ms(value)
     if milliseconds > WEEK_MS:
-        logger.warning("%s exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", whose)
+        logger.warning(f"{whose} exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", *args)
         return WEEK_MS
     return milliseconds
 

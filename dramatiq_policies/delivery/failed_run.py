@@ -143,7 +143,7 @@ def _requested_delay(message: MessageProxy, request: Retry | Snooze) -> int | No
         # A Snooze keeps its delay in milliseconds, a Retry as given.
         if not snoozed or isinstance(delay, LikelySeconds):
             warn_of_seconds_once(f"actor {message.actor_name!r}: {kind}", "delay", delay)
-        return clamped_wait(delay, what)
+        return clamped_wait(delay, "%s", what)
     except BaseException as error:  # The delay may be a property of the user's class.
         logger.warning("%s is ignored: %s", what, text_of(error))
         return None

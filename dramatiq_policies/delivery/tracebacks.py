@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from types import CodeType, TracebackType
 
-from .._job_errors import is_group, quietly, user_frames
+from .._job_errors import is_a, is_group, quietly, user_frames
 from ..common.texts import encodable
 from ..outcomes import class_path, text_of
 
@@ -13,6 +13,8 @@ __all__ = ["traceback_of"]
 
 _LONGEST = 10_000
 _FRAMES = 30
+#: Errors with a suggestion or with source lines after the message.
+_WITH_MORE_LINES = (SyntaxError, NameError, AttributeError, ImportError)
 _HEADING = "Traceback (most recent call last):\n"
 
 #: Formatted stacks by the places of their frames. Jobs fail at few places, and formatting costs as much as several jobs: Python
@@ -39,9 +41,18 @@ def _text_of(error: BaseException, stack: TracebackType) -> str:
     hides_context = error.__suppress_context__ or error.__context__ is None
     if error.__cause__ is not None or not hides_context or is_group(type(error)):
         return "".join(traceback.format_exception(type(error), error, stack, limit=-_FRAMES))
-    # Given the stack for its suggestions ("Did you mean"), but no frames to format.
-    last_lines = traceback.TracebackException(type(error), error, stack, limit=0).format_exception_only()
-    return f"{_HEADING}{_frames_of(stack)}{''.join(last_lines)}"
+    return f"{_HEADING}{_frames_of(stack)}{_last_lines_of(error, stack)}"
+
+
+def _last_lines_of(error: BaseException, stack: TracebackType) -> str:
+    """Return the text of ``traceback.format_exception_only``, with suggestions ("Did you mean")."""
+    kind = type(error)
+    if is_a(error, _WITH_MORE_LINES) or getattr(error, "__notes__", None):
+        # Given the stack for the suggestions, but no frames to format.
+        return "".join(traceback.TracebackException(kind, error, stack, limit=0).format_exception_only())
+    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    text = str(error)
+    return f"{name}: {text}\n" if text else f"{name}\n"
 
 
 def _frames_of(stack: TracebackType) -> str:

@@ -36,7 +36,7 @@ class OutcomeLog:
     def record(self, event: OutcomeEvent, message: MessageProxy | None) -> None:
         """Log one line for a retried, requeued or skipped message, or an alert."""
         error = event.exception
-        if event.outcome is Outcome.RETRIED:
+        if event.outcome is Outcome.RETRIED and logger.isEnabledFor(logging.WARNING):
             assert error is not None  # The job's error.
             logger.warning(
                 "retried: message %s of actor %s, attempt %s, again in %s%s: %s: %s",

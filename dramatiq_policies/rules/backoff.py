@@ -316,7 +316,7 @@ def safe_wait(wait: Wait, attempt: int, exception: BaseException) -> int:
         chosen = wait(attempt, exception)
         if not isinstance(wait, _Declared):
             warn_of_seconds_once(f"The wait {wait!r}", "wait", chosen)
-        return clamped_wait(to_ms(chosen), f"The wait {wait!r} at attempt {attempt}")
+        return clamped_wait(to_ms(chosen), "The wait %r at attempt %d", wait, attempt)
     except BaseException:  # User code may raise SystemExit; see `_job_errors`.
         logger.exception("The wait %r raised an error at attempt %d; the job waits by exponential().", wait, attempt)
         return _FALLBACK(attempt, exception)

@@ -116,6 +116,7 @@ def _id(target: type[BaseException] | str, predicate: Callable[[Any], object] | 
     return f"{name}{mark}{getattr(predicate, '__qualname__', type(predicate).__qualname__)}"
 
 
+@functools.lru_cache  # Used in each log line of a retry.
 def readable_rule(rule_id: str) -> str:
     """Return a rule's id for people: ``HTTPError when is_rate_limited`` for ``requests.HTTPError?is_rate_limited``.
 

@@ -84,6 +84,12 @@ ERRORS = {
     "without its context": "try: 1 / 0\nexcept Exception: raise ValueError('why') from None",
     "of a syntax": "compile('a b', 'given', 'exec')",
     "of a name": "missing = 1\nmissin",
+    "of an attribute": "class Stock: amount = 1\nStock().amout",
+    "of an import": "from json import dump_s",
+    "of a key": "{}['missing']",
+    "of a user's class": "class Refused(Exception): __module__ = 'shop.errors'\nraise Refused('by the bank')",
+    "without a text": "raise ValueError",
+    "of two lines": "raise ValueError('one\\ntwo')",
     "of a recursion": "def again(): again()\nagain()",
 }
 if sys.version_info >= (3, 11):
