@@ -59,8 +59,8 @@ class ClaimKeeper(Protocol):
     def completion_command(self, claim: Any) -> tuple[Any, ...]:
         """Return the command that completes the key, for a store with a `CommandBatcher`."""
 
-    def companion(self, claim: Any) -> tuple[str, bytes, int] | tuple[()]:
-        """Return name, value and ttl of a register to write in the same step as the completed key."""
+    def companion(self, claim: Any) -> tuple[bytes, int] | tuple[()]:
+        """Return value and ttl of the register's companion, written in the same step as the completed key."""
 
     def completed_record(self, claim: Any) -> bytes:
         """Return the bytes that the store holds for the completed key."""

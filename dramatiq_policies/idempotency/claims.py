@@ -251,10 +251,10 @@ class Claims:
             return self.earlier.completed_record(claim.name, claim.record)
         return records.completed_by(claim.record.message_id, claim.record.args)
 
-    def companion(self, claim: Claim) -> tuple[str, bytes, int] | tuple[()]:
-        """Return name, value and ttl of a register to write in the same step as the completed record; mostly empty."""
+    def companion(self, claim: Claim) -> tuple[bytes, int] | tuple[()]:
+        """Return value and ttl of the companion to write in the same step as the completed record; mostly empty."""
         if claim.has_earlier_name and claim.record.args:
-            return self.earlier.companion(claim.name, claim.record, claim.retention)
+            return self.earlier.companion(claim.record, claim.retention)
         return ()
 
     def finish(self, claim: Claim, decision: Decision) -> None:

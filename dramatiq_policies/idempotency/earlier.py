@@ -75,16 +75,15 @@ class EarlierRecords:
         self._arguments[name] = record.message_id, record.args
         return records.completed_by(record.message_id)
 
-    def companion(self, name: str, record: Record, retention: int) -> tuple[str, bytes, int] | tuple[()]:
-        """Return name, value and ttl of the register to write in the same step: the completed record with its fingerprint.
+    def companion(self, record: Record, retention: int) -> tuple[bytes, int] | tuple[()]:
+        """Return value and ttl of the register's companion, written in the same step: the completed record with its fingerprint.
 
         Empty if the store can't write two registers in one step. The companion lives for an hour at most: duplicates come soon,
         and a store keeps millions of completed keys.
         """
         if not self._takes_companions:
             return ()
-        value = records.completed_by(record.message_id, record.args)
-        return _companion(name), value, min(retention, _COMPANION_TTL)
+        return records.completed_by(record.message_id, record.args), min(retention, _COMPANION_TTL)
 
     def with_arguments(self, name: str, record: Record) -> Record:
         """Return a completed record with its fingerprint, if this process or the companion knows the fingerprint.
@@ -99,7 +98,8 @@ class EarlierRecords:
             return record._replace(args=args)
         if not self._takes_companions:
             return record
-        found: Entry = self.call_store(partial(self.store.get, _companion(name)))
+        store: Any = self.store
+        found: Entry = self.call_store(partial(store.get_companion, name))
         known = None if found.value is None else Record.decode(found.value)
         return known if known is not None and known.message_id == record.message_id else record
 
@@ -134,7 +134,3 @@ class EarlierRecords:
     def _saw(self, left: int) -> None:
         if left:
             self.marked = clock.monotonic() * 1_000 - (CENTURY_MS - left)
-
-
-def _companion(name: str) -> str:
-    return typed_name(("#", "arguments"), ("n", name))

@@ -136,14 +136,17 @@ class RedisStore:
         self._call(*self.putting(key, value, ttl, *companion))
 
     def putting(self, key: str, value: bytes, ttl: int, *companion: Any) -> tuple[Any, ...]:
-        """Return the command of `put`. ``companion``: key, value and ttl of another register to write in the same step."""
+        """Return the command of `put`. ``companion``: value and ttl of the register's companion, written in the same step."""
+        name = self.name_of(key)
         if companion:
-            other, its_value, its_ttl = companion
-            return _PUT_BOTH.command([self.name_of(key), self.name_of(other)], [value, ttl, its_value, its_ttl])
-        return ("SET", self.name_of(key), value, "PX", ttl)
+            return _PUT_BOTH.command([name, self.companion_of(name)], [value, ttl, *companion])
+        return ("SET", name, value, "PX", ttl)
 
     def get(self, key: str) -> Entry:
         return _entry(self.batcher.call_alone(*_SWAP.command([self.name_of(key)], ["read"])))
+
+    def get_companion(self, key: str) -> Entry:
+        return _entry(self.batcher.call_alone(*_SWAP.command([self.companion_of(self.name_of(key))], ["read"])))
 
     def _read(self, name: str) -> Entry:
         return _entry(self._call(*_SWAP.command([name], ["read"])))
@@ -191,6 +194,10 @@ class RedisStore:
     def name_of(self, key: str) -> str:
         """Return the Redis key of a register."""
         return f"{self.namespace}:{_digest(key)}"
+
+    def companion_of(self, name: str) -> str:
+        """Return the Redis key of a register's companion, from the Redis key of the register."""
+        return f"{name}:arguments"
 
 
 def _entry(found: Any) -> Entry:

@@ -100,12 +100,13 @@ class SettleScript:
         keys, completed, ttl, held, companion = [broker.namespace], b"", 0, b"", (b"", 0)
         if completes is not None:
             assert self._store is not None  # As above.
-            keys.append(self._store.name_of(completes.name))
+            name = self._store.name_of(completes.name)
+            keys.append(name)
             claims = self._state.idempotency.claims
             completed, ttl, held = claims.completed_record(completes), completes.retention, completes.value
             if found := claims.companion(completes):
-                keys.append(self._store.name_of(found[0]))
-                companion = found[1:]
+                keys.append(self._store.companion_of(name))
+                companion = found
         args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep_unacked else "", completed, ttl, held]
         args += [*companion, *sends]
         return _SETTLE.command(keys, args)
