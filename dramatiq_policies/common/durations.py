@@ -132,11 +132,11 @@ def clamped_wait(value: Any, whose: str, *args: object) -> int:
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if (is_number and value < 0) or (isinstance(value, timedelta) and value < timedelta(0)):
-        logger.warning(f"{whose} is negative: the wait is 0 ms.", *args)
+        logger.warning("%s is negative: the wait is 0 ms.", whose % args)
         return 0
     milliseconds = WEEK_MS + 1 if is_number and value == math.inf else to_ms(value)
     if milliseconds > WEEK_MS:
-        logger.warning(f"{whose} exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", *args)
+        logger.warning("%s exceeds 7 days, Dramatiq's longest delay: the wait is 7 days.", whose % args)
         return WEEK_MS
     return milliseconds
 
