@@ -50,8 +50,9 @@ def _last_lines_of(error: BaseException, stack: TracebackType) -> str:
     if is_a(error, _WITH_MORE_LINES) or getattr(error, "__notes__", None):
         # Given the stack for the suggestions, but no frames to format.
         return "".join(traceback.TracebackException(kind, error, stack, limit=0).format_exception_only())
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    text = str(error)
+    name, text = kind.__qualname__, str(error)
+    if kind.__module__ not in ("builtins", "__main__"):
+        name = f"{kind.__module__}.{name}"
     return f"{name}: {text}\n" if text else f"{name}\n"
 
 
