@@ -272,10 +272,8 @@ class TransactionalJobs:
             delivery.message.message_id,
             delivery.message.actor_name,
         )
-        options = delivery.message.options
-        is_awaited = "pipe_target" in options or options.get("group_completion_callbacks")
-        if is_awaited and message_id_of(theirs) != delivery.message.message_id:
-            # The other message moves only its own pipeline and group on.
+        if message_id_of(theirs) != delivery.message.message_id:
+            # The other message may fail, and moves only its own pipeline and group on. The next delivery waits for its end.
             delivery.add_follow_up(OutgoingMessage(delivery.next_message(), _AGAIN_MS))
         delivery.skip(Decision(Outcome.DUPLICATE, "stale"))
 

@@ -130,11 +130,15 @@ class Shop:
         (claim,) = self.idempotency.claims.leases._held.values()
         return claim
 
-    def take_over(self):
-        """Write the claim of another process over the running job's, as if its lease had ended. Before the job writes."""
+    def take_over(self, **changes):
+        """Write the claim of another process over the running job's, as if its lease had ended. Before the job writes.
+
+        Returns a function that ends the other run without success.
+        """
         claim = self.claim()
-        theirs = claim.record._replace(owner="elsewhere:1:place:1", token="1").encode()
+        theirs = claim.record._replace(owner="elsewhere:1:place:1", token="1", **changes).encode()
         assert self.store.swap(claim.name, claim.value, theirs, 10**9) is None
+        return lambda: self.store.swap(claim.name, theirs, None, 1)
 
     @contextmanager
     def failing_commit(self, *, after, calls_fail=0):
@@ -331,6 +335,20 @@ class TransactionalJobs:
         again = [] if ours else [("duplicate", "completed")]
         assert shop.outcomes() == [("duplicate", "stale"), *again]
         assert shop.done == ([] if ours else [("next",)])
+
+    def test_a_run_whose_key_another_message_took_runs_again_if_the_other_fails(self, shop):
+        ends = []
+
+        async def body(job, order):
+            if not ends:
+                ends.append(shop.take_over(message_id="another"))
+            await job.add(Payment(order=order))
+
+        shop.actor(body).send(7)
+        shop.stage.actor(lambda: [end() for end in ends], actor_name="fails").send()
+        shop.drain()
+        assert shop.outcomes() == [("duplicate", "stale"), ("succeeded", None)]
+        assert shop.payments() == [7]
 
     def test_the_lease_is_renewed_while_the_job_runs(self, shop):
         async def body(job, order):
