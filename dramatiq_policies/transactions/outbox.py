@@ -175,7 +175,12 @@ class Outbox(PolicyMiddleware):
 
     def add_member(self, scope: Scope, message: Message[Any]) -> None:
         """Write in a transaction that a group's member has completed. ``message`` has the options of the group."""
-        scope.add(self, _row(MEMBER, message, None))
+        # The job may have put values into the message that can't be encoded.
+        options = {name: message.options[name] for name in ("group_completion_uuid", "group_completion_callbacks")}
+        member: Message[Any] = Message(
+            message.queue_name, message.actor_name, (), {}, options, message_id=message.message_id
+        )
+        scope.add(self, _row(MEMBER, member, None))
 
     def insert(self, connection: Connection, row: NewRow, written: Written) -> None:
         """Insert a row over the caller's connection.

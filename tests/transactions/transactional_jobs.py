@@ -476,6 +476,18 @@ class TransactionalJobs:
         shop.drain()
         assert (shop.payments(), shop.done) == ([0, 1, 2], [("all",)])
 
+    def test_a_member_of_a_group_may_change_its_arguments_to_values_that_cannot_be_sent(self, shop):
+        async def body(job, order):
+            order["number"] = object()
+            await job.add(Payment(order=1))
+
+        pay = shop.actor(body, idempotency_key=None, idempotent=True)
+        members = group([pay.message({"number": number}) for number in range(2)], broker=shop.broker)
+        members.add_completion_callback(shop.note.message("all"))
+        members.run()
+        shop.drain()
+        assert (shop.payments(), shop.done) == ([1, 1], [("all",)])
+
     def test_on_success_is_sent_once(self, shop):
         async def body(job, order):
             await job.add(Payment(order=order))
