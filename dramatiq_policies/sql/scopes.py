@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -93,7 +94,7 @@ class _SessionWatch:
         self.is_async = False
         self.ticket: Ticket | None = None
         #: Rows that wait for the commit, each with the innermost savepoint at the send.
-        self.waiting: list[tuple[SessionTransaction | None, NewRow]] = []
+        self.waiting: deque[tuple[SessionTransaction | None, NewRow]] = deque()
         #: The innermost savepoint, if committed and about to end.
         self.released: SessionTransaction | None = None
         #: The number of the session's transactions about to be committed.
@@ -122,7 +123,7 @@ class _SessionWatch:
         self._listen(session, "before_commit", "after_commit", "after_transaction_end")
         self.waiting.append((session.get_nested_transaction(), row))
 
-    def _insert(self, session: Session, rows: Sequence[NewRow]) -> None:
+    def _insert(self, session: Session, rows: Iterable[NewRow]) -> None:
         self.connection = connection = session.connection(bind_arguments={"clause": table.insert()})
         if is_autocommit(connection):
             raise ConfigurationError(
@@ -140,9 +141,14 @@ class _SessionWatch:
                 event.listen(session, name, getattr(self, name))
 
     def _insert_waiting(self, session: Session) -> None:
-        rows, self.waiting = [row for _, row in self.waiting], []
-        if rows:
-            self._insert(session, rows)
+        if self.waiting:
+            self._insert(session, self._leaving())
+
+    def _leaving(self) -> Iterator[NewRow]:
+        while self.waiting:
+            yield self.waiting[0][1]
+            # After the insertion: the application may catch an error, and commit once more.
+            self.waiting.popleft()
 
     # The session's events.
 
@@ -177,19 +183,19 @@ class _SessionWatch:
             self._end_savepoint(session, transaction)
         elif transaction.parent is None:
             ticket = self.ticket
-            self.written, self.connection, self.ticket, self.waiting = Written(), None, None, []
+            self.written, self.connection, self.ticket, self.waiting = Written(), None, None, deque()
             self.released, self.committing = None, 0
             _wait(self.outbox, ticket, is_async=self.is_async)
 
     def _end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
         outer = session.get_nested_transaction()
         if self.released is savepoint:
-            self.waiting = [(outer if at is savepoint else at, row) for at, row in self.waiting]
+            self.waiting = deque((outer if at is savepoint else at, row) for at, row in self.waiting)
             if outer is None and self.committing:
                 # The commit of the session releases its open savepoints, and announces nothing after them.
                 self._insert_waiting(session)
         else:
-            self.waiting = [(at, row) for at, row in self.waiting if at is not savepoint]
+            self.waiting = deque((at, row) for at, row in self.waiting if at is not savepoint)
         self.released = None
 
 

@@ -487,6 +487,32 @@ def test_a_savepoint_that_is_still_open_is_committed_with_its_async_session(shop
     assert shop.pending() == 0
 
 
+def test_after_an_error_at_the_commit_of_an_async_session_a_second_commit_has_all_messages(
+    shop, async_engine, monkeypatch
+):
+    insert, fails = shop.outbox.insert, [False, True]
+
+    def insert_or_fail(*args):
+        if fails and fails.pop(0):
+            raise sa.exc.OperationalError("INSERT", {}, Exception("database is locked"))
+        insert(*args)
+
+    monkeypatch.setattr(shop.outbox, "insert", insert_or_fail)
+
+    async def order():
+        async with AsyncSession(async_engine) as session, shop.outbox.within(session):
+            session.add(Order(id=1))
+            for number in range(3):
+                shop.confirm.send(number)
+            with pytest.raises(sa.exc.OperationalError):
+                await session.commit()
+            await session.commit()
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert shop.queued() == [(0,), (1,), (2,)]
+
+
 def test_a_session_without_autobegin_begins_nothing_by_a_send(shop, async_engine):
     async def order():
         async with AsyncSession(async_engine, autobegin=False) as session, shop.outbox.within(session):
