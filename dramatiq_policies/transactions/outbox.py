@@ -21,6 +21,7 @@ from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..delivery.direct import is_direct
 from ..errors import ConfigurationError, checked_duration
+from ..interrupts.listeners import after_each_interrupt
 from ..middleware.background_thread import BackgroundThread
 from ..middleware.base import PolicyMiddleware, arrangement_of
 from .database import Connection, Database, is_missing_table
@@ -28,7 +29,7 @@ from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxStats, OutboxTable
 from .publication import Publication, Run
 from .publisher import Publisher, Ticket
 from .relay import Relay
-from .scope import Written, entered_scope, innermost, leave_since
+from .scope import Written, entered_scope, innermost, leave_all, leave_since
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -141,6 +142,7 @@ class Outbox(PolicyMiddleware):
 
         broker.enqueue = enqueue  # type: ignore[method-assign]
         state.read_outbox = self._stats
+        after_each_interrupt(leave_all)
 
     def _stats(self) -> OutboxStats:
         return self.database.run(self.table.stats)

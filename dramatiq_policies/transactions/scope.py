@@ -12,8 +12,9 @@ from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 from ..common.forks import after_fork
+from ..errors import ConfigurationError
 
-__all__ = ["Entered", "Written", "entered_scope", "innermost", "leave_since"]
+__all__ = ["Entered", "Written", "entered_scope", "innermost", "leave_all", "leave_since"]
 
 S = TypeVar("S")
 
@@ -85,6 +86,8 @@ class Entered(Generic[S]):
         self.outer: Entered[Any] | None = None
 
     def __enter__(self) -> S:
+        if self.entered_in is not None:
+            raise ConfigurationError("This block of the outbox is open already. Call within() for each block.")
         self.entered_in, self.outer = _thread_and_task(), _entered.get()
         _entered.set(self)
         return self.scope
@@ -132,6 +135,11 @@ def leave_since(before: Any) -> list[Any]:
         entered = entered.outer
     _entered.set(before)
     return left
+
+
+def leave_all() -> None:
+    """Leave the scopes of this thread: an interrupt may have struck between the begin or end of a block and its ``with``."""
+    leave_since(None)
 
 
 def _thread_and_task() -> tuple[int, object]:

@@ -301,6 +301,14 @@ def test_blocks_nest_and_the_inner_one_counts(shop):
     assert shop.queued() == [("inner",)]
 
 
+def test_a_block_is_entered_once_at_a_time(shop):
+    with Session(shop.engine) as session:
+        block = shop.outbox.within(session)
+        for _ in range(2):
+            with block, pytest.raises(ConfigurationError, match="is open already"), block:
+                pass
+
+
 def test_two_brokers_have_an_outbox_each(engine):
     one, other = Shop(engine), Shop(engine, namespace="other")
     with Session(engine) as session, session.begin(), one.outbox.within(session):

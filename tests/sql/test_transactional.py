@@ -7,13 +7,15 @@ import time
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
+from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
 from dramatiq_policies.sql.database import SqlDatabase
 
-from ..transactions.transactional_jobs import Base, Payment, Shop, TransactionalJobs
+from ..transactions.transactional_jobs import ONCE, Base, Payment, Shop, TransactionalJobs
 
 
 @pytest.fixture
@@ -51,4 +53,23 @@ def test_the_one_writer_of_sqlite_neither_loses_its_claim_nor_stops_the_renewal_
     shop.drain()
     claims.leases.renew()
     assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+    shop.close()
+
+
+def test_a_block_that_an_interrupt_left_open_takes_no_messages_of_later_jobs(engine):
+    shop = Shop(engine, engine)
+
+    def interrupted():
+        # As if the interrupt had struck between the begin of a block and its body.
+        shop.outbox.within(Session(engine)).__enter__()
+        while True:
+            time.sleep(0.01)
+
+    shop.stage.actor(interrupted, timeout=100, retry_on={TimeoutExceeded: ONCE}).send()
+    shop.stage.actor(lambda: shop.note.send(1), actor_name="later")
+    with shop.stage.working():
+        shop.stage.drain()
+        shop.broker.actors["later"].send()
+        shop.stage.drain()
+    assert shop.done == [(1,)]
     shop.close()
