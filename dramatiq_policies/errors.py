@@ -88,7 +88,8 @@ class ConfigurationError(PolicyError, MiddlewareError):
         hidden = secret and not (got is None or isinstance(got, (int, float)))
         shown = f"a {type(got).__name__}" if hidden else f"{redacted_repr(got):.500}"
         message = f"{where}: {option}: expected {expected}, got {shown}"
-        return cls(f"{message}. {do}" if do else f"{message}.")
+        advice = do if not do or do.endswith(("?", ".")) else f"{do}."
+        return cls(f"{message}. {advice}".rstrip())
 
 
 def how_to_add(middleware: str, call: str) -> str:

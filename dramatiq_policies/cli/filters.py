@@ -55,10 +55,16 @@ def filters(command: F) -> F:
                 help="Only this argument; VALUE is text or JSON, ARG a name, a position (0), or order.id; repeatable.",
             ),
             click.option(
-                "--older-than", callback=parse_duration, metavar="TIME", help="Only failures older than: 2h, 7d."
+                "--older-than",
+                callback=parse_duration,
+                metavar="TIME",
+                help="Only failures older than this, such as 2h or 7d.",
             ),
             click.option(
-                "--newer-than", callback=parse_duration, metavar="TIME", help="Only failures newer than: 30m."
+                "--newer-than",
+                callback=parse_duration,
+                metavar="TIME",
+                help="Only failures newer than this, such as 30m.",
             ),
         ]
     ):

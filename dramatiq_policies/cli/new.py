@@ -37,8 +37,8 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     """Design a job, and write its rules into FILE (shop/jobs/send_confirmation.py) and its tests into the tests'
     folder.
 
-    Asks eight questions, or reads a TOML file with the tables [job] and [errors]. Refuses an incomplete design and lists
-    the missing answers. The tests fail until you write the job. Never overwrites a file.
+    Asks for each answer and shows an example, or reads a TOML file with the tables [job] and [errors]. Refuses an
+    incomplete design and lists the missing answers. The tests fail until you write the job. Never overwrites a file.
     """
     module_name(file)
     for one in (file, tests / f"test_{file.stem}.py"):
@@ -63,7 +63,9 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
 
 def _ask() -> dict[str, Any]:
     """Ask the questions, each with an example; at the end of the input, return the answers so far."""
-    click.echo("Eight questions before you write the job. Separate the items of a list by commas; empty means none.\n")
+    click.echo(
+        "Answer these questions before you write the job. Separate items by commas; leave a list empty for none.\n"
+    )
     job: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     try:

@@ -71,7 +71,12 @@ _MEASURES = {"ready": "ready", "oldest": "oldest", "stalled": "oldest", "dead": 
     "-w", "--watch", is_flag=True, help="Repeat until interrupted; adds the change of ready messages per second."
 )
 @click.option(
-    "--interval", callback=parse_duration, default="2s", show_default=True, metavar="TIME", help="With --watch."
+    "--interval",
+    callback=parse_duration,
+    default="2s",
+    show_default=True,
+    metavar="TIME",
+    help="The time between two readings of --watch.",
 )
 @click.option("--fail-on-breach", is_flag=True, help="Exit with 1 if a queue breaches a threshold of the QueueMonitor.")
 @format_option()

@@ -69,7 +69,8 @@ def test_a_breach_fails_only_if_asked_to(command, app):
 
 
 def test_without_thresholds_there_is_nothing_to_fail_on(command):
-    assert "no QueueMonitor. Pass one to install()" in command.refuses("queues", command.app(APP), "--fail-on-breach")
+    sentence = command.refuses("queues", command.app(APP), "--fail-on-breach")
+    assert re.search(r"no QueueMonitor\. (Pass one to install|Add QueueMonitor)", sentence)
 
 
 def test_watching_reads_repeatedly_and_shows_the_change(command, app, monkeypatch):

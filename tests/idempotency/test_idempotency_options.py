@@ -63,7 +63,7 @@ def test_a_callable_that_takes_no_call_of_the_actor_s_is_refused_at_declaration(
     assert str(refused.value).startswith(
         f"actor 'ship': {option}: expected a callable with the parameters of the actor, (order_id), got <function "
     )
-    assert str(refused.value).endswith("The callable takes (order_id, email); give it the actor's parameters")
+    assert str(refused.value).endswith("The callable takes (order_id, email); give it the actor's parameters.")
 
 
 @pytest.mark.parametrize("option", ["idempotency_key", "done_when"])

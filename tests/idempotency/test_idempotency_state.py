@@ -146,6 +146,6 @@ def test_the_state_is_not_to_be_had_where_there_is_no_idempotency():
         dramatiq.actor(lambda order_id: None, actor_name="ship", broker=elsewhere),
     ):
         with pytest.raises(
-            ConfigurationError, match=r"actor 'ship': the broker has no Idempotency with a store\. Pass one"
+            ConfigurationError, match=r"actor 'ship': the broker has no Idempotency with a store\. (Pass one|Add Idem)"
         ):
             Idempotency.state(actor, 7)
