@@ -58,7 +58,10 @@ class SqlUnitsOfWork:
     ) -> None:
         # The connections come from the pool of the engine; the events concern transactional jobs only.
         self.engine = engine.execution_options(dramatiq_policies_job=True)
-        event.listen(sync_engine_of(self.engine), "commit", _before_connection_commit)
+        sync_engine = sync_engine_of(self.engine)
+        event.listen(sync_engine, "commit", _before_connection_commit)
+        if sync_engine.dialect.name == "sqlite":
+            event.listen(sync_engine, "before_cursor_execute", _begin_on_sqlite)
         self.within = within
         self.is_same = is_same
 
@@ -251,6 +254,16 @@ def _before_connection_commit(connection: sa.Connection) -> None:
     guard: _CommitGuard | None = vars(connection).get(_KEY)
     if guard is not None:
         guard.check_commit()
+
+
+def _begin_on_sqlite(connection: sa.Connection, _cursor: object, statement: str, *_: object) -> None:
+    """Begin the transaction before the first statement that may write.
+
+    Python's sqlite3 begins none before a savepoint, whose release would commit, and none before a WITH.
+    """
+    reads = statement.lstrip().upper().startswith(("SELECT", "PRAGMA", "EXPLAIN", "BEGIN"))
+    if not reads and not connection.connection.driver_connection.in_transaction:  # type: ignore[union-attr]
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _guard_of(session: Session) -> _CommitGuard:

@@ -35,6 +35,20 @@ class TestOnSqlite(TransactionalJobs):
         yield shop
         shop.close()
 
+    def test_an_error_after_a_write_with_a_common_table_expression_leaves_nothing(self, shop):
+        async def body(job, order):
+            if order == 7:
+                await job.add(Payment(order=order))
+                return
+            await job.call("execute", sa.text('WITH new AS (SELECT 8 AS number) UPDATE payments SET "order" = 8'))
+            raise RuntimeError
+
+        pay = shop.actor(body)
+        pay.send(7)
+        pay.send(8)
+        shop.drain()
+        assert shop.payments() == [7]
+
 
 def test_the_one_writer_of_sqlite_neither_loses_its_claim_nor_stops_the_renewal_of_others(engine):
     shop = Shop(engine, engine)

@@ -446,6 +446,17 @@ class TransactionalJobs:
         shop.drain()
         assert (shop.payments(), shop.done) == ([2, 7], [(2,)])
 
+    def test_an_error_after_a_savepoint_leaves_nothing_of_the_savepoint(self, shop):
+        async def body(job, order):
+            savepoint = await job.call("begin_nested")
+            await job.add(Payment(order=order))
+            await job.on(savepoint, "commit")
+            raise RuntimeError
+
+        shop.actor(body).send(7)
+        shop.drain()
+        assert (shop.payments(), shop.outcomes()) == ([], [("dead", "exhausted")])
+
     def test_a_job_without_any_statement_completes_its_key(self, shop):
         async def body(job, order):
             pass
