@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from dramatiq.asyncio import async_to_sync, get_event_loop_thread
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
+from ..transactions.database import has_rolled_back
 from ..transactions.key_table import KeyTable
 from .connection import SqlConnection, dialect_of, isolation_level_of, sync_engine_of
 from .scopes import is_autocommit
@@ -60,6 +61,8 @@ class SqlUnitsOfWork:
         self.engine = engine.execution_options(dramatiq_policies_job=True)
         sync_engine = sync_engine_of(self.engine)
         event.listen(sync_engine, "commit", _before_connection_commit)
+        # Of all connections of the dialect.
+        event.listen(sync_engine, "handle_error", _after_error)
         if sync_engine.dialect.name == "sqlite":
             event.listen(sync_engine, "before_cursor_execute", _begin_on_sqlite)
         self.within = within
@@ -188,12 +191,12 @@ class _CommitGuard:
 
     Attributes:
       is_open: Whether commits are allowed: the job has returned.
-      refused: The error of a commit that was refused; None if there was none.
+      refused: Why the worker must not commit: the job has tried to commit, or the server has rolled the transaction back.
     """
 
     def __init__(self, session: Session) -> None:
         self.is_open = False
-        self.refused: ConfigurationError | None = None
+        self.refused: Exception | None = None
         self._connections: list[sa.Connection] = []
         session.info[_KEY] = self
 
@@ -201,6 +204,9 @@ class _CommitGuard:
         """Guard a connection with a new transaction or savepoint of the session."""
         if connection not in self._connections:
             self._connections.append(connection)
+            if not isinstance(self.refused, ConfigurationError):
+                # The job has ended the transaction that the server had rolled back.
+                self.refused = None
             vars(connection)[_KEY] = self
             _isolate(connection)
 
@@ -211,8 +217,8 @@ class _CommitGuard:
           ConfigurationError: The job has not returned.
         """
         if not self.is_open:
-            self.refused = ConfigurationError(_COMMITTED)
-            raise self.refused
+            self.refused = refused = ConfigurationError(_COMMITTED)
+            raise refused
 
     @property
     def is_unsure(self) -> bool:
@@ -220,7 +226,7 @@ class _CommitGuard:
         return self.is_open or self.refused is not None
 
     def raise_refused(self) -> None:
-        """Raise the error of a refused commit, in case the job has caught the error."""
+        """Raise the error after which the worker must not commit, in case the job has caught the error."""
         if self.refused is not None:
             raise self.refused
 
@@ -254,6 +260,12 @@ def _before_connection_commit(connection: sa.Connection) -> None:
     guard: _CommitGuard | None = vars(connection).get(_KEY)
     if guard is not None:
         guard.check_commit()
+
+
+def _after_error(context: ExceptionContext) -> None:
+    guard: _CommitGuard | None = vars(context.connection).get(_KEY) if context.connection is not None else None
+    if guard is not None and has_rolled_back(context.original_exception):
+        guard.refused = context.sqlalchemy_exception
 
 
 def _begin_on_sqlite(connection: sa.Connection, _cursor: object, statement: str, *_: object) -> None:

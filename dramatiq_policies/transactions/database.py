@@ -18,6 +18,7 @@ __all__ = [
     "Database",
     "Result",
     "for_update_skip_locked",
+    "has_rolled_back",
     "is_disconnect",
     "is_duplicate",
     "is_missing_table",
@@ -129,6 +130,8 @@ def list_params(prefix: str, values: Sequence[Any]) -> tuple[str, dict[str, Any]
 _TRANSIENT_STATES = {"40001", "40P01"}
 #: MariaDB and MySQL: record changed since last read, deadlock.
 _TRANSIENT_NUMBERS = {1020, 1213}
+#: MariaDB and MySQL roll back the whole transaction: as above, and lock table full.
+_ROLLED_BACK_NUMBERS = {*_TRANSIENT_NUMBERS, 1206}
 #: Too many connections, server shutdown, read error, connection lost or refused. The driver's own numbers begin with 2.
 _DISCONNECT_NUMBERS = {1053, 1077, 1079, 1158, 1159, 1160, 1161, 1927, 2006, 2013, 2014, 2045, 2055, 4031}
 
@@ -141,6 +144,14 @@ def is_transient(error: BaseException) -> bool:
         or (_is_sqlite(one) and ("database is locked" in str(one) or "table is locked" in str(one)))
         for one in _chain(error)
     )
+
+
+def has_rolled_back(error: BaseException) -> bool:
+    """Return whether MariaDB or MySQL has rolled back the whole transaction and begins another with the next statement.
+
+    PostgreSQL refuses further statements.
+    """
+    return any(_number(one) in _ROLLED_BACK_NUMBERS for one in _chain(error))
 
 
 def is_disconnect(error: BaseException) -> bool:

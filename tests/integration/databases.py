@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,3 +63,36 @@ def make_empty_tables(url: str) -> None:
         metadata.create_all(connection)
         for table in metadata.sorted_tables:
             connection.execute(table.delete())
+
+
+@contextmanager
+def deadlocking(engine: sa.Engine) -> Iterator[Callable[[int], str]]:
+    """Yield the statements, by number, that lock a row each. Whoever runs the first and then the second is the victim of a deadlock."""
+    table = f"locked_{uuid.uuid4().hex[:8]}"
+    update = f"UPDATE {table} SET again = again + 1 WHERE number = {{}}"
+    begun = threading.Event()
+
+    def other() -> None:
+        with engine.connect() as connection:
+            # InnoDB rolls back the transaction with the fewest changes.
+            connection.exec_driver_sql(f"UPDATE {table} SET again = again + 1 WHERE number > 1")
+            begun.set()
+            connection.exec_driver_sql(f"SELECT SLEEP(0.3) FROM {table} LIMIT 1")
+            connection.exec_driver_sql(update.format(1))
+            connection.rollback()
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE TABLE {table} (number INT PRIMARY KEY, again INT NOT NULL)")
+        connection.exec_driver_sql(f"INSERT INTO {table} VALUES {', '.join(f'({n}, 0)' for n in range(1, 201))}")
+    thread = threading.Thread(target=other)
+
+    def statement(number: int) -> str:
+        if number == 2:
+            thread.start()
+            assert begun.wait(20)
+        return update.format(number)
+
+    try:
+        yield statement
+    finally:
+        thread.join()

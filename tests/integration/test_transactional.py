@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from dramatiq_policies import TimeoutExceeded, current_job
 
 from ..transactions.transactional_jobs import TWICE, Base, Payment, Shop, TransactionalJobs
-from .databases import async_engine, make_empty_tables, with_driver
+from .databases import async_engine, deadlocking, make_empty_tables, with_driver
 from .places import until
 
 
@@ -129,3 +129,58 @@ def test_an_interrupt_within_a_statement_gives_up_the_connection(postgresql_url:
     assert len(set(backends)) == 2
     shop.close()
     engine.dispose()
+
+
+@pytest.mark.parametrize("in_savepoint", [False, True])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_that_goes_on_after_the_server_has_rolled_its_transaction_back_fails(
+    mariadb_url: str, kind: str, in_savepoint: bool
+) -> None:
+    make_empty_tables(mariadb_url)
+    sync = sa.create_engine(with_driver(mariadb_url))
+    Base.metadata.drop_all(sync)
+    Base.metadata.create_all(sync)
+    shop = Shop(sync, sync if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
+
+    async def body(job: Any, order: int) -> None:
+        await job.add(Payment(order=order))
+        shop.note.send(order)
+        with suppress(DBAPIError):
+            if in_savepoint:
+                await job.call("begin_nested")
+            if current_job().attempt == 1:
+                await deadlock(job)
+
+    async def deadlock(job: Any) -> None:
+        with deadlocking(sync) as statement:
+            await job.call("execute", sa.text(statement(1)))
+            await job.call("execute", sa.text(statement(2)))
+
+    shop.actor(body, retry_on={DBAPIError: TWICE}).send(7)
+    shop.drain()
+    assert (shop.payments(), shop.done) == ([7], [(7,)])
+    assert shop.outcomes() == [("retried", None), ("succeeded", None)]
+    shop.close()
+    sync.dispose()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_may_roll_back_after_a_deadlock_and_go_on(mariadb_url: str, kind: str) -> None:
+    make_empty_tables(mariadb_url)
+    sync = sa.create_engine(with_driver(mariadb_url))
+    Base.metadata.drop_all(sync)
+    Base.metadata.create_all(sync)
+    shop = Shop(sync, sync if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
+
+    async def body(job: Any, order: int) -> None:
+        with pytest.raises(DBAPIError), deadlocking(sync) as statement:
+            await job.call("execute", sa.text(statement(1)))
+            await job.call("execute", sa.text(statement(2)))
+        await job.call("rollback")
+        await job.add(Payment(order=order))
+
+    shop.actor(body).send(7)
+    shop.drain()
+    assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+    shop.close()
+    sync.dispose()

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from dramatiq_policies.transactions.database import (
     Result,
     for_update_skip_locked,
+    has_rolled_back,
     is_disconnect,
     is_duplicate,
     is_missing_table,
@@ -119,6 +120,13 @@ def test_other_errors_are_none_of_them(kind, error):
     if isinstance(error, ValueError):
         error.args = ("1213",)
     assert not kind(error)
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_mariadb_rolls_the_whole_transaction_back_after_some_errors(wrap):
+    ended = [number for number in (1020, 1205, 1206, 1213) if has_rolled_back(wrap(OfMariaDB(number)))]
+    assert ended == [1020, 1206, 1213]
+    assert not has_rolled_back(wrap(OfPostgreSQL("40P01")))
 
 
 def test_an_error_by_which_sqlalchemy_gave_up_the_connection_is_a_lost_connection():

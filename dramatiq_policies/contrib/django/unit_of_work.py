@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 
 from ...common.safe_logger import SafeLogger
 from ...errors import ConfigurationError
+from ...transactions.database import has_rolled_back
 from .connections import (
     close_interrupted_connections,
     in_atomic_of_the_app,
@@ -86,7 +88,8 @@ class DjangoUnitOfWork:
         self._using = using
         self._connection: Any = None
         self._block: Any = None
-        self._refused: ConfigurationError | None = None
+        #: Why the worker must not commit: the job has tried to commit, or the server has rolled the transaction back.
+        self._refused: Exception | None = None
 
     def run(self, delivery: Delivery, proceed: Proceed) -> Any:
         self._connection = connection = connections[self._using]
@@ -99,9 +102,11 @@ class DjangoUnitOfWork:
         self._block = self._begin(connection)
         # Django calls this hook to refuse a commit inside of a block.
         connection.validate_no_atomic_block = self._refuse
+        connection.execute_wrappers.append(self._execute)
         try:
             return proceed(delivery)
         finally:
+            connection.execute_wrappers.remove(self._execute)
             del connection.validate_no_atomic_block
 
     def _begin(self, connection: Any) -> Any:
@@ -119,8 +124,16 @@ class DjangoUnitOfWork:
         return block
 
     def _refuse(self) -> None:
-        self._refused = self._error(_COMMITTED)
-        raise self._refused
+        self._refused = refused = self._error(_COMMITTED)
+        raise refused
+
+    def _execute(self, execute: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return execute(*given)
+        except DatabaseError as error:
+            if has_rolled_back(error):
+                self._refused = error
+            raise
 
     def commit(self, finish: Finish) -> None:
         connection = self._connection
