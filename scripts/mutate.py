@@ -70,6 +70,7 @@ TESTS = {
     ],
     "delivery/limits": ["middleware/test_timeout", "middleware/test_error_classifier*"],
     "delivery/settlement": ["delivery", "middleware/test_error_classifier*", "idempotency"],
+    "delivery/dead_letter": ["delivery", "middleware/test_error_classifier*", "integration/test_refusals"],
     "delivery/publishing": ["delivery", "middleware/test_error_classifier_publishing", "integration/test_refusals"],
     "brokers/redis": [
         "brokers",

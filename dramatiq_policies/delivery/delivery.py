@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..interrupts import Runner
     from ..interrupts.slots import StuckListener
     from .actor_policy import ActorPolicy
-    from .outgoing import FollowUp
+    from .outgoing import FollowUp, OutgoingMessage
 
 __all__ = [
     "DeliveringTransport",
@@ -102,7 +102,7 @@ class EarlierRun(NamedTuple):
 
 
 class KeyClaim(Protocol):
-    """The part of a claim on an idempotency key that this package reads."""
+    """The part of a `Claim` on an idempotency key that this package reads."""
 
     @property
     def keyed(self) -> bool:
@@ -208,6 +208,11 @@ class Delivery:
         if self.follow_ups is None:
             self.follow_ups = []
         self.follow_ups.append(follow_up)
+
+    @property
+    def outgoing(self) -> list[OutgoingMessage]:
+        """The follow-up messages, once the calls among them are replaced by their messages (`FollowUpPublisher`)."""
+        return cast("list[OutgoingMessage]", self.follow_ups or [])
 
     def skip(self, decision: Decision, why: str = "") -> NoReturn:
         """Decide not to run the job now. Called inside the wrapper of the actor's function.

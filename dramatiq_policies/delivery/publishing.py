@@ -4,8 +4,8 @@ Each try fails in one of three ways (see `Fault`). After a lost connection the w
 accepts the messages. Other refusals escalate, after five seconds or at once if the refusal is permanent:
 
 1. Drop the follow-up messages (a retry, a next step). The message becomes a dead letter, reason ``handoff_failed``.
-2. Make the dead letter small: no traceback, no history.
-3. Publish the body as received for a dead letter. This needs no encoding.
+2. After a permanent refusal, make the dead letter small: no traceback, no history.
+3. After another, publish the body as received for a dead letter. This needs no encoding.
 4. Enqueue the message again with its failure, after a growing wait. The job does not run: the next worker continues here.
    The message takes no slot meanwhile.
 5. If the broker refuses even that, keep the message in its slot for the wait, and then return the message to its queue.
@@ -19,9 +19,10 @@ from ..common import clock
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import Outcome, text_of
+from .dead_letter import dead_letter_of, failure_to_keep
 from .decision import Decision
 from .delivery import Delivery, DeliveryReassigned
-from .history import FAILURE, POLICIES, History, attempt_of, failure_of, now_ms, replays_of
+from .history import FAILURE, POLICIES, History, attempt_of, now_ms
 from .outgoing import OutgoingMessage
 from .refusals import Fault
 from .returned import RETURNED, wait_before_return
@@ -64,6 +65,7 @@ class FollowUpPublisher:
         self.decision = decision
         #: The dead letter, a message or the body as received.
         self.dead: Message[Any] | bytes | None = None
+        #: Whether step 2 has begun.
         self.small = False
         #: Whether step 4 has begun.
         self.returning = False
@@ -77,12 +79,12 @@ class FollowUpPublisher:
             return self._give_up(ConnectionError("the consumer's connection is closed"))
         while True:
             try:
-                self._try()
+                self._publish_all()
                 return self.decision
             except Exception as error:
                 if isinstance(error, DeliveryReassigned) or self._is_redelivered():
                     return self._give_up(error)
-                if self._is_futile(error):
+                if self._must_escalate(error):
                     if self.returning:
                         return self._park(error)
                     try:
@@ -96,38 +98,42 @@ class FollowUpPublisher:
                         )
                         return self._give_up(another)
                     self.first_refusal, self.tries = None, 0
-                    continue
-                if self.tries == 0:
-                    logger.warning(
-                        "The follow-up messages of message %s of actor %r could not be published (%s: "
-                        "%s); the worker tries again.",
-                        self.message.message_id,
-                        self.message.actor_name,
-                        type(error).__name__,
-                        text_of(error),
-                    )
-                pause = _RETRY_PAUSES[min(self.tries, len(_RETRY_PAUSES) - 1)]
-                self.tries += 1
-                if self.state.stopping.wait(pause) and self.tries > 1:
+                elif not self._pause(error):
                     return self._give_up(error)
 
-    def _try(self) -> None:
+    def _publish_all(self) -> None:
         transport, delivery = self.transport, self.delivery
         if self.decision.dead_letter and self.dead is None:
-            self.dead = self._dead_letter()
+            self.dead = dead_letter_of(self.message, delivery, self._failure(), small=self.small)
         if delivery.follow_ups or self.dead is not None or transport.completes_with_publish(delivery):
-            _resolve(delivery)
-            self._mark_retry_pending()
+            _call_follow_ups(delivery)
+            self._record_ending()
             transport.publish_follow_ups(self.message, delivery, self.dead)
         if self.dead is not None:
             transport.dead_letters_accepted()
+
+    def _pause(self, error: Exception) -> bool:
+        """Wait before the next try. Returns False if the worker stops: the message is left to another worker."""
+        if self.tries == 0:
+            logger.warning(
+                "The follow-up messages of message %s of actor %r could not be published (%s: "
+                "%s); the worker tries again.",
+                self.message.message_id,
+                self.message.actor_name,
+                type(error).__name__,
+                text_of(error),
+            )
+        pause = _RETRY_PAUSES[min(self.tries, len(_RETRY_PAUSES) - 1)]
+        self.tries += 1
+        is_stopping = self.state.stopping.wait(pause)
+        return not is_stopping or self.tries == 1
 
     def _is_redelivered(self) -> bool:
         """Whether the broker has returned this message to its queue already."""
         return self.transport.will_redeliver() and not self.delivery.completes_key()
 
-    def _is_futile(self, error: Exception) -> bool:
-        """Whether to escalate, and not to repeat the same try."""
+    def _must_escalate(self, error: Exception) -> bool:
+        """Whether to escalate, and not to repeat the same try. Notes the time of the first refusal."""
         fault = self.transport.fault_of(error)
         if fault is Fault.LOST or (fault is Fault.REFUSED and self.transport.will_redeliver()):
             # A dead letter cannot replace a message that the broker has taken back, and another run would double the effect.
@@ -144,22 +150,26 @@ class FollowUpPublisher:
         delivery, decision = self.delivery, self.decision
         permanent = self.transport.fault_of(error) is Fault.PERMANENT
         if not decision.dead_letter or (delivery.follow_ups and not self._is_dead_letter_at_fault(permanent)):
-            self._alert(
-                "The broker refused the follow-up messages of message %s of actor %r (%s: %s); the "
-                "message goes to the dead-letter queue.",
-                error,
-            )
-            delivery.follow_ups = None
-            if not decision.dead_letter:
-                self.decision = delivery.decision = self._failed(error)
-                self.message.fail()
-            self.dead = None
+            self._drop_follow_ups(error)  # Step 1.
         elif permanent and not self.small and not isinstance(self.dead, bytes):
-            self.small, self.dead = True, None
+            self.small, self.dead = True, None  # Step 2.
         elif permanent and delivery.body is not None and not isinstance(self.dead, bytes):
-            self.dead = delivery.body
+            self.dead = delivery.body  # Step 3.
         else:
-            self._return(error)
+            self._return(error)  # Step 4.
+
+    def _drop_follow_ups(self, error: Exception) -> None:
+        """Drop the follow-up messages; the message becomes a dead letter (step 1)."""
+        self._alert(
+            "The broker refused the follow-up messages of message %s of actor %r (%s: %s); the "
+            "message goes to the dead-letter queue.",
+            error,
+        )
+        self.delivery.follow_ups = None
+        if not self.decision.dead_letter:
+            self.decision = self.delivery.decision = self._handoff_failed(error)
+            self.message.fail()
+        self.dead = None
 
     def _is_dead_letter_at_fault(self, permanent: bool) -> bool:
         """Whether the dead letter, and no follow-up message, can never be sent."""
@@ -170,7 +180,7 @@ class FollowUpPublisher:
         # On other brokers the dead letter is published after the follow-up messages.
         return permanent and encoded and self.transport.acks_with_follow_ups and not isinstance(self.dead, bytes)
 
-    def _failed(self, error: Exception) -> Decision:
+    def _handoff_failed(self, error: Exception) -> Decision:
         """Return the decision on a message whose follow-up messages were refused."""
         decision = self.decision
         stand_in = HandoffFailed(f"{type(error).__name__}: {text_of(error)}")
@@ -190,22 +200,9 @@ class FollowUpPublisher:
             dead_letter=True,
         )
 
-    def _dead_letter(self) -> Message[Any]:
-        message = self.message
-        failure = message.options[FAILURE] if RETURNED in message.options else self._failure()
-        sent = self.delivery.received_message() if self.small else None
-        # The job may have put values into the options that can't be encoded.
-        dead: Message[Any] = (message if sent is None else sent).copy(queue_name=self.transport.queue_name)
-        dead.options.pop(POLICIES, None)
-        dead.options.pop(RETURNED, None)
-        if replays := replays_of(message.options) - (RETURNED in message.options):
-            dead.options[POLICIES] = {"replays": replays}
-        dead.options[FAILURE] = {**failure, "traceback": None, "history": []} if self.small else failure
-        return dead
-
     def _failure(self) -> dict[str, Any]:
         policy = self.state.policies.get(self.message.actor_name)
-        return failure_of(self.decision, self.message.options, None if policy is None else policy.tags)
+        return failure_to_keep(self.message, self.decision, None if policy is None else policy.tags, small=self.small)
 
     def _return(self, error: Exception) -> None:
         """Enqueue the message again with its failure (step 4)."""
@@ -219,10 +216,7 @@ class FollowUpPublisher:
                 "queue.",
                 error,
             )
-        failure = options[FAILURE] if times else self._failure()
-        if self.small:
-            failure = {**failure, "traceback": None, "history": []}
-        again = self.delivery.next_message(**{FAILURE: failure, RETURNED: times + 1})
+        again = self.delivery.next_message(**{FAILURE: self._failure(), RETURNED: times + 1})
         self.returning, self.dead = True, None
         self.delivery.follow_ups = [OutgoingMessage(again, wait)]
         self.decision = self.delivery.decision = Decision(
@@ -255,37 +249,30 @@ class FollowUpPublisher:
         self.delivery.follow_ups = None
         return Decision(Outcome.INTERRUPTED, "handoff_failed", exception=error)
 
-    def _mark_retry_pending(self) -> None:
-        """Record in the claim that the run has ended, before the retry is published.
+    def _record_ending(self) -> None:
+        """Record in the claim that the run has ended, before the message of the next run is published.
 
-        A redelivery then publishes nothing but the retry, so the other messages are published first.
+        A redelivery then publishes only that message, so the other follow-up messages are published first.
         """
-        delivery, transport, follow_ups = self.delivery, self.transport, self.delivery.follow_ups
+        delivery, transport = self.delivery, self.transport
         if (
             delivery.claim is None
             or transport.acks_with_follow_ups
             or self.decision.outcome not in _REENQUEUED_OUTCOMES
-            or not follow_ups
+            or not delivery.follow_ups
         ):
             return
-        message_id = self.message.message_id
-        again = next(
-            (
-                follow_up
-                for follow_up in follow_ups
-                if isinstance(follow_up, OutgoingMessage) and follow_up.message.message_id == message_id
-            ),
-            None,
-        )
-        if again is None:
+        outgoing, message_id = delivery.outgoing, self.message.message_id
+        next_run = next((one for one in outgoing if one.message.message_id == message_id), None)
+        if next_run is None:
             return
-        if len(follow_ups) > 1:
-            follow_ups.remove(again)
+        if len(outgoing) > 1:
+            outgoing.remove(next_run)
             try:
                 transport.publish_follow_ups(self.message, delivery, None)
             finally:
-                follow_ups.append(again)
-        self.state.idempotency.claims.record_ending(delivery.claim, again)
+                outgoing.append(next_run)
+        self.state.idempotency.claims.record_ending(delivery.claim, next_run)
 
     def _alert(self, text: str, error: Exception) -> None:
         message = self.message
@@ -305,14 +292,13 @@ class FollowUpPublisher:
         )
 
 
-def _resolve(delivery: Delivery) -> None:
-    """Replace each call in the follow-ups by the messages that the call returns."""
-    follow_ups = delivery.follow_ups
-    if follow_ups is None:
-        return
-    for index, follow_up in enumerate(follow_ups):
-        if not isinstance(follow_up, OutgoingMessage):
+def _call_follow_ups(delivery: Delivery) -> None:
+    """Replace each call among the follow-up messages by the messages that the call returns."""
+    follow_ups, index = delivery.follow_ups or [], 0
+    while index < len(follow_ups):
+        follow_up = follow_ups[index]
+        if isinstance(follow_up, OutgoingMessage):
+            index += 1
+        else:
             # Replaced at once: after an error later, a second call would count a group's barrier again.
             follow_ups[index : index + 1] = follow_up()
-            _resolve(delivery)
-            return

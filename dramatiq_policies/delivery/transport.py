@@ -25,7 +25,6 @@ from ..outcomes import Outcome, OutcomeEvent, text_of
 from .delay_queue import DelayQueue, Move
 from .delivery import Delivery
 from .direct import enqueue_directly
-from .outgoing import OutgoingMessage
 from .refusals import Fault, Parking, Unsendable
 from .validation import check_shape, decode, without_stack
 
@@ -141,12 +140,10 @@ class Transport:
 
         Each message that the broker has accepted leaves the list: after an error, call this again to go on.
         """
-        follow_ups = delivery.follow_ups
-        while follow_ups:
-            sent = follow_ups[0]
-            assert isinstance(sent, OutgoingMessage)
-            enqueue_directly(self.broker, sent.message, sent.delay)
-            follow_ups.pop(0)
+        outgoing = delivery.outgoing
+        while outgoing:
+            enqueue_directly(self.broker, outgoing[0].message, outgoing[0].delay)
+            outgoing.pop(0)
         if dead is not None:
             self.dead_letter(message, dead)
             delivery.acked = True

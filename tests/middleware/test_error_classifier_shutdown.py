@@ -15,6 +15,10 @@ from dramatiq.middleware import (
     ShutdownNotifications,
 )
 
+from dramatiq_policies import Idempotency, RetryPolicy, constant
+from dramatiq_policies.delivery.broker_state import state_of
+from dramatiq_policies.stores.memory import MemoryStore
+
 from ..support import Stage
 from .scenarios import (
     PaymentError,
@@ -83,6 +87,32 @@ def test_a_message_that_waits_in_the_worker_does_not_begin_after_the_interrupt_o
         time.sleep(0.001)
     worker.stop()
     assert [(event.actor, event.outcome) for event in stage.events] == [("slow", "interrupted")]
+
+
+def test_a_job_that_fails_during_a_shutdown_keeps_its_retry_and_its_callback():
+    stage = Stage(bundle={"idempotency": Idempotency(MemoryStore())})
+    runs, failures = [], []
+
+    @stage.actor
+    def record_failure(message, details):
+        failures.append(details["type"])
+
+    @stage.actor(
+        idempotent=True, retry_on={PaymentError: RetryPolicy(attempts=2, wait=constant(0))}, on_failure=record_failure
+    )
+    def pay():
+        runs.append(None)
+        if len(runs) == 1:
+            state_of(stage.broker).stopping.wait(10)
+            raise PaymentError
+
+    pay.send()
+    with stage.working():
+        while not runs:
+            time.sleep(0.001)
+    assert stage.outcomes() == ["retried"]
+    stage.run()
+    assert (len(runs), failures) == (2, ["PaymentError"])
 
 
 @pytest.mark.parametrize("others", [[], [ShutdownNotifications()]])

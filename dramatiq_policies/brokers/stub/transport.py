@@ -17,7 +17,6 @@ from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
 from ...delivery.delivery import Delivery
 from ...delivery.direct import enqueue_directly
-from ...delivery.outgoing import OutgoingMessage
 from ...delivery.transport import Transport
 from ...errors import MalformedMessage
 
@@ -66,14 +65,12 @@ class StubTransport(Transport):
         return Message(self.queue_name, "?", (), {}, {"raw": body.decode(errors="replace")})
 
     def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
-        if self.state.stopping.is_set() and delivery.follow_ups:
+        if self.state.stopping.is_set():
             # A thread of the stopping worker would take the message.
-            follow_ups, delivery.follow_ups = delivery.follow_ups, None
-            for follow_up in follow_ups:
-                assert isinstance(follow_up, OutgoingMessage)
-                self.state.requeue_after_shutdown.append(
-                    partial(enqueue_directly, self.broker, follow_up.message, follow_up.delay)
-                )
+            self.state.requeue_after_shutdown += [
+                partial(enqueue_directly, self.broker, one.message, one.delay) for one in delivery.outgoing
+            ]
+            delivery.outgoing.clear()
         super().publish_follow_ups(message, delivery, dead)
         # After `join` a test expects the published outcome: acknowledge last.
         delivery.acked = False
