@@ -24,7 +24,7 @@ from ..outcomes import Outcome
 if TYPE_CHECKING:
     from ..delivery.transport import Transport
 
-__all__ = ["EndedRuns", "is_keyed", "rest_of"]
+__all__ = ["EndedRuns", "earlier_run_of", "is_recorded_by_store"]
 
 #: How many runs to remember; the oldest are forgotten first.
 _CAPACITY = 10_000
@@ -32,7 +32,7 @@ _COMPLETED = EarlierRun(Decision(Outcome.DUPLICATE, "completed"), None)
 _STALE = EarlierRun(Decision(Outcome.DUPLICATE, "stale"), None)
 
 
-def rest_of(delivery: Delivery) -> EarlierRun:
+def earlier_run_of(delivery: Delivery) -> EarlierRun:
     """Return the rest of an ended run: the decision, and the follow-up messages if not yet published."""
     decision = delivery.decision
     if delivery.abandoned and decision is not None:
@@ -40,7 +40,7 @@ def rest_of(delivery: Delivery) -> EarlierRun:
     return _COMPLETED if decision is SUCCEEDED else _STALE
 
 
-def is_keyed(delivery: Delivery) -> bool:
+def is_recorded_by_store(delivery: Delivery) -> bool:
     """Whether the store records the end of the run for all processes."""
     if delivery.claim is not None:
         return delivery.claim.keyed

@@ -16,11 +16,11 @@ from .places import Place, RedisPlace
 #: The common part of both servers' apps. Each child works until all jobs are done, and then a while longer.
 APP = """\
 import dramatiq, logging, multiprocessing, os, sys, time
-import dramatiq_policies.brokers.redis.transport as consumer
+import dramatiq_policies.brokers.redis.orphans as orphans
 from dramatiq_policies import install
 from dramatiq.brokers.{kind} import {broker_class}
 
-consumer._CHECK_EVERY = 0.2
+orphans._CHECK_EVERY = 0.2
 broker = install({broker_class}(url={url!r}, **{arguments!r}), **{installed})
 journal = os.open({journal!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -615,7 +615,7 @@ def test_client_kill_while_jobs_run(redis_place: RedisPlace) -> None:
 
 @pytest.mark.parametrize("retries", [0, 3], ids=["client gives up", "client sends it again"])
 def test_a_fetch_whose_reply_is_lost(redis_place: RedisPlace, retries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._CHECK_EVERY", 0.2)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.orphans._CHECK_EVERY", 0.2)
     with Proxy.before(redis_place.url) as proxy:
         client = redis.Redis.from_url(proxy.url, retry=Retry(NoBackoff(), retries))
         app = redis_place.app(broker=RedisBroker(client=client, namespace=redis_place.namespace))

@@ -404,7 +404,7 @@ def test_dead_letters_that_were_kept_long_enough_are_removed(
 def test_a_message_that_says_another_id_runs_once_and_its_neighbour_too(
     redis_place: RedisPlace, monkeypatch: pytest.MonkeyPatch, said: str | None
 ) -> None:
-    monkeypatch.setattr("dramatiq_policies.brokers.redis.transport._CHECK_EVERY", 0.1)
+    monkeypatch.setattr("dramatiq_policies.brokers.redis.orphans._CHECK_EVERY", 0.1)
     app = app_of(redis_place)
     body = app.job.message(1).asdict()
     options = {} if said is None else {"redis_message_id": said}

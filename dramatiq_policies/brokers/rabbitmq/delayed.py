@@ -62,21 +62,21 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         #: How many returned messages have not been delivered again.
         self.returned = 0
         self.batches: PipelinedConfirms | None = None
-        #: Messages to publish anew, with their tags: see `is_republished`.
+        #: Messages to publish anew, with their tags: see `republish`.
         self.to_republish: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
         # Dramatiq's consumer begins to consume at the first look at a message, so this limit is in force by then.
         self.channel.call(inner.channel.basic_qos, 0, _WINDOW)
 
-    def held(self) -> int:
-        return super().held() + len(self.far)
+    def unacked_count(self) -> int:
+        return super().unacked_count() + len(self.far)
 
     def has_received(self) -> bool:
         return bool(self.inner.channel.get_waiting_message_count() > 0)
 
     def take(self) -> MessageProxy | None:
         if self.to_republish and (len(self.to_republish) >= _REPUBLISH_BATCH or not self.has_received()):
-            self._republish()
+            self._republish_batch()
         if not self.has_received():
             self._serve_publishing()
             self._return_near()
@@ -98,7 +98,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
             self.returned -= 1
         return message
 
-    def is_republished(self, tag: int, message: Message[Any]) -> bool:
+    def republish(self, tag: int, message: Message[Any]) -> bool:
         outgoing = OutgoingMessage(message)
         try:
             outgoing.encoded = self.encoded(message)
@@ -108,7 +108,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         self.to_republish.append((tag, outgoing))
         return True
 
-    def _republish(self) -> None:
+    def _republish_batch(self) -> None:
         renewed, self.to_republish = self.to_republish, []
         accepted = self._publish_all(self.source, [outgoing for _, outgoing in renewed])
         self.channel.call(self.acks.send, [tag for number, (tag, _) in enumerate(renewed) if number in accepted])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dramatiq.broker import MessageProxy
 
 from ...delivery.delivery import Delivery, EarlierRun
-from ..ended_runs import EndedRuns, is_keyed, rest_of
+from ..ended_runs import EndedRuns, earlier_run_of, is_recorded_by_store
 
 if TYPE_CHECKING:
     from ...delivery.transport import Transport
@@ -60,12 +60,14 @@ class Redeliveries:
         """Note the run before its acknowledgement is sent."""
         key = hash(delivery.body)
         self._ended_runs.in_hand.pop(key, None)
-        if not is_keyed(delivery):
-            self._acked.append((key, rest_of(delivery)))
+        if not is_recorded_by_store(delivery):
+            self._acked.append((key, earlier_run_of(delivery)))
 
     def not_acked(self, delivery: Delivery) -> None:
         """Note an ended run that can't be acknowledged, because the connection was lost before."""
-        self._ended_runs.remember(hash(delivery.body), None if is_keyed(delivery) else rest_of(delivery))
+        self._ended_runs.remember(
+            hash(delivery.body), None if is_recorded_by_store(delivery) else earlier_run_of(delivery)
+        )
 
     def requeued(self, delivery: Delivery) -> None:
         """Note a message returned to the server without a run."""

@@ -22,7 +22,6 @@ from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.consumer import REDELIVERED
 from ...delivery.delivery import Delivery
-from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Fault
 from ...delivery.transport import Transport
 from ...outcomes import text_of
@@ -40,7 +39,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 #: Reply codes of a closed channel by which the server refuses a publish or a declaration permanently.
 _FOR_GOOD = frozenset({311, 403, 406})
 #: Publish a message anew after this many returns, so that no delivery limit of two or more is exceeded.
-_RETURNS = 2
+_REPUBLISH_AFTER = 2
 
 
 class RabbitmqTransport(Transport):
@@ -58,10 +57,10 @@ class RabbitmqTransport(Transport):
         self.deleted = False
         self.acks = SharedAcks(inner.connection, *_dramatiq.rabbitmq_acks(inner))
         self.unacked_counts = state.shared(UnackedCounts).by_queue
-        self.unacked_counts[queue_name] = self.held
+        self.unacked_counts[queue_name] = self.unacked_count
         self.redeliveries = Redeliveries(state.shared(EndedRuns), self)
 
-    def held(self) -> int:
+    def unacked_count(self) -> int:
         """How many messages were delivered and not yet acknowledged."""
         return 0 if self.is_revoked() else len(self.inner.known_tags)
 
@@ -83,7 +82,7 @@ class RabbitmqTransport(Transport):
             if getattr(error, "reply_code", None) == 404:
                 # The queue has disappeared: have it declared again.
                 self.broker.queues_pending.add(self.queue_name)
-            self._lost()
+            self._connection_lost()
             raise ConnectionClosed(error) from None
         return None if body is None else self.received(method, properties, body)
 
@@ -101,8 +100,8 @@ class RabbitmqTransport(Transport):
             return None
         if (
             method.redelivered
-            and self._returns_of(properties) >= _RETURNS
-            and self.is_republished(method.delivery_tag, message)
+            and self._returns_of(properties) >= _REPUBLISH_AFTER
+            and self.republish(method.delivery_tag, message)
         ):
             return None
         if self.state.last_received is not None and not self.is_delay_queue and not method.redelivered:
@@ -112,7 +111,7 @@ class RabbitmqTransport(Transport):
             return proxy
         return None
 
-    def _lost(self) -> None:
+    def _connection_lost(self) -> None:
         self.channel.closed = True
         self.redeliveries.lost()
 
@@ -122,7 +121,7 @@ class RabbitmqTransport(Transport):
         count: Any = (properties.headers or {}).get("x-delivery-count")
         return int(count) if isinstance(count, int) else 0  # pika returns a subclass of int.
 
-    def is_republished(self, tag: int, message: Message[Any]) -> bool:
+    def republish(self, tag: int, message: Message[Any]) -> bool:
         """Publish a message anew before its delivery limit. Returns False if the server refuses.
 
         A quorum queue drops a message, or silently dead-letters the message, after more returns than its limit.
@@ -171,12 +170,10 @@ class RabbitmqTransport(Transport):
     def publish_follow_ups(self, message: MessageProxy, delivery: Delivery, dead: Message[Any] | bytes | None) -> None:
         if self.will_redeliver() and not delivery.completes_key():
             raise ConnectionClosed("the consumer that delivered this message is closed")
-        follow_ups = delivery.follow_ups
-        while follow_ups:
-            follow_up = follow_ups[0]
-            assert isinstance(follow_up, OutgoingMessage)
-            self.publisher.enqueue(follow_up)
-            follow_ups.pop(0)
+        outgoing = delivery.outgoing
+        while outgoing:
+            self.publisher.enqueue(outgoing[0])
+            outgoing.pop(0)
         if isinstance(dead, bytes):
             self.publisher.publish(xq_name(self.source), dead, None)
         elif dead is not None:
@@ -244,11 +241,11 @@ class RabbitmqTransport(Transport):
 
     def close(self) -> None:
         if self.is_revoked():
-            self._lost()
+            self._connection_lost()
         super().close()
         self.channel.closed = True
         self.redeliveries.closed(self.state.stopping.is_set())
-        if self.unacked_counts.get(self.source) == self.held:
+        if self.unacked_counts.get(self.source) == self.unacked_count:
             del self.unacked_counts[self.source]
         # Dramatiq's consumer leaves its connection open if the channel was closed already.
         if self.inner.connection.is_open:

@@ -30,17 +30,17 @@ class RedisDelayTransport(RedisTransport):
         super().__init__(state, inner, queue_name, prefetch)
         self.index = DelayIndex(inner.broker, queue_name, self.batcher.call)
 
-    def room(self) -> int:
+    def make_room(self) -> int:
         """Move far messages to the index and take due ones from the index. Returns how many messages may be fetched."""
         window, delayed = self.window, self.delayed
         if window.taken >= window.prefetch:
             self._move_to_index(delayed.cut(window.prefetch * 3 // 4))
-        for name, data in self.call(self.index.fetch, super().room()):
-            message = self._read(name, data)
+        for raw_id, body in self.call(self.index.fetch, super().make_room()):
+            message = self._received(raw_id, body)
             if message is not None and window.take(message.options["redis_message_id"]):
                 eta: Any = message.options.get("eta")
                 delayed.put(_dramatiq.delay_item(eta if is_number(eta) else 0, MessageProxy(message)))
-        return min(super().room(), BATCH)
+        return min(super().make_room(), BATCH)
 
     def _move_to_index(self, far: list[Any]) -> None:
         """Move messages to the index."""

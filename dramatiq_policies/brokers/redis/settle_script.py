@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from ...delivery.delivery import Delivery
     from ...stores.redis import RedisStore
 
-__all__ = ["MISSING", "SettleScript"]
+__all__ = ["MISSING", "REASSIGNED", "SETTLED", "SettleScript"]
 
 _SETTLE = Script(resources.files(__package__).joinpath("settle.lua").read_text())
-#: The reply of the script for a settled message that Redis no longer had.
-MISSING = 2
+#: The replies of the script: nothing was done, because another worker must settle the message; the message is settled; the message
+#: is settled, and Redis no longer had its body.
+REASSIGNED, SETTLED, MISSING = 0, 1, 2
 
 
 class SettleScript:
-    """Runs the script for the messages of one queue. A repeated call does nothing, and returns 0.
+    """Runs the script for the messages of one queue. A repeated call does nothing, and returns `REASSIGNED`.
 
     Parameters:
       state: The state of the broker.
@@ -58,7 +59,7 @@ class SettleScript:
     def run(
         self, redis_id: str, dead: bytes = b"", sends: Sequence[str | bytes] = (), keep_unacked: bool = False
     ) -> int:
-        """Settle a message. Returns 0 if this process no longer holds the message, else 1 or `MISSING`.
+        """Settle a message. Returns `REASSIGNED` if this process no longer holds the message, else `SETTLED` or `MISSING`.
 
         Parameters:
           redis_id: The id of the message.
@@ -69,7 +70,7 @@ class SettleScript:
         return int(self._call(self._batcher.call, *self.command(redis_id, dead, sends, keep_unacked)))
 
     def run_with_completion(self, redis_id: str, dead: bytes, sends: Sequence[str | bytes], claim: Claim) -> int | None:
-        """Settle a message and complete the key. Returns None if two steps are needed.
+        """Settle a message and complete the key, with a reply as of `run`. Returns None if two steps are needed.
 
         The command goes over the store's connection, to share round trips, and over the broker's connection if the store's
         connection fails.
