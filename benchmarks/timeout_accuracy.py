@@ -26,7 +26,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import TimeLimitExceeded
 from dramatiq.middleware.time_limit import TimeLimit
 
-from dramatiq_policies.delivery.limits import limit_for
+from dramatiq_policies.delivery.limits import timeout_of
 from dramatiq_policies.interrupts import runner_for
 from dramatiq_policies.interrupts import threads as interrupts
 from dramatiq_policies.middleware.timeout import Timeout
@@ -120,7 +120,7 @@ def cost() -> dict[str, float]:
         time_limit.after_process_message(broker, message, result=None)
 
     def ours() -> None:
-        limit = limit_for(message.options, 600_000.0, "nothing")
+        limit = timeout_of(message.options, 600_000.0, "nothing")
         deadline = None if limit is None else monotonic() + limit / 1_000
         interrupts.run(nothing, (), {}, deadline=deadline, watch=watch, job=message)
 

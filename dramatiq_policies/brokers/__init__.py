@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..delivery.broker_state import BrokerState
 
-__all__ = ["batch", "batch_of", "browser", "prepare", "queue_reader", "readers", "wrap_consumer"]
+__all__ = ["batch", "batch_of", "browser", "prepare_broker", "queue_reader", "readers", "wrap_consumer"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -72,7 +72,7 @@ def batch_of(state: BrokerState) -> Batch:
     return Batch(state)
 
 
-def prepare(state: BrokerState) -> None:
+def prepare_broker(state: BrokerState) -> None:
     """Set up a broker once.
 
     On Redis, the broker gets the id of this process. On RabbitMQ, the broker opens new connections in a forked child. On

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class CompletionBatcher(Protocol):
-    """Sends the completion of a job's key together with the claim of the next job."""
+    """Sends the completion of a job's key together with the claim of the next job: `BatchedCompletions`."""
 
     def post(self, message: MessageProxy, delivery: Delivery) -> bool:
         """Take over the settlement of a plain success. Returns False if the caller must settle the message."""
@@ -44,7 +44,7 @@ class CompletionBatcher(Protocol):
 
 
 class ClaimKeeper(Protocol):
-    """Writes the claims of deliveries to a store.
+    """Writes the claims of deliveries to a store: `Claims`.
 
     The argument ``claim`` is a delivery's claim. Its type is Any, because the keeper takes no other claims than its own, and this
     package knows them only as `KeyClaim`.
@@ -86,7 +86,7 @@ class TimeLimits(StuckListener, Protocol):
 
 
 class TransactionalActors(Protocol):
-    """The part of an outbox that runs jobs in transactions."""
+    """Runs the jobs of some actors in transactions: `TransactionalJobs`."""
 
     def add(self, where: str, actor: Actor[..., Any], options: IdempotencyOptions | None) -> None:
         """Run the jobs of an actor with ``transactional=True`` in transactions.
@@ -103,7 +103,7 @@ class ShutdownDefault(Protocol):
 
 
 class OutboxCount(Protocol):
-    """How many messages wait in the outbox, and the age of the oldest one in milliseconds."""
+    """How many messages wait in the outbox, and the age of the oldest one in milliseconds: `OutboxStats`."""
 
     @property
     def pending(self) -> int: ...
@@ -163,7 +163,7 @@ class BrokerState:
       stopping: Set as soon as the worker begins to shut down (`ErrorClassifier`).
       timeout: The Timeout middleware; None without one (`Timeout`).
       idempotency: What other packages use of Idempotency (`Idempotency`).
-      transactional_actors: Runs jobs in transactions; None without an outbox in a database (`Outbox`).
+      transactional_jobs: Runs jobs in transactions; None without an outbox in a database (`Outbox`).
       shutdown_notifications: Our subclass of Dramatiq's ShutdownNotifications (`middleware.ordering`).
       failure_level: The level of the log of dead messages, in place of the worker's line; None for no log (`DiscardLogger`).
       in_command: Whether this process belongs to Dramatiq's command (`PolicyMiddleware`).
@@ -186,7 +186,7 @@ class BrokerState:
         self.settings = DeliverySettings()
         self.timeout: TimeLimits | None = None
         self.idempotency = IdempotencyState()
-        self.transactional_actors: TransactionalActors | None = None
+        self.transactional_jobs: TransactionalActors | None = None
         self.shutdown_notifications: ShutdownDefault | None = None
         self.failure_level: int | None = None
         self.last_received: dict[str, Message[Any]] | None = None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyConsumer", "quiet"]
 
-#: The option of a message recovered from a dead worker. The copy for the job has no such option.
+#: The option of a message that another worker may have begun. The consumer moves the option to `Delivery.redelivered`.
 REDELIVERED = "redelivered"
 #: Types of arguments that a job can't change in place.
 _FIXED = frozenset({type(None), bool, int, float, str, bytes})
@@ -102,10 +102,8 @@ class PolicyConsumer(Consumer):
         delivery: Delivery | None = getattr(message, "delivery", None)
         if delivery is None:
             self.transport.ack(message)
-        elif self.state.idempotency.batched_completions is None:
-            settle_and_ack(self.state, message, delivery)
         else:
-            self._settle(message, delivery)
+            self._settle_now_or_later(message, delivery)
 
     def nack(self, message: MessageProxy) -> None:
         """Settle a failed message as a dead letter."""
@@ -116,9 +114,9 @@ class PolicyConsumer(Consumer):
         decision = delivery.decision
         if not delivery.settled and (decision is None or not decision.dead_letter):
             delivery.decision = _failed_elsewhere(message)
-        self._settle(message, delivery)
+        self._settle_now_or_later(message, delivery)
 
-    def _settle(self, message: MessageProxy, delivery: Delivery) -> None:
+    def _settle_now_or_later(self, message: MessageProxy, delivery: Delivery) -> None:
         """Settle a delivery now, or leave a plain success to the claim of the next job."""
         state = self.state
         batched_completions = state.idempotency.batched_completions
@@ -132,7 +130,7 @@ class PolicyConsumer(Consumer):
     def _settle_without_run(self, message: MessageProxy, delivery: Delivery, decision: Decision) -> None:
         delivery.decision = decision
         message.fail()
-        self._settle(message, delivery)
+        self._settle_now_or_later(message, delivery)
 
     @property
     def outstanding_message_count(self) -> int:

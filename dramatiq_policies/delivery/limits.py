@@ -18,13 +18,22 @@ if TYPE_CHECKING:
     from dramatiq import Message
     from dramatiq.broker import MessageProxy
 
-__all__ = ["WARN_RATIO", "checked", "expired_after", "finite", "limit_for", "milliseconds", "validate", "warn_if_close"]
+__all__ = [
+    "WARN_RATIO",
+    "check_timeouts",
+    "checked_timeout",
+    "duration_ms",
+    "expired_after",
+    "none_if_infinite",
+    "timeout_of",
+    "warn_if_close",
+]
 
 #: A job that uses more than this share of its timeout is logged as a warning.
 WARN_RATIO: Final = 0.8
 
 
-def validate(where: str, options: Mapping[str, Any]) -> None:
+def check_timeouts(where: str, options: Mapping[str, Any]) -> None:
     """Check an actor's timeouts; ``where`` names the actor in the error.
 
     Raises:
@@ -35,14 +44,14 @@ def validate(where: str, options: Mapping[str, Any]) -> None:
             where, "timeout", "either timeout or time_limit", {k: options[k] for k in ("timeout", "time_limit")}
         )
     for option, most in _MOST_MS.items():
-        checked(where, option, options.get(option), most)
+        checked_timeout(where, option, options.get(option), most)
 
 
 #: The options with their longest duration.
 _MOST_MS: Final[dict[str, int | None]] = {"timeout": WEEK_MS, "time_limit": None, "queue_timeout": WEEK_MS}
 
 
-def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor: str) -> float | None:
+def timeout_of(options: Mapping[str, Any], actor_timeout_ms: float | None, actor: str) -> float | None:
     """Return the timeout of one message's job in milliseconds; None for no limit.
 
     Parameters:
@@ -59,7 +68,7 @@ def limit_for(options: Mapping[str, Any], actor_timeout_ms: float | None, actor:
             continue
         limit = _within(value, _MOST_MS[option])
         if limit is not None:
-            return finite(limit)
+            return none_if_infinite(limit)
         if (actor, option) not in _warned:
             _warned.add((actor, option))
             logger.warning(
@@ -128,7 +137,7 @@ def warn_if_close(delivery: Delivery) -> None:
     )
 
 
-def milliseconds(value: object) -> float | None:
+def duration_ms(value: object) -> float | None:
     """Return a duration in milliseconds, perhaps infinite; None if the value is no duration."""
     if isinstance(value, timedelta):
         return value / timedelta(milliseconds=1)
@@ -142,13 +151,13 @@ def milliseconds(value: object) -> float | None:
 
 
 def _within(value: object, most: int | None) -> float | None:
-    limit = milliseconds(value)
+    limit = duration_ms(value)
     if limit is None or limit <= 0 or (most is not None and most < limit < math.inf):
         return None
     return limit
 
 
-def finite(limit: float | None) -> float | None:
+def none_if_infinite(limit: float | None) -> float | None:
     """Return a limit, and None for infinity."""
     return None if limit == math.inf else limit
 
@@ -158,7 +167,7 @@ def _expected(most: int | None) -> str:
     return f'milliseconds or a timedelta, {bound}, or float("inf") for no limit'
 
 
-def checked(where: str, option: str, value: object, most: int | None) -> float | None:
+def checked_timeout(where: str, option: str, value: object, most: int | None) -> float | None:
     """Return a declared limit in milliseconds, None if not set; log a warning if the number looks like seconds.
 
     Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .broker_state import BrokerState
 
-__all__ = ["settle_results"]
+__all__ = ["store_failure"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -24,7 +24,7 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 _STOCK_REASONS = frozenset({"unclassified", "thrown"})
 
 
-def settle_results(
+def store_failure(
     state: BrokerState, message: MessageProxy, decision: Decision, error: BaseException, succeeded: bool
 ) -> None:
     """Store a failure with the outcome's name as the job's result.

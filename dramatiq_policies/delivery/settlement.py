@@ -17,7 +17,7 @@ from .delivery import Delivery
 from .groups import warn_of_incomplete_group
 from .history import attempt_of
 from .publishing import FollowUpPublisher
-from .results import settle_results
+from .results import store_failure
 
 if TYPE_CHECKING:
     from dramatiq.broker import MessageProxy
@@ -94,7 +94,7 @@ def _report_failure(
     """
     error = decision.exception
     assert error is not None  # A failure without an error of the job has an error of dramatiq_policies.
-    settle_results(state, message, decision, error, succeeded)
+    store_failure(state, message, decision, error, succeeded)
     _after_discard(state, message, delivery, error)
     warn_of_incomplete_group(message, decision)
 

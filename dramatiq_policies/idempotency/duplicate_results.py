@@ -69,7 +69,7 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
         )
         delivery.skip(Decision(Outcome.DEAD, "no_result", exception=missing, dead_letter=True))
     if missed and results is not None:
-        _settle_result(results, message, first_message_id, ttl)
+        _store_missing_result(results, message, first_message_id, ttl)
     assert delivery.proxy is not None  # Inside the wrapper of the actor's function.
     continuing: list[Middleware] = [m for m in broker.middleware if isinstance(m, (Pipelines, GroupCallbacks))]
     for middleware in continuing:
@@ -84,7 +84,7 @@ def _ignores_result(broker: Broker, target: dict[str, Any], actor_name: str) -> 
     )
 
 
-def _settle_result(results: Results, message: Message[Any], first_message_id: str, ttl: int) -> None:
+def _store_missing_result(results: Results, message: Message[Any], first_message_id: str, ttl: int) -> None:
     """Store an outcome for a skipped message without a result, so that nobody waits for the result forever."""
     try:
         if first_message_id == message.message_id:

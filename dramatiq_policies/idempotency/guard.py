@@ -43,7 +43,7 @@ __all__ = ["IdempotencyGuard"]
 #: The answer to a claim of a key.
 Answer = Claim | QuarantinedClaim | actions.Action
 #: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
-_RETURNS = 10
+_ALONE_AFTER = 10
 
 
 class IdempotencyGuard:
@@ -236,7 +236,7 @@ class IdempotencyGuard:
         unproven = max(0, starts - (request.max_crashes or starts))
         if self.claims.exclusive.make_alone(delivery, unproven):
             return request._replace(alone=True)
-        if History(delivery.message.options).deferrals < _RETURNS * (unproven + 1):
+        if History(delivery.message.options).deferrals < _ALONE_AFTER * (unproven + 1):
             self.defer(delivery, "running")
         return request._replace(beside=True)
 

@@ -32,7 +32,7 @@ from ..outcomes import Outcome, text_of
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
 
-__all__ = ["Callbacks", "CountMember", "GroupCallbacks", "Pipelines", "storing"]
+__all__ = ["Callbacks", "CountMember", "GroupCallbacks", "Pipelines", "reliable_results"]
 
 #: The pauses between attempts to store a result, in seconds.
 _STORE_PAUSES = (0.05, 0.2, 0.75, 1.5, 2.5)
@@ -178,7 +178,7 @@ class CountMember:
         return [OutgoingMessage(Message(**callback)) for callback in options["group_completion_callbacks"]]
 
 
-def storing(results: StockResults) -> StockResults:
+def reliable_results(results: StockResults) -> StockResults:
     """Return a copy of a Results that stores by `_Store`.
 
     The copy is no subclass: the worker logs a warning for each result if no middleware has exactly the class Results.

@@ -228,10 +228,8 @@ class ErrorClassifier(PolicyMiddleware, Retries):
         if decision is None:
             delivery.decision = Decision(Outcome.SKIPPED)
         elif decision.exception is not None:
-            # The wrapper of the actor's function skipped the message.
+            # `Delivery.skip` has failed the message, if it becomes a dead letter.
             message.stuff_exception(decision.exception)
-            if decision.dead_letter:
-                message.fail()
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         super().before_worker_boot(broker, worker)

@@ -18,17 +18,17 @@ from dramatiq.results import Results as StockResults
 from dramatiq.worker import ConsumerThread
 
 from .. import _dramatiq
-from ..brokers import prepare, wrap_consumer
+from ..brokers import prepare_broker, wrap_consumer
 from ..common.credentials import learn_passwords
 from ..common.safe_logger import make_safe
 from ..delivery.actor_policy import ActorPolicy
 from ..delivery.broker_state import BrokerState, state_of
 from ..delivery.executor import wrap_actor
-from ..delivery.limits import validate
+from ..delivery.limits import check_timeouts
 from ..errors import ConfigurationError, how_to_add_once
 from ..idempotency.options import resolve_idempotency
 from .base import Installer, PolicyMiddleware, arrangement_of, register_installer
-from .composition import Callbacks, GroupCallbacks, Pipelines, storing
+from .composition import Callbacks, GroupCallbacks, Pipelines, reliable_results
 from .error_classifier import ErrorClassifier
 from .prometheus import count_retries_of
 from .shutdown import ShutdownNotifications
@@ -78,7 +78,7 @@ def order_middleware(broker: Broker) -> BrokerState:
             elif isinstance(middleware, ShutdownNotifications):
                 state.shutdown_notifications = middleware
         if not arrangement.wraps_consume:
-            prepare(state)
+            prepare_broker(state)
             arrangement.wraps_consume = True
             _wrap_consume(state)
         learn_passwords(broker, *broker.middleware)
@@ -144,7 +144,7 @@ def _replace_stock(middleware: Middleware) -> Middleware:
     if type(middleware) is StockGroupCallbacks:
         return _with_its_settings(GroupCallbacks, middleware)
     if type(middleware) is StockResults:
-        return storing(middleware)
+        return reliable_results(middleware)
     if type(middleware) is StockShutdownNotifications:
         return ShutdownNotifications(middleware.notify_shutdown)
     return middleware
@@ -187,7 +187,7 @@ def resolve_actor(state: BrokerState, actor: Actor[..., Any]) -> None:
     if policy.transactional:
         _add_transactional(state, actor, policy)
     if state.timeout is not None:
-        validate(f"actor {actor.actor_name!r}", actor.options)
+        check_timeouts(f"actor {actor.actor_name!r}", actor.options)
         policy.timeout_ms, policy.queue_timeout_ms = state.timeout.resolve(actor.options)
     policy.timeout = state.timeout
     state.policies[actor.actor_name] = policy
@@ -196,12 +196,12 @@ def resolve_actor(state: BrokerState, actor: Actor[..., Any]) -> None:
 
 def _add_transactional(state: BrokerState, actor: Actor[..., Any], policy: ActorPolicy) -> None:
     where = f"actor {actor.actor_name!r}"
-    if state.transactional_actors is None:
+    if state.transactional_jobs is None:
         raise ConfigurationError(
             f"{where}: transactional=True needs an outbox in your database. Call install(broker, outbox=SqlOutbox(engine), "
             "idempotency=Idempotency(SqlStore(engine))), or with Django DjangoOutbox() and DjangoStore()."
         )
-    state.transactional_actors.add(where, actor, policy.idempotency)
+    state.transactional_jobs.add(where, actor, policy.idempotency)
 
 
 def _wrap_consume(state: BrokerState) -> None:

@@ -18,11 +18,11 @@ from ..delivery.decision import Decision
 from ..delivery.history import now_ms
 from ..delivery.limits import (
     WARN_RATIO,
-    checked,
+    checked_timeout,
+    duration_ms,
     expired_after,
-    finite,
-    limit_for,
-    milliseconds,
+    none_if_infinite,
+    timeout_of,
     warn_if_close,
 )
 from ..errors import ConfigurationError, QueueTimeoutExceeded, checked_duration
@@ -110,7 +110,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
             self.default = _argument("default", default, WEEK_MS, DEFAULT_MS)
         self.queue_default: float | None = None
         if queue_default is not None:
-            self.queue_default = finite(_argument("queue_default", queue_default, WEEK_MS, 0))
+            self.queue_default = none_if_infinite(_argument("queue_default", queue_default, WEEK_MS, 0))
         self.grace_ms = checked_duration("Timeout", "grace", grace)
         if on_stuck not in ("log", "exit") and not is_sync_callable(on_stuck, 1):
             raise ConfigurationError.of_option(
@@ -168,9 +168,10 @@ class Timeout(PolicyMiddleware, TimeLimit):
         timeout = options.get("timeout")
         if timeout is None:
             timeout = options.get("time_limit")
-        limit = self.default if timeout is None else milliseconds(timeout)
+        limit = self.default if timeout is None else duration_ms(timeout)
         waiting = options.get("queue_timeout")
-        return finite(limit), self.queue_default if waiting is None else finite(milliseconds(waiting))
+        most_waiting = self.queue_default if waiting is None else none_if_infinite(duration_ms(waiting))
+        return none_if_infinite(limit), most_waiting
 
     def stuck(self, job: Job | None, stack: str) -> None:
         """Report a job that still runs after timeout and grace. Called on a separate thread."""
@@ -236,7 +237,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
 
 def _argument(option: str, value: object, most: int | None, default: float) -> float:
-    limit = checked("Timeout", option, value, most)
+    limit = checked_timeout("Timeout", option, value, most)
     return default if limit is None else limit
 
 
@@ -247,7 +248,7 @@ def around_job(delivery: Delivery, proceed: Proceed) -> Any:
     if policy is not None:
         if policy.queue_timeout_ms is not None:
             _expire(delivery, policy.queue_timeout_ms)
-        limit = limit_for(delivery.message.options, policy.timeout_ms, policy.actor_name)
+        limit = timeout_of(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
     if limit is None:
         return proceed(delivery)

@@ -92,7 +92,7 @@ class SqlOutbox(Outbox):
 
     def attach(self, state: BrokerState) -> None:
         super().attach(state)
-        state.transactional_actors = TransactionalJobs(
+        state.transactional_jobs = TransactionalJobs(
             state, self, SqlUnitsOfWork(self.engine, self.within, self.is_same_database)
         )
 

@@ -448,7 +448,7 @@ def test_a_last_start_is_requeued_while_another_job_runs_and_made_alone_then(mon
 def test_a_last_start_beside_a_job_that_never_ends_is_no_proof(monkeypatch):
     monkeypatch.setattr("dramatiq_policies.idempotency.exclusive._WAIT_FOR_OTHERS", 0.01)
     monkeypatch.setattr("dramatiq_policies.idempotency.contention._FIRST_WAIT", 20)
-    monkeypatch.setattr("dramatiq_policies.idempotency.guard._RETURNS", 2)
+    monkeypatch.setattr("dramatiq_policies.idempotency.guard._ALONE_AFTER", 2)
     app = Crashing(**GUARDED)
     long, entered, go_on = long_beside(app)
     seen = []

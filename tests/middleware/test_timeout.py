@@ -19,7 +19,7 @@ from dramatiq.middleware import ShutdownNotifications as StockShutdownNotificati
 
 from dramatiq_policies.delivery import limits
 from dramatiq_policies.delivery.delivery import FINISHED, RUNNING, Delivery
-from dramatiq_policies.delivery.limits import expired_after, limit_for, validate, warn_if_close
+from dramatiq_policies.delivery.limits import check_timeouts, expired_after, timeout_of, warn_if_close
 from dramatiq_policies.errors import ConfigurationError
 from dramatiq_policies.interrupts import threads as interrupts
 from dramatiq_policies.middleware.shutdown import ShutdownNotifications
@@ -101,33 +101,33 @@ def test_an_unknown_way_to_deal_with_stuck_jobs_is_refused(value):
 @pytest.mark.parametrize("option", ["timeout", "time_limit", "queue_timeout"])
 @pytest.mark.parametrize("value", [1, 0.5, 30_000, timedelta(seconds=3), timedelta(days=7), INF, None])
 def test_durations_are_valid(option, value):
-    validate("actor 'mail'", {option: value})
+    check_timeouts("actor 'mail'", {option: value})
 
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit", "queue_timeout"])
 @pytest.mark.parametrize("value", NO_DURATIONS)
 def test_an_option_that_is_no_duration_is_refused_with_the_actor_s_name(option, value):
     with pytest.raises(ConfigurationError, match=f"^actor 'mail': {option}: expected milliseconds or a timedelta"):
-        validate("actor 'mail'", {option: value})
+        check_timeouts("actor 'mail'", {option: value})
 
 
 @pytest.mark.parametrize("option", ["timeout", "queue_timeout"])
 def test_more_than_a_week_is_refused(option):
     with pytest.raises(ConfigurationError, match="at most 7 days"):
-        validate("actor 'mail'", {option: timedelta(days=7, milliseconds=1)})
+        check_timeouts("actor 'mail'", {option: timedelta(days=7, milliseconds=1)})
 
 
 def test_stock_s_option_has_no_upper_bound():
-    validate("actor 'mail'", {"time_limit": timedelta(days=365)})
+    check_timeouts("actor 'mail'", {"time_limit": timedelta(days=365)})
     assert Timeout().resolve({"time_limit": timedelta(days=365)})[0] == 365 * 86_400_000
     with pytest.raises(ConfigurationError, match="more than 0, or"):
-        validate("actor 'mail'", {"time_limit": 0})
+        check_timeouts("actor 'mail'", {"time_limit": 0})
 
 
 def test_both_names_at_once_are_refused():
     with pytest.raises(ConfigurationError, match="actor 'mail': timeout: expected either timeout or time_limit"):
-        validate("actor 'mail'", {"timeout": 1, "time_limit": 1})
-    validate("actor 'mail'", {"timeout": 1, "time_limit": None})
+        check_timeouts("actor 'mail'", {"timeout": 1, "time_limit": 1})
+    check_timeouts("actor 'mail'", {"timeout": 1, "time_limit": None})
 
 
 def test_an_actor_s_own_options_come_before_the_defaults():
@@ -143,32 +143,32 @@ def test_an_actor_s_own_options_come_before_the_defaults():
 
 
 def test_without_options_the_actor_s_limit_counts():
-    assert limit_for({"retries": 1}, 30_000, "mail") == 30_000
-    assert limit_for({}, None, "mail") is None
+    assert timeout_of({"retries": 1}, 30_000, "mail") == 30_000
+    assert timeout_of({}, None, "mail") is None
 
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit"])
 def test_a_message_s_own_limit_comes_first(option):
-    assert limit_for({option: 5}, 30_000, "mail") == 5
-    assert limit_for({option: 5}, None, "mail") == 5
-    assert limit_for({option: INF}, 30_000, "mail") is None
-    assert limit_for({option: None}, 30_000, "mail") == 30_000
+    assert timeout_of({option: 5}, 30_000, "mail") == 5
+    assert timeout_of({option: 5}, None, "mail") == 5
+    assert timeout_of({option: INF}, 30_000, "mail") is None
+    assert timeout_of({option: None}, 30_000, "mail") == 30_000
 
 
 def test_our_option_of_a_message_counts_before_dramatiq_s():
-    assert limit_for({"timeout": 5, "time_limit": 7}, 30_000, "mail") == 5
-    assert limit_for({"timeout": 0, "time_limit": 7}, 30_000, "mail") == 7
+    assert timeout_of({"timeout": 5, "time_limit": 7}, 30_000, "mail") == 5
+    assert timeout_of({"timeout": 0, "time_limit": 7}, 30_000, "mail") == 7
 
 
 def test_no_limit_survives_the_way_through_json():
-    assert limit_for(json.loads(json.dumps({"timeout": INF})), 30_000, "mail") is None
+    assert timeout_of(json.loads(json.dumps({"timeout": INF})), 30_000, "mail") is None
 
 
 @pytest.mark.parametrize("option", ["timeout", "time_limit"])
 @pytest.mark.parametrize("value", NO_DURATIONS)
 def test_an_option_that_is_no_duration_is_ignored_with_one_warning(caplog, option, value):
     for _ in range(3):
-        assert limit_for({option: value}, 30_000, "mail") == 30_000
+        assert timeout_of({option: value}, 30_000, "mail") == 30_000
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"actor mail has {option}=" in record.getMessage()
@@ -176,12 +176,12 @@ def test_an_option_that_is_no_duration_is_ignored_with_one_warning(caplog, optio
 
 def test_each_actor_and_option_has_a_warning_of_its_own(caplog):
     for actor in ("mail", "push", "mail"):
-        limit_for({"timeout": 0, "time_limit": -1}, 30_000, actor)
+        timeout_of({"timeout": 0, "time_limit": -1}, 30_000, actor)
     assert len(caplog.records) == 4
 
 
 def test_a_message_s_absurd_timeout_is_ignored():
-    assert limit_for({"timeout": 8 * 86_400_000}, 30_000, "mail") == 30_000
+    assert timeout_of({"timeout": 8 * 86_400_000}, 30_000, "mail") == 30_000
 
 
 # --- waiting too long -----------------------------------------------------------------------------------------------

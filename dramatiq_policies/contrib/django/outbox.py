@@ -79,7 +79,7 @@ class DjangoOutbox(Outbox):
 
     def attach(self, state: BrokerState) -> None:
         super().attach(state)
-        state.transactional_actors = TransactionalJobs(state, self, DjangoUnitsOfWork(self, self.using))
+        state.transactional_jobs = TransactionalJobs(state, self, DjangoUnitsOfWork(self, self.using))
 
     def make_database(self) -> Database:
         return DjangoDatabase(self.using, limit=_CONNECTIONS)
