@@ -15,7 +15,8 @@ Failures that may happen between any two lines:
 - The process stands still until another run has taken over the claim. The UPDATE finds other bytes: the run rolls back and ends
   as a duplicate. A takeover during the UPDATE waits for the row's lock, and then finds the key completed.
 - The reply to the COMMIT is lost, or a listener of the application fails after the COMMIT. The register tells whether the COMMIT
-  took effect. If the database can't be reached, the message is deferred, and its next delivery finds out.
+  took effect. If the database can't be reached, or the COMMIT still runs and locks the register, the message is deferred, and its
+  next delivery finds out.
 """
 
 from __future__ import annotations
@@ -238,18 +239,23 @@ class TransactionalJobs:
             another run has taken over the key.
         """
         guard = self._guard()
+        claims = guard.claims
         try:
-            found = guard.claims.call_store(partial(guard.claims.store.get, claim.name)).value
+            # No read: a COMMIT may go on after its connection is lost, and a swap waits for its lock.
+            entry = claims.call_store(
+                partial(claims.store.swap, claim.name, claim.value, claim.value, claims.lease + claim.retention)
+            )
         except StoreDown:
             claim.over = claim.committing = False
             guard.defer(delivery, "store_down")
-        if found == guard.claims.completed_record(claim):
+        found = claim.value if entry is None else entry.value
+        if found == claims.completed_record(claim):
             return True
         if found is not None and not is_of(claim, found):
             # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.
             self._give_way(delivery, claim, found)
         claim.over = claim.committing = False
-        if is_transient(error) and delivery.elapsed_ms() > guard.claims.lease / 3:
+        if is_transient(error) and delivery.elapsed_ms() > claims.lease / 3:
             logger.warning(
                 "The lease of message %s of actor %s was renewed during the run, and its transaction sees an older state: above READ "
                 "COMMITTED, a job must end within a third of its lease. Set a longer Idempotency(lease=…), or use READ COMMITTED.",

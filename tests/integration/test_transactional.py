@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from dramatiq_policies import TimeoutExceeded, current_job
 
-from ..transactions.transactional_jobs import TWICE, Base, Payment, Shop, TransactionalJobs
+from ..proxy import Proxy
+from ..transactions.transactional_jobs import ONCE, TWICE, Base, Payment, Shop, TransactionalJobs
 from .databases import async_engine, deadlocking, make_empty_tables, with_driver
 from .places import until
 
@@ -183,4 +184,39 @@ def test_a_job_may_roll_back_after_a_deadlock_and_go_on(mariadb_url: str, kind: 
     shop.drain()
     assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
     shop.close()
+    sync.dispose()
+
+
+def test_a_commit_that_goes_on_after_its_connection_is_lost_is_waited_for(postgresql_url: str) -> None:
+    make_empty_tables(postgresql_url)
+    sync = sa.create_engine(with_driver(postgresql_url))
+    Base.metadata.drop_all(sync)
+    Base.metadata.create_all(sync)
+    with sync.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE OR REPLACE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_sleep(3); RETURN NULL; END'"
+        )
+        connection.exec_driver_sql(
+            "CREATE CONSTRAINT TRIGGER pauses AFTER INSERT ON payments DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION pause()"
+        )
+    with Proxy.before(postgresql_url) as proxy:
+        engine = sa.create_engine(with_driver(proxy.url))
+        shop = Shop(sync, engine)
+
+        async def body(job: Any, order: int) -> None:
+            await job.add(Payment(order=order))
+            shop.note.send(order)
+
+        shop.actor(body, retry_on={DBAPIError: ONCE}).send(7)
+        lost = proxy.cut_when(b"COMMIT", after=True, grace=0.3)
+        shop.drain()
+        assert lost.wait()
+        until(lambda: shop.payments() == [7])
+        shop.drain()
+        assert shop.outcomes()[-1] == ("duplicate", "completed")
+        assert {outcome for outcome, _ in shop.outcomes()[:-1]} == {"deferred"}
+        shop.close()
+        engine.dispose()
     sync.dispose()
