@@ -92,7 +92,7 @@ class KeyTable:
 
     def get_within(self, connection: Connection, key: str) -> Entry:
         """Read a register within the transaction of a connection of the application."""
-        return _Rows(connection, self._ahead()).read(self.name_of(key))
+        return _Rows(connection, self._ahead()).read(self.name_of(key), "read_within")
 
     def swap_within(self, connection: Connection, key: str, expected: bytes | None, value: bytes, ttl: int) -> bool:
         """Swap within the transaction of a connection of the application.
@@ -174,8 +174,8 @@ class _Rows:
         """Run a statement and return whether it has changed a row."""
         return self._connection.execute(self._sql[statement], **params, **self._params).rowcount > 0
 
-    def read(self, name: str) -> Entry:
-        for value, left in self._connection.execute(self._sql["read"], name=name, **self._params).rows:
+    def read(self, name: str, statement: str = "read") -> Entry:
+        for value, left in self._connection.execute(self._sql[statement], name=name, **self._params).rows:
             if left > 0:
                 return Entry(bytes(value), int(left))
         return Entry(None, 0)
@@ -234,8 +234,11 @@ def _statements(dialect: str, *, virtual: bool) -> dict[str, str]:
     insert = f"INSERT INTO {KEYS} (name, value, expires_at) VALUES (:name, :value, {until})"
     expired = f"SELECT name FROM {KEYS} WHERE expires_at <= {now} ORDER BY expires_at LIMIT {_BATCH}"
     write = f"UPDATE {KEYS} SET value = :value, expires_at = {until} WHERE name = :name"
+    read = f"SELECT value, expires_at - {now} FROM {KEYS} WHERE name = :name"
     found = {
-        "read": f"SELECT value, expires_at - {now} FROM {KEYS} WHERE name = :name",
+        "read": read,
+        # Under REPEATABLE READ, MariaDB and MySQL would read the state of the transaction's begin, and yet write to the present one.
+        "read_within": f"{read} FOR UPDATE" if dialect == "mysql" else read,
         "swap": f"{write} AND value = :expected AND {live}",
         "remove": f"DELETE FROM {KEYS} WHERE name = :name AND value = :expected AND {live}",
         "delete": f"DELETE FROM {KEYS} WHERE name = :name AND {live}",

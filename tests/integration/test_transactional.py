@@ -75,6 +75,25 @@ def test_under_a_stricter_isolation_a_run_whose_key_was_taken_over_is_stale(stri
     assert (shop.payments(), shop.outcomes()) == ([], [("duplicate", "stale")])
 
 
+def test_under_a_stricter_isolation_a_claim_that_was_rewritten_without_a_reply_is_still_the_run_s(
+    strict_shop: Shop,
+) -> None:
+    shop = strict_shop
+
+    async def body(job: Any, order: int) -> None:
+        await job.call("execute", sa.select(Payment))
+        if current_job().attempt == 1:
+            claim = shop.claim()
+            record, value = claim.record, claim.value
+            assert shop.idempotency.claims.rewrite(claim, beside=not record.beside)
+            claim.record, claim.value = record, value
+        await job.add(Payment(order=order))
+
+    shop.actor(body, retry_on={DBAPIError: TWICE}).send(7)
+    shop.drain()
+    assert (shop.payments(), shop.outcomes()[-1]) == ([7], ("succeeded", None))
+
+
 def test_above_read_committed_a_job_longer_than_a_third_of_its_lease_says_how_it_can_succeed(
     postgresql_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
