@@ -41,10 +41,11 @@ __all__ = [
     "one_line",
     "redact",
     "require_actors",
+    "suggest",
 ]
 
 
-#: How many actors an error lists.
+#: How many actors or queues an error lists.
 _LISTED = 8
 
 
@@ -142,7 +143,7 @@ def find_actor(target: str, path: Iterable[str] = (".",), *, stand_in: bool = Fa
     if name in broker.actors:
         return broker.actors[name]
     whose = "Django's broker" if app == "django" else app
-    raise OperationError(f"{whose} has no actor {name!r}{_suggest_actors(name, broker.actors)}")
+    raise OperationError(f"{whose} has no actor {name!r}{suggest(name, broker.actors, 'its actors')}")
 
 
 def _is_actor(value: object) -> bool:
@@ -150,12 +151,13 @@ def _is_actor(value: object) -> bool:
     return hasattr(actor, "send_with_options") and hasattr(actor, "broker")
 
 
-def _suggest_actors(name: str, actors: Iterable[str]) -> str:
-    """Return the end of a sentence: the nearest names, else the first actors."""
-    suggestion, known = did_you_mean(name, actors), sorted(actors)
-    if suggestion != "." or not known:
+def suggest(name: str, known: Iterable[str], what: str) -> str:
+    """Return the end of a sentence: the nearest of the known names, else ``what`` and the first names."""
+    names = sorted(known)
+    suggestion = did_you_mean(name, names)
+    if suggestion != "." or not names:
         return suggestion
-    return f"; its actors: {', '.join(known[:_LISTED])}{', …' if len(known) > _LISTED else ''}."
+    return f"; {what}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}."
 
 
 def find_queue(broker: Broker, queue: str) -> str:
@@ -166,7 +168,7 @@ def find_queue(broker: Broker, queue: str) -> str:
     """
     known = known_queues(broker)
     if queue not in known:
-        raise OperationError(f"No actor uses a queue {queue!r}{did_you_mean(queue, known)}")
+        raise OperationError(f"No actor uses a queue {queue!r}{suggest(queue, known, 'the queues')}")
     return queue
 
 
@@ -196,7 +198,8 @@ def import_object(path: str) -> Any:
         public = [known for known in vars(module) if not known.startswith("_")]
         suggestion = did_you_mean(attributes, public)
         if suggestion == ".":
-            suggestion = _suggest_actors(attributes, [known for known in public if _is_actor(vars(module)[known])])
+            actors = [known for known in public if _is_actor(vars(module)[known])]
+            suggestion = suggest(attributes, actors, "its actors")
         raise OperationError(f"{name} has no {attributes!r}{suggestion}") from None
 
 

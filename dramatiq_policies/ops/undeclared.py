@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._dramatiq import kind_of
 from ..brokers.readers import browse
-from .app import OperationError, did_you_mean, known_queues
+from .app import OperationError, known_queues, suggest
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
@@ -70,5 +70,5 @@ def find_any_queue(broker: Broker, queue: str) -> str:
                 if len(browser):
                     return queue
     raise OperationError(
-        f"No actor uses a queue {queue!r}, and it holds no messages{did_you_mean(queue, [*known, *strays])}"
+        f"No actor uses a queue {queue!r}, and the queue holds no messages{suggest(queue, [*known, *strays], 'the queues')}"
     )

@@ -68,6 +68,11 @@ def test_a_breach_fails_only_if_asked_to(command, app):
     assert mail["breaches"] == [{"measure": "ready", "value": 2, "threshold": 2}]
 
 
+def test_an_unknown_queue_without_a_near_name_gets_the_names_of_all_queues(command, app):
+    sentence = command.refuses("queues", "move", app, "mail", "--to", "xyz")
+    assert sentence == "Error: No actor uses a queue 'xyz'; the queues: mail, urgent."
+
+
 def test_without_thresholds_there_is_nothing_to_fail_on(command):
     sentence = command.refuses("queues", command.app(APP), "--fail-on-breach")
     assert re.search(r"no QueueMonitor\. (Pass one to install|Add QueueMonitor)", sentence)
