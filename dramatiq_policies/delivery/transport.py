@@ -204,7 +204,7 @@ class Transport:
         except Exception as error:
             # Dramatiq calls this while it closes a consumer: an error would end the thread.
             logger.warning(
-                "%s could not be requeued on queue %r: %s. The broker redelivers them later.",
+                "%s could not be requeued on queue %r (%s). The broker redelivers them later.",
                 counted(len(messages), "message"),
                 self.source,
                 error,

@@ -105,7 +105,7 @@ class BatchedCompletions:
                 return
             except BrokerConnectionError as error:
                 logger.warning(
-                    "Message %s can't be acknowledged yet: %s. The worker tries again.", message.message_id, error
+                    "Message %s can't be acknowledged yet (%s). The worker tries again.", message.message_id, error
                 )
                 self.state.stopping.wait(_ACK_AGAIN_AFTER)
             except Exception:

@@ -55,7 +55,7 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
                 pass
             except Exception as error:
                 logger.warning(
-                    "The result of message %s can't be read: %s. The duplicate %s of actor %s waits until the result backend "
+                    "The result of message %s can't be read (%s). The duplicate %s of actor %s waits until the result backend "
                     "answers.",
                     first_message_id,
                     error,

@@ -56,8 +56,8 @@ class StoreClient:
                 alerts.critical("%s Jobs with a key wait until then.", text_of(error))
             elif first:
                 alerts.error(
-                    "The idempotency store can't be reached: %s: %s. Until then jobs with a key wait, or run unguarded with "
-                    'on_store_error="run".',
+                    "The idempotency store can't be reached (%s: %s). Until the store answers, jobs with a key wait, or run "
+                    'unguarded with on_store_error="run".',
                     type(error).__name__,
                     text_of(error),
                     exc_info=error,

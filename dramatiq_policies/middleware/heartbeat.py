@@ -151,7 +151,7 @@ class Heartbeat(PolicyMiddleware):
                     if not self._failing:
                         self._failing = True
                         logger.error(  # noqa: TRY400
-                            "The heartbeat file %s can't be touched: %s. A liveness probe takes this worker for dead.",
+                            "The heartbeat file %s can't be touched (%s). A liveness probe takes this worker for dead.",
                             self.path,
                             error,
                         )

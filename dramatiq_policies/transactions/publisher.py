@@ -145,7 +145,7 @@ class Publisher:
             # The rows are in the database, and the relay publishes them.
             if not self._failing:
                 self._failing = True
-                logger.warning("Committed messages could not be published at once: %s. A relay publishes them.", error)
+                logger.warning("Committed messages could not be published at once (%s). A relay publishes them.", error)
         else:
             self._failing = False
         finally:

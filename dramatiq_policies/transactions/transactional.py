@@ -181,7 +181,7 @@ class TransactionalJobs:
             if not (claim.committing and self._took_effect(delivery, claim, error)):
                 raise
             logger.warning(
-                "The COMMIT of message %s took effect, although an error followed: %s: %s. The job has succeeded.",
+                "The COMMIT of message %s took effect, although an error followed (%s: %s). The job has succeeded.",
                 claim.record.message_id,
                 type(error).__name__,
                 text_of(error),

@@ -204,7 +204,7 @@ def test_a_consumer_that_can_not_requeue_or_close_is_logged_and_the_worker_stops
     monkeypatch.setattr(ListConsumer, "close", fails)
     job.send()
     assert [event.outcome for event in working(broker, done, 1)] == ["succeeded"]
-    assert "could not be requeued on queue 'default': gone" in caplog.text
+    assert "could not be requeued on queue 'default' (gone)" in caplog.text
     assert "The consumer of queue 'default' could not close cleanly: gone" in caplog.text
 
 

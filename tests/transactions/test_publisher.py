@@ -142,7 +142,7 @@ def test_a_database_that_is_down_is_logged_once(office, publisher, monkeypatch, 
     for _ in range(3):
         publisher.submit(written(1)).wait(20)
     (line,) = caplog.records
-    assert "at once: division by zero. A relay publishes them" in line.getMessage()
+    assert "at once (division by zero). A relay publishes them" in line.getMessage()
     monkeypatch.setattr(office.outbox.database, "run", run)
     publisher.submit(of(office, 1)).wait(20)
     assert office.queued() == [1]

@@ -131,7 +131,7 @@ class TaskRecords:
             backend.store_result(_stored_at(result.id), _to_record(result), ttl)
         except Exception as error:
             logger.warning(
-                "The state %s of task %s can't be stored: %s. The task goes on.", result.status, result.id, error
+                "The state %s of task %s can't be stored (%s). The task goes on.", result.status, result.id, error
             )
 
     def _results(self) -> Results | None:
