@@ -8,11 +8,20 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ..errors import ConfigurationError
 from ..transactions.database import Result
 
-__all__ = ["DriverConnection", "SqlConnection", "checked_engine", "dialect_of", "isolation_level_of", "sync_engine_of"]
+__all__ = [
+    "DriverConnection",
+    "SqlConnection",
+    "checked_engine",
+    "dialect_of",
+    "is_in_memory",
+    "isolation_level_of",
+    "sync_engine_of",
+]
 
 _DIALECTS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 _TYPES: dict[type, Any] = {int: sa.BigInteger(), str: sa.String(), bytes: sa.LargeBinary()}
@@ -43,6 +52,11 @@ def dialect_of(bind: Engine | AsyncEngine | sa.Connection) -> str:
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
     """Return the sync engine: of an async engine the engine below."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+def is_in_memory(engine: Engine | AsyncEngine) -> bool:
+    """Return whether the database is in the memory of this process, and ends with its connection."""
+    return dialect_of(engine) == "sqlite" and isinstance(engine.pool, (StaticPool, SingletonThreadPool))
 
 
 def isolation_level_of(bind: Engine | sa.Connection) -> str | None:

@@ -10,13 +10,13 @@ from weakref import finalize
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import AssertionPool, NullPool, SingletonThreadPool, StaticPool
+from sqlalchemy.pool import AssertionPool, NullPool, StaticPool
 
 from ..common.forks import after_fork
 from ..transactions.database import Connection, place_of
 from ..transactions.session import in_transaction, repeated, session_settings
 from .calls import AsyncMemoryCalls, LoopCalls, MemoryCalls, ThreadCalls
-from .connection import SqlConnection, dialect_of, sync_engine_of
+from .connection import SqlConnection, dialect_of, is_in_memory, sync_engine_of
 
 __all__ = ["SqlDatabase"]
 
@@ -43,7 +43,7 @@ class SqlDatabase:
         self.dialect = dialect_of(engine)
         pool = engine.pool
         #: Whether the database is in the memory of this process.
-        self.in_memory = self.dialect == "sqlite" and isinstance(pool, (StaticPool, SingletonThreadPool))
+        self.in_memory = is_in_memory(engine)
         # SQLite has one writer: threads queue for one connection instead of racing for the file's lock.
         single = self.dialect == "sqlite" or isinstance(pool, (StaticPool, AssertionPool))
         self._connections = 1 if single else connections

@@ -19,7 +19,7 @@ from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError
 from ..transactions.database import has_rolled_back
 from ..transactions.key_table import KeyTable
-from .connection import SqlConnection, dialect_of, isolation_level_of, sync_engine_of
+from .connection import SqlConnection, dialect_of, is_in_memory, isolation_level_of, sync_engine_of
 from .scopes import is_autocommit
 from .store import SqlStore
 
@@ -231,10 +231,14 @@ class _CommitGuard:
             raise self.refused
 
     def invalidate(self) -> None:
-        """Close the connections; the pool makes new ones. Never raises."""
+        """Close the connections; the pool makes new ones. Never raises. A database in memory ends with its connection: roll back."""
         for connection in self._connections:
             try:
-                if not connection.closed:
+                if connection.closed:
+                    continue
+                if is_in_memory(connection.engine):
+                    connection.connection.rollback()
+                else:
                     connection.invalidate()
             except Exception:
                 logger.exception("A connection that an interrupt may have broken did not close cleanly.")

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
@@ -86,4 +86,24 @@ def test_a_block_that_an_interrupt_left_open_takes_no_messages_of_later_jobs(eng
         shop.broker.actors["later"].send()
         shop.stage.drain()
     assert shop.done == [(1,)]
+    shop.close()
+
+
+@pytest.mark.parametrize("end", ["commit", "timeout"])
+def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
+    engine = sa.create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    create_tables(engine)
+    Base.metadata.create_all(engine)
+    shop = Shop(engine, engine)
+
+    async def body(job, order):
+        await job.add(Payment(order=order))
+        if order == 1:
+            await (job.call("commit") if end == "commit" else job.sleep(5))
+
+    pay = shop.actor(body, timeout=300, retry_on={Exception: ONCE, TimeoutExceeded: ONCE})
+    for order in (1, 2):
+        pay.send(order)
+        shop.stage.run()
+    assert (shop.payments(), shop.stage.outcomes("pay")) == ([2], ["dead", "succeeded"])
     shop.close()
