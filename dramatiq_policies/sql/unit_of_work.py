@@ -122,9 +122,10 @@ class SqlUnitOfWork:
 
     def commit(self, finish: Finish) -> None:
         self._guard.raise_refused()
-        with self._within(self.session) as scope:
+        block = self._within(self.session)
+        with block as scope:
             finish(SqlConnection(self.session.connection()), scope)
-            self._guard.is_open = True
+            self._guard.open(block)
             self.session.commit()
         _close(self.session)
 
@@ -163,9 +164,10 @@ class AsyncSqlUnitOfWork:
 
     async def _commit(self, finish: Finish) -> None:
         session = self.session
-        async with self._within(session) as scope:
+        block = self._within(session)
+        async with block as scope:
             await session.run_sync(lambda sync: finish(SqlConnection(sync.connection()), scope))
-            self._guard.is_open = True
+            self._guard.open(block)
             await session.commit()
         await session.run_sync(_close)
 
@@ -197,6 +199,7 @@ class _CommitGuard:
     def __init__(self, session: Session) -> None:
         self.is_open = False
         self.refused: Exception | None = None
+        self._block: Entered[Scope] | None = None
         self._connections: list[sa.Connection] = []
         session.info[_KEY] = self
 
@@ -209,6 +212,25 @@ class _CommitGuard:
                 self.refused = None
             vars(connection)[_KEY] = self
             _isolate(connection)
+
+    def open(self, block: Entered[Scope]) -> None:
+        """Allow the commit.
+
+        Parameters:
+          block: Left before the COMMIT: listeners send their messages after it at once.
+        """
+        self.is_open = True
+        self._block = block
+
+    def before_commit(self) -> None:
+        """The connection is about to send the COMMIT.
+
+        Raises:
+          ConfigurationError: The job has not returned.
+        """
+        self.check_commit()
+        if self._block is not None:
+            self._block.leave()
 
     def check_commit(self) -> None:
         """Refuse a commit before the job has returned.
@@ -263,7 +285,7 @@ def _before_commit(session: Session) -> None:
 def _before_connection_commit(connection: sa.Connection) -> None:
     guard: _CommitGuard | None = vars(connection).get(_KEY)
     if guard is not None:
-        guard.check_commit()
+        guard.before_commit()
 
 
 def _after_error(context: ExceptionContext) -> None:

@@ -95,6 +95,10 @@ class Entered(Generic[S]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """End the block. Its end then does nothing more."""
         # Copies of the context may live on.
         self.entered_in = None
         if _entered.get() is self:

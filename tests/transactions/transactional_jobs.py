@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -621,6 +622,30 @@ class TransactionalJobs:
         finally:
             event.remove(Session, "after_commit", fails)
         assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+
+    def test_a_listener_sends_before_the_commit_in_the_transaction_and_after_the_commit_at_once(self, shop):
+        sent = []
+
+        def send(name, *_):
+            if shop.idempotency.claims.leases._held:
+                shop.note.send(name)
+                sent.append((name, len(shop.queued("done"))))
+
+        async def body(job, order):
+            await job.add(Payment(order=order))
+
+        shop.actor(body, max_retries=0).send(7)
+        listeners = {name: partial(send, name) for name in ("before_commit", "after_commit")}
+        for name, listener in listeners.items():
+            event.listen(Session, name, listener)
+        try:
+            shop.drain()
+        finally:
+            for name, listener in listeners.items():
+                event.remove(Session, name, listener)
+        assert sent == [("before_commit", 0), ("after_commit", 1)]
+        assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
+        assert sorted(shop.done) == [("after_commit",), ("before_commit",)]
 
     def test_a_connection_that_is_lost_before_the_commit_leaves_nothing(self, shop):
         async def body(job, order):
