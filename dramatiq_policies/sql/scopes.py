@@ -182,10 +182,24 @@ class _SessionWatch:
         if transaction.nested:
             self._end_savepoint(session, transaction)
         elif transaction.parent is None:
+            self._hand_over(session)
             ticket = self.ticket
             self.written, self.connection, self.ticket, self.waiting = Written(), None, None, deque()
             self.released, self.committing = None, 0
             _wait(self.outbox, ticket, is_async=self.is_async)
+
+    def _hand_over(self, session: Session) -> None:
+        """Insert waiting rows over a connection of the application whose transaction goes on without the session."""
+        bind = session.get_bind(clause=table.insert()) if self.waiting else None
+        if not isinstance(bind, sa.Connection) or not bind.in_transaction():
+            return
+        mode = session.join_transaction_mode
+        if mode == "create_savepoint" or (mode == "conditional_savepoint" and bind.in_nested_transaction()):
+            # The session has rolled its savepoint back.
+            return
+        for row in self._leaving():
+            self.outbox.insert(SqlConnection(bind), row, self.written)
+        _watch(bind, self.outbox, self.written)
 
     def _end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
         outer = session.get_nested_transaction()

@@ -521,6 +521,32 @@ def test_after_an_error_at_the_commit_of_an_async_session_a_second_commit_has_al
     assert shop.queued() == [(0,), (1,), (2,)]
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_an_async_session_on_a_connection_sends_with_the_transaction_of_the_connection(shop, async_engine, end):
+    async def order():
+        async with async_engine.connect() as connection:
+            await connection.begin()
+            async with AsyncSession(connection) as session, shop.outbox.within(session):
+                session.add(Order(id=1))
+                shop.confirm.send(1)
+                await session.flush()
+                undone = await session.begin_nested()
+                shop.confirm.send("undone")
+                await undone.rollback()
+            async with (
+                AsyncSession(connection, join_transaction_mode="create_savepoint") as session,
+                shop.outbox.within(session),
+            ):
+                shop.confirm.send("undone with its session")
+            assert shop.queued() == []
+            await getattr(connection, end)()
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert shop.queued() == ([(1,)] if end == "commit" else [])
+    assert shop.pending() == 0
+
+
 def test_a_session_without_autobegin_begins_nothing_by_a_send(shop, async_engine):
     async def order():
         async with AsyncSession(async_engine, autobegin=False) as session, shop.outbox.within(session):
