@@ -81,7 +81,7 @@ class Batch:
                 results.append(error)
         return results
 
-    def published(self, message: Message[Any], delay: int | None) -> None:
+    def emit_after_enqueue(self, message: Message[Any], delay: int | None) -> None:
         """Run the ``after_enqueue`` hooks of an accepted message."""
 
     def serve(self) -> None:
@@ -105,5 +105,5 @@ class KnownBatch(Batch):
         """
         return {}
 
-    def published(self, message: Message[Any], delay: int | None) -> None:
+    def emit_after_enqueue(self, message: Message[Any], delay: int | None) -> None:
         self.broker.emit_after("enqueue", message, delay)

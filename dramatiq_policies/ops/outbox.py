@@ -10,7 +10,7 @@ from ..delivery.broker_state import state_of
 from ..errors import how_to_add
 from ..transactions.database import Connection, is_missing_table
 from ..transactions.outbox import Outbox, outbox_on
-from ..transactions.outbox_table import OutboxGroup, OutboxRow, OutboxStats, Selection
+from ..transactions.outbox_rows import OutboxGroup, OutboxRow, OutboxStats, Selection
 from .app import OperationError, did_you_mean, known_queues
 from .unreachable import database_error
 
@@ -67,7 +67,7 @@ def read_outbox(broker: Broker) -> OutboxStats | None:
       OperationError: The database can't be read, or has no table.
     """
     outbox = outbox_on(state_of(broker))
-    return None if outbox is None else ask_database(outbox, outbox.table.stats)
+    return None if outbox is None else ask_database(outbox, outbox.rows.stats)
 
 
 def select_outbox(
@@ -83,7 +83,7 @@ def select_outbox(
 
 
 def _whole_id(outbox: Outbox, given: str) -> str:
-    found = ask_database(outbox, lambda connection: outbox.table.ids_with_prefix(connection, given, _SHOWN + 1))
+    found = ask_database(outbox, lambda connection: outbox.rows.ids_with_prefix(connection, given, _SHOWN + 1))
     if given in found or not found:
         return given
     if len(found) > 1:
@@ -102,13 +102,13 @@ def list_outbox(broker: Broker, where: Selection | None = None, *, limit: int = 
       OperationError: The broker has no outbox, or the database can't be read.
     """
     outbox = outbox_of(broker)
-    return ask_database(outbox, lambda connection: outbox.table.list(connection, where, limit))
+    return ask_database(outbox, lambda connection: outbox.rows.list(connection, where, limit))
 
 
 def count_outbox(broker: Broker, where: Selection | None = None) -> list[OutboxGroup]:
     """Count messages of the outbox by actor and queue, the most frequent first. Errors as `list_outbox`."""
     outbox = outbox_of(broker)
-    return ask_database(outbox, lambda connection: outbox.table.count(connection, where))
+    return ask_database(outbox, lambda connection: outbox.rows.count(connection, where))
 
 
 def retry_outbox(broker: Broker, where: Selection | None = None) -> int:
@@ -117,7 +117,7 @@ def retry_outbox(broker: Broker, where: Selection | None = None) -> int:
     A message that a process is publishing stays with the process.
     """
     outbox = outbox_of(broker)
-    return ask_database(outbox, lambda connection: outbox.table.retry(connection, where))
+    return ask_database(outbox, lambda connection: outbox.rows.retry(connection, where))
 
 
 def purge_outbox(broker: Broker, where: Selection | None = None) -> int:
@@ -126,7 +126,7 @@ def purge_outbox(broker: Broker, where: Selection | None = None) -> int:
     A message that a process is publishing is deleted too, but may be sent.
     """
     outbox = outbox_of(broker)
-    return ask_database(outbox, lambda connection: outbox.table.purge(connection, where))
+    return ask_database(outbox, lambda connection: outbox.rows.purge(connection, where))
 
 
 def relay_outbox(broker: Broker, stop: threading.Event) -> None:

@@ -26,7 +26,7 @@ from ..errors import ConfigurationError
 from ..transactions.outbox import Outbox, Scope
 from ..transactions.outbox_table import NewRow
 from ..transactions.publisher import Ticket
-from ..transactions.scope import Written
+from ..transactions.scope import WrittenRows
 from .connection import SqlConnection, isolation_level_of
 from .tables import outbox as table
 
@@ -78,7 +78,7 @@ class ConnectionScope(Scope):
         self.connection.close()
 
     def add(self, outbox: Outbox, row: NewRow) -> None:
-        written = _written_on(self.connection, outbox) or Written()
+        written = _written_on(self.connection, outbox) or WrittenRows()
         outbox.insert(SqlConnection(self.connection), row, written)
         # After the first statement: the statement may have begun the transaction.
         _watch(self.connection, outbox, written)
@@ -89,7 +89,7 @@ class _SessionWatch:
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
-        self.written = Written()
+        self.written = WrittenRows()
         self.connection: sa.Connection | None = None
         self.is_async = False
         self.ticket: Ticket | None = None
@@ -176,7 +176,7 @@ class _SessionWatch:
             # A test has begun the transaction outside of the session, and never commits.
             self.outbox.after_commit(self.written, SqlConnection(connection))
         else:
-            _watch(connection, self.outbox, self.written.taken())
+            _watch(connection, self.outbox, self.written.take_all())
 
     def after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.nested:
@@ -184,7 +184,7 @@ class _SessionWatch:
         elif transaction.parent is None:
             self._hand_over(session)
             ticket = self.ticket
-            self.written, self.connection, self.ticket, self.waiting = Written(), None, None, deque()
+            self.written, self.connection, self.ticket, self.waiting = WrittenRows(), None, None, deque()
             self.released, self.committing = None, 0
             _wait(self.outbox, ticket, is_async=self.is_async)
 
@@ -214,16 +214,16 @@ class _SessionWatch:
 
 
 #: The rows written in the transactions of connections.
-_transactions: WeakKeyDictionary[Transaction, list[tuple[Outbox, Written]]] = WeakKeyDictionary()
+_transactions: WeakKeyDictionary[Transaction, list[tuple[Outbox, WrittenRows]]] = WeakKeyDictionary()
 
 
-def _written_on(connection: sa.Connection, outbox: Outbox) -> Written | None:
+def _written_on(connection: sa.Connection, outbox: Outbox) -> WrittenRows | None:
     transaction = connection.get_transaction()
     entries = [] if transaction is None else _transactions.get(transaction, [])
     return next((written for other, written in entries if other is outbox), None)
 
 
-def _watch(connection: sa.Connection, outbox: Outbox, written: Written) -> None:
+def _watch(connection: sa.Connection, outbox: Outbox, written: WrittenRows) -> None:
     """Publish rows after the commit of the connection's transaction."""
     transaction = connection.get_transaction()
     assert transaction is not None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..delivery.executor import Proceed
     from ..transactions.database import Connection
     from ..transactions.publisher import Ticket
-    from ..transactions.scope import Written
+    from ..transactions.scope import WrittenRows
     from .run import Run
 
 __all__ = ["assert_crash_safe"]
@@ -217,12 +217,12 @@ def _commits_as_points(broker: StubBroker, reach: Callable[[int], None]) -> Iter
         return
 
     def reaching(after_commit: AfterCommit) -> AfterCommit:
-        def call(written: Written, connection: Connection | None) -> Ticket | None:
+        def call(written: WrittenRows, connection: Connection | None) -> Ticket | None:
             if written.ids and drain_in_progress() is not None:
                 try:
                     reach(_COMMITTED)
                 except WorkerDied:
-                    environment_of(broker).unpublished.append(Unpublished(outbox, written.taken(), connection))
+                    environment_of(broker).unpublished.append(Unpublished(outbox, written.take_all(), connection))
                     raise
             return after_commit(written, connection)
 

@@ -12,7 +12,7 @@ from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
 from ..brokers.batch import Encoded
 from ..transactions.outbox import Outbox
-from ..transactions.scope import Written
+from ..transactions.scope import WrittenRows
 
 if TYPE_CHECKING:
     from ..transactions.database import Connection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AfterCommit", "Unpublished", "after_commits", "refusing"]
 
-AfterCommit = Callable[["Written", "Connection | None"], "Ticket | None"]
+AfterCommit = Callable[["WrittenRows", "Connection | None"], "Ticket | None"]
 
 
 class Unpublished(NamedTuple):
@@ -31,7 +31,7 @@ class Unpublished(NamedTuple):
     """
 
     outbox: Outbox
-    written: Written
+    written: WrittenRows
     connection: Connection | None = None
 
     def publish(self) -> bool:
@@ -50,7 +50,7 @@ def after_commits(outbox: Outbox, replace: Callable[[AfterCommit], AfterCommit])
     before = vars(outbox).get("after_commit")
     replacement = replace(outbox.after_commit)
 
-    def after_commit(written: Written, connection: Connection | None = None) -> Ticket | None:
+    def after_commit(written: WrittenRows, connection: Connection | None = None) -> Ticket | None:
         return replacement(written, connection)
 
     outbox.after_commit = after_commit  # type: ignore[method-assign]
@@ -86,7 +86,7 @@ def refusing(
         return found
 
     def noting(after_commit: AfterCommit) -> AfterCommit:
-        def call(written: Written, connection: Connection | None) -> Ticket | None:
+        def call(written: WrittenRows, connection: Connection | None) -> Ticket | None:
             # `after_commit` takes the ids from ``written``.
             rows = Unpublished(outbox, copy(written), connection)
             count = refused[0]

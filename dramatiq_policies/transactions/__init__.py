@@ -6,10 +6,12 @@ __all__ = [
     "database",
     "key_table",
     "outbox",
+    "outbox_rows",
     "outbox_table",
     "publisher",
     "scope",
     "session",
     "threads",
     "transactional",
+    "unit_of_work",
 ]

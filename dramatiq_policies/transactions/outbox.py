@@ -25,11 +25,12 @@ from ..interrupts.listeners import after_each_interrupt
 from ..middleware.background_thread import BackgroundThread
 from ..middleware.base import PolicyMiddleware, arrangement_of
 from .database import Connection, Database, is_missing_table
-from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxStats, OutboxTable
-from .publication import Publication, Run
+from .outbox_rows import OutboxRows, OutboxStats
+from .outbox_table import MEMBER, MESSAGE, NewRow, OutboxTable
+from .publication import Publication, RunWork
 from .publisher import Publisher, Ticket
 from .relay import Relay
-from .scope import Written, entered_scope, innermost, leave_all, leave_since
+from .scope import WrittenRows, entered_scope, innermost, leave_all, leave_since
 
 if TYPE_CHECKING:
     from dramatiq import Worker
@@ -75,7 +76,7 @@ class Outbox(PolicyMiddleware):
         after_fork(self)
 
     def _reset(self) -> None:
-        for name in ("database", "table", "batch", "publication", "publisher", "_relay"):
+        for name in ("database", "table", "rows", "batch", "publication", "publisher", "_relay"):
             vars(self).pop(name, None)
         self.reset_after_fork()
 
@@ -103,8 +104,13 @@ class Outbox(PolicyMiddleware):
 
     @cached_property
     def table(self) -> OutboxTable:
-        """The rows."""
+        """The rows, to insert, lease and delete."""
         return OutboxTable(self.namespace, self.lease, self.database.dialect)
+
+    @cached_property
+    def rows(self) -> OutboxRows:
+        """The waiting rows, for operators."""
+        return OutboxRows(self.namespace, self.database.dialect)
 
     @cached_property
     def batch(self) -> Batch:
@@ -145,7 +151,7 @@ class Outbox(PolicyMiddleware):
         after_each_interrupt(leave_all)
 
     def _stats(self) -> OutboxStats:
-        return self.database.run(self.table.stats)
+        return self.database.run(self.rows.stats)
 
     def for_stub(self) -> Self:
         stub = super().for_stub()
@@ -184,7 +190,7 @@ class Outbox(PolicyMiddleware):
         )
         scope.add(self, _row(MEMBER, member, None))
 
-    def insert(self, connection: Connection, row: NewRow, written: Written) -> None:
+    def insert(self, connection: Connection, row: NewRow, written: WrittenRows) -> None:
         """Insert a row over the caller's connection.
 
         Raises:
@@ -197,7 +203,7 @@ class Outbox(PolicyMiddleware):
                 raise ConfigurationError(f"The outbox has no table: {self.how_to_create}.") from error
             raise
 
-    def after_commit(self, written: Written, connection: Connection | None = None) -> Ticket | None:
+    def after_commit(self, written: WrittenRows, connection: Connection | None = None) -> Ticket | None:
         """Start to publish committed rows. Never raises.
 
         On a StubBroker the rows are published before the return, over ``connection`` if given.
@@ -208,7 +214,7 @@ class Outbox(PolicyMiddleware):
         if not written.ids or (self.wait == 0 and not self.is_inline):
             return None
         try:
-            written = written.taken()
+            written = written.take_all()
             if self.is_inline:
                 run = self.run_over(connection)
                 self.publication.publish_committed(run, written.ids, [written.owner], written.since or 0.0)
@@ -218,7 +224,7 @@ class Outbox(PolicyMiddleware):
             logger.exception("Committed messages could not be published at once. A relay publishes them.")
             return None
 
-    def run_over(self, connection: Connection | None) -> Run:
+    def run_over(self, connection: Connection | None) -> RunWork:
         """Return a function that calls work with ``connection``, or with a connection of the library's own for None."""
         return self.database.run if connection is None else partial(_call, connection)
 

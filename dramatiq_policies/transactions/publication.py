@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .database import Connection
     from .outbox_table import OutboxTable, Row
 
-__all__ = ["Lease", "Publication", "Run"]
+__all__ = ["LeasedRows", "Publication", "RunWork"]
 
 logger = SafeLogger("dramatiq_policies.outbox")
 alerts = SafeLogger("dramatiq_policies.alerts")
@@ -39,10 +39,10 @@ _ALERT_EVERY = 300_000
 
 
 #: Calls work with a connection: `Database.run`, or a connection of the caller's.
-Run = Callable[[Callable[["Connection"], Any]], Any]
+RunWork = Callable[[Callable[["Connection"], Any]], Any]
 
 
-class Lease(NamedTuple):
+class LeasedRows(NamedTuple):
     """Rows leased by this process: the owners, and the start of the lease in monotonic seconds."""
 
     rows: Sequence[Row]
@@ -74,12 +74,16 @@ class Publication:
         self.batch = batch
         self._outage_alerts = Throttle()
 
-    def publish_committed(self, run: Run, ids: Sequence[int], owners: Sequence[str], since: float) -> Exception | None:
+    def publish_committed(
+        self, run: RunWork, ids: Sequence[int], owners: Sequence[str], since: float
+    ) -> Exception | None:
         """Publish the committed rows with these ids and owners, leased since ``since``: see `publish`."""
         rows = run(lambda connection: self.table.take(connection, ids, owners))
-        return self.publish(run, Lease(rows, owners, since)) if rows else None
+        return self.publish(run, LeasedRows(rows, owners, since)) if rows else None
 
-    def publish(self, run: Run, lease: Lease, meanwhile: Callable[[], object] | None = None) -> Exception | None:
+    def publish(
+        self, run: RunWork, lease: LeasedRows, meanwhile: Callable[[], object] | None = None
+    ) -> Exception | None:
         """Publish and delete rows. Returns the error of an unreachable broker, or None.
 
         If the broker confirms messages with a delay, this calls ``meanwhile``, which never raises, before the confirms.
@@ -92,7 +96,7 @@ class Publication:
             ids = [row.id for row in lease.rows]
             began = monotonic()
             run(lambda connection: table.renew(connection, ids, lease.owners))
-            lease = Lease(run(lambda connection: table.take(connection, ids, lease.owners)), lease.owners, began)
+            lease = LeasedRows(run(lambda connection: table.take(connection, ids, lease.owners)), lease.owners, began)
         result = _publish(self.batch, lease.rows, meanwhile if self.batch.overlaps else None)
         if result.published:
             self._delete(run, lease, [row.id for row in result.published])
@@ -111,7 +115,7 @@ class Publication:
                 )
         return result.error
 
-    def _delete(self, run: Run, lease: Lease, ids: list[int]) -> None:
+    def _delete(self, run: RunWork, lease: LeasedRows, ids: list[int]) -> None:
         """Delete published rows. Tries until the lease ends: a remaining row would be published again."""
         pause = 0.05
         while True:
@@ -131,7 +135,13 @@ class Publication:
             pause = min(pause * 2, 2.0)
 
     def _fail(
-        self, run: Run, lease: Lease, rows: Sequence[Row], error: Exception, longest: int, body: bytes | None = None
+        self,
+        run: RunWork,
+        lease: LeasedRows,
+        rows: Sequence[Row],
+        error: Exception,
+        longest: int,
+        body: bytes | None = None,
     ) -> str:
         text = f"{type(error).__name__}: {text_of(error)}"
         wait = min(longest, 1_000 * 2 ** min(rows[0].failures, 6))
@@ -202,7 +212,7 @@ def _publish_group(batch: Batch, rows: Sequence[Row], meanwhile: Callable[[], ob
             message, answer = next(sent), next(answers)
             if answer is None:
                 accepted.append(position)
-                batch.published(message.message, row.delay)
+                batch.emit_after_enqueue(message.message, row.delay)
             refusal = refusal or answer
         if refusal is None:
             result.published.append(row)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from .publication import Publication
-from .scope import Written
+from .scope import WrittenRows
 
 if TYPE_CHECKING:
     from .database import Database
@@ -39,7 +39,7 @@ class Ticket:
 
     __slots__ = ("_callbacks", "_latch", "is_done", "written")
 
-    def __init__(self, written: Written) -> None:
+    def __init__(self, written: WrittenRows) -> None:
         self.written = written
         self.is_done = False
         self._callbacks: list[Callable[[], object]] = []
@@ -91,7 +91,7 @@ class Publisher:
         self._busy_since: float | None = None
         self._failing = False
 
-    def submit(self, written: Written) -> Ticket:
+    def submit(self, written: WrittenRows) -> Ticket:
         """Queue committed rows for publication."""
         ticket = Ticket(written)
         if self._queue.qsize() > _MOST_WAITING:
@@ -153,7 +153,7 @@ class Publisher:
             for ticket in tickets:
                 ticket.done()
 
-    def _publish_rows(self, written: list[Written]) -> None:
+    def _publish_rows(self, written: list[WrittenRows]) -> None:
         ids = [row_id for one in written for row_id in one.ids]
         owners = [one.owner for one in written]
         since = min(one.since for one in written if one.since is not None)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..common.safe_logger import SafeLogger
 from .database import is_missing_table
-from .publication import Lease, Publication
-from .scope import Written
+from .publication import LeasedRows, Publication
+from .scope import WrittenRows
 
 if TYPE_CHECKING:
     from .database import Database
@@ -47,7 +47,7 @@ class Relay:
         self._broker_failed = False
         self._limit = _FIRST
         #: Rows taken before the batch before was confirmed.
-        self._ahead: Lease | None = None
+        self._ahead: LeasedRows | None = None
         # Older versions of SQLite take 999 parameters.
         self._most = 500 if database.dialect == "sqlite" else _MOST
 
@@ -102,9 +102,9 @@ class Relay:
             return  # The next step raises the error.
         self._ahead = lease if lease.rows else None
 
-    def _take(self, limit: int) -> Lease:
+    def _take(self, limit: int) -> LeasedRows:
         database, table = self._database, self._publication.table
-        since, owner = monotonic(), Written().owner
+        since, owner = monotonic(), WrittenRows().owner
         rows: list[Row]
         if database.dialect == "postgresql":
             rows = database.run(lambda connection: table.take_due(connection, owner, limit))
@@ -112,7 +112,7 @@ class Relay:
             rows = database.transaction(lambda connection: table.take_due(connection, owner, limit))
         else:
             rows = []
-        return Lease(rows, [owner], since)
+        return LeasedRows(rows, [owner], since)
 
     def _failed(self, error: Exception) -> float:
         self._failures += 1

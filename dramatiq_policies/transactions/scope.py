@@ -14,12 +14,12 @@ from uuid import uuid4
 from ..common.forks import after_fork
 from ..errors import ConfigurationError
 
-__all__ = ["Entered", "Written", "entered_scope", "innermost", "leave_all", "leave_since"]
+__all__ = ["Entered", "WrittenRows", "entered_scope", "innermost", "leave_all", "leave_since"]
 
 S = TypeVar("S")
 
 
-class Written:
+class WrittenRows:
     """The rows written in one transaction, as far as this process knows.
 
     A savepoint may have rolled some rows back: the publisher reads the committed rows from the database.
@@ -42,9 +42,9 @@ class Written:
             self.since = monotonic()
         self.ids.append(row_id)
 
-    def taken(self) -> Written:
+    def take_all(self) -> WrittenRows:
         """Move the rows to a new object, so that only one caller publishes them."""
-        moved = Written.__new__(Written)
+        moved = WrittenRows.__new__(WrittenRows)
         moved.owner, moved.since = self.owner, self.since
         moved.ids, self.ids = self.ids, []
         return moved

@@ -62,10 +62,10 @@ class AnyShop:
                 thread.join()
 
     def pending(self) -> int:
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        return self.outbox.database.run(self.outbox.rows.stats).pending
 
     def rows(self) -> list[Any]:
-        return self.outbox.database.run(self.outbox.table.list)
+        return self.outbox.database.run(self.outbox.rows.list)
 
     def insert(self, body: bytes, kind: str = MESSAGE) -> None:
         """Insert a row that is due."""

@@ -18,7 +18,7 @@ import pika
 import pytest
 import sqlalchemy as sa
 
-from dramatiq_policies.transactions.outbox_table import Selection
+from dramatiq_policies.transactions.outbox_rows import Selection
 from dramatiq_policies.transactions.relay import Relay
 from tests.proxy import Proxy
 
@@ -251,7 +251,7 @@ def test_a_row_that_the_broker_refuses_stops_no_other(shop, poison):
     assert (row.actor, row.failures, row.is_leased) == ("poison", 1, False)
     assert re.search("WRONGTYPE|PRECONDITION_FAILED", row.error)
     assert 0 < row.due_in_ms <= 1_000
-    shop.outbox.database.run(shop.outbox.table.retry)
+    shop.outbox.database.run(shop.outbox.rows.retry)
     with shop.order():
         shop.confirm.send(4)
     shop.outbox.relay_once()
@@ -286,9 +286,8 @@ def test_a_row_written_for_another_broker_is_published(shop):
 def test_ten_failures_are_one_critical_line(shop, poison, caplog):
     with shop.order():
         poison.send(2)
-    table, database = shop.outbox.table, shop.outbox.database
     for _ in range(12):
-        database.run(table.retry)
+        shop.outbox.database.run(shop.outbox.rows.retry)
         assert shop.outbox.relay_once() == 1
     (row,) = shop.rows()
     assert row.failures == 13
@@ -304,12 +303,12 @@ def test_a_publish_that_redis_refuses_halfway_leaves_one_body(redis_shop, caplog
     with shop.order():
         shop.confirm.send(1)
     for _ in range(3):
-        shop.outbox.database.run(shop.outbox.table.retry)
+        shop.outbox.database.run(shop.outbox.rows.retry)
         shop.outbox.relay_once()
     bodies = place.key(f"{place.queue}.msgs")
     assert place.client.hlen(bodies) <= 1
     place.client.delete(place.key(place.queue))
-    shop.outbox.database.run(shop.outbox.table.retry)
+    shop.outbox.database.run(shop.outbox.rows.retry)
     shop.outbox.relay_once()
     assert place.client.hlen(bodies) == 1
     assert shop.left() == [1]
@@ -371,16 +370,16 @@ def test_a_namespace_has_rows_of_its_own(place, database_engine):
 
 def test_an_operator_lists_retries_and_purges(later_shop):
     shop = later_shop
-    table, run_ = shop.outbox.table, shop.outbox.database.run
+    rows, run_ = shop.outbox.rows, shop.outbox.database.run
     with shop.order():
         ids = [shop.confirm.send(number).message_id for number in range(3)]
     assert [(row.message_id, row.actor, row.queue) for row in shop.rows()] == [
         (message_id, "confirm", shop.place.queue) for message_id in ids
     ]
-    assert run_(lambda connection: table.purge(connection, Selection(message_ids=ids[:1]))) == 1
-    assert run_(lambda connection: table.purge(connection, Selection(actor="nobody"))) == 0
-    assert run_(lambda connection: table.retry(connection, Selection(queue=shop.place.queue))) == 2
-    stats = run_(table.stats)
+    assert run_(lambda connection: rows.purge(connection, Selection(message_ids=ids[:1]))) == 1
+    assert run_(lambda connection: rows.purge(connection, Selection(actor="nobody"))) == 0
+    assert run_(lambda connection: rows.retry(connection, Selection(queue=shop.place.queue))) == 2
+    stats = run_(rows.stats)
     assert (stats.pending, stats.failing) == (2, 0)
     assert 0 <= stats.oldest_ms < 60_000
 

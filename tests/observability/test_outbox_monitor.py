@@ -59,7 +59,7 @@ class Shop:
             self.outbox.database.run(lambda connection: self.outbox.table.insert(connection, row, "", due=True))
 
     def empty(self):
-        self.outbox.database.run(self.outbox.table.purge)
+        self.outbox.database.run(self.outbox.rows.purge)
 
 
 def test_the_gauges_of_the_outbox_are_sent_with_those_of_the_queues(tmp_path):

@@ -49,7 +49,7 @@ class Office:
         return [dramatiq.Message.decode(body).args[0] for body in self.broker.queues["mail"].queue]
 
     def rows(self):
-        return self.run(self.table.list)
+        return self.run(self.outbox.rows.list)
 
 
 @pytest.fixture

@@ -47,4 +47,4 @@ class StubShop:
         return [Message.decode(body).args for body in self.broker.queues[queue].queue]
 
     def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        return self.outbox.database.run(self.outbox.rows.stats).pending

@@ -10,11 +10,11 @@ import pytest
 from dramatiq_policies.transactions import publisher as module
 from dramatiq_policies.transactions.outbox import Scope
 from dramatiq_policies.transactions.publisher import Publisher, Ticket
-from dramatiq_policies.transactions.scope import Written
+from dramatiq_policies.transactions.scope import WrittenRows
 
 
 def written(*ids):
-    rows = Written()
+    rows = WrittenRows()
     for row_id in ids:
         rows.add(row_id)
     return rows
@@ -22,7 +22,7 @@ def written(*ids):
 
 def of(office, *numbers):
     """Rows that are committed."""
-    rows = Written()
+    rows = WrittenRows()
     for number in numbers:
         rows.add(office.insert(number, rows.owner))
     return rows
@@ -173,7 +173,7 @@ def test_a_deletion_that_fails_until_the_lease_ends_says_that_the_messages_will_
 
 
 def test_a_waiting_caller_is_notified_when_the_publication_is_done():
-    ticket, told = Ticket(Written()), []
+    ticket, told = Ticket(WrittenRows()), []
     ticket.call_when_done(lambda: 1 / 0)
     ticket.call_when_done(lambda: told.append("later"))
     ticket.done()
@@ -182,7 +182,7 @@ def test_a_waiting_caller_is_notified_when_the_publication_is_done():
 
 
 def test_owners_are_never_the_same():
-    owners = {Written().owner for _ in range(1_000)}
+    owners = {WrittenRows().owner for _ in range(1_000)}
     assert len(owners) == 1_000
     assert max(map(len, owners)) <= 64
 

@@ -119,7 +119,7 @@ class Shop:
         return [Message.decode(body).args for body in self.broker.queues[queue].queue]
 
     def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        return self.outbox.database.run(self.outbox.rows.stats).pending
 
     def outcomes(self, actor="pay"):
         return [(event.outcome.value, event.reason) for event in self.stage.collected.events if event.actor == actor]

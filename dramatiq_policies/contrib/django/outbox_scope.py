@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...transactions.outbox import Outbox, Scope
-from ...transactions.scope import Written
+from ...transactions.scope import WrittenRows
 from .database import DjangoConnection, ThreadConnection
 
 if TYPE_CHECKING:
@@ -34,18 +34,18 @@ class AtomicScope(Scope):
         # At each send: Django drops the callbacks of a rolled-back savepoint. The first callback publishes all rows.
         self.connection.on_commit(partial(publish, outbox, written, self.connection.alias), robust=True)
 
-    def written(self, outbox: Outbox) -> Written:
+    def written(self, outbox: Outbox) -> WrittenRows:
         """Return the rows of this transaction."""
         # One list of callbacks per transaction: Django makes a new list after the commit, and after each rollback.
         callbacks = self.connection.run_on_commit
         known = getattr(self.connection, _WRITTEN, None)
         if known is None or known[0] is not callbacks or known[1] is not outbox:
-            known = (callbacks, outbox, Written())
+            known = (callbacks, outbox, WrittenRows())
             setattr(self.connection, _WRITTEN, known)
-        found: Written = known[2]
+        found: WrittenRows = known[2]
         return found
 
 
-def publish(outbox: Outbox, written: Written, using: str) -> None:
+def publish(outbox: Outbox, written: WrittenRows, using: str) -> None:
     """Publish committed rows, and wait for the publication as long as the outbox allows. Never raises."""
     outbox.wait_for(outbox.after_commit(written, ThreadConnection(using)))

@@ -159,7 +159,7 @@ def _outbox(broker: Broker, facts: dict[str, Any]) -> Found:
     if outbox is None:
         return
     try:
-        found = ask_database(outbox, outbox.table.stats)
+        found = ask_database(outbox, outbox.rows.stats)
     except NoOutboxTable as error:
         yield "DP112", str(error).removesuffix(".")
         return

@@ -72,7 +72,7 @@ class Shop:
         return [(event.outcome.value, event.reason) for event in self.events if event.actor == "place"]
 
     def pending(self):
-        return self.outbox.database.run(self.outbox.table.stats).pending
+        return self.outbox.database.run(self.outbox.rows.stats).pending
 
     def queued(self):
         return [Message.decode(body).args for body in self.broker.queues["mail"].queue]
