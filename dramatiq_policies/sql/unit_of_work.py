@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..delivery.executor import Proceed
     from ..transactions.outbox import Scope
     from ..transactions.scope import Entered
-    from ..transactions.transactional import Finish, UnitOfWork
+    from ..transactions.unit_of_work import Finish, UnitOfWork
 
 __all__ = ["SqlUnitsOfWork"]
 

@@ -15,29 +15,43 @@ if TYPE_CHECKING:
     from ..delivery.delivery import Delivery
     from ..interrupts import Runner
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "watch_interrupts"]
+
+
+def watch_interrupts(delivery: Delivery) -> Interrupts:
+    """Record the interrupts of a delivery's job: replaces the job's runner."""
+    run, fn, args, kwargs = delivery.job
+    interrupts = Interrupts(delivery, run)
+    delivery.job = (interrupts.run, fn, args, kwargs)
+    return interrupts
 
 
 class Interrupts:
-    """Records the interrupts of a job, also interrupts that the job has handled."""
+    """The interrupts of one job, also interrupts that the job has handled.
 
-    def __init__(self, delivery: Delivery) -> None:
+    Parameters:
+      delivery: The delivery.
+      runner: Runs the job.
+
+    Attributes:
+      seen: Whether the job was interrupted.
+    """
+
+    def __init__(self, delivery: Delivery, runner: Runner) -> None:
         self.seen = False
         self._delivery = delivery
-        self._call: Runner
-        self._call, fn, args, kwargs = delivery.job
-        delivery.job = (self._run, fn, args, kwargs)
+        self._runner = runner
 
-    def _run(
-        self, fn: Any, args: Any, kwargs: Any, *, after_interrupt: Callable[[], object] = noop, **more: Any
-    ) -> Any:
+    def run(self, fn: Any, args: Any, kwargs: Any, *, after_interrupt: Callable[[], object] = noop, **more: Any) -> Any:
+        """Run a job, and record its interrupts."""
+
         def note() -> None:
             self.seen = True
             after_interrupt()
 
         if coroutines.is_async(fn):
             more["on_cancel"] = self._note_cancellation
-        return self._call(fn, args, kwargs, after_interrupt=note, **more)
+        return self._runner(fn, args, kwargs, after_interrupt=note, **more)
 
     def _note_cancellation(self) -> None:
         self.seen = True

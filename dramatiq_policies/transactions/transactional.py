@@ -21,9 +21,8 @@ Failures that may happen between any two lines:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..common.callables import unwrapped
 from ..common.safe_logger import SafeLogger
@@ -38,7 +37,7 @@ from ..middleware.composition import Callbacks, CountMember, GroupCallbacks, Pip
 from ..middleware.idempotency import guard_on
 from ..outcomes import Outcome, text_of
 from .database import is_transient
-from .interrupts import Interrupts
+from .interrupts import watch_interrupts
 from .key_records import is_of, message_id_of
 from .key_table import KeyTable
 
@@ -54,8 +53,9 @@ if TYPE_CHECKING:
     from ..idempotency.guard import IdempotencyGuard
     from .database import Connection
     from .outbox import Outbox, Scope
+    from .unit_of_work import UnitsOfWork
 
-__all__ = ["Finish", "TransactionalJobs", "UnitOfWork", "UnitsOfWork"]
+__all__ = ["TransactionalJobs"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -63,55 +63,6 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 _TRIES = 5
 #: When a message comes again whose key another message has taken over, in milliseconds.
 _AGAIN_MS = 1_000
-
-#: Writes what follows from a job, over the connection of its transaction and in the outbox's scope.
-Finish = Callable[["Connection", "Scope"], None]
-
-
-class UnitOfWork(Protocol):
-    """One transaction of the application's database, for one run of a job. One worker thread uses it, once.
-
-    Attributes:
-      session: The session for the job; None without one.
-    """
-
-    @property
-    def session(self) -> Any: ...
-
-    def run(self, delivery: Delivery, proceed: Proceed) -> Any:
-        """Begin, and return ``proceed(delivery)``: the job, in the outbox's scope and with its session flushed.
-
-        The job may be interrupted. To run code as part of the job, replace ``delivery.job`` before the call of ``proceed``.
-        """
-
-    def commit(self, finish: Finish) -> None:
-        """Call ``finish`` in the transaction, commit, and release the connection. Never interrupted.
-
-        Raises:
-          ConfigurationError: The job has tried to commit.
-          Exception: The error of ``finish`` or of the database. `roll_back` follows.
-        """
-
-    def roll_back(self, *, interrupted: bool) -> None:
-        """End the transaction without a trace, and release the connection. Never raises.
-
-        Parameters:
-          interrupted: An interrupt may have struck within a statement: don't use the connection again.
-        """
-
-
-class UnitsOfWork(Protocol):
-    """Begins the units of work of one outbox."""
-
-    def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:
-        """Check that units of work are possible for an actor whose keys are in a store.
-
-        Raises:
-          ConfigurationError: They are not; the text says how to change it.
-        """
-
-    def make(self, *, is_async: bool) -> UnitOfWork:
-        """Return a unit of work for one run. Does not connect."""
 
 
 class TakenOver(Exception):
@@ -167,7 +118,7 @@ class TransactionalJobs:
         assert claim is not None  # Without a claim the message was deferred.
         unit = self.units.make(is_async=coroutines.is_async(delivery.job[1]))
         delivery.transaction = JobTransaction(unit.session)
-        interrupts = Interrupts(delivery)
+        interrupts = watch_interrupts(delivery)
         try:
             result = unit.run(delivery, proceed)
             interrupts.raise_swallowed()
@@ -206,7 +157,10 @@ class TransactionalJobs:
         self._complete(connection, claim)
 
     def _follow_ups(self, delivery: Delivery, result: Any) -> list[Any]:
-        """Return the follow-up messages that the hooks of a success would leave: the pipeline's next step, the group, ``on_success``."""
+        """Return the follow-up messages that the hooks of a success leave: the pipeline's next step, the group, ``on_success``.
+
+        After the commit the worker runs these hooks again. They leave nothing then: see `Delivery.is_committed`.
+        """
         broker, proxy = self.state.broker, delivery.proxy
         assert proxy is not None  # From the before-hooks to the after-hooks.
         try:
@@ -256,12 +210,7 @@ class TransactionalJobs:
             self._give_way(delivery, claim, found)
         claim.over = claim.committing = False
         if is_transient(error) and delivery.elapsed_ms() > claims.lease / 3:
-            logger.warning(
-                "The lease of message %s of actor %s was renewed during the run, and its transaction sees an older state: above READ "
-                "COMMITTED, a job must end within a third of its lease. Set a longer Idempotency(lease=…), or use READ COMMITTED.",
-                delivery.message.message_id,
-                delivery.message.actor_name,
-            )
+            _warn_of_renewed_lease(delivery)
         return False
 
     def _give_way(self, delivery: Delivery, claim: Claim, theirs: bytes | None) -> NoReturn:
@@ -294,6 +243,15 @@ class TransactionalJobs:
 
     def _claims(self) -> Claims:
         return self._guard().claims
+
+
+def _warn_of_renewed_lease(delivery: Delivery) -> None:
+    logger.warning(
+        "The lease of message %s of actor %s was renewed during the run, and its transaction sees an older state: above READ "
+        "COMMITTED, a job must end within a third of its lease. Set a longer Idempotency(lease=…), or use READ COMMITTED.",
+        delivery.message.message_id,
+        delivery.message.actor_name,
+    )
 
 
 def _function_of(actor: Actor[..., Any]) -> Any:

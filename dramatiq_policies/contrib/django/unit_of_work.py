@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...delivery.executor import Proceed
     from ...transactions.key_table import KeyTable
     from ...transactions.outbox import Outbox
-    from ...transactions.transactional import Finish, UnitOfWork
+    from ...transactions.unit_of_work import Finish, UnitOfWork
 
 __all__ = ["DjangoUnitsOfWork"]
 
