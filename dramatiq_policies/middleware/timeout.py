@@ -123,6 +123,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: The reported jobs that still ran when `still_stuck` last looked.
         self.stuck_jobs: list[Job] = []
+        self._is_around_claimed_jobs = False
         #: Time between deadline and report, in seconds. `interrupts.threads.run` reads ``grace`` and calls `stuck`.
         self.grace = self.grace_ms / 1_000
 
@@ -146,7 +147,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def for_stub(self) -> Self:
         stub = super().for_stub()
-        stub.stuck_subscribers, stub.stuck_jobs = [], []
+        stub.stuck_subscribers, stub.stuck_jobs, stub._is_around_claimed_jobs = [], [], False  # noqa: SLF001 - of our own class
         return stub
 
     # No hooks of TimeLimit: the clock runs only while the actor's function runs, not from hook to hook.
@@ -171,6 +172,9 @@ class Timeout(PolicyMiddleware, TimeLimit):
         limit = self.default if timeout is None else duration_ms(timeout)
         waiting = options.get("queue_timeout")
         most_waiting = self.queue_default if waiting is None else none_if_infinite(duration_ms(waiting))
+        if most_waiting is not None and self.attached_to is not None and not self._is_around_claimed_jobs:
+            self._is_around_claimed_jobs = True
+            self.attached_to.add_around_job(around_claimed_job, order=2)
         return none_if_infinite(limit), most_waiting
 
     def stuck(self, job: Job | None, stack: str) -> None:
@@ -246,7 +250,7 @@ def around_job(delivery: Delivery, proceed: Proceed) -> Any:
     policy = delivery.policy
     limit = None
     if policy is not None:
-        if policy.queue_timeout_ms is not None:
+        if policy.queue_timeout_ms is not None and not _may_have_completed(delivery):
             _expire(delivery, policy.queue_timeout_ms)
         limit = timeout_of(delivery.message.options, policy.timeout_ms, policy.actor_name)
     delivery.timeout_ms = limit
@@ -258,6 +262,20 @@ def around_job(delivery: Delivery, proceed: Proceed) -> Any:
         started, ended = delivery.started, delivery.ended
         if started is not None and ended is not None and limit * WARN_RATIO < (ended - started) * 1_000 <= limit:
             warn_if_close(delivery)
+
+
+def around_claimed_job(delivery: Delivery, proceed: Proceed) -> Any:
+    """Skip a redelivered message after too long a wait, once the claim has shown that its key is not completed."""
+    policy = delivery.policy
+    if policy is not None and policy.queue_timeout_ms is not None and _may_have_completed(delivery):
+        _expire(delivery, policy.queue_timeout_ms)
+    return proceed(delivery)
+
+
+def _may_have_completed(delivery: Delivery) -> bool:
+    """Return whether a worker may have completed the key of a message and died before the acknowledgement."""
+    idempotency = None if delivery.policy is None else delivery.policy.idempotency
+    return delivery.redelivered and idempotency is not None and idempotency.keyed
 
 
 def _expire(delivery: Delivery, queue_timeout_ms: float) -> None:

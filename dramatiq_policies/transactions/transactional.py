@@ -108,7 +108,7 @@ class TransactionalJobs:
         if not self._is_around_jobs:
             self._is_around_jobs = True
             # Within the claim of the key.
-            self.state.add_around_job(self.around_job, order=2)
+            self.state.add_around_job(self.around_job, order=3)
 
     def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
         """Run a transactional job and commit. Any other job just runs."""

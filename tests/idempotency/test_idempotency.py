@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from dramatiq import Message
 from dramatiq.results import Results
 from dramatiq.results.backends import StubBackend
 
@@ -13,6 +14,7 @@ from dramatiq_policies import (
     Idempotency,
     RetryPolicy,
     Snooze,
+    Timeout,
     constant,
     current_job,
     exponential,
@@ -388,3 +390,19 @@ def test_a_callable_makes_the_key():
     job.send({"id": 1}, kind="b")
     stage.run()
     assert len(runs) == 2
+
+
+def test_a_redelivery_of_a_completed_job_is_a_duplicate_however_long_it_waited():
+    def pay(number):
+        runs.append(number)
+
+    runs = []
+    stage = Stage(bundle={"idempotency": Idempotency(), "timeout": Timeout(queue_default=60_000)})
+    actor = stage.actor(pay, idempotent=True)
+    message = actor.send(1)
+    stage.run()
+    late = {"redelivered": True, "ready_at": message.options["ready_at"] - 120_000}
+    for message_id in (message.message_id, "not completed"):
+        stage.broker.queues["default"].put(Message("default", "pay", (2,), {}, late, message_id=message_id).encode())
+    stage.run()
+    assert (runs, stage.outcomes()) == ([1], ["succeeded", "duplicate", "expired"])
