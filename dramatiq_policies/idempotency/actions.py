@@ -54,15 +54,19 @@ class Start(NamedTuple):
     alone: bool = False
 
 
-class SkipDuplicate(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SkipDuplicate:
     """Skip the message: the first message (``first_message_id``) has ``completed`` the key, or this run has ended (``stale``).
 
-    With ``differs``, the first message has other arguments.
+    Attributes:
+      differs: Whether the first message has other arguments.
+      left: For how long the store remembers the completion, in milliseconds.
     """
 
     reason: str
     first_message_id: str | None = None
     differs: bool = False
+    left: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def next_action(record: Record | None, left: int, request: Request) -> Action:
     mine = record.message_id == request.message_id
     differs = not mine and "" not in (record.args, request.args) and record.args != request.args
     if record.state == COMPLETED:
-        return SkipDuplicate("completed", None if mine else record.message_id, differs)
+        return SkipDuplicate("completed", None if mine else record.message_id, differs, left)
     if any(message == request.message_id and request.run <= run for message, run in record.ended):
         return SkipDuplicate("stale")
     left = left - record.retention

@@ -26,13 +26,15 @@ class ResultsDown(Exception):
     """The result backend can't be read now."""
 
 
-def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: str) -> None:
+def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: str, *, may_come: bool = False) -> None:
     """Move on the pipeline and the group of a duplicate.
 
     Parameters:
       first_message_id: The id of the first message.
+      may_come: Whether a missing result may still be stored.
 
     Raises:
+      ResultMissing: The result is missing and may come.
       ResultsDown: The result backend is down.
       SkipMessage: The next step needs a missing result. The message is dead.
     """
@@ -50,6 +52,8 @@ def forward_first_result(broker: Broker, delivery: Delivery, first_message_id: s
                 if first_message_id != message.message_id:
                     results.backend.store_result(message, result, ttl)
             except ResultMissing:
+                if may_come:
+                    raise
                 missed = True
             except ResultFailure:
                 pass

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dramatiq.results import ResultMissing
+
 from ..common.plurals import counted
 from ..common.throttle import Throttle
 from ..delivery.consumer import REDELIVERED
@@ -44,6 +46,8 @@ __all__ = ["IdempotencyGuard"]
 Answer = Claim | QuarantinedClaim | actions.Action
 #: How often a job that must start alone is deferred because of other running jobs, before the job starts beside them.
 _ALONE_AFTER = 10
+#: Milliseconds after the completion of a transactional job in which its result may come. Later, its worker has died.
+_RESULT_COMES_WITHIN = 10_000
 
 
 class IdempotencyGuard:
@@ -258,7 +262,15 @@ class IdempotencyGuard:
         if duplicate.first_message_id is not None:
             if duplicate.differs:
                 self._warn_of_other_arguments(delivery.message, duplicate.first_message_id)
-            self._forward_first_result(delivery, duplicate.first_message_id)
+            policy = delivery.policy
+            # A transactional job stores its result after the completion of its key.
+            may_come = (
+                policy is not None
+                and policy.transactional
+                and policy.idempotency is not None
+                and policy.idempotency.ttl - duplicate.left < _RESULT_COMES_WITHIN
+            )
+            self._forward_first_result(delivery, duplicate.first_message_id, may_come=may_come)
         delivery.skip(Decision(Outcome.DUPLICATE, duplicate.reason))
 
     def _warn_of_other_arguments(self, message: Message[Any], first_message_id: str) -> None:
@@ -279,11 +291,13 @@ class IdempotencyGuard:
         delivery.decision = Decision(Outcome.DUPLICATE, "done")
         delivery.message.options["store_results"] = False
 
-    def _forward_first_result(self, delivery: Delivery, first_message_id: str) -> None:
+    def _forward_first_result(self, delivery: Delivery, first_message_id: str, *, may_come: bool = False) -> None:
         try:
-            forward_first_result(self.state.broker, delivery, first_message_id)
+            forward_first_result(self.state.broker, delivery, first_message_id, may_come=may_come)
         except ResultsDown:
             self.defer(delivery, "store_down")
+        except ResultMissing:
+            self.defer(delivery, "running")
 
     def defer(
         self, delivery: Delivery, reason: str, name: str = "", answer: actions.WaitForOwner | None = None

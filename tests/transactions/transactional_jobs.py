@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from dramatiq import Message, group, pipeline
 from dramatiq.middleware import AsyncIO, CurrentMessage, GroupCallbacks
 from dramatiq.rate_limits.backends import StubBackend
-from dramatiq.results import Results
+from dramatiq.results import ResultMissing, Results
 from dramatiq.results.backends import StubBackend as StubResults
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
@@ -29,7 +29,7 @@ from dramatiq_policies import (
     TimeoutExceeded,
     current_job,
 )
-from dramatiq_policies.idempotency import records
+from dramatiq_policies.idempotency import guard, records
 from dramatiq_policies.sql import SqlOutbox, SqlStore
 from dramatiq_policies.testing import drain, store_down
 
@@ -519,6 +519,35 @@ class TransactionalJobs:
         message = shop.actor(body, store_results=True).send(7)
         shop.drain()
         assert shop.results.get_result(message) == "paid"
+
+    @pytest.mark.parametrize("comes", [True, False])
+    def test_a_duplicate_waits_for_the_result_that_is_stored_after_the_commit(self, shop, monkeypatch, comes):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+            return "paid"
+
+        pay = shop.actor(body, store_results=True)
+        pay.send(7)
+        shop.drain()
+        get, missing = shop.results.get_result, [1, 2]
+
+        def get_result(message):
+            if missing:
+                missing.pop()
+                raise ResultMissing(message)
+            return get(message)
+
+        monkeypatch.setattr(shop.results, "get_result", get_result)
+        if not comes:
+            monkeypatch.setattr(guard, "_RESULT_COMES_WITHIN", 0)
+        pipeline([pay.message(7), shop.note.message("next")], broker=shop.broker).run()
+        shop.drain()
+        assert shop.outcomes() == [
+            ("succeeded", None),
+            *([("deferred", "running")] * 2 if comes else []),
+            ("duplicate", "completed") if comes else ("dead", "no_result"),
+        ]
+        assert shop.done == ([("next", "paid")] if comes else [])
 
     def test_a_result_that_cannot_be_sent_to_the_next_step_leaves_nothing(self, shop):
         async def body(job, order):
