@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .bundle import install
-from .delivery.actor_policy import ActorOptions
+from .delivery.actor_options import ActorOptions
 from .delivery.current_job import CurrentJob, current_job
 from .errors import (
     ConfigurationError,
@@ -29,7 +29,8 @@ from .middleware.error_classifier import ErrorClassifier
 from .middleware.idempotency import Idempotency, KeyState
 from .middleware.timeout import StuckJob, Timeout
 from .outcomes import Outcome, OutcomeEvent
-from .rules.backoff import constant, exponential, polynomial, retry_after
+from .rules.backoff import constant, exponential, polynomial
+from .rules.retry_after import retry_after
 from .rules.rule import RetryPolicy, when
 
 if TYPE_CHECKING:

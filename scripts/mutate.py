@@ -50,6 +50,7 @@ TESTS = {
     "common/durations": ["common/test_durations", "rules/test_backoff"],
     "rules/retry_after": ["rules"],
     "rules/backoff": ["rules", "middleware/test_error_classifier*"],
+    "rules/wait": ["rules", "middleware/test_error_classifier*"],
     "rules/rule": ["rules", "middleware/test_error_classifier*"],
     "rules/matching": ["rules", "middleware/test_error_classifier*"],
     "rules/parsing": ["rules", "middleware/test_error_classifier*"],

@@ -16,9 +16,9 @@ from ..common.durations import LikelySeconds, clamped_wait, warn_of_seconds_once
 from ..common.texts import encodable
 from ..errors import Snooze, Verdict
 from ..outcomes import Outcome, logger, text_of
-from ..rules.backoff import safe_wait
 from ..rules.rule import RetryPolicy, Verb
 from ..rules.verdicts import deciding_rule
+from ..rules.wait import safe_wait
 from .callbacks import add_exhausted_callback
 from .decision import Decision
 from .delivery import Delivery

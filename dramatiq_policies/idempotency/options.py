@@ -21,8 +21,8 @@ from ..common.durations import CENTURY_MS, WEEK_MS
 from ..delivery.actor_policy import IdempotencyOptions
 from ..errors import ConfigurationError, checked_duration, how_to_add
 from ..interrupts import coroutines, runner_for
-from ..rules.backoff import bounds_of
 from ..rules.matching import RuleSet
+from ..rules.wait import bounds_of
 from .fingerprint import covers_all, fingerprint_of
 from .keys import TypedKey, checked_key, encodable, signature_of, template_key, text_key, typed_name
 

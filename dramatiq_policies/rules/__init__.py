@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["backoff", "matching", "parsing", "rule", "verdicts"]
+__all__ = ["backoff", "matching", "parsing", "retry_after", "rule", "verdicts", "wait"]

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from ..common.callables import is_sync_callable
 from ..common.safe_logger import SafeLogger
 from ..errors import ConfigurationError, checked_duration
-from .backoff import Wait, as_wait, exponential
+from .backoff import Wait, exponential
+from .wait import as_wait
 
 __all__ = ["Owner", "RetryPolicy", "Rule", "Verb", "When", "reject_duplicates", "when"]
 

@@ -11,7 +11,7 @@ from dramatiq_policies import Discard, Metrics, Outcome, RetryPolicy, Unreadable
 from dramatiq_policies._job_errors import is_a, stand_in_for
 from dramatiq_policies.middleware.metrics import Nowhere
 from dramatiq_policies.outcomes import class_path, text_of
-from dramatiq_policies.rules.backoff import safe_wait
+from dramatiq_policies.rules.wait import safe_wait
 
 from ..support import Stage
 

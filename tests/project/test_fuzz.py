@@ -42,7 +42,8 @@ from dramatiq_policies import (
 )
 from dramatiq_policies.brokers.browser import Item
 from dramatiq_policies.brokers.queue_reader import oldest
-from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
+from dramatiq_policies.common.durations import WEEK_MS
+from dramatiq_policies.delivery.actor_options import ACTOR_OPTIONS
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.delivery.history import POLICIES, History, attempt_of, replays_of, run_of
 from dramatiq_policies.delivery.validation import check_composition, check_shape, is_number
@@ -50,7 +51,7 @@ from dramatiq_policies.errors import UnknownRecord
 from dramatiq_policies.idempotency.actions import Request, next_action
 from dramatiq_policies.idempotency.records import Record
 from dramatiq_policies.ops.dead_letters.dead_letter import for_replay, read_dead_letter
-from dramatiq_policies.rules.backoff import WEEK_MS, bounds_of, safe_wait
+from dramatiq_policies.rules.wait import bounds_of, safe_wait
 
 from ..support import PlainClient, Stage
 

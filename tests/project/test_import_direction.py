@@ -162,6 +162,7 @@ def test_rules_and_backoff_know_nothing_of_dramatiq():
         "rules/parsing",
         "rules/backoff",
         "rules/retry_after",
+        "rules/wait",
         "common/durations",
     ):
         assert "dramatiq" not in {

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from dramatiq_policies import ConfigurationError, constant, exponential, polynomial, retry_after
 from dramatiq_policies.common.callables import is_coroutine_callable
 from dramatiq_policies.common.durations import WEEK_MS
-from dramatiq_policies.rules.backoff import bounds_of, safe_wait
+from dramatiq_policies.rules.wait import bounds_of, safe_wait
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 ERROR = ValueError()

@@ -8,8 +8,8 @@ from ...common.durations import format_duration, to_ms
 from ...common.plurals import counted
 from ...errors import ConfigurationError
 from ...outcomes import class_path
-from ...rules.backoff import bounds_of
 from ...rules.rule import RetryPolicy, Rule
+from ...rules.wait import bounds_of
 from ..explanations.explanation import unnamed
 from .broker_checks import Found
 from .checked_job import CheckedJob

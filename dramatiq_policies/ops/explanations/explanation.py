@@ -14,8 +14,8 @@ from ...delivery.broker_state import state_of
 from ...errors import Snooze, Verdict
 from ...middleware.error_classifier import ErrorClassifier
 from ...outcomes import class_path
-from ...rules.backoff import bounds_of
 from ...rules.rule import RetryPolicy, Rule, Verb
+from ...rules.wait import bounds_of
 from ..app import OperationError
 
 if TYPE_CHECKING:
