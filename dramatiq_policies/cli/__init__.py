@@ -10,7 +10,6 @@ import click
 
 from ..common.safe_logger import SafeLogger
 from ..ops import OperationError, one_line
-from .base import escape_unencodable, ignore_broken_pipe, printable_text
 from .check import check
 from .dead import dead
 from .explain import explain
@@ -18,6 +17,7 @@ from .help import WholeSummaries, add_examples
 from .keys import keys
 from .new import new
 from .outbox import outbox
+from .output import escape_unencodable, ignore_broken_pipe, printable_text
 from .queues import monitor, queues
 
 __all__ = ["main"]

@@ -24,15 +24,8 @@ from ..ops.app import PlaceholderBroker
 from ..ops.checks.findings import Finding
 from ..ops.checks.gate import BASELINE, checked_reason, missing_extra
 from .app_command import AppCommand
-from .base import (
-    console,
-    format_option,
-    ignore_broken_pipe,
-    parse_duration,
-    path_option,
-    print_json,
-    printable_text,
-)
+from .options import format_option, parse_duration, path_option
+from .output import console, ignore_broken_pipe, print_json, printable_text
 
 __all__ = ["check"]
 

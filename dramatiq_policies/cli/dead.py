@@ -18,24 +18,12 @@ from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..delivery.validation import is_number
 from .app_command import AppCommand, load_app
-from .base import (
-    confirm,
-    console,
-    finite,
-    format_option,
-    interruptible,
-    path_option,
-    print_json,
-    print_json_stream,
-    print_table,
-    printable_text,
-    progress_bar,
-    report_unreadable,
-    timestamp,
-)
+from .changes import confirm, interruptible, progress_bar, report_unreadable
 from .completion import queue_names
 from .filters import filters, parse_filters, report_nothing_found
 from .help import WholeSummaries
+from .options import expect_finite, format_option, path_option
+from .output import console, print_json, print_json_stream, print_table, printable_text, timestamp
 
 __all__ = ["dead", "no_dead_letters"]
 
@@ -194,7 +182,9 @@ def _wait(delay: Any) -> str | None:
 @filters
 @click.option("-n", "--limit", type=click.IntRange(1), help="At most this many.")
 @click.option("--dry-run", is_flag=True, help="Only print the number; change nothing.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), callback=finite, help="At most this many per second.")
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), callback=expect_finite, help="At most this many per second."
+)
 @click.option(
     "--to-queue", metavar="QUEUE", shell_complete=queue_names, help="Send to this queue instead of the original queues."
 )

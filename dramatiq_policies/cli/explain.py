@@ -10,7 +10,8 @@ from .. import ops
 from ..common.durations import format_duration
 from ..ops.durations import describe_wait
 from .app_command import AppCommand
-from .base import console, format_option, path_option, print_json, print_table, printable_text
+from .options import format_option, path_option
+from .output import console, print_json, print_table, printable_text
 
 __all__ = ["explain"]
 

@@ -11,8 +11,9 @@ from dramatiq.broker import Broker
 from .. import ops
 from ..common.callables import stated_signature, unwrapped
 from .app_command import load_app
-from .base import parse_duration, parse_tags, path_option, printable_text
 from .completion import actor_names, queue_names
+from .options import parse_duration, parse_tags, path_option
+from .output import printable_text
 
 __all__ = ["filters", "parse_filters", "report_nothing_found"]
 

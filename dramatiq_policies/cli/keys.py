@@ -9,8 +9,10 @@ import click
 from .. import ops
 from ..common.durations import format_duration
 from .app_command import AppCommand
-from .base import confirm, format_option, path_option, print_json, print_table, printable_text, timestamp
+from .changes import confirm
 from .help import WholeSummaries
+from .options import format_option, path_option
+from .output import print_json, print_table, printable_text, timestamp
 
 __all__ = ["keys"]
 

@@ -13,7 +13,8 @@ from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
 from ..ops.app import extend_path
 from ..ops.checks.gate import read_toml
 from ..ops.scaffolding.scaffold import module_name
-from .base import path_option, printable_text
+from .options import path_option
+from .output import printable_text
 
 __all__ = ["new"]
 

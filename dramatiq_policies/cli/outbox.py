@@ -13,9 +13,11 @@ from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from .app_command import AppCommand, load_app
-from .base import confirm, format_option, path_option, print_json, print_table, printable_text
+from .changes import confirm
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
+from .options import format_option, path_option
+from .output import print_json, print_table, printable_text
 from .process import prepare_long_run
 
 __all__ = ["outbox"]

@@ -19,24 +19,12 @@ from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
 from ..errors import how_to_add
 from .app_command import AppCommand, load_app
-from .base import (
-    as_json,
-    confirm,
-    console,
-    format_option,
-    ignore_broken_pipe,
-    interruptible,
-    parse_duration,
-    path_option,
-    print_json,
-    print_table,
-    printable_text,
-    progress_bar,
-    report_unreadable,
-)
-from .base import table as make_table
+from .changes import confirm, interruptible, progress_bar, report_unreadable
 from .completion import actor_names, queue_names
 from .help import WholeSummaries
+from .options import format_option, parse_duration, path_option
+from .output import as_json, console, ignore_broken_pipe, print_json, print_table, printable_text
+from .output import table as make_table
 from .process import prepare_long_run
 
 __all__ = ["monitor", "queues"]

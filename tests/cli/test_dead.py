@@ -499,7 +499,7 @@ def test_on_80_columns_nothing_is_cut_ids_are_short_and_no_name_is_broken(comman
     app = command.app(
         APP + f"bury(send_mail, '{id_}', exception='shop.gateway.PaymentGatewayUnreachable', text='no answer ' * 12)\n"
     )
-    for module in ("dead", "base"):
+    for module in ("dead", "output"):
         monkeypatch.setattr(sys.modules[f"dramatiq_policies.cli.{module}"], "console", terminal)
     listed = command("dead", "list", app).stdout
     assert id_ not in listed

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dramatiq_policies import ops
 from dramatiq_policies.cli import main
-from dramatiq_policies.cli.base import table
+from dramatiq_policies.cli.output import table
 
 from .test_check import PREPARED
 from .test_command import run

@@ -1,17 +1,16 @@
-"""Options, tables, JSON and questions for all commands."""
+"""Print texts, tables and JSON, without credentials and terminal controls."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -21,53 +20,20 @@ from rich.text import Text
 
 from .. import ops
 from ..common.credentials import is_secret_name
-from ..common.durations import looks_like_seconds
-from ..common.plurals import counted
 from ..common.texts import UNPRINTABLE, printable
-from ..ops import MoveResult, OperationError, durations
 
 __all__ = [
     "as_json",
-    "confirm",
     "console",
     "escape_unencodable",
-    "finite",
-    "format_option",
     "ignore_broken_pipe",
-    "interruptible",
-    "parse_duration",
-    "parse_tags",
-    "path_option",
     "print_json",
     "print_json_stream",
     "print_table",
     "printable_text",
-    "progress_bar",
-    "report_unreadable",
     "table",
     "timestamp",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def path_option(command: F) -> F:
-    """Add ``--path``, as in the dramatiq command."""
-    return click.option(
-        "-P",
-        "--path",
-        multiple=True,
-        default=(".",),
-        show_default="the current folder",
-        help="Import modules from this folder first; repeatable.",
-    )(command)
-
-
-def format_option(*more: str) -> Callable[[F], F]:
-    """Add ``--format human|json``, and further formats of a command."""
-    return click.option(
-        "--format", "form", type=click.Choice(["human", "json", *more]), default="human", help="Output format."
-    )
 
 
 class _Console(Console):
@@ -220,83 +186,3 @@ def timestamp(ms: Any) -> str:
         return f"{when:%Y-%m-%d %H:%M:%S}{'Z' if zone == '+0000' else zone[:3] + ':' + zone[3:5]}"
     except (TypeError, ValueError, OverflowError, OSError):
         return "-"
-
-
-def parse_duration(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Read the value of an option: ``90s``, ``30m``, ``2h``, ``7d``, or milliseconds."""
-    if value is None:
-        return None
-    try:
-        duration = durations.parse_duration(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a duration; write 90s, 30m, 2h or 7d.", ctx, param) from None
-    if value.strip()[-1:].isdigit() and looks_like_seconds(param.opts[0], duration):
-        click.echo(f"{param.opts[0]} {value} is {value} milliseconds. For seconds write {value}s.", err=True)
-    return duration
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Refuse infinity and NaN as an option's value."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number.", ctx, param)
-    return value
-
-
-def parse_tags(tags: Sequence[str], noun: str = "a tag") -> dict[str, str]:
-    """Parse ``name=value`` options.
-
-    Raises:
-      OperationError: An option has no ``=``.
-    """
-    parsed = {}
-    for tag in tags:
-        name, found, value = tag.partition("=")
-        if not found:
-            raise OperationError(f"{tag!r} is not {noun}; write NAME=VALUE.")
-        parsed[name] = value
-    return parsed
-
-
-@contextlib.contextmanager
-def interruptible(moved: MoveResult, noun: str, done: str) -> Iterator[None]:
-    """Report the progress after an interruption or an error."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted: {counted(moved.count, noun)} {done}; the rest is unchanged.", err=True)
-        raise click.exceptions.Exit(130) from None
-    except OperationError as error:
-        before = f" {counted(moved.count, noun)} {done} before." if moved.count else ""
-        raise OperationError(f"{error}{before}") from None
-
-
-def report_unreadable(moved: MoveResult) -> None:
-    """Report the number of matching messages with unreadable bodies, if any."""
-    if moved.unreadable:
-        stay = "remains in the queue" if moved.unreadable == 1 else "remain in the queue"
-        click.echo(f"{counted(moved.unreadable, 'message')} can't be read and {stay}.", err=True)
-
-
-@contextlib.contextmanager
-def progress_bar(activity: str) -> Iterator[Callable[[int, int], object] | None]:
-    """Show a progress bar on stderr, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(activity, total=None)
-        yield lambda seen, total: bar.update(task, completed=seen, total=max(total, seen))
-
-
-def confirm(question: str) -> None:
-    """Ask a question; exit unless the answer is yes."""
-    try:
-        agreed = click.confirm(printable_text(question), err=True)
-    except click.Abort:
-        click.echo(err=True)
-        raise OperationError("Nothing was done: no confirmation. Answer yes, or pass --yes.") from None
-    if not agreed:
-        click.echo("Nothing was done.", err=True)
-        raise click.exceptions.Exit(1)
