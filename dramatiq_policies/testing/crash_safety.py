@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import linecache
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from dramatiq.asyncio import async_to_sync
 
 from ..common.callables import unwrapped
 from ..delivery.broker_state import state_of
 from ..errors import ConfigurationError
-from ..interrupts.coroutines import is_async
 from ..middleware.ordering import order_middleware
 from ..transactions.outbox import outbox_on
 from .draining import WorkerDied, drain, drain_in_progress
 from .faults import die_in_job, redeliver
+from .line_tracing import END, code_of, with_traced_lines
 from .outboxes import AfterCommit, Unpublished, after_commits
 from .patching import expect_actor, in_place_of
 from .stub_environment import environment_of
@@ -43,9 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_crash_safe"]
 
-# Moments without a line, in the place of a line's number.
-#: After the last line, before the ack.
-_END = 0
+# Moments without a line, in the place of a line's number, like `END`.
 #: After a commit, before the outbox publishes the messages.
 _COMMITTED = -1
 #: After the commit of a transactional job, before the ack.
@@ -126,7 +118,7 @@ class _Scene:
         self.actor = actor
         self.args, self.kwargs = args, kwargs
         self.effects, self.reset = effects, reset
-        self.code = _code_of(unwrapped(actor.fn))
+        self.code = code_of(unwrapped(actor.fn))
         self.visited: list[int] = []
 
     def undisturbed(self) -> Any:
@@ -166,7 +158,7 @@ class _Scene:
 
     def describe(self, point: Point) -> str:
         file = self.code.co_filename
-        if point.line == _END:
+        if point.line == END:
             return f"after the last line of the job, before the ack:\n    {file}"
         time = "" if point.visit == 1 else f" (time {point.visit})"
         if point.line == _COMMITTED:
@@ -190,7 +182,7 @@ class _Scene:
                 die_in_job("assert_crash_safe()")
 
         def trace(fn: Any) -> Any:
-            return _traced(fn, self.code, reach) if traced else fn
+            return with_traced_lines(fn, self.code, reach) if traced else fn
 
         with stub(self.actor.broker) as broker, in_place_of(self.actor, trace), _commits_as_points(broker, reach):
             order_middleware(broker).add_around_job(partial(_reach_after_commit, self.actor, reach), order=-1)
@@ -241,62 +233,3 @@ def _reach_after_commit(
     if transaction is not None and transaction.is_committed and delivery.message.actor_name == actor.actor_name:
         reach(_DONE)
     return result
-
-
-def _code_of(fn: Any) -> CodeType:
-    """Return the code of the actor's own function, without decorators."""
-    fn = inspect.unwrap(fn)
-    while isinstance(fn, functools.partial):
-        fn = inspect.unwrap(fn.func)
-    if not hasattr(fn, "__code__"):
-        # A class-based actor.
-        fn = inspect.unwrap(getattr(type(fn), "perform", type(fn).__call__))
-    code: CodeType = fn.__code__
-    return code
-
-
-def _traced(fn: Any, code: CodeType, reach: Callable[[int], None]) -> Any:
-    """Return ``fn`` with a call of ``reach`` before each line of ``code`` and of nested functions."""
-    codes = {code, *_within(code)}
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        return trace_lines if frame.f_code in codes else None
-
-    def trace_lines(frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line":
-            reach(frame.f_lineno)
-        return trace_lines
-
-    if is_async(fn):
-        coroutine = fn.__wrapped__
-
-        @functools.wraps(coroutine)
-        async def run_async(*args: Any, **kwargs: Any) -> Any:
-            before = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                result = await coroutine(*args, **kwargs)
-            finally:
-                sys.settrace(before)
-            reach(_END)
-            return result
-
-        return async_to_sync(run_async)
-
-    @functools.wraps(fn)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            result = fn(*args, **kwargs)
-        finally:
-            sys.settrace(before)
-        reach(_END)
-        return result
-
-    return run
-
-
-def _within(code: CodeType) -> list[CodeType]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return [*inner, *(deeper for one in inner for deeper in _within(one))]
