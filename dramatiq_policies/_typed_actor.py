@@ -12,7 +12,7 @@ from dramatiq import Actor, Broker
 from dramatiq.actor import ActorDecorator
 from typing_extensions import Unpack
 
-from .delivery.actor_policy import ActorOptions
+from .delivery.actor_options import ActorOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "actor_options",
     "actor_policy",
     "broker_state",
     "callbacks",

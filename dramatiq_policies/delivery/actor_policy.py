@@ -1,117 +1,26 @@
-"""The options of an actor, checked at the declaration and resolved once for all messages."""
+"""The options of one actor, checked at the declaration and resolved once for all messages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from ..common.callables import is_coroutine_callable, is_sync_callable
 from ..common.durations import LikelySeconds
 from ..errors import ConfigurationError, checked_duration, checked_wait
 from ..rules.matching import RuleSet
 from ..rules.parsing import parse_rules
-from ..rules.rule import RetryPolicy, Rule, When
+from ..rules.rule import Rule
 
 if TYPE_CHECKING:
-    from dramatiq import Actor, Message
+    from dramatiq import Actor
 
     from ..interrupts import Runner
 
-__all__ = [
-    "ACTOR_OPTIONS",
-    "ActorOptions",
-    "ActorPolicy",
-    "BrokerExceptions",
-    "BrokerRetryOn",
-    "Exceptions",
-    "RetryOn",
-]
-
-#: The options of dramatiq_policies that Dramatiq always accepts, so that our error can name a missing middleware.
-ACTOR_OPTIONS = frozenset(
-    {
-        "after_discard",
-        "alert_on",
-        "broker_rules",
-        "dead_letter_discards",
-        "discard_on",
-        "policy_exempt",
-        "done_when",
-        "idempotency_key",
-        "idempotency_ttl",
-        "idempotent",
-        "max_crashes",
-        "outbox",
-        "retry_on",
-        "tags",
-        "transactional",
-    }
-)
-
-
-#: The type of ``discard_on`` and ``alert_on``.
-Exceptions = type[BaseException] | When | Sequence[type[BaseException] | When] | AbstractSet[type[BaseException] | When]
-#: The type of ``retry_on``. Its keys are ``Any``: a mapping is invariant in its keys, and declared keys are checked at run time.
-RetryOn = Exceptions | Mapping[Any, RetryPolicy | int]
-#: The types of ``discard_on`` and ``alert_on``, and of ``retry_on``, of an ErrorClassifier: a class may be a dotted string.
-BrokerExceptions = (
-    Exceptions | str | Sequence[type[BaseException] | When | str] | AbstractSet[type[BaseException] | When | str]
-)
-BrokerRetryOn = BrokerExceptions | Mapping[Any, RetryPolicy | int]
-
-
-class ActorOptions(TypedDict, total=False):
-    """Every option of an actor with dramatiq_policies: the type of options that several actors share.
-
-    Example::
-
-        MAIL: ActorOptions = {"queue_name": "mail", "retry_on": SMTPException}
-
-        @actor(**MAIL)
-        def send_mail(user_id): ...
-    """
-
-    # Dramatiq's own.
-    queue_name: str
-    actor_name: str | None
-    priority: int
-    max_retries: int | None
-    min_backoff: int
-    max_backoff: int
-    retry_when: Callable[[int, BaseException], bool] | None
-    throws: type[BaseException] | Iterable[type[BaseException]]
-    on_retry_exhausted: str | Actor[..., Any] | None
-    on_failure: str | Actor[..., Any] | None
-    on_success: str | Actor[..., Any] | None
-    time_limit: float | None
-    max_age: int | None
-    notify_shutdown: bool
-    pipe_ignore: bool
-    pipe_target: Message[Any] | None
-    store_results: bool
-    result_ttl: int
-    # Those of dramatiq_policies.
-    retry_on: RetryOn
-    discard_on: Exceptions
-    alert_on: Exceptions
-    broker_rules: bool
-    after_discard: Callable[[Any, BaseException], object] | None
-    dead_letter_discards: bool | None
-    policy_exempt: Mapping[str, str] | None
-    tags: Mapping[str, str] | None
-    timeout: float | timedelta | None
-    queue_timeout: float | timedelta | None
-    idempotent: bool
-    idempotency_key: str | Callable[..., Any]
-    idempotency_ttl: int | timedelta
-    done_when: Callable[..., object]
-    max_crashes: int | None
-    outbox: bool
-    transactional: bool
+__all__ = ["ActorPolicy", "IdempotencyOptions", "checked_stock_options", "exception_classes", "expect_callable"]
 
 
 class IdempotencyOptions:

@@ -10,7 +10,7 @@ from dramatiq.broker import Broker
 from dramatiq.middleware import Middleware, MiddlewareError
 
 from ..common.safe_logger import SafeLogger
-from ..delivery.actor_policy import ACTOR_OPTIONS
+from ..delivery.actor_options import ACTOR_OPTIONS
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -10,12 +10,8 @@ from dramatiq.middleware import Retries
 
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
-from ..delivery.actor_policy import (
-    BrokerExceptions,
-    BrokerRetryOn,
-    checked_stock_options,
-    expect_callable,
-)
+from ..delivery.actor_options import BrokerExceptions, BrokerRetryOn
+from ..delivery.actor_policy import checked_stock_options, expect_callable
 from ..delivery.broker_state import DeliverySettings, state_of
 from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision

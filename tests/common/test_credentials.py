@@ -22,7 +22,7 @@ import dramatiq_policies
 from dramatiq_policies import ConfigurationError, install, ops
 from dramatiq_policies.common.credentials import learn_passwords, redact, redacted_repr
 from dramatiq_policies.common.safe_logger import SafeLogger
-from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
+from dramatiq_policies.delivery.actor_options import ACTOR_OPTIONS
 from dramatiq_policies.middleware.error_classifier import ErrorClassifier
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.stores.redis import RedisStore

@@ -14,7 +14,7 @@ from dramatiq_policies import (
     ErrorClassifier,
     when,
 )
-from dramatiq_policies.delivery.actor_policy import ACTOR_OPTIONS
+from dramatiq_policies.delivery.actor_options import ACTOR_OPTIONS
 from dramatiq_policies.testing import drain
 
 from ..support import Stage

@@ -10,7 +10,7 @@ from ...errors import ConfigurationError
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...delivery.actor_policy import ActorOptions
+    from ...delivery.actor_options import ActorOptions
 
 __all__ = ["OPTIONS", "policy"]
 
