@@ -73,10 +73,10 @@ class Shop:
             worker.stop(10_000)
             self.engine.dispose()
 
-    def take_over(self) -> Any:
+    def take_over(self, **changes: Any) -> Any:
         """Give the key to another process. Returns a function that ends the other process."""
         (claim,) = self.idempotency.claims.leases._held.values()
-        theirs = claim.record._replace(owner="elsewhere:1:place:1", token="1").encode()
+        theirs = claim.record._replace(owner="elsewhere:1:place:1", token="1", **changes).encode()
         assert self.store.swap(claim.name, claim.value, theirs, 10**9) is None
         return lambda: self.store.swap(claim.name, theirs, None, 1)
 
@@ -160,6 +160,21 @@ def test_a_run_that_gave_way_to_another_process_runs_again_if_the_other_process_
         assert shop.paid() == []
         end_the_other_process()
         redeliver()
+        until(lambda: ("succeeded", None) in shop.outcomes(), 60, shop.outcomes)
+        until(lambda: shop.runs["receipt"])
+    assert shop.runs == {"pay": 2, "receipt": 1}
+    assert shop.paid() == [7]
+
+
+def test_a_run_that_gave_way_to_another_message_runs_again_if_the_other_fails(place: Place, database_url: str) -> None:
+    shop = Shop(place, place.url, database_url)
+    with shop.paying():
+        end_the_other_run = shop.take_over(message_id="another")
+        shop.gate.set()
+        until(shop.outcomes)
+        assert shop.outcomes()[0] == ("duplicate", "stale")
+        assert shop.paid() == []
+        end_the_other_run()
         until(lambda: ("succeeded", None) in shop.outcomes(), 60, shop.outcomes)
         until(lambda: shop.runs["receipt"])
     assert shop.runs == {"pay": 2, "receipt": 1}

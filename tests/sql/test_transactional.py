@@ -101,9 +101,9 @@ def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
         if order == 1:
             await (job.call("commit") if end == "commit" else job.sleep(5))
 
-    pay = shop.actor(body, timeout=300, retry_on={Exception: ONCE, TimeoutExceeded: ONCE})
-    for order in (1, 2):
-        pay.send(order)
+    pay = shop.actor(body, retry_on={Exception: ONCE, TimeoutExceeded: ONCE})
+    for order, timeout in ((1, 300), (2, None)):
+        pay.send_with_options(args=(order,), timeout=timeout)
         shop.stage.run()
     assert (shop.payments(), shop.stage.outcomes("pay")) == ([2], ["dead", "succeeded"])
     shop.close()
