@@ -9,8 +9,8 @@ from dramatiq import Message
 from dramatiq.common import dq_name
 from dramatiq.errors import BrokerConnectionError, ConnectionClosed
 
+from ..common.clock import now_ms
 from ..delivery.direct import enqueue_directly
-from ..delivery.history import now_ms
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker

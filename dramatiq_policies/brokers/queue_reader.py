@@ -10,9 +10,9 @@ from dramatiq import Message
 from dramatiq.broker import Broker
 from dramatiq.common import q_name
 
+from ..common.clock import now_ms
 from ..common.safe_logger import SafeLogger
 from ..delivery.delivery import READY_AT
-from ..delivery.history import now_ms
 from ..delivery.validation import decode, is_number
 
 __all__ = ["ENDS", "QueueReader", "QueueReading", "oldest", "ready_at"]

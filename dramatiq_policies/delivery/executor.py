@@ -47,7 +47,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
     fn = unwrapped(given)
     if fn is not given and given.dramatiq_policies_wraps.actor_name == name:
         return
-    call = runner_for(fn)
+    runner = runner_for(fn)
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def wrap_actor(actor: Actor[..., Any]) -> None:
         try:
             if delivery.earlier_run is not None:
                 _settle_earlier_run(delivery)
-            delivery.job = (call, fn, args, kwargs)
+            delivery.job = (runner, fn, args, kwargs)
             return delivery.transport.state.run_around_job(delivery)
         except BaseException as error:
             stand_in = stand_in_for(error)
@@ -83,13 +83,13 @@ def run_job(delivery: Delivery, job: Job | None = None) -> Any:
     Parameters:
       job: A function to run in the place of the delivery's own.
     """
-    call, fn, args, kwargs = delivery.job if job is None else job
+    runner, fn, args, kwargs = delivery.job if job is None else job
     limit, state = delivery.timeout_ms, delivery.transport.state
     delivery.stage = RUNNING
     delivery.started = started = monotonic()
     delivery.ended = None
     try:
-        return call(
+        return runner(
             fn,
             args,
             kwargs,

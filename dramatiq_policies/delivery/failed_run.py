@@ -12,6 +12,7 @@ from dramatiq.middleware import Retries, Shutdown
 
 from .. import _dramatiq
 from .._job_errors import is_a, quietly
+from ..common.clock import now_ms
 from ..common.durations import LikelySeconds, clamped_wait, warn_of_seconds_once
 from ..common.texts import encodable
 from ..errors import Snooze, Verdict
@@ -22,7 +23,7 @@ from ..rules.wait import safe_wait
 from .callbacks import add_exhausted_callback
 from .decision import Decision
 from .delivery import Delivery
-from .history import POLICIES, History, now_ms, retries_of
+from .history import POLICIES, History, retries_of
 from .outgoing import OutgoingMessage, Recorder
 from .tracebacks import traceback_of
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..common import clock
+from ..common.clock import now_ms
 from ..common.texts import encodable_all
 from ..outcomes import class_path, text_of
 from .tracebacks import traceback_of
@@ -24,7 +24,6 @@ __all__ = [
     "History",
     "attempt_of",
     "failure_of",
-    "now_ms",
     "replays_of",
     "retries_of",
     "run_of",
@@ -37,11 +36,6 @@ FAILURE = "failure"
 
 _KEPT = 10
 _RUNS_OF_A_REPLAY = 1_000_000
-
-
-def now_ms() -> int:
-    """Return the time in milliseconds since the epoch."""
-    return int(clock.time() * 1_000)
 
 
 def _count(value: object) -> int:

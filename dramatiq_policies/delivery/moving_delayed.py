@@ -12,10 +12,10 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
 
 from .. import _dramatiq
+from ..common.clock import now_ms
 from ..common.safe_logger import SafeLogger
 from ..outcomes import Outcome, OutcomeEvent
 from .delay_queue import DelayQueue, Move
-from .history import now_ms
 from .refusals import Fault
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..common import clock
+from ..common.clock import now_ms
 from ..common.safe_logger import SafeLogger
 from ..errors import HandoffFailed
 from ..outcomes import Outcome, text_of
 from .dead_letter import dead_letter_of, failure_to_keep
 from .decision import Decision
 from .delivery import Delivery, DeliveryReassigned
-from .history import FAILURE, POLICIES, History, attempt_of, now_ms
+from .history import FAILURE, POLICIES, History, attempt_of
 from .outgoing import OutgoingMessage
 from .refusals import Fault
 from .returned import RETURNED, wait_before_return

@@ -60,6 +60,7 @@ def _settle(state: BrokerState, transport: Transport, message: MessageProxy, del
     succeeded = decision.outcome is Outcome.SUCCEEDED
     if not succeeded:
         delivery.restore_arguments(message)
+    # A plain success has nothing to publish; but on Redis the publish may complete its key, in the same step as the acknowledgement.
     if not delivery.is_plain_success() or transport.completes_with_publish(delivery):
         delivery.decision = decision = FollowUpPublisher(state, transport, message, delivery, decision).run()
     if delivery.claim is not None:

@@ -22,10 +22,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..common import clock
+from ..common.clock import now_ms
 from ..common.forks import after_fork
 from ..common.safe_logger import SafeLogger
 from ..delivery.decision import COMPLETING, Decision
-from ..delivery.history import now_ms, run_of
+from ..delivery.history import run_of
 from ..outcomes import BAD_ENDINGS, Outcome
 from ..stores import IdempotencyStore
 from . import actions, records

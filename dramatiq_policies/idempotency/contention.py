@@ -16,8 +16,8 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from ..common import clock
+from ..common.clock import now_ms
 from ..delivery.consumer import REDELIVERED
-from ..delivery.history import now_ms
 from .actions import SkipDuplicate, WaitForOwner
 
 if TYPE_CHECKING:

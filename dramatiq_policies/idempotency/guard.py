@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dramatiq.results import ResultMissing
 
+from ..common.clock import now_ms
 from ..common.plurals import counted
 from ..common.throttle import Throttle
 from ..delivery.consumer import REDELIVERED
 from ..delivery.decision import Decision
 from ..delivery.delivery import Delivery
 from ..delivery.executor import run_job
-from ..delivery.history import POLICIES, History, now_ms, run_of
+from ..delivery.history import POLICIES, History, run_of
 from ..delivery.outgoing import OutgoingMessage
 from ..errors import Crashed, UnknownRecord
 from ..outcomes import Outcome, logger
@@ -145,9 +146,9 @@ class IdempotencyGuard:
         request = actions.Request(
             message.message_id, run, is_dead, options.max_crashes, starts, args=args, ends_are_recorded=two_steps
         )
-        claim = partial(self.claims.claim, name, keyed=key is not None, retention=options.ttl, earlier=earlier)
+        ask_store = partial(self.claims.claim, name, keyed=key is not None, retention=options.ttl, earlier=earlier)
         try:
-            answer = self._claim(delivery, name, request, claim)
+            answer = self._claim(delivery, name, request, ask_store)
         except UnknownRecord as error:
             logger.error("Message %s of actor %s is deferred: %s", message.message_id, message.actor_name, error)
             self.defer(delivery, "store_down")
@@ -175,7 +176,7 @@ class IdempotencyGuard:
         )
 
     def _claim(
-        self, delivery: Delivery, name: str, request: actions.Request, claim: Callable[[actions.Request], Answer]
+        self, delivery: Delivery, name: str, request: actions.Request, ask_store: Callable[[actions.Request], Answer]
     ) -> Answer:
         """Claim a register. For a contended key, return a recent answer of the store to another message.
 
@@ -186,10 +187,10 @@ class IdempotencyGuard:
         known = self._known(delivery, name, counted=is_counted)
         if known is not None:
             return known
-        answer = claim(request)
+        answer = ask_store(request)
         if isinstance(answer, actions.Start):
             # The last allowed start: claim again, while no other job runs.
-            answer = claim(self._alone(delivery, request, answer.starts))
+            answer = ask_store(self._alone(delivery, request, answer.starts))
         if isinstance(answer, actions.WaitForOwner) or name in self.contention.keys:
             self.contention.observe(name, answer, counted=is_counted)
         return answer

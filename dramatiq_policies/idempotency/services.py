@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from .._dramatiq import kind_of, rabbitmq_parameters
+from ..common.clock import now_ms
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
-from ..delivery.history import now_ms
 from ..stores import IdempotencyStore
 from .keys import typed_name
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import Retries
 
+from ..common.clock import now_ms
 from ..common.durations import WEEK_MS
 from ..common.safe_logger import SafeLogger
 from ..delivery.actor_options import BrokerExceptions, BrokerRetryOn
@@ -17,7 +18,6 @@ from ..delivery.consumer import quiet
 from ..delivery.decision import SUCCEEDED, Decision
 from ..delivery.delivery import PREPARED, READY_AT, Delivery, current
 from ..delivery.failed_run import BrokerDefaults, FailedRun, decide
-from ..delivery.history import now_ms
 from ..delivery.validation import MAX_BODY_BYTES, timedeltas_to_ms
 from ..errors import ConfigurationError, HandoffFailed, checked_duration
 from ..interrupts import unwrap_interrupt

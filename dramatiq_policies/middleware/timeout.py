@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from dramatiq.middleware import Middleware, TimeLimit
 
 from ..common.callables import is_sync_callable
+from ..common.clock import now_ms
 from ..common.durations import WEEK_MS, format_duration
 from ..common.safe_logger import Lines, SafeLogger
 from ..delivery.decision import Decision
-from ..delivery.history import now_ms
 from ..delivery.limits import (
     WARN_RATIO,
     checked_timeout,

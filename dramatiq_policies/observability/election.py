@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..common.clock import now_ms
 from ..common.safe_logger import SafeLogger
-from ..delivery.history import now_ms
 from .private_files import lock, make_private, open_own, private_folder
 from .reports import Report, parse_memory, parse_report
 

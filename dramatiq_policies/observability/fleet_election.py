@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from .._dramatiq import kind_of
+from ..common.clock import now_ms
 from ..common.safe_logger import SafeLogger
-from ..delivery.history import now_ms
 from .election import CommandElection, Election
 from .reports import Report, parse_memory, parse_timed_report
 

@@ -15,14 +15,14 @@ from sqlalchemy.orm import Session, scoped_session
 from ..errors import ConfigurationError
 from ..transactions.database import Database
 from ..transactions.outbox import Outbox, Scope
-from ..transactions.scope import Entered
+from ..transactions.scope import EnteredScope
 from ..transactions.transactional import TransactionalJobs
 from .connection import checked_engine, sync_engine_of
 from .database import SqlDatabase
 from .scopes import ConnectionScope, SessionScope, is_autocommit
 from .tables import HOW_TO_CREATE
 from .tables import outbox as table
-from .unit_of_work import SqlUnitsOfWork
+from .unit_of_work import SqlUnitOfWorkFactory
 
 if TYPE_CHECKING:
     from ..delivery.broker_state import BrokerState
@@ -93,7 +93,7 @@ class SqlOutbox(Outbox):
     def attach(self, state: BrokerState) -> None:
         super().attach(state)
         state.transactional_jobs = TransactionalJobs(
-            state, self, SqlUnitsOfWork(self.engine, self.within, self.is_same_database)
+            state, self, SqlUnitOfWorkFactory(self.engine, self.within, self.is_same_database)
         )
 
     def is_same_database(self, engine: Engine | AsyncEngine) -> bool:
@@ -101,7 +101,7 @@ class SqlOutbox(Outbox):
         own, other = sync_engine_of(self.engine), sync_engine_of(engine)
         return other is own or other.pool is own.pool or _address(other) == _address(own)
 
-    def within(self, session: Session | AsyncSession | sa.Connection) -> Entered[Scope]:
+    def within(self, session: Session | AsyncSession | sa.Connection) -> EnteredScope[Scope]:
         """Send messages in the transaction of a session or connection::
 
             with Session(engine) as session, session.begin(), outbox.within(session):
@@ -144,7 +144,7 @@ class SqlOutbox(Outbox):
                 f"{where}: the isolation level AUTOCOMMIT has no transactions. Use a connection with another level."
             )
         self._check_database(where, bind.engine)
-        return Entered(self.group, scope)
+        return EnteredScope(self.group, scope)
 
     def _check_database(self, where: str, engine: Engine) -> None:
         if not self.is_same_database(engine):

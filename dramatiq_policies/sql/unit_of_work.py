@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from ..delivery.delivery import Delivery
     from ..delivery.executor import Proceed
     from ..transactions.outbox import Scope
-    from ..transactions.scope import Entered
+    from ..transactions.scope import EnteredScope
     from ..transactions.unit_of_work import Finish, UnitOfWork
 
-__all__ = ["SqlUnitsOfWork"]
+__all__ = ["SqlUnitOfWorkFactory"]
 
 logger = SafeLogger("dramatiq_policies.outcomes")
 
@@ -42,7 +42,7 @@ _COMMITTED = (
 )
 
 
-class SqlUnitsOfWork:
+class SqlUnitOfWorkFactory:
     """Makes the transactions of transactional jobs.
 
     Parameters:
@@ -54,7 +54,7 @@ class SqlUnitsOfWork:
     def __init__(
         self,
         engine: Engine | AsyncEngine,
-        within: Callable[[Session | AsyncSession], Entered[Scope]],
+        within: Callable[[Session | AsyncSession], EnteredScope[Scope]],
         is_same: Callable[[Engine | AsyncEngine], bool],
     ) -> None:
         # The connections come from the pool of the engine; the events concern transactional jobs only.
@@ -101,7 +101,7 @@ class SqlUnitsOfWork:
 class SqlUnitOfWork:
     """The transaction of a sync job."""
 
-    def __init__(self, session: Session, within: Callable[[Session], Entered[Scope]]) -> None:
+    def __init__(self, session: Session, within: Callable[[Session], EnteredScope[Scope]]) -> None:
         self.session = session
         self._within = within
         self._guard = _CommitGuard(session)
@@ -138,7 +138,7 @@ class SqlUnitOfWork:
 class AsyncSqlUnitOfWork:
     """The transaction of an async job, on Dramatiq's event loop."""
 
-    def __init__(self, session: AsyncSession, within: Callable[[AsyncSession], Entered[Scope]]) -> None:
+    def __init__(self, session: AsyncSession, within: Callable[[AsyncSession], EnteredScope[Scope]]) -> None:
         self.session = session
         self._within = within
         self._guard = _CommitGuard(session.sync_session)
@@ -199,7 +199,7 @@ class _CommitGuard:
     def __init__(self, session: Session) -> None:
         self.is_open = False
         self.refused: Exception | None = None
-        self._block: Entered[Scope] | None = None
+        self._block: EnteredScope[Scope] | None = None
         self._connections: list[sa.Connection] = []
         session.info[_KEY] = self
 
@@ -213,7 +213,7 @@ class _CommitGuard:
             vars(connection)[_KEY] = self
             _isolate(connection)
 
-    def open(self, block: Entered[Scope]) -> None:
+    def open(self, block: EnteredScope[Scope]) -> None:
         """Allow the commit.
 
         Parameters:

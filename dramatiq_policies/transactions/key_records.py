@@ -10,10 +10,10 @@ from ..idempotency.records import Record
 if TYPE_CHECKING:
     from ..idempotency.claim import Claim
 
-__all__ = ["is_of", "message_id_of"]
+__all__ = ["is_record_of", "message_id_of"]
 
 
-def is_of(claim: Claim, value: bytes) -> bool:
+def is_record_of(claim: Claim, value: bytes) -> bool:
     """Whether the bytes are a record of the claim's run."""
     record, own = _decoded(value), claim.record
     return record is not None and (record.owner, record.token, record.message_id) == (

@@ -14,7 +14,7 @@ from uuid import uuid4
 from ..common.forks import after_fork
 from ..errors import ConfigurationError
 
-__all__ = ["Entered", "WrittenRows", "entered_scope", "innermost", "leave_all", "leave_since"]
+__all__ = ["EnteredScope", "WrittenRows", "entered_scope", "innermost", "leave_all", "leave_since"]
 
 S = TypeVar("S")
 
@@ -66,10 +66,10 @@ class _Process:
 
 
 _process = _Process()
-_entered: ContextVar[Entered[Any] | None] = ContextVar("dramatiq_policies_outbox_scope", default=None)
+_entered: ContextVar[EnteredScope[Any] | None] = ContextVar("dramatiq_policies_outbox_scope", default=None)
 
 
-class Entered(Generic[S]):
+class EnteredScope(Generic[S]):
     """A scope entered by a thread or a task: a context manager, sync and async.
 
     Threads and tasks started in the block inherit the context variable, but are not part of the transaction: a scope counts only
@@ -83,7 +83,7 @@ class Entered(Generic[S]):
         self.group = group
         self.scope = scope
         self.entered_in: tuple[int, object] | None = None
-        self.outer: Entered[Any] | None = None
+        self.outer: EnteredScope[Any] | None = None
 
     def __enter__(self) -> S:
         if self.entered_in is not None:

@@ -38,7 +38,7 @@ from ..middleware.idempotency import guard_on
 from ..outcomes import Outcome, text_of
 from .database import is_transient
 from .interrupts import watch_interrupts
-from .key_records import is_of, message_id_of
+from .key_records import is_record_of, message_id_of
 from .key_table import KeyTable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ..idempotency.guard import IdempotencyGuard
     from .database import Connection
     from .outbox import Outbox, Scope
-    from .unit_of_work import UnitsOfWork
+    from .unit_of_work import UnitOfWorkFactory
 
 __all__ = ["TransactionalJobs"]
 
@@ -75,13 +75,13 @@ class TransactionalJobs:
     Parameters:
       state: The state of the broker.
       outbox: The outbox of the broker.
-      units: Begins the units of work.
+      factory: Makes the units of work.
     """
 
-    def __init__(self, state: BrokerState, outbox: Outbox, units: UnitsOfWork) -> None:
+    def __init__(self, state: BrokerState, outbox: Outbox, factory: UnitOfWorkFactory) -> None:
         self.state = state
         self.outbox = outbox
-        self.units = units
+        self._factory = factory
         self._store: KeyTable
         self._is_around_jobs = False
 
@@ -103,7 +103,7 @@ class TransactionalJobs:
             raise ConfigurationError(
                 f"{where}: transactional=True needs a key. Add idempotent=True, or an idempotency_key."
             )
-        self.units.check(where, store, is_async=coroutines.is_async(_function_of(actor)))
+        self._factory.check(where, store, is_async=coroutines.is_async(_function_of(actor)))
         self._store = store
         if not self._is_around_jobs:
             self._is_around_jobs = True
@@ -116,7 +116,7 @@ class TransactionalJobs:
             return proceed(delivery)
         claim = claim_of(delivery)
         assert claim is not None  # Without a claim the message was deferred.
-        unit = self.units.make(is_async=coroutines.is_async(delivery.job[1]))
+        unit = self._factory.make(is_async=coroutines.is_async(delivery.job[1]))
         delivery.transaction = JobTransaction(unit.session)
         interrupts = watch_interrupts(delivery)
         try:
@@ -180,7 +180,7 @@ class TransactionalJobs:
             if store.swap_within(connection, claim.name, expected, completed, claim.retention):
                 return
             expected = store.get_within(connection, claim.name).value
-            if expected is not None and not is_of(claim, expected):
+            if expected is not None and not is_record_of(claim, expected):
                 break
             # Forgotten by a user; or a rewrite of this run's record whose reply was lost.
         raise TakenOver(expected)
@@ -205,7 +205,7 @@ class TransactionalJobs:
         found = claim.value if entry is None else entry.value
         if found == claims.completed_record(claim):
             return True
-        if found is not None and not is_of(claim, found):
+        if found is not None and not is_record_of(claim, found):
             # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.
             self._give_way(delivery, claim, found)
         claim.over = claim.committing = False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .key_table import KeyTable
     from .outbox import Scope
 
-__all__ = ["Finish", "UnitOfWork", "UnitsOfWork"]
+__all__ = ["Finish", "UnitOfWork", "UnitOfWorkFactory"]
 
 #: Writes what follows from a job, over the connection of its transaction and in the outbox's scope.
 Finish = Callable[["Connection", "Scope"], None]
@@ -53,7 +53,7 @@ class UnitOfWork(Protocol):
         """
 
 
-class UnitsOfWork(Protocol):
+class UnitOfWorkFactory(Protocol):
     """Begins the units of work of one outbox."""
 
     def check(self, where: str, store: KeyTable, *, is_async: bool) -> None:

@@ -13,7 +13,7 @@ from dramatiq.brokers.stub import StubBroker
 from dramatiq_policies.brokers import queue_reader as base
 from dramatiq_policies.brokers.rabbitmq import queue_reader as rabbitmq
 from dramatiq_policies.brokers.readers import QueueReading, reader_of
-from dramatiq_policies.delivery.history import now_ms
+from dramatiq_policies.common.clock import now_ms
 
 from ..support import Stage
 

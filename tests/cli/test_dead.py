@@ -15,7 +15,7 @@ from dramatiq_policies import ops
 from dramatiq_policies._dramatiq import StubMessage
 from dramatiq_policies.brokers.stub.browser import StubBrowser
 from dramatiq_policies.cli.dead import no_dead_letters
-from dramatiq_policies.delivery.history import now_ms
+from dramatiq_policies.common.clock import now_ms
 from dramatiq_policies.ops import DeadLetter
 
 APP = """

@@ -6,7 +6,7 @@ import pytest
 from dramatiq import Message
 
 from dramatiq_policies import Idempotency
-from dramatiq_policies.delivery.history import now_ms
+from dramatiq_policies.common.clock import now_ms
 from dramatiq_policies.idempotency import contention
 from dramatiq_policies.idempotency.actions import SkipDuplicate, WaitForOwner
 from dramatiq_policies.idempotency.contention import _CONTENDED_FROM, _FRESH_FOR, _GRID, WAITS_FOR, Contention

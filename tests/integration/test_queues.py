@@ -8,8 +8,8 @@ import pytest
 from dramatiq.errors import ConnectionClosed
 
 from dramatiq_policies.brokers.readers import reader_of
+from dramatiq_policies.common.clock import now_ms
 from dramatiq_policies.delivery.broker_state import state_of
-from dramatiq_policies.delivery.history import now_ms
 from tests.proxy import Proxy
 
 from .places import Gate, Place, RabbitmqPlace, RedisPlace, lose_an_answer, soon, until

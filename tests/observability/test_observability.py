@@ -15,7 +15,7 @@ from dramatiq import Message, Worker
 from dramatiq.middleware import ShutdownNotifications
 
 from dramatiq_policies import Metrics, QueueMonitor, RetryPolicy, Snooze, Timeout, constant
-from dramatiq_policies.delivery.history import now_ms
+from dramatiq_policies.common.clock import now_ms
 from dramatiq_policies.sql import SqlOutbox, create_tables
 
 from ..exporter import Exporter

@@ -20,10 +20,10 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import ConnectionClosed
 
 from ... import _dramatiq
+from ...common.clock import now_ms
 from ...common.connections import discard
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
-from ...delivery.history import now_ms
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.refusals import Unsendable
 from .confirms import PipelinedConfirms
@@ -61,7 +61,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         self.far: list[tuple[float, int]] = []
         #: How many returned messages have not been delivered again.
         self.returned = 0
-        self.batches: PipelinedConfirms | None = None
+        self.confirms: PipelinedConfirms | None = None
         #: Messages to publish anew, with their tags: see `republish`.
         self.to_republish: list[tuple[int, OutgoingMessage]] = []
         self.served = monotonic()
@@ -159,7 +159,7 @@ class RabbitmqDelayTransport(RabbitmqTransport):
                 self._stop_publishing()
 
     def _stop_publishing(self) -> None:
-        self.batches = None
+        self.confirms = None
         discard(_dramatiq.take_rabbitmq_connection(self.broker))
 
     def move(self, moves: list[Move]) -> None:
@@ -198,25 +198,25 @@ class RabbitmqDelayTransport(RabbitmqTransport):
         broker = self.broker
         try:
             broker.declare_queue(self.queue_name, ensure=True)
-            batches = self.batches
-            if batches is None or batches.connection is not broker.connection or not batches.channel.is_open:
-                batches = self.batches = PipelinedConfirms(broker.connection)
-            batches.write(
+            confirms = self.confirms
+            if confirms is None or confirms.connection is not broker.connection or not confirms.channel.is_open:
+                confirms = self.confirms = PipelinedConfirms(broker.connection)
+            confirms.write(
                 (queue, outgoing.encoded, outgoing.message.options.get("broker_priority")) for outgoing in messages
             )
         except (*LOST, OSError, ConnectionClosed):
             self._stop_publishing()
             return set()
         began = monotonic()
-        while batches.waiting and batches.channel.is_open:
+        while confirms.waiting and confirms.channel.is_open:
             try:
-                batches.connection.process_data_events(0.2)
+                confirms.connection.process_data_events(0.2)
             except (*LOST, OSError):
                 self._stop_publishing()
                 break
-            if batches.waiting:
+            if confirms.waiting:
                 # Send heartbeats on the consumer's connection meanwhile.
                 self.channel.serve(0)
                 if self.state.stopping.is_set() and monotonic() - began > _CONFIRM_WHILE_STOPPING:
                     break
-        return batches.accepted
+        return confirms.accepted

@@ -13,7 +13,7 @@ from typing import Any
 from dramatiq.brokers.redis import RedisBroker
 
 from ..._redis import Script
-from ...delivery.history import now_ms
+from ...common.clock import now_ms
 
 __all__ = ["DelayIndex"]
 

@@ -9,10 +9,10 @@ from dramatiq.broker import MessageProxy
 from dramatiq.errors import BrokerConnectionError
 
 from ... import _dramatiq
+from ...common.clock import now_ms
 from ...common.safe_logger import SafeLogger
 from ...delivery.broker_state import BrokerState
 from ...delivery.delay_queue import Move
-from ...delivery.history import now_ms
 from ...delivery.outgoing import OutgoingMessage
 from ...delivery.validation import is_number
 from .delay_index import BATCH, DelayIndex

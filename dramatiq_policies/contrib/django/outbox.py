@@ -12,7 +12,7 @@ from ...transactions.transactional import TransactionalJobs
 from .connections import in_atomic_of_the_app, leave_innermost_block
 from .database import DjangoDatabase, checked_using, how_to_migrate
 from .outbox_scope import AtomicScope
-from .unit_of_work import DjangoUnitsOfWork
+from .unit_of_work import DjangoUnitOfWorkFactory
 
 if TYPE_CHECKING:
     from ...delivery.broker_state import BrokerState
@@ -79,7 +79,7 @@ class DjangoOutbox(Outbox):
 
     def attach(self, state: BrokerState) -> None:
         super().attach(state)
-        state.transactional_jobs = TransactionalJobs(state, self, DjangoUnitsOfWork(self, self.using))
+        state.transactional_jobs = TransactionalJobs(state, self, DjangoUnitOfWorkFactory(self, self.using))
 
     def make_database(self) -> Database:
         return DjangoDatabase(self.using, limit=_CONNECTIONS)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...transactions.outbox import Outbox
     from ...transactions.unit_of_work import Finish, UnitOfWork
 
-__all__ = ["DjangoUnitsOfWork"]
+__all__ = ["DjangoUnitOfWorkFactory"]
 
 logger = SafeLogger("dramatiq_policies.django")
 
@@ -45,7 +45,7 @@ _INSIDE = (
 )
 
 
-class DjangoUnitsOfWork:
+class DjangoUnitOfWorkFactory:
     """Makes the transactions of transactional jobs.
 
     Parameters:

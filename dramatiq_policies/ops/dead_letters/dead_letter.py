@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from dramatiq import Message
 from dramatiq.message import generate_unique_id
 
+from ...common.clock import now_ms
 from ...common.texts import printable
 from ...delivery.broker_state import state_of
 from ...delivery.delivery import READY_AT
 from ...delivery.groups import group_of
-from ...delivery.history import FAILURE, POLICIES, History, now_ms
+from ...delivery.history import FAILURE, POLICIES, History
 from ...delivery.validation import check_shape, decode, is_number
 
 if TYPE_CHECKING:
