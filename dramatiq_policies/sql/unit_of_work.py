@@ -40,6 +40,10 @@ _COMMITTED = (
     "A job with transactional=True must not commit: the worker commits after the job has returned, together with the completion "
     "of its key and with its messages. Remove the commit, or use session.begin_nested() for a savepoint."
 )
+_CLOSED = (
+    "A job with transactional=True must not close its session, because that rolls back its effect: the worker commits and closes "
+    "after the job has returned. Remove close() or the with block. To give up the effect, call session.rollback() first."
+)
 
 
 class SqlUnitOfWorkFactory:
@@ -193,7 +197,8 @@ class _CommitGuard:
 
     Attributes:
       is_open: Whether commits are allowed: the job has returned.
-      refused: Why the worker must not commit: the job has tried to commit, or the server has rolled the transaction back.
+      refused: Why the worker must not commit: the job has tried to commit or to close, or the server has rolled the transaction
+        back.
     """
 
     def __init__(self, session: Session) -> None:
@@ -242,6 +247,11 @@ class _CommitGuard:
             self.refused = refused = ConfigurationError(_COMMITTED)
             raise refused
 
+    def note_close(self) -> None:
+        """Let a run fail at its end, not in a ``with`` block of the job, whose own error counts."""
+        if not self.is_open and self.refused is None:
+            self.refused = ConfigurationError(_CLOSED)
+
     @property
     def is_unsure(self) -> bool:
         """Whether a COMMIT has failed: SQLAlchemy then sends no ROLLBACK, and the pool would keep the open transaction."""
@@ -268,6 +278,11 @@ class _CommitGuard:
 
 class _JobSession(Session):
     """The session of a transactional job. The class has the listeners: listeners per session would take longer."""
+
+    def close(self) -> None:
+        if self.in_transaction():
+            _guard_of(self).note_close()
+        super().close()
 
 
 @event.listens_for(_JobSession, "after_begin")

@@ -424,9 +424,34 @@ class TransactionalJobs:
         shop.drain()
         assert (shop.payments(), shop.done) == ([7], [("kept",)])
 
-    def test_the_job_may_close_its_session_and_go_on(self, shop):
+    def test_a_close_by_the_job_is_refused_because_the_effect_would_be_lost_and_the_key_completed(self, shop):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+            shop.note.send(order)
+            await job.call("close")
+
+        pay = shop.actor(body)
+        pay.send(7)
+        shop.drain()
+        assert (shop.payments(), shop.done, shop.pending()) == ([], [], 0)
+        (event,) = [event for event in shop.stage.events if event.actor == "pay"]
+        assert "must not close its session" in str(event.exception)
+        assert Idempotency.state(pay, 7).state != "completed"
+
+    def test_an_error_of_the_job_counts_although_a_with_block_has_closed_the_session(self, shop):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+            await job.call("close")
+            raise IndexError("of the job")
+
+        shop.actor(body, discard_on=IndexError).send(7)
+        shop.drain()
+        assert (shop.payments(), shop.outcomes()) == ([], [("discarded", None)])
+
+    def test_the_job_may_close_its_session_after_a_rollback_and_go_on(self, shop):
         async def body(job, order):
             await job.add(Payment(order=1))
+            await job.call("rollback")
             await job.call("close")
             await job.add(Payment(order=order))
 
