@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, Transaction
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import concurrency
 
@@ -197,8 +197,14 @@ class _SessionWatch:
         if mode == "create_savepoint" or (mode == "conditional_savepoint" and bind.in_nested_transaction()):
             # The session has rolled its savepoint back.
             return
-        for row in self._leaving():
-            self.outbox.insert(SqlConnection(bind), row, self.written)
+        try:
+            for row in self._leaving():
+                self.outbox.insert(SqlConnection(bind), row, self.written)
+        except DBAPIError:
+            if bind.dialect.name != "postgresql":
+                raise
+            # The application's error has ended the transaction: a commit would roll back. That error is the one to raise.
+            return
         _watch(bind, self.outbox, self.written)
 
     def _end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import time
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.proxy import Proxy
@@ -175,3 +177,23 @@ def test_the_outbox_and_the_session_may_have_different_drivers(place, database_u
     assert shop.pending() == 0
     assert shop.left() == [1, 2]
     shop.outbox.database.close()
+
+
+def test_an_async_session_on_a_connection_sends_with_the_connection_and_raises_the_error_of_the_application(shop):
+    async def order(number, statement, *, commit):
+        async with shop.engine.connect() as connection:
+            await connection.begin()
+            async with AsyncSession(connection) as session, shop.outbox.within(session):
+                shop.confirm.send(number)
+                await session.execute(text(statement))
+            if commit:
+                await connection.commit()
+
+    async def orders():
+        await order(1, "SELECT 1", commit=True)
+        await order(2, "SELECT 1", commit=False)
+        with pytest.raises(DBAPIError, match="no_such_table"):
+            await order(3, "SELECT 1 FROM no_such_table", commit=True)
+
+    run(shop, orders())
+    assert (shop.left(), shop.pending()) == ([1], 0)
