@@ -269,7 +269,8 @@ class IdempotencyGuard:
                 policy is not None
                 and policy.transactional
                 and policy.idempotency is not None
-                and policy.idempotency.ttl - duplicate.left < _RESULT_COMES_WITHIN
+                # Negative if the actor's ttl was longer before.
+                and 0 <= policy.idempotency.ttl - duplicate.left < _RESULT_COMES_WITHIN
             )
             self._forward_first_result(delivery, duplicate.first_message_id, may_come=may_come)
         delivery.skip(Decision(Outcome.DUPLICATE, duplicate.reason))

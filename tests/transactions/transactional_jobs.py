@@ -574,6 +574,20 @@ class TransactionalJobs:
         ]
         assert shop.done == ([("next", "paid")] if comes else [])
 
+    def test_a_duplicate_does_not_wait_for_a_result_because_the_ttl_was_longer_before(self, shop):
+        async def body(job, order):
+            claim = shop.claim()
+            claim.retention *= 2
+            await job.add(Payment(order=order))
+
+        pay = shop.actor(body, store_results=False)
+        pay.send(7)
+        shop.drain()
+        message = pay.message_with_options(args=(7,), store_results=True)
+        pipeline([message, shop.note.message("next")], broker=shop.broker).run()
+        shop.drain()
+        assert shop.outcomes() == [("succeeded", None), ("dead", "no_result")]
+
     def test_a_result_that_cannot_be_sent_to_the_next_step_leaves_nothing(self, shop):
         async def body(job, order):
             await job.add(Payment(order=order))
