@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from dramatiq.common import q_name
 
@@ -18,7 +18,7 @@ from ..errors import ConfigurationError
 from .batch import Batch
 
 if TYPE_CHECKING:
-    from dramatiq.broker import Broker
+    from dramatiq.broker import Broker, Consumer
     from dramatiq.brokers.redis import RedisBroker
 
     from ..delivery.broker_state import BrokerState
@@ -28,12 +28,12 @@ __all__ = ["batch", "batch_of", "browser", "prepare_broker", "queue_reader", "re
 logger = SafeLogger("dramatiq_policies.outcomes")
 
 
-def wrap_consumer(state: BrokerState, inner: Any, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
+def wrap_consumer(state: BrokerState, inner: Consumer, queue_name: str, prefetch: int = 1) -> PolicyConsumer:
     """Wrap a consumer that ``broker.consume`` returned."""
     return PolicyConsumer(_transport_of(state, inner, queue_name)(state, inner, queue_name, prefetch))
 
 
-def _transport_of(state: BrokerState, inner: Any, queue_name: str) -> type[Transport]:
+def _transport_of(state: BrokerState, inner: Consumer, queue_name: str) -> type[Transport]:
     # Check the kind of the consumer, too: a user's broker may wrap another broker and return the other broker's consumers.
     kind, is_delay_queue = kind_of(state.broker), queue_name != q_name(queue_name)
     if kind == "stub" and _dramatiq.is_stub_consumer(inner):
@@ -130,7 +130,7 @@ class _Connections:
         self.of_parents.append(_dramatiq.leave_rabbitmq_connections(self.broker))
 
 
-def _refuse_decoding(broker: Any) -> None:
+def _refuse_decoding(broker: Broker) -> None:
     """Refuse a Redis client that decodes replies: the workers would move every message to the dead letters."""
     pool = getattr(vars(broker).get("client"), "connection_pool", None)
     settings = getattr(pool, "connection_kwargs", None) or {}

@@ -10,10 +10,11 @@ from datetime import datetime, timezone
 from typing import Any
 
 import click
+from dramatiq.broker import Broker
 from rich.text import Text
 
 from .. import ops
-from ..brokers.readers import reader_of
+from ..brokers.readers import QueueReader, QueueReading, reader_of
 from ..common.durations import format_duration
 from ..common.plurals import counted
 from ..common.safe_logger import SafeLogger
@@ -100,7 +101,9 @@ def show(
     return 0 if error is None else 2
 
 
-def _read(broker: Any, names: tuple[str, ...], reader: Any = None) -> tuple[list[ops.QueueState], str | None]:
+def _read(
+    broker: Broker, names: tuple[str, ...], reader: QueueReader | None = None
+) -> tuple[list[ops.QueueState], str | None]:
     """Read the queues, and the outbox unless queues are named.
 
     Returns the error of a database that can't be read beside the queues, because it hides no queue.
@@ -124,7 +127,7 @@ def _row(state: ops.QueueState) -> list[Any]:
     return [Text(str(cells[name]), style="bold red") if name in late else cells[name] for name in _COLUMNS]
 
 
-def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> None:
+def _watch(broker: Broker, names: tuple[str, ...], interval: int, form: str) -> None:
     reader = reader_of(broker)
     before: dict[str, tuple[float, int]] = {}
     columns = (*_COLUMNS, "ready/s")
@@ -159,7 +162,7 @@ def _watch(broker: Any, names: tuple[str, ...], interval: int, form: str) -> Non
         reader.close()
 
 
-def _change(before: dict[str, tuple[float, int]], reading: Any) -> float | None:
+def _change(before: dict[str, tuple[float, int]], reading: QueueReading) -> float | None:
     """Return the growth of the queue since the last reading, in messages per second."""
     if reading.ready is None:
         return None

@@ -221,12 +221,14 @@ class Idempotency(PolicyMiddleware):
         return _lookup(actor, args, kwargs).forget()
 
 
-def _lookup(actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJob:
-    message = actor if isinstance(actor, Message) else None
-    if message is not None:
+def _lookup(given: Actor[..., Any] | Message[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJob:
+    message = given if isinstance(given, Message) else None
+    if isinstance(given, Message):
         from dramatiq import get_broker
 
-        actor = get_broker().get_actor(message.actor_name)
+        actor = get_broker().get_actor(given.actor_name)
+    else:
+        actor = given
     state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
     options, guard = None if policy is None else policy.idempotency, guard_on(state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..common.middleware import find_middleware
 from ..errors import PolicyError
@@ -16,7 +16,11 @@ from .unreachable import store_error
 if TYPE_CHECKING:
     from dramatiq import Actor
 
+    from ..stores import IdempotencyStore
+
 __all__ = ["forget_key", "key_state", "read_arguments"]
+
+T = TypeVar("T")
 
 
 def key_state(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> KeyState:
@@ -25,16 +29,16 @@ def key_state(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> KeyState:
     Raises:
       OperationError: The actor has no key, the arguments don't fit, or the store can't be reached.
     """
-    return _ask_store(Idempotency.state, actor, args, kwargs)  # type: ignore[no-any-return]
+    return _ask_store(Idempotency.state, actor, args, kwargs)
 
 
 def forget_key(actor: Actor[..., Any], *args: Any, **kwargs: Any) -> bool:
     """Delete the record so that the next message runs; return whether there was a record. Arguments and errors as
     `key_state`."""
-    return bool(_ask_store(Idempotency.forget, actor, args, kwargs))
+    return _ask_store(Idempotency.forget, actor, args, kwargs)
 
 
-def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _ask_store(ask: Callable[..., T], actor: Actor[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     try:
         return ask(actor, *args, **kwargs)
     except PolicyError as error:
@@ -45,7 +49,7 @@ def _ask_store(ask: Any, actor: Any, args: tuple[Any, ...], kwargs: dict[str, An
         raise store_error(_store_of(actor), error) from None
 
 
-def _store_of(actor: Any) -> Any:
+def _store_of(actor: Actor[..., Any]) -> IdempotencyStore | None:
     idempotency = find_middleware(actor.broker, Idempotency)
     return None if idempotency is None else idempotency.store
 

@@ -25,6 +25,8 @@ from .findings import CODES, Finding
 
 if TYPE_CHECKING:
     from dramatiq.broker import Broker
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+    from dramatiq.brokers.redis import RedisBroker
 
 __all__ = ["check_live"]
 
@@ -62,7 +64,7 @@ def check_live(broker: Broker) -> tuple[tuple[Finding, ...], dict[str, Any]]:
     return tuple(findings), facts
 
 
-def _redis(broker: Any, facts: dict[str, Any]) -> Found:
+def _redis(broker: RedisBroker, facts: dict[str, Any]) -> Found:
     import redis
 
     from ...brokers.redis.browser import unreachable
@@ -73,7 +75,7 @@ def _redis(broker: Any, facts: dict[str, Any]) -> Found:
         raise unreachable(broker.client, error) from None
 
 
-def _ask_redis(broker: Any, facts: dict[str, Any]) -> Found:
+def _ask_redis(broker: RedisBroker, facts: dict[str, Any]) -> Found:
     client = broker.client
     # INFO by sections: some managed servers refuse the whole.
     server, memory, kept, role = (
@@ -170,14 +172,14 @@ def _outbox(broker: Broker, facts: dict[str, Any]) -> Found:
         yield "DP113", f"{messages} in the outbox, the oldest for {format_duration(found.oldest_ms)}"
 
 
-def _rabbitmq(broker: Any, facts: dict[str, Any]) -> Found:
+def _rabbitmq(broker: RabbitmqBroker, facts: dict[str, Any]) -> Found:
     from ...brokers.rabbitmq.browser import connect
 
     with connect(broker) as connection:
         yield from _ask_rabbitmq(broker, connection, facts)
 
 
-def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
+def _ask_rabbitmq(broker: RabbitmqBroker, connection: Any, facts: dict[str, Any]) -> Found:
     # Pika keeps the server's properties private.
     inner = connection._impl  # noqa: SLF001
     properties, tuned = inner.server_properties, inner.params.heartbeat
@@ -199,7 +201,7 @@ def _ask_rabbitmq(broker: Any, connection: Any, facts: dict[str, Any]) -> Found:
     facts["unknown"] += ["consumer_timeout (not readable over AMQP; pass --consumer-timeout)", "the server's clock"]
 
 
-def _declared(broker: Any, queue: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _declared(broker: RabbitmqBroker, queue: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return the queues that Dramatiq declares for a queue, with their arguments."""
     arguments = _dramatiq.rabbitmq_queue_arguments(broker, queue)
     yield queue, arguments
