@@ -129,7 +129,10 @@ class TransactionalJobs:
             self._give_way(delivery, claim, taken.args[0])
         except BaseException as error:
             unit.roll_back(interrupted=interrupts.seen)
-            if not (claim.committing and self._took_effect(delivery, claim, error)):
+            if not claim.committing:
+                self._check_claim(delivery, claim)
+                raise
+            if not self._took_effect(delivery, claim, error):
                 raise
             logger.warning(
                 "The COMMIT of message %s took effect, although an error followed (%s: %s). The job has succeeded.",
@@ -185,6 +188,32 @@ class TransactionalJobs:
             # Forgotten by a user; or a rewrite of this run's record whose reply was lost.
         raise TakenOver(expected)
 
+    def _check_claim(self, delivery: Delivery, claim: Claim) -> None:
+        """Check that a failed run still has its key. After a stop of the process another run may have done the job.
+
+        Raises:
+          SkipMessage: Another run has taken over the key.
+        """
+        try:
+            found = self._swap_with_itself(claim)
+        except StoreDown:
+            return
+        if found is not None and not is_record_of(claim, found):
+            self._give_way(delivery, claim, found)
+
+    def _swap_with_itself(self, claim: Claim) -> bytes | None:
+        """Return the content of the register of a claim.
+
+        No read: a COMMIT may go on after its connection is lost, and a swap waits for its lock.
+
+        Raises:
+          StoreDown: The store is down.
+        """
+        claims = self._claims()
+        swap = partial(claims.store.swap, claim.name, claim.value, claim.value, claims.lease + claim.retention)
+        entry = claims.call_store(swap)
+        return claim.value if entry is None else entry.value
+
     def _took_effect(self, delivery: Delivery, claim: Claim, error: BaseException) -> bool:
         """Whether the commit of a run took effect, although an error followed.
 
@@ -193,23 +222,18 @@ class TransactionalJobs:
             another run has taken over the key.
         """
         guard = self._guard()
-        claims = guard.claims
         try:
-            # No read: a COMMIT may go on after its connection is lost, and a swap waits for its lock.
-            entry = claims.call_store(
-                partial(claims.store.swap, claim.name, claim.value, claim.value, claims.lease + claim.retention)
-            )
+            found = self._swap_with_itself(claim)
         except StoreDown:
             claim.over = claim.committing = False
             guard.defer(delivery, "store_down")
-        found = claim.value if entry is None else entry.value
-        if found == claims.completed_record(claim):
+        if found == guard.claims.completed_record(claim):
             return True
         if found is not None and not is_record_of(claim, found):
             # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.
             self._give_way(delivery, claim, found)
         claim.over = claim.committing = False
-        if is_transient(error) and delivery.elapsed_ms() > claims.lease / 3:
+        if is_transient(error) and delivery.elapsed_ms() > guard.claims.lease / 3:
             _warn_of_renewed_lease(delivery)
         return False
 

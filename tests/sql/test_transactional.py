@@ -102,8 +102,10 @@ def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
             await (job.call("commit") if end == "commit" else job.sleep(5))
 
     pay = shop.actor(body, retry_on={Exception: ONCE, TimeoutExceeded: ONCE})
-    for order, timeout in ((1, 300), (2, None)):
-        pay.send_with_options(args=(order,), timeout=timeout)
-        shop.stage.run()
+    # After the boot: the worker's main thread calls the store on the connection of the jobs.
+    with shop.stage.working():
+        for order, timeout in ((1, 300), (2, None)):
+            pay.send_with_options(args=(order,), timeout=timeout)
+            shop.stage.drain()
     assert (shop.payments(), shop.stage.outcomes("pay")) == ([2], ["dead", "succeeded"])
     shop.close()

@@ -317,6 +317,28 @@ class TransactionalJobs:
         assert shop.outcomes() == [("duplicate", "stale")]
         assert Idempotency.state(pay, 7).owner == "elsewhere:1:place:1"
 
+    @pytest.mark.parametrize("error", [RuntimeError(), Discard(), Snooze(1_000)])
+    def test_a_run_that_fails_after_its_key_was_taken_over_is_stale(self, shop, error):
+        async def body(job, order):
+            shop.take_over()
+            raise error
+
+        shop.actor(body).send(7)
+        shop.drain()
+        assert shop.outcomes() == [("duplicate", "stale")]
+
+    def test_a_failed_run_goes_by_the_rules_while_the_store_is_down(self, shop):
+        outages = ExitStack()
+
+        async def body(job, order):
+            outages.enter_context(store_down(shop.broker, times=1))
+            raise RuntimeError
+
+        shop.actor(body).send(7)
+        with outages:
+            shop.drain()
+        assert shop.outcomes() == [("dead", "exhausted")]
+
     @pytest.mark.parametrize("ours", [True, False])
     def test_a_run_whose_key_another_message_completed_still_moves_its_pipeline_on(self, shop, ours):
         async def body(job, order):
