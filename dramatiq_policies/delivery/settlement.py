@@ -33,8 +33,8 @@ logger = SafeLogger("dramatiq_policies.outcomes")
 def settle_and_ack(state: BrokerState, message: MessageProxy, delivery: Delivery) -> None:
     """Settle a delivery, once, and acknowledge the message. After an error, call this function again to continue.
 
-    There is no acknowledgement if `publish_follow_ups` has acknowledged already, or has given up: then the message is
-    redelivered.
+    There is no acknowledgement here if the transport has acknowledged together with the publish (``acked``), or `FollowUpPublisher` has
+    given up (``abandoned``): then the broker redelivers the message.
     """
     # The delivery's transport: after a reconnect the acknowledging consumer has another transport.
     transport: Transport = delivery.transport  # type: ignore[assignment]  # `DeliveringTransport` is a part of `Transport`.
