@@ -16,7 +16,6 @@ from dramatiq_policies._dramatiq import StubMessage
 from dramatiq_policies.brokers.stub.browser import StubBrowser
 from dramatiq_policies.cli.dead import no_dead_letters
 from dramatiq_policies.common.clock import now_ms
-from dramatiq_policies.ops import DeadLetter
 
 APP = """
 import time
@@ -104,39 +103,6 @@ def test_a_filter_selects_dead_letters(command, app, options, meant):
         app = command.app(APP + 'bury(send_mail, "m5", args=(8,))\n')
         options = (*options, "--actor", "send_mail")
     assert ids(command, app, *options, "--oldest") == meant
-
-
-@pytest.mark.parametrize(
-    ("value", "text", "held"),
-    [
-        (7, "7", True),
-        ("7", "7", True),
-        ("7", '"7"', True),
-        (7, '"7"', False),
-        (True, "true", True),
-        (None, "null", True),
-        (1, "true", False),
-        ([1, 2], "[1,2]", True),
-        ("ada", "bob", False),
-    ],
-)
-def test_an_argument_is_compared_as_text_or_as_json(value, text, held):
-    letter = DeadLetter(
-        queue="mail",
-        message_id="m",
-        actor="send",
-        outcome="dead",
-        reason=None,
-        exception=None,
-        text=None,
-        traceback=None,
-        attempts=1,
-        failed_at=None,
-        message=Message("mail", "send", (value,), {"order": {"id": value}}, {}),
-    )
-    assert ops.Filter(arguments={"first": text}, parameters={"send": ("first",)})(letter) is held
-    assert ops.Filter(arguments={"order.id": text})(letter) is held
-    assert not ops.Filter(arguments={"missing": text})(letter)
 
 
 def test_a_list_has_the_newest_first_unless_the_oldest_are_asked_for(command, app):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dramatiq
 import pytest
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.common import compute_backoff
 
 from dramatiq_policies import Snooze, install, ops
 from dramatiq_policies.ops.checks.actor_source import source_of
-from dramatiq_policies.ops.explanations.explanation import stock_bounds
 from dramatiq_policies.testing import drain, fail
 
 APP = """
@@ -93,16 +91,6 @@ def test_an_error_that_no_rule_names_goes_by_dramatiq_s_options(command, app):
     assert times(answer) == [(1, 0, 0), (2, 1_000, 2_000), (3, 3_000, 6_000)]
     (thrown,) = explained(command, f"{app}:plain", "KeyError")
     assert (thrown["outcome"], thrown["reason"]) == ("dead", "thrown")
-
-
-@pytest.mark.parametrize("retries", [0, 1, 3, 6, 40])
-def test_dramatiq_s_own_waits_are_within_the_bounds(retries):
-    least, most = stock_bounds(retries, 1_000, 10_000)
-    found = [compute_backoff(retries, factor=1_000, max_backoff=10_000)[1] for _ in range(2_000)]
-    assert least <= min(found)
-    assert max(found) <= most
-    assert min(found) - least < 0.1 * most
-    assert most - max(found) < 0.1 * most
 
 
 def test_the_waits_of_production_are_within_the_bounds(command, app):
