@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import textwrap
@@ -40,6 +41,8 @@ class Command:
         return name
 
     def __call__(self, *args, answers=None, env=None):
+        # A test may write a module in the same tick of the file system's clock as the last import.
+        importlib.invalidate_caches()
         return CliRunner().invoke(main, [str(arg) for arg in args], input=answers, env=env)
 
     def json(self, *args, code=0):
