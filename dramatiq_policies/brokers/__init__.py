@@ -1,4 +1,4 @@
-"""A package for each broker, with transport, batch, queue reader and browser. Other brokers get the plain `Transport`."""
+"""A package for each broker, with transport, batch, queue reader and browser; other brokers get the plain `Transport`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integrations with frameworks. Nothing here is imported by the rest of the package."""
+"""Integrations with frameworks, which the rest of the package never imports."""
 
 from __future__ import annotations
 

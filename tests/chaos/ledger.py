@@ -155,7 +155,7 @@ def judge(
         if failure["reason"] == "crashed" and begun_in_vain[letter.message_id] >= 3:
             quarantined.add(f"{letter.actor_name}:{letter.args[0]}")
         elif failure["reason"] == "no_result" and store_lost_some and effects[f"second:{letter.args[0]}"]:
-            pass  # a duplicate whose twin's result went with the store, and whose twin has moved on
+            pass  # the result of the first message went with the store, and the first message has moved on
         elif letter.message_id in dead:
             dead[letter.message_id] += 1
         else:

@@ -31,7 +31,7 @@ def send_for(number: int, broker: Any) -> None:
         some.add_completion_callback(message("together", number))
         some.run()
     elif kind == "single":
-        # A twin could stand in for what is lost; this one has none.
+        # A duplicate could replace a lost message; this message has none.
         broker.enqueue(message("flaky", number))
     else:
         for _ in range(2):

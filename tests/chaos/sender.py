@@ -79,7 +79,7 @@ class Sender:
         elif kind == 7:
             self._once("unguarded", number)
         elif kind == 8:
-            # A twin could stand in for what is lost; these have none.
+            # A duplicate could replace a lost message; these messages have none.
             self._once("flaky", number)
         else:
             self._twice("plain", number)

@@ -502,7 +502,9 @@ def test_an_actor_that_is_misspelt_is_no_reason_to_ask(command, app, broker):
 
 def test_a_dead_letter_taken_by_another_process_meanwhile_is_not_counted(app, broker, monkeypatch):
     stock = StubBrowser.drop
-    monkeypatch.setattr(StubBrowser, "drop", lambda pile, item: stock(pile, item) and item.place.message_id != "m2")
+    monkeypatch.setattr(
+        StubBrowser, "drop", lambda browser, item: stock(browser, item) and item.place.message_id != "m2"
+    )
     moved = ops.purge(broker, where=ops.Filter(actor="send_mail"))
     assert (moved.seen, moved.count) == (4, 2)
 

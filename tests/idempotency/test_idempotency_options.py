@@ -233,9 +233,9 @@ def test_a_stub_broker_keeps_them_in_memory_and_a_rabbitmq_broker_nowhere():
 def test_a_copy_for_tests_keeps_its_settings_and_has_a_memory_of_its_own():
     given = Idempotency(RedisStore.from_url("redis://nowhere.invalid"), lease=7_000, ttl=8_000, max_crashes=None)
     Stage(bundle={"idempotency": given})
-    twin = given.for_stub()
-    assert (type(twin.store), twin.claims) == (MemoryStore, None)
-    assert (twin.lease, twin.ttl, twin.max_crashes, twin.on_store_error) == (7_000, 8_000, None, "retry")
+    in_stub = given.for_stub()
+    assert (type(in_stub.store), in_stub.claims) == (MemoryStore, None)
+    assert (in_stub.lease, in_stub.ttl, in_stub.max_crashes, in_stub.on_store_error) == (7_000, 8_000, None, "retry")
     assert isinstance(given.store, RedisStore)
     assert given.claims is not None
 

@@ -22,29 +22,29 @@ def args_of(items: Iterator[Item]) -> list[Any]:
     return [Message.decode(item.body).args[0] for item in items]
 
 
-# Redis: a pile is what lay there when it was looked at first.
+# Redis: a browser shows the dead letters of its first look.
 
 
 def test_a_browser_passes_over_dead_letters_that_others_take_or_add_meanwhile(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 4)
     letters, client = redis_place.key(f"{redis_place.queue}.XQ"), redis_place.client
-    with browse(app.broker, redis_place.queue, dead=True) as pile:
-        assert len(pile) == 4
+    with browse(app.broker, redis_place.queue, dead=True) as browser:
+        assert len(browser) == 4
         client.hdel(f"{letters}.msgs", "r1")
         client.zrem(letters, "r2")
         newer = Message(redis_place.queue, "job", (9,), {}, {})
         client.hset(f"{letters}.msgs", "r9", newer.encode())
         client.zadd(letters, {"r9": 1_700_000_000_900})
-        assert args_of(iter(pile)) == [0, 3]
+        assert args_of(iter(browser)) == [0, 3]
 
 
 def test_a_browser_lists_nothing_after_others_have_taken_all_dead_letters(redis_place: RedisPlace) -> None:
     app = redis_place.app()
     bury(redis_place, app, 2)
-    with browse(app.broker, redis_place.queue, dead=True) as pile:
+    with browse(app.broker, redis_place.queue, dead=True) as browser:
         redis_place.client.delete(redis_place.key(f"{redis_place.queue}.XQ"))
-        assert args_of(iter(pile)) == []
+        assert args_of(iter(browser)) == []
 
 
 def test_a_dead_letter_that_another_process_replays_first_is_not_sent_again(redis_place: RedisPlace) -> None:
@@ -157,14 +157,14 @@ def test_holes_of_a_move_that_was_killed_are_no_messages(redis_place: RedisPlace
     assert received == [sent[0].message_id, sent[2].message_id]
 
 
-@pytest.mark.parametrize("read", [iter, lambda pile: pile.read_all()], ids=["one by one", "all at once"])
+@pytest.mark.parametrize("read", [iter, lambda browser: browser.read_all()], ids=["one by one", "all at once"])
 def test_a_dead_letter_that_another_consumer_holds_is_left_to_it(rabbitmq_place: RabbitmqPlace, read: Any) -> None:
     app = rabbitmq_place.app()
     bury(rabbitmq_place, app, 3)
-    with browse(app.broker, rabbitmq_place.queue, dead=True) as pile:
-        assert len(pile) == 3
+    with browse(app.broker, rabbitmq_place.queue, dead=True) as browser:
+        assert len(browser) == 3
         rabbitmq_place.channel.basic_get(f"{rabbitmq_place.queue}.XQ")
-        assert args_of(read(pile)) == [1, 2]
+        assert args_of(read(browser)) == [1, 2]
     rabbitmq_place.channel.basic_recover(requeue=True)
 
 
@@ -173,10 +173,10 @@ def test_an_undeclared_queue_takes_no_replay_and_the_dead_letter_stays(rabbitmq_
     bury(rabbitmq_place, app, 1)
     with (
         pytest.raises(ops.OperationError, match=r"RabbitMQ has no queue 'dp-test-missing'\. Start a worker once"),
-        browse(app.broker, rabbitmq_place.queue, dead=True) as pile,
+        browse(app.broker, rabbitmq_place.queue, dead=True) as browser,
     ):
-        for letter in pile:
-            pile.send(letter, Message.decode(letter.body).copy(queue_name="dp-test-missing"))
+        for letter in browser:
+            browser.send(letter, Message.decode(letter.body).copy(queue_name="dp-test-missing"))
     until(lambda: count_dead(rabbitmq_place) == 1)
 
 

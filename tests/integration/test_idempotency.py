@@ -78,7 +78,7 @@ def once(word):
 
 class DieAfterTheRetryWasEnqueued(dramatiq.Middleware):
     def after_enqueue(self, broker, message, delay):
-        # Its twin is put back unrun meanwhile, and carries no failed run.
+        # Meanwhile its duplicate is deferred unrun, and carries no failed run.
         if message.actor_name == "retrying" and message.options.get("policies", {{}}).get("total") and once("enqueued"):
             die()
 

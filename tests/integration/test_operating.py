@@ -173,7 +173,7 @@ def test_a_dry_run_counts_the_replayable_dead_letters_up_to_its_limit(place, app
     would = ops.replay(app.broker, dry_run=True)
     assert (would.count, would.unreadable, would.seen) == (4, 1, 5)
 
-    def all_at_once(pile):
+    def all_at_once(browser):
         raise AssertionError("the server would send all there is")
 
     monkeypatch.setattr("dramatiq_policies.brokers.rabbitmq.browser.RabbitmqBrowser.read_all", all_at_once)

@@ -76,7 +76,7 @@ class Stage:
             error_classifier=ErrorClassifier(on_outcome=self.collected, alert_interval=0, dead_letter_discards=False),
             idempotency=Idempotency(lease=400),
         )
-        self.plans, self.left, self.twins = {}, {}, {}
+        self.plans, self.left, self.first_ids = {}, {}, {}
         self.runs = Counter()
         actor = functools.partial(dramatiq.actor, broker=self.broker, **RULES)
         self.actors = {
@@ -100,7 +100,7 @@ class Stage:
         self.collected.events.clear()
         self.runs.clear()
         self.plans.clear()
-        self.twins.clear()
+        self.first_ids.clear()
         for letters in self.broker.dead_letters_by_queue.values():
             letters.clear()
         sent = []
@@ -113,7 +113,7 @@ class Stage:
                 sent.append(message)
             elif kind == "twice":
                 sent += [message, self.actors[actor].message(name)]
-                self.twins[sent[-1].message_id] = message.message_id
+                self.first_ids[sent[-1].message_id] = message.message_id
                 for one in sent[-2:]:
                     self.broker.enqueue(one)
             elif kind == "pipeline":
@@ -143,7 +143,7 @@ class Stage:
         for event in self.collected.events:
             if event.outcome != "deferred" or event.reason == "snoozed":
                 # Before Dramatiq 2.2 messages of one priority run in any order, duplicates too.
-                first = self.twins.get(event.message_id, event.message_id)
+                first = self.first_ids.get(event.message_id, event.message_id)
                 outcomes[names[first]].append((event.outcome.value, str(event.reason), event.attempt))
         dead = [
             letter.options["failure"] for letters in self.broker.dead_letters_by_queue.values() for letter in letters

@@ -140,15 +140,15 @@ BUNDLE = [
 def test_a_copy_for_a_test_has_the_settings_of_its_original_and_a_state_of_its_own(original):
     settings = {"_given", "levels", "_notifiers"}
     before = dict(vars(original))
-    twin = original.for_stub()
-    assert type(twin) is type(original)
-    assert twin.attached_to is None
+    in_stub = original.for_stub()
+    assert type(in_stub) is type(original)
+    assert in_stub.attached_to is None
     assert vars(original) == before
     for name, value in vars(original).items():
         if isinstance(value, (dict, list, set)) and name not in settings:
-            assert vars(twin)[name] is not value, name
+            assert vars(in_stub)[name] is not value, name
         elif isinstance(value, (int, str, tuple)) and name != "in_workers":
-            assert vars(twin)[name] == value, name
+            assert vars(in_stub)[name] == value, name
 
 
 def test_a_subclass_of_our_middleware_may_define_its_copy_for_a_test(redis_broker, add):
@@ -158,9 +158,9 @@ def test_a_subclass_of_our_middleware_may_define_its_copy_for_a_test(redis_broke
             self.counted = []
 
         def for_stub(self):
-            twin = super().for_stub()
-            twin.counted = []
-            return twin
+            in_stub = super().for_stub()
+            in_stub.counted = []
+            return in_stub
 
         def values_of(self, event):
             self.counted.append(event.outcome)
@@ -169,11 +169,11 @@ def test_a_subclass_of_our_middleware_may_define_its_copy_for_a_test(redis_broke
     counting = Counting()
     redis_broker.add_middleware(counting)
     with stub() as broker:
-        (twin,) = [one for one in broker.middleware if isinstance(one, Counting)]
+        (in_stub,) = [one for one in broker.middleware if isinstance(one, Counting)]
         with fail(add, Flaky):
             add.send(1, 1)
             drain(broker)
-    assert twin.counted[0] == "retried"
+    assert in_stub.counted[0] == "retried"
     assert counting.counted == []
 
 

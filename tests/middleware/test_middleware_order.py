@@ -129,7 +129,7 @@ def what_happens(order):
         )
         piped.run()
         sent[f"piped {what}"] = piped.messages[0]
-    sent["twin"] = job.send("well")
+    sent["duplicate"] = job.send("well")
     old = job.message("old").copy(message_timestamp=1)
     sent["old"] = broker.enqueue(old)
     whole = group([job.message(f"member {n}") for n in range(2)], broker=broker)

@@ -418,10 +418,10 @@ def test_while_the_app_is_on_a_stub_broker_it_reads_that():
 
     for _ in range(2):
         with stub(broker) as stand_in:
-            twin = next(one for one in stand_in.middleware if isinstance(one, QueueMonitor))
+            in_stub = next(one for one in stand_in.middleware if isinstance(one, QueueMonitor))
             for _ in range(3):
                 job.send()
-            assert [alert.value for alert in twin.check()] == [3]
+            assert [alert.value for alert in in_stub.check()] == [3]
             assert [alert.value for alert in monitor.check()] == [3]
             assert drain(stand_in).outcomes(job) == ["succeeded"] * 3
     assert len(told) == 4
