@@ -27,9 +27,10 @@ unit: $(VENV)/installed  ## the tests without servers
 
 # Tracing sometimes starves a test of real processes. As in .ci/run, failed tests run once more, alone.
 TRACED_TESTS = $(BIN)/python -m coverage run -m pytest -q -m "not untraced" $(ARGS)
+TRACED_ONCE = $(TRACED_TESTS) -n $(WORKERS) --dist worksteal
 coverage: $(VENV)/installed  ## branches covered by all tests that allow a tracer; fails below 95 %
 	$(BIN)/python -m coverage erase
-	$(WITH_SERVICES) $(TRACED_TESTS) || $(WITH_SERVICES) $(TRACED_TESTS) --last-failed --last-failed-no-failures=none
+	$(WITH_SERVICES) $(TRACED_ONCE) || $(WITH_SERVICES) $(TRACED_TESTS) --last-failed --last-failed-no-failures=none
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 	$(BIN)/python -m coverage json -q -o build/coverage.json

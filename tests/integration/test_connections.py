@@ -62,6 +62,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_timeout_in_a_job_that_asks_the_store_reaches_none_of_its_neighbours(
     redis_place: RedisPlace, question: str, caplog: pytest.LogCaptureFixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dramatiq
 import pytest
-from django.db import transaction
+from django.db import connections, transaction
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.middleware import AsyncIO
 
@@ -46,6 +46,33 @@ def test_in_a_test_case_with_a_database_in_memory_the_job_s_messages_are_sent_wh
         assert (shop.orders(), shop.told) == (["ada"], [("ada",)])
         transaction.set_rollback(True, using=shop.alias)
     assert shop.orders() == []
+
+
+@pytest.fixture
+def in_a_file(tmp_path):
+    with project.database("file", ENGINE="django.db.backends.sqlite3", NAME=str(tmp_path / "shop.db")) as alias:
+        project.make_tables(alias)
+        shop = Shop(alias)
+        yield shop
+        shop.close()
+
+
+def test_a_job_begins_on_a_new_connection_if_the_old_has_reached_its_age(in_a_file):
+    shop, connection = in_a_file, connections[in_a_file.alias]
+    old, used = connection.connection, []
+    connection.close_at = 0
+    shop.actor(lambda email: used.append(connection.connection)).send("ada")
+    shop.drain()
+    assert old is not None
+    assert used != [old]
+    assert len(used) == 1
+
+
+def test_after_a_job_transactions_on_sqlite_begin_as_before(in_a_file):
+    connection, modes = connections[in_a_file.alias], []
+    in_a_file.actor(lambda email: modes.append(connection.transaction_mode)).send("ada")
+    in_a_file.drain()
+    assert [*modes, connection.transaction_mode] == [None, None]
 
 
 def declare(outbox, idempotency, fn, **options):
