@@ -8,12 +8,13 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
 from dramatiq_policies.sql.database import SqlDatabase
+from dramatiq_policies.sql.unit_of_work import SqlUnitOfWorkFactory
 
 from ..transactions.transactional_jobs import ONCE, Base, Payment, Shop, TransactionalJobs
 
@@ -109,3 +110,15 @@ def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
             shop.stage.drain()
     assert (shop.payments(), shop.stage.outcomes("pay")) == ([2], ["dead", "succeeded"])
     shop.close()
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_the_connection_of_an_interrupted_job_is_not_used_again(tmp_path, interrupted):
+    """An interrupt between a query and its answer leaves the answer to the next query."""
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/shop.db", poolclass=QueuePool)
+    work = SqlUnitOfWorkFactory(engine, lambda session: None, lambda other: False).make(is_async=False)
+    used = work.session.connection().connection.driver_connection
+    work.roll_back(interrupted=interrupted)
+    with engine.connect() as connection:
+        assert (connection.connection.driver_connection is used) is not interrupted
+    engine.dispose()
