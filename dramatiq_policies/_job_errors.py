@@ -8,8 +8,8 @@ this module.
 from __future__ import annotations
 
 import builtins
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard, TypeVar
 
@@ -62,7 +62,7 @@ def stand_in_for(error: BaseException) -> UnreadableError | None:
 
 
 #: The folders whose frames come before the user's code in a job's traceback.
-_MACHINERY = tuple(f"{Path(file).parent}/" for file in (dramatiq.__file__, __file__))
+_MACHINERY = tuple(f"{os.path.dirname(file)}/" for file in (dramatiq.__file__, __file__))  # noqa: PTH120
 
 
 def user_frames(stack: TracebackType | None) -> TracebackType | None:

@@ -6,15 +6,14 @@ import enum
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import date, datetime, timedelta
-from pathlib import PurePath
 from types import MemberDescriptorType
 from typing import Any
-from urllib.parse import quote, quote_plus
 
-__all__ = ["is_secret_name", "learn_passwords", "redact", "redacted_repr"]
+__all__ = ["is_path", "is_secret_name", "learn_passwords", "redact", "redacted_repr"]
 
 _MASK = "***"
 #: Not masked: the default password of RabbitMQ, and passwords of fewer than three characters, which every text contains.
@@ -85,6 +84,9 @@ def is_secret_name(name: object) -> bool:
 
 def learn_passwords(*clients: Any) -> None:
     """Make `redact` mask the passwords of these clients, brokers, stores or backends. Opens no connection."""
+    # Each client of a server has imported this module; importing it here keeps it out of every other import.
+    from urllib.parse import quote, quote_plus
+
     global _known, _pattern  # noqa: PLW0603 - of a process, as its logging is
     found: set[str] = set()
     for client in clients:
@@ -147,14 +149,22 @@ def redacted_repr(value: object, depth: int = 3) -> str:
         return f"a {type(value).__name__}"
 
 
+def is_path(value: object) -> bool:
+    """Return whether a value is a path of ``pathlib``. Does not import ``pathlib``, which is a tenth of the import of this package."""
+    pathlib = sys.modules.get("pathlib")
+    return pathlib is not None and isinstance(value, pathlib.PurePath)
+
+
 def _described(value: object, depth: int) -> str:
     kind = type(value)
     if isinstance(value, str) and ("://" in value or redact(value) != value):
         # The end of a password in a URL is a guess, and the path of a webhook is secret too.
         return f"a {kind.__name__} with a URL or a password"
     if value is None or isinstance(
-        value, (bool, int, float, complex, str, timedelta, date, datetime, PurePath, enum.Enum, type, BaseException)
+        value, (bool, int, float, complex, str, timedelta, date, datetime, enum.Enum, type, BaseException)
     ):
+        return repr(value)
+    if is_path(value):
         return repr(value)
     if isinstance(value, functools.partial):
         return f"partial({_described(value.func, depth - 1)})"

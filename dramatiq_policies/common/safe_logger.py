@@ -17,12 +17,11 @@ import traceback
 from collections.abc import Mapping
 from datetime import timedelta
 from enum import Enum
-from pathlib import PurePath
 from typing import Any
 
 from dramatiq.middleware import Interrupt
 
-from .credentials import redact, redacted_repr
+from .credentials import is_path, redact, redacted_repr
 from .texts import printable
 
 __all__ = ["ALERTS", "OUTCOMES", "Lines", "SafeLogger", "clean_stack", "is_heard", "make_safe", "write_to_stderr"]
@@ -57,7 +56,7 @@ class _Shown(str):
 
 
 #: Types with a safe text.
-_PLAIN = (type(None), int, float, str, BaseException, list, tuple, dict, PurePath, Enum, timedelta)
+_PLAIN = (type(None), int, float, str, BaseException, list, tuple, dict, Enum, timedelta)
 
 
 def _is_ours(value: object) -> bool:
@@ -162,7 +161,8 @@ def _clean(record: logging.LogRecord) -> None:
     """Make the texts of the record printable. Keeps the template and each printable argument."""
     if isinstance(record.args, tuple):
         record.args = tuple(
-            arg if isinstance(arg, _PLAIN) or _is_ours(arg) else _Shown(redacted_repr(arg)) for arg in record.args
+            arg if isinstance(arg, _PLAIN) or _is_ours(arg) or is_path(arg) else _Shown(redacted_repr(arg))
+            for arg in record.args
         )
     try:
         text = record.getMessage()

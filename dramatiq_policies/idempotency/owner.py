@@ -11,7 +11,6 @@ random place, equal to no other. A constant place would make processes of two ho
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from hashlib import blake2b
 
@@ -27,7 +26,7 @@ def this_process() -> str:
     known = _known
     if known is None or known[0] != pid:
         host = socket.gethostname().replace(":", "-")
-        known = _known = (pid, f"{host}:{pid}:{_place() or secrets.token_hex(6)}:{_stat(pid)[1]}")
+        known = _known = (pid, f"{host}:{pid}:{_place() or os.urandom(6).hex()}:{_stat(pid)[1]}")
     return known[1]
 
 
