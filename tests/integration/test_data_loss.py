@@ -83,11 +83,13 @@ def test_an_emptied_redis_under_load_is_one_error_a_queue_and_later_messages_are
     redis_place: RedisPlace, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = redis_place.app(idempotency=Idempotency(lease=2_000))
-    ran = []
+    ran, emptied = [], threading.Event()
 
     @app.actor(idempotency_key="{number}")
     def work(number):
         time.sleep(0.005)
+        if number >= 1_000:
+            assert emptied.wait(30)
         ran.append(number)
 
     with app.working(threads=8):
@@ -96,6 +98,7 @@ def test_an_emptied_redis_under_load_is_one_error_a_queue_and_later_messages_are
         until(lambda: len(ran) > 50)
         empty(redis_place)
         assert len(ran) < 2_000
+        emptied.set()
         until(lambda: losses(caplog))
         for number in range(10_000, 10_100):
             work.send(number)
