@@ -214,13 +214,15 @@ class BrokerState:
         return self.queues.get(name) or self.queues.setdefault(name, QueueState(name))
 
     def add_around_job(self, around: AroundJob, *, order: int) -> None:
-        """Run a callable around every job of this broker.
+        """Run a callable around every job of this broker. A second call with the same callable changes nothing.
 
         The chain is built here, once: per message, no closure is created.
 
         Parameters:
           order: Lower numbers run outside of higher numbers.
         """
+        if any(known == around for _, known in self._around_jobs):
+            return
         self._around_jobs = sorted([*self._around_jobs, (order, around)], key=lambda entry: entry[0])
         chain: Proceed = run_job
         for _, inner in reversed(self._around_jobs):

@@ -123,7 +123,6 @@ class Timeout(PolicyMiddleware, TimeLimit):
         self.stuck_subscribers: list[Callable[[StuckJob], object]] = []
         #: The reported jobs that still ran when `still_stuck` last looked.
         self.stuck_jobs: list[Job] = []
-        self._is_around_claimed_jobs = False
         #: Time between deadline and report, in seconds. `interrupts.threads.run` reads ``grace`` and calls `stuck`.
         self.grace = self.grace_ms / 1_000
 
@@ -147,7 +146,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
 
     def for_stub(self) -> Self:
         stub = super().for_stub()
-        stub.stuck_subscribers, stub.stuck_jobs, stub._is_around_claimed_jobs = [], [], False  # noqa: SLF001 - of our own class
+        stub.stuck_subscribers, stub.stuck_jobs = [], []
         return stub
 
     # No hooks of TimeLimit: the clock runs only while the actor's function runs, not from hook to hook.
@@ -172,8 +171,7 @@ class Timeout(PolicyMiddleware, TimeLimit):
         limit = self.default if timeout is None else duration_ms(timeout)
         waiting = options.get("queue_timeout")
         most_waiting = self.queue_default if waiting is None else none_if_infinite(duration_ms(waiting))
-        if most_waiting is not None and self.attached_to is not None and not self._is_around_claimed_jobs:
-            self._is_around_claimed_jobs = True
+        if most_waiting is not None and self.attached_to is not None:
             self.attached_to.add_around_job(around_claimed_job, order=2)
         return none_if_infinite(limit), most_waiting
 

@@ -83,7 +83,6 @@ class TransactionalJobs:
         self.outbox = outbox
         self._factory = factory
         self._store: KeyTable
-        self._is_around_jobs = False
 
     def add(self, where: str, actor: Actor[..., Any], options: IdempotencyOptions | None) -> None:
         """Run the jobs of an actor with ``transactional=True`` in transactions.
@@ -105,10 +104,8 @@ class TransactionalJobs:
             )
         self._factory.check(where, store, is_async=coroutines.is_async(_function_of(actor)))
         self._store = store
-        if not self._is_around_jobs:
-            self._is_around_jobs = True
-            # Within the claim of the key.
-            self.state.add_around_job(self.around_job, order=3)
+        # Within the claim of the key.
+        self.state.add_around_job(self.around_job, order=3)
 
     def around_job(self, delivery: Delivery, proceed: Proceed) -> Any:
         """Run a transactional job and commit. Any other job just runs."""
