@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from ..common.durations import looks_like_seconds
-from ..ops import IncompleteDesign, OperationError, parse_design, scaffold
+from ..ops import IncompleteDesign, parse_design, scaffold
 from ..ops.app import extend_path
 from ..ops.checks.gate import read_toml
-from ..ops.scaffolding.scaffold import module_name
+from ..ops.scaffolding.scaffold import new_module
 from .options import path_option
 from .output import printable_text
 
@@ -41,10 +41,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
     Asks for each answer and shows an example, or reads a TOML file with the tables [job] and [errors]. Refuses an
     incomplete design and lists the missing answers. The tests fail until you write the job. Never overwrites a file.
     """
-    module_name(file)
-    for one in (file, tests / f"test_{file.stem}.py"):
-        if one.exists():
-            raise OperationError(f"{one} exists, and the command overwrites no file: name another file.")
+    _, test_file = new_module(file, tests)
     extend_path(path)
     try:
         parsed = parse_design(_ask() if design is None else read_toml(design))
@@ -56,9 +53,7 @@ def new(file: Path, design: Path | None, tests: Path, path: tuple[str, ...]) -> 
         click.echo(hint, err=True)
     for written in scaffold(parsed, file, tests):
         click.echo(printable_text(f"wrote {written}"))
-    click.echo(
-        printable_text(f"Now write the job, until its tests pass: python -m pytest {tests / f'test_{file.stem}.py'}")
-    )
+    click.echo(printable_text(f"Now write the job, until its tests pass: python -m pytest {test_file}"))
     return 0
 
 

@@ -10,7 +10,7 @@ from .design import Design, Named
 from .source import WIDTH, Imports, called, prose, quoted, sentence
 from .tests import render_tests
 
-__all__ = ["module_name", "render_conftest", "render_job", "scaffold"]
+__all__ = ["new_module", "render_conftest", "render_job", "scaffold"]
 
 
 def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
@@ -25,11 +25,8 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
     Raises:
       OperationError: A file exists, or the path is no module. Nothing is written then.
     """
-    module = module_name(file)
-    test_file, conftest = tests / f"test_{file.stem}.py", tests / "conftest.py"
-    for one in (file, test_file):
-        if one.exists():
-            raise OperationError(f"{one} exists, and the command overwrites no file: name another file.")
+    module, test_file = new_module(file, tests)
+    conftest = tests / "conftest.py"
     texts = {file: render_job(design, file.stem), test_file: render_tests(design, module, file.stem)}
     if not conftest.exists() and not _sets_broker(file):
         texts[conftest] = render_conftest(_app_of(file))
@@ -39,7 +36,20 @@ def scaffold(design: Design, file: Path, tests: Path) -> list[Path]:
     return list(texts)
 
 
-def module_name(file: Path) -> str:
+def new_module(file: Path, tests: Path) -> tuple[str, Path]:
+    """Return the dotted name of a module to write, and the file of its tests.
+
+    Raises:
+      OperationError: A file exists, or the path is no module.
+    """
+    module, test_file = _module_name(file), tests / f"test_{file.stem}.py"
+    for one in (file, test_file):
+        if one.exists():
+            raise OperationError(f"{one} exists, and the command overwrites no file: name another file.")
+    return module, test_file
+
+
+def _module_name(file: Path) -> str:
     """Return the dotted name of a module file.
 
     Raises:
@@ -80,7 +90,7 @@ def _app_of(file: Path) -> str | None:
     """Return the only module of the package that sets the broker, or None."""
     top = file.parts[0] if file.parts[0] != "src" else str(Path(*file.parts[:2]))
     found = [one for one in sorted(Path(top).rglob("*.py")) if _mentions(one)] if len(file.parts) > 1 else []
-    return module_name(found[0]).removesuffix(".__init__") if len(found) == 1 else None
+    return _module_name(found[0]).removesuffix(".__init__") if len(found) == 1 else None
 
 
 def render_job(design: Design, name: str) -> str:
