@@ -175,15 +175,18 @@ class Transport:
         except Exception as error:
             if not self.lost_connection(error):
                 raise
-            if self.state.stopping.is_set():
-                logger.warning(
-                    "Message %s of actor %s could not be acknowledged and will be redelivered: %s",
-                    message.message_id,
-                    message.actor_name,
-                    error,
-                )
-                return
-            raise ConnectionClosed(error) from None
+            if not self.state.stopping.is_set():
+                raise ConnectionClosed(error) from None
+            self.report_unacked(message, error)
+
+    def report_unacked(self, message: MessageProxy, error: Exception) -> None:
+        """Log that a message could not be acknowledged before the worker ends."""
+        logger.warning(
+            "Message %s of actor %s could not be acknowledged and will be redelivered: %s",
+            message.message_id,
+            message.actor_name,
+            error,
+        )
 
     def send_ack(self, message: MessageProxy) -> None:
         """Tell the broker to remove a message from the queue."""

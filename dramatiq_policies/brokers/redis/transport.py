@@ -176,12 +176,7 @@ class RedisTransport(Transport):
             self.window.job_finished(redis_id)
             if not self.state.stopping.is_set():
                 raise
-            logger.warning(
-                "Message %s of actor %s could not be acknowledged and will be redelivered: %s",
-                message.message_id,
-                message.actor_name,
-                error,
-            )
+            self.report_unacked(message, error)
         self._release(message)
 
     def _settle(self, message: MessageProxy, redis_id: str) -> None:
