@@ -84,7 +84,7 @@ def is_secret_name(name: object) -> bool:
 
 def learn_passwords(*clients: Any) -> None:
     """Make `redact` mask the passwords of these clients, brokers, stores or backends. Opens no connection."""
-    # Each client of a server has imported this module; importing it here keeps it out of every other import.
+    # Every client of a server has loaded urllib.parse. The import of this package does not load urllib.parse.
     from urllib.parse import quote, quote_plus
 
     global _known, _pattern  # noqa: PLW0603 - of a process, as its logging is
@@ -160,11 +160,13 @@ def _described(value: object, depth: int) -> str:
     if isinstance(value, str) and ("://" in value or redact(value) != value):
         # The end of a password in a URL is a guess, and the path of a webhook is secret too.
         return f"a {kind.__name__} with a URL or a password"
-    if value is None or isinstance(
-        value, (bool, int, float, complex, str, timedelta, date, datetime, enum.Enum, type, BaseException)
+    if (
+        value is None
+        or isinstance(
+            value, (bool, int, float, complex, str, timedelta, date, datetime, enum.Enum, type, BaseException)
+        )
+        or is_path(value)
     ):
-        return repr(value)
-    if is_path(value):
         return repr(value)
     if isinstance(value, functools.partial):
         return f"partial({_described(value.func, depth - 1)})"

@@ -222,13 +222,12 @@ class Idempotency(PolicyMiddleware):
 
 
 def _lookup(given: Actor[..., Any] | Message[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> KeyedJob:
-    message = given if isinstance(given, Message) else None
     if isinstance(given, Message):
         from dramatiq import get_broker
 
-        actor = get_broker().get_actor(given.actor_name)
+        message, actor = given, get_broker().get_actor(given.actor_name)
     else:
-        actor = given
+        message, actor = None, given
     state = order_middleware(actor.broker)
     policy = state.policies.get(actor.actor_name)
     options, guard = None if policy is None else policy.idempotency, guard_on(state)

@@ -10,27 +10,23 @@ __all__ = ["durability_warnings"]
 def durability_warnings(connection: Connection) -> list[str]:
     """Return a warning if a crash of the server may undo commits: a job may run twice."""
     if connection.dialect == "postgresql":
-        found = [name for name in ("fsync", "synchronous_commit") if _setting(connection, f"SHOW {name}") == "off"]
-        return [_warning(f"{' and '.join(found)} off", f"Turn {' and '.join(found)} on")] if found else []
+        settings = ("fsync", "synchronous_commit")
+        off = " and ".join(name for name in settings if _setting(connection, f"SHOW {name}") == "off")
+        return [_warning(f"{off} off", f"Turn {off} on")] if off else []
     if connection.dialect == "mysql":
         engine = _setting(
             connection,
             "SELECT engine FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = :name",
             name=KEYS,
         )
-        warnings = (
-            []
-            if engine.lower() == "innodb"
-            else [
-                _warning(f"a table {KEYS} of the engine {engine}, not InnoDB", f"Run ALTER TABLE {KEYS} ENGINE=InnoDB")
-            ]
-        )
+        warnings = []
+        if engine.lower() != "innodb":
+            reason = f"a table {KEYS} of the engine {engine}, not InnoDB"
+            warnings.append(_warning(reason, f"Run ALTER TABLE {KEYS} ENGINE=InnoDB"))
         flush = _setting(connection, "SELECT @@innodb_flush_log_at_trx_commit")
-        return (
-            warnings
-            if flush in ("1", "3")
-            else [*warnings, _warning(f"innodb_flush_log_at_trx_commit = {flush}", "Set it to 1")]
-        )
+        if flush not in ("1", "3"):
+            warnings.append(_warning(f"innodb_flush_log_at_trx_commit = {flush}", "Set it to 1"))
+        return warnings
     return []
 
 
