@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from dramatiq_policies import TimeoutExceeded, current_job
 
@@ -18,28 +19,33 @@ from .databases import async_engine, deadlocking, make_empty_tables, with_driver
 from .places import until
 
 
+@pytest.fixture
+def open_shop() -> Iterator[Callable[..., Shop]]:
+    """Opens shops with empty tables, and closes them, also after a failure."""
+    with ExitStack() as closing:
+
+        def opened(sync: sa.Engine, engine: sa.Engine | AsyncEngine | None = None, **options: Any) -> Shop:
+            closing.callback(sync.dispose)
+            Base.metadata.drop_all(sync)
+            Base.metadata.create_all(sync)
+            shop = Shop(sync, sync if engine is None else engine, **options)
+            closing.callback(shop.close)
+            return shop
+
+        yield opened
+
+
 class TestOnServers(TransactionalJobs):
     @pytest.fixture(params=["sync", "async"])
-    def shop(self, request: pytest.FixtureRequest, server_url: str) -> Iterator[Any]:
+    def shop(self, request: pytest.FixtureRequest, server_url: str, open_shop: Callable[..., Shop]) -> Shop:
         sync = sa.create_engine(with_driver(server_url))
-        Base.metadata.drop_all(sync)
-        Base.metadata.create_all(sync)
-        shop = Shop(sync, sync if request.param == "sync" else async_engine(server_url, poolclass=sa.NullPool))
-        yield shop
-        shop.close()
-        sync.dispose()
+        return open_shop(sync, None if request.param == "sync" else async_engine(server_url, poolclass=sa.NullPool))
 
 
 @pytest.fixture(params=["REPEATABLE READ", "SERIALIZABLE"])
-def strict_shop(server_url: str, request: pytest.FixtureRequest) -> Iterator[Shop]:
+def strict_shop(server_url: str, request: pytest.FixtureRequest, open_shop: Callable[..., Shop]) -> Shop:
     """A shop with a stricter isolation than READ COMMITTED."""
-    engine = sa.create_engine(with_driver(server_url), isolation_level=request.param)
-    Base.metadata.drop_all(engine)
-    Base.metadata.create_all(engine)
-    shop = Shop(engine, engine)
-    yield shop
-    shop.close()
-    engine.dispose()
+    return open_shop(sa.create_engine(with_driver(server_url), isolation_level=request.param))
 
 
 def test_under_a_stricter_isolation_a_conflict_goes_by_the_rules_and_the_effect_is_there_once(
@@ -95,13 +101,11 @@ def test_under_a_stricter_isolation_a_claim_that_was_rewritten_without_a_reply_i
 
 
 def test_above_read_committed_a_job_longer_than_a_third_of_its_lease_says_how_it_can_succeed(
-    postgresql_url: str, caplog: pytest.LogCaptureFixture
+    postgresql_url: str, open_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
     make_empty_tables(postgresql_url)
     engine = sa.create_engine(with_driver(postgresql_url), isolation_level="SERIALIZABLE")
-    Base.metadata.drop_all(engine)
-    Base.metadata.create_all(engine)
-    shop = Shop(engine, engine, lease=1_000)
+    shop = open_shop(engine, lease=1_000)
 
     async def body(job: Any, order: int) -> None:
         await job.call("execute", sa.select(Payment))
@@ -121,16 +125,14 @@ def test_above_read_committed_a_job_longer_than_a_third_of_its_lease_says_how_it
     assert (shop.payments(), shop.outcomes()) == ([], [("retried", None), ("dead", "exhausted")])
     lines = [record.getMessage() for record in caplog.records if "Idempotency(lease=…)" in record.getMessage()]
     assert len(lines) == 2
-    shop.close()
-    engine.dispose()
 
 
-def test_an_interrupt_within_a_statement_gives_up_the_connection(postgresql_url: str) -> None:
+def test_an_interrupt_within_a_statement_gives_up_the_connection(
+    postgresql_url: str, open_shop: Callable[..., Shop]
+) -> None:
     make_empty_tables(postgresql_url)
     engine = sa.create_engine(with_driver(postgresql_url), pool_size=1, max_overflow=0)
-    Base.metadata.drop_all(engine)
-    Base.metadata.create_all(engine)
-    shop = Shop(engine, engine)
+    shop = open_shop(engine)
     backends = []
 
     async def body(job: Any, order: int) -> None:
@@ -147,20 +149,16 @@ def test_an_interrupt_within_a_statement_gives_up_the_connection(postgresql_url:
     assert shop.outcomes() == [("retried", None), ("succeeded", None)]
     assert (shop.payments(), shop.done) == ([7], [(7,)])
     assert len(set(backends)) == 2
-    shop.close()
-    engine.dispose()
 
 
 @pytest.mark.parametrize("in_savepoint", [False, True])
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_job_that_goes_on_after_the_server_has_rolled_its_transaction_back_fails(
-    mariadb_url: str, kind: str, in_savepoint: bool
+    mariadb_url: str, open_shop: Callable[..., Shop], kind: str, in_savepoint: bool
 ) -> None:
     make_empty_tables(mariadb_url)
     sync = sa.create_engine(with_driver(mariadb_url))
-    Base.metadata.drop_all(sync)
-    Base.metadata.create_all(sync)
-    shop = Shop(sync, sync if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
+    shop = open_shop(sync, None if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
 
     async def body(job: Any, order: int) -> None:
         await job.add(Payment(order=order))
@@ -180,17 +178,15 @@ def test_a_job_that_goes_on_after_the_server_has_rolled_its_transaction_back_fai
     shop.drain()
     assert (shop.payments(), shop.done) == ([7], [(7,)])
     assert shop.outcomes() == [("retried", None), ("succeeded", None)]
-    shop.close()
-    sync.dispose()
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_job_may_roll_back_after_a_deadlock_and_go_on(mariadb_url: str, kind: str) -> None:
+def test_a_job_may_roll_back_after_a_deadlock_and_go_on(
+    mariadb_url: str, open_shop: Callable[..., Shop], kind: str
+) -> None:
     make_empty_tables(mariadb_url)
     sync = sa.create_engine(with_driver(mariadb_url))
-    Base.metadata.drop_all(sync)
-    Base.metadata.create_all(sync)
-    shop = Shop(sync, sync if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
+    shop = open_shop(sync, None if kind == "sync" else async_engine(mariadb_url, poolclass=sa.NullPool))
 
     async def body(job: Any, order: int) -> None:
         with pytest.raises(DBAPIError), deadlocking(sync) as statement:
@@ -202,8 +198,6 @@ def test_a_job_may_roll_back_after_a_deadlock_and_go_on(mariadb_url: str, kind: 
     shop.actor(body).send(7)
     shop.drain()
     assert (shop.payments(), shop.outcomes()) == ([7], [("succeeded", None)])
-    shop.close()
-    sync.dispose()
 
 
 def test_a_commit_that_goes_on_after_its_connection_is_lost_is_waited_for(postgresql_url: str) -> None:

@@ -24,7 +24,7 @@ from dramatiq_policies.ops import DeadLetter
     ],
 )
 def test_an_argument_is_compared_as_text_or_as_json(value, text, held):
-    letter = DeadLetter(
+    dead_letter = DeadLetter(
         queue="mail",
         message_id="m",
         actor="send",
@@ -37,6 +37,6 @@ def test_an_argument_is_compared_as_text_or_as_json(value, text, held):
         failed_at=None,
         message=Message("mail", "send", (value,), {"order": {"id": value}}, {}),
     )
-    assert ops.Filter(arguments={"first": text}, parameters={"send": ("first",)})(letter) is held
-    assert ops.Filter(arguments={"order.id": text})(letter) is held
-    assert not ops.Filter(arguments={"missing": text})(letter)
+    assert ops.Filter(arguments={"first": text}, parameters={"send": ("first",)})(dead_letter) is held
+    assert ops.Filter(arguments={"order.id": text})(dead_letter) is held
+    assert not ops.Filter(arguments={"missing": text})(dead_letter)
