@@ -10,8 +10,8 @@ DEMO_VENV := .venv-demo
 DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 WITH_SERVICES := $(BIN)/python scripts/with_services.py
-# Most tests wait for something: six processes suit two cores. WORKERS=0 is one process, for a debugger.
-WORKERS ?= 6
+# Most tests wait for something: seven processes suit two cores. WORKERS=0 is one process, for a debugger.
+WORKERS ?= 7
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test unit coverage fuzz mutants lint bench bench-curves chaos dramatiq-suite django-suite docs release-check clean

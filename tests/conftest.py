@@ -60,6 +60,26 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Deal the tests with real servers to the processes of xdist, before the other tests.
+
+    `--dist worksteal` gives each process a contiguous part of the tests, and a process never gives away its next test. Tests that
+    wait for servers take up to 30 s: at the end of a run, all other processes would wait for the last of them.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if "integration" in item.keywords]
+    fast = [item for item in items if "integration" not in item.keywords]
+    items[:] = [
+        item
+        for number in range(processes)
+        for item in (
+            *slow[number::processes],
+            *fast[len(fast) * number // processes : len(fast) * (number + 1) // processes],
+        )
+    ]
+
+
 def pytest_terminal_summary(terminalreporter):
     if not HAS_DJANGO_TASKS:
         terminalreporter.write_line(
@@ -82,21 +102,22 @@ def no_known_passwords(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def connections_to_sqlite_are_closed():
-    """Close the connections left in the pools of a test's engines: Python 3.13 warns of an unclosed connection."""
+def connections_of_engines_are_closed():
+    """Close the connections left in the pools of a test's engines: drivers warn of an open connection when its pool is collected."""
     if "sqlalchemy" not in sys.modules:
         yield
         return
     from sqlalchemy import Engine, event
 
-    pools = set()
+    engines = set()
 
     def note(connection):
-        if connection.dialect.driver == "pysqlite":
-            pools.add(connection.engine.pool)
+        # Only the event loop that opened the connections of an async engine could close them.
+        if not connection.dialect.is_async:
+            engines.add(connection.engine)
 
     event.listen(Engine, "engine_connect", note)
     yield
     event.remove(Engine, "engine_connect", note)
-    for pool in pools:
-        pool.dispose()
+    for engine in engines:
+        engine.dispose()

@@ -268,6 +268,16 @@ class DatabaseServer(Server):
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
+def _children_of(pid: int) -> list[int]:
+    children = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid:
+                children.append(int(folder.name))
+    return children
+
+
 class PostgresqlServer(DatabaseServer):
     service = with_services.POSTGRESQL
     owner = "postgres"
@@ -278,6 +288,15 @@ class PostgresqlServer(DatabaseServer):
 
     def command(self) -> tuple[list[str], Mapping[str, str]]:
         return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
+
+    def kill(self) -> None:
+        """Kill its processes for connections as well: each leads a group of its own, and answers until it sees that the server is gone."""
+        assert self.process is not None
+        others = _children_of(self.process.pid)
+        super().kill()
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         if self.process is not None and self.process.poll() is None:
