@@ -171,7 +171,7 @@ class CommandBatcher:
         Raises:
           redis.RedisError, OSError: As the client.
         """
-        return self.execute([command], carries=carries)[0]
+        return self._ask([command], carries=carries)[0].result()
 
     def execute(self, commands: Sequence[Sequence[Any]], *, carries: bool = False) -> list[Any]:
         """Send many commands in one round trip. With ``carries``, send the deferred commands first.
@@ -240,17 +240,22 @@ class CommandBatcher:
     def _send(self, calls: list[_Call]) -> None:
         try:
             self._exchange(calls)
-            if refused := [call for call in calls if is_demoted(_error_in(call))]:
-                self._exchange(refused)
-            for call in calls:
-                if isinstance(call.answer, NoScriptError):
-                    # The server was restarted or flushed, or a failover made a new master.
-                    call.command = Script.in_full(call.command)
-                    self._exchange([call])
+            if refused := [call for call in calls if isinstance(call.answer, Exception)]:
+                self._repeat(refused)
         except Exception as error:
             for call in calls:
                 if _error_in(call) is not None:  # Not answered, or not repeated.
                     call.answer = error
+
+    def _repeat(self, refused: list[_Call]) -> None:
+        """Repeat the calls that may succeed now."""
+        if demoted := [call for call in refused if is_demoted(_error_in(call))]:
+            self._exchange(demoted)
+        for call in refused:
+            if isinstance(call.answer, NoScriptError):
+                # The server was restarted or flushed, or a failover made a new master.
+                call.command = Script.in_full(call.command)
+                self._exchange([call])
 
     def _exchange(self, calls: list[_Call]) -> None:
         if isinstance(self.client, redis.Redis):

@@ -59,11 +59,8 @@ class ClaimKeeper(Protocol):
     def completion_command(self, claim: Any) -> tuple[Any, ...]:
         """Return the command that completes the key, for a store with a `CommandBatcher`."""
 
-    def companion(self, claim: Any) -> tuple[bytes, int] | tuple[()]:
-        """Return value and ttl of the register's companion, written in the same step as the completed key."""
-
-    def completed_record(self, claim: Any) -> bytes:
-        """Return the bytes that the store holds for the completed key."""
+    def completion(self, claim: Any) -> tuple[bytes, int] | tuple[bytes, int, bytes, int]:
+        """Return value and ttl of the register of the completed key; then of its companion, if it has one."""
 
     def finish(self, claim: Any, decision: Decision) -> None:
         """Record the end of the run: after the follow-up messages are published, before the message is acked."""

@@ -73,6 +73,8 @@ def run_of(options: dict[str, Any]) -> int:
 
     A redelivery or a copy has the same number. A snoozed run counts as a run, like a failed run.
     """
+    if POLICIES not in options and FAILURE not in options:
+        return retries_of(options)
     stored = options.get(POLICIES)
     snoozes = _count(stored.get("snoozes")) if isinstance(stored, dict) else 0
     return replays_of(options) * _RUNS_OF_A_REPLAY + attempt_of(options) - 1 + snoozes

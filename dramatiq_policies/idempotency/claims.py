@@ -33,7 +33,7 @@ from . import actions, records
 from . import owner as owners
 from .actions import Request, Start
 from .claim import Claim, QuarantinedClaim, claim_of
-from .earlier import EarlierRecords
+from .earlier import Completion, EarlierRecords
 from .exclusive import ExclusiveRuns
 from .lease_renewal import Leases
 from .options import crash_counter_name
@@ -241,22 +241,15 @@ class Claims:
     def completion_command(self, claim: Claim) -> tuple[Any, ...]:
         """Return the command that writes the completion, for a store with a `CommandBatcher`."""
         store: Any = self.store
-        command: tuple[Any, ...] = store.putting(
-            claim.name, self.completed_record(claim), claim.retention, *self.companion(claim)
-        )
+        command: tuple[Any, ...] = store.putting(claim.name, *self.completion(claim))
         return command
 
-    def completed_record(self, claim: Claim) -> bytes:
-        """Return the record of the claim's key, completed."""
-        if claim.has_earlier_name and claim.record.args:
-            return self.earlier.completed_record(claim.name, claim.record)
-        return records.completed_by(claim.record.message_id, claim.record.args)
-
-    def companion(self, claim: Claim) -> tuple[bytes, int] | tuple[()]:
-        """Return value and ttl of the companion to write in the same step as the completed record; mostly empty."""
-        if claim.has_earlier_name and claim.record.args:
-            return self.earlier.companion(claim.record, claim.retention)
-        return ()
+    def completion(self, claim: Claim) -> Completion:
+        """Return what the store keeps for the key, once completed: value and ttl of the register, then of its companion, if any."""
+        record = claim.record
+        if claim.has_earlier_name and record.args:
+            return self.earlier.completion(claim.name, record, claim.retention)
+        return records.completed_by(record.message_id, record.args), claim.retention
 
     def finish(self, claim: Claim, decision: Decision) -> None:
         """Record how the run of a claim has ended: after the follow-up messages are published, before the message is acked."""
@@ -270,9 +263,7 @@ class Claims:
         if not claim.keyed:
             write: Callable[[], object] = partial(store.swap, claim.name, claim.value, None, 1)
         elif outcome in COMPLETING:
-            write = partial(
-                store.put, claim.name, self.completed_record(claim), claim.retention, *self.companion(claim)
-            )
+            write = partial(store.put, claim.name, *self.completion(claim))
         else:
             waits = outcome is Outcome.RETRIED or (outcome is Outcome.DEFERRED and decision.reason == "snoozed")
             ended = waits or outcome in BAD_ENDINGS or outcome is Outcome.SKIPPED

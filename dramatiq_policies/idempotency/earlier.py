@@ -19,7 +19,10 @@ from . import records
 from .keys import typed_name
 from .records import Record
 
-__all__ = ["EarlierRecords"]
+__all__ = ["Completion", "EarlierRecords"]
+
+#: Value and ttl of a register; then of its companion, if it has one.
+Completion = tuple[bytes, int] | tuple[bytes, int, bytes, int]
 
 #: The register of the mark. The content is meaningless; the elapsed part of the ttl gives the age.
 _MARK = typed_name(("#", "version 2"))
@@ -58,32 +61,28 @@ class EarlierRecords:
         found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
         self._saw(CENTURY_MS if found is None else found.left)
 
-    def completed_record(self, name: str, record: Record) -> bytes:
-        """Return the record of a completed key, in a register that 0.1.0 names alike.
+    def completion(self, name: str, record: Record, retention: int) -> Completion:
+        """Return the record of a completed key with its ttl, in a register that 0.1.0 names alike; then of its companion.
 
         0.1.0 refuses a record with a fingerprint of the arguments. Where 0.1.0 may read the register, also after a rollback, this
-        process remembers the fingerprint, and a `companion` does for other processes.
+        process remembers the fingerprint. For other processes the register's companion, written in the same step, has the record
+        with its fingerprint, unless the store can't write two registers in one step. The companion lives for an hour at most:
+        duplicates come soon, and a store keeps millions of completed keys.
 
         Parameters:
           name: The register.
           record: The record of the run.
         """
+        message_id, args = record.message_id, record.args
         if not self._is_shared:
-            return records.completed_by(record.message_id, record.args)
+            return records.completed_by(message_id, args), retention
         if len(self._arguments) >= _REMEMBERED:
             self._arguments.clear()
-        self._arguments[name] = record.message_id, record.args
-        return records.completed_by(record.message_id)
-
-    def companion(self, record: Record, retention: int) -> tuple[bytes, int] | tuple[()]:
-        """Return value and ttl of the register's companion, written in the same step: the completed record with its fingerprint.
-
-        Empty if the store can't write two registers in one step. The companion lives for an hour at most: duplicates come soon,
-        and a store keeps millions of completed keys.
-        """
+        self._arguments[name] = message_id, args
+        completed = records.completed_by(message_id)
         if not self._takes_companions:
-            return ()
-        return records.completed_by(record.message_id, record.args), min(retention, _COMPANION_TTL)
+            return completed, retention
+        return completed, retention, records.with_arguments(completed, args), min(retention, _COMPANION_TTL)
 
     def with_arguments(self, name: str, record: Record) -> Record:
         """Return a completed record with its fingerprint, if this process or the companion knows the fingerprint.

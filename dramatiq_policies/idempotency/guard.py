@@ -184,9 +184,12 @@ class IdempotencyGuard:
           SkipMessage: The job must start alone, but other jobs run. The message is deferred.
         """
         is_counted = delivery.message.options.pop(WAITS_FOR, None) == name
-        known = self._known(delivery, name, counted=is_counted)
-        if known is not None:
-            return known
+        if name in self.contention.keys and not delivery.redelivered:
+            known = self.contention.known(name, delivery.message.message_id)
+            if known is not None:
+                if not is_counted:
+                    self.contention.count(name)
+                return known
         answer = ask_store(request)
         if isinstance(answer, actions.Start):
             # The last allowed start: claim again, while no other job runs.
@@ -219,15 +222,6 @@ class IdempotencyGuard:
                 # Any other answer must not let the job run without a claim.
                 assert isinstance(answer, actions.SkipDuplicate)
                 self._skip(delivery, answer)
-
-    def _known(self, delivery: Delivery, name: str, *, counted: bool) -> actions.WaitForOwner | None:
-        """Return the fresh answer of the store to another message of a contended key; None to ask the store."""
-        if name not in self.contention.keys or delivery.redelivered:
-            return None
-        known = self.contention.known(name, delivery.message.message_id)
-        if known is not None and not counted:
-            self.contention.count(name)
-        return known
 
     def _alone(self, delivery: Delivery, request: actions.Request, starts: int) -> actions.Request:
         """Return the request of a job that must start alone. While other jobs run in this process, defer the message.

@@ -37,7 +37,6 @@ __all__ = [
     "checked_crashes",
     "crash_counter_name",
     "key_of",
-    "register_name",
     "register_of",
     "resolve_idempotency",
     "without_store",
@@ -49,13 +48,6 @@ OPTIONS = ("idempotent", "idempotency_key", "done_when", "idempotency_ttl", "max
 
 class AlreadyDone(SkipMessage):
     """``done_when`` returned True: the work is already done."""
-
-
-def register_name(actor_name: str, key: str) -> str:
-    """Name the register of an actor's key."""
-    if type(key) is TypedKey:
-        return typed_name(("a", actor_name), *key.parts)
-    return encodable(f"{actor_name}\0{key}")
 
 
 def crash_counter_name(message_id: str) -> str:
@@ -82,7 +74,7 @@ def register_of(actor_name: str, key: str, scope: Sequence[str] = ()) -> Registe
       scope: Separates the services that share the store; empty if the store's namespace does.
     """
     if type(key) is not TypedKey and not scope:
-        return Register(register_name(actor_name, key))
+        return Register(encodable(f"{actor_name}\0{key}"))
     parts = key.parts if type(key) is TypedKey else (("k", key),)
     name = typed_name(*(("@", text) for text in scope), ("a", actor_name), *parts)
     return Register(name, encodable(f"{actor_name}\0{key}"))

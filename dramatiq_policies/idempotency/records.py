@@ -18,9 +18,11 @@ from uuid import UUID
 
 from ..errors import UnknownRecord
 
-__all__ = ["Record", "completed_by", "released"]
+__all__ = ["Record", "completed_by", "released", "with_arguments"]
 
 _VERSION = b"\x01"
+#: What the record of a completed key begins with, by the kind of its message id: a uuid, or any other text.
+_BY_UUID, _BY_TEXT = _VERSION + b"C", _VERSION + b"c"
 _KEPT = 8
 # json.dumps() would create an encoder in each call.
 _json = json.JSONEncoder(separators=(",", ":")).encode
@@ -91,9 +93,9 @@ class Record(NamedTuple):
         try:
             if data[:1] != _VERSION:
                 raise ValueError("unknown version")
-            if data[1:2] == b"C":
+            if data.startswith(_BY_UUID):
                 return cls(COMPLETED, str(UUID(bytes=data[2:18])), args=_args_of(data[18:]))
-            if data[1:2] == b"c":
+            if data.startswith(_BY_TEXT):
                 return cls(COMPLETED, data[2:].decode(errors="surrogatepass"))
             f = json.loads(data[1:])
             if f["s"] not in (RUNNING, ENDING, WAITING, FREE):
@@ -143,8 +145,13 @@ def completed_by(message_id: str, args: str = "") -> bytes:
       args: The fingerprint of the first message's arguments. 0.1.0 does not read records with a fingerprint.
     """
     if _UUID.fullmatch(message_id):
-        return _VERSION + b"C" + bytes.fromhex(message_id.replace("-", "") + args)
-    return _VERSION + b"c" + message_id.encode(errors="surrogatepass")
+        return _BY_UUID + bytes.fromhex(message_id.replace("-", "") + args)
+    return _BY_TEXT + message_id.encode(errors="surrogatepass")
+
+
+def with_arguments(completed: bytes, args: str) -> bytes:
+    """Add the fingerprint of the arguments to the record of a completed key. A record of a message with an unusual id stays as it is."""
+    return completed + bytes.fromhex(args) if completed.startswith(_BY_UUID) else completed
 
 
 def released(record: Record, state: str, *, ended: bool, retention: int) -> Record | None:

@@ -174,10 +174,10 @@ class TransactionalJobs:
 
     def _complete(self, connection: Connection, claim: Claim) -> None:
         store = self._store
-        completed = self._claims().completed_record(claim)
+        completed, retention, *_ = self._claims().completion(claim)
         expected: bytes | None = claim.value
         for _ in range(_TRIES):
-            if store.swap_within(connection, claim.name, expected, completed, claim.retention):
+            if store.swap_within(connection, claim.name, expected, completed, retention):
                 return
             expected = store.get_within(connection, claim.name).value
             if expected is not None and not is_record_of(claim, expected):
@@ -224,7 +224,7 @@ class TransactionalJobs:
         except StoreDown:
             claim.over = claim.committing = False
             guard.defer(delivery, "store_down")
-        if found == guard.claims.completed_record(claim):
+        if found == guard.claims.completion(claim)[0]:
             return True
         if found is not None and not is_record_of(claim, found):
             # Above READ COMMITTED, the completion fails with an error of the database instead of `TakenOver`.

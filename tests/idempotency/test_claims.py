@@ -19,7 +19,7 @@ from dramatiq_policies.idempotency import owner as owners
 from dramatiq_policies.idempotency.actions import Request, SkipDuplicate, Start, WaitForOwner
 from dramatiq_policies.idempotency.claim import Claim, QuarantinedClaim
 from dramatiq_policies.idempotency.claims import Claims
-from dramatiq_policies.idempotency.options import crash_counter_name, register_name
+from dramatiq_policies.idempotency.options import crash_counter_name, register_of
 from dramatiq_policies.idempotency.records import Record
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.idempotency.tokens import is_dead
@@ -674,7 +674,7 @@ def test_an_unreadable_owner_is_never_certainly_dead():
 
 
 def test_each_message_without_a_key_is_counted_apart_from_others_and_from_keys():
-    names = [crash_counter_name("a"), crash_counter_name("b"), register_name("a", "b"), register_name("b", "a")]
+    names = [crash_counter_name("a"), crash_counter_name("b"), register_of("a", "b").name, register_of("b", "a").name]
     assert len(set(names)) == len(names)
 
 

@@ -19,7 +19,7 @@ from dramatiq_policies import (
     current_job,
     exponential,
 )
-from dramatiq_policies.idempotency.options import register_name
+from dramatiq_policies.idempotency.options import register_of
 from dramatiq_policies.idempotency.records import RUNNING, Record
 from dramatiq_policies.stores.memory import MemoryStore
 from dramatiq_policies.testing import drain
@@ -113,7 +113,7 @@ def test_each_deferral_waits_twice_as_long_and_the_last_for_the_rest_of_the_leas
     stage = Stage(bundle={"idempotency": Idempotency(store, lease=60_000)})
     ship = keep(stage)
     theirs = Record(RUNNING, "another", owner="elsewhere:1:place:1", retention=1_000).encode()
-    store.put(register_name("ship", "order:7"), theirs, 40_000 + 1_000)  # Nobody renews it.
+    store.put(register_of("ship", "order:7").name, theirs, 40_000 + 1_000)  # Nobody renews it.
     ship.send(7)
     drain(stage.broker)
     *waits, last = [event.delay_ms for event in stage.events if event.outcome == "deferred"]
@@ -128,7 +128,7 @@ def test_a_retry_waits_while_a_copy_of_its_earlier_run_is_running():
     ship = keep(stage)
     retry = ship.send_with_options(args=(7,), retries=1)
     copy = Record(RUNNING, retry.message_id, owner="elsewhere:1:place:1", retention=1_000).encode()
-    store.put(register_name("ship", "order:7"), copy, 40_000 + 1_000)
+    store.put(register_of("ship", "order:7").name, copy, 40_000 + 1_000)
     drain(stage.broker)
     assert [event.outcome for event in stage.events if event.outcome != "deferred"] == ["succeeded"]
     assert sum(event.delay_ms for event in stage.events if event.outcome == "deferred") > 30_000

@@ -98,14 +98,14 @@ class SettleScript:
     ) -> tuple[Any, ...]:
         """Return the command that settles a message."""
         broker = self._broker
-        keys, completed, ttl, held, companion = [broker.namespace], b"", 0, b"", (b"", 0)
+        keys, completed, ttl, held, companion = [broker.namespace], b"", 0, b"", [b"", 0]
         if completes is not None:
             assert self._store is not None  # As above.
             name = self._store.name_of(completes.name)
             keys.append(name)
-            claims = self._state.idempotency.claims
-            completed, ttl, held = claims.completed_record(completes), completes.retention, completes.value
-            if found := claims.companion(completes):
+            held = completes.value
+            completed, ttl, *found = self._state.idempotency.claims.completion(completes)
+            if found:
                 keys.append(self._store.companion_of(name))
                 companion = found
         args = [broker.broker_id, self._queue, redis_id, dead, "keep" if keep_unacked else "", completed, ttl, held]
