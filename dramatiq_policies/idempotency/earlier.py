@@ -3,7 +3,8 @@
 0.1.0 named a register by the text of the key. If the name has changed since (see `keys`), two jobs may have shared the old
 register, and one of the two still uses the old name. So a record in the old register counts only if 0.1.0 wrote the record.
 A claim of 0.1.0 has no ``beside``. A completion has no such sign, and counts if older than the mark that the first worker of
-a newer version leaves in the store.
+a newer version leaves in the store. The mark also says whether the store was empty then: 0.1.0 has left nothing, so nobody looks
+for its records, and no record is written for its eyes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ __all__ = ["Completion", "EarlierRecords"]
 #: Value and ttl of a register; then of its companion, if it has one.
 Completion = tuple[bytes, int] | tuple[bytes, int, bytes, int]
 
-#: The register of the mark. The content is meaningless; the elapsed part of the ttl gives the age.
+#: The register of the mark. The elapsed part of the ttl gives the age.
 _MARK = typed_name(("#", "version 2"))
+#: The content of the mark: 0.1.0 may have used the store before, or has not.
+_USED, _EMPTY = b"2", b"2 empty"
 #: For how long, in milliseconds, records of 0.1.0 may outlast their ttl: a record may wait for a retry, and old workers
 #: write records as long as they are deployed.
 _LATER = 2 * WEEK_MS
@@ -47,7 +50,7 @@ class EarlierRecords:
         self.store = store
         self.call_store = call_store
         self._takes_companions: bool = getattr(store, "takes_companions", False)
-        #: False for a store that no worker of 0.1.0 shares.
+        #: False for a store that no worker of 0.1.0 has used.
         self._is_shared: bool = getattr(store, "may_hold_earlier_records", True)
         #: The time of the mark, in monotonic milliseconds; None if unknown.
         self.marked: float | None = None
@@ -55,11 +58,15 @@ class EarlierRecords:
         self._arguments: dict[str, tuple[str, str]] = {}
 
     def mark(self) -> None:
-        """Leave the mark, unless another worker has."""
+        """Leave the mark, unless another worker has. Call this before the worker claims a key."""
         if not self._is_shared:
             return
-        found: Entry | None = self.call_store(partial(self.store.swap, _MARK, None, b"2", CENTURY_MS))
-        self._saw(CENTURY_MS if found is None else found.left)
+        found: Entry = self.call_store(partial(self.store.get, _MARK))
+        if found.value is None:
+            is_empty = getattr(self.store, "is_empty", None)
+            mark = _EMPTY if callable(is_empty) and self.call_store(is_empty) else _USED
+            found = self.call_store(partial(self.store.swap, _MARK, None, mark, CENTURY_MS)) or Entry(mark, CENTURY_MS)
+        self._saw(found)
 
     def completion(self, name: str, record: Record, retention: int) -> Completion:
         """Return the record of a completed key with its ttl, in a register that 0.1.0 names alike; then of its companion.
@@ -116,7 +123,9 @@ class EarlierRecords:
         if not self._is_shared:
             return None
         if self.marked is None:
-            self._saw(self.call_store(partial(self.store.get, _MARK)).left)
+            self._saw(self.call_store(partial(self.store.get, _MARK)))
+            if not self._is_shared:
+                return None
         age = None if self.marked is None else clock.monotonic() * 1_000 - self.marked
         if age is not None and age > retention + _LATER:
             return None
@@ -130,6 +139,7 @@ class EarlierRecords:
             is_theirs = record.beside is None
         return (record, found.left) if is_theirs else None
 
-    def _saw(self, left: int) -> None:
-        if left:
-            self.marked = clock.monotonic() * 1_000 - (CENTURY_MS - left)
+    def _saw(self, mark: Entry) -> None:
+        if mark.left:
+            self.marked = clock.monotonic() * 1_000 - (CENTURY_MS - mark.left)
+        self._is_shared = mark.value != _EMPTY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,6 +137,9 @@ class Idempotency(PolicyMiddleware):
             self.claims.stopping = False
         if state.in_command:
             state.idempotency.booting_until = time.monotonic() + _BOOTING
+        if self.claims is not None and kind_of(broker) != "stub":
+            with suppress(StoreDown):  # The store client has logged the outage.
+                self.claims.earlier.mark()
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         state = order_middleware(broker)
@@ -156,7 +160,6 @@ class Idempotency(PolicyMiddleware):
                 for warning in self.claims.call_store(warnings):
                     alerts.warning(warning)
             if kind_of(broker) != "stub":
-                self.claims.earlier.mark()
                 self._look_for_neighbours(state)
         except StoreDown:
             pass  # The store client has logged the outage.

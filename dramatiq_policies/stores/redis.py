@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,6 +32,8 @@ _SWAP, _PUT_BOTH = (
 )
 #: The socket timeout in seconds of clients made by the store.
 _SOCKET_TIMEOUT = 1.0
+#: The most keys of a database among which the store looks for its own.
+_SEARCHED = 1_000_000
 
 
 class _Namespace(str):
@@ -164,6 +167,16 @@ class RedisStore:
         calls = [_SWAP.command([self.name_of(key)], [value, value, ttl]) for key, value, ttl in renewals]
         # A refused renewal counts as lost and does not fail the others.
         return [answer is None for answer in self.batcher.answers(calls, carries=True)]
+
+    def is_empty(self) -> bool:
+        """Return whether the namespace has no key. False if a search would take long, in a database of over a million keys."""
+        prefix = re.sub(r"([*?\[\]\\])", r"\\\1", self.namespace)
+        try:
+            if self.client.dbsize() > _SEARCHED:
+                return False
+            return next(self.client.scan_iter(f"{prefix}:*", count=5_000), None) is None
+        except NoPermissionError:
+            return False
 
     def warnings(self) -> list[str]:
         """Return warnings about the configuration of the server. Connects."""

@@ -154,18 +154,49 @@ def test_records_of_0_1_0_are_not_looked_up_once_all_have_expired(app):
     assert app.earlier.find("job\x007", DAY) is None
 
 
+class Counting(MemoryStore):
+    calls = 0
+
+    def get(self, key):
+        self.calls += 1
+        return super().get(key)
+
+    def swap(self, *args):
+        self.calls += 1
+        return super().swap(*args)
+
+
+class SharedAndEmpty(Counting):
+    """As a RedisStore: says whether it holds a record of any version."""
+
+    may_hold_earlier_records = True
+
+    def is_empty(self):
+        return not self._entries
+
+
+def test_a_store_that_was_empty_before_the_first_newer_worker_is_never_asked_for_records_of_0_1_0():
+    store = SharedAndEmpty()
+    first, second, without_worker = (Claims(store, 60_000).earlier for _ in range(3))
+    first.mark()
+    store.put("job\x007", completed_by("mine"), DAY)
+    second.mark()
+    assert without_worker.find("job\x007", DAY) is None
+    store.calls = 0
+    assert [one.find("job\x007", DAY) for one in (first, second, without_worker)] == [None] * 3
+    assert store.calls == 0
+
+
+def test_a_store_with_records_before_the_first_newer_worker_is_asked_for_records_of_0_1_0():
+    store = SharedAndEmpty()
+    store.put("job\x007", running().encode(), DAY)
+    for _ in range(2):
+        earlier = Claims(store, 60_000).earlier
+        earlier.mark()
+        assert earlier.find("job\x007", DAY) is not None
+
+
 def test_a_store_that_0_1_0_never_used_is_not_asked_for_its_records():
-    class Counting(MemoryStore):
-        calls = 0
-
-        def get(self, key):
-            self.calls += 1
-            return super().get(key)
-
-        def swap(self, *args):
-            self.calls += 1
-            return super().swap(*args)
-
     store = Counting()
     claims = Claims(store, 60_000)
     claims.earlier.mark()

@@ -135,6 +135,7 @@ def test_a_thread_with_more_to_do_waits_once_for_each_job(make_shop: Callable[..
     assert all(state(job, number) == "completed" for number in range(12))
 
 
+@pytest.mark.parametrize("used", [True, False], ids=["0.1.0 used the store", "a new store"])
 def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_arguments(
     place: Place,
     redis_url: str,
@@ -142,8 +143,11 @@ def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_argum
     redis_client: redis.Redis,
     batcher: list[Any],
     caplog: pytest.LogCaptureFixture,
+    used: bool,
 ) -> None:
     namespace = f"{redis_namespace}:idem"
+    if used:
+        redis_client.set(f"{namespace}:a key", "of 0.1.0", px=60_000)
 
     def shop_with_charge() -> tuple[Shop, Any]:
         """A shop as another process has it: it remembers no arguments."""
@@ -161,9 +165,9 @@ def test_a_completion_that_goes_out_with_a_claim_tells_other_processes_the_argum
         first.send(charge, order, 10)
     first.work_until_all_are_done()
     assert len([trip for trip in batcher if len(trip) == 2]) >= 11, batcher
-    # Each completed key, and its companion with four bytes more.
+    # Each completed key with its arguments, which 0.1.0 would not read: then in a companion.
     values = [redis_client.get(name) for name in redis_client.scan_iter(match=f"{namespace}:*", count=5_000)]
-    assert sorted(len(value) for value in values if value[:2] == b"\x01C") == [18] * 12 + [22] * 12
+    assert sorted(len(value) for value in values if value[:2] == b"\x01C") == [18] * 12 * used + [22] * 12
 
     second, charge = shop_with_charge()
     for order in range(12):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 
 from dramatiq_policies import Idempotency
+from dramatiq_policies.idempotency.records import completed_by
 from dramatiq_policies.stores.redis import RedisStore
 
 from .places import Place, RedisPlace, until
@@ -22,6 +25,7 @@ def app_of(place: Place, redis_url: str, namespace: str, *, beside: bool):
     return app, charge
 
 
+@pytest.mark.parametrize("used", [True, False], ids=["0.1.0 used the store", "a new store"])
 @pytest.mark.parametrize("beside", [True, False], ids=["store beside the broker", "store elsewhere"])
 def test_another_process_logs_other_arguments(
     place: Place,
@@ -30,8 +34,12 @@ def test_another_process_logs_other_arguments(
     redis_client,
     caplog: pytest.LogCaptureFixture,
     beside: bool,
+    used: bool,
 ) -> None:
     beside = beside and isinstance(place, RedisPlace)
+    if used:
+        store = RedisStore(redis_client, namespace=f"{redis_namespace}:idem" if beside else f"{redis_namespace}:keys")
+        store.put("charge\0charge:7", completed_by(str(uuid.uuid4())), 60_000)
     first, charge = app_of(place, redis_url, redis_namespace, beside=beside)
     with first.working(threads=1):
         for order in range(5):
@@ -47,5 +55,8 @@ def test_another_process_logs_other_arguments(
     names = list(redis_client.scan_iter(match=f"{redis_namespace}:*", count=5_000))
     values = {name: redis_client.get(name) for name in names if redis_client.type(name) == b"string"}
     sizes = sorted(len(value) for value in values.values() if value[:2] == b"\x01C")
-    assert sizes == [18] * 5 + [22] * 5
-    assert all(0 < redis_client.pttl(name) <= 3_600_000 for name, value in values.items() if len(value) == 22)
+    if used:
+        assert sizes == [18] * 6 + [22] * 5
+        assert all(0 < redis_client.pttl(name) <= 3_600_000 for name, value in values.items() if len(value) == 22)
+    else:
+        assert sizes == [22] * 5
