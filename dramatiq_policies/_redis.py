@@ -281,8 +281,9 @@ class CommandBatcher:
             return
         demoted = False
         try:
-            # A no-op while connected. A Sentinel connection looks up the master only here.
-            connection.connect()
+            if not getattr(connection, "is_connected", False):
+                # A no-op while connected, but not a cheap one. A Sentinel connection looks up the master only here.
+                connection.connect()
             # A pipeline of redis-py would cost several times the commands themselves.
             connection.send_packed_command(packed)
             for call in calls:

@@ -133,11 +133,10 @@ class Idempotency(PolicyMiddleware):
 
     def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
         state = order_middleware(broker)
-        if self.claims is not None:
-            self.claims.stopping = False
         if state.in_command:
             state.idempotency.booting_until = time.monotonic() + _BOOTING
-        if self.claims is not None and kind_of(broker) != "stub":
+        if self.claims is not None:
+            self.claims.stopping = False
             with suppress(StoreDown):  # The store client has logged the outage.
                 self.claims.earlier.mark()
 
