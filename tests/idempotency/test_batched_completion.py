@@ -10,10 +10,13 @@ from dramatiq import Middleware
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
 
-from dramatiq_policies import install
+from dramatiq_policies import Idempotency, install
 from dramatiq_policies.delivery.broker_state import state_of
 from dramatiq_policies.idempotency import batched_completion as batched_completions
 from dramatiq_policies.idempotency.batched_completion import BatchedCompletions
+from dramatiq_policies.stores.memory import MemoryStore
+
+from ..support import Stage
 
 MESSAGE = SimpleNamespace(message_id="m")
 
@@ -231,3 +234,44 @@ def test_the_middleware_of_a_known_package_leaves_batching_on(package, monkeypat
     broker = install(StubBroker())
     broker.add_middleware(Before())
     assert BatchedCompletions.is_safe(state_of(broker))
+
+
+@pytest.fixture
+def sent_before():
+    """Run a job of these options, and return how often posted completions were sent before the job began."""
+    stage = Stage(bundle={"idempotency": Idempotency(MemoryStore())})
+    sent, counts = [], []
+    batched = SimpleNamespace(flush=lambda: sent.append(1), flush_if_idle=int, post=lambda message, delivery: False)
+    state_of(stage.broker).idempotency.batched_completions = batched
+
+    def run(options, **message_options):
+        job = stage.actor(lambda number: counts.append(len(sent)), actor_name="job", **options)
+        stage.broker.enqueue(job.message_with_options(args=(7,), **message_options))
+        stage.run()
+        return counts
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message_options"),
+    [
+        ({}, {}),
+        ({"idempotency_key": lambda number: f"{number}"}, {}),
+        ({"done_when": lambda number: False}, {}),
+        ({"idempotency_key": "{number}"}, {"redelivered": True}),
+    ],
+    ids=["without a key", "with the user's code for a key", "with done_when", "redelivered, and perhaps waiting"],
+)
+def test_posted_completions_are_sent_before_a_job_whose_claim_may_come_late(sent_before, options, message_options):
+    """Else another message stays unacknowledged as long as this job runs, and its job runs again after a crash."""
+    assert sent_before(options, **message_options) == [1]
+
+
+def test_posted_completions_wait_for_the_claim_of_a_key_made_from_the_arguments(sent_before):
+    assert sent_before({"idempotency_key": "{number}"}) == [0]
+
+
+def test_posted_completions_are_sent_before_a_job_that_waits_for_the_end_of_a_job_alone(sent_before, monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.idempotency.exclusive.ExclusiveRuns.is_open", False)
+    assert sent_before({"idempotency_key": "{number}"}) == [1]

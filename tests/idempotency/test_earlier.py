@@ -7,6 +7,7 @@ import pytest
 from dramatiq_policies import Idempotency
 from dramatiq_policies.idempotency import actions, records
 from dramatiq_policies.idempotency.claims import Claims
+from dramatiq_policies.idempotency.earlier import EarlierRecords
 from dramatiq_policies.idempotency.records import Record, completed_by
 from dramatiq_policies.stores.memory import MemoryStore
 
@@ -194,6 +195,19 @@ def test_a_store_with_records_before_the_first_newer_worker_is_asked_for_records
         earlier = Claims(store, 60_000).earlier
         earlier.mark()
         assert earlier.find("job\x007", DAY) is not None
+
+
+def test_the_arguments_of_many_keys_are_remembered_but_not_without_end(app, monkeypatch):
+    monkeypatch.setattr("dramatiq_policies.idempotency.earlier._REMEMBERED", 3)
+    earlier = EarlierRecords(app.store, lambda call: call())
+    completed = [Record(records.COMPLETED, f"message {number}", args=f"0000000{number}") for number in range(4)]
+    for record in completed[:3]:
+        earlier.completion(f"register of {record.message_id}", record, DAY)
+    for record in completed[:3]:
+        assert earlier.with_arguments(f"register of {record.message_id}", record._replace(args="")) == record
+    earlier.completion("another register", completed[3], DAY)
+    assert len(earlier._arguments) <= 3
+    assert earlier.with_arguments("another register", completed[3]._replace(args="")) == completed[3]
 
 
 def test_a_store_that_0_1_0_never_used_is_not_asked_for_its_records():

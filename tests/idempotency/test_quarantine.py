@@ -32,7 +32,8 @@ class Crashing:
         self.lease = lease
         self.runs = []
 
-        @self.stage.actor(**options)
+        # An error of the library must not end in a retry, which would succeed.
+        @self.stage.actor(max_retries=0, **options)
         def job(number):
             self.runs.append(number)
 
@@ -569,7 +570,7 @@ def test_a_retry_of_a_job_that_went_on_through_the_shutdown_is_counted_from_the_
 
 
 def test_an_answer_that_the_guard_does_not_know_never_lets_a_job_run(monkeypatch):
-    app = Crashing(**GUARDED, max_retries=0)
+    app = Crashing(**GUARDED)
     monkeypatch.setattr("dramatiq_policies.idempotency.claims.Claims.claim", lambda *args, **options: actions.Start(1))
     app.job.send(7)
     app.stage.run()
