@@ -6,9 +6,11 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from dramatiq.asyncio import get_event_loop_thread
+from dramatiq.middleware import AsyncIO
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
@@ -112,7 +114,10 @@ def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
     shop.close()
 
 
-@pytest.mark.parametrize("interrupted", [True, False])
+INTERRUPTED = pytest.mark.parametrize("interrupted", [True, False])
+
+
+@INTERRUPTED
 def test_the_connection_of_an_interrupted_job_is_not_used_again(tmp_path, interrupted):
     """An interrupt between a query and its answer leaves the answer to the next query."""
     engine = sa.create_engine(f"sqlite:///{tmp_path}/shop.db", poolclass=QueuePool)
@@ -122,3 +127,31 @@ def test_the_connection_of_an_interrupted_job_is_not_used_again(tmp_path, interr
     with engine.connect() as connection:
         assert (connection.connection.driver_connection is used) is not interrupted
     engine.dispose()
+
+
+@pytest.fixture
+def loop():
+    """Runs coroutines on Dramatiq's event loop."""
+    middleware = AsyncIO()
+    middleware.before_worker_boot(None, None)
+    yield get_event_loop_thread().run_coroutine
+    middleware.after_worker_shutdown(None, None)
+
+
+@INTERRUPTED
+def test_the_connection_of_an_interrupted_async_job_is_not_used_again(tmp_path, loop, interrupted):
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db", poolclass=AsyncAdaptedQueuePool)
+    work = SqlUnitOfWorkFactory(engine, lambda session: None, lambda other: False).make(is_async=True)
+
+    async def begin():
+        connection = await work.session.connection()
+        return (await connection.get_raw_connection()).driver_connection
+
+    async def next_connection():
+        async with engine.connect() as connection:
+            return (await connection.get_raw_connection()).driver_connection
+
+    used = loop(begin())
+    work.roll_back(interrupted=interrupted)
+    assert (loop(next_connection()) is used) is not interrupted
+    loop(engine.dispose())

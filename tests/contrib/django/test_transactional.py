@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import suppress
+
+import django
 import dramatiq
 import pytest
 from django.db import connections, transaction
@@ -12,6 +16,7 @@ from dramatiq_policies import ConfigurationError, Idempotency, install
 from dramatiq_policies.contrib.django import DjangoOutbox, DjangoStore
 
 from . import project
+from .shop.models import Order
 from .transactional_jobs import Shop, TransactionalJobs
 
 
@@ -68,11 +73,33 @@ def test_a_job_begins_on_a_new_connection_if_the_old_has_reached_its_age(in_a_fi
     assert len(used) == 1
 
 
-def test_after_a_job_transactions_on_sqlite_begin_as_before(in_a_file):
+@pytest.mark.parametrize("mode", [None, "EXCLUSIVE"])
+def test_after_a_job_transactions_on_sqlite_begin_as_before(in_a_file, mode):
     connection, modes = connections[in_a_file.alias], []
+    connection.close_at, connection.transaction_mode = None, mode
     in_a_file.actor(lambda email: modes.append(connection.transaction_mode)).send("ada")
     in_a_file.drain()
-    assert [*modes, connection.transaction_mode] == [None, None]
+    assert [*modes, connection.transaction_mode] == [mode, mode]
+
+
+def test_a_job_on_sqlite_reads_and_then_writes_although_another_process_wants_to_write_meanwhile(in_a_file):
+    shop, connection = in_a_file, connections[in_a_file.alias]
+    connection.cursor().execute("PRAGMA journal_mode = WAL")
+    other = sqlite3.connect(connection.settings_dict["NAME"], timeout=0, isolation_level=None)
+
+    def place(email):
+        assert shop.orders() == []
+        with suppress(sqlite3.OperationalError):
+            other.execute(f"INSERT INTO {Order._meta.db_table} (email) VALUES ('eve')")
+        shop.create(email)
+
+    shop.actor(place).send("ada")
+    shop.drain()
+    other.close()
+    # Before Django 5.1 a transaction begins without the lock for writes.
+    assert (shop.orders(), shop.outcomes()) == (
+        (["ada"], [("succeeded", None)]) if django.VERSION >= (5, 1) else (["eve"], [("dead", "exhausted")])
+    )
 
 
 def declare(outbox, idempotency, fn, **options):
