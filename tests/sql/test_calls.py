@@ -16,6 +16,7 @@ from dramatiq_policies.sql import SqlStore, create_tables
 from dramatiq_policies.sql.calls import LoopCalls, ThreadCalls
 from dramatiq_policies.sql.connection import checked_engine, dialect_of
 from dramatiq_policies.sql.database import SqlDatabase
+from dramatiq_policies.transactions.threads import NoAnswer
 
 from ..forked import run_forked
 
@@ -87,6 +88,36 @@ def test_a_store_in_memory_follows_its_engine_to_a_new_connection():
     with engine.connect() as connection:
         assert connection.scalar(sa.text("SELECT COUNT(*) FROM dramatiq_policies_keys")) == 1
     engine.dispose()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_call_in_memory_that_fails_leaves_nothing_and_undoes_nothing_of_the_application(joins):
+    engine = sa.create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    create_tables(engine)
+    database = SqlDatabase(engine)
+    insert = "INSERT INTO dramatiq_policies_keys VALUES (:name, 'value', 0)"
+
+    def fails(connection):
+        connection.execute(insert, name="of the call")
+        raise ZeroDivisionError
+
+    with engine.connect() as connection:
+        if joins:
+            connection.execute(sa.text(insert), {"name": "of the application"})
+        with pytest.raises(ZeroDivisionError):
+            database.run(fails)
+        # The statements of a call inside of the transaction of the application end with it.
+        connection.commit()
+        names = connection.scalars(sa.text("SELECT name FROM dramatiq_policies_keys ORDER BY name")).all()
+    assert names == (["of the application", "of the call"] if joins else [])
+    engine.dispose()
+
+
+def test_a_call_over_an_async_engine_whose_time_is_over_has_no_answer(tmp_path):
+    calls = LoopCalls(create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/keys.db"), 1)
+    with pytest.raises(NoAnswer):
+        calls.call(lambda connection: connection.execute("SELECT 1").rows, time.monotonic() - 1)
+    calls.close()
 
 
 @pytest.fixture

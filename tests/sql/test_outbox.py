@@ -24,7 +24,10 @@ from sqlalchemy.pool import StaticPool
 from dramatiq_policies import ConfigurationError, install
 from dramatiq_policies.ops.dead_letters.commands import replay
 from dramatiq_policies.sql import SqlOutbox, create_tables, metadata
+from dramatiq_policies.sql.scopes import _wait_in_loop
 from dramatiq_policies.testing import drain, stub
+from dramatiq_policies.transactions.publisher import Ticket
+from dramatiq_policies.transactions.scope import WrittenRows
 
 from ..transactions.stub_shop import StubShop
 
@@ -697,6 +700,22 @@ def test_an_async_scoped_session_is_the_session_of_its_task(shop, async_engine):
 
     asyncio.run(order())
     assert shop.queued() == [(1,)]
+
+
+@pytest.mark.parametrize("loop_ended", [False, True])
+def test_a_publication_that_ends_after_its_async_caller_gave_up_logs_nothing(caplog, loop_ended):
+    ticket = Ticket(WrittenRows())
+
+    async def gives_up():
+        await _wait_in_loop(ticket, 0)
+        if not loop_ended:
+            await asyncio.to_thread(ticket.done)
+
+    asyncio.run(gives_up())
+    if loop_ended:
+        ticket.done()
+    assert ticket.is_done
+    assert caplog.records == []
 
 
 # Refusals.

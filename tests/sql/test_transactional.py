@@ -16,6 +16,7 @@ from dramatiq_policies import TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
 from dramatiq_policies.sql.database import SqlDatabase
+from dramatiq_policies.sql.job_session import JobSession
 from dramatiq_policies.sql.unit_of_work import SqlUnitOfWorkFactory
 
 from ..transactions.transactional_jobs import ONCE, Base, Payment, Shop, TransactionalJobs
@@ -51,6 +52,24 @@ class TestOnSqlite(TransactionalJobs):
         pay.send(8)
         shop.drain()
         assert shop.payments() == [7]
+
+    @pytest.mark.parametrize("fails", [True, False])
+    def test_a_session_that_does_not_close_changes_no_outcome_and_keeps_no_connection(
+        self, shop, monkeypatch, caplog, fails
+    ):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+            if fails:
+                raise IndexError
+
+        shop.actor(body, discard_on=IndexError).send(7)
+        with monkeypatch.context() as patch:
+            patch.setattr(JobSession, "close", lambda session: 1 / 0)
+            shop.drain()
+        assert shop.outcomes() == [("discarded" if fails else "succeeded", None)]
+        assert shop.payments() == ([] if fails else [7])
+        assert shop.checked_out == 0
+        assert "The session of a job did not close cleanly" in caplog.text
 
 
 def test_the_one_writer_of_sqlite_neither_loses_its_claim_nor_stops_the_renewal_of_others(engine):
@@ -155,3 +174,12 @@ def test_the_connection_of_an_interrupted_async_job_is_not_used_again(tmp_path, 
     work.roll_back(interrupted=interrupted)
     assert (loop(next_connection()) is used) is not interrupted
     loop(engine.dispose())
+
+
+def test_an_async_job_that_outlives_the_event_loop_keeps_its_own_error(tmp_path, caplog):
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    work = SqlUnitOfWorkFactory(engine, lambda session: None, lambda other: False).make(is_async=True)
+    work.roll_back(interrupted=True)
+    (line,) = caplog.records
+    assert "could not be rolled back" in line.getMessage()
+    assert str(line.exc_info[1]) == "Dramatiq's event loop has ended."

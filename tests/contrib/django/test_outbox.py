@@ -135,6 +135,16 @@ def test_the_next_transaction_is_not_the_last(shop):
     assert shop.queued() == [(0,), (1,), (2,)]
 
 
+def test_two_brokers_send_their_own_messages_of_one_transaction(shop):
+    other = Shop(namespace="other")
+    with transaction.atomic():
+        shop.confirm.send(1)
+        other.confirm.send(2)
+        shop.confirm.send(3)
+    assert (shop.queued(), other.queued()) == ([(1,), (3,)], [(2,)])
+    other.close()
+
+
 def test_groups_pipelines_and_delays_are_rows_too(shop):
     with transaction.atomic():
         group([shop.confirm.message(1), shop.confirm.message(2)]).run()
