@@ -156,10 +156,10 @@ class BrokerState:
       policies: The resolved options of each actor, by name (`middleware.ordering`).
       outcomes: The observers of outcomes; middleware register in `attach`.
       run_around_job: Runs a job with all callables around the job (`add_around_job`).
-      settings: What holds for every message (`ErrorClassifier`).
+      settings: The settings for every message (`ErrorClassifier`).
       stopping: Set as soon as the worker begins to shut down (`ErrorClassifier`).
       timeout: The Timeout middleware; None without one (`Timeout`).
-      idempotency: What other packages use of Idempotency (`Idempotency`).
+      idempotency: The part of Idempotency for other packages (`Idempotency`).
       transactional_jobs: Runs jobs in transactions; None without an outbox in a database (`Outbox`).
       shutdown_notifications: Our subclass of Dramatiq's ShutdownNotifications (`middleware.ordering`).
       failure_level: The level of the log of dead messages, in place of the worker's line; None for no log (`DiscardLogger`).
@@ -167,7 +167,7 @@ class BrokerState:
       last_received: On RabbitMQ, the last message from each queue. None unless `QueueMonitor` reads the messages (transport).
       last_polled_at: When each consumer last asked the broker, in monotonic seconds. None unless `Heartbeat` reads the times
         (`PolicyConsumer`).
-      queues: What the transports of each queue share (`queue`).
+      queues: The state that the transports of each queue share (`queue`).
       read_outbox: Counts the messages of the outbox; None without an outbox (`Outbox`).
       moving_delayed: Per thread, whether a due message is being moved out of the delay queue (`moving_delayed`).
       requeue_after_shutdown: The calls that requeue messages after the worker has shut down, and not before (StubBroker).

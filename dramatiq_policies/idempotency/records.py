@@ -21,7 +21,7 @@ from ..errors import UnknownRecord
 __all__ = ["Record", "completed_by", "released", "with_arguments"]
 
 _VERSION = b"\x01"
-#: What the record of a completed key begins with, by the kind of its message id: a uuid, or any other text.
+#: The beginning of the record of a completed key, for a message id that is a uuid, and for any other text.
 _BY_UUID, _BY_TEXT = _VERSION + b"C", _VERSION + b"c"
 _KEPT = 8
 # json.dumps() would create an encoder in each call.

@@ -45,7 +45,7 @@ def render_tests(design: Design, module: str, name: str) -> str:
         f'"""{sentence(design.purpose)}"""\n\n'
         "from __future__ import annotations\n\n"
         f"import pytest\n{ours.render()}\n\n{theirs.render()}\n\n"
-        f"# What the job is called with in these tests.\n{line}\n\n\n"
+        f"# The arguments of the job in these tests.\n{line}\n\n\n"
         f"{_effects(design)}\n\n\n" + _fit("\n\n\n".join(tests).replace("JOB", name)) + "\n"
     )
 
@@ -70,7 +70,7 @@ def _exploded(found: re.Match[str]) -> str:
 def _effects(design: Design) -> str:
     effect = textwrap.fill(f"To be written: return {prose(design.effect).rstrip('.')}.", 76).replace("\n", "\n    ")
     return f'''def effects():
-    """What the job has changed in the world, so that the tests can compare it.
+    """The effect of the job in the world, for the tests to compare.
 
     {effect}
     """
