@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
-from dramatiq_policies import TimeoutExceeded
+from dramatiq_policies import ConfigurationError, TimeoutExceeded
 from dramatiq_policies.idempotency.store_client import StoreDown
 from dramatiq_policies.sql import create_tables
 from dramatiq_policies.sql.database import SqlDatabase
@@ -133,10 +133,7 @@ def test_a_database_in_memory_outlasts_a_refused_commit_and_a_timeout(end):
     shop.close()
 
 
-INTERRUPTED = pytest.mark.parametrize("interrupted", [True, False])
-
-
-@INTERRUPTED
+@pytest.mark.parametrize("interrupted", [True, False])
 def test_the_connection_of_an_interrupted_job_is_not_used_again(tmp_path, interrupted):
     """An interrupt between a query and its answer leaves the answer to the next query."""
     engine = sa.create_engine(f"sqlite:///{tmp_path}/shop.db", poolclass=QueuePool)
@@ -157,13 +154,16 @@ def loop():
     middleware.after_worker_shutdown(None, None)
 
 
-@INTERRUPTED
-def test_the_connection_of_an_interrupted_async_job_is_not_used_again(tmp_path, loop, interrupted):
+@pytest.mark.parametrize("end", ["interrupt", "refused commit", "error"])
+def test_the_connection_of_an_async_job_is_not_used_again_after_an_interrupt_or_a_refused_commit(tmp_path, loop, end):
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db", poolclass=AsyncAdaptedQueuePool)
     work = SqlUnitOfWorkFactory(engine, lambda session: None, lambda other: False).make(is_async=True)
 
     async def begin():
         connection = await work.session.connection()
+        if end == "refused commit":
+            with pytest.raises(ConfigurationError, match="must not commit"):
+                await connection.commit()
         return (await connection.get_raw_connection()).driver_connection
 
     async def next_connection():
@@ -171,8 +171,8 @@ def test_the_connection_of_an_interrupted_async_job_is_not_used_again(tmp_path, 
             return (await connection.get_raw_connection()).driver_connection
 
     used = loop(begin())
-    work.roll_back(interrupted=interrupted)
-    assert (loop(next_connection()) is used) is not interrupted
+    work.roll_back(interrupted=end == "interrupt")
+    assert (loop(next_connection()) is used) is (end == "error")
     loop(engine.dispose())
 
 
