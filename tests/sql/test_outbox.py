@@ -675,6 +675,19 @@ def test_tasks_that_the_block_starts_send_at_once(shop, async_engine):
     assert shop.queued() == [("task",), ("thread",), ("here",)]
 
 
+def test_after_the_block_of_an_async_session_a_message_is_sent_at_once(shop, async_engine):
+    async def order():
+        async with AsyncSession(async_engine) as session, session.begin():
+            async with shop.outbox.within(session):
+                shop.confirm.send(1)
+            shop.confirm.send(2)
+            assert shop.queued() == [(2,)]
+        await async_engine.dispose()
+
+    asyncio.run(order())
+    assert shop.queued() == [(2,), (1,)]
+
+
 def test_the_outbox_may_have_the_async_engine(engine, async_engine):
     shop = Shop(async_engine)
 

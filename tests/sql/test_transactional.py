@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 
 import pytest
@@ -52,6 +53,24 @@ class TestOnSqlite(TransactionalJobs):
         pay.send(8)
         shop.drain()
         assert shop.payments() == [7]
+
+    @pytest.mark.parametrize("is_long", [True, False])
+    @pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), ConnectionResetError("lost")])
+    def test_only_a_conflict_at_the_end_of_a_long_job_advises_a_longer_lease(
+        self, shop, monkeypatch, caplog, error, is_long
+    ):
+        async def body(job, order):
+            await job.add(Payment(order=order))
+            if is_long:
+                # As if a third of the lease had passed.
+                monkeypatch.setattr(shop.idempotency.claims, "lease", 0)
+
+        shop.actor(body, retry_on={Exception: ONCE}).send(7)
+        with shop.failing_commit(after=False, error=error):
+            shop.drain()
+        assert (shop.payments(), shop.outcomes()) == ([], [("dead", "exhausted")])
+        is_conflict = isinstance(error, sqlite3.OperationalError)
+        assert ("Set a longer Idempotency(lease=…)" in caplog.text) is (is_conflict and is_long)
 
     @pytest.mark.parametrize("fails", [True, False])
     def test_a_session_that_does_not_close_changes_no_outcome_and_keeps_no_connection(

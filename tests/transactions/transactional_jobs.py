@@ -142,11 +142,12 @@ class Shop:
         return lambda: self.store.swap(claim.name, theirs, None, 1)
 
     @contextmanager
-    def failing_commit(self, *, after, calls_fail=0):
+    def failing_commit(self, *, after, calls_fail=0, error=None):
         """Lose the connection at the next COMMIT of a job: before it, or after it, with its reply.
 
         Parameters:
           calls_fail: How many of the next calls of the store fail.
+          error: The error of the COMMIT; a lost connection by default.
         """
         dialect, left, outage = self.engine.dialect, [1], ExitStack()
         do_commit = dialect.do_commit
@@ -159,7 +160,7 @@ class Shop:
                 do_commit(connection)
             if calls_fail:
                 outage.enter_context(store_down(self.broker, times=calls_fail))
-            raise ConnectionResetError("lost")
+            raise error or ConnectionResetError("lost")
 
         dialect.do_commit = lose
         try:
