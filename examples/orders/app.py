@@ -42,7 +42,7 @@ from . import shop
 from .gateway import EmailTimeout, InvalidEmail, MailGateway, MissingCredentials, RateLimited
 from .shop import BadRow, OrderNotFound
 
-WAIT_MS = int(os.environ.get("ORDERS_WAIT_MS", "2000"))
+FIRST_WAIT = timedelta(milliseconds=int(os.environ.get("ORDERS_WAIT_MS", "2000")))
 TIMEOUT_MS = int(os.environ.get("ORDERS_TIMEOUT_MS", "30000"))
 BATCH = 100
 #: A day's wait for the gateway helps nobody; the job's own timeout may leave less.
@@ -111,15 +111,15 @@ gateway = MailGateway(api_key=os.environ.get("MAIL_API_KEY", "secret") or None)
 @dramatiq.actor(
     queue_name="orders_mail",
     retry_on={
-        EmailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=WAIT_MS, maximum=60_000)),
+        EmailTimeout: RetryPolicy(attempts=5, wait=exponential(initial=FIRST_WAIT, maximum=timedelta(minutes=1))),
         # By time, not by number: the limit is no fault of this message. See docs/rate-limited-services.md.
         RateLimited: RetryPolicy(
-            attempts=100, max_elapsed=timedelta(hours=1), wait=retry_after(fallback=exponential(initial=WAIT_MS))
+            attempts=100, max_elapsed=timedelta(hours=1), wait=retry_after(fallback=exponential(initial=FIRST_WAIT))
         ),
         # Perhaps the order is not committed yet: try again, then give up.
-        OrderNotFound: RetryPolicy(attempts=3, wait=constant(WAIT_MS), then="discard"),
+        OrderNotFound: RetryPolicy(attempts=3, wait=constant(FIRST_WAIT), then="discard"),
         # The mail may be out. The gateway knows the key and sends no second mail.
-        TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(WAIT_MS)),
+        TimeoutExceeded: RetryPolicy(attempts=2, wait=constant(FIRST_WAIT)),
     },
     discard_on=InvalidEmail,
     alert_on=MissingCredentials,
@@ -163,7 +163,7 @@ def import_orders(first: int, last: int) -> None:
 
 @dramatiq.actor(
     queue_name="orders_import",
-    retry_on={(ConnectionError, TimeoutExceeded): RetryPolicy(attempts=5, wait=exponential(initial=WAIT_MS))},
+    retry_on={(ConnectionError, TimeoutExceeded): RetryPolicy(attempts=5, wait=exponential(initial=FIRST_WAIT))},
     discard_on=BadRow,
     dead_letter_discards=True,
     # The message's own id: the same batch may be imported again another day.
