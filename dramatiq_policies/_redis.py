@@ -7,7 +7,8 @@ without batching. After a lost connection the commands are sent once more, so ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha1
 from threading import Lock
@@ -20,7 +21,7 @@ from redis.exceptions import NoScriptError
 from .common.connections import close_when_interrupted, is_demoted, reconnect
 from .common.forks import after_fork
 
-__all__ = ["RAW", "CommandBatcher", "DeferredCommand", "Script"]
+__all__ = ["RAW", "CommandBatcher", "DeferredCommand", "Script", "scan"]
 
 #: Of hiredis, if installed. The wrapper in redis-py doubles the cost.
 _pack: Callable[[tuple[Any, ...]], bytes] | None = None
@@ -62,6 +63,12 @@ class Script:
     def in_full(command: Sequence[Any]) -> tuple[Any, ...]:
         """Return the same call with the text in place of the digest. Redis then loads the script."""
         return ("EVAL", _texts[command[1]], *command[2:])
+
+
+def scan(client: Any, begin: str, end: str = "") -> Iterator[Any]:
+    """Yield the keys that begin and end with these texts, in batches that Redis searches without a long stop."""
+    keys: Iterator[Any] = client.scan_iter(match=re.sub(r"([*?\[\]\\])", r"\\\1", begin) + f"*{end}", count=5_000)
+    return keys
 
 
 class _Call:

@@ -74,6 +74,7 @@ def run_of(options: dict[str, Any]) -> int:
     A redelivery or a copy has the same number. A snoozed run counts as a run, like a failed run.
     """
     if POLICIES not in options and FAILURE not in options:
+        # Fast path: most messages have neither.
         return retries_of(options)
     stored = options.get(POLICIES)
     snoozes = _count(stored.get("snoozes")) if isinstance(stored, dict) else 0

@@ -3,8 +3,8 @@
 0.1.0 named a register by the text of the key. If the name has changed since (see `keys`), two jobs may have shared the old
 register, and one of the two still uses the old name. So a record in the old register counts only if 0.1.0 wrote the record.
 A claim of 0.1.0 has no ``beside``. A completion has no such sign, and counts if older than the mark that the first worker of
-a newer version leaves in the store. The mark also says whether the store was empty then: 0.1.0 has left nothing, so nobody looks
-for its records, and no record is written for its eyes.
+a newer version leaves in the store. The mark also says whether the store was empty then. If so, nobody
+looks for records of 0.1.0, and no record has to be readable for 0.1.0.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class EarlierRecords:
         completed = records.completed_by(message_id)
         if not self._takes_companions:
             return completed, retention
-        return completed, retention, records.with_arguments(completed, args), min(retention, _COMPANION_TTL)
+        return completed, retention, records.completed_by(message_id, args), min(retention, _COMPANION_TTL)
 
     def with_arguments(self, name: str, record: Record) -> Record:
         """Return a completed record with its fingerprint, if this process or the companion knows the fingerprint.

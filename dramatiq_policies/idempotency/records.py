@@ -18,7 +18,7 @@ from uuid import UUID
 
 from ..errors import UnknownRecord
 
-__all__ = ["Record", "completed_by", "released", "with_arguments"]
+__all__ = ["Record", "completed_by", "released"]
 
 _VERSION = b"\x01"
 #: The beginning of the record of a completed key, for a message id that is a uuid, and for any other text.
@@ -147,11 +147,6 @@ def completed_by(message_id: str, args: str = "") -> bytes:
     if _UUID.fullmatch(message_id):
         return _BY_UUID + bytes.fromhex(message_id.replace("-", "") + args)
     return _BY_TEXT + message_id.encode(errors="surrogatepass")
-
-
-def with_arguments(completed: bytes, args: str) -> bytes:
-    """Add the fingerprint of the arguments to the record of a completed key. A record of a message with an unusual id stays as it is."""
-    return completed + bytes.fromhex(args) if completed.startswith(_BY_UUID) else completed
 
 
 def released(record: Record, state: str, *, ended: bool, retention: int) -> Record | None:

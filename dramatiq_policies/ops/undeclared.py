@@ -32,16 +32,15 @@ def undeclared_queues(broker: Broker) -> list[str]:
 def _in_redis(broker: Any) -> set[str]:
     import redis
 
+    from .._redis import scan
     from ..brokers.redis.browser import unreachable
     from ..brokers.redis.queue_reader import own_client
 
     client = own_client(broker.client)
     begins = f"{broker.namespace}:"
-    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", begins) + "*.msgs"
     try:
         names = [
-            key.decode(errors="replace") if isinstance(key, bytes) else key
-            for key in client.scan_iter(match=pattern, count=5_000)
+            key.decode(errors="replace") if isinstance(key, bytes) else key for key in scan(client, begins, ".msgs")
         ]
     except redis.ResponseError:
         return set()  # The user may lack the right to scan.

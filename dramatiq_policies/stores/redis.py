@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +18,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('RedisStore needs redis: pip install "dramatiq-policies[redis]"') from error
 
-from .._redis import CommandBatcher, Script
+from .._redis import CommandBatcher, Script, scan
 from ..common.callables import is_coroutine_callable
 from ..common.current import running_job
 from ..errors import ConfigurationError
@@ -170,11 +169,8 @@ class RedisStore:
 
     def is_empty(self) -> bool:
         """Return whether the namespace has no key. False if a search would take long, in a database of over a million keys."""
-        prefix = re.sub(r"([*?\[\]\\])", r"\\\1", self.namespace)
         try:
-            if self.client.dbsize() > _SEARCHED:
-                return False
-            return next(self.client.scan_iter(f"{prefix}:*", count=5_000), None) is None
+            return self.client.dbsize() <= _SEARCHED and next(scan(self.client, f"{self.namespace}:"), None) is None
         except NoPermissionError:
             return False
 

@@ -22,6 +22,11 @@ from .places import until
 class OnRedis(IdempotencyStoreContract):
     busy = 4
 
+    def test_it_is_empty_until_it_has_a_key(self, store: RedisStore) -> None:
+        assert store.is_empty()
+        store.put("k", b"one", 60_000)
+        assert not store.is_empty()
+
 
 class TestOverAClientThatDoesNotDecode(OnRedis):
     @pytest.fixture
@@ -106,3 +111,14 @@ class TestOverAClustersClient(OnRedis):
         finally:
             client.config_set("maxmemory", 0)
             client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_only_keys_of_its_namespace_count_whatever_the_name(
+    redis_client: redis.Redis, redis_namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, neighbour = (RedisStore(redis_client, namespace=f"{redis_namespace}:{name}") for name in ("[a]*", "a"))
+    neighbour.put("k", b"one", 60_000)
+    assert store.is_empty()
+    assert not neighbour.is_empty()
+    monkeypatch.setattr("dramatiq_policies.stores.redis._SEARCHED", 0)
+    assert not store.is_empty()
