@@ -67,7 +67,9 @@ def pytest_collection_modifyitems(config, items):
     `--dist worksteal` gives each process a contiguous part of the tests, and a process never gives away its next test. Tests that
     wait for servers take up to 30 s: at the end of a run, all other processes would wait for the last of them.
     """
-    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    processes = getattr(config, "workerinput", {}).get("workercount")
+    if processes is None:
+        return
     slow = [item for item in items if "integration" in item.keywords]
     fast = [item for item in items if "integration" not in item.keywords]
     items[:] = [

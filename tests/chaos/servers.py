@@ -290,7 +290,7 @@ class PostgresqlServer(DatabaseServer):
         return [self.binary, *with_services.postgresql_options(self.data, self.port)], os.environ
 
     def kill(self) -> None:
-        """Kill its processes for connections as well: each leads a group of its own, and answers until it sees that the server is gone."""
+        """Kill the processes of the connections too. Each leads another group, and would go on for a moment after the server's end."""
         assert self.process is not None
         others = _children_of(self.process.pid)
         super().kill()
