@@ -183,7 +183,8 @@ class Proxy:
         """Cut what is left and end; raises what a predicate has raised."""
         if self._thread.is_alive():
             self._call(self._stop)
-            self._thread.join()
+            self._thread.join(10)
+            assert not self._thread.is_alive(), "the thread of the proxy does not end"
         if self._error is not None:
             error, self._error = self._error, None
             raise error

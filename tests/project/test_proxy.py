@@ -69,6 +69,12 @@ class EchoHandler(socketserver.StreamRequestHandler):
             self.server._count(-1)
 
 
+def join(thread: threading.Thread) -> None:
+    """Wait for the end of a thread. Fails if the thread goes on."""
+    thread.join(TIMEOUT)
+    assert not thread.is_alive(), f"{thread.name} does not end"
+
+
 @pytest.fixture
 def server() -> Iterator[EchoServer]:
     with EchoServer() as server:
@@ -76,7 +82,7 @@ def server() -> Iterator[EchoServer]:
         thread.start()
         yield server
         server.shutdown()
-        thread.join()
+        join(thread)
 
 
 @pytest.fixture
@@ -131,10 +137,10 @@ def test_a_proxy_passes_everything_both_ways(client: Client, proxy: Proxy) -> No
 def test_a_proxy_passes_on_more_than_fits_into_any_buffer(client: Client) -> None:
     line = os.urandom(8_000_000).replace(b"\n", b"-") + b"\n"
     answers: list[bytes] = []
-    reader = threading.Thread(target=lambda: answers.append(client.file.readline()))
+    reader = threading.Thread(target=lambda: answers.append(client.file.readline()), daemon=True)
     reader.start()
     client.send(line)
-    reader.join()
+    join(reader)
     assert answers == [line]
 
 
@@ -421,7 +427,7 @@ def test_many_connections_and_cuts_leave_no_thread_and_no_socket(server: EchoSer
         over.set()
         proxy.cut()
         for talker in talkers:
-            talker.join()
+            join(talker)
     assert proxy.cuts > 20
     server.wait_for(connections=0)
     with pytest.raises(RuntimeError, match="closed"):
